@@ -1,0 +1,66 @@
+"""The command `headrace`: nouns and verbs, each loaded when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+__all__ = ["cli", "main"]
+
+# command → module:attribute. Importing this package imports none of them, so `headrace --help` needs neither torch nor Faust.
+COMMANDS = {
+    "config": "deploy.cli.config:config",
+    "data": "deploy.cli.data:data",
+    "demo": "deploy.cli.demo:demo",
+    "kafka": "deploy.cli.kafka:kafka",
+    "replay": "deploy.cli.replay:replay",
+    "run": "deploy.cli.run:run",
+    "scores": "deploy.cli.scores:scores",
+    "simulate": "deploy.cli.simulate:simulate",
+    "snapshot": "deploy.cli.snapshot:snapshot",
+    "topics": "deploy.cli.topics:topics",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name].split(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="headrace")
+def cli() -> None:
+    """Online learning from a stream: Kafka in, fresh click predictions out, one command to go back.
+
+    \b
+    Examples:
+      headrace kafka start                        run a local Apache Kafka
+      headrace topics create                      make the eight topics
+      headrace run join                           start a join worker (also: trainer, scorer)
+      headrace replay kuairand --speed 1000       feed real impressions
+      headrace snapshot rollback                  put the last good model back
+    """
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Run the command line; errors of our own end as one message on stderr and exit code 1 (2 for wrong usage)."""
+    from deploy.cli.common import own_errors
+
+    try:
+        return cli.main(args=argv, prog_name="headrace", standalone_mode=True)
+    except own_errors() as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)

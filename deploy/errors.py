@@ -1,0 +1,27 @@
+"""Errors of the room `deploy`.
+
+    DeployError
+    ├── ConfigError        a setting is missing, unknown or wrong
+    ├── LocalKafkaError    the local Kafka can't be resolved, started or stopped
+    └── DataSetError       a data set is not there or not readable
+"""
+
+from __future__ import annotations
+
+__all__ = ["ConfigError", "DataSetError", "DeployError", "LocalKafkaError"]
+
+
+class DeployError(Exception):
+    """Root of the errors of `deploy`."""
+
+
+class ConfigError(DeployError):
+    """A setting is missing, unknown or of the wrong kind."""
+
+
+class LocalKafkaError(DeployError):
+    """The local Kafka can't be resolved, started or stopped."""
+
+
+class DataSetError(DeployError):
+    """A data set is not there, or is not what its name says."""

@@ -1,0 +1,26 @@
+"""Errors of the client.
+
+    HeadraceError
+    ├── InvalidEvent    an event that the pipeline would refuse; `path` says where
+    └── DeliveryError   Kafka did not acknowledge a record
+"""
+
+from __future__ import annotations
+
+__all__ = ["DeliveryError", "HeadraceError", "InvalidEvent"]
+
+
+class HeadraceError(Exception):
+    """Root of the client's errors."""
+
+
+class InvalidEvent(HeadraceError):
+    """An event that the pipeline would refuse; `path` says where (`$.features.price`)."""
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class DeliveryError(HeadraceError):
+    """Kafka did not acknowledge a record in time."""

@@ -1,0 +1,26 @@
+"""Errors of the room `model`.
+
+    ModelError
+    ├── FeatureError       a record's features can't be used
+    └── SnapshotMismatch   weights don't fit the schema or the model they are loaded into
+"""
+
+from __future__ import annotations
+
+__all__ = ["FeatureError", "ModelError", "SnapshotMismatch"]
+
+
+class ModelError(Exception):
+    """Root of the errors of `model`."""
+
+
+class FeatureError(ModelError):
+    """A record's features can't be used; `path` says where (`$.features.price`)."""
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class SnapshotMismatch(ModelError):
+    """Weights don't fit the schema or the model they are loaded into."""

@@ -1,0 +1,37 @@
+"""Errors of the room `state`.
+
+    StateError
+    ├── JoinStateError      the join's RocksDB can't be opened or isn't this partition's
+    └── SnapshotError       a version can't be read or written
+        ├── SnapshotNotFound
+        ├── SnapshotExists
+        └── SnapshotCorrupt  a file is missing, or its SHA-256 differs from the manifest's
+"""
+
+from __future__ import annotations
+
+__all__ = ["JoinStateError", "SnapshotCorrupt", "SnapshotError", "SnapshotExists", "SnapshotNotFound", "StateError"]
+
+
+class StateError(Exception):
+    """Root of the errors of `state`."""
+
+
+class JoinStateError(StateError):
+    """The join's RocksDB can't be opened, or belongs to another cluster, topic or partition."""
+
+
+class SnapshotError(StateError):
+    """A version can't be read or written."""
+
+
+class SnapshotNotFound(SnapshotError):
+    """No such version in the store."""
+
+
+class SnapshotExists(SnapshotError):
+    """The version is already there: another trainer wrote it."""
+
+
+class SnapshotCorrupt(SnapshotError):
+    """A version isn't what its manifest says."""

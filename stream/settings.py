@@ -1,0 +1,147 @@
+"""Settings of everything that touches Kafka."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+__all__ = ["HttpSettings", "JoinSettings", "KafkaSettings", "ScorerSettings", "TopicSettings", "TrainerSettings"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class KafkaSettings(_Frozen):
+    """How every client reaches Kafka.
+
+    ```toml
+    [kafka]
+    bootstrap_servers = "broker-1:9092,broker-2:9092"
+    security_protocol = "SASL_SSL"
+    sasl_username = "headrace"
+    ```
+    """
+
+    bootstrap_servers: str = Field(default="127.0.0.1:9092", description="host:port, several separated by commas.")
+    client_id: str = Field(default="headrace", description="Shown in the broker's logs and quotas.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_cafile: Path | None = Field(default=None, description="PEM file of the authorities to trust.")
+    ssl_certfile: Path | None = Field(default=None, description="PEM file of this client's certificate.")
+    ssl_keyfile: Path | None = Field(default=None, description="PEM file of this client's key.")
+    ssl_keyfile_password: SecretStr | None = None
+    request_timeout_ms: int = Field(default=40_000, ge=1_000)
+
+
+class TopicSettings(_Frozen):
+    """Names, partitions and limits of the eight topics.
+
+    ```toml
+    [topics]
+    prefix = "shop-"      # every topic's name begins with this
+    partitions = 8        # impressions, clicks and examples: always the same count
+    replication_factor = 3
+    ```
+    """
+
+    prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
+    partitions: int = Field(default=4, ge=1, le=10_000, description="Of impressions, clicks and examples, equal by contract.")
+    request_partitions: int = Field(default=4, ge=1, le=10_000, description="Of score-requests and scores.")
+    replication_factor: int = Field(default=1, ge=1)
+    min_insync_replicas: int = Field(default=1, ge=1)
+    retention_ms: int = Field(
+        default=7 * 86_400_000, ge=60_000, description="By arrival; must cover the longest pending window and downtime."
+    )
+    max_message_bytes: int = Field(
+        default=1_048_588, ge=1_024, description="Of one input record; examples and dead-letters get 64 KiB more."
+    )
+
+
+class JoinSettings(_Frozen):
+    """How impressions and clicks become labelled examples.
+
+    ```toml
+    [join]
+    window_ms = 1_800_000   # a click counts when 0 <= t_click - t_impression <= window
+    lateness_ms = 60_000    # how far out of order events may come
+    dedupe_horizon_ms = 3_600_000
+    ```
+    """
+
+    group: str = Field(default="headrace-join", description="Consumer group; also the root of the transactional ids.")
+    window_ms: int = Field(default=60_000, ge=1, description="Attribution window, event time.")
+    lateness_ms: int = Field(default=5_000, ge=0, description="The watermark is the largest event time less this.")
+    negative_skew_ms: int = Field(default=0, ge=0, description="How far a click's time may lie before its impression's.")
+    dedupe_horizon_ms: int = Field(
+        default=600_000, ge=0, description="An id is remembered this long after its window; older impressions are late."
+    )
+    max_future_ms: int = Field(
+        default=3_600_000, ge=0, description="An event may be this far ahead of its arrival at the broker; beyond is refused."
+    )
+    idle_timeout_ms: int = Field(
+        default=5_000, ge=100, description="Wall clock at the end of the log after which a source stops holding the watermark."
+    )
+    max_ahead_ms: int = Field(
+        default=600_000, ge=0, description="A source this far ahead of the other in event time is paused until it catches up."
+    )
+    step_ms: int = Field(default=100, ge=1, description="Longest time one transaction gathers records.")
+    max_outputs: int = Field(default=20_000, ge=1, description="Most records in one transaction.")
+    transaction_timeout_ms: int = Field(
+        default=15_000, ge=1_000, description="A killed worker holds back read_committed readers at most this long."
+    )
+    session_timeout_ms: int = Field(default=10_000, ge=1_000)
+    cache_mb: int = Field(default=64, ge=8, description="Block cache that all partitions of a worker share.")
+
+
+class TrainerSettings(_Frozen):
+    """How examples are gathered for the model.
+
+    ```toml
+    [trainer]
+    max_batch_age_ms = 500   # an update waits at most this long for its batch to fill
+    device = "auto"          # auto | cpu | cuda
+    ```
+    """
+
+    group: str = "headrace-trainer"
+    device: str = Field(default="auto", description="auto takes cuda when there is one, else cpu.")
+    max_batch_age_ms: int = Field(default=500, ge=1)
+    threads: int = Field(default=0, ge=0, description="Threads of torch; 0 lets it choose.")
+    metrics_window: int = Field(default=20_000, ge=100, description="Examples in the windowed metrics.")
+
+
+class ScorerSettings(_Frozen):
+    """How score requests are answered.
+
+    ```toml
+    [scorer]
+    max_candidates = 2000    # a request with more gets an error answer
+    lease_ms = 10_000        # without news from the registry for this long, answers say `stale`
+    ```
+    """
+
+    group: str = "headrace-scorer"
+    device: str = "auto"
+    alias: str = Field(default="champion", description="Which alias is served.")
+    max_candidates: int = Field(default=2_000, ge=1)
+    heartbeat_ms: int = Field(default=1_000, ge=100)
+    lease_ms: int = Field(default=10_000, ge=500)
+
+
+class HttpSettings(_Frozen):
+    """Where a worker answers `/metrics`, `/healthz` and `/readyz`.
+
+    ```toml
+    [http]
+    host = "127.0.0.1"
+    port = 0                 # 0 takes a free one and logs it
+    ```
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, le=65_535)
