@@ -1,9 +1,9 @@
 """Errors of the room `deploy`.
 
-    DeployError
-    ├── ConfigError        a setting is missing, unknown or wrong
-    ├── LocalKafkaError    the local Kafka can't be resolved, started or stopped
-    └── DataSetError       a data set is not there or not readable
+DeployError
+├── ConfigError        a setting is missing, unknown or wrong
+├── LocalKafkaError    the local Kafka can't be resolved, started or stopped
+└── DataSetError       a data set is not there or not readable
 """
 
 from __future__ import annotations

@@ -1,0 +1,35 @@
+"""The client for applications: send impressions and clicks, ask for scores, hear the answers.
+
+```python
+from headrace import Client
+with Client("127.0.0.1:9092") as client:
+    best = client.ask({"user_id": "u7"}, [("film-1", {"genre": "drama"}), ("film-2", {"genre": "comedy"})]).best()
+    client.send_impression("imp-1", features={"user_id": "u7", "film": best.id}, score=best.score)
+    client.send_click("imp-1")
+```
+
+Needs kafka-python and msgspec, nothing else. What isn't in `__all__` can change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from headrace.errors import DeliveryError, HeadraceError, InvalidEvent, NoAnswer
+
+if TYPE_CHECKING:
+    from headrace.client import Client
+    from headrace.scores import Answer, Score, ScoreStream
+
+__all__ = ["Answer", "Client", "DeliveryError", "HeadraceError", "InvalidEvent", "NoAnswer", "Score", "ScoreStream"]
+
+_LAZY = {"Answer": "scores", "Client": "client", "Score": "scores", "ScoreStream": "scores"}
+
+
+def __getattr__(name: str) -> Any:
+    # The command line imports this package for its errors alone; kafka-python takes 150 ms that `--help` needn't pay.
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(f"headrace.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,14 @@
 """Errors of the client.
 
-    HeadraceError
-    ├── InvalidEvent    an event that the pipeline would refuse; `path` says where
-    └── DeliveryError   Kafka did not acknowledge a record
+HeadraceError
+├── InvalidEvent     an event that the pipeline would refuse; `path` says where
+├── DeliveryError    Kafka could not be reached, or did not acknowledge a record
+└── NoAnswer         no answer to a score request came in time
 """
 
 from __future__ import annotations
 
-__all__ = ["DeliveryError", "HeadraceError", "InvalidEvent"]
+__all__ = ["DeliveryError", "HeadraceError", "InvalidEvent", "NoAnswer"]
 
 
 class HeadraceError(Exception):
@@ -23,4 +24,8 @@ class InvalidEvent(HeadraceError):
 
 
 class DeliveryError(HeadraceError):
-    """Kafka did not acknowledge a record in time."""
+    """Kafka could not be reached, or did not acknowledge a record in time."""
+
+
+class NoAnswer(HeadraceError):
+    """No answer to a score request came in time."""

@@ -1,8 +1,8 @@
 """Errors of the room `model`.
 
-    ModelError
-    ├── FeatureError       a record's features can't be used
-    └── SnapshotMismatch   weights don't fit the schema or the model they are loaded into
+ModelError
+├── FeatureError       a record's features can't be used
+└── SnapshotMismatch   weights don't fit the schema or the model they are loaded into
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ class ModelError(Exception):
 
 
 class FeatureError(ModelError):
-    """A record's features can't be used; `path` says where (`$.features.price`)."""
+    """A record's features can't be used; `reason` is a code, `path` says where (`$.features.price`)."""
 
-    def __init__(self, message: str, *, path: str) -> None:
+    def __init__(self, message: str, *, reason: str, path: str) -> None:
         super().__init__(message)
+        self.reason = reason
         self.path = path
 
 

@@ -1,16 +1,27 @@
 """Errors of the room `state`.
 
-    StateError
-    ├── JoinStateError      the join's RocksDB can't be opened or isn't this partition's
-    └── SnapshotError       a version can't be read or written
-        ├── SnapshotNotFound
-        ├── SnapshotExists
-        └── SnapshotCorrupt  a file is missing, or its SHA-256 differs from the manifest's
+StateError
+├── JoinStateError      the join's RocksDB can't be opened or isn't this partition's
+├── SnapshotError       a version can't be read or written
+│   ├── SnapshotNotFound
+│   ├── SnapshotExists
+│   └── SnapshotCorrupt  a file is missing, or its SHA-256 differs from the manifest's
+└── Refused             the rules of the registry don't allow a change
+    └── StaleEpoch      another trainer has taken over
 """
 
 from __future__ import annotations
 
-__all__ = ["JoinStateError", "SnapshotCorrupt", "SnapshotError", "SnapshotExists", "SnapshotNotFound", "StateError"]
+__all__ = [
+    "JoinStateError",
+    "Refused",
+    "SnapshotCorrupt",
+    "SnapshotError",
+    "SnapshotExists",
+    "SnapshotNotFound",
+    "StaleEpoch",
+    "StateError",
+]
 
 
 class StateError(Exception):
@@ -35,3 +46,11 @@ class SnapshotExists(SnapshotError):
 
 class SnapshotCorrupt(SnapshotError):
     """A version isn't what its manifest says."""
+
+
+class Refused(StateError):
+    """The rules of the snapshot registry don't allow a change."""
+
+
+class StaleEpoch(Refused):
+    """A trainer that was thought dead announces after another one has taken over."""

@@ -1,19 +1,25 @@
 """Errors of the room `stream`.
 
-    StreamError
-    ├── TopicError       a topic is missing or not as the contract says
-    ├── RegistryError    a change of the snapshot registry was refused
-    │   └── Fenced       somebody else changed it at the same time; read again and retry
-    └── PositionError    a run isn't the one expected next
+StreamError
+├── SecurityError    the settings that reach Kafka can't be used
+├── TopicError       a topic is missing or not as the contract says
+├── RegistryError    a change of the snapshot registry was refused
+│   └── Fenced       somebody else changed it at the same time; read again and retry
+├── PositionError    the log isn't where the committed offsets say
+└── Abandoned        a partition went away while it was being taken over
 """
 
 from __future__ import annotations
 
-__all__ = ["Fenced", "PositionError", "RegistryError", "StreamError", "TopicError"]
+__all__ = ["Abandoned", "Fenced", "PositionError", "RegistryError", "SecurityError", "StreamError", "TopicError"]
 
 
 class StreamError(Exception):
     """Root of the errors of `stream`."""
+
+
+class SecurityError(StreamError):
+    """Addresses, TLS files or SASL credentials that no client could use."""
 
 
 class TopicError(StreamError):
@@ -29,4 +35,8 @@ class Fenced(RegistryError):
 
 
 class PositionError(StreamError):
-    """A run of records isn't the one expected next."""
+    """The log isn't where the committed offsets say."""
+
+
+class Abandoned(StreamError):
+    """A partition went to another worker while it was being taken over; the next rebalance decides."""

@@ -13,6 +13,7 @@ __all__ = ["TopicNames"]
 class TopicNames:
     """The topics' full names, prefix included."""
 
+    prefix: str
     impressions: str
     clicks: str
     examples: str
@@ -26,6 +27,7 @@ class TopicNames:
     def of(cls, settings: TopicSettings) -> TopicNames:
         prefix = settings.prefix
         return cls(
+            prefix=prefix,
             impressions=f"{prefix}impressions",
             clicks=f"{prefix}clicks",
             examples=f"{prefix}examples",

@@ -1,0 +1,124 @@
+"""`headrace run join|trainer|scorer`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import click
+
+__all__ = ["run"]
+
+
+@click.group()
+def run() -> None:
+    """Run a worker until SIGTERM or Ctrl-C, which drain it.
+
+    \b
+    Examples:
+      headrace run join
+      headrace run trainer --device cuda
+      headrace run scorer --http-port 9100        /metrics, /healthz, /readyz on that port
+    """
+
+
+def _common(function: Any) -> Any:
+    function = click.option("--verbose", is_flag=True, help="Also Faust's and aiokafka's everyday logs.")(function)
+    return click.option("--http-port", type=click.IntRange(0, 65_535), help="Instead of http.port; 0 takes a free one.")(function)
+
+
+def _settings(http_port: int | None, verbose: bool) -> Any:
+    from deploy.logs import setup_logs
+    from deploy.settings import load_settings
+
+    setup_logs(verbose=verbose)
+    settings = load_settings()
+    if http_port is not None:
+        settings = settings.model_copy(update={"http": settings.http.model_copy(update={"port": http_port})})
+    return settings
+
+
+@run.command()
+@_common
+def join(http_port: int | None, verbose: bool) -> None:
+    """Join impressions and clicks into labelled examples, each exactly once.
+
+    \b
+    Examples:
+      headrace run join
+      HEADRACE_JOIN__WINDOW_MS=1800000 headrace run join
+    """
+    settings = _settings(http_port, verbose)
+    from stream.join.worker import run_join
+    from stream.topics import TopicNames
+
+    asyncio.run(
+        run_join(
+            kafka=settings.kafka,
+            settings=settings.join,
+            names=TopicNames.of(settings.topics),
+            http=settings.http,
+            state_dir=settings.state_dir,
+        )
+    )
+
+
+_device = click.option("--device", help="auto, cpu or cuda; instead of the setting.")
+
+
+@run.command()
+@_device
+@_common
+def trainer(device: str | None, http_port: int | None, verbose: bool) -> None:
+    """Learn from labelled examples and publish snapshots.
+
+    \b
+    Examples:
+      headrace run trainer
+      headrace run trainer --device cuda
+    """
+    settings = _settings(http_port, verbose)
+    from stream.topics import TopicNames
+    from stream.trainer.worker import run_trainer
+
+    trainer_settings = settings.trainer.model_copy(update={"device": device}) if device else settings.trainer
+    asyncio.run(
+        run_trainer(
+            kafka=settings.kafka,
+            settings=trainer_settings,
+            names=TopicNames.of(settings.topics),
+            http=settings.http,
+            schema=settings.features,
+            model=settings.model,
+            snapshots=settings.snapshots,
+        )
+    )
+
+
+@run.command()
+@_device
+@_common
+def scorer(device: str | None, http_port: int | None, verbose: bool) -> None:
+    """Answer score requests with the champion, swapping versions as they come.
+
+    \b
+    Examples:
+      headrace run scorer
+      HEADRACE_SCORER__ALIAS=champion headrace run scorer
+    """
+    settings = _settings(http_port, verbose)
+    from stream.scorer.worker import run_scorer
+    from stream.topics import TopicNames
+
+    scorer_settings = settings.scorer.model_copy(update={"device": device}) if device else settings.scorer
+    asyncio.run(
+        run_scorer(
+            kafka=settings.kafka,
+            settings=scorer_settings,
+            names=TopicNames.of(settings.topics),
+            http=settings.http,
+            schema=settings.features,
+            model=settings.model,
+            snapshots=settings.snapshots,
+        )
+    )

@@ -1,0 +1,164 @@
+"""From columns of values to columns of keys: hashing, bucketing, and what "missing" becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from model.batch import FeatureBatch, Float32Array, Int64Array, gather_ranges
+from model.hashing import hash_integers, hash_strings, missing_key, number_key, space_seed
+from model.schema import FeatureSchema, FieldSpec
+
+__all__ = ["KeyColumn", "build_batch", "encode_columns", "fall_back", "numeric_buckets", "numeric_scales"]
+
+_LARGEST_BUCKET = 1 << 62
+"""Linear buckets are cut off here, far beyond any real value, so that they fit in 64 bits."""
+
+_SCALED = 0  # the one bucket of a scaled field
+
+
+@dataclass(frozen=True, slots=True)
+class KeyColumn:
+    """One field of N rows. `present` (N,) is False where the value is null; there the keys mean nothing.
+
+    Single-valued: `keys` int64 (N,), `scales` float32 (N,) or None. List: row i is `lengths[i]` of `keys` from
+    `starts[i]` on.
+    """
+
+    present: npt.NDArray[np.bool_]
+    keys: Int64Array
+    scales: Float32Array | None = None
+    starts: Int64Array | None = None
+    lengths: Int64Array | None = None
+
+
+def numeric_buckets(values: npt.NDArray[np.float64], field: FieldSpec) -> Int64Array:
+    """Bucket of each finite value (N,), for `buckets` log or linear.
+
+    log: with a = 1 + |x|, floor(log2(a) * per_octave), counted from -1 down for x < 0. It is found by comparing the
+    mantissa of a with powers of two, not with a logarithm, whose last bit differs between machines.
+    """
+    if field.buckets == "linear":
+        with np.errstate(over="ignore"):  # an infinite quotient is cut off as well
+            quotient = np.floor(values / field.width)
+        return np.clip(quotient, -_LARGEST_BUCKET, _LARGEST_BUCKET).astype(np.int64)
+    mantissa, exponent = np.frexp(1.0 + np.abs(values))  # a = mantissa * 2**exponent, 0.5 <= mantissa < 1
+    edges = np.array([2.0 ** (step / field.per_octave - 1) for step in range(1, field.per_octave)])
+    buckets = (exponent.astype(np.int64) - 1) * field.per_octave + np.searchsorted(edges, mantissa, side="right")
+    return np.where(values < 0, ~buckets, buckets)
+
+
+def numeric_scales(values: npt.NDArray[np.float64]) -> Float32Array:
+    """sign(x) * log(1 + |x|) of each value (N,), for `buckets` scaled."""
+    return np.copysign(np.log1p(np.abs(values)), values).astype(np.float32)
+
+
+def _hash_columns(columns: Sequence[pa.Array], spaces: Sequence[str]) -> list[Int64Array]:
+    """Keys of columns of strings or integers, each in its space; where a column is null the key means nothing.
+
+    Each distinct value of a column is hashed once, and those of all columns in one call: with thirty fields and few
+    rows the calls are what costs.
+    """
+    encoded = [column.dictionary_encode() for column in columns]
+    # An integer is the same as its decimal string.
+    values = [e.dictionary if pa.types.is_string(e.type.value_type) else e.dictionary.cast(pa.string()) for e in encoded]
+    seeds = np.repeat(np.array([space_seed(space) for space in spaces], np.uint64), [len(v) for v in values])
+    keys = hash_strings(pa.concat_arrays(values), seeds)
+    out = []
+    start = 0
+    for column, distinct in zip(encoded, values, strict=True):
+        indices = column.indices
+        if indices.null_count:
+            indices = pc.fill_null(indices, 0)
+        own = keys[start : start + len(distinct)] if len(distinct) else np.zeros(1, np.int64)
+        out.append(own[indices.to_numpy()])
+        start += len(distinct)
+    return out
+
+
+def encode_columns(columns: Sequence[pa.Array], fields: Sequence[FieldSpec]) -> list[KeyColumn]:
+    """Keys of each field, from Arrow arrays (N,); null is missing.
+
+    columns  strings or int64 (categorical), float64 (numeric), lists of strings without nulls (list)
+    """
+    words = [c.flatten() if f.kind == "list" else c for c, f in zip(columns, fields, strict=True) if f.kind != "numeric"]
+    spaces = [field.hash_space for field in fields if field.kind != "numeric"]
+    hashed = iter(_hash_columns(words, spaces) if words else [])
+    return [
+        _encode_number(column, field) if field.kind == "numeric" else _encode_words(column, field, next(hashed))
+        for column, field in zip(columns, fields, strict=True)
+    ]
+
+
+def _presence(column: pa.Array) -> npt.NDArray[np.bool_]:
+    return column.is_valid().to_numpy(zero_copy_only=False) if column.null_count else np.ones(len(column), bool)
+
+
+def _encode_words(column: pa.Array, field: FieldSpec, keys: Int64Array) -> KeyColumn:
+    if field.kind == "categorical":
+        return KeyColumn(_presence(column), keys)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+    return KeyColumn(_presence(column), keys, starts=np.cumsum(lengths) - lengths, lengths=lengths)
+
+
+def _encode_number(column: pa.Array, field: FieldSpec) -> KeyColumn:
+    values = pc.fill_null(column, 0.0).to_numpy()
+    if field.buckets == "scaled":
+        keys = np.full(len(values), number_key(_SCALED, field.hash_space), np.int64)
+        return KeyColumn(_presence(column), keys, scales=numeric_scales(values))
+    return KeyColumn(_presence(column), hash_integers(numeric_buckets(values, field), field.hash_space))
+
+
+def fall_back(column: KeyColumn, other: KeyColumn, rows: Int64Array) -> KeyColumn:
+    """`column` (N,), and where it has no value, that of row `rows[i]` of `other`."""
+    if not other.present.any():
+        return column
+    present = column.present | other.present[rows]
+    if column.starts is None or column.lengths is None:
+        keys = np.where(column.present, column.keys, other.keys[rows])
+        if column.scales is None or other.scales is None:
+            return KeyColumn(present, keys)
+        return KeyColumn(present, keys, scales=np.where(column.present, column.scales, other.scales[rows]))
+    assert other.starts is not None and other.lengths is not None
+    return KeyColumn(
+        present,
+        np.concatenate((column.keys, other.keys)),
+        starts=np.where(column.present, column.starts, len(column.keys) + other.starts[rows]),
+        lengths=np.where(column.present, column.lengths, other.lengths[rows]),
+    )
+
+
+def build_batch(columns: Sequence[KeyColumn], schema: FeatureSchema, rows: int) -> FeatureBatch:
+    """One batch of `rows` rows from a column for each field of the schema; missing values get their field's own row."""
+    single = [(c, f) for c, f in zip(columns, schema.fields, strict=True) if f.kind != "list"]
+    lists = [(c, f) for c, f in zip(columns, schema.fields, strict=True) if f.kind == "list"]
+    keys = np.empty((rows, len(single)), np.int64)
+    scaled = any(field.kind == "numeric" and field.buckets == "scaled" for field in schema.fields)
+    scales = np.ones((rows, len(single)), np.float32) if scaled else None
+    for index, (column, field) in enumerate(single):
+        keys[:, index] = np.where(column.present, column.keys, missing_key(field.hash_space))
+        if scales is not None and column.scales is not None:
+            scales[:, index] = np.where(column.present, column.scales, 1.0)
+    pool: list[Int64Array] = []
+    starts = np.empty((rows, len(lists)), np.int64)
+    lengths = np.empty((rows, len(lists)), np.int64)
+    at = 0
+    for index, (column, field) in enumerate(lists):
+        assert column.starts is not None and column.lengths is not None
+        empty = ~column.present | (column.lengths == 0)
+        pool += [column.keys, np.array([missing_key(field.hash_space)], np.int64)]
+        starts[:, index] = np.where(empty, at + len(column.keys), at + column.starts)
+        lengths[:, index] = np.where(empty, 1, column.lengths)
+        at += len(column.keys) + 1
+    return FeatureBatch(
+        keys=keys,
+        list_keys=gather_ranges(np.concatenate(pool), starts.ravel(), lengths.ravel()) if pool else np.empty(0, np.int64),
+        list_offsets=np.concatenate(([0], np.cumsum(lengths.ravel()))),
+        lists=len(lists),
+        scales=scales,
+    )

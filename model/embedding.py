@@ -1,0 +1,186 @@
+"""The embedding table: rows of weights behind a `KeyTable`, and Adagrad on the rows of a batch."""
+
+from __future__ import annotations
+
+import torch
+
+from model.errors import SnapshotMismatch
+from model.table import KeyTable
+
+__all__ = ["EmbeddingTable", "initial_rows", "unique_rows"]
+
+_LANE = (1 << 16) - 1
+_LANES_MEAN = 4 * _LANE / 2
+_LANES_STD = (4 * ((1 << 32) - 1) / 12) ** 0.5  # of the sum of four uniform 16-bit integers
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser on int64, in place; the masks make the shifts logical."""
+    x.bitwise_xor_((x >> 30) & ((1 << 34) - 1)).mul_(-4658895280553007687)
+    x.bitwise_xor_((x >> 27) & ((1 << 37) - 1)).mul_(-7723592293110705685)
+    return x.bitwise_xor_((x >> 31) & ((1 << 33) - 1))
+
+
+def initial_rows(keys: torch.Tensor, dim: int, std: float, seed: int) -> torch.Tensor:
+    """First embeddings float32 (N, D) of `keys` (N,): a function of key, column and seed alone, so that neither the
+    order of arrival nor the device matters.
+
+    The sum of four 16-bit lanes of a hash, scaled: near enough to a normal distribution, and exact in integers, where
+    the logarithm and cosine of the usual way differ in the last bit between devices.
+    """
+    start = _mix(torch.tensor([seed + 1], device=keys.device))
+    state = _mix(keys ^ start)
+    columns = torch.arange(1, dim + 1, device=keys.device) * -7046029254386353131  # SplitMix64's increment
+    bits = _mix(state.unsqueeze(1) + columns)  # (N, D)
+    total = bits & _LANE
+    for shift in (16, 32, 48):
+        total += (bits >> shift) & _LANE
+    return (total - int(_LANES_MEAN)).to(torch.float32) * (std / _LANES_STD)
+
+
+def unique_rows(rows: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct rows (U,), in no particular order, and for each of `rows` (N,) its place among them (N,).
+
+    scratch  int32, longer than the largest row; what it holds doesn't matter, before or after
+
+    Without sorting: each row's cell is told a position where the row occurs, and that position speaks for the row.
+    """
+    positions = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+    scratch[rows] = positions  # of a row's positions any one wins
+    speaker = scratch.index_select(0, rows)
+    speaks = speaker == positions
+    place = torch.cumsum(speaks, 0).sub_(1)
+    return rows[speaks], place.index_select(0, speaker)
+
+
+class EmbeddingTable:
+    """Embeddings float32 (R, D) and first-order weights float32 (R,) by key, with Adagrad's accumulators beside them.
+
+    Row 0 is all zeros: it is what an unknown key reads. Room grows by doubling; nothing else costs more as it fills.
+    """
+
+    def __init__(
+        self, dim: int, *, init_std: float, accumulator_start: float, seed: int, room: int, device: torch.device
+    ) -> None:
+        self.dim = dim
+        self._init_std = init_std
+        self._accumulator_start = accumulator_start
+        self._seed = seed
+        self.keys = KeyTable(device, expected=room)
+        self.embedding = torch.zeros((room, dim), device=device)
+        self.first_order = torch.zeros(room, device=device)
+        self._embedding_sum = torch.zeros((room, dim), device=device)
+        self._first_order_sum = torch.zeros(room, device=device)
+        self._row_keys = torch.zeros(room, dtype=torch.int64, device=device)
+        self._scratch = torch.zeros(room, dtype=torch.int32, device=device)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def insert(self, keys: torch.Tensor) -> torch.Tensor:
+        """Rows (N,) of `keys` (N,); new keys get a new row with its first weights."""
+        before = len(self.keys)
+        rows = self.keys.insert(keys)
+        after = len(self.keys)
+        if after > before:
+            self._make_room(after + 1)
+            new = rows > before
+            self._row_keys[rows[new]] = keys[new]
+            fresh = slice(before + 1, after + 1)
+            self.embedding[fresh] = initial_rows(self._row_keys[fresh], self.dim, self._init_std, self._seed)
+            self._embedding_sum[fresh] = self._accumulator_start
+            self._first_order_sum[fresh] = self._accumulator_start
+        return rows
+
+    def distinct(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`unique_rows` of the rows of a batch."""
+        return unique_rows(rows, self._scratch)
+
+    def step(self, rows: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor, rate: float) -> None:
+        """Adagrad (Duchi et al., JMLR 2011) on distinct `rows` (U,), with gradients (U, D) and (U,).
+
+        No epsilon: the accumulator starts above zero.
+        """
+        pairs = (
+            (self.embedding, self._embedding_sum, embedding),
+            (self.first_order, self._first_order_sum, first_order),
+        )
+        for weights, sums, gradient in pairs:
+            total = sums.index_select(0, rows).addcmul_(gradient, gradient)
+            sums.index_copy_(0, rows, total)
+            stepped = weights.index_select(0, rows).addcdiv_(gradient, total.sqrt_(), value=-rate)
+            weights.index_copy_(0, rows, stepped)
+
+    def serving_state(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU: `keys` (R,), `embedding` (R, D), `first_order` (R,), without row 0."""
+        used = slice(1, len(self) + 1)
+        return {
+            "keys": self._row_keys[used].cpu().clone(),
+            "embedding": self.embedding[used].cpu().clone(),
+            "first_order": self.first_order[used].cpu().clone(),
+        }
+
+    def trainer_state(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of Adagrad's accumulators, in the order of `serving_state`'s keys."""
+        used = slice(1, len(self) + 1)
+        return {
+            "adagrad.embedding": self._embedding_sum[used].cpu().clone(),
+            "adagrad.first_order": self._first_order_sum[used].cpu().clone(),
+        }
+
+    def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor] | None) -> None:
+        """Takes over saved rows; without `trainer` the accumulators start anew. Raises SnapshotMismatch."""
+        count = len(take(serving, "keys", (-1,), torch.int64))
+        device = self.embedding.device
+        rows = {
+            "embedding": take(serving, "embedding", (count, self.dim)),
+            "first_order": take(serving, "first_order", (count,)),
+        }
+        if trainer is not None:
+            rows["embedding_sum"] = take(trainer, "adagrad.embedding", (count, self.dim))
+            rows["first_order_sum"] = take(trainer, "adagrad.first_order", (count,))
+        self.keys = KeyTable(device, expected=count)
+        self.keys.load(serving["keys"])
+        self._make_room(count + 1)
+        used = slice(1, count + 1)
+        self._row_keys[used] = serving["keys"].to(device)
+        self.embedding[used] = rows["embedding"].to(device)
+        self.first_order[used] = rows["first_order"].to(device)
+        if trainer is None:
+            self._embedding_sum[used] = self._accumulator_start
+            self._first_order_sum[used] = self._accumulator_start
+        else:
+            self._embedding_sum[used] = rows["embedding_sum"].to(device)
+            self._first_order_sum[used] = rows["first_order_sum"].to(device)
+
+    def _make_room(self, rows: int) -> None:
+        room = len(self.embedding)
+        if rows <= room:
+            return
+        while room < rows:
+            room *= 2
+        for name in ("embedding", "first_order", "_embedding_sum", "_first_order_sum", "_row_keys", "_scratch"):
+            old = getattr(self, name)
+            new = torch.zeros((room, *old.shape[1:]), dtype=old.dtype, device=old.device)
+            new[: len(old)] = old
+            setattr(self, name, new)
+
+
+def take(
+    state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """`state[name]`, checked: -1 in `shape` is any length. Raises SnapshotMismatch."""
+    wanted = "×".join("n" if size < 0 else str(size) for size in shape) or "a single number"
+    expected = f"snapshot: tensor {name!r}: expected {wanted} of {dtype}"
+    tensor = state.get(name)
+    if tensor is None:
+        raise SnapshotMismatch(f"{expected}, found no such tensor; the snapshot was made by another model")
+    fits = len(tensor.shape) == len(shape) and all(
+        want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype != dtype:
+        found = "×".join(map(str, tensor.shape)) or "a single number"
+        raise SnapshotMismatch(
+            f"{expected}, found {found} of {tensor.dtype}; use the features and model settings it was made with"
+        )
+    return tensor

@@ -1,0 +1,379 @@
+"""Decoding of events into hashed features, a run of records at a time.
+
+The fast path hands the whole run to Arrow's JSON reader, straight into columns. It takes a run only when nothing about
+it is in doubt; otherwise the run is halved, and what is left of a few records is decoded one by one by
+`features_reference`, which has the last word. So one bad record costs its neighbours little, and both paths give the
+same verdict and the same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pj
+
+from model import features_reference as reference
+from model.batch import FeatureBatch, Float32Array, Int64Array
+from model.columns import build_batch, encode_columns, fall_back
+from model.errors import FeatureError, ModelError
+from model.schema import FeatureSchema, FieldSpec
+
+__all__ = ["BadRecord", "DecodedImpressions", "DecodedRequests", "FeatureBatch", "FeatureDecoder"]
+
+_SLOW_ROWS = 8
+"""Runs this short are not halved further: Arrow's cost for a call is about that of ten records one by one."""
+
+_SURE_DEPTH = 100
+"""Nesting that the reference surely reads (Python's JSON gives up near 1,000); Arrow has no such limit."""
+
+_Types = dict[str, pa.DataType]
+
+
+class _Doubt(Exception):
+    """The fast path can't vouch for a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """A record that can't be used. `index` is its position in the run, `path` where in it the fault is.
+
+    Reasons: malformed_json, bad_utf8, wrong_type, nested, not_finite, missing_field, out_of_range.
+    """
+
+    index: int
+    reason: str
+    path: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImpressions:
+    """The good records of a run, and the bad ones.
+
+    batch           the good records' features, B rows
+    rows            int64 (B,)    their positions in the run
+    served_score    float32 (B,)  the score they were shown with, NaN where absent
+    served_version  int64 (B,)    the version it came from, -1 where absent
+    """
+
+    batch: FeatureBatch
+    rows: Int64Array
+    bad: list[BadRecord]
+    served_score: Float32Array
+    served_version: Int64Array
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedRequests:
+    """The good requests of a run, R of them, their candidates flattened into one batch, and the bad ones.
+
+    Candidates of request r are rows `offsets[r]` to `offsets[r + 1]` of `batch`.
+    `deadlines_ms` int64 (R,): epoch milliseconds, -1 where absent. `rows` int64 (R,): positions in the run.
+    """
+
+    batch: FeatureBatch
+    offsets: Int64Array
+    request_ids: list[str]
+    candidate_ids: list[list[str]]
+    deadlines_ms: Int64Array
+    rows: Int64Array
+    bad: list[BadRecord]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """How the categorical fields of one part of the records were written last: strings or integers."""
+
+    types: _Types = field(default_factory=dict)
+
+
+_Decoded = TypeVar("_Decoded", DecodedImpressions, DecodedRequests)
+
+
+class FeatureDecoder:
+    """Decodes impressions and score requests for one schema.
+
+        decoder = FeatureDecoder(schema)
+        decoded = decoder.impressions(values)   # values: list of bytes
+        scores = predictor.predict(decoded.batch)
+        for bad in decoded.bad: ...             # bad.index, bad.reason, bad.path, bad.message
+
+    It remembers how each categorical field was written (string or integer), nothing else. Not for two threads at once.
+    """
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        if not schema.fields:
+            raise ModelError("features.fields is empty: name at least one feature for the model to read")
+        self.schema = schema
+        self._impression_types = _Seen()
+        self._context_types = _Seen()
+        self._candidate_types = _Seen()
+
+    def impressions(self, payloads: Sequence[bytes | None]) -> DecodedImpressions:
+        """Features of a run of impressions. Bad records are reported, never raised."""
+        pieces = self._decode(payloads, self._fast_impressions, self._slow_impressions, self._guess_impression)
+        return DecodedImpressions(
+            batch=FeatureBatch.concat([piece.batch for _, piece in pieces]),
+            rows=np.concatenate([piece.rows + start for start, piece in pieces]),
+            bad=_all_bad(pieces),
+            served_score=np.concatenate([piece.served_score for _, piece in pieces]),
+            served_version=np.concatenate([piece.served_version for _, piece in pieces]),
+        )
+
+    def requests(self, payloads: Sequence[bytes | None]) -> DecodedRequests:
+        """Features of all candidates of a run of score requests. A candidate's feature wins over the context's."""
+        pieces = self._decode(payloads, self._fast_requests, self._slow_requests, self._guess_request)
+        counts = np.concatenate([np.diff(piece.offsets) for _, piece in pieces])
+        return DecodedRequests(
+            batch=FeatureBatch.concat([piece.batch for _, piece in pieces]),
+            offsets=np.concatenate(([0], np.cumsum(counts))),
+            request_ids=list(chain.from_iterable(piece.request_ids for _, piece in pieces)),
+            candidate_ids=list(chain.from_iterable(piece.candidate_ids for _, piece in pieces)),
+            deadlines_ms=np.concatenate([piece.deadlines_ms for _, piece in pieces]),
+            rows=np.concatenate([piece.rows + start for start, piece in pieces]),
+            bad=_all_bad(pieces),
+        )
+
+    def _decode(
+        self,
+        payloads: Sequence[bytes | None],
+        fast: Callable[[Sequence[bytes]], _Decoded],
+        slow: Callable[[Sequence[bytes | None]], _Decoded],
+        guess: Callable[[bytes], bool],
+    ) -> list[tuple[int, _Decoded]]:
+        """Pieces of the run with their first positions, in order; at least one."""
+        if len(payloads) <= _SLOW_ROWS and sum(map(len, filter(None, payloads))) < _SLOW_ROWS * 1024:
+            return [(0, slow(payloads))]
+        whole = [payload or b"" for payload in payloads]
+        try:
+            return [(0, fast(whole))]
+        except _Doubt:
+            pass
+        if guess(whole[0]):
+            try:
+                return [(0, fast(whole))]
+            except _Doubt:
+                pass
+        if len(payloads) <= _SLOW_ROWS:
+            return [(0, slow(payloads))]
+        half = len(payloads) // 2
+        left = self._decode(payloads[:half], fast, slow, guess)
+        right = self._decode(payloads[half:], fast, slow, guess)
+        return left + [(start + half, piece) for start, piece in right]
+
+    # Impressions
+
+    def _fast_impressions(self, payloads: Sequence[bytes]) -> DecodedImpressions:
+        layout = [
+            ("score", pa.float64()),
+            ("model_version", pa.int64()),
+            ("features", self._struct(self._impression_types)),
+        ]
+        table = _read(payloads, pa.schema(layout))
+        rows = len(payloads)
+        score = table.column("score").fill_null(np.nan).to_numpy()
+        version = table.column("model_version").fill_null(-1).to_numpy()
+        if table.column("features").null_count or ((score < 0) | (score > 1)).any() or _below_zero(table, "model_version"):
+            raise _Doubt
+        return DecodedImpressions(
+            batch=self._batch(table.column("features").chunk(0).flatten()),
+            rows=np.arange(rows),
+            bad=[],
+            served_score=score.astype(np.float32),
+            served_version=version,
+        )
+
+    def _slow_impressions(self, payloads: Sequence[bytes | None]) -> DecodedImpressions:
+        good, rows, bad = _one_by_one(payloads, lambda payload: reference.decode_impression(payload, self.schema))
+        return DecodedImpressions(
+            batch=self._batch(self._arrays([impression.values for impression in good])),
+            rows=rows,
+            bad=bad,
+            served_score=np.array([impression.served_score for impression in good], np.float32),
+            served_version=np.array([impression.served_version for impression in good], np.int64),
+        )
+
+    def _guess_impression(self, payload: bytes) -> bool:
+        return self._guess(self._impression_types, _part(payload, "features"))
+
+    # Requests
+
+    def _fast_requests(self, payloads: Sequence[bytes]) -> DecodedRequests:
+        candidate = [("id", pa.string()), ("features", self._struct(self._candidate_types))]
+        layout = [
+            ("request_id", pa.string()),
+            ("deadline_ms", pa.int64()),
+            ("context", self._struct(self._context_types)),
+            ("candidates", pa.list_(pa.struct(candidate))),
+        ]
+        table = _read(payloads, pa.schema(layout))
+        lists = table.column("candidates").chunk(0)
+        candidates = lists.flatten()
+        ids, features = candidates.flatten()
+        deadlines = table.column("deadline_ms").fill_null(-1).to_numpy()
+        required = (table.column("request_id"), lists, candidates, ids)
+        if any(column.null_count for column in required) or _below_zero(table, "deadline_ms"):
+            raise _Doubt
+        counts = pc.list_value_length(lists).to_numpy().astype(np.int64)
+        offsets = np.concatenate(([0], np.cumsum(counts)))
+        context = table.column("context").chunk(0).flatten()
+        names = ids.to_pylist()
+        return DecodedRequests(
+            batch=self._batch(features.flatten(), context, np.repeat(np.arange(len(payloads)), counts)),
+            offsets=offsets,
+            request_ids=table.column("request_id").to_pylist(),
+            candidate_ids=[names[offsets[row] : offsets[row + 1]] for row in range(len(payloads))],
+            deadlines_ms=deadlines,
+            rows=np.arange(len(payloads)),
+            bad=[],
+        )
+
+    def _slow_requests(self, payloads: Sequence[bytes | None]) -> DecodedRequests:
+        good, rows, bad = _one_by_one(payloads, lambda payload: reference.decode_request(payload, self.schema))
+        values = list(chain.from_iterable(request.candidates for request in good))
+        return DecodedRequests(
+            batch=self._batch(self._arrays(values)),
+            offsets=np.concatenate(([0], np.cumsum([len(request.candidates) for request in good]))).astype(np.int64),
+            request_ids=[request.request_id for request in good],
+            candidate_ids=[request.candidate_ids for request in good],
+            deadlines_ms=np.array([request.deadline_ms for request in good], np.int64),
+            rows=rows,
+            bad=bad,
+        )
+
+    def _guess_request(self, payload: bytes) -> bool:
+        context = self._guess(self._context_types, _part(payload, "context"))
+        candidate = self._guess(self._candidate_types, _part(payload, "candidates", 0, "features"))
+        return context or candidate
+
+    # Fields
+
+    def _struct(self, seen: _Seen) -> pa.DataType:
+        """Arrow's type for a features object, categorical fields as they were written last."""
+        return pa.struct([(spec.name, seen.types.get(spec.name, _default_type(spec))) for spec in self.schema.fields])
+
+    def _guess(self, seen: _Seen, features: Any) -> bool:
+        """Takes the types of the categorical fields from one features object; True when that changed something."""
+        if not isinstance(features, dict):
+            return False
+        before = dict(seen.types)
+        for spec in self.schema.fields:
+            value = features.get(spec.name)
+            if spec.kind == "categorical" and isinstance(value, str | int) and not isinstance(value, bool):
+                seen.types[spec.name] = pa.string() if isinstance(value, str) else pa.int64()
+        return before != seen.types
+
+    def _arrays(self, values: list[list[reference.Value]]) -> list[pa.Array]:
+        """Canonical values of N rows as a column for each field."""
+        return [pa.array([row[index] for row in values], _default_type(spec)) for index, spec in enumerate(self.schema.fields)]
+
+    def _batch(
+        self,
+        columns: Sequence[pa.Array],
+        context: Sequence[pa.Array] | None = None,
+        context_rows: Int64Array | None = None,
+    ) -> FeatureBatch:
+        for spec, column in zip((*self.schema.fields, *self.schema.fields), (*columns, *(context or ())), strict=False):
+            if spec.kind == "list" and column.flatten().null_count:
+                raise _Doubt
+            if spec.kind == "numeric" and not np.isfinite(column.drop_null().to_numpy()).all():
+                raise _Doubt
+        keyed = encode_columns(columns, self.schema.fields)
+        if context is not None and context_rows is not None:
+            shared = encode_columns(context, self.schema.fields)
+            keyed = [fall_back(own, other, context_rows) for own, other in zip(keyed, shared, strict=True)]
+        return build_batch(keyed, self.schema, len(columns[0]))
+
+
+def _default_type(spec: FieldSpec) -> pa.DataType:
+    return {"categorical": pa.string(), "numeric": pa.float64(), "list": pa.list_(pa.string())}[spec.kind]
+
+
+def _part(payload: bytes, *path: str | int) -> Any:
+    """A part of a record, None when there is no such thing or the record is bad."""
+    try:
+        value: Any = reference.parse(payload)
+        for step in path:
+            value = value[step]
+    except (FeatureError, LookupError, TypeError):
+        return None
+    return value
+
+
+def _all_bad(pieces: Iterable[tuple[int, _Decoded]]) -> list[BadRecord]:
+    return [
+        BadRecord(record.index + start, record.reason, record.path, record.message)
+        for start, piece in pieces
+        for record in piece.bad
+    ]
+
+
+_Record = TypeVar("_Record")
+
+
+def _one_by_one(
+    payloads: Sequence[bytes | None], decode: Callable[[bytes | None], _Record]
+) -> tuple[list[_Record], Int64Array, list[BadRecord]]:
+    good: list[_Record] = []
+    rows: list[int] = []
+    bad: list[BadRecord] = []
+    for index, payload in enumerate(payloads):
+        try:
+            good.append(decode(payload))
+        except FeatureError as error:
+            bad.append(BadRecord(index, error.reason, error.path, str(error)))
+        else:
+            rows.append(index)
+    return good, np.array(rows, np.int64), bad
+
+
+def _below_zero(table: pa.Table, name: str) -> bool:
+    least = pc.min(table.column(name)).as_py()
+    return least is not None and least < 0
+
+
+def _depth(payload: bytes) -> int:
+    """How deep the brackets of a JSON text nest, those in strings not counted."""
+    text = np.frombuffer(payload.replace(rb"\\", b"  ").replace(rb"\"", b"  "), np.uint8)
+    outside = (np.cumsum(text == ord('"')) & 1) == 0
+    opens = ((text == ord("{")) | (text == ord("["))) & outside
+    closes = ((text == ord("}")) | (text == ord("]"))) & outside
+    return int(np.cumsum(opens.astype(np.int64) - closes).max(initial=0))
+
+
+def _read(payloads: Sequence[bytes], layout: pa.Schema) -> pa.Table:
+    """One row for each payload, or _Doubt.
+
+    Arrow's reader accepts more than JSON, and doesn't mind where a record ends. What it is shown is first narrowed to
+    texts on which it and the reference agree: each starts with { and ends with }, no control characters (so records
+    are parted by newlines only and no string runs on into the next), UTF-8, no NaN or infinity, no deep nesting.
+    """
+    joined = b"\n".join(payloads)
+    text = np.frombuffer(joined, np.uint8)
+    lengths: npt.NDArray[np.int64] = np.fromiter(map(len, payloads), np.int64, len(payloads))
+    ends = np.cumsum(lengths + 1) - 1
+    if (lengths < 2).any() or (text[ends - lengths] != ord("{")).any() or (text[ends - 1] != ord("}")).any():
+        raise _Doubt
+    if np.count_nonzero(text < 32) != len(payloads) - 1 or b"NaN" in joined or b"Inf" in joined:
+        raise _Doubt
+    if any(p.count(b"{") + p.count(b"[") > _SURE_DEPTH and _depth(p) > _SURE_DEPTH for p in payloads):
+        raise _Doubt
+    try:
+        joined.decode("utf-8")
+        table = pj.read_json(
+            pa.BufferReader(joined),
+            read_options=pj.ReadOptions(use_threads=False, block_size=len(joined) + 1),  # one block: one chunk a column
+            parse_options=pj.ParseOptions(explicit_schema=layout, unexpected_field_behavior="ignore"),
+        )
+    except (UnicodeDecodeError, pa.ArrowException, ValueError) as error:
+        raise _Doubt from error
+    if table.num_rows != len(payloads):
+        raise _Doubt
+    return table

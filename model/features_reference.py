@@ -1,0 +1,220 @@
+"""The reference decoder: one record at a time, in plain Python. It has the last word on what is good.
+
+`FeatureDecoder` comes here with every record that its fast path has a doubt about, so what it accepts is by
+construction what these functions accept, as long as the fast path never accepts more. They return canonical values:
+None, a string (categorical; an integer as its decimal string), a float (numeric) or a list of strings.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from model.errors import FeatureError
+from model.schema import FeatureSchema, FieldSpec
+
+__all__ = ["Impression", "Request", "Value", "decode_impression", "decode_request", "parse"]
+
+Value = str | float | list[str] | None
+
+_EXACT_FLOAT = 2.0**53
+"""Above this a float can't say which integer was meant, so it is no name of a category."""
+
+_LONG_DIGITS = 20
+"""Integers of more characters than the 64-bit ones are read as floats: they are exact for no field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Impression:
+    """Canonical values of the schema's fields in order; the score as served and its version (NaN and -1: absent)."""
+
+    values: list[Value]
+    served_score: float
+    served_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Canonical values of each candidate, the context's filled in; `deadline_ms` is -1 when there is none."""
+
+    request_id: str
+    candidate_ids: list[str]
+    candidates: list[list[Value]]
+    deadline_ms: int
+
+
+def _refuse(reason: str, path: str, message: str) -> NoReturn:
+    raise FeatureError(f"{message} - at `{path}`", reason=reason, path=path)
+
+
+def _kind(value: Any) -> str:
+    """JSON's name for the type of a decoded value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "boolean"
+    names = {dict: "object", list: "array", str: "string", int: "integer", float: "number"}
+    return names[type(value)]
+
+
+def _wrong_type(expected: str, value: Any, path: str) -> NoReturn:
+    reason = "nested" if isinstance(value, dict) else "wrong_type"
+    _refuse(reason, path, f"Expected {expected}, got {_kind(value)}")
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _LONG_DIGITS else float(digits)
+
+
+class _Constant(float):
+    """NaN or an infinity spelled out, which JSON doesn't have."""
+
+
+def _path_of_constant(record: Any) -> str:
+    """Where in the record a `_Constant` stands; `$` when it isn't there any more (a repeated key hides it)."""
+    stack: list[tuple[str, Any]] = [("$", record)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, _Constant):
+            return path
+        if isinstance(value, dict):
+            stack += [(f"{path}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, list):
+            stack += [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+    return "$"
+
+
+def parse(payload: bytes | None) -> dict[str, Any]:
+    """The record's JSON object. Raises FeatureError: empty, not UTF-8, not JSON, or not an object."""
+    constants: list[_Constant] = []
+
+    def constant(name: str) -> _Constant:
+        constants.append(_Constant(name))
+        return constants[-1]
+
+    if not payload:
+        _refuse("malformed_json", "$", "Expected a JSON object, got an empty value")
+    try:
+        text = payload.decode("utf-8")
+    except UnicodeDecodeError as error:
+        _refuse("bad_utf8", "$", f"Invalid UTF-8: {error.reason} (byte {error.start})")
+    try:
+        record = json.loads(text, parse_int=_integer, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        _refuse("malformed_json", "$", f"Malformed JSON: {error.msg} (character {error.pos})")
+    except RecursionError:
+        _refuse("malformed_json", "$", "Malformed JSON: nested too deeply to read")
+    if constants:
+        _refuse("not_finite", _path_of_constant(record), f"Expected a finite number, got {constants[0]}")
+    if not isinstance(record, dict):
+        _wrong_type("an object", record, "$")
+    return record
+
+
+def _string(value: Any, path: str, expected: str = "a string") -> str:
+    if not isinstance(value, str):
+        _wrong_type(expected, value, path)
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        _refuse("bad_utf8", path, "Half of a surrogate pair stands alone in a string")
+    return value
+
+
+def _whole(value: Any) -> int | None:
+    """The 64-bit integer that a JSON number stands for (`17`, `17.0`), else None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int) and -(1 << 63) <= value < 1 << 64:
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT_FLOAT:
+        return int(value)
+    return None
+
+
+def _number(value: Any, path: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _wrong_type("a number", value, path)
+    number = float(value)
+    if not math.isfinite(number):
+        _refuse("not_finite", path, "Expected a finite number, got one beyond the range of a double")
+    return number
+
+
+def _value(value: Any, field: FieldSpec, path: str) -> Value:
+    if value is None:
+        return None
+    if field.kind == "numeric":
+        return _number(value, path)
+    if field.kind == "list":
+        if not isinstance(value, list):
+            _wrong_type("an array of strings", value, path)
+        return [_string(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    whole = _whole(value)
+    if whole is not None:
+        return str(whole)
+    if isinstance(value, float) and not math.isfinite(value):
+        _refuse("not_finite", path, "Expected a string or an integer, got a number beyond the range of a double")
+    return _string(value, path, "a string or an integer")
+
+
+def _features(features: Any, schema: FeatureSchema, path: str) -> list[Value]:
+    if not isinstance(features, dict):
+        _wrong_type("an object", features, path)
+    return [_value(features.get(field.name), field, f"{path}.{field.name}") for field in schema.fields]
+
+
+def decode_impression(payload: bytes | None, schema: FeatureSchema) -> Impression:
+    """One impression. Raises FeatureError."""
+    record = parse(payload)
+    if record.get("features") is None:
+        _refuse("missing_field", "$", "Object missing required field `features`")
+    values = _features(record["features"], schema, "$.features")
+    score, version = record.get("score"), record.get("model_version")
+    served_score, served_version = math.nan, -1
+    if score is not None:
+        served_score = _number(score, "$.score")
+        if not 0 <= served_score <= 1:
+            _refuse("out_of_range", "$.score", f"Expected a probability, got {served_score}")
+    if version is not None:
+        whole = _whole(version)
+        if whole is None or not 0 <= whole < 1 << 63:
+            _wrong_type("a version number, 0 or more", version, "$.model_version")
+        served_version = whole
+    return Impression(values, served_score, served_version)
+
+
+def decode_request(payload: bytes | None, schema: FeatureSchema) -> Request:
+    """One score request. Raises FeatureError; one bad candidate spoils the request, so that no answer is partial."""
+    record = parse(payload)
+    for name in ("request_id", "candidates"):
+        if record.get(name) is None:
+            _refuse("missing_field", "$", f"Object missing required field `{name}`")
+    request_id = _string(record["request_id"], "$.request_id")
+    context: list[Value] = [None] * len(schema.fields)
+    if record.get("context") is not None:
+        context = _features(record["context"], schema, "$.context")
+    if not isinstance(record["candidates"], list):
+        _wrong_type("an array of candidates", record["candidates"], "$.candidates")
+    ids, candidates = [], []
+    for index, candidate in enumerate(record["candidates"]):
+        path = f"$.candidates[{index}]"
+        if not isinstance(candidate, dict):
+            _refuse("wrong_type", path, f"Expected an object, got {_kind(candidate)}")
+        if candidate.get("id") is None:
+            _refuse("missing_field", path, "Object missing required field `id`")
+        ids.append(_string(candidate["id"], f"{path}.id"))
+        own: list[Value] = [None] * len(schema.fields)
+        if candidate.get("features") is not None:
+            own = _features(candidate["features"], schema, f"{path}.features")
+        candidates.append([ours if ours is not None else shared for ours, shared in zip(own, context, strict=True)])
+    deadline = record.get("deadline_ms")
+    deadline_ms = -1
+    if deadline is not None:
+        whole = _whole(deadline)
+        if whole is None or not 0 <= whole < 1 << 63:
+            _wrong_type("milliseconds since the epoch", deadline, "$.deadline_ms")
+        deadline_ms = whole
+    return Request(request_id, ids, candidates, deadline_ms)

@@ -1,0 +1,383 @@
+"""Changes of the registry: each looks at the state and says which records to write. Pure, so that a retry decides anew.
+
+Nothing here changes the state: the records do, once they are in the log and are applied.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from msgspec.structs import replace
+
+from state.errors import Refused, StaleEpoch
+from state.gate import calibration_in_band, gate
+from state.manifest import Manifest
+from state.registry import (
+    CHAMPION_KEY,
+    KEPT_MOVES,
+    KEPT_RANGES,
+    KEPT_TIMES,
+    TRAINER_KEY,
+    Champion,
+    How,
+    Move,
+    Record,
+    RegistryState,
+    TrainerLease,
+    VersionRecord,
+    version_key,
+)
+from state.settings import SnapshotSettings
+
+__all__ = [
+    "Announcement",
+    "Cause",
+    "Change",
+    "Held",
+    "Moved",
+    "announce",
+    "due_good",
+    "hold",
+    "promote",
+    "resume",
+    "rollback",
+    "rollback_target",
+    "tag_good",
+    "take_epoch",
+    "undo_command",
+]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Change(Generic[T]):
+    """Records to write in one transaction, in order, and what the change comes to once they are written."""
+
+    records: tuple[tuple[str, Record], ...]
+    outcome: T
+
+
+@dataclass(frozen=True, slots=True)
+class Cause:
+    """Who asks for a change, when and why. `operation` is drawn anew for each, and stays the same when it is retried."""
+
+    who: str
+    now_ms: int
+    reason: str
+    operation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What became of an announced version. `reason` is the gate's, or why it was not asked."""
+
+    version: int
+    promoted: bool
+    reason: str
+    previous: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A champion that moved by hand. `undo` is the command that restores what was before; None when nothing was."""
+
+    version: int
+    previous: int | None
+    held: bool
+    undo: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Auto-promotion stopped or let go on. `changed` is False when it was so already."""
+
+    held: bool
+    reason: str
+    changed: bool
+    undo: str | None
+
+
+def take_epoch(state: RegistryState, *, who: str, now_ms: int) -> Change[int]:
+    """A trainer starts: it takes the next epoch, and trainers of older ones can announce no more."""
+    lease = TrainerLease(epoch=state.trainer.epoch + 1, who=who, at_ms=now_ms)
+    return Change(((TRAINER_KEY, lease),), lease.epoch)
+
+
+def announce(
+    state: RegistryState, manifest: Manifest, *, settings: SnapshotSettings, who: str, now_ms: int, operation: str
+) -> Change[Announcement]:
+    """Enter a version, and promote it when the gate lets it through and nothing holds it back.
+
+    Raises:
+        StaleEpoch: another trainer has taken over since.
+        Refused: the number doesn't grow, or the epoch was never taken.
+    """
+    version = manifest.version
+    if manifest.epoch < state.trainer.epoch:
+        raise StaleEpoch(
+            f"version {version}: expected the trainer's epoch {state.trainer.epoch} (taken by {state.trainer.who}), found "
+            f"{manifest.epoch}. Another trainer has taken over; this one must stop."
+        )
+    if manifest.epoch > state.trainer.epoch:
+        raise Refused(
+            f"version {version}: expected the trainer's epoch {state.trainer.epoch}, found {manifest.epoch}, which nobody "
+            "took. Take an epoch before announcing; if the topic was made anew, restart the trainer."
+        )
+    known = state.versions.get(version)
+    if known is not None and (known.epoch, known.created_at_ms) == (manifest.epoch, manifest.created_at_ms):
+        return Change((), Announcement(version, bool(known.champion_at_ms), known.gate))  # a retry: it went in before
+    if version <= state.newest:
+        raise Refused(
+            f"version {version}: expected a number above {state.newest}, the newest announced, found {version}. "
+            "Take the larger of the store's and the registry's next number."
+        )
+    record = state.champion_record
+    verdict = gate(manifest.metrics, None if record is None else record.metrics, settings)
+    held = state.champion.hold
+    if verdict.passed and (held or not settings.auto_promote):
+        why = f"held ({state.champion.hold_reason})" if held else "snapshots.auto_promote is off"
+        promoted, reason = False, f"candidate: {why}; passed the gate: {verdict.reason}"
+    else:
+        promoted = verdict.passed
+        reason = f"{'promoted' if promoted else 'candidate'}: {verdict.reason}"
+    entry = VersionRecord.of(manifest, now_ms=now_ms, who=who, gate=reason)
+    outcome = Announcement(version, promoted, reason, state.champion.version if promoted else None)
+    if not promoted:
+        return Change(((version_key(version), entry),), outcome)
+    return Change(_move(state.champion, entry, Cause(who, now_ms, reason, operation), how="auto"), outcome)
+
+
+def promote(
+    state: RegistryState, version: int, cause: Cause, *, hold: bool | None = None, hold_reason: str = ""
+) -> Change[Moved]:
+    """Make a version champion by hand. `hold` also stops (True) or restarts (False) auto-promotion.
+
+    Raises:
+        Refused: the version was never announced, or nothing would change.
+    """
+    before = state.champion
+    entry = _announced(state, version)
+    held = _held(before, hold, hold_reason, cause)
+    if version == before.version:
+        if held == before:
+            raise Refused(f"version {version}: it is champion already, since {_clock(before.at_ms)}. Nothing was changed.")
+        records: tuple[tuple[str, Record], ...] = ((CHAMPION_KEY, held),)
+        return Change(records, Moved(version, version, held.hold, undo_command(before, held)))
+    # Who promotes a version by hand vouches for it: it no longer counts as rolled back, nor do those below it.
+    ranges = tuple(
+        (max(low, version) if low < version <= high else low, high) for low, high in before.rolled_back if version != high
+    )
+    records = _move(replace(held, rolled_back=ranges), entry, cause, how="promote")
+    after = records[-1][1]
+    assert isinstance(after, Champion)
+    return Change(records, Moved(version, before.version, after.hold, undo_command(before, after)))
+
+
+def rollback(state: RegistryState, target: int, cause: Cause) -> Change[Moved]:
+    """Put an older version back and hold auto-promotion. A hold that is there already stays as it is.
+
+    Args:
+        target: from `rollback_target`.
+
+    Raises:
+        Refused: the target was never announced or isn't older than the champion.
+    """
+    before = state.champion
+    entry = _announced(state, target)
+    if before.version is None or target >= before.version:
+        raise Refused(
+            f"rollback to version {target}: expected one older than the champion, {before.version}. To go forward: "
+            f"`headrace snapshot promote {target} --reason …`."
+        )
+    held = before if before.hold else _held(before, True, f"rolled back: {cause.reason}", cause)
+    ranges = (*before.rolled_back, (target, before.version))[-KEPT_RANGES:]
+    records = _move(replace(held, rolled_back=ranges), entry, cause, how="rollback")
+    after = records[-1][1]
+    assert isinstance(after, Champion)
+    return Change(records, Moved(target, before.version, True, undo_command(before, after)))
+
+
+def rollback_target(
+    state: RegistryState, *, to: int | None = None, back_ms: int | None = None, before_ms: int | None = None, now_ms: int
+) -> int:
+    """Which version a rollback goes to: the one named, the champion of a time, or the newest `good` older one.
+
+    Args:
+        to: a version.
+        back_ms: the champion this long before `now_ms`.
+        before_ms: the champion at this time (ms since epoch).
+
+    Raises:
+        Refused: there is none, or it isn't older than the champion; the message lists what can be named.
+    """
+    champion = state.champion.version
+    if champion is None:
+        raise Refused("rollback: expected a champion to go back from, found none. Nothing is served yet.")
+    if sum(choice is not None for choice in (to, back_ms, before_ms)) > 1:
+        raise Refused("rollback: expected one of --to, --back and --before, found several. Name one.")
+    if to is not None:
+        target: int | None = _announced(state, to).version
+    elif back_ms is not None or before_ms is not None:
+        at_ms = now_ms - back_ms if back_ms is not None else before_ms
+        assert at_ms is not None
+        target = state.champion_at(at_ms)
+        if target is None:
+            raise Refused(
+                f"rollback: expected a champion at {_clock(at_ms)}, found none remembered. {_choices(state, champion)}"
+            )
+    else:
+        good = (
+            version
+            for version, record in state.versions.items()
+            if version < champion and record.good_at_ms is not None and not state.champion.was_rolled_back(version)
+        )
+        target = max(good, default=None)
+        if target is None:
+            raise Refused(
+                f"rollback from version {champion}: expected an older version tagged good, found none. "
+                f"{_choices(state, champion)}"
+            )
+    if target is None or target >= champion:
+        raise Refused(
+            f"rollback to version {target}: expected one older than the champion, {champion}. {_choices(state, champion)}"
+        )
+    return target
+
+
+def hold(state: RegistryState, cause: Cause) -> Change[Held]:
+    """Stop auto-promotion until `resume`; a hold that is there already stays, with its own reason."""
+    before = state.champion
+    if before.hold:
+        return Change((), Held(True, before.hold_reason, False, None))
+    after = _held(before, True, cause.reason, cause)
+    return Change(((CHAMPION_KEY, after),), Held(True, cause.reason, True, "headrace snapshot resume"))
+
+
+def resume(state: RegistryState, cause: Cause) -> Change[Held]:
+    """Let auto-promotion go on with the next version that passes the gate."""
+    before = state.champion
+    if not before.hold:
+        return Change((), Held(False, "", False, None))
+    after = _held(before, False, "", cause)
+    undo = f"headrace snapshot hold --reason {shlex.quote(before.hold_reason)}"
+    return Change(((CHAMPION_KEY, after),), Held(False, cause.reason, True, undo))
+
+
+def tag_good(state: RegistryState, versions: Iterable[int], *, now_ms: int) -> Change[tuple[int, ...]]:
+    """Tag versions as good; those tagged already, or no longer there, are passed over.
+
+    Returns:
+        The change, with the versions newly tagged.
+    """
+    fresh = [
+        record
+        for version in sorted(set(versions))
+        if (record := state.versions.get(version)) is not None and record.good_at_ms is None
+    ]
+    records = tuple((version_key(record.version), replace(record, good_at_ms=now_ms)) for record in fresh)
+    return Change(records, tuple(record.version for record in fresh))
+
+
+def due_good(
+    state: RegistryState, now_ms: int, settings: SnapshotSettings, *, metrics: Mapping[str, float] | None = None
+) -> list[int]:
+    """Versions whose time has come to be tagged good.
+
+    A version proves itself by what follows it: `good_after_ms` after it became champion nobody has rolled back over it, its
+    own metrics were in band, and those of the newest version still are. It need not be champion still: with a version
+    every few seconds, none stays that long.
+
+    Args:
+        metrics: the trainer's at this moment, in place of the newest version's.
+    """
+    newest = state.versions.get(max(state.versions, default=0))
+    latest = metrics if metrics is not None else {} if newest is None else newest.metrics
+    if calibration_in_band(latest, settings)[0] is not True:
+        return []
+    return [
+        version
+        for version, record in sorted(state.versions.items())
+        if record.good_at_ms is None
+        and record.champion_at_ms
+        and record.champion_at_ms[-1] <= now_ms - settings.good_after_ms
+        and not state.champion.was_rolled_back(version)
+        and calibration_in_band(record.metrics, settings)[0] is True
+    ]
+
+
+def undo_command(before: Champion, after: Champion) -> str | None:
+    """The one command that brings `before` back: its version and whether, and why, auto-promotion was held."""
+    if before.version is None:
+        return None
+    words = ["headrace", "snapshot", "promote", str(before.version), "--reason", f"undo of {after.version}"]
+    if (before.hold, before.hold_reason) != (after.hold, after.hold_reason):
+        words += ["--hold", before.hold_reason] if before.hold else ["--resume"]
+    return shlex.join(words)
+
+
+def _move(champion: Champion, entry: VersionRecord, cause: Cause, *, how: How) -> tuple[tuple[str, Record], ...]:
+    """The records of a move to `entry`. `champion` is the alias before, with hold and ranges as they shall be after."""
+    # Clocks of different machines differ, and `--before` reads these times: a move is never earlier than the last.
+    at_ms = max(cause.now_ms, champion.at_ms + 1)
+    move = Move(
+        version=entry.version,
+        previous=champion.version,
+        who=cause.who,
+        at_ms=at_ms,
+        reason=cause.reason,
+        how=how,
+        operation=cause.operation,
+    )
+    alias = replace(
+        champion,
+        version=move.version,
+        previous=move.previous,
+        who=move.who,
+        at_ms=at_ms,
+        reason=move.reason,
+        how=how,
+        moves=(*champion.moves, move)[-KEPT_MOVES:],
+    )
+    entry = replace(entry, champion_at_ms=(*entry.champion_at_ms, at_ms)[-KEPT_TIMES:])
+    return (version_key(entry.version), entry), (CHAMPION_KEY, alias)  # the version first: the alias never names nothing
+
+
+def _held(champion: Champion, hold: bool | None, reason: str, cause: Cause) -> Champion:
+    reason = reason if hold else ""
+    if hold is None or (hold, reason) == (champion.hold, champion.hold_reason):
+        return champion
+    return replace(champion, hold=hold, hold_reason=reason, hold_who=cause.who, hold_at_ms=cause.now_ms)
+
+
+def _announced(state: RegistryState, version: int) -> VersionRecord:
+    record = state.versions.get(version)
+    if record is None:
+        there = f"{min(state.versions)} to {max(state.versions)}" if state.versions else "none"
+        raise Refused(
+            f"version {version}: expected an announced version, found none of that number (announced: {there}). "
+            "`headrace snapshot list` shows them."
+        )
+    return record
+
+
+def _choices(state: RegistryState, champion: int) -> str:
+    """What `--to` could name: the latest champions older than the present one, else the latest versions."""
+    older = [record for version, record in sorted(state.versions.items()) if version < champion]
+    named = [record for record in older if record.champion_at_ms] or older
+    if not named:
+        return "No older version is announced, so there is nothing to go back to."
+    shown = ", ".join(
+        f"{record.version} (champion at {_clock(record.champion_at_ms[-1])})" if record.champion_at_ms else f"{record.version}"
+        for record in named[:-6:-1]
+    )
+    return f"--to can name: {shown}."
+
+
+def _clock(at_ms: int) -> str:
+    """UTC, as `--before` takes it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_ms / 1_000))

@@ -1,0 +1,240 @@
+"""The join's state of one partition number, cached in RocksDB.
+
+What is here is a function of the committed log, so nothing here is ever the truth: a folder that is lost, old, or copied from
+elsewhere is rebuilt (`stream/join/takeover.py`). One database a partition number serves both sources.
+
+| column family | key | value |
+| --- | --- | --- |
+| `ids` | impression id | event time, offset, clicked: every impression remembered, for dedupe and matching |
+| `payloads` | event time, offset | id and the impression's bytes: the pending ones, in the order in which they expire |
+| `early` | id, click's event time, offset | the click's bytes: clicks whose impression has not come |
+| `chunks` | first offset, largest event time, positions | ids remembered by one step, so that forgetting needs no scan |
+| default | `meta` | identity, positions and watermark, written in one batch with the changes they stand for |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+from rocksdict import AccessType, BlockBasedOptions, Cache, DBCompressionType, Options, Rdict, ReadOptions, WriteBatch
+
+from state.errors import JoinStateError
+
+__all__ = ["Chunk", "Entry", "JoinMeta", "JoinState", "StateBatch", "StateOptions"]
+
+_ENTRY = struct.Struct("<qq?")  # event time, offset, clicked
+_ORDERED = struct.Struct(">QQ")  # event time, offset: big endian sorts as bytes as it does as numbers (both are >= 0)
+_CHUNK = struct.Struct(">QQQQ")  # first offset, largest event time, clicks position, examples position
+_U32 = struct.Struct("<I")
+
+Entry = tuple[int, int, bool]  # event time ms, offset, clicked
+Pending = tuple[int, int, bytes, bytes]  # event time ms, offset, id, value
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """The ids that one step remembered, and where the logs stood at its start."""
+
+    first_offset: int
+    max_time_ms: int
+    clicks_position: int
+    examples_position: int
+
+
+class JoinMeta(msgspec.Struct, frozen=True, kw_only=True):
+    """Up to where the state reflects the log."""
+
+    identity: str  # cluster id, topic ids, partition: state of another log is thrown away
+    impressions_position: int
+    clicks_position: int
+    examples_position: int
+    watermark_ms: int
+    impressions_seen_ms: int  # each source's own watermark
+    clicks_seen_ms: int
+
+
+class StateOptions:
+    """RocksDB options shared by every partition of a worker: one block cache, small write buffers."""
+
+    def __init__(self, cache_mb: int = 64) -> None:
+        self._cache = Cache(cache_mb << 20)
+
+    def database(self) -> Options:
+        options = self.family(write_buffer_mb=1)
+        options.create_if_missing(True)
+        options.create_missing_column_families(True)
+        options.set_max_background_jobs(2)
+        options.set_keep_log_file_num(2)
+        options.set_max_total_wal_size(256 << 20)
+        return options
+
+    def family(self, *, write_buffer_mb: int, bloom: bool = False) -> Options:
+        options = Options(raw_mode=True)
+        table = BlockBasedOptions()
+        table.set_block_cache(self._cache)
+        if bloom:
+            table.set_bloom_filter(10, False)  # 10 bits a key: 1 % false positives, and most ids looked up are new
+        options.set_block_based_table_factory(table)
+        options.set_write_buffer_size(write_buffer_mb << 20)
+        options.set_compression_type(DBCompressionType.lz4())
+        return options
+
+
+class StateBatch:
+    """Changes to the state, applied in one atomic write."""
+
+    def __init__(self, state: JoinState) -> None:
+        self._state = state
+        self._batch = WriteBatch(raw_mode=True)
+
+    def remember(self, impressions: Iterable[tuple[bytes, Entry]]) -> None:
+        put, pack, family = self._batch.put, _ENTRY.pack, self._state.ids_family
+        for key, (time_ms, offset, clicked) in impressions:
+            put(key, pack(time_ms, offset, clicked), family)
+
+    def add_pending(self, impressions: Iterable[Pending]) -> None:
+        put, pack, length, family = self._batch.put, _ORDERED.pack, _U32.pack, self._state.payloads_family
+        for time_ms, offset, key, value in impressions:
+            put(pack(time_ms, offset), length(len(key)) + key + value, family)
+
+    def drop_pending(self, impressions: Iterable[tuple[int, int]]) -> None:
+        for time_ms, offset in impressions:
+            self._batch.delete(_ORDERED.pack(time_ms, offset), self._state.payloads_family)
+
+    def drop_pending_before(self, from_ms: int, until_ms: int) -> None:
+        """Drop what is pending with `from_ms <= event time < until_ms`, in one range tombstone."""
+        if until_ms > max(from_ms, 0):
+            begin, end = _ORDERED.pack(max(from_ms, 0), 0), _ORDERED.pack(until_ms, 0)
+            self._batch.delete_range(begin, end, self._state.payloads_family)
+
+    def add_early(self, clicks: Iterable[tuple[bytes, tuple[int, int, bytes]]]) -> None:
+        for key, (time_ms, offset, value) in clicks:
+            self._batch.put(key + _ORDERED.pack(time_ms, offset), value, self._state.early_family)
+
+    def drop_early(self, clicks: Iterable[tuple[bytes, tuple[int, int, bytes]]]) -> None:
+        for key, (time_ms, offset, _) in clicks:
+            self._batch.delete(key + _ORDERED.pack(time_ms, offset), self._state.early_family)
+
+    def add_chunk(self, chunk: Chunk, keys: Sequence[bytes]) -> None:
+        name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.clicks_position, chunk.examples_position)
+        self._batch.put(name, msgspec.msgpack.encode(keys), self._state.chunks_family)
+
+    def forget(self, chunk: Chunk, before_ms: int) -> None:
+        """Forget a chunk's ids, but not one that was used again by an impression of `before_ms` or later."""
+        name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.clicks_position, chunk.examples_position)
+        packed = self._state.chunks.get(name)
+        keys = msgspec.msgpack.decode(packed, type=list[bytes]) if packed else []
+        for key, entry in zip(keys, self._state.entries(keys), strict=True):
+            if entry is not None and entry[0] < before_ms:
+                self._batch.delete(key, self._state.ids_family)
+        self._batch.delete(name, self._state.chunks_family)
+
+    def set_meta(self, meta: JoinMeta) -> None:
+        self._batch.put(b"meta", msgspec.json.encode(meta), self._state.meta_family)
+
+    def write(self) -> None:
+        self._state.db.write(self._batch)
+
+
+class JoinState:
+    """One open database.
+
+    Raises:
+        JoinStateError: it can't be opened. The caller deletes the folder and rebuilds from the log.
+    """
+
+    def __init__(self, path: Path, options: StateOptions) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        families = {
+            "ids": options.family(write_buffer_mb=16, bloom=True),
+            "payloads": options.family(write_buffer_mb=64),
+            "early": options.family(write_buffer_mb=1),
+            "chunks": options.family(write_buffer_mb=4),
+        }
+        try:
+            self.db = Rdict(str(path), options.database(), families, AccessType.read_write())
+        except Exception as error:  # rocksdict raises plain Exception, and panics as BaseException subclasses do not occur
+            raise JoinStateError(
+                f"{path}: expected a RocksDB of the join, could not open it: {error}. Another worker may have it open; "
+                "otherwise it is rebuilt from the log."
+            ) from error
+        self.ids, self.payloads = self.db.get_column_family("ids"), self.db.get_column_family("payloads")
+        self.early, self.chunks = self.db.get_column_family("early"), self.db.get_column_family("chunks")
+        self.ids_family = self.db.get_column_family_handle("ids")
+        self.payloads_family = self.db.get_column_family_handle("payloads")
+        self.early_family = self.db.get_column_family_handle("early")
+        self.chunks_family = self.db.get_column_family_handle("chunks")
+        self.meta_family = self.db.get_column_family_handle("default")
+
+    def meta(self) -> JoinMeta | None:
+        """Up to where the state goes; None in a new database, or where it can't be read."""
+        packed = self.db.get(b"meta")
+        try:
+            return msgspec.json.decode(packed, type=JoinMeta) if packed else None
+        except msgspec.DecodeError:
+            return None
+
+    def batch(self) -> StateBatch:
+        return StateBatch(self)
+
+    def packed_entries(self, keys: list[bytes]) -> list[bytes | None]:
+        """The stored form of each id's entry, None where the id is not remembered: one multi-get."""
+        return self.ids.get(keys) if keys else []
+
+    def entries(self, keys: list[bytes]) -> list[Entry | None]:
+        """Event time, offset and whether clicked, of each id; None where it is not remembered."""
+        return [None if packed is None else _ENTRY.unpack(packed) for packed in self.packed_entries(keys)]
+
+    def values(self, impressions: Sequence[tuple[int, int]]) -> list[bytes | None]:
+        """The bytes of pending impressions by (event time, offset)."""
+        if not impressions:
+            return []
+        found = self.payloads.get([_ORDERED.pack(time_ms, offset) for time_ms, offset in impressions])
+        return [None if row is None else row[4 + _U32.unpack_from(row)[0] :] for row in found]
+
+    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[Pending]:
+        """Pending impressions with `from_ms <= event time < until_ms`, in order of (event time, offset)."""
+        if until_ms <= max(from_ms, 0):
+            return
+        read = ReadOptions()
+        read.set_iterate_upper_bound(_ORDERED.pack(until_ms, 0))
+        read.set_readahead_size(1 << 20)
+        unpack, length = _ORDERED.unpack, _U32.unpack_from
+        for key, row in self.payloads.items(from_key=_ORDERED.pack(max(from_ms, 0), 0), read_opt=read):
+            time_ms, offset = unpack(key)
+            cut = 4 + length(row)[0]
+            yield time_ms, offset, row[4:cut], row[cut:]
+
+    def early_clicks(self) -> Iterator[tuple[bytes, tuple[int, int, bytes]]]:
+        """Every early click: id and (event time, offset, bytes)."""
+        size = _ORDERED.size
+        for key, value in self.early.items():
+            time_ms, offset = _ORDERED.unpack(key[-size:])
+            yield key[:-size], (time_ms, offset, value)
+
+    def all_chunks(self) -> Iterator[Chunk]:
+        for key in self.chunks.keys():  # noqa: SIM118
+            yield Chunk(*_CHUNK.unpack(key))
+
+    def count_pending(self) -> int:
+        """Pending impressions, counted by a scan: for recovery and checks, not for the hot path."""
+        return sum(1 for _ in self.payloads.keys())  # noqa: SIM118
+
+    def close(self) -> None:
+        """Flush and close. RocksDB gives up its lock only when every handle is gone, so none is kept."""
+        for name in ("ids", "payloads", "early", "chunks", "db"):
+            with contextlib.suppress(Exception):  # closing twice is fine
+                getattr(self, name).close()
+            self.__dict__.pop(name, None)
+        for name in ("ids_family", "payloads_family", "early_family", "chunks_family", "meta_family"):
+            self.__dict__.pop(name, None)
+
+    @staticmethod
+    def destroy(path: Path) -> None:
+        """Delete the folder; the log has everything that it held."""
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,226 @@
+"""What the `snapshots` topic says: records in, state out. Pure: no Kafka, no clock.
+
+The topic is compacted, so the state is the last value of each key: `version/N` for each announced version,
+`alias/champion` for what scorers serve, `alias/trainer` for who may announce. Compaction can leave an alias before the
+version it names, so the state is only to be acted on once the log has been read to its end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from state.manifest import Manifest, finite_or_null, nan_for_null
+
+__all__ = [
+    "CHAMPION_KEY",
+    "TRAINER_KEY",
+    "Champion",
+    "Move",
+    "RegistryState",
+    "TrainerLease",
+    "VersionRecord",
+    "encode_record",
+    "version_key",
+]
+
+CHAMPION_KEY = "alias/champion"
+TRAINER_KEY = "alias/trainer"
+_VERSION_PREFIX = "version/"
+
+# Moves kept in the champion's record. They make a retried operation recognisable (it runs again within seconds) and
+# show who did what lately; at about 200 bytes each they dominate a record that is written with every promotion.
+KEPT_MOVES = 20
+# Times kept in a version's record: a version is rarely champion more than twice.
+KEPT_TIMES = 20
+# Ranges of versions rolled back from; older ones fall out, by when their versions are long superseded.
+KEPT_RANGES = 50
+# Malformed records remembered for the operator; the count goes on.
+KEPT_PROBLEMS = 100
+
+How = Literal["auto", "promote", "rollback"]
+
+
+class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One announced version: its manifest in short, and what became of it.
+
+    `champion_at_ms` are the times at which it became champion, ascending: together the versions hold the champion's
+    whole history, which no single record of a compacted topic could. `gate` says why it was promoted or stays a
+    candidate.
+    """
+
+    version: int
+    parent: int | None = None
+    base: int | None = None
+    kind: str = "full"
+    epoch: int = 0
+    created_at_ms: int = 0
+    watermark_ms: int = 0
+    examples_seen: int = 0
+    metrics: dict[str, float] = msgspec.field(default_factory=dict)
+    schema_hash: str = ""
+    size: int = 0
+    announced_at_ms: int = 0
+    who: str = ""
+    gate: str = ""
+    champion_at_ms: tuple[int, ...] = ()
+    good_at_ms: int | None = None
+
+    @classmethod
+    def of(cls, manifest: Manifest, *, now_ms: int, who: str, gate: str) -> VersionRecord:
+        """The record that announces a version."""
+        return cls(
+            version=manifest.version,
+            parent=manifest.parent,
+            base=manifest.base,
+            kind=manifest.kind,
+            epoch=manifest.epoch,
+            created_at_ms=manifest.created_at_ms,
+            watermark_ms=manifest.watermark_ms,
+            examples_seen=manifest.examples_seen,
+            metrics=manifest.metrics,
+            schema_hash=manifest.schema_hash,
+            size=manifest.size,
+            announced_at_ms=now_ms,
+            who=who,
+            gate=gate,
+        )
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """One change of the champion. `operation` is an id drawn by who asked: a retry finds what it has done already."""
+
+    version: int
+    previous: int | None
+    who: str
+    at_ms: int
+    reason: str
+    how: How
+    operation: str
+
+
+class Champion(msgspec.Struct, frozen=True, kw_only=True):
+    """The alias that scorers serve, and whether auto-promotion is held.
+
+    `rolled_back` are half-open ranges (low, high]: versions that a rollback went back over. They don't count as good.
+    """
+
+    version: int | None = None
+    previous: int | None = None
+    who: str = ""
+    at_ms: int = 0
+    reason: str = ""
+    how: How = "auto"
+    hold: bool = False
+    hold_reason: str = ""
+    hold_who: str = ""
+    hold_at_ms: int = 0
+    rolled_back: tuple[tuple[int, int], ...] = ()
+    moves: tuple[Move, ...] = ()
+
+    def was_rolled_back(self, version: int) -> bool:
+        """Whether a rollback went back over this version."""
+        return any(low < version <= high for low, high in self.rolled_back)
+
+
+class TrainerLease(msgspec.Struct, frozen=True, kw_only=True):
+    """Which trainer may announce: the one that took the largest epoch."""
+
+    epoch: int = 0
+    who: str = ""
+    at_ms: int = 0
+
+
+Record = VersionRecord | Champion | TrainerLease
+T = TypeVar("T", VersionRecord, Champion, TrainerLease)
+
+
+@dataclass(slots=True)
+class RegistryState:
+    """The registry as of some offset. Changed in place by `apply`: one owner, read on the same event loop."""
+
+    versions: dict[int, VersionRecord] = field(default_factory=dict)
+    champion: Champion = field(default_factory=Champion)
+    trainer: TrainerLease = field(default_factory=TrainerLease)
+    problems: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
+    problem_count: int = 0
+
+    @property
+    def champion_record(self) -> VersionRecord | None:
+        """The champion's own record; None without a champion."""
+        return None if self.champion.version is None else self.versions.get(self.champion.version)
+
+    @property
+    def newest(self) -> int:
+        """The largest version ever announced; 0 when there is none. A collector of old versions must keep it."""
+        return max(max(self.versions, default=0), self.champion.version or 0)
+
+    def champion_at(self, at_ms: int) -> int | None:
+        """The champion at a wall clock time (ms since epoch); None when there was none or it is not remembered."""
+        moves = (
+            (at, record.version) for record in self.versions.values() for at in record.champion_at_ms if at <= at_ms
+        )
+        return max(moves, default=(0, None))[1]
+
+    def done(self, operation: str) -> Move | None:
+        """The move that an operation has made already."""
+        return next((move for move in self.champion.moves if move.operation == operation), None)
+
+    def apply(self, key: bytes | None, value: bytes | None, offset: int) -> str | None:
+        """Take in one record of the topic; never raises.
+
+        Returns:
+            None, or what is wrong with the record, which then changed nothing.
+        """
+        try:
+            self._apply((key or b"").decode(), value)
+        except (msgspec.MsgspecError, ValueError) as error:
+            problem = f"snapshots offset {offset}, key {key!r}: {error}"
+            self.problems.append(problem)
+            self.problem_count += 1
+            return problem
+        return None
+
+    def _apply(self, key: str, value: bytes | None) -> None:
+        if key.startswith(_VERSION_PREFIX):
+            number = key.removeprefix(_VERSION_PREFIX)
+            if not (number.isascii() and number.isdigit()):
+                raise ValueError(f"expected version/N with a number, found {number!r}")
+            version = int(number)
+            if value is None:
+                self.versions.pop(version, None)
+                return
+            record = _decode(value, VersionRecord)
+            if record.version != version:
+                raise ValueError(f"expected version {version} in the value, found {record.version}")
+            self.versions[version] = record
+        elif key == CHAMPION_KEY:
+            self.champion = Champion() if value is None else _decode(value, Champion)
+        elif key == TRAINER_KEY:
+            self.trainer = TrainerLease() if value is None else _decode(value, TrainerLease)
+        elif not key.startswith("alias/"):  # other aliases are a newer writer's
+            raise ValueError("expected version/N or alias/NAME")
+
+
+def version_key(version: int) -> str:
+    """Key of a version's record."""
+    return f"{_VERSION_PREFIX}{version}"
+
+
+def encode_record(record: Record) -> bytes:
+    """As JSON; a metric that isn't finite becomes null."""
+    document = msgspec.to_builtins(record)
+    if isinstance(record, VersionRecord):
+        document["metrics"] = finite_or_null(record.metrics)
+    return msgspec.json.encode(document)
+
+
+def _decode(value: bytes, kind: type[T]) -> T:
+    """Fields that this code doesn't know are ignored: older readers read newer records."""
+    document: Any = msgspec.json.decode(value)
+    if kind is VersionRecord and isinstance(document, dict):
+        document["metrics"] = nan_for_null(document.get("metrics"))
+    return msgspec.convert(document, kind)

@@ -1,0 +1,225 @@
+"""What each scorer says of itself: which version it serves and how far it has read the registry.
+
+A heartbeat is one record on `scorers`, keyed by worker id; a tombstone says that the worker stopped by itself. A worker
+whose last heartbeat is older than the limit is taken for dead. Ages are told by the records' own timestamps (the broker's
+clock), so that a reader whose clock is off doesn't take the living for dead.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+import msgspec
+
+from stream.clients import aiokafka_options
+from stream.errors import StreamError, TopicError
+from stream.settings import KafkaSettings, ScorerSettings
+from stream.topics import TopicNames
+
+__all__ = ["Confirmation", "Heartbeat", "HeartbeatReader", "HeartbeatSender", "live_limit_ms"]
+
+# Looking starts this many records before the end of each partition: at one a second from each of 100 scorers that is more
+# than a minute, several times any sensible lease, and it reads in a fraction of a second however long the topic is.
+TAIL_RECORDS = 10_000
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
+    """One scorer at one moment.
+
+    `version` is the version that answers now, -1 for none. `registry_offset` is the registry reader's `position`: the next
+    offset it has not applied. A scorer sends it only once what stands below it is in effect: a swap that is still loading
+    must not be overtaken by a newer offset beside an old version, and must check that it is still wanted when it ends.
+    """
+
+    worker: str
+    version: int
+    since_ms: int
+    host: str
+    registry_offset: int
+    at_ms: int
+    stale: bool = False
+
+
+class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
+    """A scorer that serves the version asked for; `after_ms` since the wait began."""
+
+    worker: str
+    after_ms: float
+
+
+def live_limit_ms(settings: ScorerSettings) -> int:
+    """A heartbeat older than this is a dead worker's: three missed ones, or the lease if that is longer."""
+    return max(3 * settings.heartbeat_ms, settings.lease_ms)
+
+
+class HeartbeatSender:
+    """A scorer's own heartbeats. `send` when something changed, and every `scorer.heartbeat_ms` besides."""
+
+    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, worker: str, host: str | None = None) -> None:
+        self._kafka = kafka
+        self._topic = names.scorers
+        self._worker = worker
+        self._host = host or socket.gethostname()
+        self._producer: Any = None
+
+    async def start(self) -> None:
+        """Connect.
+
+        Raises:
+            StreamError: Kafka can't be reached.
+        """
+        from aiokafka import AIOKafkaProducer
+        from aiokafka.errors import KafkaError
+
+        producer = AIOKafkaProducer(**aiokafka_options(self._kafka), acks="all", enable_idempotence=True)
+        try:
+            await producer.start()
+        except KafkaError as error:
+            await producer.stop()
+            raise _unreachable(self._kafka, error) from error
+        self._producer = producer
+
+    async def send(self, version: int, since_ms: int, registry_offset: int, *, stale: bool = False) -> None:
+        """Say what is served now; returns when the brokers have it.
+
+        Raises:
+            aiokafka.errors.KafkaError: it didn't get there; the next one may.
+        """
+        beat = Heartbeat(
+            worker=self._worker,
+            version=version,
+            since_ms=since_ms,
+            host=self._host,
+            registry_offset=registry_offset,
+            at_ms=_now_ms(),
+            stale=stale,
+        )
+        await self._producer.send_and_wait(self._topic, key=self._worker.encode(), value=msgspec.json.encode(beat))
+
+    async def close(self) -> None:
+        """Leave a tombstone, so that nobody waits for this worker, and disconnect."""
+        producer, self._producer = self._producer, None
+        if producer is None:
+            return
+        try:
+            await producer.send_and_wait(self._topic, key=self._worker.encode(), value=None)
+        finally:
+            await producer.stop()
+
+
+class HeartbeatReader:
+    """All scorers' heartbeats. Looking writes nothing.
+
+    ```python
+    async with HeartbeatReader(settings.kafka, names, limit_ms=live_limit_ms(settings.scorer)) as scorers:
+        live = await scorers.live()
+    ```
+    """
+
+    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, limit_ms: int) -> None:
+        self._kafka = kafka
+        self._topic = names.scorers
+        self._limit_ms = limit_ms
+        self._consumer: Any = None
+        self._partitions: list[Any] = []
+        self._last: dict[str, tuple[int, Heartbeat | None]] = {}  # worker → record timestamp, None for a clean stop
+
+    async def __aenter__(self) -> HeartbeatReader:
+        from aiokafka import AIOKafkaConsumer, TopicPartition
+        from aiokafka.errors import KafkaError
+
+        consumer = AIOKafkaConsumer(
+            **aiokafka_options(self._kafka), group_id=None, enable_auto_commit=False, auto_offset_reset="earliest"
+        )
+        try:
+            await consumer.start()
+            if self._topic not in await consumer.topics():
+                raise TopicError(
+                    f"topic {self._topic}: expected at {self._kafka.bootstrap_servers}, found none of that name. "
+                    "`headrace topics create` makes it; topics.prefix is part of the name."
+                )
+            self._partitions = [
+                TopicPartition(self._topic, number) for number in sorted(consumer.partitions_for_topic(self._topic))
+            ]
+            first = await consumer.beginning_offsets(self._partitions)
+            end = await consumer.end_offsets(self._partitions)
+        except KafkaError as error:
+            await consumer.stop()
+            raise _unreachable(self._kafka, error) from error
+        except BaseException:
+            await consumer.stop()
+            raise
+        consumer.assign(self._partitions)
+        for partition in self._partitions:
+            consumer.seek(partition, max(first[partition], end[partition] - TAIL_RECORDS))
+        self._consumer = consumer
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        consumer, self._consumer = self._consumer, None
+        await consumer.stop()
+
+    async def live(self, *, now_ms: int | None = None) -> list[Heartbeat]:
+        """The scorers that are alive at `now_ms` on the broker's clock (default: this machine's), by worker id."""
+        end = await self._consumer.end_offsets(self._partitions)
+        while any([await self._consumer.position(each) < end[each] for each in self._partitions]):
+            await self._poll(10)
+        return self._alive(_now_ms() if now_ms is None else now_ms)
+
+    async def wait_for_confirmations(
+        self, registry_offset: int, version: int, timeout_ms: int, *, now_ms: int | None = None
+    ) -> tuple[list[Confirmation], list[Heartbeat]]:
+        """Wait until every live scorer has read the registry to `registry_offset` and serves `version`.
+
+        Args:
+            registry_offset: the position after the change (`Written.position`), so that no older heartbeat confirms it.
+            now_ms: the broker's clock at the change (`Written.at_ms`): who was alive then must confirm, and who comes
+                later too. A scorer that leaves a tombstone meanwhile is no longer waited for.
+
+        Returns:
+            Who confirmed and when, and the last heartbeat of who did not.
+        """
+        began = time.monotonic()
+        began_ms = _now_ms() if now_ms is None else now_ms
+        await self.live(now_ms=began_ms)
+        confirmed: dict[str, Confirmation] = {}
+        while True:
+            elapsed_ms = (time.monotonic() - began) * 1_000
+            # Judged by the moment of the change: a scorer that dies while we wait stays unconfirmed, not forgotten.
+            alive = {beat.worker: beat for beat in self._alive(began_ms)}
+            for worker, beat in alive.items():
+                if beat.registry_offset >= registry_offset and beat.version == version and not beat.stale:
+                    confirmed.setdefault(worker, Confirmation(worker=worker, after_ms=round(elapsed_ms, 1)))
+            missing = [beat for worker, beat in alive.items() if worker not in confirmed]
+            if not missing or elapsed_ms >= timeout_ms:
+                return list(confirmed.values()), missing
+            await self._poll(min(100, max(1, int(timeout_ms - elapsed_ms))))
+
+    def _alive(self, now_ms: int) -> list[Heartbeat]:
+        beats = (beat for at_ms, beat in self._last.values() if beat is not None and now_ms - at_ms <= self._limit_ms)
+        return sorted(beats, key=lambda beat: beat.worker)
+
+    async def _poll(self, timeout_ms: int) -> None:
+        for records in (await self._consumer.getmany(*self._partitions, timeout_ms=timeout_ms)).values():
+            for record in records:
+                worker = (record.key or b"").decode(errors="replace")
+                beat = None
+                if record.value is not None:
+                    try:
+                        beat = msgspec.json.decode(record.value, type=Heartbeat)
+                    except (msgspec.MsgspecError, UnicodeDecodeError):
+                        continue  # a newer or foreign writer's; the worker counts by its last readable one
+                self._last[worker] = (record.timestamp, beat)
+
+
+def _unreachable(kafka: KafkaSettings, error: Exception) -> StreamError:
+    return StreamError(
+        f"Kafka at {kafka.bootstrap_servers}: expected an answer about the scorers, found {error!r}. Is it running? "
+        "`headrace kafka status`; another address: HEADRACE_KAFKA__BOOTSTRAP_SERVERS."
+    )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,136 @@
+"""Reading a run of impressions or clicks: the envelope only (id, event time, well-formed JSON).
+
+The fast path decodes a whole run in one call. Whatever it can't vouch for goes record by record through `_read_one`, which is
+the reference: both use the same decoder, so they agree by construction on every record that is one line of UTF-8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import msgspec
+
+from stream.dead_letters import DeadLetter
+
+__all__ = ["WATERMARK_HEADER", "Events", "read_run"]
+
+WATERMARK_HEADER = "headrace-watermark"
+MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of year 9999, the last that ISO 8601 writes in four digits
+
+
+class _Envelope(msgspec.Struct):
+    impression_id: Annotated[str, msgspec.Meta(min_length=1)]
+    timestamp: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIMESTAMP_MS)]
+
+
+_decoder = msgspec.json.Decoder(_Envelope)
+
+
+@dataclass(slots=True)
+class Events:
+    """The usable events of one run, column by column, and what was found beside them."""
+
+    keys: list[bytes] = field(default_factory=list)
+    times_ms: list[int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    values: list[bytes] = field(default_factory=list)
+    records: list[Any] = field(default_factory=list)
+    dead: list[DeadLetter] = field(default_factory=list)
+    watermark_ms: int = -1  # the largest watermark record, -1 without one
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def read_run(records: Sequence[Any], max_future_ms: int) -> Events:
+    """Read the envelopes of one run (aiokafka ConsumerRecords of one partition, in order of offset).
+
+    An event more than `max_future_ms` ahead of its own arrival (the record's Kafka timestamp) is a dead letter: judged
+    against the record and not against the clock, so that a replay decides the same.
+    """
+    fast = _read_fast(records, max_future_ms)
+    return fast if fast is not None else _read_slow(records, max_future_ms)
+
+
+def _read_fast(records: Sequence[Any], max_future_ms: int) -> Events | None:
+    """Decode a run in one call; None where any record needs a closer look."""
+    values = [record.value for record in records]
+    keys = [record.key for record in records]
+    try:
+        lines = b"\n".join(values)
+        if lines.count(b"\n") != max(len(values) - 1, 0):
+            return None  # a line break inside a value: lines and records are not one to one
+        lines.decode()
+        envelopes = _decoder.decode_lines(lines)
+    except (TypeError, UnicodeDecodeError, msgspec.DecodeError):
+        return None
+    if [envelope.impression_id.encode() for envelope in envelopes] != keys:
+        return None
+    times = [envelope.timestamp for envelope in envelopes]
+    if records and max(times) - min(record.timestamp for record in records) > max_future_ms:
+        return None
+    return Events(keys, times, [record.offset for record in records], values, list(records))
+
+
+def _read_slow(records: Sequence[Any], max_future_ms: int) -> Events:
+    events = Events()
+    for record in records:
+        verdict = _read_one(record, max_future_ms)
+        if isinstance(verdict, DeadLetter):
+            events.dead.append(verdict)
+        elif isinstance(verdict, int):
+            events.watermark_ms = max(events.watermark_ms, verdict)
+        else:
+            events.keys.append(record.key)
+            events.times_ms.append(verdict.timestamp)
+            events.offsets.append(record.offset)
+            events.values.append(record.value)
+            events.records.append(record)
+    return events
+
+
+def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter | int:
+    """The verdict on one record: its envelope, a dead letter, or the time of a watermark record."""
+    value = record.value
+    if not value:
+        mark = dict(record.headers).get(WATERMARK_HEADER)
+        if mark is None:
+            return DeadLetter.of(record, "empty_value", "$", "expected a JSON object, found an empty value")
+        if mark.isdigit() and int(mark) <= MAX_TIMESTAMP_MS:
+            return int(mark)
+        message = f"header {WATERMARK_HEADER}: expected milliseconds since the epoch, found {mark!r}"
+        return DeadLetter.of(record, "out_of_range", "$", message)
+    try:
+        value.decode()
+    except UnicodeDecodeError as error:
+        return DeadLetter.of(record, "bad_utf8", "$", f"expected UTF-8, found byte {value[error.start]:#04x} at {error.start}")
+    try:
+        envelope = _decoder.decode(value)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        reason = "missing_field" if "missing required field" in text else "wrong_type"
+        if "Expected `int` >=" in text or "Expected `int` <=" in text or "length >=" in text:
+            reason = "out_of_range"
+        return DeadLetter.of(record, reason, _path_in(text), text)
+    except msgspec.DecodeError as error:
+        return DeadLetter.of(record, "malformed_json", "$", str(error))
+    if envelope.impression_id.encode() != record.key:
+        message = f"expected the record's key {record.key!r}, found {envelope.impression_id!r}"
+        return DeadLetter.of(record, "id_mismatch", "$.impression_id", message)
+    if envelope.timestamp - record.timestamp > max_future_ms:
+        message = (
+            f"expected at most {max_future_ms} ms after the record's arrival at {record.timestamp}, found {envelope.timestamp}"
+        )
+        return DeadLetter.of(record, "future_timestamp", "$.timestamp", message)
+    return envelope
+
+
+def _path_in(text: str) -> str:
+    """The path that msgspec's message ends with: `… - at `$.timestamp``; a missing field is named in the message."""
+    if " - at `" in text:
+        return text.rsplit(" - at `", 1)[1].rstrip("`")
+    if "missing required field `" in text:
+        return "$." + text.split("missing required field `", 1)[1].split("`", 1)[0]
+    return "$"

@@ -1,0 +1,320 @@
+"""The decisions of the join, pure: a state and one step's events in; labels, dead letters and state changes out.
+
+Times are event times in ms. With W the watermark, `window`, `horizon` and `skew` from the settings:
+
+- a click counts for its impression when -skew <= t_click - t_impression <= window;
+- an impression is negative once t_impression + window < W; a click without one is an orphan once t_click + skew < W;
+- an impression older than W - window - horizon is late;
+- an impression is a duplicate of the remembered one with its id when it is at most `horizon` newer. The rule looks at the two
+  records alone, not at W, so that a rebuild, which knows only today's W, decides as it was decided then;
+- ids are remembered until W - window - 2 * horizon: the oldest that an impression which isn't late can be a duplicate of.
+
+A step takes its impressions, then its clicks, and only then moves the watermark and expires: how a log was cut into steps never
+changes a label that the watermark has not yet settled.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from state.join_state import Chunk, Entry
+from stream.dead_letters import DeadLetter
+from stream.join.events import Events
+from stream.settings import JoinSettings
+
+__all__ = ["NEVER_MS", "EarlyClick", "Example", "Memory", "Plan", "Step", "StoredState", "watermark"]
+
+# Before the first event of a source. Event times are >= 0, and so is every watermark after the first event.
+NEVER_MS = -(1 << 62)
+
+Example = tuple[bytes, bytes, int, int, int]  # id, value, impression time, source offset, click time (-1: negative)
+
+
+class StoredState(Protocol):
+    """What the logic reads of `state.join_state.JoinState`; tests put a dictionary behind it."""
+
+    def entries(self, keys: list[bytes]) -> list[Entry | None]: ...
+    def packed_entries(self, keys: list[bytes]) -> list[bytes | None]: ...
+    def values(self, impressions: list[tuple[int, int]]) -> list[bytes | None]: ...
+    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes]]: ...
+
+
+EarlyClick = tuple[int, int, bytes]  # event time, offset, the record's value
+
+
+@dataclass(slots=True)
+class Memory:
+    """The part of a partition's state that is small enough to stand in memory; RocksDB has it too.
+
+    Early clicks are those whose impression has not come; a chunk is what one step remembered. Both come in order of offset, and
+    dictionaries keep that order, so the first of each is the low-water mark.
+    """
+
+    watermark_ms: int = NEVER_MS
+    impressions_seen_ms: int = NEVER_MS
+    clicks_seen_ms: int = NEVER_MS
+    early: dict[bytes, list[EarlyClick]] = field(default_factory=dict)
+    _early_offsets: dict[int, None] = field(default_factory=dict)
+    _early_due: list[tuple[int, int, bytes]] = field(default_factory=list)  # a heap; clicks matched since stay in it
+    _chunks: dict[int, Chunk] = field(default_factory=dict)
+    _chunks_due: list[tuple[int, int]] = field(default_factory=list)  # a heap by largest event time
+
+    def add_early(self, key: bytes, click: EarlyClick) -> None:
+        self.early.setdefault(key, []).append(click)
+        self._early_offsets[click[1]] = None
+        heapq.heappush(self._early_due, (click[0], click[1], key))
+
+    def drop_early(self, key: bytes, clicks: Iterable[EarlyClick]) -> None:
+        gone = {offset for _, offset, _ in clicks}
+        left = [click for click in self.early[key] if click[1] not in gone]
+        if left:
+            self.early[key] = left
+        else:
+            del self.early[key]
+        for offset in gone:
+            del self._early_offsets[offset]
+
+    def due_early(self, before_ms: int) -> Iterator[tuple[bytes, EarlyClick]]:
+        """Take out the early clicks whose time is before `before_ms`."""
+        while self._early_due and self._early_due[0][0] < before_ms:
+            _, offset, key = heapq.heappop(self._early_due)
+            for click in self.early.get(key, ()):
+                if click[1] == offset:
+                    self.drop_early(key, [click])
+                    yield key, click
+                    break
+
+    def add_chunk(self, chunk: Chunk) -> None:
+        self._chunks[chunk.first_offset] = chunk
+        heapq.heappush(self._chunks_due, (chunk.max_time_ms, chunk.first_offset))
+
+    def due_chunks(self, before_ms: int) -> list[Chunk]:
+        """Take out the chunks whose every id may be forgotten."""
+        due = []
+        while self._chunks_due and self._chunks_due[0][0] < before_ms:
+            due.append(self._chunks.pop(heapq.heappop(self._chunks_due)[1]))
+        return due
+
+    def low_water(self, impressions: int, clicks: int, examples: int) -> tuple[int, int, int]:
+        """The earliest offsets that what is remembered still needs, given the positions now."""
+        for chunk in self._chunks.values():
+            impressions, examples = min(impressions, chunk.first_offset), min(examples, chunk.examples_position)
+            break
+        for offset in self._early_offsets:
+            clicks = min(clicks, offset)
+            break
+        return impressions, clicks, examples
+
+
+@dataclass(slots=True)
+class Plan:
+    """What one step decided: what goes out in its transaction, and what changes in the state after it."""
+
+    examples: list[Example] = field(default_factory=list)
+    dead: list[DeadLetter] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    remembered: dict[bytes, Entry] = field(default_factory=dict)
+    new_ids: list[bytes] = field(default_factory=list)
+    new_pending: dict[tuple[int, int], tuple[bytes, bytes]] = field(default_factory=dict)
+    dropped_pending: list[tuple[int, int]] = field(default_factory=list)
+    new_early: list[tuple[bytes, EarlyClick]] = field(default_factory=list)
+    dropped_early: list[tuple[bytes, EarlyClick]] = field(default_factory=list)
+    forgotten: list[Chunk] = field(default_factory=list)
+    expired_from_ms: int = 0
+    expired_until_ms: int = 0
+    watermark_ms: int = NEVER_MS
+    capped: bool = False  # more is due than one transaction takes: the watermark stopped short of where it could be
+
+
+def watermark(memory: Memory, *, impressions_idle: bool, clicks_idle: bool) -> int:
+    """The watermark that a partition's sources allow; it never falls, and holds while both are idle."""
+    if impressions_idle and clicks_idle:
+        allowed = min(memory.impressions_seen_ms, memory.clicks_seen_ms)
+    elif impressions_idle:
+        allowed = memory.clicks_seen_ms
+    elif clicks_idle:
+        allowed = memory.impressions_seen_ms
+    else:
+        allowed = min(memory.impressions_seen_ms, memory.clicks_seen_ms)
+    return max(memory.watermark_ms, allowed)
+
+
+class Step:
+    """One step over a partition. Call `impressions` and `clicks` for each run in order, then `close`.
+
+    The state isn't touched; `Memory` is changed as decided, so a step that can't be committed ends the process.
+    """
+
+    def __init__(self, settings: JoinSettings, state: StoredState, memory: Memory) -> None:
+        self._window, self._horizon, self._skew = (
+            settings.window_ms,
+            settings.dedupe_horizon_ms,
+            settings.negative_skew_ms,
+        )
+        self._lateness, self._max_outputs = settings.lateness_ms, settings.max_outputs
+        self._state, self._memory = state, memory
+        self.plan = Plan(watermark_ms=memory.watermark_ms)
+        self._late_before = memory.watermark_ms - self._window - self._horizon
+        self._forget_before = self._late_before - self._horizon
+
+    def impressions(self, events: Events) -> None:
+        """Remember a run's impressions; those with an early click in the window are labelled at once."""
+        plan, memory = self.plan, self._memory
+        plan.dead.extend(events.dead)
+        self._see("impressions", events)
+        if not events.keys:
+            return
+        stored = self._state.packed_entries(events.keys)
+        fresh = dict(zip(events.keys, zip(events.times_ms, events.offsets, [False] * len(events), strict=True), strict=True))
+        if (
+            len(fresh) == len(events)
+            and stored.count(None) == len(stored)
+            and min(events.times_ms) >= self._late_before
+            and fresh.keys().isdisjoint(plan.remembered)
+            and (not memory.early or fresh.keys().isdisjoint(memory.early))
+        ):
+            # Nothing but new ids, and no click waits for them: the whole run at once.
+            plan.remembered.update(fresh)
+            plan.new_ids.extend(events.keys)
+            places = zip(events.times_ms, events.offsets, strict=True)
+            plan.new_pending.update(zip(places, zip(events.keys, events.values, strict=True), strict=True))
+            plan.counts["impressions"] += len(events)
+        else:
+            self._impressions_one_by_one(events)
+
+    def _impressions_one_by_one(self, events: Events) -> None:
+        plan = self.plan
+        entries = self._state.entries(events.keys)
+        for index, (key, time_ms, offset) in enumerate(zip(events.keys, events.times_ms, events.offsets, strict=True)):
+            known = plan.remembered.get(key) or entries[index]
+            if time_ms < self._late_before:
+                bound = f"{self._late_before} (watermark - window - dedupe horizon)"
+                message = f"expected an event time of at least {bound}, found {time_ms}"
+                plan.dead.append(DeadLetter.of(events.records[index], "late_impression", "$.timestamp", message))
+                plan.counts["late_impressions"] += 1
+            elif known is not None and time_ms <= known[0] + self._horizon:
+                plan.counts["duplicate_impressions"] += 1
+            else:
+                plan.counts["impressions"] += 1
+                plan.new_ids.append(key)
+                click_ms = self._take_early(key, time_ms)
+                plan.remembered[key] = (time_ms, offset, click_ms is not None)
+                if click_ms is None:
+                    plan.new_pending[time_ms, offset] = (key, events.values[index])
+                else:
+                    plan.examples.append((key, events.values[index], time_ms, offset, click_ms))
+
+    def _take_early(self, key: bytes, time_ms: int) -> int | None:
+        """The earliest early click that counts for this impression; the others in its window are duplicates of it."""
+        waiting = self._memory.early.get(key)
+        if not waiting:
+            return None
+        counting = sorted(click for click in waiting if -self._skew <= click[0] - time_ms <= self._window)
+        if not counting:
+            return None
+        self._memory.drop_early(key, counting)
+        self.plan.dropped_early.extend((key, click) for click in counting)
+        self.plan.counts["matched_clicks"] += 1
+        self.plan.counts["duplicate_clicks"] += len(counting) - 1
+        return counting[0][0]
+
+    def clicks(self, events: Events) -> None:
+        """Match a run's clicks: a click in the window of a pending impression makes it positive."""
+        plan = self.plan
+        plan.dead.extend(events.dead)
+        self._see("clicks", events)
+        entries = self._state.entries(events.keys)
+        matched: list[tuple[bytes, int, int, int]] = []
+        for index, (key, time_ms, offset) in enumerate(zip(events.keys, events.times_ms, events.offsets, strict=True)):
+            plan.counts["clicks"] += 1
+            entry = plan.remembered.get(key) or entries[index]
+            in_window = entry is not None and -self._skew <= time_ms - entry[0] <= self._window
+            if entry is None or not in_window or entry[0] < self._forget_before:
+                self._keep_early(events.records[index], key, time_ms, offset)
+            elif entry[2]:
+                plan.counts["duplicate_clicks"] += 1
+            elif entry[0] + self._window < plan.watermark_ms:
+                plan.counts["late_clicks"] += 1
+            else:
+                plan.counts["matched_clicks"] += 1
+                plan.remembered[key] = (entry[0], entry[1], True)
+                matched.append((key, entry[0], entry[1], time_ms))
+        self._label_positive(matched)
+
+    def _label_positive(self, matched: list[tuple[bytes, int, int, int]]) -> None:
+        plan = self.plan
+        stored = [(time_ms, offset) for _, time_ms, offset, _ in matched if (time_ms, offset) not in plan.new_pending]
+        values = dict(zip(stored, self._state.values(stored), strict=True))
+        plan.dropped_pending.extend(stored)
+        for key, time_ms, offset, click_ms in matched:
+            new = plan.new_pending.pop((time_ms, offset), None)
+            value = new[1] if new is not None else values[time_ms, offset]
+            if value is None:
+                raise RuntimeError(
+                    f"impression {key!r} at offset {offset} is pending but its bytes are not in the state: "
+                    "the state folder is damaged. Stop the worker, delete it and start again; it is rebuilt from the log."
+                )
+            plan.examples.append((key, value, time_ms, offset, click_ms))
+
+    def _keep_early(self, record: Any, key: bytes, time_ms: int, offset: int) -> None:
+        if time_ms + self._skew < self._memory.watermark_ms:
+            self._orphan(DeadLetter.of(record, "orphan_click", "$.impression_id", ""), time_ms)
+        elif any(click[0] == time_ms for click in self._memory.early.get(key, ())):
+            self.plan.counts["duplicate_clicks"] += 1
+        else:
+            click = (time_ms, offset, record.value)
+            self._memory.add_early(key, click)
+            self.plan.new_early.append((key, click))
+
+    def _orphan(self, letter: DeadLetter, time_ms: int) -> None:
+        message = (
+            f"expected an impression with this id and {-self._skew} <= click - impression <= {self._window} ms, "
+            f"found none by watermark {self._memory.watermark_ms} for the click at {time_ms}"
+        )
+        self.plan.dead.append(letter._replace(message=message))
+        self.plan.counts["orphan_clicks"] += 1
+
+    def _see(self, source: str, events: Events) -> None:
+        seen = max((max(events.times_ms) - self._lateness) if events.times_ms else NEVER_MS, events.watermark_ms)
+        if source == "impressions":
+            self._memory.impressions_seen_ms = max(self._memory.impressions_seen_ms, seen)
+        else:
+            self._memory.clicks_seen_ms = max(self._memory.clicks_seen_ms, seen)
+
+    def close(self, watermark_ms: int, clicks_topic: str, partition: int) -> Plan:
+        """Move the watermark to `watermark_ms` and expire what it settles, at most about `max_outputs` labels of it.
+
+        Where that is too much for one transaction the watermark stops at what has been expired, and `plan.capped` is set.
+        `clicks_topic` and `partition` say where an orphan came from.
+        """
+        plan, memory = self.plan, self._memory
+        start = memory.watermark_ms - self._window
+        until = max(watermark_ms, memory.watermark_ms) - self._window
+        stored: list[tuple[int, int, bytes, bytes]] = []
+        room = max(self._max_outputs - len(plan.examples), 1)
+        dropped = set(plan.dropped_pending)
+        for row in self._state.pending_between(start, until):
+            if len(stored) >= room and row[0] != stored[-1][0]:
+                until, plan.capped = row[0], True  # everything before this time is settled, nothing at or after it
+                break
+            if (row[0], row[1]) not in dropped:
+                stored.append(row)
+        # Of this step's own impressions also those that came late, before what earlier steps have expired.
+        due = [place for place in plan.new_pending if place[0] < until]
+        for place in due:
+            key, value = plan.new_pending.pop(place)
+            plan.examples.append((key, value, *place, -1))
+        plan.examples.extend((key, value, time_ms, offset, -1) for time_ms, offset, key, value in stored)
+        plan.counts["negatives"] += len(due) + len(stored)
+        plan.expired_from_ms, plan.expired_until_ms = start, until
+        plan.watermark_ms = memory.watermark_ms = until + self._window
+        for key, click in memory.due_early(memory.watermark_ms - self._skew):
+            plan.dropped_early.append((key, click))
+            origin = (clicks_topic, partition, click[1], key, click[2])
+            self._orphan(DeadLetter("orphan_click", "", "$.impression_id", *origin), click[0])
+        plan.forgotten = memory.due_chunks(memory.watermark_ms - self._window - 2 * self._horizon)
+        return plan

@@ -1,0 +1,91 @@
+"""The join's metrics, in Prometheus' names and units."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from stream.join.logic import NEVER_MS, Plan
+
+if TYPE_CHECKING:
+    from stream.join.partition import PartitionJoin
+
+__all__ = ["JoinMetrics"]
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+# counts of a step → the `outcome` label under which they are summed
+_IMPRESSIONS = {"impressions": "accepted", "duplicate_impressions": "duplicate", "late_impressions": "late"}
+_CLICKS = {"matched_clicks": "matched", "duplicate_clicks": "duplicate", "late_clicks": "late", "orphan_clicks": "orphan"}
+
+
+class JoinMetrics:
+    """Registered once a worker; every partition reports through it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.impressions = Counter(
+            "headrace_join_impressions", "Impressions read, by what became of them.", ["outcome"], registry=registry
+        )
+        self.clicks = Counter("headrace_join_clicks", "Clicks read, by what became of them.", ["outcome"], registry=registry)
+        self.examples = Counter("headrace_join_examples", "Labels written.", ["label"], registry=registry)
+        self.dead_letters = Counter("headrace_join_dead_letters", "Records refused.", ["reason"], registry=registry)
+        self.pending = Gauge(
+            "headrace_join_pending_impressions", "Impressions without a label yet.", ["partition"], registry=registry
+        )
+        self.early = Gauge("headrace_join_early_clicks", "Clicks without an impression yet.", ["partition"], registry=registry)
+        self.watermark = Gauge(
+            "headrace_join_watermark_timestamp_seconds", "Event-time watermark.", ["partition"], registry=registry
+        )
+        self.watermark_lag = Gauge(
+            "headrace_join_watermark_lag_seconds",
+            "How far the watermark is behind the newest event of either source, in event time.",
+            ["partition"],
+            registry=registry,
+        )
+        self.click_coverage = Gauge(
+            "headrace_join_click_coverage_ratio", "Clicks matched to an impression, of all clicks so far.", registry=registry
+        )
+        self.decide_seconds = Histogram(
+            "headrace_join_decide_seconds", "Deciding one step.", registry=registry, buckets=_SECONDS
+        )
+        self.commit_seconds = Histogram("headrace_join_commit_seconds", "One transaction.", registry=registry, buckets=_SECONDS)
+        self.apply_seconds = Histogram(
+            "headrace_join_apply_seconds", "Applying one step to the state.", registry=registry, buckets=_SECONDS
+        )
+        self.takeover_seconds = Histogram(
+            "headrace_join_takeover_seconds", "Taking over one partition.", registry=registry, buckets=_SECONDS
+        )
+        self._clicks_seen = self._clicks_matched = 0
+
+    def observe(self, partition: PartitionJoin, plan: Plan) -> None:
+        """Add up one step."""
+        counts = plan.counts
+        for name, outcome in _IMPRESSIONS.items():
+            if counts[name]:
+                self.impressions.labels(outcome).inc(counts[name])
+        for name, outcome in _CLICKS.items():
+            if counts[name]:
+                self.clicks.labels(outcome).inc(counts[name])
+        positives = len(plan.examples) - counts["negatives"]
+        if positives:
+            self.examples.labels("1").inc(positives)
+        if counts["negatives"]:
+            self.examples.labels("0").inc(counts["negatives"])
+        for letter in plan.dead:
+            self.dead_letters.labels(letter.reason).inc()
+        self._clicks_seen += counts["clicks"]
+        self._clicks_matched += counts["matched_clicks"]
+        if self._clicks_seen:
+            self.click_coverage.set(self._clicks_matched / self._clicks_seen)
+        number, memory = str(partition.number), partition.memory
+        self.pending.labels(number).set(partition.pending)
+        self.early.labels(number).set(len(memory.early))
+        newest = max(memory.impressions_seen_ms, memory.clicks_seen_ms)
+        if memory.watermark_ms > NEVER_MS:
+            self.watermark.labels(number).set(memory.watermark_ms / 1000)
+            self.watermark_lag.labels(number).set((newest - memory.watermark_ms) / 1000)
+
+    def forget_partition(self, number: int) -> None:
+        """Drop the series of a partition that went to another worker."""
+        for gauge in (self.pending, self.early, self.watermark, self.watermark_lag):
+            gauge.remove(str(number)) if (str(number),) in gauge._metrics else None

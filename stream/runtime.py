@@ -1,0 +1,139 @@
+"""What every worker shares: the Faust app's options, its life from start to drain, and the way out when something is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+from faust.types import TP
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+
+from stream.clients import faust_options
+from stream.http import HttpServer
+from stream.settings import HttpSettings, KafkaSettings
+from stream.transport import RunApp
+
+__all__ = ["Watchdog", "build_app", "fatal", "new_registry", "serve"]
+
+log = logging.getLogger(__name__)
+
+# Draining must end before the supervisor's patience does; docker and Kubernetes kill after 10 and 30 s.
+DRAIN_S = 9.0
+
+
+def fatal(what: str, error: BaseException) -> NoReturn:
+    """End the process at once: the log is read again by whoever comes next, and nothing half decided goes out."""
+    log.critical("%s: %r; the process ends, and takes up its work again from the log when it is started", what, error)
+    traceback.print_exception(error)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def new_registry() -> CollectorRegistry:
+    """A metrics registry with the process' own figures."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def build_app(group: str, kafka: KafkaSettings, *, next_offset: Callable[[TP], int | None], session_timeout_ms: int) -> RunApp:
+    """A Faust app that does membership, rebalances, agents and supervision, and nothing else: no tables, no web, no commits."""
+    return RunApp(
+        group,
+        next_offset=next_offset,
+        loop=asyncio.get_running_loop(),
+        broker_session_timeout=session_timeout_ms / 1000,
+        broker_heartbeat_interval=session_timeout_ms / 3000,
+        broker_max_poll_records=20_000,  # of one fetch, all partitions together; FETCH_MAX_BYTES bounds each
+        # Every start seeks; should a position fall off the log's end, that is an error and never a silent skip.
+        consumer_auto_offset_reset="none",
+        stream_wait_empty=False,
+        stream_recovery_delay=0.0,
+        # With 0 and no tables Faust takes a round-robin assignor, which may split the partitions of two topics.
+        table_standby_replicas=1,
+        topic_disable_leader=True,
+        topic_allow_declare=False,
+        web_enabled=False,
+        autodiscover=False,
+        store="memory://",
+        **faust_options(kafka),
+    )
+
+
+class Watchdog:
+    """Ends a worker that has work and makes no progress: Faust's rebalances can stall for ever (faust-streaming #175, #523).
+
+    Args:
+        progress: anything that changes when work is done.
+        waiting: whether there is work to do.
+    """
+
+    def __init__(self, progress: Callable[[], Any], waiting: Callable[[], bool], *, patience_s: float = 120.0) -> None:
+        self._progress, self._waiting, self._patience_s = progress, waiting, patience_s
+
+    async def run(self) -> None:
+        last, since = self._progress(), time.monotonic()
+        while True:
+            await asyncio.sleep(1.0)
+            now = self._progress()
+            if now != last or not self._waiting():
+                last, since = now, time.monotonic()
+            elif time.monotonic() - since > self._patience_s:
+                fatal("watchdog", TimeoutError(f"no progress for {self._patience_s:.0f} s with records waiting"))
+
+
+async def serve(
+    app: RunApp,
+    *,
+    name: str,
+    http: HttpSettings,
+    registry: CollectorRegistry,
+    ready: Callable[[], str | None],
+    drain: Callable[[], Awaitable[None]],
+    watchdog: Watchdog | None = None,
+) -> None:
+    """Run a worker until SIGTERM or SIGINT, then drain it. Returns when all is closed; a crash ends the process with 1."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    started = Gauge("headrace_worker_start_time_seconds", "When this worker started.", ["worker"], registry=registry)
+    started.labels(name).set_to_current_time()
+    server = HttpServer(http, registry, healthy=lambda: "stopping" if stop.is_set() else None, ready=ready)
+    server.start()
+    log.info("%s: http://%s:%d/metrics", name, http.host, server.port, extra={"http_port": server.port})
+    tasks = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(app._crashed.wait())]
+    if watchdog is not None:
+        tasks.append(asyncio.ensure_future(watchdog.run()))
+    try:
+        starting = asyncio.ensure_future(app.start())
+        await asyncio.wait([starting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.is_set():
+            reason = app.crash_reason or RuntimeError("Faust crashed")
+            fatal(f"{name}: Faust crashed", reason)
+        log.info("%s: draining", name)
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                await drain()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await app.stop()
+        except TimeoutError as error:
+            fatal(f"{name}: did not drain within {DRAIN_S:.0f} s", error)
+    finally:
+        for task in tasks:
+            task.cancel()
+        server.stop()
+    log.info("%s: stopped", name)
