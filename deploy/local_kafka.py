@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -31,7 +31,7 @@ import msgspec
 from deploy.errors import LocalKafkaError
 from deploy.java import find_java, java_version
 from deploy.kafka_files import Node, logging_properties, server_properties
-from deploy.kafka_jars import OnProgress, jars, kafka_version
+from deploy.kafka_jars import jars, kafka_version
 from deploy.processes import Process, mark, stop_all
 from deploy.settings import LocalKafkaSettings
 
@@ -112,9 +112,7 @@ class LocalKafka:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
     @property
@@ -167,7 +165,7 @@ class LocalKafka:
             except BaseException:
                 started = [process for node, process in state.alive().items() if node not in before]
                 stop_all(started, timeout_ms=STOP_TIMEOUT_MS)
-                self._reap()
+                self._reap(ended=started)
                 raise
             return state.bootstrap_servers
 
@@ -181,8 +179,9 @@ class LocalKafka:
             return []
         with self._locked():
             state = self._read()
-            killed = [] if state is None else stop_all(list(state.alive().values()), timeout_ms=STOP_TIMEOUT_MS)
-            self._reap()
+            running = [] if state is None else list(state.alive().values())
+            killed = stop_all(running, timeout_ms=STOP_TIMEOUT_MS)
+            self._reap(ended=running)
             return killed
 
     def status(self) -> KafkaStatus:
@@ -286,7 +285,8 @@ class LocalKafka:
         )
         if answer.returncode != 0:
             raise LocalKafkaError(
-                f"{self._data(node)}: expected to prepare it for broker {node.id}, found:\n{_tail(answer.stdout + answer.stderr)}\n"
+                f"{self._data(node)}: expected to prepare it for broker {node.id}, found:\n"
+                f"{_tail(answer.stdout + answer.stderr)}\n"
                 "Mend what it names, or begin anew with `headrace kafka reset`."
             )
 
@@ -352,9 +352,16 @@ class LocalKafka:
                 text += file.read_text(errors="replace")
         return _tail(text)
 
-    def _reap(self) -> None:
-        """Take the exit status of brokers that this process started, so that none stays behind as a zombie."""
+    def _reap(self, ended: Sequence[Process] = ()) -> None:
+        """Take the exit status of brokers that this process started, so that none stays behind as a zombie.
+
+        Those in `ended` are waited for: the system may show a process as gone a moment before it can be waited for.
+        """
+        gone = {process.pid for process in ended}
         for node, child in list(self._children.items()):
+            if child.pid in gone:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=STOP_TIMEOUT_MS / 1_000)
             if child.poll() is not None:
                 del self._children[node]
 

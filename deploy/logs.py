@@ -36,5 +36,5 @@ def setup_logs(*, verbose: bool = False) -> None:
         handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     if not verbose:
-        for name in ("faust", "mode", "aiokafka", "kafka"):
+        for name in ("faust", "mode", "aiokafka", "kafka", "stream.transport"):
             logging.getLogger(name).setLevel(logging.WARNING)

@@ -263,7 +263,7 @@ class Client:
 
     def _producer(self, linger_ms: int) -> Any:
         try:
-            return KafkaProducer(
+            producer = KafkaProducer(
                 **self._options,
                 acks="all",
                 enable_idempotence=True,
@@ -277,6 +277,9 @@ class Client:
                 f"bootstrap_servers {','.join(self._options['bootstrap_servers'])}: expected a Kafka broker, found none that "
                 f"answers ({error!r}). Start one (`headrace kafka start`), or mend the address or the security options."
             ) from error
+        # kafka-python 3.0 does not hand that option down to its metadata, and a mistyped prefix must not make topics.
+        producer._metadata.config["allow_auto_create_topics"] = False
+        return producer
 
     def _asking(self) -> Any:
         with self._opening:

@@ -115,17 +115,17 @@ class EmbeddingTable:
         """Copies on the CPU: `keys` (R,), `embedding` (R, D), `first_order` (R,), without row 0."""
         used = slice(1, len(self) + 1)
         return {
-            "keys": self._row_keys[used].cpu().clone(),
-            "embedding": self.embedding[used].cpu().clone(),
-            "first_order": self.first_order[used].cpu().clone(),
+            "keys": self._row_keys[used].to("cpu", copy=True),
+            "embedding": self.embedding[used].to("cpu", copy=True),
+            "first_order": self.first_order[used].to("cpu", copy=True),
         }
 
     def trainer_state(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of Adagrad's accumulators, in the order of `serving_state`'s keys."""
         used = slice(1, len(self) + 1)
         return {
-            "adagrad.embedding": self._embedding_sum[used].cpu().clone(),
-            "adagrad.first_order": self._first_order_sum[used].cpu().clone(),
+            "adagrad.embedding": self._embedding_sum[used].to("cpu", copy=True),
+            "adagrad.first_order": self._first_order_sum[used].to("cpu", copy=True),
         }
 
     def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor] | None) -> None:
@@ -166,18 +166,14 @@ class EmbeddingTable:
             setattr(self, name, new)
 
 
-def take(
-    state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def take(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """`state[name]`, checked: -1 in `shape` is any length. Raises SnapshotMismatch."""
     wanted = "×".join("n" if size < 0 else str(size) for size in shape) or "a single number"
     expected = f"snapshot: tensor {name!r}: expected {wanted} of {dtype}"
     tensor = state.get(name)
     if tensor is None:
         raise SnapshotMismatch(f"{expected}, found no such tensor; the snapshot was made by another model")
-    fits = len(tensor.shape) == len(shape) and all(
-        want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True)
-    )
+    fits = len(tensor.shape) == len(shape) and all(want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True))
     if not fits or tensor.dtype != dtype:
         found = "×".join(map(str, tensor.shape)) or "a single number"
         raise SnapshotMismatch(

@@ -23,6 +23,8 @@ __all__ = ["Confirmation", "Heartbeat", "HeartbeatReader", "HeartbeatSender", "l
 # Looking starts this many records before the end of each partition: at one a second from each of 100 scorers that is more
 # than a minute, several times any sensible lease, and it reads in a fraction of a second however long the topic is.
 TAIL_RECORDS = 10_000
+# A fetch with nothing to bring is answered after this long; records are brought at once.
+FETCH_WAIT_MS = 100
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,30 +133,36 @@ class HeartbeatReader:
         from aiokafka.errors import KafkaError
 
         consumer = AIOKafkaConsumer(
-            **aiokafka_options(self._kafka), group_id=None, enable_auto_commit=False, auto_offset_reset="earliest"
+            **aiokafka_options(self._kafka),
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=FETCH_WAIT_MS,
         )
         try:
             await consumer.start()
-            if self._topic not in await consumer.topics():
+            # The public `topics()` is this same call, but drops the partitions' numbers.
+            numbers = (await consumer._client.fetch_all_metadata()).partitions_for_topic(self._topic)
+            if not numbers:
                 raise TopicError(
                     f"topic {self._topic}: expected at {self._kafka.bootstrap_servers}, found none of that name. "
                     "`headrace topics create` makes it; topics.prefix is part of the name."
                 )
-            self._partitions = [
-                TopicPartition(self._topic, number) for number in sorted(consumer.partitions_for_topic(self._topic))
-            ]
-            first = await consumer.beginning_offsets(self._partitions)
-            end = await consumer.end_offsets(self._partitions)
+            partitions = [TopicPartition(self._topic, number) for number in sorted(numbers)]
+            first = await consumer.beginning_offsets(partitions)
+            end = await consumer.end_offsets(partitions)
+            consumer.assign(partitions)
+            for partition in partitions:
+                consumer.seek(partition, max(first[partition], end[partition] - TAIL_RECORDS))
+            self._consumer, self._partitions = consumer, partitions
+            while any([await consumer.position(each) < end[each] for each in partitions]):
+                await self._poll(10)
         except KafkaError as error:
             await consumer.stop()
             raise _unreachable(self._kafka, error) from error
         except BaseException:
             await consumer.stop()
             raise
-        consumer.assign(self._partitions)
-        for partition in self._partitions:
-            consumer.seek(partition, max(first[partition], end[partition] - TAIL_RECORDS))
-        self._consumer = consumer
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -163,9 +171,8 @@ class HeartbeatReader:
 
     async def live(self, *, now_ms: int | None = None) -> list[Heartbeat]:
         """The scorers that are alive at `now_ms` on the broker's clock (default: this machine's), by worker id."""
-        end = await self._consumer.end_offsets(self._partitions)
-        while any([await self._consumer.position(each) < end[each] for each in self._partitions]):
-            await self._poll(10)
+        while await self._poll(1):
+            pass
         return self._alive(_now_ms() if now_ms is None else now_ms)
 
     async def wait_for_confirmations(
@@ -183,7 +190,6 @@ class HeartbeatReader:
         """
         began = time.monotonic()
         began_ms = _now_ms() if now_ms is None else now_ms
-        await self.live(now_ms=began_ms)
         confirmed: dict[str, Confirmation] = {}
         while True:
             elapsed_ms = (time.monotonic() - began) * 1_000
@@ -201,8 +207,10 @@ class HeartbeatReader:
         beats = (beat for at_ms, beat in self._last.values() if beat is not None and now_ms - at_ms <= self._limit_ms)
         return sorted(beats, key=lambda beat: beat.worker)
 
-    async def _poll(self, timeout_ms: int) -> None:
-        for records in (await self._consumer.getmany(*self._partitions, timeout_ms=timeout_ms)).values():
+    async def _poll(self, timeout_ms: int) -> bool:
+        """Take in what arrives within the time; whether anything did."""
+        batches = await self._consumer.getmany(*self._partitions, timeout_ms=timeout_ms)
+        for records in batches.values():
             for record in records:
                 worker = (record.key or b"").decode(errors="replace")
                 beat = None
@@ -212,6 +220,7 @@ class HeartbeatReader:
                     except (msgspec.MsgspecError, UnicodeDecodeError):
                         continue  # a newer or foreign writer's; the worker counts by its last readable one
                 self._last[worker] = (record.timestamp, beat)
+        return bool(batches)
 
 
 def _unreachable(kafka: KafkaSettings, error: Exception) -> StreamError:

@@ -117,6 +117,7 @@ async def roll_back(
             confirmed, missing = await scorers.wait_for_confirmations(
                 written.position, moved.version, timeout_ms, now_ms=written.at_ms
             )
+            rollback_ms = round((time.monotonic() - began) * 1_000, 1)
     finally:
         await writer.close()
     assert moved.previous is not None and moved.undo is not None  # a rollback always leaves a champion behind
@@ -126,7 +127,7 @@ async def roll_back(
         held=moved.held,
         confirmed=confirmed,
         unconfirmed=missing,
-        rollback_ms=round((time.monotonic() - began) * 1_000, 1),
+        rollback_ms=rollback_ms,
         undo=moved.undo,
     )
 

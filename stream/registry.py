@@ -91,7 +91,7 @@ class RegistryWriter:
         self._topic = names.snapshots
         self._who = who
         self._transactional_id = registry_transactional_id(names)
-        self._log = RegistryLog(kafka, names)
+        self._log = RegistryLog(kafka, names, follow=False)
         self._log_is_open = False
         self._producer: Any = None
         self._read_to = 0  # the position after our own last change
@@ -242,10 +242,12 @@ class RegistryWriter:
         """One transaction. Every send is awaited: aiokafka commits even when one has failed."""
         try:
             await self._producer.begin_transaction()
-            sent = [
-                await self._producer.send(self._topic, key=key.encode(), value=encode_record(record), partition=0)
-                for key, record in records
-            ]
+            sent = []
+            for key, record in records:
+                value = encode_record(record)
+                future = await self._producer.send(self._topic, key=key.encode(), value=value, partition=0)
+                future.add_done_callback(_retrieve)
+                sent.append(future)
             written = [await future for future in sent]
             await self._producer.commit_transaction()
         except Exception as error:
@@ -266,6 +268,7 @@ class RegistryWriter:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await producer.stop()
+        _quieten(producer)
 
 
 class _CommitFailed(Exception):
@@ -281,6 +284,20 @@ def _is_fencing(error: BaseException) -> bool:
     from aiokafka import errors
 
     return isinstance(error, errors.ProducerFenced | errors.InvalidProducerEpoch | errors.InvalidTxnState)
+
+
+def _quieten(producer: Any) -> None:
+    """A fenced producer leaves its error in futures of its own that nobody can await; asyncio would print each of them."""
+    batches = [batch for queue in producer._message_accumulator._batches.values() for batch in queue]
+    for future in (producer._txn_manager._transaction_waiter, *(batch._drain_waiter for batch in batches)):
+        if future is not None and future.done():
+            _retrieve(future)
+
+
+def _retrieve(future: asyncio.Future[Any]) -> None:
+    """Look at a future's error, which asyncio would otherwise report as never retrieved."""
+    if not future.cancelled():
+        future.exception()
 
 
 def _now_ms() -> int:

@@ -28,9 +28,14 @@ class RegistryLog:
 
     `position` is the next offset to read: everything below it is in `state`. Transaction markers take offsets too, so it
     can be larger than the last record's offset plus one.
+
+    Args:
+        follow: go on fetching between calls, as a reader does that waits for news. A writer doesn't: a fetch that waits at
+            the broker would hold up its question for the end of the log, which goes over the same connection.
     """
 
-    def __init__(self, kafka: KafkaSettings, names: TopicNames) -> None:
+    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, follow: bool) -> None:
+        self._follow = follow
         self.state = RegistryState()
         self.position = 0
         self._kafka = kafka
@@ -53,7 +58,7 @@ class RegistryLog:
             isolation_level="read_committed",
             enable_auto_commit=False,
             auto_offset_reset="none",
-            fetch_max_wait_ms=FETCH_WAIT_MS,
+            fetch_max_wait_ms=FETCH_WAIT_MS if self._follow else POLL_MS,
         )
         try:
             await consumer.start()
@@ -67,9 +72,11 @@ class RegistryLog:
         except BaseException:
             await consumer.stop()
             raise
-        # No await between these two: a fetch must not begin without a position.
+        # No await between these: a fetch must not begin without a position.
         consumer.assign([partition])
         consumer.seek(partition, first)
+        if not self._follow:
+            consumer.pause(partition)
         self._consumer, self._partition = consumer, partition
         self.state, self.position = RegistryState(), first
 
@@ -104,8 +111,15 @@ class RegistryLog:
 
     async def read_to(self, end: int) -> None:
         """Read until `position` is at or beyond an offset that is there."""
-        while self.position < end:
-            await self.poll(POLL_MS)
+        if self.position >= end:
+            return
+        self._consumer.resume(self._partition)
+        try:
+            while self.position < end:
+                await self.poll(POLL_MS)
+        finally:
+            if not self._follow:
+                self._consumer.pause(self._partition)
 
     def caught_up_at(self) -> float | None:
         """When the log was last known to hold nothing more (`time.monotonic()`); None when it holds more, or unknown."""
@@ -139,7 +153,7 @@ async def read_registry(kafka: KafkaSettings, names: TopicNames, *, timeout_ms: 
     """
     from aiokafka.errors import KafkaError
 
-    log = RegistryLog(kafka, names)
+    log = RegistryLog(kafka, names, follow=False)
     try:
         async with asyncio.timeout(timeout_ms / 1_000):
             await log.open()

@@ -43,7 +43,7 @@ class RegistryReader:
         self._kafka = kafka
         self._names = names
         self._on_change = on_change
-        self._log = RegistryLog(kafka, names)
+        self._log = RegistryLog(kafka, names, follow=True)
         self._caught_up_at: float | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -87,7 +87,7 @@ class RegistryReader:
         await self._log.close()
 
     async def _opened(self) -> RegistryLog:
-        log = RegistryLog(self._kafka, self._names)
+        log = RegistryLog(self._kafka, self._names, follow=True)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 await log.open()

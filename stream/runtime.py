@@ -46,8 +46,19 @@ def new_registry() -> CollectorRegistry:
     return registry
 
 
-def build_app(group: str, kafka: KafkaSettings, *, next_offset: Callable[[TP], int | None], session_timeout_ms: int) -> RunApp:
-    """A Faust app that does membership, rebalances, agents and supervision, and nothing else: no tables, no web, no commits."""
+def build_app(
+    group: str,
+    kafka: KafkaSettings,
+    *,
+    next_offset: Callable[[TP], int | None],
+    session_timeout_ms: int,
+    instance_id: str | None = None,
+) -> RunApp:
+    """A Faust app that does membership, rebalances, agents and supervision, and nothing else: no tables, no web, no commits.
+
+    With an `instance_id` membership is static: a worker that comes back within the session timeout takes up its partitions
+    at once and without a rebalance.
+    """
     return RunApp(
         group,
         next_offset=next_offset,
@@ -57,6 +68,7 @@ def build_app(group: str, kafka: KafkaSettings, *, next_offset: Callable[[TP], i
         broker_max_poll_records=20_000,  # of one fetch, all partitions together; FETCH_MAX_BYTES bounds each
         # Every start seeks; should a position fall off the log's end, that is an error and never a silent skip.
         consumer_auto_offset_reset="none",
+        consumer_group_instance_id=instance_id,
         stream_wait_empty=False,
         stream_recovery_delay=0.0,
         # With 0 and no tables Faust takes a round-robin assignor, which may split the partitions of two topics.

@@ -94,7 +94,11 @@ class JoinSettings(_Frozen):
     transaction_timeout_ms: int = Field(
         default=15_000, ge=1_000, description="A killed worker holds back read_committed readers at most this long."
     )
-    session_timeout_ms: int = Field(default=10_000, ge=1_000)
+    session_timeout_ms: int = Field(default=10_000, ge=1_000, description="A worker silent this long loses its partitions.")
+    instance_id: str | None = Field(
+        default=None,
+        description="Stable name of this worker in the group (a pod's name): back within the session timeout, it goes on at once.",
+    )
     cache_mb: int = Field(default=64, ge=8, description="Block cache that all partitions of a worker share.")
 
 

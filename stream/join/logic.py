@@ -175,14 +175,15 @@ class Step:
             and stored.count(None) == len(stored)
             and min(events.times_ms) >= self._late_before
             and fresh.keys().isdisjoint(plan.remembered)
-            and (not memory.early or fresh.keys().isdisjoint(memory.early))
         ):
-            # Nothing but new ids, and no click waits for them: the whole run at once.
+            # Nothing but new ids: the whole run at once.
             plan.remembered.update(fresh)
             plan.new_ids.extend(events.keys)
             places = zip(events.times_ms, events.offsets, strict=True)
             plan.new_pending.update(zip(places, zip(events.keys, events.values, strict=True), strict=True))
             plan.counts["impressions"] += len(events)
+            for key in fresh.keys() & memory.early.keys():
+                self._match_early(key)
         else:
             self._impressions_one_by_one(events)
 
@@ -201,26 +202,25 @@ class Step:
             else:
                 plan.counts["impressions"] += 1
                 plan.new_ids.append(key)
-                click_ms = self._take_early(key, time_ms)
-                plan.remembered[key] = (time_ms, offset, click_ms is not None)
-                if click_ms is None:
-                    plan.new_pending[time_ms, offset] = (key, events.values[index])
-                else:
-                    plan.examples.append((key, events.values[index], time_ms, offset, click_ms))
+                plan.remembered[key] = (time_ms, offset, False)
+                plan.new_pending[time_ms, offset] = (key, events.values[index])
+                if key in self._memory.early:
+                    self._match_early(key)
 
-    def _take_early(self, key: bytes, time_ms: int) -> int | None:
-        """The earliest early click that counts for this impression; the others in its window are duplicates of it."""
-        waiting = self._memory.early.get(key)
-        if not waiting:
-            return None
+    def _match_early(self, key: bytes) -> None:
+        """Label a new impression by the earliest early click that counts; the others in its window are duplicates of it."""
+        time_ms, offset, _ = self.plan.remembered[key]
+        waiting = self._memory.early[key]
         counting = sorted(click for click in waiting if -self._skew <= click[0] - time_ms <= self._window)
         if not counting:
-            return None
+            return
         self._memory.drop_early(key, counting)
         self.plan.dropped_early.extend((key, click) for click in counting)
         self.plan.counts["matched_clicks"] += 1
         self.plan.counts["duplicate_clicks"] += len(counting) - 1
-        return counting[0][0]
+        self.plan.remembered[key] = (time_ms, offset, True)
+        _, value = self.plan.new_pending.pop((time_ms, offset))
+        self.plan.examples.append((key, value, time_ms, offset, counting[0][0]))
 
     def clicks(self, events: Events) -> None:
         """Match a run's clicks: a click in the window of a pending impression makes it positive."""

@@ -30,6 +30,8 @@ __all__ = ["PartitionJoin", "Positions", "TakenOver"]
 
 # Records of one step. It bounds how long deciding holds the event loop: about 100 ms on one core.
 MAX_STEP_RECORDS = 6_000
+# What a crash leaves to be read again is at most this old, or a full write buffer.
+FLUSH_S = 30.0
 # How often a partition without new records looks whether its sources are idle and the watermark may move.
 TICK_S = 0.1
 
@@ -81,6 +83,7 @@ class PartitionJoin:
         self._producer, self._state, self._memory = taken.producer, taken.state, taken.memory
         self._log_end, self._after_step, self._fatal, self._metrics = log_end, after_step, fatal, metrics
         self.positions, self.pending, self.steps = taken.positions, taken.pending, 0
+        self._flushed = time.perf_counter()
         self._idle_since: dict[str, float] = {}
         self._queue: asyncio.Queue[Run] = asyncio.Queue()
         self.reset()
@@ -259,6 +262,9 @@ class PartitionJoin:
             )
         )
         batch.write()
+        if began - self._flushed > FLUSH_S:
+            self._state.flush()
+            self._flushed = began
         self.positions = after
         self.pending += plan.counts["impressions"] - len(plan.examples)
         self._metrics.apply_seconds.observe(time.perf_counter() - began)

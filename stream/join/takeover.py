@@ -3,7 +3,7 @@
 The order matters. The producer starts first: that fences the old owner and settles its open transaction, so what is read after
 it cannot be overtaken by a commit in flight. Then the committed offsets with their metadata, then `examples` to its last stable
 offset. Then the sources are read again, silently, from where the local state stands (or from the low-water offsets when there
-is none) to the committed offsets: what `examples` holds is resolved, what the watermark has not passed is pending, and below the
+is none) to the committed offsets: what `examples` holds is resolved, what the watermark has not passed is pending. Below the
 committed offsets nothing is ever said again.
 """
 
@@ -50,6 +50,8 @@ def transactional_id(names: TopicNames, settings: JoinSettings, number: int) -> 
 class _Committed:
     impressions: int
     clicks: int
+    impressions_start: int  # of the log
+    clicks_start: int
     progress: Progress | None  # None before the first transaction ever
 
 
@@ -135,7 +137,7 @@ class Takeover:
         starts = await consumer.beginning_offsets([impressions, clicks])
         known = {tp: offset for tp, offset in offsets.items() if offset.offset >= 0}
         if not known:
-            return _Committed(starts[impressions], starts[clicks], None)
+            return _Committed(starts[impressions], starts[clicks], starts[impressions], starts[clicks], None)
         if len(known) != 2:
             raise PositionError(
                 f"group {self._group}, partition {number}: expected committed offsets of impressions and clicks, found only "
@@ -151,11 +153,11 @@ class Takeover:
             if offset.offset < starts[tp]:
                 raise PositionError(
                     f"{tp.topic}, partition {number}: offsets {offset.offset} to {starts[tp] - 1} were deleted before they "
-                    "were read. Retention is too short for how long the join stood still: raise `topics.retention_ms`, and reset "
-                    "the group's offsets with Kafka's consumer-groups tool to go on without them."
+                    "were read. Retention is too short for how long the join stood still: raise `topics.retention_ms`, and "
+                    "reset the group's offsets with Kafka's consumer-groups tool to go on without them."
                 )
         progress = decode_progress(known[impressions].metadata)
-        return _Committed(known[impressions].offset, known[clicks].offset, progress)
+        return _Committed(known[impressions].offset, known[clicks].offset, starts[impressions], starts[clicks], progress)
 
     def _open(self, number: int, committed: _Committed) -> JoinState:
         """The local state, thrown away where it can't be a prefix of this log."""
@@ -174,12 +176,14 @@ class Takeover:
             if (
                 meta is not None
                 and meta.identity == self._identity
-                and meta.impressions_position <= committed.impressions
-                and meta.clicks_position <= committed.clicks
+                and committed.impressions_start <= meta.impressions_position <= committed.impressions
+                and committed.clicks_start <= meta.clicks_position <= committed.clicks
             ):
                 return state
             if meta is not None:
-                log.warning("throwing away local state of partition %d: it is of another log, or ahead of this one", number)
+                log.warning(
+                    "throwing away local state of partition %d: it is of another log, or not a part of this one", number
+                )
             state.close()
             JoinState.destroy(path)
             return JoinState(path, self._options)

@@ -27,6 +27,9 @@ __all__ = ["JoinWorker", "run_join"]
 
 log = logging.getLogger(__name__)
 
+# Each opens three connections and holds a fetch in memory.
+TAKEOVERS_AT_ONCE = 8
+
 
 class JoinWorker:
     """One process of the join. Must be built inside a running event loop."""
@@ -114,8 +117,13 @@ class JoinWorker:
         # A partition that stayed keeps its producer: had another worker owned it meanwhile, our next transaction is fenced.
         for partition in self.partitions.values():
             partition.reset()
-        for number in sorted(ours - self.partitions.keys()):
-            self.partitions[number] = await self._take(number, lambda: self.app.consumer_generation_id == generation)
+        limit = asyncio.Semaphore(TAKEOVERS_AT_ONCE)
+
+        async def take(number: int) -> None:
+            async with limit:
+                self.partitions[number] = await self._take(number, lambda: self.app.consumer_generation_id == generation)
+
+        await asyncio.gather(*(take(number) for number in sorted(ours - self.partitions.keys())))
         if self.app.consumer_generation_id != generation:
             raise Abandoned("another rebalance began while partitions were taken over")
         for number, partition in self.partitions.items():

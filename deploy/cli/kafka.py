@@ -1,0 +1,202 @@
+"""`headrace kafka`: a real Apache Kafka on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from deploy.cli.common import echo_json, format_option
+
+if TYPE_CHECKING:
+    from deploy.local_kafka import KafkaStatus, LocalKafka
+    from deploy.settings import LocalKafkaSettings
+
+__all__ = ["kafka"]
+
+VARIABLE = "HEADRACE_KAFKA__BOOTSTRAP_SERVERS"
+
+
+def _dir_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--dir",
+        "folder",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="Folder of its data, logs and ports; the setting local_kafka.dir when not given.",
+    )(function)
+
+
+@click.group()
+def kafka() -> None:
+    """Run a local Apache Kafka, in the background.
+
+    \b
+    Examples:
+      headrace kafka start                      one broker; prints its address
+      headrace kafka start --brokers 3          a cluster that survives the loss of one
+      eval "$(headrace kafka start | grep ^export)"   and point this shell at it
+      headrace kafka stop                       its data stays
+    """
+
+
+@kafka.command()
+@click.option(
+    "--brokers", type=click.Choice(["1", "3"]), help="How many; what the folder already holds when not given, else 1."
+)
+@_dir_option
+@format_option
+def start(brokers: str | None, folder: Path | None, output: str) -> None:
+    """Start it, wait until it answers, and print its address.
+
+    Started again, it keeps its data and its ports; brokers that run are left alone. The first start downloads Apache
+    Kafka's jars (45 MB, checked against pinned hashes) into a cache.
+
+    \b
+    Examples:
+      headrace kafka start
+      headrace kafka start --brokers 3 --dir /tmp/three
+    """
+    from deploy.local_kafka import LocalKafka
+
+    settings = _local_settings(folder)
+    count = int(brokers) if brokers else LocalKafka(settings).status().brokers or 1
+    with _progress() as on_progress:
+        local = LocalKafka(settings, count, on_progress=on_progress)
+        address = local.start()
+    if output == "json":
+        _echo_status(local.status(), output)
+        return
+    click.echo(f"Kafka runs at {address}. Its logs are in {local.dir / 'logs'}.", err=True)
+    click.echo(address)
+    click.echo(f"export {VARIABLE}={address}")
+
+
+@kafka.command()
+@_dir_option
+@format_option
+def stop(folder: Path | None, output: str) -> None:
+    """Stop it; its data and its ports stay.
+
+    \b
+    Examples:
+      headrace kafka stop
+      headrace kafka stop --dir /tmp/three
+    """
+    local = _local(folder)
+    was = local.status()
+    killed = local.stop()
+    if killed:
+        click.echo(
+            f"{len(killed)} broker(s) did not stop when asked and were killed; their logs are checked at the next start.",
+            err=True,
+        )
+    _echo_status(local.status(), output, note="It did not run." if was.state in ("stopped", "absent") else "")
+
+
+@kafka.command()
+@_dir_option
+@format_option
+def status(folder: Path | None, output: str) -> None:
+    """Say whether it runs, and where. Exit code 0 when all brokers run, 3 otherwise.
+
+    \b
+    Examples:
+      headrace kafka status
+      headrace kafka status --format json
+    """
+    now = _local(folder).status()
+    _echo_status(now, output)
+    if now.state != "running":
+        click.get_current_context().exit(3)
+
+
+@kafka.command()
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@_dir_option
+@format_option
+def reset(yes: bool, dry_run: bool, folder: Path | None, output: str) -> None:
+    """Stop it and remove all its data: topics, records, offsets, logs.
+
+    \b
+    Examples:
+      headrace kafka reset --dry-run
+      headrace kafka reset --yes
+    """
+    local = _local(folder)
+    was = local.status()
+    if was.state == "absent":
+        _echo_status(was, output, note="There is nothing to remove.")
+        return
+    megabytes = sum(file.stat().st_blocks * 512 for file in local.dir.rglob("*") if file.is_file()) / 1e6
+    click.echo(f"{was.dir}: {was.brokers} broker(s), {was.state}, {megabytes:.0f} MB on disk.", err=True)
+    if dry_run:
+        _echo_status(was, output, note="Nothing was removed (--dry-run).")
+        return
+    if not yes:
+        click.confirm("Stop it and remove all of that?", abort=True, err=True)
+    local.reset()
+    _echo_status(local.status(), output, note="Removed.")
+
+
+def _local_settings(folder: Path | None) -> LocalKafkaSettings:
+    from deploy.settings import load_settings
+
+    settings = load_settings().local_kafka
+    return settings if folder is None else settings.model_copy(update={"dir": folder})
+
+
+def _local(folder: Path | None) -> LocalKafka:
+    from deploy.local_kafka import LocalKafka
+
+    return LocalKafka(_local_settings(folder))
+
+
+def _echo_status(status: KafkaStatus, output: str, note: str = "") -> None:
+    if output == "json":
+        echo_json(msgspec.to_builtins(status, str_keys=True))
+        return
+    if note:
+        click.echo(note, err=True)
+    click.echo(f"state      {status.state}")
+    click.echo(f"version    Apache Kafka {status.version}")
+    click.echo(f"folder     {status.dir}")
+    if status.brokers:
+        click.echo(f"address    {status.bootstrap_servers}")
+        pids = ", ".join(f"{node} (pid {pid})" for node, pid in status.pids.items()) or "none"
+        click.echo(f"brokers    {len(status.pids)} of {status.brokers} running: {pids}")
+    else:
+        click.echo("Start it with `headrace kafka start`.", err=True)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar while jars come and a spinner while brokers start, on a terminal; a line each elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        said: set[str] = set()
+
+        def say(what: str, done: int, total: int) -> None:
+            if what not in said:
+                said.add(what)
+                click.echo(f"{what} …", err=True)
+
+        yield say
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what)
+            progress.update(tasks[what], completed=done, total=total or None)
+
+        yield show

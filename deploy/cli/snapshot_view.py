@@ -1,0 +1,160 @@
+"""How `headrace snapshot` shows versions: as rows of one table, and as JSON with the same names."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from deploy.cli.times import clock
+from state.manifest import Manifest, finite_or_null
+from state.registry import RegistryState, VersionRecord
+
+__all__ = ["print_pairs", "print_versions", "registry_json", "version_json"]
+
+# Width of a table that goes to a file or a pipe: wide enough that no column is cut.
+PIPE_COLUMNS = 200
+
+
+def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[str, Any]:
+    """The whole registry; versions ascending, the newest `last` of them (0: all)."""
+    champion = state.champion
+    numbers = sorted(state.versions)
+    return {
+        "champion": champion.version,
+        "previous": champion.previous,
+        "since_ms": champion.at_ms,
+        "who": champion.who,
+        "reason": champion.reason,
+        "held": champion.hold,
+        "hold_reason": champion.hold_reason,
+        "trainer_epoch": state.trainer.epoch,
+        "malformed_records": state.problem_count,
+        "versions": [
+            version_json(state.versions[number], state, number in in_store) for number in numbers[-last if last else 0 :]
+        ],
+    }
+
+
+def version_json(record: VersionRecord, state: RegistryState, in_store: bool) -> dict[str, Any]:
+    """One announced version."""
+    return {
+        "version": record.version,
+        "tags": _tags(record, state),
+        "kind": record.kind,
+        "parent": record.parent,
+        "epoch": record.epoch,
+        "created_at_ms": record.created_at_ms,
+        "announced_at_ms": record.announced_at_ms,
+        "announced_by": record.who,
+        "champion_at_ms": list(record.champion_at_ms),
+        "good_at_ms": record.good_at_ms,
+        "watermark_ms": record.watermark_ms,
+        "examples_seen": record.examples_seen,
+        "bytes": record.size,
+        "metrics": finite_or_null(record.metrics),
+        "gate": record.gate,
+        "in_store": in_store,
+    }
+
+
+def print_versions(document: dict[str, Any]) -> None:
+    """The table of `headrace snapshot list`, newest first."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("version", "tags", "kind"):
+        table.add_column(name, no_wrap=True)
+    for name in ("examples", "log loss", "auc", "calibration", "MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("created (UTC)", no_wrap=True)
+    table.add_column("why")
+    for version in reversed(document["versions"]):
+        metrics = version["metrics"]
+        tags = [*version["tags"], *([] if version["in_store"] else ["not in store"])]
+        table.add_row(
+            str(version["version"]),
+            ", ".join(tags),
+            version["kind"],
+            f"{version['examples_seen']:,}",
+            *(_number(metrics, f"window_{name}") for name in ("log_loss", "auc", "calibration")),
+            f"{version['bytes'] / 1e6:.1f}",
+            clock(version["created_at_ms"]),
+            version["gate"],
+        )
+    console = _console()
+    console.print(table)
+    held = f"auto-promotion held: {document['hold_reason']}" if document["held"] else "auto-promotion on"
+    champion = "none" if document["champion"] is None else document["champion"]
+    console.print(f"champion {champion} since {clock(document['since_ms'])}, {held}", highlight=False, markup=False)
+
+
+def print_pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:
+    """Everything that is known of one version, a line each."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in _pairs(manifest, announced):
+        table.add_row(name, value)
+    _console().print(table, highlight=False, markup=False)
+
+
+def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    if announced is not None:
+        pairs += [
+            ("version", str(announced["version"])),
+            ("tags", ", ".join(announced["tags"])),
+            ("gate", announced["gate"]),
+            ("announced", f"{clock(announced['announced_at_ms'])} by {announced['announced_by']}"),
+            ("champion at", ", ".join(clock(at) for at in announced["champion_at_ms"]) or "never"),
+            ("good since", clock(announced["good_at_ms"])),
+        ]
+    if manifest is None:
+        return [*pairs, ("in store", "no: it can't be promoted")]
+    if announced is None:
+        pairs += [("version", str(manifest.version)), ("tags", "not announced")]
+    pairs += [
+        ("kind", manifest.kind),
+        ("parent", "-" if manifest.parent is None else str(manifest.parent)),
+        ("epoch", str(manifest.epoch)),
+        ("created", clock(manifest.created_at_ms)),
+        ("watermark", clock(manifest.watermark_ms)),
+        ("examples seen", f"{manifest.examples_seen:,}"),
+        ("offsets", ", ".join(f"{part}: {offset}" for part, offset in sorted(manifest.offsets.items())) or "-"),
+        ("schema", manifest.schema_hash),
+    ]
+    pairs += [(name, _number(manifest.metrics, name)) for name in sorted(manifest.metrics)]
+    pairs += [
+        (f"file {name}", f"{entry.size:,} bytes, SHA-256 {entry.sha256}") for name, entry in sorted(manifest.files.items())
+    ]
+    return pairs
+
+
+def _tags(record: VersionRecord, state: RegistryState) -> list[str]:
+    tags = []
+    if record.version == state.champion.version:
+        tags.append("champion")
+    if state.champion.was_rolled_back(record.version):
+        tags.append("rolled back")
+    elif record.good_at_ms is not None:
+        tags.append("good")
+    if not record.champion_at_ms:
+        tags.append("candidate")
+    return tags
+
+
+def _number(metrics: Mapping[str, float | None], name: str) -> str:
+    value = metrics.get(name)
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if name.endswith("examples") else f"{value:.4f}"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_COLUMNS)

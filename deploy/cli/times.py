@@ -1,0 +1,63 @@
+"""Durations and times as people type them."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import Any
+
+import click
+
+__all__ = ["DURATION", "TIME", "clock", "duration"]
+
+_UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+class _Duration(click.ParamType):
+    """`10m` → 600,000 ms."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", str(value).strip())
+        if match is None:
+            self.fail(f"expected a number and a unit (500ms, 10s, 5m, 2h, 1d), found {value!r}", param, ctx)
+        return int(float(match[1]) * _UNITS_MS[match[2]])
+
+
+class _Time(click.ParamType):
+    """`2024-05-01T12:00:00Z` → ms since epoch."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            moment = datetime.datetime.fromisoformat(str(value).strip())
+        except ValueError:
+            self.fail(f"expected a time such as 2024-05-01T12:00:00Z or 2024-05-01T14:00+02:00, found {value!r}", param, ctx)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=datetime.UTC)
+        return int(moment.timestamp() * 1_000)
+
+
+DURATION = _Duration()
+TIME = _Time()
+
+
+def clock(at_ms: int | None) -> str:
+    """UTC to the second, as `--before` takes it; a dash for never."""
+    if not at_ms:
+        return "-"
+    return datetime.datetime.fromtimestamp(at_ms / 1_000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def duration(span_ms: float) -> str:
+    """Three digits and a unit that suits them."""
+    for unit, size_ms in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)):
+        if span_ms >= size_ms:
+            return f"{span_ms / size_ms:.3g} {unit}"
+    return f"{span_ms:.0f} ms"

@@ -1,0 +1,75 @@
+"""`headrace topics`: make the eight topics, and check them against the contract."""
+
+from __future__ import annotations
+
+import click
+import msgspec
+
+from deploy.cli.common import echo_json, format_option
+
+__all__ = ["topics"]
+
+
+@click.group()
+def topics() -> None:
+    """Make the eight topics, and check that they are as they must be.
+
+    \b
+    Examples:
+      headrace topics create
+      headrace topics check
+    """
+
+
+@topics.command()
+@click.option("--mend", is_flag=True, help="Also set the configuration of topics that exist and differ.")
+@format_option
+def create(mend: bool, output: str) -> None:
+    """Make the topics that are missing. Safe to repeat: those that exist are left alone, unless with --mend.
+
+    \b
+    Examples:
+      headrace topics create
+      HEADRACE_TOPICS__PREFIX=shop- HEADRACE_TOPICS__PARTITIONS=8 headrace topics create
+      headrace topics create --mend        and set retention, compaction and limits as the settings say
+    """
+    from deploy.settings import load_settings
+    from stream.topic_admin import create_topics
+
+    settings = load_settings()
+    made = create_topics(settings.kafka, settings.topics, mend=mend)
+    if output == "json":
+        echo_json(msgspec.to_builtins(made))
+        return
+    for word, names in (("created", made.created), ("mended", made.mended), ("kept", made.kept)):
+        for name in names:
+            click.echo(f"{word:8} {name}")
+    if made.kept and not mend:
+        click.echo("Topics that were there are as they were; `headrace topics check` compares them.", err=True)
+
+
+@topics.command()
+@format_option
+def check(output: str) -> None:
+    """Say where topics differ from the contract, and what mends it. Never writes. Exit code 1 when something differs.
+
+    \b
+    Examples:
+      headrace topics check
+      headrace topics check --format json
+    """
+    from deploy.settings import load_settings
+    from stream.topic_admin import check_topics
+
+    settings = load_settings()
+    found = check_topics(settings.kafka, settings.topics)
+    if output == "json":
+        echo_json(msgspec.to_builtins(found))
+    else:
+        for problem in found:
+            click.echo(f"{problem.topic}: {problem.what}: expected {problem.expected}, found {problem.found}")
+            click.echo(f"  mend: {problem.cure}")
+        if not found:
+            click.echo("All eight topics are as the contract says.")
+    if found:
+        click.get_current_context().exit(1)

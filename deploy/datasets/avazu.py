@@ -1,0 +1,136 @@
+"""Avazu click-through rates, the public CSV format: one row an impression, `hour` as YYMMDDHH."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+
+from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, draw_delays, look_for, make_chunk
+from deploy.datasets.encode import members, strings
+from deploy.errors import DataSetError
+from model.schema import FeatureSchema, FieldSpec
+
+__all__ = ["FOLDER", "Avazu"]
+
+FOLDER = "avazu"
+FILES = ("train.csv", "train.csv.gz", "train.gz", "train")
+
+_HOUR_MS = 3_600_000
+_CONTEXT = (
+    *("C1", "banner_pos", "site_id", "site_domain", "site_category", "app_id", "app_domain", "app_category"),
+    *("device_id", "device_ip", "device_model", "device_type", "device_conn_type"),
+)
+_ADVERT = tuple(f"C{i}" for i in range(14, 22))
+
+
+class Avazu:
+    """A file that the user has."""
+
+    name = "avazu"
+    title = "Avazu mobile advertising, the file in the public CSV format (train.csv or train.gz)"
+    terms = "The terms of the competition that it was published for, agreed to when downloading. Changes made: times within the hour."
+    clicks = (
+        "Times are whole hours: the rows of an hour are spaced evenly within it, in the file's order. A click's delay is drawn "
+        "within 60 s, seeded by row."
+    )
+    obtain = f"Put {FILES[0]} (or {', '.join(FILES[1:])}) into a folder {FOLDER} in HEADRACE_DATA_DIR or data/."
+
+    def __init__(self, *, seed: int = 0, folder: Path | None = None) -> None:
+        self._seed = seed
+        self._folder = folder
+
+    def schema(self) -> FeatureSchema:
+        """All columns as categories, and the hour of the day."""
+        return FeatureSchema(fields=tuple(FieldSpec(name=name) for name in (*_CONTEXT, "hour", *_ADVERT)), embedding_dim=16)
+
+    def find(self) -> Path | None:
+        if self._folder is not None:
+            return self._folder
+        return next((found for file in FILES if (found := look_for(FOLDER, (file,)))), None)
+
+    def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
+        raise DataSetError(
+            f"avazu: expected a file that you have, found a fetch: its terms don't let others pass it on. {self.obtain}"
+        )
+
+    def size(self) -> None:
+        return None  # 6 GB to count
+
+    def chunks(self) -> Iterator[Chunk]:
+        folder = self.find()
+        file = next((folder / name for name in FILES if (folder / name).is_file()), None) if folder else None
+        if file is None:
+            raise DataSetError(f"avazu: expected {FILES[0]}, found none. {self.obtain}")
+        row = 0
+        for hour in _hours(file):
+            start_ms = _start_ms(hour["hour"][0].as_py(), file)
+            for offset in range(0, len(hour), CHUNK_ROWS):
+                rows = hour.slice(offset, CHUNK_ROWS)
+                places = np.arange(offset, offset + len(rows), dtype=np.int64)
+                yield make_chunk(
+                    ids=strings(rows["id"]),
+                    timestamps_ms=start_ms + places * _HOUR_MS // len(hour),
+                    clicked=rows["click"].to_numpy() == 1,
+                    delays_ms=draw_delays(row + places, seed=self._seed),
+                    context=members({name: rows[name] for name in _CONTEXT} | {"hour": _hour_of_day(rows)}),
+                    candidate=members({name: rows[name] for name in _ADVERT}),
+                    users=strings(rows["device_ip"]),
+                    items=strings(rows["C14"]),
+                )
+            row += len(hour)
+
+
+def _hour_of_day(rows: pa.Table) -> pa.Array:
+    return pa.array(rows["hour"].to_numpy() % 100)
+
+
+def _start_ms(hour: int, file: Path) -> int:
+    try:
+        return int(datetime.strptime(f"{hour:08d}", "%y%m%d%H").replace(tzinfo=UTC).timestamp() * 1_000)
+    except ValueError as error:
+        raise DataSetError(
+            f"{file}: expected hours as YYMMDDHH, found {hour}. Check that it is the file as published."
+        ) from error
+
+
+def _hours(file: Path) -> Iterator[pa.Table]:
+    """The rows of one hour at a time."""
+    gathered: list[pa.Table] = []
+    for batch in _batches(file):
+        table = pa.Table.from_batches([batch])
+        hours = table["hour"].to_numpy()
+        cuts = [0, *(np.flatnonzero(np.diff(hours)) + 1).tolist(), len(table)]
+        for start, stop in pairwise(cuts):
+            if gathered and gathered[0]["hour"][0].as_py() != hours[start]:
+                if hours[start] < gathered[0]["hour"][0].as_py():
+                    raise DataSetError(
+                        f"{file}: expected hours that don't fall, found {hours[start]} after a later one. Sort it by hour."
+                    )
+                yield pa.concat_tables(gathered)
+                gathered = []
+            gathered.append(table.slice(start, stop - start))
+    if gathered:
+        yield pa.concat_tables(gathered)
+
+
+def _batches(file: Path) -> Iterator[pa.RecordBatch]:
+    types = {name: pa.string() for name in ("id", *_CONTEXT, *_ADVERT)} | {"click": pa.int8(), "hour": pa.int64()}
+    compressed = file.suffix == ".gz"
+    try:
+        with pa.input_stream(str(file), compression="gzip" if compressed else None) as stream:
+            yield from pyarrow.csv.open_csv(
+                stream,
+                read_options=pyarrow.csv.ReadOptions(block_size=1 << 23),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types)),
+            )
+    except (pa.ArrowException, OSError) as error:
+        raise DataSetError(
+            f"{file}: expected CSV with the columns id, click, hour, C1, …, C21, found: {error}. Check that it is the file as "
+            "published."
+        ) from error

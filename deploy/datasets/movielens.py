@@ -1,0 +1,128 @@
+"""MovieLens-100K: real ratings with real times (Harper and Konstan, TiiS 2015), out of the recbole wheel."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+
+from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, cache_folder, draw_delays, look_for, make_chunk
+from deploy.datasets.encode import members, strings
+from deploy.datasets.wheels import download_wheel, extract
+from deploy.errors import DataSetError
+from model.schema import FeatureSchema, FieldSpec
+
+__all__ = ["FILES", "FOLDER", "REQUIREMENT", "MovieLens100K"]
+
+FOLDER = "ml-100k"
+FILES = ("ml-100k.inter", "ml-100k.user", "ml-100k.item")
+REQUIREMENT = "recbole==1.2.1"
+
+_CLICK_RATING = 4
+_CSV = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
+_USER_FIELDS = ("user_id", "age", "gender", "occupation", "zip")
+
+
+class MovieLens100K:
+    """100,000 impressions. The impression id is the row number in time order."""
+
+    name = "movielens-100k"
+    title = "MovieLens-100K: 100,000 ratings by 943 people of 1,682 films, September 1997 to April 1998"
+    terms = (
+        "For research, no redistribution without permission, no commercial use without permission (GroupLens, University of "
+        'Minnesota). Attribution: Harper and Konstan, "The MovieLens Datasets: History and Context", ACM TiiS 2015.'
+    )
+    clicks = (
+        "Not real impressions: an impression is a rating, at the time of the rating; a click is a rating of 4 or more; its "
+        "delay is drawn within 60 s, seeded by row."
+    )
+    obtain = f"headrace data fetch movielens-100k (takes the files out of the wheel {REQUIREMENT} from the package index)"
+
+    def __init__(self, *, seed: int = 0, folder: Path | None = None) -> None:
+        self._seed = seed
+        self._folder = folder
+
+    def schema(self) -> FeatureSchema:
+        """Who, what, and when; genres as a list."""
+        names = (*_USER_FIELDS, "hour", "weekday", "item_id", "release_year")
+        fields = tuple(FieldSpec(name=name) for name in names)
+        return FeatureSchema(fields=(*fields, FieldSpec(name="genres", kind="list")), embedding_dim=16)
+
+    def find(self) -> Path | None:
+        return self._folder or look_for(FOLDER, FILES)
+
+    def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
+        files = {f"recbole/dataset_example/ml-100k/{file}": file for file in FILES}
+        with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
+            wheel = archive or download_wheel(REQUIREMENT, Path(folder), progress)
+            return extract(wheel, files, cache_folder() / FOLDER)
+
+    def size(self) -> int:
+        with (self._path() / FILES[0]).open("rb") as file:
+            return sum(1 for _ in file) - 1
+
+    def chunks(self) -> Iterator[Chunk]:
+        folder = self._path()
+        try:
+            ratings = pyarrow.csv.read_csv(folder / FILES[0], parse_options=_CSV)
+            users = pyarrow.csv.read_csv(
+                folder / FILES[1],
+                parse_options=_CSV,
+                convert_options=pyarrow.csv.ConvertOptions(column_types={"zip_code:token": pa.string()}),
+            )
+            items = pyarrow.csv.read_csv(folder / FILES[2], parse_options=_CSV)
+            ratings = ratings.take(pc.sort_indices(ratings["timestamp:float"]))  # stable: equal times in the file's order
+            users_of = users.take(pc.index_in(ratings["user_id:token"], value_set=users["user_id:token"]))
+            items_of = items.take(pc.index_in(ratings["item_id:token"], value_set=items["item_id:token"]))
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise DataSetError(
+                f"{folder}: expected {', '.join(FILES)} as in the wheel {REQUIREMENT}, found: {error}. Remove that folder and "
+                "run: headrace data fetch movielens-100k"
+            ) from error
+        seconds = ratings["timestamp:float"].to_numpy().astype(np.int64)
+        clicked = ratings["rating:float"].to_numpy() >= _CLICK_RATING
+        for start in range(0, len(ratings), CHUNK_ROWS):
+            stop = min(start + CHUNK_ROWS, len(ratings))
+            numbers = np.arange(start, stop, dtype=np.int64)
+            when = seconds[start:stop]
+            user, item = users_of.slice(start, stop - start), items_of.slice(start, stop - start)
+            yield make_chunk(
+                ids=[str(number) for number in numbers.tolist()],
+                timestamps_ms=when * 1_000,
+                clicked=clicked[start:stop],
+                delays_ms=draw_delays(numbers, seed=self._seed),
+                context=members(
+                    {
+                        "user_id": user["user_id:token"],
+                        "age": user["age:token"],
+                        "gender": user["gender:token"],
+                        "occupation": user["occupation:token"],
+                        "zip": pc.utf8_slice_codeunits(user["zip_code:token"], 0, 2),  # the region
+                        "hour": pa.array(when // 3_600 % 24),
+                        "weekday": pa.array((when // 86_400 + 3) % 7),  # day 0 was a Thursday; 0 is Monday
+                    }
+                ),
+                candidate=members(
+                    {
+                        "item_id": item["item_id:token"],
+                        "release_year": item["release_year:token"],
+                        "genres": pc.split_pattern(item["class:token_seq"], " "),
+                    }
+                ),
+                users=strings(user["user_id:token"]),
+                items=strings(item["item_id:token"]),
+            )
+
+    def _path(self) -> Path:
+        folder = self.find()
+        if folder is None:
+            raise DataSetError(
+                f"movielens-100k: expected a folder {FOLDER} with {', '.join(FILES)}, found none in HEADRACE_DATA_DIR, data/ "
+                f"or {cache_folder()}. Run: headrace data fetch movielens-100k"
+            )
+        return folder

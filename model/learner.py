@@ -1,0 +1,149 @@
+"""The learner: incremental updates, a batch at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.batch import FeatureBatch, Float32Array
+from model.embedding import EmbeddingTable, take
+from model.errors import ModelError
+from model.network import choose_device, dense_model, embed, scatter_back, to_elements
+from model.schema import FeatureSchema
+from model.settings import ModelSettings
+
+__all__ = ["Learner"]
+
+
+class Learner:
+    """Learns click probabilities from labelled batches; each batch is scored before it is learned.
+
+        learner = Learner(schema, settings)
+        scores = learner.learn(batch, labels)   # what the model said before it saw the labels
+        snapshot = learner.serving_state(), learner.trainer_state()
+
+    Rows step by Adagrad with the gradient of the loss summed over the batch, the dense part by Adam with its mean. A
+    step touches the batch's rows only. On the CPU it is deterministic: restored, it goes on bit for bit as if it had
+    never stopped. No random numbers are drawn after the start: a new row is a function of its key and the seed.
+
+    For one thread. Raises ModelError for labels, weights or batches it can't use, before anything changes, and for a
+    step that isn't finite, before any weight changes.
+    """
+
+    def __init__(self, schema: FeatureSchema, settings: ModelSettings, *, device: str = "auto") -> None:
+        self.schema = schema
+        self.settings = settings
+        self.device = choose_device(device)
+        self.examples_seen = 0
+        self._dense = dense_model(schema, settings, self.device)
+        self._dense.initialise(settings.seed)
+        self._table = EmbeddingTable(
+            schema.embedding_dim,
+            init_std=settings.init_std,
+            accumulator_start=settings.row_accumulator_start,
+            seed=settings.seed,
+            room=settings.initial_rows,
+            device=self.device,
+        )
+        self._flat = torch.nn.Parameter(self._dense.parameters)  # shares memory with the model's
+        self._flat.grad = self._dense.gradients
+        self._adam = self._new_adam()
+
+    @property
+    def rows(self) -> int:
+        """Embedding rows in the table."""
+        return len(self._table)
+
+    @torch.no_grad()
+    def learn(self, batch: FeatureBatch, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Float32Array:
+        """One update from B examples; returns their scores before it, float32 (B,).
+
+        labels   (B,), 0 to 1
+        weights  (B,), 0 or more: importance of each example's loss; 1 when None
+        """
+        target = self._checked("labels", labels, len(batch), 1.0)
+        weight = None if weights is None else self._checked("weights", weights, len(batch), np.inf)
+        if not len(batch):
+            return np.empty(0, np.float32)
+        elements = to_elements(batch, self.schema, self.device)
+        rows = self._table.insert(elements.keys)
+        distinct, place = self._table.distinct(rows)
+        embedded, first_order = embed(elements, rows, self._table.embedding, self._table.first_order)
+        forward = self._dense.forward(embedded, first_order)
+        scores = torch.sigmoid(forward.logits)
+        slope = scores - target  # of the log loss by the logit
+        if weight is not None:
+            slope.mul_(weight)
+        gradient = self._dense.backward(forward, slope)
+        row_gradient, first_order_gradient = scatter_back(elements, place, len(distinct), gradient, slope)
+        self._require_finite(forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
+        self._table.step(distinct, row_gradient, first_order_gradient, self.settings.row_learning_rate)
+        self._adam.step()
+        self.examples_seen += len(batch)
+        return scores.cpu().numpy()
+
+    @torch.no_grad()
+    def predict(self, batch: FeatureBatch) -> Float32Array:
+        """Scores float32 (B,); changes nothing, and unknown features count as zero."""
+        elements = to_elements(batch, self.schema, self.device)
+        rows = self._table.keys.lookup(elements.keys)
+        forward = self._dense.forward(*embed(elements, rows, self._table.embedding, self._table.first_order))
+        return torch.sigmoid(forward.logits).cpu().numpy()
+
+    def serving_state(self) -> dict[str, torch.Tensor]:
+        """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`) and dense parameters."""
+        return {**self._table.serving_state(), **self._dense.serving_state()}
+
+    def trainer_state(self) -> dict[str, torch.Tensor]:
+        """What learning on needs besides, copied to the CPU: both optimizers' state and the examples seen."""
+        return {
+            **self._table.trainer_state(),
+            **{f"adam.{name}": value.to("cpu", copy=True) for name, value in self._adam_state().items()},
+            "examples_seen": torch.tensor(self.examples_seen),
+        }
+
+    def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
+        """Takes over a snapshot. Raises SnapshotMismatch when it is of another model or schema."""
+        seen = take(trainer, "examples_seen", (), torch.int64)
+        moments = {name: take(trainer, f"adam.{name}", tuple(value.shape)) for name, value in self._adam_state().items()}
+        self._dense.restore(serving)
+        self._table.restore(serving, trainer)
+        for name, value in self._adam_state().items():
+            value.copy_(moments[name])
+        self.examples_seen = int(seen)
+
+    def _new_adam(self) -> torch.optim.Adam:
+        adam = torch.optim.Adam([self._flat], lr=self.settings.dense_learning_rate, fused=True)
+        # Adam makes its state in its first step; a step of length zero makes it now, so that it can be saved and loaded.
+        adam.state[self._flat] = {
+            "step": torch.zeros((), device=self.device),
+            "exp_avg": torch.zeros_like(self._flat),
+            "exp_avg_sq": torch.zeros_like(self._flat),
+        }
+        return adam
+
+    def _adam_state(self) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = self._adam.state[self._flat]
+        return state
+
+    def _checked(self, name: str, values: npt.ArrayLike, rows: int, most: float) -> torch.Tensor:
+        array = np.asarray(values, dtype=np.float32)
+        if array.shape != (rows,):
+            raise ModelError(f"{name}: expected one for each of the batch's {rows} rows, found shape {array.shape}")
+        wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0) & (array <= most)))
+        if len(wrong):
+            wanted = "a number from 0 to 1" if most == 1 else "a finite number, 0 or more"
+            raise ModelError(f"{name}: expected {wanted}, found {array[wrong[0]]} in row {wrong[0]}")
+        return torch.from_numpy(np.require(array, np.float32, ("C", "W"))).to(self.device)
+
+    def _require_finite(self, *tensors: torch.Tensor) -> None:
+        """Norms, since a gradient whose square overflows would spoil the optimizers' state as well."""
+        norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+        if not torch.isfinite(norms).all():
+            names = ("logits", "dense gradient", "rows' gradient", "first-order gradient")
+            found = ", ".join(f"{name} {norm:g}" for name, norm in zip(names, norms.tolist(), strict=True))
+            raise ModelError(
+                f"learning diverged after {self.examples_seen} examples (norms: {found}); nothing was written. "
+                "Go back to an earlier snapshot, and lower model.row_learning_rate or model.dense_learning_rate"
+            )

@@ -1,0 +1,144 @@
+"""From a batch of keys to logits and back: what learner and predictor share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model.batch import FeatureBatch
+from model.deepfm import DeepFM
+from model.errors import ModelError
+from model.schema import FeatureSchema
+from model.settings import ModelSettings
+
+__all__ = ["Elements", "choose_device", "dense_model", "embed", "scatter_back", "to_elements"]
+
+_MODELS: dict[str, Callable[[int, int, tuple[int, ...], torch.device], DeepFM]] = {"deepfm": DeepFM}
+
+
+def dense_model(schema: FeatureSchema, settings: ModelSettings, device: torch.device) -> DeepFM:
+    """The dense part of the model that `settings.name` picks, parameters still zero."""
+    if not schema.fields:
+        raise ModelError("features.fields is empty: name at least one feature for the model to read")
+    return _MODELS[settings.name](len(schema.fields), schema.embedding_dim, settings.hidden, device)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU. Raises ModelError for what this machine doesn't have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device: expected auto, cpu or cuda, found {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device: expected auto, cpu or cuda, found {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device: {name!r} asked for, but torch finds no CUDA device here; use cpu or auto")
+    return device
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """Every single feature of a batch: the B*S single-valued ones, then the N elements of lists.
+
+    keys       int64 (B*S + N,)
+    scales     float32 (B, S, 1), or None: what single-valued embeddings are multiplied by
+    list_of    int64 (N,): which of the B*L lists an element belongs to
+    list_share float32 (N,): 1 / length of that list
+    offsets    int64 (B*L,): where each list starts
+    """
+
+    rows: int
+    singles: int
+    lists: int
+    keys: torch.Tensor
+    scales: torch.Tensor | None
+    list_of: torch.Tensor | None
+    list_share: torch.Tensor | None
+    offsets: torch.Tensor | None
+
+
+def to_elements(batch: FeatureBatch, schema: FeatureSchema, device: torch.device) -> Elements:
+    """A batch as tensors on `device`. Raises ModelError when it isn't of the schema."""
+    lists = sum(field.kind == "list" for field in schema.fields)
+    singles = len(schema.fields) - lists
+    if batch.keys.shape[1:] != (singles,) or batch.lists != lists:
+        raise ModelError(
+            f"batch: expected {singles} single-valued fields and {lists} lists, as features.fields has, "
+            f"found {batch.keys.shape[1]} and {batch.lists}"
+        )
+    keys = _tensor(batch.keys, np.int64, device).flatten()
+    scales = None if batch.scales is None else _tensor(batch.scales, np.float32, device).unsqueeze(2)
+    if not lists:
+        return Elements(len(batch), singles, 0, keys, scales, None, None, None)
+    lengths = np.diff(batch.list_offsets)
+    return Elements(
+        rows=len(batch),
+        singles=singles,
+        lists=lists,
+        keys=torch.cat((keys, _tensor(batch.list_keys, np.int64, device))),
+        scales=scales,
+        list_of=_tensor(np.repeat(np.arange(len(lengths)), lengths), np.int64, device),
+        list_share=_tensor(np.repeat(1 / lengths, lengths), np.float32, device),
+        offsets=_tensor(batch.list_offsets[:-1], np.int64, device),
+    )
+
+
+def _tensor(array: np.ndarray, dtype: type, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.require(array, dtype, ("C", "W"))).to(device)
+
+
+def embed(
+    elements: Elements, rows: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (B, F, D) of the fields, and the sum of the first-order terms (B,).
+
+    rows  (B*S + N,): where in `embedding` (R, D) and `first_order` (R,) each element is
+
+    Scaled fields are multiplied by their scale and lists are mean pooled, in both.
+    """
+    batch, singles, lists = elements.rows, elements.singles, elements.lists
+    count = batch * singles
+    embedded = embedding.index_select(0, rows[:count]).view(batch, singles, embedding.shape[1])
+    linear = first_order.index_select(0, rows[:count]).view(batch, singles)
+    if elements.scales is not None:
+        embedded = embedded * elements.scales
+        linear = linear * elements.scales.squeeze(2)
+    total = linear.sum(1)
+    if elements.offsets is not None and elements.list_of is not None and elements.list_share is not None:
+        pooled = torch.nn.functional.embedding_bag(rows[count:], embedding, elements.offsets, mode="mean")
+        embedded = torch.cat((embedded, pooled.view(batch, lists, -1)), dim=1)
+        shares = first_order.index_select(0, rows[count:]) * elements.list_share
+        total = total.index_add(0, elements.list_of // lists, shares)
+    return embedded, total
+
+
+def scatter_back(
+    elements: Elements, place: torch.Tensor, count: int, gradient: torch.Tensor, slope: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the rows, (U, D) and (U,), from those of the fields' embeddings (B, F*D) and of the logits (B,).
+
+    place  (B*S + N,): which of the U distinct rows each element is
+    """
+    batch, singles, lists = elements.rows, elements.singles, elements.lists
+    fields = gradient.view(batch, singles + lists, -1)
+    own = fields[:, :singles]  # (B, S, D)
+    slopes = slope.unsqueeze(1).expand(batch, singles)
+    if elements.scales is not None:
+        own = own * elements.scales
+        slopes = slopes * elements.scales.squeeze(2)
+    embedding = gradient.new_zeros((count, fields.shape[2]))
+    first_order = gradient.new_zeros(count)
+    at = batch * singles
+    embedding.index_add_(0, place[:at], own.reshape(at, -1))
+    first_order.index_add_(0, place[:at], slopes.reshape(-1))
+    if elements.list_of is not None and elements.list_share is not None:
+        pooled = fields[:, singles:].reshape(batch * lists, -1)
+        shares = pooled.index_select(0, elements.list_of) * elements.list_share.unsqueeze(1)
+        embedding.index_add_(0, place[at:], shares)
+        first_order.index_add_(0, place[at:], slope.index_select(0, elements.list_of // lists) * elements.list_share)
+    return embedding, first_order

@@ -1,0 +1,53 @@
+"""The predictor: one snapshot's weights, read-only."""
+
+from __future__ import annotations
+
+import torch
+
+from model.batch import FeatureBatch, Float32Array
+from model.embedding import take
+from model.network import choose_device, dense_model, embed, to_elements
+from model.schema import FeatureSchema
+from model.settings import ModelSettings
+from model.table import KeyTable
+
+__all__ = ["Predictor"]
+
+
+class Predictor:
+    """Scores batches with one snapshot's serving weights. Immutable: any number of threads can use it at once.
+
+        predictor = Predictor(schema, settings, store.serving(version))
+        scores = predictor.predict(batch)
+
+    Raises SnapshotMismatch when the weights are of another model or schema.
+    """
+
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        settings: ModelSettings,
+        serving: dict[str, torch.Tensor],
+        *,
+        device: str = "auto",
+    ) -> None:
+        self.schema = schema
+        self.device = choose_device(device)
+        self._dense = dense_model(schema, settings, self.device)
+        self._dense.restore(serving)
+        keys = take(serving, "keys", (-1,), torch.int64)
+        embedding = take(serving, "embedding", (len(keys), schema.embedding_dim))
+        first_order = take(serving, "first_order", (len(keys),))
+        self._keys = KeyTable(self.device, expected=len(keys))
+        self._keys.load(keys)
+        # Row 0 is what an unknown feature reads.
+        self._embedding = torch.cat((torch.zeros(1, schema.embedding_dim), embedding)).to(self.device)
+        self._first_order = torch.cat((torch.zeros(1), first_order)).to(self.device)
+
+    @torch.inference_mode()
+    def predict(self, batch: FeatureBatch) -> Float32Array:
+        """Scores float32 (B,), each the probability of a click."""
+        elements = to_elements(batch, self.schema, self.device)
+        rows = self._keys.lookup(elements.keys)
+        forward = self._dense.forward(*embed(elements, rows, self._embedding, self._first_order))
+        return torch.sigmoid(forward.logits).cpu().numpy()

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.errors import ModelError
+from model.metrics import Metrics, ProgressiveMetrics, auc, calibration, log_loss, measure, normalised_entropy
+
+# Few distinct scores, so that ties are common.
+examples = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.50001, 0.9, 1.0]), st.sampled_from([0.0, 1.0]), st.integers(0, 3)),
+    min_size=1,
+    max_size=40,
+)
+
+
+def naive_auc(rows: list[tuple[float, float, int]]) -> float:
+    won = pairs = 0.0
+    for p, y, w in rows:
+        for q, z, v in rows:
+            if y == 1 and z == 0:
+                pairs += w * v
+                won += w * v * (1 if p > q else 0.5 if p == q else 0)
+    return won / pairs if pairs else math.nan
+
+
+def naive_log_loss(rows: list[tuple[float, float, int]]) -> float:
+    weight = sum(w for _, _, w in rows)
+    total = 0.0
+    for p, y, w in rows:
+        p = min(max(p, 1e-7), 1 - 1e-7)
+        total -= w * math.log(p if y else 1 - p)
+    return total / weight if weight else math.nan
+
+
+def same(one: float, other: float) -> bool:
+    return (math.isnan(one) and math.isnan(other)) or one == pytest.approx(other, rel=1e-6, abs=1e-9)
+
+
+@given(examples)
+def test_against_pairs_counted_one_by_one(rows: list[tuple[float, float, int]]) -> None:
+    p, y, w = map(np.array, zip(*rows, strict=True))
+    assert same(auc(p, y, w), naive_auc(rows))
+    assert same(log_loss(p, y, w), naive_log_loss(rows))
+    metrics = measure(p, y, w)
+    assert same(metrics.auc, naive_auc(rows))
+    assert metrics.examples == len(rows)
+    assert metrics.positives == sum(y)
+    base = sum(y * w) / sum(w) if sum(w) else math.nan
+    if sum(w) and 0 < base < 1:
+        entropy = -(base * math.log(base) + (1 - base) * math.log(1 - base))
+        assert same(normalised_entropy(p, y, w), naive_log_loss(rows) / entropy)
+        assert same(calibration(p, y, w), sum(p * w) / sum(y * w))
+    else:
+        assert math.isnan(normalised_entropy(p, y, w))
+
+
+@given(examples, st.integers(1, 50), st.integers(1, 7))
+def test_the_window_is_the_last_examples(rows: list[tuple[float, float, int]], window: int, step: int) -> None:
+    metrics = ProgressiveMetrics(window)
+    for start in range(0, len(rows), step):
+        metrics.update(*zip(*rows[start : start + step], strict=True))
+    exact = measure(*zip(*rows[-window:], strict=True))
+    for name in Metrics.__dataclass_fields__:
+        assert same(getattr(metrics.window(), name), getattr(exact, name)), name
+    total, everything = metrics.total(), measure(*zip(*rows, strict=True))
+    for name in ("examples", "positives", "log_loss", "normalised_entropy", "calibration"):
+        assert same(getattr(total, name), getattr(everything, name)), name
+
+
+def test_the_whole_streams_auc_is_close() -> None:
+    rng = np.random.default_rng(1)
+    y = (rng.random(50_000) < 0.2).astype(float)
+    p = 1 / (1 + np.exp(-(rng.normal(size=len(y)) + y - 2)))
+    metrics = ProgressiveMetrics(10)
+    metrics.update(p, y)
+    assert metrics.total().auc == pytest.approx(auc(p, y), abs=1e-4)
+
+
+def test_undefined_is_nan() -> None:
+    assert math.isnan(auc([0.5, 0.6], [1, 1]))
+    assert math.isnan(normalised_entropy([0.5, 0.6], [0, 0]))
+    assert math.isnan(calibration([0.5], [0]))
+    empty = ProgressiveMetrics(5)
+    assert empty.window().examples == empty.total().examples == 0
+    assert math.isnan(empty.window().log_loss)
+    assert math.isnan(empty.total().auc)
+
+
+def test_perfect_and_worst_scores() -> None:
+    assert auc([0.1, 0.2, 0.8], [0, 0, 1]) == 1
+    assert auc([0.1, 0.2, 0.8], [1, 1, 0]) == 0
+    assert math.isfinite(log_loss([0.0, 1.0], [1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([0.5, math.nan], [0, 1]), "scores: expected numbers from 0 to 1, found nan in row 1"),
+        (([0.5, 0.5], [0, 2]), "labels: expected numbers from 0 to 1, found 2.0 in row 1"),
+        (([0.5], [0], [-1]), "weights: expected finite numbers, 0 or more, found -1.0 in row 0"),
+        (([0.5], [0, 1]), r"metrics: expected scores, labels and weights of one length, found \(1,\), \(2,\), \(1,\)"),
+    ],
+)
+def test_what_is_refused(arguments: tuple, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        measure(*arguments)
+    with pytest.raises(ModelError, match=message):
+        ProgressiveMetrics(3).update(*arguments)
+
+
+def test_window_of_nothing() -> None:
+    with pytest.raises(ModelError, match="window: expected 1 example or more, found 0"):
+        ProgressiveMetrics(0)
