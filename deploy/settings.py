@@ -22,7 +22,7 @@ from model.settings import ModelSettings
 from state.settings import SnapshotSettings
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings, ScorerSettings, TopicSettings, TrainerSettings
 
-__all__ = ["LocalKafkaSettings", "Settings", "load_settings"]
+__all__ = ["LocalKafkaSettings", "Settings", "load_settings", "settings_file"]
 
 DEFAULT_FILE = Path("headrace.toml")
 
@@ -76,14 +76,15 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _file())
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, settings_file())
 
 
 # Read by Headrace, but not settings: which file to read, and where data sets are looked for.
 NOT_SETTINGS = {"HEADRACE_CONFIG", "HEADRACE_DATA_DIR"}
 
 
-def _file() -> Path:
+def settings_file() -> Path:
+    """The file that settings are read from; it need not exist."""
     return Path(os.environ.get("HEADRACE_CONFIG", DEFAULT_FILE))
 
 
@@ -94,7 +95,7 @@ def load_settings(**overrides: Any) -> Settings:
         ConfigError: a file that is missing or not TOML, an unknown key, or a value of the wrong kind; it names the key,
             where it came from, what was expected and what was found.
     """
-    file = _file()
+    file = settings_file()
     if "HEADRACE_CONFIG" in os.environ and not file.is_file():
         raise ConfigError(f"HEADRACE_CONFIG: expected a file, found nothing at {file}. Make it, or unset the variable.")
     known = {name.upper() for name in Settings.model_fields}

@@ -71,7 +71,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
             if isinstance(document, dict):
                 document["metrics"] = nan_for_null(document.get("metrics"))
             return msgspec.convert(document, cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise SnapshotCorrupt(
                 f"{where}: expected a manifest, found {len(data)} bytes that don't read as one ({error}). "
                 "Roll back to another version: `headrace snapshot list`."

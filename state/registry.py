@@ -177,7 +177,7 @@ class RegistryState:
         """
         try:
             self._apply((key or b"").decode(), value)
-        except (msgspec.MsgspecError, ValueError) as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             problem = f"snapshots offset {offset}, key {key!r}: {error}"
             self.problems.append(problem)
             self.problem_count += 1

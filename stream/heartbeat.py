@@ -217,7 +217,7 @@ class HeartbeatReader:
                 if record.value is not None:
                     try:
                         beat = msgspec.json.decode(record.value, type=Heartbeat)
-                    except (msgspec.MsgspecError, UnicodeDecodeError):
+                    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                         continue  # a newer or foreign writer's; the worker counts by its last readable one
                 self._last[worker] = (record.timestamp, beat)
         return bool(batches)

@@ -147,7 +147,7 @@ class RegistryWriter:
         """Stop auto-promotion."""
         return await self._change(decisions.hold, reason)
 
-    async def resume(self, reason: str) -> Written[Held]:
+    async def resume(self, reason: str = "") -> Written[Held]:
         """Let auto-promotion go on."""
         return await self._change(decisions.resume, reason)
 

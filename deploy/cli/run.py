@@ -24,7 +24,11 @@ def run() -> None:
 
 def _common(function: Any) -> Any:
     function = click.option("--verbose", is_flag=True, help="Also Faust's and aiokafka's everyday logs.")(function)
-    return click.option("--http-port", type=click.IntRange(0, 65_535), help="Instead of http.port; 0 takes a free one.")(function)
+    # For programs that start workers: theirs is the other end of standard input.
+    function = click.option("--leash", is_flag=True, hidden=True, help="Stop when standard input ends.")(function)
+    return click.option("--http-port", type=click.IntRange(0, 65_535), help="Instead of http.port; 0 takes a free one.")(
+        function
+    )
 
 
 def _settings(http_port: int | None, verbose: bool) -> Any:
@@ -40,7 +44,7 @@ def _settings(http_port: int | None, verbose: bool) -> Any:
 
 @run.command()
 @_common
-def join(http_port: int | None, verbose: bool) -> None:
+def join(http_port: int | None, verbose: bool, leash: bool) -> None:
     """Join impressions and clicks into labelled examples, each exactly once.
 
     \b
@@ -59,6 +63,7 @@ def join(http_port: int | None, verbose: bool) -> None:
             names=TopicNames.of(settings.topics),
             http=settings.http,
             state_dir=settings.state_dir,
+            leash=leash,
         )
     )
 
@@ -69,7 +74,7 @@ _device = click.option("--device", help="auto, cpu or cuda; instead of the setti
 @run.command()
 @_device
 @_common
-def trainer(device: str | None, http_port: int | None, verbose: bool) -> None:
+def trainer(device: str | None, http_port: int | None, verbose: bool, leash: bool) -> None:
     """Learn from labelled examples and publish snapshots.
 
     \b
@@ -78,8 +83,9 @@ def trainer(device: str | None, http_port: int | None, verbose: bool) -> None:
       headrace run trainer --device cuda
     """
     settings = _settings(http_port, verbose)
-    from stream.topics import TopicNames
     from stream.trainer.worker import run_trainer
+
+    from stream.topics import TopicNames
 
     trainer_settings = settings.trainer.model_copy(update={"device": device}) if device else settings.trainer
     asyncio.run(
@@ -91,6 +97,7 @@ def trainer(device: str | None, http_port: int | None, verbose: bool) -> None:
             schema=settings.features,
             model=settings.model,
             snapshots=settings.snapshots,
+            leash=leash,
         )
     )
 
@@ -98,7 +105,7 @@ def trainer(device: str | None, http_port: int | None, verbose: bool) -> None:
 @run.command()
 @_device
 @_common
-def scorer(device: str | None, http_port: int | None, verbose: bool) -> None:
+def scorer(device: str | None, http_port: int | None, verbose: bool, leash: bool) -> None:
     """Answer score requests with the champion, swapping versions as they come.
 
     \b
@@ -108,6 +115,7 @@ def scorer(device: str | None, http_port: int | None, verbose: bool) -> None:
     """
     settings = _settings(http_port, verbose)
     from stream.scorer.worker import run_scorer
+
     from stream.topics import TopicNames
 
     scorer_settings = settings.scorer.model_copy(update={"device": device}) if device else settings.scorer
@@ -120,5 +128,6 @@ def scorer(device: str | None, http_port: int | None, verbose: bool) -> None:
             schema=settings.features,
             model=settings.model,
             snapshots=settings.snapshots,
+            leash=leash,
         )
     )

@@ -160,10 +160,7 @@ def promote(
     async def move(writer: RegistryWriter) -> Any:
         return (await writer.promote(version, reason, hold=hold, hold_reason=hold_reason or "")).outcome
 
-    if dry_run:
-        moved = _rehearse(settings, version, reason, hold, hold_reason or "")
-    else:
-        moved = _write(settings, move)
+    moved = _rehearse(settings, version, reason, hold, hold_reason or "") if dry_run else _write(settings, move)
     if output == "json":
         echo_json({"from": moved.previous, "to": moved.version, "held": moved.held, "undo": moved.undo, "dry_run": dry_run})
         return
@@ -254,16 +251,15 @@ def hold(reason: str, output: str) -> None:
 
 
 @snapshot.command()
-@click.option("--reason", default="", help="Why; for the log of this command.")
 @format_option
-def resume(reason: str, output: str) -> None:
+def resume(output: str) -> None:
     """Let auto-promotion go on with the next version that passes the gate.
 
     \b
     Examples:
       headrace snapshot resume
     """
-    _hold_or_resume(lambda writer: writer.resume(reason), output)
+    _hold_or_resume(lambda writer: writer.resume(), output)
 
 
 def _hold_or_resume(change: Callable[[RegistryWriter], Awaitable[Any]], output: str) -> None:
@@ -340,15 +336,18 @@ def _write(settings: Settings, change: Callable[[RegistryWriter], Awaitable[T]])
 
 def _check_store(settings: Settings) -> Callable[[int], None]:
     """Nobody is sent to a version that the store doesn't have whole. Names and sizes only: a rollback must be quick."""
-    from state.errors import SnapshotCorrupt
+    from state.errors import SnapshotCorrupt, SnapshotError
     from state.store import SnapshotStore
 
     store = SnapshotStore(settings.snapshots)
 
     def check(version: int) -> None:
-        problems = store.verify(version, hashes=False)
-        if problems:
-            raise SnapshotCorrupt(f"{problems[0]} Nothing was changed; --unchecked goes there all the same.")
+        try:
+            problems = store.verify(version, hashes=False)
+            if problems:
+                raise SnapshotCorrupt(problems[0])
+        except SnapshotError as error:
+            raise type(error)(f"{error} Nothing was changed; --unchecked goes there all the same.") from error
 
     return check
 

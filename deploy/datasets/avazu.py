@@ -34,7 +34,7 @@ class Avazu:
 
     name = "avazu"
     title = "Avazu mobile advertising, the file in the public CSV format (train.csv or train.gz)"
-    terms = "The terms of the competition that it was published for, agreed to when downloading. Changes made: times within the hour."
+    terms = "The terms of the competition that it was published for, agreed to when downloading. Changes made: times."
     clicks = (
         "Times are whole hours: the rows of an hour are spaced evenly within it, in the file's order. A click's delay is drawn "
         "within 60 s, seeded by row."

@@ -214,7 +214,13 @@ class JoinWorker:
 
 
 async def run_join(
-    *, kafka: KafkaSettings, settings: JoinSettings, names: TopicNames, http: HttpSettings, state_dir: Path
+    *,
+    kafka: KafkaSettings,
+    settings: JoinSettings,
+    names: TopicNames,
+    http: HttpSettings,
+    state_dir: Path,
+    leash: bool = False,
 ) -> None:
     """Run a join worker until it is told to stop.
 
@@ -236,4 +242,5 @@ async def run_join(
         ready=worker.ready,
         drain=worker.drain,
         watchdog=worker.watchdog(),
+        leash=leash,
     )

@@ -1,0 +1,207 @@
+"""What the settings are, where each came from, and what in them will not work together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from pydantic import BaseModel, SecretStr
+from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
+
+from deploy.errors import DeployError
+from deploy.java import find_java
+from deploy.settings import Settings, settings_file
+from stream.clients import aiokafka_options
+from stream.errors import StreamError
+from stream.topic_contract import topic_contracts
+
+__all__ = ["Entry", "Finding", "entries", "findings"]
+
+MASK = "**********"
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One setting: its key (`kafka.client_id`), its value with secrets masked, and where the value came from."""
+
+    key: str
+    value: Any
+    source: Literal["default", "file", "environment"]
+    variable: str
+    """The environment variable that sets it."""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something to know about the settings: an `error` stops a worker or loses data, a `hint` may be meant."""
+
+    level: Literal["error", "hint"]
+    key: str
+    message: str
+
+
+def entries(settings: Settings) -> list[Entry]:
+    """Every setting, in the order of the tree."""
+    environment = EnvSettingsSource(Settings)()
+    file = TomlConfigSettingsSource(Settings, settings_file())()
+    found = []
+    for path, value in _leaves(settings):
+        source: Literal["default", "file", "environment"] = (
+            "environment" if _has(environment, path) else "file" if _has(file, path) else "default"
+        )
+        variable = "HEADRACE_" + "__".join(path).upper()
+        found.append(Entry(".".join(path), _shown(value), source, variable))
+    return found
+
+
+def findings(settings: Settings) -> list[Finding]:
+    """What will not work together, and what is likely not meant; empty when there is nothing to say. Opens no connection."""
+    return [finding for check in _CHECKS for finding in check(settings)]
+
+
+def _leaves(model: BaseModel, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _has(tree: Any, path: tuple[str, ...]) -> bool:
+    for part in path:
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, SecretStr):
+        return MASK
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, tuple):
+        return [_shown(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _features(settings: Settings) -> Iterator[Finding]:
+    if not settings.features.fields:
+        yield Finding(
+            "hint",
+            "features.fields",
+            "none named, so there is nothing to learn from: trainers and scorers need them (the demo and `headrace replay` "
+            "name their data set's own). Add [[features.fields]] tables to the file.",
+        )
+
+
+def _retention(settings: Settings) -> Iterator[Finding]:
+    join = settings.join
+    needed = join.window_ms + join.lateness_ms + join.dedupe_horizon_ms
+    kept = settings.topics.retention_ms
+    if join.window_ms + join.lateness_ms > kept:
+        yield Finding(
+            "error",
+            "join.window_ms",
+            f"expected the window and the lateness to lie within topics.retention_ms ({kept}), found "
+            f"{join.window_ms + join.lateness_ms}: records would be deleted before they are labelled. Raise "
+            "topics.retention_ms, or shorten the window.",
+        )
+    elif needed > kept:
+        yield Finding(
+            "hint",
+            "join.dedupe_horizon_ms",
+            f"window, lateness and horizon ({needed} ms) reach further than topics.retention_ms ({kept}): a join that lost "
+            "its local state could not remember every label. Raise topics.retention_ms, or shorten the horizon.",
+        )
+    elif needed * 2 > kept:
+        yield Finding(
+            "hint",
+            "topics.retention_ms",
+            f"{kept} ms is less than twice what the join needs ({needed} ms): little is left for downtime. Raise it.",
+        )
+
+
+def _topics(settings: Settings) -> Iterator[Finding]:
+    try:
+        topic_contracts(settings.topics)
+    except StreamError as error:
+        yield Finding("error", "topics.min_insync_replicas", str(error))
+    hosts = [server.rpartition(":")[0].strip() for server in settings.kafka.bootstrap_servers.split(",")]
+    if settings.topics.replication_factor == 1 and any(host not in ("127.0.0.1", "localhost", "[::1]") for host in hosts):
+        yield Finding(
+            "hint",
+            "topics.replication_factor",
+            "1, on brokers that are not on this machine: the loss of one loses events. With three brokers or more, 3 and "
+            "topics.min_insync_replicas 2 survive it.",
+        )
+
+
+def _security(settings: Settings) -> Iterator[Finding]:
+    kafka = settings.kafka
+    try:
+        aiokafka_options(kafka)
+    except StreamError as error:
+        yield Finding("error", "kafka", str(error))
+    if kafka.security_protocol == "SASL_PLAINTEXT":
+        yield Finding(
+            "hint",
+            "kafka.security_protocol",
+            "SASL_PLAINTEXT sends the data, and with PLAIN the password, in the clear. SASL_SSL encrypts them.",
+        )
+    sasl = kafka.security_protocol.startswith("SASL_")
+    tls = kafka.security_protocol.endswith("SSL")
+    for key, used in (("sasl_username", sasl), ("sasl_password", sasl), ("ssl_cafile", tls), ("ssl_certfile", tls)):
+        if getattr(kafka, key) is not None and not used:
+            yield Finding(
+                "hint", f"kafka.{key}", f"set, but kafka.security_protocol is {kafka.security_protocol}, which doesn't use it."
+            )
+    file = TomlConfigSettingsSource(Settings, settings_file())()
+    for key in ("sasl_password", "ssl_keyfile_password"):
+        if _has(file, ("kafka", key)):
+            yield Finding(
+                "hint",
+                f"kafka.{key}",
+                f"in {settings_file()}, where whoever reads the file reads it. HEADRACE_KAFKA__{key.upper()} keeps it out.",
+            )
+
+
+def _scorer(settings: Settings) -> Iterator[Finding]:
+    scorer = settings.scorer
+    if scorer.lease_ms < 2 * scorer.heartbeat_ms:
+        yield Finding(
+            "error",
+            "scorer.lease_ms",
+            f"expected at least twice scorer.heartbeat_ms ({scorer.heartbeat_ms}), found {scorer.lease_ms}: one late heartbeat "
+            "would make a scorer count as unconfirmed. Raise the lease.",
+        )
+
+
+def _snapshots(settings: Settings) -> Iterator[Finding]:
+    low, high = settings.snapshots.gate_calibration
+    if not 0 <= low < 1 < high:
+        yield Finding(
+            "error",
+            "snapshots.gate_calibration",
+            f"expected a band around 1, as [0.8, 1.25], found [{low}, {high}]: no model could pass. Mend it.",
+        )
+
+
+def _java(settings: Settings) -> Iterator[Finding]:
+    if settings.local_kafka.java is not None:
+        try:
+            find_java(settings.local_kafka.java)
+        except DeployError as error:
+            yield Finding("error", "local_kafka.java", str(error))
+
+
+_CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
+    _features,
+    _retention,
+    _topics,
+    _security,
+    _scorer,
+    _snapshots,
+    _java,
+)

@@ -1,0 +1,141 @@
+"""Worker processes of the demo and of the tests: `headrace run …` on a leash, so that none outlives who started it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.errors import DeployError
+
+__all__ = ["Worker", "stop_workers"]
+
+STOP_S = 12.0  # a worker drains within 9 s by itself
+POLL_S = 0.05
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Worker:
+    """One `headrace run KIND`. It ends when this process ends, in whatever way.
+
+    Args:
+        kind: join, trainer or scorer.
+        env: its whole environment, HEADRACE_* included.
+        log: its stderr is appended there.
+    """
+
+    def __init__(self, kind: str, env: Mapping[str, str], log: Path, *, cwd: Path) -> None:
+        self.kind, self.log, self.port = kind, log, _free_port()
+        self._env, self._cwd = dict(env), cwd
+        self._process: subprocess.Popen[bytes] | None = None
+        self._peak_kb = 0
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return None if self._process is None else self._process.poll()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "headrace", "run", self.kind, "--leash", "--http-port", str(self.port)]
+        with self.log.open("ab") as stderr:
+            # A session of its own: Ctrl-C in the terminal is for the parent, which stops its workers in order.
+            self._process = subprocess.Popen(
+                command, env=self._env, cwd=self._cwd, stdin=subprocess.PIPE, stderr=stderr, start_new_session=True
+            )
+
+    def check(self) -> None:
+        """Raises DeployError with the last lines of its log when the worker has ended."""
+        code = self.returncode
+        if code is not None:
+            lines = self.log.read_text(errors="replace").splitlines()[-12:]
+            raise DeployError(f"the {self.kind} worker ended with {code}; {self.log} says:\n  " + "\n  ".join(lines))
+
+    def is_ready(self) -> bool:
+        with contextlib.suppress(OSError), self._get("/readyz"):
+            return True
+        return False
+
+    def wait_ready(self, timeout_s: float = 60.0) -> None:
+        """Wait for `/readyz`.
+
+        Raises:
+            DeployError: the worker ended, or isn't ready in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self.is_ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise DeployError(f"the {self.kind} worker was not ready within {timeout_s:.0f} s; its log is {self.log}")
+            time.sleep(POLL_S)
+
+    def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
+        """Its metrics now, by (sample name, label values); empty while it can't answer."""
+        try:
+            with self._get("/metrics") as answer:
+                text = answer.read().decode()
+        except (OSError, urllib.error.URLError):
+            return {}
+        return {
+            (sample.name, tuple(sample.labels.values())): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    def peak_rss_mb(self) -> float:
+        """The most memory it has held, in MiB (VmHWM); what was last seen once it has ended."""
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+            self._peak_kb = int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+        return round(self._peak_kb / 1024, 1)
+
+    def kill(self) -> None:
+        """SIGKILL: what a crash looks like."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def ask_to_stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def wait_stopped(self, timeout_s: float = STOP_S) -> None:
+        if self._process is None:
+            return
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _get(self, path: str) -> IO[Any]:
+        answer: IO[Any] = urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=2)
+        return answer
+
+
+def stop_workers(workers: list[Worker]) -> None:
+    """SIGTERM to all, wait, SIGKILL to what is left."""
+    for worker in workers:
+        worker.ask_to_stop()
+    for worker in workers:
+        worker.wait_stopped()

@@ -1,0 +1,96 @@
+"""Writes the generated pages: `docs/cli.md` from every command's `--help`, `docs/settings.md` from the settings tree.
+
+`python -m deploy.docs --check` writes nothing and exits with 1 when a page isn't what the code says.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import BaseModel, SecretStr
+
+from deploy.cli import cli
+from deploy.settings import Settings
+
+__all__ = ["main", "pages"]
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTE = "<!-- Written by `make docs` from the code; edit that instead. -->\n"
+
+
+def pages() -> dict[str, str]:
+    """Every generated page: path below the checkout → content."""
+    return {"docs/cli.md": _cli_page(), "docs/settings.md": _settings_page()}
+
+
+def _cli_page() -> str:
+    parts = [
+        "# Command line\n",
+        NOTE,
+        "Data goes to stdout, messages and progress to stderr. Exit codes: 0 done, 1 an error (or a",
+    ]
+    parts[-1] += " check that found something), 2 wrong usage, 3 a rollback that not every live scorer confirmed.\n"
+    parts.extend(_command_parts(cli, click.Context(cli, info_name="headrace", max_content_width=100, terminal_width=100)))
+    return "\n".join(parts)
+
+
+def _command_parts(command: click.Command, context: click.Context) -> list[str]:
+    depth = min(context.command_path.count(" ") + 2, 4)
+    parts = [f"{'#' * depth} `{context.command_path}`\n", f"```text\n{command.get_help(context).rstrip()}\n```\n"]
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            if not child.hidden:
+                inner = click.Context(child, info_name=name, parent=context, max_content_width=100, terminal_width=100)
+                parts.extend(_command_parts(child, inner))
+    return parts
+
+
+def _settings_page() -> str:
+    parts = [
+        "# Settings\n",
+        NOTE,
+        "Arguments > environment > `headrace.toml` (or the file that `HEADRACE_CONFIG` names) > defaults. A key `a.b` is",
+        "`HEADRACE_A__B` in the environment. Unknown keys are an error. `headrace config show` prints what is in force.\n",
+    ]
+    rows: list[str] = []
+    for name, field in Settings.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            doc = (kind.__doc__ or "").strip().splitlines()[0]
+            parts.extend([f"## `{name}`\n", f"{doc}\n", "| key | default | what |", "| --- | --- | --- |"])
+            parts.extend(_row(f"{name}.{key}", inner) for key, inner in kind.model_fields.items())
+            parts.append("")
+        else:
+            rows.append(_row(name, field))
+    parts.extend(["## At the top\n", "| key | default | what |", "| --- | --- | --- |", *rows, ""])
+    return "\n".join(parts)
+
+
+def _row(key: str, field: Any) -> str:
+    default = field.get_default(call_default_factory=True)
+    shown = "unset" if default is None else "secret" if isinstance(default, SecretStr) else f"`{default}`"
+    return f"| `{key}` | {shown} | {(field.description or '').replace('|', '/')} |"
+
+
+def main() -> int:
+    """Write the pages, or with `--check` compare them."""
+    check, stale = "--check" in sys.argv[1:], []
+    for name, text in pages().items():
+        path = ROOT / name
+        if check:
+            if not path.is_file() or path.read_text() != text:
+                stale.append(name)
+        else:
+            path.write_text(text)
+    for name in stale:
+        click.echo(f"{name} is not what the code says; run `make docs`", err=True)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

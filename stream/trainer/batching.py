@@ -1,0 +1,105 @@
+"""Columns → batches, and how far the log is trained."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.features import FeatureBatch
+from stream.trainer.examples import DecodedRun, Float32Array, Int64Array
+
+__all__ = ["BatchCutter", "TrainingBatch"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBatch:
+    """Examples of one update, columns as in `DecodedRun`. `weights` is None where all are 1."""
+
+    batch: FeatureBatch
+    labels: Float32Array
+    weights: Float32Array | None
+    impression_ms: Int64Array
+    served: Float32Array
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A run of which the first `start` examples are cut already."""
+
+    run: DecodedRun
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.run) - self.start
+
+
+class BatchCutter:
+    """Cuts batches of `rows` examples across runs and partitions, in the order received.
+
+        cutter = BatchCutter(256, {0: 0})
+        cutter.add(run)
+        while cutter.waiting >= 256:
+            learn(cutter.cut())
+        cutter.positions     # {0: next offset to train}
+
+    `positions` are of what has been cut, exactly: a snapshot taken between two batches carries them. What waits for its
+    batch to fill isn't counted, and is read again after a restart, so a batch begins at the same example either way.
+    Records that gave no example (bad ones, transaction markers) are passed over with the example before them, or on their
+    own once nothing older waits.
+    """
+
+    def __init__(self, rows: int, positions: Mapping[int, int]) -> None:
+        self._rows = rows
+        self._runs: deque[_Waiting] = deque()
+        self.positions = dict(positions)
+        self.waiting = 0
+        self.letters = 0
+        """Dead letters, of all handed over, that belong to runs which `positions` has reached into."""
+
+    def add(self, run: DecodedRun) -> None:
+        """Take the next run of a partition."""
+        self._runs.append(_Waiting(run))
+        self.waiting += len(run)
+        self._pass_over()
+
+    def cut(self) -> TrainingBatch:
+        """The next `rows` examples, or all that wait when there are fewer; at least one must."""
+        wanted = min(self._rows, self.waiting)
+        pieces: list[tuple[DecodedRun, int, int]] = []
+        taken = 0
+        while taken < wanted:
+            head = self._runs[0]
+            if not head.start:
+                self.letters += len(head.run.letters)
+            stop = head.start + min(len(head), wanted - taken)
+            taken += stop - head.start
+            if stop > head.start:
+                pieces.append((head.run, head.start, stop))
+                self.positions[head.run.partition] = int(head.run.offsets[stop - 1]) + 1
+            head.start = stop
+            if not len(head):
+                self.positions[head.run.partition] = head.run.after
+                self._runs.popleft()
+        self.waiting -= taken
+        self._pass_over()
+        weights = np.concatenate([run.weights[start:stop] for run, start, stop in pieces])
+        return TrainingBatch(
+            batch=FeatureBatch.concat([run.batch.slice(start, stop) for run, start, stop in pieces]),
+            labels=np.concatenate([run.labels[start:stop] for run, start, stop in pieces]),
+            weights=None if (weights == 1).all() else weights,
+            impression_ms=np.concatenate([run.impression_ms[start:stop] for run, start, stop in pieces]),
+            served=np.concatenate([run.served[start:stop] for run, start, stop in pieces]),
+        )
+
+    def _pass_over(self) -> None:
+        """Runs without an example count as trained as soon as everything older is."""
+        while self._runs and not len(self._runs[0].run):
+            run = self._runs.popleft().run
+            self.letters += len(run.letters)
+            self.positions[run.partition] = run.after

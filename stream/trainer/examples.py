@@ -1,0 +1,156 @@
+"""A run of `examples` → columns: features from the values, labels, weights and event times from the headers.
+
+Headers are checked a column at a time. Only when a column doesn't pass is each record looked at, to find the bad ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from model.features import FeatureBatch, FeatureDecoder
+from model.schema import FeatureSchema
+from stream.dead_letters import DeadLetter
+from stream.transport import Run
+
+__all__ = ["DecodedRun", "ExampleDecoder"]
+
+Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
+Headers = dict[str, bytes]
+
+# 18 digits always fit an int64; epoch milliseconds have 13.
+MAX_DIGITS = 18
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedRun:
+    """The usable examples of a run, N of them, in the order of the log, and the records that can't be used.
+
+    offsets        int64 (N,)    in the partition, ascending
+    labels         float32 (N,)  1 clicked, 0 not
+    weights        float32 (N,)  importance
+    impression_ms  int64 (N,)    event time
+    served         float32 (N,)  the score that the impression was shown with, NaN where absent
+    after          the partition's position after the run, beyond bad records and transaction markers too
+    """
+
+    partition: int
+    after: int
+    batch: FeatureBatch
+    offsets: Int64Array
+    labels: Float32Array
+    weights: Float32Array
+    impression_ms: Int64Array
+    served: Float32Array
+    letters: list[DeadLetter]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+
+class _BadHeader(Exception):
+    """A header that is missing or isn't what the contract says."""
+
+    def __init__(self, reason: str, name: str, message: str) -> None:
+        super().__init__(f"header {name}: {message}")
+        self.reason = reason
+        self.path = f"headers.{name}"
+
+
+class ExampleDecoder:
+    """Decodes runs for one schema. For one thread."""
+
+    def __init__(self, schema: FeatureSchema) -> None:
+        self._features = FeatureDecoder(schema)
+
+    def decode(self, run: Run) -> DecodedRun:
+        """Columns of a run. Bad records become dead letters (reason codes of `stream.dead_letters`), never errors."""
+        records: Sequence[Any] = run.records
+        letters: list[DeadLetter] = []
+        headers = [dict(record.headers) for record in records]
+        columns = _columns(headers)
+        if columns is None:
+            records, headers, letters = _sort_out(records, headers)
+            columns = _columns(headers)
+            assert columns is not None
+        labels, weights, impression_ms = columns
+        decoded = self._features.impressions([record.value for record in records])
+        letters.extend(DeadLetter.of(records[bad.index], bad.reason, bad.path, bad.message) for bad in decoded.bad)
+        letters.sort(key=lambda letter: letter.offset)
+        rows = decoded.rows
+        offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
+        return DecodedRun(
+            partition=run.partition,
+            after=run.after,
+            batch=decoded.batch,
+            offsets=offsets[rows],
+            labels=labels[rows],
+            weights=weights[rows],
+            impression_ms=impression_ms[rows],
+            served=decoded.served_score,
+            letters=letters,
+        )
+
+
+def _columns(headers: list[Headers]) -> tuple[Float32Array, Float32Array, Int64Array] | None:
+    """Labels, weights and event times of all records, or None when one of them is bad."""
+    try:
+        labels = np.frombuffer(b"".join([each["label"] for each in headers]), np.uint8)
+        weighed = [each["weight"] for each in headers]
+        times = [each["impression_ms"] for each in headers]
+        # Almost always all 1: then nothing is parsed.
+        weights = np.ones(len(headers)) if set(weighed) <= {b"1"} else np.array([float(each) for each in weighed])
+    except (KeyError, ValueError):
+        return None
+    if len(labels) != len(headers) or not ((labels == ord("0")) | (labels == ord("1"))).all():
+        return None
+    if not all(map(bytes.isdigit, times)) or max(map(len, times), default=0) > MAX_DIGITS:
+        return None
+    if not ((weights >= 0) & (weights <= np.finfo(np.float32).max)).all():
+        return None
+    milliseconds = np.array(times, dtype="S").astype(np.int64) if times else np.empty(0, np.int64)
+    return (labels == ord("1")).astype(np.float32), weights.astype(np.float32), milliseconds
+
+
+def _sort_out(records: Sequence[Any], headers: list[Headers]) -> tuple[list[Any], list[Headers], list[DeadLetter]]:
+    """The records with good headers, and dead letters for the others."""
+    good, kept, letters = [], [], []
+    for record, each in zip(records, headers, strict=True):
+        try:
+            _check(each)
+        except _BadHeader as error:
+            letters.append(DeadLetter.of(record, error.reason, error.path, str(error)))
+        else:
+            good.append(record)
+            kept.append(each)
+    return good, kept, letters
+
+
+def _check(headers: Headers) -> None:
+    """The same verdict as `_columns`, on one record."""
+    for name in ("label", "weight", "impression_ms"):
+        if name not in headers:
+            raise _BadHeader("missing_field", name, "expected it on every example, found none")
+    if headers["label"] not in (b"0", b"1"):
+        raise _BadHeader("wrong_type", "label", f"expected 0 or 1, found {_shown(headers['label'])}")
+    try:
+        weight = float(headers["weight"])
+    except ValueError as error:
+        raise _BadHeader("wrong_type", "weight", f"expected a number, found {_shown(headers['weight'])}") from error
+    if not 0 <= weight <= np.finfo(np.float32).max:
+        raise _BadHeader("out_of_range", "weight", f"expected a finite number, 0 or more, found {weight}")
+    time_ms = headers["impression_ms"]
+    if not time_ms.isdigit():
+        raise _BadHeader("wrong_type", "impression_ms", f"expected epoch milliseconds, found {_shown(time_ms)}")
+    if len(time_ms) > MAX_DIGITS:
+        raise _BadHeader("out_of_range", "impression_ms", f"expected epoch milliseconds, found {_shown(time_ms)}")
+
+
+def _shown(value: bytes) -> str:
+    """A header's value for a message, kept short."""
+    return repr(value if len(value) <= 40 else value[:40] + b"...")

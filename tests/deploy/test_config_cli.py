@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from deploy.cli import cli
+from deploy.config_report import entries, findings
+from deploy.errors import ConfigError
+from deploy.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["config", *arguments], catch_exceptions=False)
+
+
+def shown() -> dict[str, dict[str, Any]]:
+    return {entry["key"]: entry for entry in json.loads(invoke("show", "--format", "json").stdout)}
+
+
+def test_every_key_with_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("headrace.toml").write_text(
+        '[kafka]\nclient_id = "file"\nbootstrap_servers = "file:1"\nsasl_password = "s3cret"\n'
+        '[features]\nfields = [{ name = "user" }, { name = "price", kind = "numeric" }]\n'
+    )
+    monkeypatch.setenv("HEADRACE_KAFKA__BOOTSTRAP_SERVERS", "env:1")
+    monkeypatch.setenv("HEADRACE_KAFKA__SSL_KEYFILE_PASSWORD", "0pen")
+    found = shown()
+    assert {key: (found[key]["value"], found[key]["source"]) for key in ("kafka.client_id", "kafka.bootstrap_servers")} == {
+        "kafka.client_id": ("file", "file"),
+        "kafka.bootstrap_servers": ("env:1", "environment"),
+    }
+    assert (found["state_dir"]["value"], found["state_dir"]["source"]) == (".headrace/state", "default")
+    assert found["features.fields"]["value"] == [{"name": "user"}, {"name": "price", "kind": "numeric"}]
+    assert found["join.window_ms"]["variable"] == "HEADRACE_JOIN__WINDOW_MS"
+    assert found["kafka.sasl_password"]["value"] == found["kafka.ssl_keyfile_password"]["value"] == "*" * 10
+
+    text = invoke("show").output
+    assert "s3cret" not in text
+    assert "0pen" not in text
+    assert [line.split()[:2] for line in invoke("show", "--set").stdout.splitlines()] == [
+        ["kafka.bootstrap_servers", "environment"],
+        ["kafka.client_id", "file"],
+        ["kafka.sasl_password", "file"],
+        ["kafka.ssl_keyfile_password", "environment"],
+        ["features.fields", "file"],
+    ]
+
+
+def test_each_variable_shown_sets_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for entry in entries(load_settings()):
+        if isinstance(entry.value, int) and not isinstance(entry.value, bool):
+            monkeypatch.setenv(entry.variable, str(entry.value + 1))
+    changed = {entry.key: entry for entry in entries(load_settings()) if entry.source == "environment"}
+    assert len(changed) > 30
+    assert changed["model.seed"].value == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "level", "key", "says"),
+    [
+        ({}, "hint", "features.fields", "nothing to learn from"),
+        ({"join": {"window_ms": 700_000_000}}, "error", "join.window_ms", "deleted before they are labelled"),
+        ({"join": {"dedupe_horizon_ms": 700_000_000}}, "hint", "join.dedupe_horizon_ms", "could not remember"),
+        ({"topics": {"retention_ms": 1_000_000}}, "hint", "topics.retention_ms", "less than twice"),
+        ({"topics": {"min_insync_replicas": 2}}, "error", "topics.min_insync_replicas", "no write could ever succeed"),
+        ({"kafka": {"bootstrap_servers": "broker:9092"}}, "hint", "topics.replication_factor", "loss of one"),
+        ({"kafka": {"bootstrap_servers": "broker"}}, "error", "kafka", "expected host:port"),
+        ({"kafka": {"security_protocol": "SASL_SSL"}}, "error", "kafka", "sasl_username: expected a value"),
+        ({"kafka": {"sasl_username": "me"}}, "hint", "kafka.sasl_username", "PLAINTEXT, which doesn't use it"),
+        (
+            {"kafka": {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "me", "sasl_password": "x"}},
+            *("hint", "kafka.security_protocol", "in the clear"),
+        ),
+        ({"scorer": {"lease_ms": 1_500}}, "error", "scorer.lease_ms", "at least twice scorer.heartbeat_ms (1000)"),
+        ({"snapshots": {"gate_calibration": (1.1, 1.2)}}, "error", "snapshots.gate_calibration", "no model could pass"),
+        ({"local_kafka": {"java": "/nowhere/java"}}, "error", "local_kafka.java", "Mend the path"),
+    ],
+)
+def test_findings(change: dict[str, Any], level: str, key: str, says: str) -> None:
+    found = findings(Settings(**change))
+    assert [(finding.level, finding.key) for finding in found if says in finding.message] == [(level, key)]
+    others = {finding.key for finding in found} - {key, "features.fields"}
+    assert not others, "one change, one finding"
+
+
+def test_a_secret_in_the_file_is_mentioned() -> None:
+    Path("headrace.toml").write_text('[kafka]\nsasl_password = "s3cret"\n')
+    result = invoke("check")
+    assert "hint: kafka.sasl_password: in headrace.toml" in result.stdout
+    assert "HEADRACE_KAFKA__SASL_PASSWORD keeps it out" in result.stdout
+    assert "s3cret" not in result.output
+
+
+def test_check_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = invoke("check")
+    assert good.exit_code == 0
+    assert "valid (the environment alone: there is no headrace.toml)" in good.stdout
+    monkeypatch.setenv("HEADRACE_TOPICS__MIN_INSYNC_REPLICAS", "2")
+    bad = invoke("check", "--format", "json")
+    assert bad.exit_code == 1
+    assert [finding["level"] for finding in json.loads(bad.stdout)] == ["hint", "error"]
+
+
+@pytest.mark.parametrize(
+    ("text", "variable", "message"),
+    [
+        ("[join]\nwindow = 5\n", None, r"join.window: Extra inputs are not permitted, found 5"),
+        ("[join]\nwindow_ms = 0\n", None, r"join.window_ms: .*greater than or equal to 1, found 0"),
+        ("[join\n", None, r"headrace.toml: expected TOML"),
+        ("", ("HEADRACE_JION__WINDOW_MS", "5"), r"HEADRACE_JION__WINDOW_MS: unknown section 'jion', expected one of"),
+        ("", ("HEADRACE_JOIN__WINDOW_MS", "soon"), r"join.window_ms: .*valid integer.*found 'soon'"),
+        ("", ("HEADRACE_CONFIG", "/nowhere.toml"), r"HEADRACE_CONFIG: expected a file, found nothing at /nowhere.toml"),
+    ],
+)
+def test_settings_that_are_refused(
+    text: str, variable: tuple[str, str] | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("headrace.toml").write_text(text)
+    if variable:
+        monkeypatch.setenv(*variable)
+    with pytest.raises(ConfigError, match=message):
+        load_settings()
