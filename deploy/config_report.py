@@ -128,7 +128,7 @@ def _topics(settings: Settings) -> Iterator[Finding]:
         topic_contracts(settings.topics)
     except StreamError as error:
         yield Finding("error", "topics.min_insync_replicas", str(error))
-    hosts = [server.rpartition(":")[0].strip() for server in settings.kafka.bootstrap_servers.split(",")]
+    hosts = [server.strip().rsplit(":", 1)[0] for server in settings.kafka.bootstrap_servers.split(",")]
     if settings.topics.replication_factor == 1 and any(host not in ("127.0.0.1", "localhost", "[::1]") for host in hosts):
         yield Finding(
             "hint",

@@ -3,12 +3,13 @@
 DeployError
 ├── ConfigError        a setting is missing, unknown or wrong
 ├── LocalKafkaError    the local Kafka can't be resolved, started or stopped
-└── DataSetError       a data set is not there or not readable
+├── DataSetError       a data set is not there or not readable
+└── FeedError          events could not be sent to Kafka
 """
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataSetError", "DeployError", "LocalKafkaError"]
+__all__ = ["ConfigError", "DataSetError", "DeployError", "FeedError", "LocalKafkaError"]
 
 
 class DeployError(Exception):
@@ -25,3 +26,7 @@ class LocalKafkaError(DeployError):
 
 class DataSetError(DeployError):
     """A data set is not there, or is not what its name says."""
+
+
+class FeedError(DeployError):
+    """Events could not be sent to Kafka."""

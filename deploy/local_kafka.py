@@ -42,6 +42,10 @@ PORTS = range(20_000, 32_000)
 STOP_TIMEOUT_MS = 15_000  # a broker closes its logs in under a second here; a loaded machine may need many times that
 POLL_S = 0.05
 LAST_LINES = 15
+LINE_WIDTH = 400  # some of Kafka's lines hold its whole configuration
+
+# pid → every broker that this process started and that has not ended: whichever object stops one, it must be waited for here.
+_children: dict[int, subprocess.Popen[bytes]] = {}
 
 
 class KafkaStatus(msgspec.Struct, frozen=True):
@@ -96,7 +100,6 @@ class LocalKafka:
         self.brokers = brokers
         self.dir = settings.dir.expanduser().absolute()
         self._on_progress = on_progress
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._leash: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -152,7 +155,7 @@ class LocalKafka:
                 self.settings, on_progress=lambda done, total: self._on_progress("Apache Kafka's jars", done, total)
             )
             state = self._planned(state)
-            self._on_progress("starting", 0, 0)
+            self._on_progress("starting Apache Kafka", 0, 0)
             before = state.alive()
             try:
                 for node in state.nodes:
@@ -301,7 +304,7 @@ class LocalKafka:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._children[node.id] = child
+        _children[child.pid] = child
         process = mark(child.pid)
         if process is not None:
             state.processes[node.id] = process
@@ -309,7 +312,7 @@ class LocalKafka:
 
     def _java(self, node: Node, java: Path, classpath: list[Path], *, heap_mb: int) -> list[str]:
         # Measured on two cores: G1 starts as fast as the serial collector (2.4 s) and takes 40 MB less. Without C2
-        # (TieredStopAtLevel=1) a broker starts 0.4 s sooner; under load it is the slower one, so it stays.
+        # (TieredStopAtLevel=1) a broker starts 0.4 s sooner; what that costs under load was not measured, so C2 stays.
         options = [f"-Xmx{heap_mb}m", "-XX:+UseG1GC", "-XX:+ExitOnOutOfMemoryError", "-Djava.awt.headless=true"]
         options.append(f"-Dlog4j2.configurationFile={self._logging(node).as_uri()}")
         if (java_version(java) or 0) >= 24:
@@ -357,13 +360,13 @@ class LocalKafka:
 
         Those in `ended` are waited for: the system may show a process as gone a moment before it can be waited for.
         """
-        gone = {process.pid for process in ended}
-        for node, child in list(self._children.items()):
-            if child.pid in gone:
+        for process in ended:
+            if process.pid in _children:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(timeout=STOP_TIMEOUT_MS / 1_000)
+                    _children[process.pid].wait(timeout=STOP_TIMEOUT_MS / 1_000)
+        for pid, child in list(_children.items()):
             if child.poll() is not None:
-                del self._children[node]
+                del _children[pid]
 
     def _end(self) -> None:
         try:
@@ -430,4 +433,6 @@ def _brokers_seen(bootstrap_servers: str) -> int:
 
 
 def _tail(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines()[-LAST_LINES:])
+    """The last lines, without the frames of Java's stack traces, which would push out what happened."""
+    lines = [line for line in text.splitlines() if not line.startswith("\tat ")]
+    return "\n".join(f"  {line[:LINE_WIDTH]}" for line in lines[-LAST_LINES:])

@@ -111,7 +111,7 @@ def embed(
     total = linear.sum(1)
     if elements.offsets is not None and elements.list_of is not None and elements.list_share is not None:
         pooled = torch.nn.functional.embedding_bag(rows[count:], embedding, elements.offsets, mode="mean")
-        embedded = torch.cat((embedded, pooled.view(batch, lists, -1)), dim=1)
+        embedded = torch.cat((embedded, pooled.view(batch, lists, embedding.shape[1])), dim=1)
         shares = first_order.index_select(0, rows[count:]) * elements.list_share
         total = total.index_add(0, elements.list_of // lists, shares)
     return embedded, total
@@ -137,7 +137,7 @@ def scatter_back(
     embedding.index_add_(0, place[:at], own.reshape(at, -1))
     first_order.index_add_(0, place[:at], slopes.reshape(-1))
     if elements.list_of is not None and elements.list_share is not None:
-        pooled = fields[:, singles:].reshape(batch * lists, -1)
+        pooled = fields[:, singles:].reshape(batch * lists, fields.shape[2])
         shares = pooled.index_select(0, elements.list_of) * elements.list_share.unsqueeze(1)
         embedding.index_add_(0, place[at:], shares)
         first_order.index_add_(0, place[at:], slope.index_select(0, elements.list_of // lists) * elements.list_share)

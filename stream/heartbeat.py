@@ -155,8 +155,7 @@ class HeartbeatReader:
             for partition in partitions:
                 consumer.seek(partition, max(first[partition], end[partition] - TAIL_RECORDS))
             self._consumer, self._partitions = consumer, partitions
-            while any([await consumer.position(each) < end[each] for each in partitions]):
-                await self._poll(10)
+            await self._read_to(end)
         except KafkaError as error:
             await consumer.stop()
             raise _unreachable(self._kafka, error) from error
@@ -171,8 +170,7 @@ class HeartbeatReader:
 
     async def live(self, *, now_ms: int | None = None) -> list[Heartbeat]:
         """The scorers that are alive at `now_ms` on the broker's clock (default: this machine's), by worker id."""
-        while await self._poll(1):
-            pass
+        await self._read_to(await self._consumer.end_offsets(self._partitions))
         return self._alive(_now_ms() if now_ms is None else now_ms)
 
     async def wait_for_confirmations(
@@ -190,6 +188,8 @@ class HeartbeatReader:
         """
         began = time.monotonic()
         began_ms = _now_ms() if now_ms is None else now_ms
+        # Who started since this reader was opened must be waited for too. The scorers are swapping meanwhile.
+        await self.live()
         confirmed: dict[str, Confirmation] = {}
         while True:
             elapsed_ms = (time.monotonic() - began) * 1_000
@@ -207,8 +207,11 @@ class HeartbeatReader:
         beats = (beat for at_ms, beat in self._last.values() if beat is not None and now_ms - at_ms <= self._limit_ms)
         return sorted(beats, key=lambda beat: beat.worker)
 
-    async def _poll(self, timeout_ms: int) -> bool:
-        """Take in what arrives within the time; whether anything did."""
+    async def _read_to(self, end: dict[Any, int]) -> None:
+        while any([await self._consumer.position(each) < end[each] for each in self._partitions]):
+            await self._poll(10)
+
+    async def _poll(self, timeout_ms: int) -> None:
         batches = await self._consumer.getmany(*self._partitions, timeout_ms=timeout_ms)
         for records in batches.values():
             for record in records:
@@ -220,7 +223,6 @@ class HeartbeatReader:
                     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                         continue  # a newer or foreign writer's; the worker counts by its last readable one
                 self._last[worker] = (record.timestamp, beat)
-        return bool(batches)
 
 
 def _unreachable(kafka: KafkaSettings, error: Exception) -> StreamError:

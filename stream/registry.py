@@ -156,8 +156,17 @@ class RegistryWriter:
         return (await self._change(lambda state, cause: decisions.tag_good(state, versions, now_ms=cause.now_ms))).outcome
 
     async def tag_due(self, gate: SnapshotSettings) -> tuple[int, ...]:
-        """Tag every version whose time has come, by the last state this writer knows: costs nothing when none is due."""
-        due = decisions.due_good(self._log.state, _now_ms(), gate)
+        """Tag every version whose time has come, as far as this writer knows: writes nothing when none is due."""
+        from aiokafka.errors import KafkaError
+
+        async with self._lock:
+            if self._log_is_open:
+                try:
+                    async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                        await self._log.read_to(self._read_to)
+                except (KafkaError, TimeoutError) as error:
+                    raise unreachable(self._kafka, error) from error
+            due = decisions.due_good(self._log.state, _now_ms(), gate)
         return await self.tag_good(*due) if due else ()
 
     async def close(self) -> None:

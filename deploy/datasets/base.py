@@ -27,6 +27,7 @@ __all__ = [
     "Progress",
     "cache_folder",
     "draw_delays",
+    "draw_uniform",
     "look_for",
     "make_chunk",
     "replacing",
@@ -184,19 +185,19 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def draw_delays(rows: Int64s, *, seed: int) -> Int64s:
-    """Click delays in ms for row numbers: exponential with a mean of 8 s, cut at 60 s, at least 300 ms.
-
-    A row's delay depends on the row and the seed alone, not on the chunk it came in: SplitMix64 of both as a uniform
-    number, through the inverse of the truncated distribution.
-    """
+def draw_uniform(rows: Int64s, *, seed: int) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each row number, (N,): SplitMix64 of the row and the seed, whatever chunk the row comes in."""
     with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is the point
         x = rows.astype(np.uint64) + np.uint64(1 + seed % (1 << 32)) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x ^= x >> np.uint64(31)
-    uniform = (x >> np.uint64(11)).astype(np.float64) / 2.0**53
+    return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def draw_delays(rows: Int64s, *, seed: int) -> Int64s:
+    """Click delays in ms for row numbers: exponential with a mean of 8 s, cut at 60 s, at least 300 ms."""
     shortest = 300.0  # nobody taps faster
-    kept = 1.0 - np.exp(-(MAX_DELAY_MS - shortest) / _MEAN_DELAY_MS)
-    delays = shortest - _MEAN_DELAY_MS * np.log1p(-uniform * kept)
+    kept = 1.0 - np.exp(-(MAX_DELAY_MS - shortest) / _MEAN_DELAY_MS)  # inverse of the truncated distribution
+    delays = shortest - _MEAN_DELAY_MS * np.log1p(-draw_uniform(rows, seed=seed) * kept)
     return np.minimum(delays, MAX_DELAY_MS).astype(np.int64)

@@ -100,21 +100,22 @@ class ExampleDecoder:
 def _columns(headers: list[Headers]) -> tuple[Float32Array, Float32Array, Int64Array] | None:
     """Labels, weights and event times of all records, or None when one of them is bad."""
     try:
-        labels = np.frombuffer(b"".join([each["label"] for each in headers]), np.uint8)
+        labels = [each["label"] for each in headers]
         weighed = [each["weight"] for each in headers]
         times = [each["impression_ms"] for each in headers]
         # Almost always all 1: then nothing is parsed.
         weights = np.ones(len(headers)) if set(weighed) <= {b"1"} else np.array([float(each) for each in weighed])
-    except (KeyError, ValueError):
+        if not set(labels) <= {b"0", b"1"} or not all(map(bytes.isdigit, times)):
+            return None
+    except (KeyError, TypeError, ValueError):  # TypeError: Kafka knows headers without a value
         return None
-    if len(labels) != len(headers) or not ((labels == ord("0")) | (labels == ord("1"))).all():
-        return None
-    if not all(map(bytes.isdigit, times)) or max(map(len, times), default=0) > MAX_DIGITS:
+    if max(map(len, times), default=0) > MAX_DIGITS:
         return None
     if not ((weights >= 0) & (weights <= np.finfo(np.float32).max)).all():
         return None
     milliseconds = np.array(times, dtype="S").astype(np.int64) if times else np.empty(0, np.int64)
-    return (labels == ord("1")).astype(np.float32), weights.astype(np.float32), milliseconds
+    clicked = np.array([label == b"1" for label in labels], np.float32)
+    return clicked, weights.astype(np.float32), milliseconds
 
 
 def _sort_out(records: Sequence[Any], headers: list[Headers]) -> tuple[list[Any], list[Headers], list[DeadLetter]]:
@@ -134,7 +135,7 @@ def _sort_out(records: Sequence[Any], headers: list[Headers]) -> tuple[list[Any]
 def _check(headers: Headers) -> None:
     """The same verdict as `_columns`, on one record."""
     for name in ("label", "weight", "impression_ms"):
-        if name not in headers:
+        if headers.get(name) is None:
             raise _BadHeader("missing_field", name, "expected it on every example, found none")
     if headers["label"] not in (b"0", b"1"):
         raise _BadHeader("wrong_type", "label", f"expected 0 or 1, found {_shown(headers['label'])}")

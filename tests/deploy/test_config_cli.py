@@ -73,7 +73,7 @@ def test_each_variable_shown_sets_its_key(monkeypatch: pytest.MonkeyPatch) -> No
         ({"topics": {"retention_ms": 1_000_000}}, "hint", "topics.retention_ms", "less than twice"),
         ({"topics": {"min_insync_replicas": 2}}, "error", "topics.min_insync_replicas", "no write could ever succeed"),
         ({"kafka": {"bootstrap_servers": "broker:9092"}}, "hint", "topics.replication_factor", "loss of one"),
-        ({"kafka": {"bootstrap_servers": "broker"}}, "error", "kafka", "expected host:port"),
+        ({"kafka": {"bootstrap_servers": "localhost"}}, "error", "kafka", "expected host:port"),
         ({"kafka": {"security_protocol": "SASL_SSL"}}, "error", "kafka", "sasl_username: expected a value"),
         ({"kafka": {"sasl_username": "me"}}, "hint", "kafka.sasl_username", "PLAINTEXT, which doesn't use it"),
         (

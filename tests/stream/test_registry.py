@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_a_trainer_an_operator_and_a_reader(topics: Settings) -> None:
             assert resumed.outcome.changed and resumed.outcome.undo == "headrace snapshot hold --reason 'rolled back: bad'"
             assert (await trainer.announce(manifest(5), gate=GATE)).promoted
             await until(lambda: reader.state.champion.version == 5)
-            assert seen[-1] == 5 and seen == sorted(seen[:-3], key=lambda v: v or 0) + seen[-3:]
+            assert seen[0] is None and seen[-1] == 5
             state = await cluster.state()
             assert repr(state) == repr(reader.state)
             assert state.problem_count == 0
@@ -158,7 +159,7 @@ def test_writers_that_race_lose_nothing(topics: Settings) -> None:
             state = await cluster.state()
             moves = state.champion.moves
             assert sorted(state.versions) == list(range(1, 8))
-            for before, after in zip(moves, moves[1:], strict=False):
+            for before, after in itertools.pairwise(moves):
                 assert after.previous == before.version  # nobody decided on an old state
                 assert after.at_ms > before.at_ms
             by_hand = [move.reason for move in moves if move.how == "promote"]

@@ -1,0 +1,325 @@
+"""One run of the demo: Kafka, workers, a replay, a rollback, the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from deploy.datasets import DataSet
+from deploy.demo.audit import Audit, Ledger
+from deploy.demo.view import Figures, View
+from deploy.demo.workers import Worker, stop_workers
+from deploy.errors import DeployError
+from deploy.local_kafka import LocalKafka
+from deploy.replay import Replayer
+from deploy.settings import NOT_SETTINGS, LocalKafkaSettings, Settings
+from stream.heartbeat import HeartbeatReader, live_limit_ms
+from stream.operations import Rollback, roll_back
+from stream.registry import RegistryWriter
+from stream.registry_log import read_registry
+from stream.topic_admin import create_topics
+from stream.topics import TopicNames
+
+__all__ = ["DemoResult", "demo_settings", "play", "worker_environment"]
+
+# The stream is paced so that people can watch the model learn, and so that a run ends within about 3 minutes on two cores.
+REPLAY_S = 75.0
+SCORED_FRACTION = 0.15
+SETTLE_S = 90.0  # longest wait for the last labels, and for the trainer to learn them, once the stream has ended
+LOOK_S = 0.5
+CONFIRM_MS = 10_000
+
+
+class DemoResult(msgspec.Struct, kw_only=True):
+    """The summary. Metrics are over the last 80 % of event time."""
+
+    dataset: str
+    impressions: int
+    clicks: int
+    examples: int
+    positives: int
+    events_per_s: float
+    auc: float | None
+    ne: float | None
+    calibration: float | None
+    served_auc: float | None
+    versions: int
+    scores: int
+    rollback_ms: float
+    click_to_served_ms_p50: float | None
+    click_to_served_ms_p99: float | None
+    dead_letters: int
+    peak_rss_mb: dict[str, float]
+    exactly_once: bool
+    problems: list[str]
+    rollback: dict[str, int]
+    seconds: float
+
+
+def demo_settings(base: Settings, data_set: DataSet, work: Path, bootstrap_servers: str, evaluation_from_ms: int) -> Settings:
+    """The user's settings, with the demo's own Kafka, folders, schema and pace."""
+    # One thread for training where the broker, the join and the scorer need the other core.
+    threads = base.trainer.threads or (1 if (os.cpu_count() or 1) <= 2 else 0)
+    return base.model_copy(
+        update={
+            "kafka": base.kafka.model_copy(update={"bootstrap_servers": bootstrap_servers}),
+            "topics": base.topics.model_copy(update={"partitions": 2, "request_partitions": 2, "replication_factor": 1}),
+            "join": base.join.model_copy(update={"window_ms": 60_000, "instance_id": "demo-join"}),
+            "trainer": base.trainer.model_copy(update={"evaluation_from_ms": evaluation_from_ms, "threads": threads}),
+            "features": data_set.schema(),
+            "snapshots": base.snapshots.model_copy(
+                update={"url": str(work / "snapshots"), "interval_ms": 3_000, "good_after_ms": 1_500}
+            ),
+            "state_dir": work / "state",
+        }
+    )
+
+
+def worker_environment(settings: Settings) -> dict[str, str]:
+    """The environment that gives a worker exactly these settings: a section each as JSON."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_") or name in NOT_SETTINGS}
+    env.pop("HEADRACE_CONFIG", None)
+    for name, value in settings.model_dump(mode="json", exclude_unset=False).items():
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        env[f"HEADRACE_{name.upper()}"] = text
+    return env
+
+
+async def play(
+    data_set: DataSet, base: Settings, work: Path, view: View, *, limit: int | None = None, fast: bool = False
+) -> DemoResult:
+    """Run it all under the folder `work`.
+
+    Raises:
+        DeployError: something didn't start, ended on the way, or did not finish in time.
+    """
+    began = time.monotonic()
+    total, evaluation_from_ms = _extent(data_set, limit)
+    with contextlib.ExitStack() as stack:
+        view.say("starting Apache Kafka …")
+        kafka = stack.enter_context(LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=768)))
+        settings = demo_settings(base, data_set, work, kafka.bootstrap_servers, evaluation_from_ms)
+        create_topics(settings.kafka, settings.topics)
+        view.say(f"Kafka at {kafka.bootstrap_servers}; starting join, trainer and scorer …")
+        workers = stack.enter_context(_running(settings, work))
+        rate = None if fast else 1.45 * total / REPLAY_S  # impressions and their clicks
+        replayer = Replayer(data_set, settings, rate=rate, limit=limit, scored_fraction=SCORED_FRACTION)
+        run = _Run(settings, workers, replayer, total, view)
+        await run.stream()
+        view.say("stream ended; publishing, then rolling back …")
+        rolled = await run.roll_back_and_undo()
+        peaks = {kind: worker.peak_rss_mb() for kind, worker in workers.items()}
+        return await run.result(data_set.name, rolled, peaks, began)
+
+
+def _extent(data_set: DataSet, limit: int | None) -> tuple[int, int]:
+    """How many impressions there are, and the event time at which the last 80 % begin."""
+    count, first, last = 0, 0, 0
+    for chunk in data_set.chunks():
+        rows = chunk.head(limit - count) if limit is not None and count + len(chunk) > limit else chunk
+        if not len(rows):
+            break
+        first = int(rows.timestamps_ms[0]) if not count else first
+        last = int(rows.timestamps_ms[-1])
+        count += len(rows)
+    return count, first + (last - first) // 5
+
+
+@contextlib.contextmanager
+def _running(settings: Settings, work: Path) -> Iterator[Mapping[str, Worker]]:
+    env = worker_environment(settings)
+    workers = {kind: Worker(kind, env, work / f"{kind}.log", cwd=work) for kind in ("join", "trainer", "scorer")}
+    try:
+        for worker in workers.values():
+            worker.start()
+        # The scorer is ready when there is a model, which is later.
+        workers["join"].wait_ready()
+        workers["trainer"].wait_ready()
+        yield workers
+    finally:
+        stop_workers(list(workers.values()))
+
+
+class _Run:
+    """The stream and what is seen of it."""
+
+    def __init__(self, settings: Settings, workers: Mapping[str, Worker], replayer: Replayer, total: int, view: View) -> None:
+        self._settings, self._workers, self._replayer = settings, workers, replayer
+        self._names, self._view, self._total = TopicNames.of(settings.topics), view, total
+        self._served: dict[int, int] = {}  # version → since when it answers, in ms
+        self._scores: tuple[float, float] = (time.monotonic(), 0.0)
+        self._ledger = Ledger()
+        self._seconds = 0.0
+
+    async def stream(self) -> None:
+        """Replay everything, and wait until every impression has its label and the trainer has learned them all."""
+        began = time.monotonic()
+        sending = asyncio.ensure_future(self._replayer.run_async())
+        limit_ms = live_limit_ms(self._settings.scorer)
+        async with (
+            HeartbeatReader(self._settings.kafka, self._names, limit_ms=limit_ms) as scorers,
+            Audit(self._settings) as audit,
+        ):
+            ended: float | None = None
+            try:
+                while True:
+                    await asyncio.sleep(LOOK_S)
+                    figures = await self._look(scorers)
+                    self._view.show(figures)
+                    if not sending.done():
+                        continue
+                    sending.result()
+                    ended = ended or time.monotonic()
+                    self._ledger = await audit.read()
+                    if not self._seconds and len(self._ledger.labels) >= self._replayer.stats.impressions:
+                        self._seconds = time.monotonic() - began
+                    if self._seconds and figures.learned + self._refused() >= len(self._ledger.labels):
+                        break
+                    if time.monotonic() - ended > SETTLE_S:
+                        self._view.say("[red]not everything was labelled and learned in time[/]")
+                        break
+                await self._await_last_version(scorers)
+            finally:
+                if not sending.done():
+                    self._replayer.stop()
+                    sending.cancel()
+                    with contextlib.suppress(BaseException):
+                        await sending
+            self._ledger = await audit.read()
+
+    def _refused(self) -> int:
+        """Examples that the trainer could not use."""
+        metrics = self._workers["trainer"].metrics()
+        return int(_sum(metrics, "headrace_trainer_dead_letters_total"))
+
+    async def _await_last_version(self, scorers: HeartbeatReader) -> None:
+        """Wait until the scorer serves the newest champion, and one before it is tagged good."""
+        deadline = time.monotonic() + 30.0
+        while time.monotonic() < deadline:
+            await asyncio.sleep(LOOK_S)
+            self._view.show(await self._look(scorers))
+            state = await read_registry(self._settings.kafka, self._names)
+            champion = state.champion.version
+            good = [record for record in state.versions.values() if record.good_at_ms and record.version != champion]
+            if champion in self._served and good:
+                return
+        raise DeployError("expected a champion that is served and a good version before it, found none within 30 s")
+
+    async def _look(self, scorers: HeartbeatReader) -> Figures:
+        """The figures now, from the workers' own metrics and heartbeats."""
+        for worker in self._workers.values():
+            worker.check()
+        join, trainer, scorer = (self._workers[kind].metrics() for kind in ("join", "trainer", "scorer"))
+        live = await scorers.live()
+        for beat in live:
+            if beat.version > 0:
+                self._served.setdefault(beat.version, beat.since_ms)
+        then, before = self._scores
+        now, candidates = time.monotonic(), _sum(scorer, "headrace_scorer_candidates_total")
+        self._scores = (now, candidates)
+        stats = self._replayer.stats
+        return Figures(
+            sent=stats.impressions,
+            total=self._total,
+            events_per_s=stats.events_per_s,
+            joined=int(_sum(join, "headrace_join_examples_total")),
+            pending=int(_sum(join, "headrace_join_pending_impressions")),
+            learned=int(_sum(trainer, "headrace_trainer_examples_total")),
+            lag=int(_sum(trainer, "headrace_trainer_lag_records")),
+            auc=trainer.get(("headrace_trainer_progressive_auc", ("window",))),
+            normalised_entropy=trainer.get(("headrace_trainer_progressive_normalised_entropy", ("window",))),
+            calibration=trainer.get(("headrace_trainer_progressive_calibration", ("window",))),
+            served_auc=trainer.get(("headrace_trainer_served_auc", ("total",))),
+            version=max((beat.version for beat in live), default=None),
+            scores_per_s=(candidates - before) / max(now - then, 1e-6),
+        )
+
+    async def roll_back_and_undo(self) -> Rollback:
+        """Roll back to the last good version, wait for the scorer, and undo it."""
+        settings, names = self._settings, self._names
+        rolled = await roll_back(
+            settings.kafka, names, settings.scorer, who="demo", reason="to show that it works", timeout_ms=CONFIRM_MS
+        )
+        self._view.say(
+            f"rolled back from version {rolled.previous} to {rolled.version} in {rolled.rollback_ms:.0f} ms, "
+            f"{len(rolled.confirmed)} scorer confirmed; undo: {rolled.undo}"
+        )
+        if rolled.unconfirmed:
+            raise DeployError(f"rollback: {len(rolled.unconfirmed)} scorers did not confirm within {CONFIRM_MS} ms")
+        writer = RegistryWriter(settings.kafka, names, who="demo")
+        try:
+            async with HeartbeatReader(settings.kafka, names, limit_ms=live_limit_ms(settings.scorer)) as scorers:
+                written = await writer.promote(rolled.previous, "undo", hold=False)
+                _, missing = await scorers.wait_for_confirmations(
+                    written.position, rolled.previous, CONFIRM_MS, now_ms=written.at_ms
+                )
+        finally:
+            await writer.close()
+        if missing:
+            raise DeployError(f"undo of the rollback: {len(missing)} scorers did not confirm within {CONFIRM_MS} ms")
+        self._view.say(f"undone: version {rolled.previous} answers again")
+        return rolled
+
+    async def result(self, name: str, rolled: Rollback, peaks: dict[str, float], began: float) -> DemoResult:
+        ledger, stats = self._ledger, self._replayer.stats
+        state = await read_registry(self._settings.kafka, self._names)
+        newest = max(state.versions.values(), key=lambda record: record.version)
+        offsets = _offsets(self._settings, list(self._served))
+        served = [(version, offsets[version], since) for version, since in self._served.items() if version in offsets]
+        waits = await asyncio.to_thread(ledger.click_to_served_ms, served)
+        problems = ledger.problems()
+        if len(ledger.impressions) != stats.impressions:
+            problems.append(f"{stats.impressions} impressions sent, {len(ledger.impressions)} found")
+        return DemoResult(
+            dataset=name,
+            impressions=stats.impressions,
+            clicks=stats.clicks,
+            examples=sum(ledger.labels.values()),
+            positives=len(ledger.positives),
+            events_per_s=round(stats.events / self._seconds, 1) if self._seconds else 0.0,
+            auc=_rounded(newest.metrics.get("evaluation_auc")),
+            ne=_rounded(newest.metrics.get("evaluation_ne")),
+            calibration=_rounded(newest.metrics.get("evaluation_calibration")),
+            served_auc=_rounded(newest.metrics.get("evaluation_served_auc")),
+            versions=len(state.versions),
+            scores=stats.answers,
+            rollback_ms=rolled.rollback_ms,
+            click_to_served_ms_p50=_quantile(waits, 0.5),
+            click_to_served_ms_p99=_quantile(waits, 0.99),
+            dead_letters=sum(ledger.dead_letters.values()),
+            peak_rss_mb=peaks,
+            exactly_once=not problems,
+            problems=problems,
+            rollback={"from": rolled.previous, "to": rolled.version},
+            seconds=round(time.monotonic() - began, 1),
+        )
+
+
+def _offsets(settings: Settings, versions: list[int]) -> dict[int, dict[str, int]]:
+    from state.errors import SnapshotError
+    from state.store import SnapshotStore
+
+    store, found = SnapshotStore(settings.snapshots), {}
+    for version in versions:
+        with contextlib.suppress(SnapshotError):
+            found[version] = store.manifest(version).offsets
+    return found
+
+
+def _sum(metrics: Mapping[tuple[str, tuple[str, ...]], float], name: str) -> float:
+    return sum(value for (sample, _), value in metrics.items() if sample == name)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or value != value else round(value, 4)
+
+
+def _quantile(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], q: float) -> float | None:
+    return round(float(np.quantile(values, q)), 1) if len(values) else None

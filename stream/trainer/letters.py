@@ -1,0 +1,107 @@
+"""Dead letters of the trainer: written at least once, and before any snapshot that relies on them.
+
+They aren't part of a transaction, since the trainer's progress is in its snapshots and not in Kafka. After a crash, examples
+since the last snapshot are read again and their dead letters written again; `source_topic`, `source_partition` and
+`source_offset` name the record, so that a reader can tell a repeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stream.batches import BATCH_BYTES, send_batches
+from stream.clients import aiokafka_options
+from stream.dead_letters import DeadLetter
+from stream.settings import KafkaSettings
+from stream.trainer.metrics import TrainerMetrics
+
+__all__ = ["LetterBox"]
+
+
+class LetterBox:
+    """Sends what is handed in, in order. All methods belong to the event loop.
+
+    Args:
+        fatal: called when the broker doesn't take a letter; must not return.
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        topic: str,
+        partitions: int,
+        metrics: TrainerMetrics,
+        fatal: Callable[[str, BaseException], Any],
+    ) -> None:
+        self._kafka, self._topic, self._partitions = kafka, topic, partitions
+        self._metrics, self._fatal = metrics, fatal
+        self._waiting: list[DeadLetter] = []
+        self._arrived = asyncio.Event()
+        self._progress = asyncio.Condition()
+        self._producer: Any = None
+        self._task: asyncio.Task[None] | None = None
+        self.written = 0
+        """Letters that the broker has."""
+
+    async def start(self) -> None:
+        from aiokafka import AIOKafkaProducer
+
+        self._producer = AIOKafkaProducer(
+            **aiokafka_options(self._kafka),
+            enable_idempotence=True,
+            max_batch_size=BATCH_BYTES,
+            max_request_size=1 << 30,  # the topic's limit decides
+        )
+        await self._producer.start()
+        self._task = asyncio.ensure_future(self._send_all())
+
+    def put(self, letters: Sequence[DeadLetter]) -> None:
+        """Take letters; they go out in the background."""
+        self._waiting.extend(letters)
+        self._arrived.set()
+
+    async def written_up_to(self, count: int) -> None:
+        """Wait until the first `count` letters ever handed in are written."""
+        async with self._progress:
+            await self._progress.wait_for(lambda: self.written >= count)
+
+    async def _send_all(self) -> None:
+        try:
+            while True:
+                await self._arrived.wait()
+                self._arrived.clear()
+                letters, self._waiting = self._waiting, []
+                await self._send(letters)
+                async with self._progress:
+                    self.written += len(letters)
+                    self._progress.notify_all()
+        except Exception as error:
+            self._fatal(f"writing dead letters to {self._topic}", error)
+
+    async def _send(self, letters: list[DeadLetter]) -> None:
+        by_partition: dict[int, list[DeadLetter]] = defaultdict(list)
+        for letter in letters:
+            by_partition[letter.partition % self._partitions].append(letter)
+            self._metrics.dead_letters.labels(letter.reason).inc()
+        futures = [
+            future
+            for partition, group in by_partition.items()
+            for future in await send_batches(
+                self._producer, self._topic, partition, ((each.key, each.value, each.out_headers()) for each in group)
+            )
+        ]
+        for future in futures:
+            await future
+
+    async def close(self) -> None:
+        """Disconnect; what isn't written yet is written again after the next start."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        if self._producer is not None:
+            await self._producer.stop()

@@ -1,0 +1,104 @@
+"""The trainer's metrics, in Prometheus' names and units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from state.manifest import Manifest
+from stream.trainer.batching import TrainingBatch
+from stream.trainer.scores import Report
+
+__all__ = ["TrainerMetrics"]
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+class TrainerMetrics:
+    """Registered once a worker. Counters are safe from any thread."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.examples = Counter("headrace_trainer_examples", "Examples learned.", ["label"], registry=registry)
+        self.batches = Counter("headrace_trainer_batches", "Updates of the model.", registry=registry)
+        self.dead_letters = Counter("headrace_trainer_dead_letters", "Examples refused.", ["reason"], registry=registry)
+        self.learn_seconds = Histogram(
+            "headrace_trainer_learn_seconds", "Scoring and learning one batch.", registry=registry, buckets=_SECONDS
+        )
+        self.decode_seconds = Histogram(
+            "headrace_trainer_decode_seconds", "Decoding one run.", registry=registry, buckets=_SECONDS
+        )
+        self.queue = Gauge(
+            "headrace_trainer_queue_runs", "Runs taken from Kafka and not in the training thread yet.", registry=registry
+        )
+        self.lag = Gauge("headrace_trainer_lag_records", "Records of a partition not trained yet.", ["partition"], registry=registry)
+        self.watermark = Gauge(
+            "headrace_trainer_watermark_timestamp_seconds", "Newest impression trained, event time.", registry=registry
+        )
+        # One gauge for each figure and kind, since Prometheus' own advice is against mixing kinds under one name.
+        self.scores = {
+            (kind, field): Gauge(
+                f"headrace_trainer_{kind}_{name}", f"{help}, {meaning}.", ["scope"], registry=registry
+            )
+            for kind, meaning in (
+                ("progressive", "of the model's score just before it learned the example"),
+                ("served", "of the score that the impression was shown with"),
+            )
+            for field, name, help in (
+                ("examples", "examples", "Examples counted"),
+                ("log_loss", "log_loss", "Mean log loss"),
+                ("auc", "auc", "Area under the ROC curve"),
+                ("normalised_entropy", "normalised_entropy", "Log loss over that of the base rate"),
+                ("calibration", "calibration", "Expected over actual clicks"),
+            )
+        }
+        self.snapshots = Counter(
+            "headrace_trainer_snapshots", "Versions, by what became of them.", ["outcome"], registry=registry
+        )
+        self.snapshot_seconds = Histogram(
+            "headrace_trainer_snapshot_seconds",
+            "One snapshot: capture (training stands still), write, announce.",
+            ["stage"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self.snapshot_version = Gauge("headrace_trainer_snapshot_version", "Newest version announced.", registry=registry)
+        self.snapshot_bytes = Gauge("headrace_trainer_snapshot_bytes", "Size of the newest version.", registry=registry)
+        self.snapshot_time = Gauge(
+            "headrace_trainer_snapshot_timestamp_seconds", "When the newest version was captured.", registry=registry
+        )
+        self.promoted_version = Gauge(
+            "headrace_trainer_promoted_version", "Last version that was promoted at its announcement.", registry=registry
+        )
+        self.promoted_time = Gauge(
+            "headrace_trainer_promoted_timestamp_seconds", "When a version was last promoted so.", registry=registry
+        )
+
+    def watch_queue(self, waiting: Callable[[], int]) -> None:
+        """Where the depth of the queue is read from, at each scrape."""
+        self.queue.set_function(waiting)
+
+    def learned(self, batch: TrainingBatch, seconds: float) -> None:
+        """Add up one batch."""
+        positives = int(batch.labels.sum())
+        self.examples.labels("1").inc(positives)
+        self.examples.labels("0").inc(len(batch) - positives)
+        self.batches.inc()
+        self.learn_seconds.observe(seconds)
+
+    def report(self, report: Report) -> None:
+        """Show how good the scores are."""
+        for (kind, scope), metrics in report.items():
+            for (gauge_kind, field), gauge in self.scores.items():
+                if gauge_kind == kind:
+                    gauge.labels(scope).set(getattr(metrics, field))
+
+    def announced(self, manifest: Manifest, *, promoted: bool) -> None:
+        """A version is in the registry."""
+        self.snapshots.labels("promoted" if promoted else "candidate").inc()
+        self.snapshot_version.set(manifest.version)
+        self.snapshot_bytes.set(manifest.size)
+        self.snapshot_time.set(manifest.created_at_ms / 1000)
+        if promoted:
+            self.promoted_version.set(manifest.version)
+            self.promoted_time.set_to_current_time()

@@ -1,0 +1,140 @@
+"""Two threads between the event loop and the model: one decodes runs, one learns, and the loop waits for neither.
+
+    event loop ── runs ──▶ decoding ── columns ──▶ training
+        ▲                     │ dead letters          │ captures
+        └─────────────────────┴───────────────────────┘
+
+Torch and Arrow release the GIL, so the three overlap. Both queues are short: a full one holds back the loop, the loop holds
+back Faust's queue, and that the fetcher.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from stream.dead_letters import DeadLetter
+from stream.trainer.examples import DecodedRun, ExampleDecoder
+from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.training import Captured, Training
+from stream.transport import Run
+
+__all__ = ["Pipeline"]
+
+# Runs from Kafka that may wait: enough to keep the decoder busy; each is up to 4 MiB.
+RUNS_WAITING = 3
+# Decoded runs that may wait: the trainer has its next one at hand while another is being decoded.
+DECODED_WAITING = 2
+# Longest sleep of an idle thread: how late it can be for a stop or a capture.
+NAP_S = 0.02
+
+
+class Pipeline:
+    """Runs `Training` in threads. Must be built on the event loop.
+
+    Args:
+        letters: called on the event loop with a run's dead letters, before the run is trained.
+        fatal: called in a thread when it fails; must not return. Nothing is ever lost with a thread that died quietly.
+        threads: of torch, in the training thread; 0 lets torch choose.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        decoder: ExampleDecoder,
+        metrics: TrainerMetrics,
+        *,
+        letters: Callable[[list[DeadLetter]], Any],
+        fatal: Callable[[str, BaseException], Any],
+        threads: int = 0,
+    ) -> None:
+        self.training = training
+        self._decoder, self._metrics, self._letters, self._fatal = decoder, metrics, letters, fatal
+        self._torch_threads = threads
+        self._loop = asyncio.get_running_loop()
+        self._room = asyncio.Semaphore(RUNS_WAITING)
+        self._runs: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
+        self._decoded: queue.Queue[DecodedRun] = queue.Queue(DECODED_WAITING)
+        self._captures: queue.SimpleQueue[Future[Captured]] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(self._decode_runs,), name="decoding", daemon=True),
+            threading.Thread(target=self._guarded, args=(self._train,), name="training", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Start both threads."""
+        self._metrics.watch_queue(self.waiting)
+        for thread in self._threads:
+            thread.start()
+
+    def waiting(self) -> int:
+        """Runs taken and not in the training thread yet."""
+        return self._runs.qsize() + self._decoded.qsize()
+
+    async def put(self, run: Run) -> None:
+        """Hand over a run; waits while enough are waiting."""
+        await self._room.acquire()
+        self._runs.put(run)
+
+    async def capture(self) -> Captured:
+        """The trainer between two batches, as soon as the one under way is learned."""
+        wanted: Future[Captured] = Future()
+        self._captures.put(wanted)
+        return await asyncio.wrap_future(wanted)
+
+    async def stop(self) -> None:
+        """End both threads after the batch under way. What waits is not learned; `training` may be used by the caller then."""
+        self._stopping.set()
+        self._runs.put(None)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._fatal(f"{threading.current_thread().name} thread", error)
+
+    def _decode_runs(self) -> None:
+        while (run := self._runs.get()) is not None and not self._stopping.is_set():
+            began = time.perf_counter()
+            decoded = self._decoder.decode(run)
+            self._metrics.decode_seconds.observe(time.perf_counter() - began)
+            if decoded.letters:
+                self._loop.call_soon_threadsafe(self._letters, decoded.letters)
+            while not self._stopping.is_set():
+                try:
+                    self._decoded.put(decoded, timeout=NAP_S)
+                    break
+                except queue.Full:
+                    continue
+            self._loop.call_soon_threadsafe(self._room.release)
+
+    def _train(self) -> None:
+        if self._torch_threads:
+            torch.set_num_threads(self._torch_threads)
+        training = self.training
+        while not self._stopping.is_set():
+            self._answer_captures()
+            now = time.monotonic()
+            if training.step(now, more_at_hand=not self._decoded.empty()):
+                continue
+            due = training.due_in_s(now)
+            try:
+                training.add(self._decoded.get(timeout=NAP_S if due is None else min(NAP_S, due)))
+            except queue.Empty:
+                continue
+
+    def _answer_captures(self) -> None:
+        while not self._captures.empty():
+            wanted = self._captures.get()
+            if wanted.set_running_or_notify_cancel():
+                wanted.set_result(self.training.capture())

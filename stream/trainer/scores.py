@@ -1,0 +1,171 @@
+"""How good the scores are, as the labels come in.
+
+Progressive: the model's own score of each example, taken just before it learned it. Served: the score that the impression
+carries from the moment it was shown. Under the `wait` policy positives arrive before negatives, so with a long window the
+order of arrival leaks the label into progressive scores; served ones know nothing of it. Both stand side by side.
+
+Three scopes: `window` (the last examples), `total` (since this process started) and, where asked for, `evaluation` (since an
+event time: "the last 80 % of the stream").
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from model.metrics import Metrics, ProgressiveMetrics, auc
+from stream.trainer.batching import TrainingBatch
+
+__all__ = ["FrozenScores", "Kind", "Report", "Scope", "Scores", "manifest_metrics"]
+
+Kind = Literal["progressive", "served"]
+Scope = Literal["window", "total", "evaluation"]
+Report = Mapping[tuple[Kind, Scope], Metrics]
+
+# Examples gathered before the sums are updated: a small batch would cost more to count than to gather.
+GATHERED = 4_096
+# Scores kept for an exact AUC over the evaluation: 10 MB. Beyond, it comes from 10,000 bins (within about 1e-4).
+EXACT_EXAMPLES = 2_000_000
+
+
+class _Evaluation:
+    """Metrics since an event time, with an exact AUC up to `EXACT_EXAMPLES`. AUC doesn't weigh its examples."""
+
+    def __init__(self) -> None:
+        self._sums = ProgressiveMetrics(1)
+        self._scores = np.empty(GATHERED, np.float32)
+        self._labels = np.empty(GATHERED, np.bool_)
+        self._kept = 0
+        self._all_kept = True
+
+    def update(self, scores: npt.NDArray[np.float32], labels: npt.NDArray[np.float32], weights: npt.ArrayLike) -> None:
+        self._sums.update(scores, labels, weights)
+        after = self._kept + len(scores)
+        if not self._all_kept or after > EXACT_EXAMPLES:
+            self._all_kept = False
+            return
+        if after > len(self._scores):
+            # New arrays, so that what `frozen` has handed out stays as it was.
+            room = max(after, 2 * len(self._scores))
+            self._scores = np.concatenate([self._scores[: self._kept], np.empty(room - self._kept, np.float32)])
+            self._labels = np.concatenate([self._labels[: self._kept], np.empty(room - self._kept, np.bool_)])
+        self._scores[self._kept : after] = scores
+        self._labels[self._kept : after] = labels > 0.5
+        self._kept = after
+
+    def frozen(self) -> _Evaluation:
+        """As it stands now; cheap, since what is kept is only ever appended to."""
+        twin = copy.copy(self)
+        twin._sums = copy.deepcopy(self._sums)
+        return twin
+
+    def metrics(self) -> Metrics:
+        total = self._sums.total()
+        if not self._all_kept:
+            return total
+        return replace(total, auc=auc(self._scores[: self._kept], self._labels[: self._kept]))
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenScores:
+    """The scores up to one moment. Working out what they come to may take its time."""
+
+    counted: Mapping[Kind, ProgressiveMetrics]
+    evaluated: Mapping[Kind, _Evaluation]
+
+    def report(self) -> Report:
+        """All metrics of both kinds in every scope."""
+        report: dict[tuple[Kind, Scope], Metrics] = {}
+        for kind, counted in self.counted.items():
+            report[kind, "window"], report[kind, "total"] = counted.window(), counted.total()
+        for kind, evaluated in self.evaluated.items():
+            report[kind, "evaluation"] = evaluated.metrics()
+        return report
+
+
+class Scores:
+    """Counts scored examples. `add` is for the training thread, `freeze` for any.
+
+    Args:
+        window: examples in the scope `window`.
+        evaluation_from_ms: event time from which examples count in the scope `evaluation`; None leaves that scope out.
+    """
+
+    def __init__(self, window: int, evaluation_from_ms: int | None = None) -> None:
+        kinds: tuple[Kind, Kind] = ("progressive", "served")
+        self._lock = threading.Lock()
+        self._from_ms = evaluation_from_ms
+        self._counted = {kind: ProgressiveMetrics(window) for kind in kinds}
+        self._evaluated = {} if evaluation_from_ms is None else {kind: _Evaluation() for kind in kinds}
+        self._gathered: list[tuple[npt.NDArray[np.float32], TrainingBatch]] = []
+        self._rows = 0
+
+    def add(self, scores: npt.NDArray[np.float32], batch: TrainingBatch) -> None:
+        """Count the examples of a batch, with the scores that the model gave them before it learned them."""
+        with self._lock:
+            self._gathered.append((scores, batch))
+            self._rows += len(batch)
+            if self._rows >= GATHERED:
+                self._count()
+
+    def freeze(self) -> FrozenScores:
+        """Everything added so far."""
+        with self._lock:
+            self._count()
+            return FrozenScores(
+                {kind: copy.deepcopy(counted) for kind, counted in self._counted.items()},
+                {kind: evaluated.frozen() for kind, evaluated in self._evaluated.items()},
+            )
+
+    def _count(self) -> None:
+        if not self._gathered:
+            return
+        gathered, self._gathered, self._rows = self._gathered, [], 0
+        labels = np.concatenate([batch.labels for _, batch in gathered])
+        weights = np.concatenate(
+            [np.ones(len(batch), np.float32) if batch.weights is None else batch.weights for _, batch in gathered]
+        )
+        served = np.concatenate([batch.served for _, batch in gathered])
+        progressive = np.concatenate([scores for scores, _ in gathered])
+        pairs: tuple[tuple[Kind, npt.NDArray[np.float32]], ...] = (("progressive", progressive), ("served", served))
+        for kind, scores in pairs:
+            there = ~np.isnan(scores)
+            self._counted[kind].update(scores[there], labels[there], weights[there])
+            if self._from_ms is not None:
+                there &= np.concatenate([batch.impression_ms for _, batch in gathered]) >= self._from_ms
+                self._evaluated[kind].update(scores[there], labels[there], weights[there])
+
+
+_PREFIXES: dict[tuple[Kind, Scope], str] = {
+    ("progressive", "window"): "window",
+    ("progressive", "total"): "total",
+    ("progressive", "evaluation"): "evaluation",
+    ("served", "window"): "served",
+    ("served", "total"): "served_total",
+    ("served", "evaluation"): "evaluation_served",
+}
+
+
+def manifest_metrics(report: Report) -> dict[str, float]:
+    """Flat names, as manifests carry them: `window_auc`, `served_calibration`, `evaluation_served_ne`, …
+
+    Of nothing there is only the count. What isn't defined, like the AUC of a window without a click, is NaN.
+    """
+    flat: dict[str, float] = {}
+    for place, metrics in report.items():
+        prefix = _PREFIXES[place]
+        flat[f"{prefix}_examples"] = metrics.examples
+        if metrics.examples:
+            flat[f"{prefix}_log_loss"] = metrics.log_loss
+            flat[f"{prefix}_auc"] = metrics.auc
+            flat[f"{prefix}_ne"] = metrics.normalised_entropy
+            flat[f"{prefix}_calibration"] = metrics.calibration
+    # A loss over examples of weight 0 alone is no sign of a broken model.
+    return {name: value for name, value in flat.items() if not (name.endswith("log_loss") and math.isnan(value))}

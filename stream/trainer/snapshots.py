@@ -1,0 +1,130 @@
+"""Versions: captured between two batches, written whole, then announced. Training goes on meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from model.schema import FeatureSchema
+from model.settings import ModelSettings
+from state.decisions import Announcement
+from state.errors import SnapshotError
+from state.manifest import Manifest
+from state.settings import SnapshotSettings
+from state.store import SnapshotStore
+from stream.errors import Fenced, RegistryError
+from stream.trainer.letters import LetterBox
+from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.scores import manifest_metrics
+from stream.trainer.start import Start
+from stream.trainer.training import Captured
+
+__all__ = ["Announces", "Publisher"]
+
+log = logging.getLogger(__name__)
+
+# How often it is looked whether a version is due.
+TICK_S = 0.05
+
+
+class Announces(Protocol):
+    """What publishing needs of a `stream.registry.RegistryWriter`."""
+
+    async def announce(self, manifest: Manifest, *, gate: SnapshotSettings) -> Announcement: ...
+
+
+class Publisher:
+    """Writes and announces versions, one after another.
+
+    Every version is a full one. It is announced only once the store has all of it, and written only once every dead letter
+    of the examples behind its offsets is. What fails is logged and counted, and the next interval tries anew with a number
+    of its own; training goes on, since an older model serves better than none. Only being fenced is an end.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: SnapshotStore,
+        registry: Announces,
+        letters: LetterBox,
+        settings: SnapshotSettings,
+        schema: FeatureSchema,
+        model: ModelSettings,
+        epoch: int,
+        start: Start,
+        metrics: TrainerMetrics,
+    ) -> None:
+        self._store, self._registry, self._letters, self._settings = store, registry, letters, settings
+        self._schema, self._model, self._epoch, self._metrics = schema, model, epoch, metrics
+        self._parent = start.version
+        self._last_number = start.newest
+        self._published = start.examples_seen
+
+    async def run(self, examples_seen: Callable[[], int], capture: Callable[[], Awaitable[Captured]]) -> None:
+        """Publish every `interval_ms` when there is enough that is new, until cancelled.
+
+        Raises:
+            Fenced: another trainer has taken over.
+        """
+        interval_s = self._settings.interval_ms / 1000
+        due_s = time.monotonic() + interval_s
+        while True:
+            await asyncio.sleep(TICK_S)
+            now_s = time.monotonic()
+            if now_s < due_s or examples_seen() - self._published < self._settings.min_examples:
+                continue
+            due_s = now_s + interval_s
+            await self.publish(await capture())
+
+    async def publish(self, captured: Captured) -> Announcement | None:
+        """Write and announce one version; None when that failed, which is logged and counted.
+
+        Raises:
+            Fenced: another trainer has taken over.
+        """
+        try:
+            await self._letters.written_up_to(captured.letters)
+            began = time.perf_counter()
+            manifest = await asyncio.to_thread(self._write, captured)
+            wrote = time.perf_counter()
+            self._metrics.snapshot_seconds.labels("write").observe(wrote - began)
+            announcement = await self._registry.announce(manifest, gate=self._settings)
+            self._metrics.snapshot_seconds.labels("announce").observe(time.perf_counter() - wrote)
+        except Fenced:
+            raise
+        except (SnapshotError, RegistryError) as error:
+            self._metrics.snapshots.labels("failed").inc()
+            log.error("no snapshot at %d examples, training goes on: %s", captured.examples_seen, error)
+            return None
+        self._parent, self._published = manifest.version, captured.examples_seen
+        self._metrics.announced(manifest, promoted=announcement.promoted)
+        log.info("version %d, %d examples: %s", manifest.version, manifest.examples_seen, announcement.reason)
+        return announcement
+
+    def has_news(self, examples_seen: int) -> bool:
+        """Whether more is trained than the newest announced version holds."""
+        return examples_seen > self._published
+
+    def _write(self, captured: Captured) -> Manifest:
+        """In a thread. A number that was tried is never used again, whatever became of it."""
+        self._last_number = max(self._last_number + 1, self._store.next_version())
+        report = captured.scores.report()
+        self._metrics.report(report)
+        manifest = Manifest(
+            version=self._last_number,
+            parent=self._parent,
+            kind="full",
+            epoch=self._epoch,
+            created_at_ms=captured.at_ms,
+            offsets={str(partition): offset for partition, offset in sorted(captured.offsets.items())},
+            watermark_ms=captured.watermark_ms,
+            examples_seen=captured.examples_seen,
+            metrics=manifest_metrics(report),
+            schema_hash=self._schema.fingerprint(),
+            features=self._schema.model_dump(mode="json"),
+            model=self._model.model_dump(mode="json"),
+        )
+        return self._store.write(manifest, captured.serving, captured.trainer)

@@ -1,0 +1,196 @@
+"""Where a trainer goes on from: the newest version that the registry knows and the store has whole, and its offsets.
+
+A version is announced after it is whole in the store, so a trainer killed in between leaves one that nobody knows of. It is
+not used: its number is passed over, and its examples are trained again from the version before. Weights and offsets always
+come from one manifest, so each example counts exactly once either way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from model.errors import SnapshotMismatch
+from model.learner import Learner
+from model.schema import FeatureSchema
+from model.settings import ModelSettings
+from state.errors import SnapshotError, SnapshotNotFound
+from state.manifest import Manifest
+from state.registry import RegistryState
+from state.store import SnapshotStore
+from stream.errors import PositionError
+
+__all__ = ["Start", "find_start", "first_positions", "restore"]
+
+log = logging.getLogger(__name__)
+
+# Model settings that fix the shape of the weights. The others (rates, batch size) may change between two starts.
+SHAPE = ("name", "hidden")
+_ELSEWHERE = (
+    "Put the old settings back, or begin a new model from the start of the log: set HEADRACE_SNAPSHOTS__URL to an empty place "
+    "(trainer and scorers alike)."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What training goes on from.
+
+    manifest  of the version to restore; None begins a new model at the start of the log
+    newest    largest version number ever announced: new ones lie above it
+    """
+
+    manifest: Manifest | None
+    newest: int
+
+    @property
+    def version(self) -> int | None:
+        return None if self.manifest is None else self.manifest.version
+
+    @property
+    def examples_seen(self) -> int:
+        return 0 if self.manifest is None else self.manifest.examples_seen
+
+    @property
+    def watermark_ms(self) -> int:
+        return 0 if self.manifest is None else self.manifest.watermark_ms
+
+    @property
+    def offsets(self) -> dict[int, int]:
+        """Next offset to train, of the partitions that the version knows."""
+        return {} if self.manifest is None else {int(name): offset for name, offset in self.manifest.offsets.items()}
+
+
+def find_start(registry: RegistryState, store: SnapshotStore, schema: FeatureSchema, model: ModelSettings) -> Start:
+    """Choose. Reads manifests, and names and sizes of files; hashes are checked when it is restored.
+
+    A version that is broken in the store is passed over for the one before, with a warning.
+
+    Raises:
+        SnapshotMismatch: the newest usable version is of another schema or model.
+        SnapshotError: the store can't be read, or holds versions but none of those announced.
+    """
+    announced = sorted((each for each in registry.versions.values() if each.kind == "full"), key=lambda each: -each.version)
+    problems: list[str] = []
+    for record in announced:
+        try:
+            manifest = store.manifest(record.version)
+            # The same number in another store, or after the topic was made anew, is another version.
+            if manifest.created_at_ms != record.created_at_ms or manifest.epoch != record.epoch:
+                raise SnapshotNotFound(f"version {record.version} in {store.url} isn't the one announced")
+            broken = store.verify(record.version, hashes=False)
+        except SnapshotError as error:
+            broken = [str(error)]
+        if broken:
+            problems.append(broken[0])
+            log.warning("passing over version %d: %s", record.version, broken[0])
+            continue
+        _require_same(manifest, schema, model)
+        return Start(manifest, registry.newest)
+    there = store.versions()
+    if announced and there:
+        raise SnapshotError(
+            f"{store.url}: expected one of the {len(announced)} versions that the registry knows (newest "
+            f"{announced[0].version}), found none that is whole ({problems[0]}). Is snapshots.url right? An empty place begins "
+            "a new model."
+        )
+    if announced:
+        log.warning("%s is empty: beginning a new model at the start of the log", store.url)
+    elif there:
+        log.warning("%s: the registry knows none of its %d versions; beginning a new model", store.url, len(there))
+    return Start(None, registry.newest)
+
+
+def _require_same(manifest: Manifest, schema: FeatureSchema, model: ModelSettings) -> None:
+    found = {"features." + name: value for name, value in manifest.features.items() if name != "fields"}
+    expected = {"features." + name: value for name, value in schema.model_dump(mode="json").items() if name != "fields"}
+    found |= _fields(manifest.features.get("fields", []))
+    expected |= _fields(schema.model_dump(mode="json")["fields"])
+    settings = model.model_dump(mode="json")
+    for name in SHAPE:
+        found[f"model.{name}"], expected[f"model.{name}"] = manifest.model.get(name), settings[name]
+    differences = [
+        f"{name}: expected {_shown(expected.get(name))}, found {_shown(found.get(name))}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if not differences and manifest.schema_hash != schema.fingerprint():
+        differences = ["features.fields: expected them in the order of the settings, found another"]
+    if differences:
+        raise SnapshotMismatch(
+            f"version {manifest.version} can't be trained on with these settings:\n  " + "\n  ".join(differences[:10]) + "\n"
+            + (f"  and {len(differences) - 10} more\n" if len(differences) > 10 else "")
+            + _ELSEWHERE
+        )
+
+
+def _fields(fields: list[Mapping[str, object]]) -> dict[str, object]:
+    return {f"features.fields[{field.get('name')}]": dict(field) for field in fields}
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else repr(value)
+
+
+def restore(learner: Learner, store: SnapshotStore, start: Start) -> None:
+    """Load weights and trainer state, hashes checked; nothing to do for a new model.
+
+    Raises:
+        SnapshotError: a file is missing or not what the manifest says.
+        SnapshotMismatch: the weights don't fit.
+    """
+    if start.manifest is None:
+        return
+    version = start.manifest.version
+    learner.restore(store.serving(version), store.trainer(version))
+    if learner.examples_seen != start.manifest.examples_seen:
+        raise SnapshotMismatch(
+            f"version {version}: expected {start.manifest.examples_seen} examples in its weights, as its manifest says, found "
+            f"{learner.examples_seen}. Its files don't belong together; delete it, and the version before is taken."
+        )
+
+
+def first_positions(
+    start: Start,
+    topic: str,
+    beginnings: Mapping[int, int],
+    ends: Mapping[int, int],
+    *,
+    lost_examples: Literal["stop", "skip"],
+) -> dict[int, int]:
+    """Where to begin in each partition: the version's offset, or the start of the log.
+
+    Args:
+        beginnings, ends: first and next offset of every partition's log.
+        lost_examples: what to do when retention has deleted examples that weren't trained.
+
+    Raises:
+        PositionError: the log isn't the one that the version was trained on, or has lost examples.
+    """
+    unknown = sorted(start.offsets.keys() - beginnings.keys())
+    if unknown:
+        raise PositionError(
+            f"{topic}: expected partitions {unknown}, which version {start.version} was trained on, found {len(beginnings)} "
+            f"partitions. The topic isn't the one it was trained on. {_ELSEWHERE}"
+        )
+    positions: dict[int, int] = {}
+    for partition, beginning in beginnings.items():
+        wanted = start.offsets.get(partition, beginning)
+        if wanted > ends[partition]:
+            raise PositionError(
+                f"{topic} partition {partition}: expected offset {wanted}, up to which version {start.version} is trained, "
+                f"found a log that ends at {ends[partition]}. The topic was made anew, or lost records. {_ELSEWHERE}"
+            )
+        if wanted < beginning:
+            lost = f"{topic} partition {partition}: expected offset {wanted}, found a log that begins at {beginning}: "
+            lost += f"{beginning - wanted} offsets were deleted by retention before they were trained."
+            if lost_examples == "stop":
+                raise PositionError(
+                    f"{lost} To go on without them set HEADRACE_TRAINER__LOST_EXAMPLES=skip; so that it doesn't happen again, "
+                    "raise topics.retention_ms."
+                )
+            log.error("%s Going on without them, as trainer.lost_examples says", lost)
+        positions[partition] = max(wanted, beginning)
+    return positions

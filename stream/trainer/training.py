@@ -1,0 +1,146 @@
+"""Learning: runs in, batches cut and learned, snapshots of exactly what is trained. No threads, no Kafka, no clock of its own."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.features import FeatureBatch
+from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.examples import DecodedRun
+from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.scores import FrozenScores, Scores
+
+__all__ = ["Captured", "Learns", "Training"]
+
+
+class Learns(Protocol):
+    """What training needs of a `model.learner.Learner`."""
+
+    examples_seen: int
+
+    def learn(
+        self, batch: FeatureBatch, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None
+    ) -> npt.NDArray[np.float32]: ...
+
+    def serving_state(self) -> dict[str, torch.Tensor]: ...
+
+    def trainer_state(self) -> dict[str, torch.Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """The trainer between two batches: weights, optimizer and positions of the same moment, copied.
+
+    `letters` counts the dead letters, of all handed over, that must be written before `offsets` may be relied on.
+    """
+
+    serving: dict[str, torch.Tensor]
+    trainer: dict[str, torch.Tensor]
+    offsets: dict[int, int]
+    watermark_ms: int
+    examples_seen: int
+    scores: FrozenScores
+    letters: int
+    at_ms: int
+
+
+class Training:
+    """Learns batch after batch. For one thread; the attributes may be read from any.
+
+        training.add(run)
+        while training.step(time.monotonic()):
+            ...
+        captured = training.capture()
+
+    A batch closes at `rows` of the cutter, or when it has waited `max_batch_age_s` for more. That clock runs only while
+    there is nothing to learn, so under load batches are cut by count alone and don't depend on how records were fetched.
+    """
+
+    def __init__(
+        self,
+        learner: Learns,
+        cutter: BatchCutter,
+        scores: Scores,
+        metrics: TrainerMetrics,
+        *,
+        batch_rows: int,
+        max_batch_age_s: float,
+        watermark_ms: int = 0,
+    ) -> None:
+        self._learner, self._cutter, self._scores, self._metrics = learner, cutter, scores, metrics
+        self._batch_rows, self._max_batch_age_s = batch_rows, max_batch_age_s
+        self._waiting_since: float | None = None
+        self.batches = 0
+        self.watermark_ms = watermark_ms
+
+    @property
+    def positions(self) -> dict[int, int]:
+        """Next offset to train, by partition."""
+        return self._cutter.positions
+
+    @property
+    def examples_seen(self) -> int:
+        """Examples in the weights, those before a restart included."""
+        return self._learner.examples_seen
+
+    def add(self, run: DecodedRun) -> None:
+        """Take a run; it is learned by `step`."""
+        self._cutter.add(run)
+
+    def step(self, now_s: float, *, more_at_hand: bool = False) -> bool:
+        """Learn one batch if one is due.
+
+        Args:
+            now_s: monotonic seconds.
+            more_at_hand: a run is waiting to be added: a batch that isn't full then stays open.
+        """
+        waiting = self._cutter.waiting
+        if waiting < self._batch_rows:
+            if not waiting:
+                self._waiting_since = None
+                return False
+            if more_at_hand:
+                return False
+            if self._waiting_since is None:
+                self._waiting_since = now_s
+            if now_s - self._waiting_since < self._max_batch_age_s:
+                return False
+        self._waiting_since = None
+        self._learn(self._cutter.cut())
+        return True
+
+    def due_in_s(self, now_s: float) -> float | None:
+        """Seconds until the open batch closes by age; None when no clock runs."""
+        if self._waiting_since is None:
+            return None
+        return max(0.0, self._waiting_since + self._max_batch_age_s - now_s)
+
+    def _learn(self, batch: TrainingBatch) -> None:
+        began = time.perf_counter()
+        scores = self._learner.learn(batch.batch, batch.labels, batch.weights)
+        self._scores.add(scores, batch)
+        self.watermark_ms = max(self.watermark_ms, int(batch.impression_ms.max()))
+        self.batches += 1
+        self._metrics.learned(batch, time.perf_counter() - began)
+
+    def capture(self) -> Captured:
+        """A copy of everything a snapshot holds. Between two batches only."""
+        began = time.perf_counter()
+        captured = Captured(
+            serving=self._learner.serving_state(),
+            trainer=self._learner.trainer_state(),
+            offsets=dict(self._cutter.positions),
+            watermark_ms=self.watermark_ms,
+            examples_seen=self._learner.examples_seen,
+            scores=self._scores.freeze(),
+            letters=self._cutter.letters,
+            at_ms=time.time_ns() // 1_000_000,
+        )
+        self._metrics.snapshot_seconds.labels("capture").observe(time.perf_counter() - began)
+        return captured

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.embedding import EmbeddingTable, initial_rows, unique_rows
+from model.hashing import EMPTY_KEY
+from model.table import ABSENT_ROW, KeyTable
+
+CPU = torch.device("cpu")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=(gpu, pytest.mark.gpu))])
+
+# Few distinct keys, some that share a home slot (multiples of 2**40) and the largest ones.
+keys = st.integers(0, 30) | st.integers(0, 20).map(lambda n: n << 40) | st.sampled_from([-(2**63), 2**63 - 1, -2])
+
+
+def tensor(values: list[int], device: str = "cpu") -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(keys, max_size=30), max_size=6), st.lists(keys, max_size=30))
+def test_against_a_dictionary(batches: list[list[int]], asked: list[int]) -> None:
+    table, expected = KeyTable(CPU), {}
+    for batch in batches:
+        for key in sorted(set(batch)):
+            expected.setdefault(key, len(expected) + 1)
+        assert table.insert(tensor(batch)).tolist() == [expected[key] for key in batch]
+    assert len(table) == len(expected)
+    assert table.lookup(tensor(asked)).tolist() == [expected.get(key, ABSENT_ROW) for key in asked]
+    assert len(table) == len(expected)  # looking never inserts
+
+
+@devices
+def test_large_batches_and_growth(device: str) -> None:
+    rng = np.random.default_rng(0)
+    table = KeyTable(torch.device(device))
+    everything = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, 200_000)).to(device)
+    rows = torch.cat([table.insert(part) for part in everything.split(30_000)])
+    assert len(table) == 200_000
+    assert torch.equal(table.lookup(everything), rows)
+    assert torch.equal(rows.sort().values, torch.arange(1, 200_001, device=device))
+    for part in (everything[:7], everything[:2048]):  # small lookups take another way
+        assert torch.equal(table.lookup(part), rows[: len(part)])
+    assert not table.lookup(everything + 1).any()
+
+
+def test_keys_that_crowd_one_place() -> None:
+    # Inverse of the multiplier: keys whose home slots are 0, 0, 0, …: the longest run of probes there can be.
+    inverse = pow(-7046029254386353131 % 2**64, -1, 2**64)
+    crowd = tensor([(n * inverse + 2**63) % 2**64 - 2**63 for n in range(500)])
+    table = KeyTable(CPU)
+    rows = table.insert(crowd)
+    assert torch.equal(table.lookup(crowd), rows)
+    assert len(set(rows.tolist())) == 500
+
+
+def test_a_loaded_table_keeps_the_order() -> None:
+    table = KeyTable(CPU)
+    table.load(tensor([9, -5, 3]))
+    assert table.lookup(tensor([3, 9, 4, -5])).tolist() == [3, 1, ABSENT_ROW, 2]
+    assert table.insert(tensor([4, 3])).tolist() == [4, 3]
+
+
+def test_the_empty_key_is_nobodys() -> None:
+    table = KeyTable(CPU)
+    table.insert(tensor([1, 2]))
+    assert table.lookup(tensor([EMPTY_KEY])).tolist() == [ABSENT_ROW]
+
+
+@given(st.lists(st.integers(0, 40), max_size=200))
+def test_unique_without_sorting(rows: list[int]) -> None:
+    scratch = torch.full((41,), 7, dtype=torch.int32)
+    distinct, place = unique_rows(tensor(rows), scratch)
+    assert sorted(distinct.tolist()) == sorted(set(rows))
+    assert torch.equal(distinct[place], tensor(rows))
+
+
+# First weights
+
+
+@devices
+def test_first_weights_never_change(device: str) -> None:
+    rows = initial_rows(tensor([1, -7, 2**62], device), 3, std=0.01, seed=0)
+    assert rows.dtype == torch.float32
+    assert torch.equal(
+        rows.cpu(),
+        torch.tensor(
+            [
+                [-0.0023746455553919077, 0.0006657464546151459, 0.01711277663707733],
+                [0.008866664953529835, 0.007445048540830612, 0.00420379638671875],
+                [-0.0029489474836736917, -0.022704359143972397, -0.012614032253623009],
+            ]
+        ),
+    )
+
+
+def test_first_weights_are_near_normal() -> None:
+    rows = initial_rows(torch.arange(100_000), 8, std=0.01, seed=3)
+    assert rows.mean().item() == pytest.approx(0, abs=5e-5)
+    assert rows.std().item() == pytest.approx(0.01, rel=0.01)
+    assert rows.abs().max() < 0.04
+    correlation = torch.corrcoef(torch.cat((rows[:-1], rows[1:]), dim=1).t()) - torch.eye(16)
+    assert correlation.abs().max() < 0.02
+    assert not torch.equal(rows, initial_rows(torch.arange(100_000), 8, std=0.01, seed=4))
+
+
+def make_table(room: int = 2) -> EmbeddingTable:
+    return EmbeddingTable(4, init_std=0.01, accumulator_start=0.5, seed=0, room=room, device=CPU)
+
+
+def test_order_of_arrival_and_growth_dont_matter() -> None:
+    one, other = make_table(), make_table(64)
+    for key in range(40):
+        one.insert(tensor([key]))
+    other.insert(tensor(list(range(39, -1, -1))))
+    for key in range(40):
+        rows = one.keys.lookup(tensor([key])), other.keys.lookup(tensor([key]))
+        assert torch.equal(one.embedding[rows[0]], other.embedding[rows[1]])
+    assert torch.equal(one.embedding[0], torch.zeros(4))
+
+
+def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
+    table = make_table(64)
+    rows = table.insert(tensor([5, 6, 7]))
+    before = {name: value.clone() for name, value in table.serving_state().items()}
+    gradient, first = torch.tensor([[1.0, -2, 0, 3], [0.5, 0, 0, 0]]), torch.tensor([2.0, -1])
+    table.step(rows[[2, 0]], gradient, first, rate=0.1)
+    after = table.serving_state()
+    expected = before["embedding"][[2, 0]] - 0.1 * gradient / (0.5 + gradient**2).sqrt()
+    torch.testing.assert_close(after["embedding"][[2, 0]], expected)
+    torch.testing.assert_close(after["first_order"][[2, 0]], -0.1 * first / (0.5 + first**2).sqrt())
+    assert torch.equal(after["embedding"][1], before["embedding"][1])
+    assert table.trainer_state()["adagrad.first_order"].tolist() == [1.5, 0.5, 4.5]
+    assert not table.embedding[0].any()
