@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from model.errors import SnapshotMismatch
 from model.table import KeyTable
 
-__all__ = ["EmbeddingTable", "initial_rows", "unique_rows"]
+__all__ = ["EmbeddingTable", "Gathered", "initial_rows", "take", "unique_rows"]
 
 _LANE = (1 << 16) - 1
 _LANES_MEAN = 4 * _LANE / 2
@@ -53,10 +55,38 @@ def unique_rows(rows: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor
     return rows[speaks], place.index_select(0, speaker)
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The U distinct rows of a batch, copied out of the table.
+
+    distinct                         int64 (U,)
+    place                            int64 (N,): which of them each element of the batch is
+    embedding_values                 float32 (U, 2D): weights, then Adagrad's accumulators
+    first_order_values               float32 (U, 2): likewise
+    """
+
+    distinct: torch.Tensor
+    place: torch.Tensor
+    embedding_values: torch.Tensor
+    first_order_values: torch.Tensor
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """Embeddings (U, D)."""
+        return self.embedding_values.chunk(2, dim=1)[0].contiguous()
+
+    @property
+    def first_order(self) -> torch.Tensor:
+        """First-order weights (U,)."""
+        return self.first_order_values[:, 0].contiguous()
+
+
 class EmbeddingTable:
     """Embeddings float32 (R, D) and first-order weights float32 (R,) by key, with Adagrad's accumulators beside them.
 
-    Row 0 is all zeros: it is what an unknown key reads. Room grows by doubling; nothing else costs more as it fills.
+    A row holds D weights and their D accumulators, so that a step reads and writes one stretch of memory for each of
+    the batch's rows. Row 0 is all zeros: it is what an unknown key reads. Room grows by doubling; nothing else costs
+    more as it fills.
     """
 
     def __init__(
@@ -67,10 +97,8 @@ class EmbeddingTable:
         self._accumulator_start = accumulator_start
         self._seed = seed
         self.keys = KeyTable(device, expected=room)
-        self.embedding = torch.zeros((room, dim), device=device)
-        self.first_order = torch.zeros(room, device=device)
-        self._embedding_sum = torch.zeros((room, dim), device=device)
-        self._first_order_sum = torch.zeros(room, device=device)
+        self._embedding = torch.zeros((room, 2 * dim), device=device)
+        self._first_order = torch.zeros((room, 2), device=device)
         self._row_keys = torch.zeros(room, dtype=torch.int64, device=device)
         self._scratch = torch.zeros(room, dtype=torch.int32, device=device)
 
@@ -87,83 +115,78 @@ class EmbeddingTable:
             new = rows > before
             self._row_keys[rows[new]] = keys[new]
             fresh = slice(before + 1, after + 1)
-            self.embedding[fresh] = initial_rows(self._row_keys[fresh], self.dim, self._init_std, self._seed)
-            self._embedding_sum[fresh] = self._accumulator_start
-            self._first_order_sum[fresh] = self._accumulator_start
+            self._embedding[fresh, : self.dim] = initial_rows(self._row_keys[fresh], self.dim, self._init_std, self._seed)
+            self._embedding[fresh, self.dim :] = self._accumulator_start
+            self._first_order[fresh, 1] = self._accumulator_start
         return rows
 
-    def distinct(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`unique_rows` of the rows of a batch."""
-        return unique_rows(rows, self._scratch)
+    def gather(self, rows: torch.Tensor) -> Gathered:
+        """The distinct ones of `rows` (N,), with their weights."""
+        distinct, place = unique_rows(rows, self._scratch)
+        return Gathered(distinct, place, self._embedding.index_select(0, distinct), self._first_order.index_select(0, distinct))
 
-    def step(self, rows: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor, rate: float) -> None:
-        """Adagrad (Duchi et al., JMLR 2011) on distinct `rows` (U,), with gradients (U, D) and (U,).
+    def step(self, rows: Gathered, embedding: torch.Tensor, first_order: torch.Tensor, rate: float) -> None:
+        """Adagrad (Duchi et al., JMLR 2011) on gathered rows, with gradients (U, D) and (U,).
 
-        No epsilon: the accumulator starts above zero.
+        No epsilon: the accumulators start above zero.
         """
-        pairs = (
-            (self.embedding, self._embedding_sum, embedding),
-            (self.first_order, self._first_order_sum, first_order),
+        parts = (
+            (self._embedding, rows.embedding_values, embedding),
+            (self._first_order, rows.first_order_values, first_order.unsqueeze(1)),
         )
-        for weights, sums, gradient in pairs:
-            total = sums.index_select(0, rows).addcmul_(gradient, gradient)
-            sums.index_copy_(0, rows, total)
-            stepped = weights.index_select(0, rows).addcdiv_(gradient, total.sqrt_(), value=-rate)
-            weights.index_copy_(0, rows, stepped)
+        for table, values, gradient in parts:
+            weights, sums = values.chunk(2, dim=1)
+            sums.addcmul_(gradient, gradient)
+            weights.addcdiv_(gradient, sums.sqrt(), value=-rate)
+            table.index_copy_(0, rows.distinct, values)
 
     def serving_state(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU: `keys` (R,), `embedding` (R, D), `first_order` (R,), without row 0."""
         used = slice(1, len(self) + 1)
         return {
             "keys": self._row_keys[used].to("cpu", copy=True),
-            "embedding": self.embedding[used].to("cpu", copy=True),
-            "first_order": self.first_order[used].to("cpu", copy=True),
+            "embedding": _copy(self._embedding[used, : self.dim]),
+            "first_order": _copy(self._first_order[used, 0]),
         }
 
     def trainer_state(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of Adagrad's accumulators, in the order of `serving_state`'s keys."""
         used = slice(1, len(self) + 1)
         return {
-            "adagrad.embedding": self._embedding_sum[used].to("cpu", copy=True),
-            "adagrad.first_order": self._first_order_sum[used].to("cpu", copy=True),
+            "adagrad.embedding": _copy(self._embedding[used, self.dim :]),
+            "adagrad.first_order": _copy(self._first_order[used, 1]),
         }
 
-    def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor] | None) -> None:
-        """Takes over saved rows; without `trainer` the accumulators start anew. Raises SnapshotMismatch."""
+    def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
+        """Takes over saved rows. Raises SnapshotMismatch, before anything is written."""
         count = len(take(serving, "keys", (-1,), torch.int64))
-        device = self.embedding.device
-        rows = {
-            "embedding": take(serving, "embedding", (count, self.dim)),
-            "first_order": take(serving, "first_order", (count,)),
-        }
-        if trainer is not None:
-            rows["embedding_sum"] = take(trainer, "adagrad.embedding", (count, self.dim))
-            rows["first_order_sum"] = take(trainer, "adagrad.first_order", (count,))
+        device = self._embedding.device
+        embedding = take(serving, "embedding", (count, self.dim)), take(trainer, "adagrad.embedding", (count, self.dim))
+        first_order = take(serving, "first_order", (count,)), take(trainer, "adagrad.first_order", (count,))
         self.keys = KeyTable(device, expected=count)
         self.keys.load(serving["keys"])
         self._make_room(count + 1)
         used = slice(1, count + 1)
         self._row_keys[used] = serving["keys"].to(device)
-        self.embedding[used] = rows["embedding"].to(device)
-        self.first_order[used] = rows["first_order"].to(device)
-        if trainer is None:
-            self._embedding_sum[used] = self._accumulator_start
-            self._first_order_sum[used] = self._accumulator_start
-        else:
-            self._embedding_sum[used] = rows["embedding_sum"].to(device)
-            self._first_order_sum[used] = rows["first_order_sum"].to(device)
+        self._embedding[used] = torch.cat(embedding, dim=1).to(device)
+        self._first_order[used] = torch.stack(first_order, dim=1).to(device)
+        self._first_order[count + 1 :] = 0  # a new row finds zero there
 
     def _make_room(self, rows: int) -> None:
-        room = len(self.embedding)
+        room = len(self._embedding)
         if rows <= room:
             return
         while room < rows:
             room *= 2
-        for name in ("embedding", "first_order", "_embedding_sum", "_first_order_sum", "_row_keys", "_scratch"):
+        for name in ("_embedding", "_first_order", "_row_keys", "_scratch"):
             old = getattr(self, name)
             new = torch.zeros((room, *old.shape[1:]), dtype=old.dtype, device=old.device)
             new[: len(old)] = old
             setattr(self, name, new)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def take(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -68,17 +68,16 @@ class Learner:
             return np.empty(0, np.float32)
         elements = to_elements(batch, self.schema, self.device)
         rows = self._table.insert(elements.keys)
-        distinct, place = self._table.distinct(rows)
-        embedded, first_order = embed(elements, rows, self._table.embedding, self._table.first_order)
-        forward = self._dense.forward(embedded, first_order)
+        gathered = self._table.gather(rows)
+        forward = self._dense.forward(*embed(elements, gathered.place, gathered.embedding, gathered.first_order))
         scores = torch.sigmoid(forward.logits)
         slope = scores - target  # of the log loss by the logit
         if weight is not None:
             slope.mul_(weight)
         gradient = self._dense.backward(forward, slope)
-        row_gradient, first_order_gradient = scatter_back(elements, place, len(distinct), gradient, slope)
+        row_gradient, first_order_gradient = scatter_back(elements, gathered.place, len(gathered.distinct), gradient, slope)
         self._require_finite(forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
-        self._table.step(distinct, row_gradient, first_order_gradient, self.settings.row_learning_rate)
+        self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
         self._adam.step()
         self.examples_seen += len(batch)
         return scores.cpu().numpy()
@@ -87,8 +86,8 @@ class Learner:
     def predict(self, batch: FeatureBatch) -> Float32Array:
         """Scores float32 (B,); changes nothing, and unknown features count as zero."""
         elements = to_elements(batch, self.schema, self.device)
-        rows = self._table.keys.lookup(elements.keys)
-        forward = self._dense.forward(*embed(elements, rows, self._table.embedding, self._table.first_order))
+        gathered = self._table.gather(self._table.keys.lookup(elements.keys))
+        forward = self._dense.forward(*embed(elements, gathered.place, gathered.embedding, gathered.first_order))
         return torch.sigmoid(forward.logits).cpu().numpy()
 
     def serving_state(self) -> dict[str, torch.Tensor]:

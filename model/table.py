@@ -56,30 +56,34 @@ class KeyTable:
     def lookup(self, keys: torch.Tensor) -> torch.Tensor:
         """Rows (N,) int64 of `keys` (N,), `ABSENT_ROW` where a key isn't in the table. Repeated keys are fine."""
         slots = self._home(keys)
+        places: torch.Tensor | None = None  # where in `rows` the keys still looked for belong
         if len(keys) <= _SMALL_LOOKUP:
-            near = (slots.unsqueeze(1) + self._window) & self._mask  # (N, W)
-            found = self._slot_keys[near]
-            hit = found == keys.unsqueeze(1)
-            rows = (self._slot_rows[near] * hit).sum(1)
-            settled = (hit | (found == EMPTY_KEY)).any(1)
-            if settled.all():
-                return rows
-            slots = slots + (_WINDOW - 1)
-        else:
+            rows, open_ = self._probe(keys, slots)
+            slots = slots + _WINDOW
+        else:  # most keys are at home, and reading on for all of them would cost more than it saves
             found = self._slot_keys.index_select(0, slots)
             hit = found == keys
             rows = (self._slot_rows.index_select(0, slots) * hit).to(torch.int64)
-            settled = hit | (found == EMPTY_KEY)
-        active = settled.logical_not_().nonzero().squeeze(1)
-        keys, slots = keys[active], slots[active]
+            open_ = (hit | (found == EMPTY_KEY)).logical_not_()
+            slots = slots + 1
+        active = open_.nonzero().squeeze(1)
         while len(active):
-            slots = (slots + 1) & self._mask
-            found = self._slot_keys[slots]
-            hit = found == keys
-            rows[active[hit]] = self._slot_rows[slots[hit]].to(torch.int64)
-            go_on = (hit | (found == EMPTY_KEY)).logical_not_()
-            active, keys, slots = active[go_on], keys[go_on], slots[go_on]
+            keys, slots = keys.index_select(0, active), slots.index_select(0, active)
+            active_rows, open_ = self._probe(keys, slots)
+            places = active if places is None else places.index_select(0, active)
+            rows.index_copy_(0, places, active_rows)
+            active = open_.nonzero().squeeze(1)
+            slots = slots + _WINDOW
         return rows
+
+    def _probe(self, keys: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (N,) of the keys found within a window of slots from `slots` (N,) on, 0 for the rest; and which of them
+        may still lie further on."""
+        near = (slots.unsqueeze(1) + self._window) & self._mask  # (N, W)
+        found = self._slot_keys[near]
+        hit = found == keys.unsqueeze(1)
+        rows = (self._slot_rows[near] * hit).sum(1)
+        return rows, (hit | (found == EMPTY_KEY)).any(1).logical_not_()
 
     def insert(self, keys: torch.Tensor) -> torch.Tensor:
         """Rows (N,) int64 of `keys` (N,). Keys that are new get the next rows, in ascending order of the keys."""

@@ -102,6 +102,8 @@ async def roll_back(
         RegistryError: there is no such version, or Kafka can't be reached; nothing was changed.
         Fenced: other writers were in the way at every attempt; nothing was changed.
     """
+    from aiokafka.errors import KafkaError
+
     began = time.monotonic() if began is None else began
     writer = RegistryWriter(kafka, names, who=who)
     try:
@@ -114,9 +116,15 @@ async def roll_back(
                 await asyncio.to_thread(check, to)
             written = await writer.rollback(reason, to=to, back_ms=back_ms, before_ms=before_ms)
             moved = written.outcome
-            confirmed, missing = await scorers.wait_for_confirmations(
-                written.position, moved.version, timeout_ms, now_ms=written.at_ms
-            )
+            try:
+                confirmed, missing = await scorers.wait_for_confirmations(
+                    written.position, moved.version, timeout_ms, now_ms=written.at_ms
+                )
+            except KafkaError as error:
+                raise RegistryError(
+                    f"champion {moved.previous} → {moved.version}: written, but expected the scorers' heartbeats, found "
+                    f"{error!r}. Whether all of them have followed isn't known. Undo: {moved.undo}"
+                ) from error
             rollback_ms = round((time.monotonic() - began) * 1_000, 1)
     finally:
         await writer.close()

@@ -117,6 +117,14 @@ class TrainerSettings(_Frozen):
     max_batch_age_ms: int = Field(default=500, ge=1)
     threads: int = Field(default=0, ge=0, description="Threads of torch; 0 lets it choose.")
     metrics_window: int = Field(default=20_000, ge=100, description="Examples in the windowed metrics.")
+    evaluation_from_ms: int | None = Field(
+        default=None,
+        ge=0,
+        description="Event time from which examples also count in the metrics of scope `evaluation`; none when unset.",
+    )
+    lost_examples: Literal["stop", "skip"] = Field(
+        default="stop", description="What to do when retention has deleted examples before they were trained."
+    )
 
 
 class ScorerSettings(_Frozen):

@@ -243,4 +243,16 @@ def _mend(admin: Any, contracts: Sequence[TopicContract], found: Mapping[str, Fo
                 f"topic {name}: expected to change its configuration, found {result}. Ask for the right to alter it, or "
                 "change it with Kafka's kafka-configs.sh (`headrace topics check` lists what)."
             )
-    return [resource.name for resource in resources]
+    names = [resource.name for resource in resources]
+    _await_configs(admin, [contract for contract in contracts if contract.name in names])
+    return names
+
+
+def _await_configs(admin: Any, contracts: Sequence[TopicContract]) -> None:
+    """Wait until the cluster shows what it has accepted: the controller answers before the brokers have heard."""
+    deadline = time.monotonic() + VISIBLE_TIMEOUT_MS / 1_000
+    while time.monotonic() < deadline:
+        shown = _configs(admin, [contract.name for contract in contracts])
+        if all(_same(value, shown[c.name].get(key)) for c in contracts for key, value in c.configs.items()):
+            return
+        time.sleep(POLL_S)

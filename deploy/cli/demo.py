@@ -30,7 +30,7 @@ __all__ = ["demo"]
     "--keep", type=click.Path(path_type=Path, file_okay=False), help="Run in this folder and keep it: logs, snapshots."
 )
 @format_option
-def demo(dataset: str, limit: int | None, fast: bool, keep: Path | None, output: str) -> None:
+def demo(dataset: str, limit: int | None, fast: bool, window_ms: int, keep: Path | None, output: str) -> None:
     """Run everything once on real impressions: Kafka, join, trainer, scorer, a rollback. About 3 minutes.
 
     Exit code 0 only if every impression got exactly one label. Nothing is left behind, whatever way it ends.
@@ -59,7 +59,7 @@ def demo(dataset: str, limit: int | None, fast: bool, keep: Path | None, output:
             data_set.fetch(view.say)
         view.say(f"data set: {data_set.title}")
         with view:
-            result = asyncio.run(play(data_set, base, work, view, limit=limit, fast=fast))
+            result = asyncio.run(play(data_set, base, work, view, limit=limit, fast=fast, window_ms=window_ms))
     except KeyboardInterrupt:
         click.echo("stopped; no process is left", err=True)
         sys.exit(130)
@@ -91,10 +91,7 @@ def _summary(result: DemoResult) -> None:
         ("calibration", result.calibration),
         ("AUC of the scores as served", result.served_auc),
         ("versions published / scores answered", f"{result.versions} / {result.scores:,}"),
-        (
-            "click to a model that learned it, p50 / p99",
-            f"{result.click_to_served_ms_p50} / {result.click_to_served_ms_p99} ms",
-        ),
+        ("click to a model that learned it, p50 / p99", waits),
         ("rollback, until every scorer had it", f"{result.rollback_ms:.0f} ms"),
         ("peak memory", ", ".join(f"{kind} {mb:.0f} MB" for kind, mb in result.peak_rss_mb.items())),
         ("took", f"{result.seconds:.0f} s"),

@@ -14,7 +14,7 @@ from state.registry import RegistryState, VersionRecord
 __all__ = ["print_pairs", "print_versions", "registry_json", "version_json"]
 
 # Width of a table that goes to a file or a pipe: wide enough that no column is cut.
-PIPE_COLUMNS = 200
+PIPE_COLUMNS = 400
 
 
 def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def print_versions(document: dict[str, Any]) -> None:
     console.print(table)
     held = f"auto-promotion held: {document['hold_reason']}" if document["held"] else "auto-promotion on"
     champion = "none" if document["champion"] is None else document["champion"]
-    console.print(f"champion {champion} since {clock(document['since_ms'])}, {held}", highlight=False, markup=False)
+    console.print(f"champion {champion} since {clock(document['since_ms'])}, {held}")
 
 
 def print_pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:
@@ -99,7 +99,7 @@ def print_pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> 
     table.add_column()
     for name, value in _pairs(manifest, announced):
         table.add_row(name, value)
-    _console().print(table, highlight=False, markup=False)
+    _console().print(table)
 
 
 def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -157,4 +157,7 @@ def _number(metrics: Mapping[str, float | None], name: str) -> str:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_COLUMNS)
+    # Reasons are what people typed: brackets in them are no markup.
+    return Console(
+        file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False, highlight=False, emoji=False
+    )

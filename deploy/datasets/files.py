@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ class Columns:
     """
 
     timestamp: str = "timestamp"  # event time: a timestamp type, or a number in `unit`
-    id: str | None = None  # the row number when None
+    id: str | None = None  # `impression_id` where there is such a column, else the row number
     clicked: str | None = "clicked"  # true or 1
     click_timestamp: str | None = None  # null: no click, where `clicked` is None too
     user: str | None = None
@@ -70,7 +70,8 @@ class FileDataSet:
         return len(self._read())
 
     def chunks(self) -> Iterator[Chunk]:
-        table, columns = self._read(), self._columns
+        table = self._read()
+        columns = self._columns
         times_ms = self._times_ms(table, columns.timestamp)
         order = np.argsort(times_ms, kind="stable")
         table, times_ms = table.take(pa.array(order)), times_ms[order]
@@ -110,6 +111,8 @@ class FileDataSet:
                 table = table.drop_columns(["features"])
                 for index, field in enumerate(nested.type):
                     table = table.append_column(field.name, nested.field(index))
+            if self._columns.id is None and "impression_id" in table.column_names:
+                self._columns = replace(self._columns, id="impression_id")
             for name in (self._columns.timestamp, self._columns.id, self._columns.clicked, self._columns.click_timestamp):
                 if name is not None and name not in table.column_names:
                     raise self._no_column(table, name, "one of the mapped columns")

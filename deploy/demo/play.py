@@ -63,7 +63,9 @@ class DemoResult(msgspec.Struct, kw_only=True):
     seconds: float
 
 
-def demo_settings(base: Settings, data_set: DataSet, work: Path, bootstrap_servers: str, evaluation_from_ms: int) -> Settings:
+def demo_settings(
+    base: Settings, data_set: DataSet, work: Path, bootstrap_servers: str, *, evaluation_from_ms: int, window_ms: int = 60_000
+) -> Settings:
     """The user's settings, with the demo's own Kafka, folders, schema and pace."""
     # One thread for training where the broker, the join and the scorer need the other core.
     threads = base.trainer.threads or (1 if (os.cpu_count() or 1) <= 2 else 0)
@@ -71,7 +73,7 @@ def demo_settings(base: Settings, data_set: DataSet, work: Path, bootstrap_serve
         update={
             "kafka": base.kafka.model_copy(update={"bootstrap_servers": bootstrap_servers}),
             "topics": base.topics.model_copy(update={"partitions": 2, "request_partitions": 2, "replication_factor": 1}),
-            "join": base.join.model_copy(update={"window_ms": 60_000, "instance_id": "demo-join"}),
+            "join": base.join.model_copy(update={"window_ms": window_ms, "instance_id": "demo-join"}),
             "trainer": base.trainer.model_copy(update={"evaluation_from_ms": evaluation_from_ms, "threads": threads}),
             "features": data_set.schema(),
             "snapshots": base.snapshots.model_copy(
@@ -93,7 +95,14 @@ def worker_environment(settings: Settings) -> dict[str, str]:
 
 
 async def play(
-    data_set: DataSet, base: Settings, work: Path, view: View, *, limit: int | None = None, fast: bool = False
+    data_set: DataSet,
+    base: Settings,
+    work: Path,
+    view: View,
+    *,
+    limit: int | None = None,
+    fast: bool = False,
+    window_ms: int = 60_000,
 ) -> DemoResult:
     """Run it all under the folder `work`.
 
@@ -105,7 +114,9 @@ async def play(
     with contextlib.ExitStack() as stack:
         view.say("starting Apache Kafka …")
         kafka = stack.enter_context(LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=768)))
-        settings = demo_settings(base, data_set, work, kafka.bootstrap_servers, evaluation_from_ms)
+        settings = demo_settings(
+            base, data_set, work, kafka.bootstrap_servers, evaluation_from_ms=evaluation_from_ms, window_ms=window_ms
+        )
         create_topics(settings.kafka, settings.topics)
         view.say(f"Kafka at {kafka.bootstrap_servers}; starting join, trainer and scorer …")
         workers = stack.enter_context(_running(settings, work))

@@ -55,7 +55,7 @@ class BatchCutter:
     """
 
     def __init__(self, rows: int, positions: Mapping[int, int]) -> None:
-        self._rows = rows
+        self.rows = rows
         self._runs: deque[_Waiting] = deque()
         self.positions = dict(positions)
         self.waiting = 0
@@ -70,7 +70,7 @@ class BatchCutter:
 
     def cut(self) -> TrainingBatch:
         """The next `rows` examples, or all that wait when there are fewer; at least one must."""
-        wanted = min(self._rows, self.waiting)
+        wanted = min(self.rows, self.waiting)
         pieces: list[tuple[DecodedRun, int, int]] = []
         taken = 0
         while taken < wanted:

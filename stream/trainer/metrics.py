@@ -31,15 +31,15 @@ class TrainerMetrics:
         self.queue = Gauge(
             "headrace_trainer_queue_runs", "Runs taken from Kafka and not in the training thread yet.", registry=registry
         )
-        self.lag = Gauge("headrace_trainer_lag_records", "Records of a partition not trained yet.", ["partition"], registry=registry)
+        self.lag = Gauge(
+            "headrace_trainer_lag_records", "Records of a partition not trained yet.", ["partition"], registry=registry
+        )
         self.watermark = Gauge(
             "headrace_trainer_watermark_timestamp_seconds", "Newest impression trained, event time.", registry=registry
         )
         # One gauge for each figure and kind, since Prometheus' own advice is against mixing kinds under one name.
         self.scores = {
-            (kind, field): Gauge(
-                f"headrace_trainer_{kind}_{name}", f"{help}, {meaning}.", ["scope"], registry=registry
-            )
+            (kind, field): Gauge(f"headrace_trainer_{kind}_{name}", f"{help}, {meaning}.", ["scope"], registry=registry)
             for kind, meaning in (
                 ("progressive", "of the model's score just before it learned the example"),
                 ("served", "of the score that the impression was shown with"),

@@ -62,22 +62,27 @@ class Publisher:
         self._parent = start.version
         self._last_number = start.newest
         self._published = start.examples_seen
+        self._closing = False
 
     async def run(self, examples_seen: Callable[[], int], capture: Callable[[], Awaitable[Captured]]) -> None:
-        """Publish every `interval_ms` when there is enough that is new, until cancelled.
+        """Publish every `interval_ms` when there is enough that is new, until `close`.
 
         Raises:
             Fenced: another trainer has taken over.
         """
         interval_s = self._settings.interval_ms / 1000
         due_s = time.monotonic() + interval_s
-        while True:
+        while not self._closing:
             await asyncio.sleep(TICK_S)
             now_s = time.monotonic()
             if now_s < due_s or examples_seen() - self._published < self._settings.min_examples:
                 continue
             due_s = now_s + interval_s
             await self.publish(await capture())
+
+    def close(self) -> None:
+        """Let `run` end after the version under way."""
+        self._closing = True
 
     async def publish(self, captured: Captured) -> Announcement | None:
         """Write and announce one version; None when that failed, which is logged and counted.

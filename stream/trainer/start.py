@@ -8,7 +8,7 @@ come from one manifest, so each example counts exactly once either way.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +16,13 @@ from model.errors import SnapshotMismatch
 from model.learner import Learner
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
-from state.errors import SnapshotError, SnapshotNotFound
+from state.errors import SnapshotCorrupt, SnapshotError, SnapshotNotFound
 from state.manifest import Manifest
 from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.errors import PositionError
 
-__all__ = ["Start", "find_start", "first_positions", "restore"]
+__all__ = ["Start", "find_start", "first_positions", "go_on", "restore"]
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +63,33 @@ class Start:
         return {} if self.manifest is None else {int(name): offset for name, offset in self.manifest.offsets.items()}
 
 
-def find_start(registry: RegistryState, store: SnapshotStore, schema: FeatureSchema, model: ModelSettings) -> Start:
+def go_on(
+    learner: Learner, registry: RegistryState, store: SnapshotStore, schema: FeatureSchema, model: ModelSettings
+) -> Start:
+    """Choose what to go on from and load it into the learner. Raises as `find_start` and `restore` do."""
+    broken: set[int] = set()
+    while True:
+        start = find_start(registry, store, schema, model, broken)
+        try:
+            restore(learner, store, start)
+        except SnapshotError as error:
+            assert start.version is not None
+            log.warning("passing over version %d: %s", start.version, error)
+            broken.add(start.version)
+        else:
+            return start
+
+
+def find_start(
+    registry: RegistryState,
+    store: SnapshotStore,
+    schema: FeatureSchema,
+    model: ModelSettings,
+    broken: Collection[int] = (),
+) -> Start:
     """Choose. Reads manifests, and names and sizes of files; hashes are checked when it is restored.
 
-    A version that is broken in the store is passed over for the one before, with a warning.
+    A version that is broken in the store, or known to be, is passed over for the one before, with a warning.
 
     Raises:
         SnapshotMismatch: the newest usable version is of another schema or model.
@@ -75,17 +98,20 @@ def find_start(registry: RegistryState, store: SnapshotStore, schema: FeatureSch
     announced = sorted((each for each in registry.versions.values() if each.kind == "full"), key=lambda each: -each.version)
     problems: list[str] = []
     for record in announced:
+        if record.version in broken:
+            problems.append(f"version {record.version} is broken")
+            continue
         try:
             manifest = store.manifest(record.version)
             # The same number in another store, or after the topic was made anew, is another version.
             if manifest.created_at_ms != record.created_at_ms or manifest.epoch != record.epoch:
                 raise SnapshotNotFound(f"version {record.version} in {store.url} isn't the one announced")
-            broken = store.verify(record.version, hashes=False)
+            wrong = store.verify(record.version, hashes=False)
         except SnapshotError as error:
-            broken = [str(error)]
-        if broken:
-            problems.append(broken[0])
-            log.warning("passing over version %d: %s", record.version, broken[0])
+            wrong = [str(error)]
+        if wrong:
+            problems.append(wrong[0])
+            log.warning("passing over version %d: %s", record.version, wrong[0])
             continue
         _require_same(manifest, schema, model)
         return Start(manifest, registry.newest)
@@ -120,7 +146,9 @@ def _require_same(manifest: Manifest, schema: FeatureSchema, model: ModelSetting
         differences = ["features.fields: expected them in the order of the settings, found another"]
     if differences:
         raise SnapshotMismatch(
-            f"version {manifest.version} can't be trained on with these settings:\n  " + "\n  ".join(differences[:10]) + "\n"
+            f"version {manifest.version} can't be trained on with these settings:\n  "
+            + "\n  ".join(differences[:10])
+            + "\n"
             + (f"  and {len(differences) - 10} more\n" if len(differences) > 10 else "")
             + _ELSEWHERE
         )
@@ -146,9 +174,9 @@ def restore(learner: Learner, store: SnapshotStore, start: Start) -> None:
     version = start.manifest.version
     learner.restore(store.serving(version), store.trainer(version))
     if learner.examples_seen != start.manifest.examples_seen:
-        raise SnapshotMismatch(
+        raise SnapshotCorrupt(
             f"version {version}: expected {start.manifest.examples_seen} examples in its weights, as its manifest says, found "
-            f"{learner.examples_seen}. Its files don't belong together; delete it, and the version before is taken."
+            f"{learner.examples_seen}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Learning: runs in, batches cut and learned, snapshots of exactly what is trained. No threads, no Kafka, no clock of its own."""
+"""Learning: runs in, batches cut and learned, snapshots of exactly what is trained. No threads, no Kafka, no clock."""
 
 from __future__ import annotations
 
@@ -69,12 +69,11 @@ class Training:
         scores: Scores,
         metrics: TrainerMetrics,
         *,
-        batch_rows: int,
         max_batch_age_s: float,
         watermark_ms: int = 0,
     ) -> None:
         self._learner, self._cutter, self._scores, self._metrics = learner, cutter, scores, metrics
-        self._batch_rows, self._max_batch_age_s = batch_rows, max_batch_age_s
+        self._max_batch_age_s = max_batch_age_s
         self._waiting_since: float | None = None
         self.batches = 0
         self.watermark_ms = watermark_ms
@@ -101,7 +100,7 @@ class Training:
             more_at_hand: a run is waiting to be added: a batch that isn't full then stays open.
         """
         waiting = self._cutter.waiting
-        if waiting < self._batch_rows:
+        if waiting < self._cutter.rows:
             if not waiting:
                 self._waiting_since = None
                 return False

@@ -1,0 +1,54 @@
+"""What the benchmarks share: interleaved rounds, a line about the machine, and the JSON object at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["interleaved", "machine", "report"]
+
+
+def machine() -> str:
+    """Processor and cores, so that a figure can be read later."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def interleaved(work: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    """Items a second of each piece of work, `rounds` times in turn: what disturbs the machine disturbs all alike.
+
+    work  name to a function that does a stretch of work and returns how many items it did
+    """
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("rounds", total=rounds * len(work))
+        for _ in range(rounds):
+            for name, do in work.items():
+                progress.update(task, description=name)
+                began = time.perf_counter()
+                items = do()
+                rates[name].append(items / (time.perf_counter() - began))
+                progress.advance(task)
+    for name, values in rates.items():
+        print(f"{name:32s} median {statistics.median(values):10,.0f}/s   best {max(values):10,.0f}/s", file=sys.stderr)
+    return rates
+
+
+def report(**figures: object) -> None:
+    """Prints the result: one JSON object on the last line of stdout."""
+    print(json.dumps({**figures, "machine": machine()}))

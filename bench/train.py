@@ -1,0 +1,247 @@
+"""Examples a second of the trainer: int64 feature hashes in memory in, weights out.
+
+    python bench/train.py               # about two minutes
+    python bench/train.py --rounds 3    # a quick look
+
+DeepFM with 39 fields, 1 M ids (Zipf 1.1 in each field), dimension 16, MLP 400-400-400, at batches of 512 and 4,096. Every
+id is in the tables before the clock starts. Beside Headrace's learner run, in turn in the same rounds:
+
+- plain torch, `sparse`: one nn.Embedding with sparse gradients and torch.optim.Adagrad for the rows, Adam for the MLP;
+- plain torch, `dense`: the same with dense gradients and Adam for everything, as tutorials have it;
+- fbgemm's TBE with exact Adagrad, where fbgemm is installed;
+- the floor: the nine matrix products of the MLP's forward and backward passes and nothing else.
+
+The peers are handed row numbers (a lookup that Headrace does within its time). Last line: one JSON object; rates are
+medians of the rounds, `peer` is the fastest peer at batch 512.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import click
+import numpy as np
+import torch
+
+from bench.common import interleaved, report
+from model.batch import FeatureBatch
+from model.learner import Learner
+from model.schema import FeatureSchema, FieldSpec
+from model.settings import ModelSettings
+
+FIELDS = 39
+DIM = 16
+HIDDEN = (400, 400, 400)
+ZIPF = 1.1
+CLICK_RATE = 0.25
+POOL_ROWS = 200_000
+"""Examples drawn beforehand; the stretches walk through them."""
+
+Step = Callable[[int, int], None]
+
+
+class Pool:
+    """Examples in memory: row ids (N, F), their hashes as a batch, and labels (N,)."""
+
+    def __init__(self, ids: int, rows: int) -> None:
+        rng = np.random.default_rng(0)
+        self.per_field = ids // FIELDS
+        odds = np.arange(1, self.per_field + 1) ** -ZIPF
+        ranks = np.searchsorted(np.cumsum(odds / odds.sum()), rng.random((rows, FIELDS)))
+        shuffled = np.stack([rng.permutation(self.per_field) for _ in range(FIELDS)])  # popular ids lie anywhere
+        ranks = np.minimum(ranks, self.per_field - 1)
+        self.ids = shuffled[np.arange(FIELDS), ranks] + np.arange(FIELDS) * self.per_field
+        self.labels = (rng.random(rows) < CLICK_RATE).astype(np.float32)
+        self.batch = as_batch(self.ids)
+        self.every_id = np.arange(self.per_field * FIELDS).reshape(FIELDS, -1).T  # (per field, F)
+
+
+def as_batch(ids: np.ndarray) -> FeatureBatch:
+    """Ids as well-mixed 64-bit keys, as the feature hash gives them."""
+    x = ids.astype(np.uint64) + np.uint64(1)
+    for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        x = (x ^ (x >> np.uint64(29))) * np.uint64(factor)
+    return FeatureBatch(x.view(np.int64), np.empty(0, np.int64), np.zeros(1, np.int64), lists=0)
+
+
+def headrace(pool: Pool) -> Step:
+    schema = FeatureSchema(fields=tuple(FieldSpec(name=f"f{i}") for i in range(FIELDS)), embedding_dim=DIM)
+    learner = Learner(schema, ModelSettings(hidden=HIDDEN), device="cpu")
+    learner.learn(as_batch(pool.every_id), np.zeros(len(pool.every_id), np.float32))
+
+    def step(start: int, stop: int) -> None:
+        learner.learn(pool.batch.slice(start, stop), pool.labels[start:stop])
+
+    return step
+
+
+class PlainDeepFM(torch.nn.Module):
+    """DeepFM as one would write it with torch.nn."""
+
+    def __init__(self, ids: int, *, sparse: bool, embeddings: bool = True) -> None:
+        super().__init__()
+        if embeddings:
+            self.embedding = torch.nn.Embedding(ids, DIM, sparse=sparse)
+            self.first_order = torch.nn.Embedding(ids, 1, sparse=sparse)
+            torch.nn.init.normal_(self.embedding.weight, std=0.01)
+            torch.nn.init.zeros_(self.first_order.weight)
+        widths = [FIELDS * DIM, *HIDDEN]
+        layers: list[torch.nn.Module] = []
+        for inputs, outputs in zip(widths, widths[1:], strict=False):
+            layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
+        self.mlp = torch.nn.Sequential(*layers, torch.nn.Linear(widths[-1], 1))
+        self.bias = torch.nn.Parameter(torch.zeros(1))
+
+    def dense_parameters(self) -> list[torch.nn.Parameter]:
+        return [*self.mlp.parameters(), self.bias]
+
+    def loss(self, embedded: torch.Tensor, first_order: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean log loss from embeddings (B, F, D), first-order terms (B, F) and labels (B,)."""
+        pairs = 0.5 * (embedded.sum(1).square() - embedded.square().sum(1)).sum(1)
+        logits = self.mlp(embedded.flatten(1)).squeeze(1) + pairs + first_order.sum(1) + self.bias
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+
+def plain_torch(pool: Pool, *, sparse: bool) -> Step:
+    model = PlainDeepFM(len(pool.every_id) * FIELDS, sparse=sparse)
+    tables = [model.embedding.weight, model.first_order.weight]
+    dense = torch.optim.Adam(model.dense_parameters() + ([] if sparse else tables), lr=5e-4, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [dense]
+    if sparse:
+        optimizers.append(torch.optim.Adagrad(tables, lr=0.01, initial_accumulator_value=0.01))
+    ids, labels = torch.from_numpy(pool.ids), torch.from_numpy(pool.labels)
+
+    def step(start: int, stop: int) -> None:
+        rows = ids[start:stop]
+        loss = model.loss(model.embedding(rows), model.first_order(rows).squeeze(2), labels[start:stop])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return step
+
+
+def fbgemm(pool: Pool) -> Step | None:
+    """fbgemm's table-batched embeddings, one table for all fields; None where it isn't installed."""
+    try:
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+    except (ImportError, OSError):
+        return None
+    rows = len(pool.every_id) * FIELDS
+
+    def table(dim: int) -> Any:
+        return SplitTableBatchedEmbeddingBagsCodegen(
+            [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+            optimizer=EmbOptimType.EXACT_ADAGRAD,
+            learning_rate=0.01,
+            pooling_mode=PoolingMode.NONE,
+        )
+
+    embedding, first_order = table(DIM), table(4)  # 4 is its narrowest row; one of the four is used
+    model = PlainDeepFM(rows, sparse=True, embeddings=False)
+    optimizer = torch.optim.Adam(model.dense_parameters(), lr=5e-4, fused=True)
+    ids, labels = torch.from_numpy(pool.ids), torch.from_numpy(pool.labels)
+
+    def step(start: int, stop: int) -> None:
+        indices = ids[start:stop].flatten()
+        offsets = torch.tensor([0, len(indices)])
+        embedded = embedding(indices, offsets).view(stop - start, FIELDS, DIM)
+        linear = first_order(indices, offsets)[:, 0].view(stop - start, FIELDS)
+        loss = model.loss(embedded, linear, labels[start:stop])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def floor(rows: int) -> Callable[[], None]:
+    """The MLP's nine matrix products for one batch."""
+    widths = [FIELDS * DIM, *HIDDEN]
+    layers = [
+        (torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs))
+        for inputs, outputs in zip(widths, widths[1:], strict=False)
+    ]
+
+    def products() -> None:
+        for inputs, weight, outputs in layers:
+            torch.mm(inputs, weight.t())  # forward
+            torch.mm(outputs, weight)  # gradient of the inputs
+            torch.mm(outputs.t(), inputs)  # gradient of the weights
+
+    return products
+
+
+@click.command(help=__doc__.split("\n", 1)[0])
+@click.option("--rounds", default=9, show_default=True, help="Interleaved rounds.")
+@click.option("--ids", default=1_000_000, show_default=True, help="Ids in all fields together.")
+@click.option("--seconds", default=0.7, show_default=True, help="About how long each stretch takes.")
+def main(rounds: int, ids: int, seconds: float) -> None:
+    pool = Pool(ids, POOL_ROWS)
+    trainers: dict[str, Step | None] = {
+        "headrace": headrace(pool),
+        "torch_sparse": plain_torch(pool, sparse=True),
+        "torch_dense": plain_torch(pool, sparse=False),
+        "fbgemm": fbgemm(pool),
+    }
+    rates: dict[str, float] = {}
+    for rows in (512, 4096):
+        work = {f"{name}_{rows}": stretch(step, rows, seconds) for name, step in trainers.items() if step is not None}
+        products = floor(rows)
+        work[f"floor_{rows}"] = stretch(lambda start, stop, products=products: products(), rows, seconds)
+        rates |= {name: statistics.median(values) for name, values in interleaved(work, rounds).items()}
+    peers = {name: rates[f"{name}_512"] for name in ("torch_sparse", "torch_dense", "fbgemm") if f"{name}_512" in rates}
+    fastest = max(peers, key=lambda name: peers[name])
+    report(
+        benchmark="train",
+        value=round(rates["headrace_512"]),
+        peer=round(peers[fastest]),
+        ratio=round(rates["headrace_512"] / peers[fastest], 2),
+        unit="examples/s",
+        peer_name=fastest,
+        batch_512=round(rates["headrace_512"]),
+        batch_4096=round(rates["headrace_4096"]),
+        floor_512=round(rates["floor_512"]),
+        floor_4096=round(rates["floor_4096"]),
+        **{f"{name}_{rows}": round(rates[f"{name}_{rows}"]) for name in peers for rows in (512, 4096)},
+        **({} if "fbgemm" in peers else {"fbgemm": "not installed"}),
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        ids=len(pool.every_id) * FIELDS,
+        rounds=rounds,
+    )
+
+
+def stretch(step: Step, rows: int, seconds: float) -> Callable[[], int]:
+    """A stretch of steps that takes about `seconds`, each call going on where the last one stopped."""
+    import time
+
+    at = 0
+
+    def run(steps: int) -> int:
+        nonlocal at
+        for _ in range(steps):
+            if at + rows > POOL_ROWS:
+                at = 0
+            step(at, at + rows)
+            at += rows
+        return steps * rows
+
+    run(2)
+    began = time.perf_counter()
+    run(3)
+    steps = max(1, round(3 * seconds / (time.perf_counter() - began)))
+    return lambda: run(steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""`headrace data`: what data sets there are, and getting them."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploy.cli.common import echo_json, format_option
+
+__all__ = ["data"]
+
+
+@click.group()
+def data() -> None:
+    """See what data sets there are, get them, and print their feature schema.
+
+    They are looked for in HEADRACE_DATA_DIR, then in data/, then in the user's cache.
+
+    \b
+    Examples:
+      headrace data list
+      headrace data fetch movielens-100k
+      headrace data schema kuairand >> headrace.toml
+    """
+
+
+@data.command(name="list")
+@format_option
+def list_(output: str) -> None:
+    """Say what there is, where it lies on this machine, its terms, and how its clicks are dated.
+
+    \b
+    Examples:
+      headrace data list
+      headrace data list --format json
+    """
+    from deploy.datasets import NAMED, open_data_set
+
+    sets = [open_data_set(name) for name in NAMED]
+    if output == "json":
+        shown = [
+            {
+                "name": one.name,
+                "title": one.title,
+                "path": str(path) if (path := one.find()) else None,
+                "terms": one.terms,
+                "clicks": one.clicks,
+                "obtain": one.obtain,
+            }
+            for one in sets
+        ]
+        echo_json(shown)
+        return
+    for one in sets:
+        where = one.find()
+        click.echo(f"{click.style(one.name, bold=True)}  {one.title}")
+        lines = [("here", str(where)) if where else ("get it", one.obtain), ("clicks", one.clicks), ("terms", one.terms)]
+        for label, text in lines:
+            click.echo(textwrap.fill(text, 110, initial_indent=f"  {label:8}", subsequent_indent=" " * 10))
+        click.echo()
+    click.echo("Any file of yours: headrace replay jsonl|parquet --path FILE (see headrace replay --help).", err=True)
+
+
+@data.command()
+@click.argument("name")
+@click.option(
+    "--archive",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A file that you have downloaded: the authors' archive (kuairand) or the wheel (movielens-100k, open-bandit).",
+)
+@format_option
+def fetch(name: str, archive: Path | None, output: str) -> None:
+    """Put a data set into the user's cache, and print where it lies. One that is there already is left alone.
+
+    \b
+    Examples:
+      headrace data fetch movielens-100k
+      headrace data fetch kuairand --archive KuaiRand-Pure.tar.gz
+    """
+    from deploy.datasets import open_data_set
+    from deploy.errors import DataSetError
+
+    if archive is not None and not archive.is_file():
+        raise DataSetError(f"--archive: expected a file, found nothing at {archive}. Mend the path.")
+    one = open_data_set(name, path=None) if name not in ("jsonl", "parquet") else None
+    if one is None:
+        raise DataSetError(f"{name}: expected a named data set, found a file format. Use: headrace replay {name} --path FILE")
+    where = one.find()
+    if where is None or archive is not None:
+        where = one.fetch(lambda text: click.echo(text, err=True), archive)
+    click.echo(textwrap.fill(f"Terms: {one.terms}", 110), err=True)
+    if output == "json":
+        echo_json({"name": one.name, "path": str(where), "terms": one.terms})
+    else:
+        click.echo(str(where))
+
+
+@data.command()
+@click.argument("name")
+@click.option("--path", type=click.Path(path_type=Path), help="The file, for jsonl and parquet.")
+@format_option
+def schema(name: str, path: Path | None, output: str) -> None:
+    """Print the data set's feature schema as TOML for headrace.toml. `simulation` is the one of `headrace simulate`.
+
+    \b
+    Examples:
+      headrace data schema movielens-100k >> headrace.toml
+      headrace data schema simulation
+    """
+    from deploy.datasets import open_data_set
+    from deploy.simulation import simulation_schema
+
+    chosen = simulation_schema() if name == "simulation" else open_data_set(name, path=path).schema()
+    if output == "json":
+        echo_json(chosen.model_dump(mode="json"))
+        return
+    click.echo(f"[features]\nembedding_dim = {chosen.embedding_dim}\nfields = [")
+    for field in chosen.fields:
+        told = field.model_dump(mode="json", exclude_defaults=True)
+        click.echo(f"  {{ {', '.join(f'{key} = {_toml(value)}' for key, value in told.items())} }},")
+    click.echo("]")
+
+
+def _toml(value: Any) -> str:
+    import msgspec
+
+    return msgspec.json.encode(value).decode()  # of strings and numbers, TOML writes the same

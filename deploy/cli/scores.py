@@ -1,0 +1,91 @@
+"""`headrace scores`: look at the live score topic."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from deploy.cli.common import format_option, on_terminal
+
+if TYPE_CHECKING:
+    from headrace.scores import Answer
+
+__all__ = ["scores"]
+
+_SHOWN = 3  # best candidates in a line
+
+
+@click.group()
+def scores() -> None:
+    """Look at the answers of the scorers.
+
+    \b
+    Examples:
+      headrace scores tail
+      headrace scores tail --format json --limit 100
+    """
+
+
+@scores.command()
+@click.option("--limit", type=click.IntRange(min=1), help="End after this many answers; never when not given.")
+@click.option("--from-beginning", is_flag=True, help="From the oldest answer kept, instead of from now on.")
+@format_option
+def tail(limit: int | None, from_beginning: bool, output: str) -> None:
+    """Follow the live score topic until Ctrl-C: a line an answer, or one JSON object a line.
+
+    \b
+    Examples:
+      headrace scores tail
+      headrace scores tail --from-beginning --limit 20
+      headrace scores tail --format json | jq .model_version
+    """
+    from deploy.settings import load_settings
+    from headrace.scores import ScoreStream
+    from stream.clients import kafka_python_options
+    from stream.topics import TopicNames
+
+    settings = load_settings()
+    topic = TopicNames.of(settings.topics).scores
+    with ScoreStream(topic, kafka_python_options(settings.kafka), from_beginning=from_beginning) as stream:
+        click.echo(f"following {topic} at {settings.kafka.bootstrap_servers}; Ctrl-C ends it", err=True)
+        if output == "text":
+            click.echo(
+                click.style(f"{'time':12} {'version':>7} {'age':>8}  {'request':36} best candidates", bold=on_terminal())
+            )
+        left = limit
+        try:
+            while left is None or left > 0:
+                for answer in stream.poll()[:left]:
+                    click.echo(_json(answer) if output == "json" else _line(answer))
+                    left = None if left is None else left - 1
+        except KeyboardInterrupt:
+            click.echo(err=True)
+
+
+def _json(answer: Answer) -> str:
+    return msgspec.json.encode(answer).decode()
+
+
+def _line(answer: Answer) -> str:
+    version = "-" if answer.model_version is None else str(answer.model_version)
+    age = "-" if answer.snapshot_age_ms is None else f"{answer.snapshot_age_ms / 1_000:.1f} s"
+    if answer.error is not None:
+        told = click.style(answer.error, fg="red")
+    else:
+        best = sorted(answer.scores, key=lambda score: -score.score)
+        told = "  ".join(f"{score.id} {score.score:.4f}" for score in best[:_SHOWN])
+        told += f"  and {len(best) - _SHOWN} more" if len(best) > _SHOWN else ""
+        told += click.style("  stale", fg="yellow") if answer.stale else ""
+    return f"{_clock(answer.event):12} {version:>7} {age:>8}  {answer.request_id[:36]:36} {told}"
+
+
+def _clock(event: dict[str, Any]) -> str:
+    """Local time of day of the answer's CloudEvents `time`."""
+    try:
+        when = datetime.fromisoformat(event["time"])
+    except (KeyError, ValueError):
+        return "-"
+    return when.replace(tzinfo=when.tzinfo or UTC).astimezone().strftime("%H:%M:%S.%f")[:12]

@@ -1,0 +1,289 @@
+"""The trainer worker: a Faust app that hands runs of `examples` to the training pipeline, and publishes versions.
+
+One trainer is active at a time. Its progress is in its snapshots and not in Kafka: nothing is committed to the group, and
+positions are the trainer's own. Two things end one that was thought dead: the group knows the trainer by a fixed name, so a
+new one takes over its partitions at once; and versions carry an epoch, so the old one can't announce any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from typing import Any
+
+from faust.types import TP
+
+from model.learner import Learner
+from model.schema import FeatureSchema
+from model.settings import ModelSettings
+from state.settings import SnapshotSettings
+from state.store import SnapshotStore
+from stream.clients import aiokafka_options
+from stream.cluster import describe_cluster
+from stream.errors import RegistryError
+from stream.registry import RegistryWriter
+from stream.registry_log import read_registry
+from stream.runtime import Watchdog, build_app, fatal, new_registry, serve
+from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
+from stream.topics import TopicNames
+from stream.trainer.batching import BatchCutter
+from stream.trainer.examples import ExampleDecoder
+from stream.trainer.letters import LetterBox
+from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.pipeline import Pipeline
+from stream.trainer.scores import Scores
+from stream.trainer.snapshots import Publisher
+from stream.trainer.start import first_positions, go_on
+from stream.trainer.training import Training
+from stream.transport import LogEnd, Run, RunSchema
+
+__all__ = ["TrainerWorker", "run_trainer"]
+
+log = logging.getLogger(__name__)
+
+# A trainer that was killed is replaced at once by its name; this is for one that hangs and has no replacement.
+SESSION_TIMEOUT_MS = 10_000
+# The group knows every trainer by this name: the newest one that joins is it.
+INSTANCE_ID = "trainer"
+# How often gauges are brought up to date and a champion's time as `good` is looked at.
+HOUSEKEEPING_S = 1.0
+
+
+class TrainerWorker:
+    """One process of the trainer. Must be built inside a running event loop."""
+
+    def __init__(
+        self,
+        *,
+        kafka: KafkaSettings,
+        group: str,
+        topic: str,
+        snapshots: SnapshotSettings,
+        pipeline: Pipeline,
+        publisher: Publisher,
+        letters: LetterBox,
+        registry: RegistryWriter,
+        scores: Scores,
+        metrics: TrainerMetrics,
+    ) -> None:
+        self._topic, self._snapshots = topic, snapshots
+        self._pipeline, self._publisher, self._letters, self._registry = pipeline, publisher, letters, registry
+        self._training = pipeline.training
+        self._scores, self._metrics = scores, metrics
+        # Next offset to hand over, by partition.
+        self._accepted = dict(self._training.positions)
+        self._standing = "joining the group"
+        self._publishing: asyncio.Task[None] | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
+        self.app = build_app(
+            group,
+            kafka,
+            next_offset=lambda tp: self._accepted.get(tp.partition),
+            session_timeout_ms=SESSION_TIMEOUT_MS,
+            instance_id=INSTANCE_ID,
+        )
+        # maxsize counts runs; acks are off since positions are ours.
+        runs = self.app.topic(topic, schema=RunSchema(), acks=False, maxsize=2)
+        self.app.agent(runs, name="trainer")(self._consume)
+        self.app.on_partitions_revoked.connect(self._on_revoked)
+        self.app.on_rebalance_complete.connect(self._on_rebalance_complete)
+
+    async def start(self) -> None:
+        """Start the threads and the background tasks; `serve` starts the app."""
+        await self._letters.start()
+        self._pipeline.start()
+        training = self._training
+        self._publishing = asyncio.ensure_future(self._publisher.run(lambda: training.examples_seen, self._pipeline.capture))
+        self._housekeeping = asyncio.ensure_future(self._keep_house())
+        for task in (self._publishing, self._housekeeping):
+            task.add_done_callback(_ended)
+
+    async def _consume(self, stream: Any) -> None:
+        try:
+            async for run in stream:
+                await self._deliver(run)
+        except Exception as error:  # an exception that leaves an agent would count as handled
+            fatal("trainer agent", error)
+
+    async def _deliver(self, run: Run) -> None:
+        expected = self._accepted[run.partition]
+        if run.before > expected:
+            await self.app.consumer.seek_runs({TP(run.topic, run.partition): expected})
+        elif run.after > expected:  # else it was read before a rebalance, and again after it
+            self._accepted[run.partition] = run.after
+            await self._pipeline.put(_from(run, expected))
+
+    async def _on_revoked(self, *args: Any, **kwargs: Any) -> None:
+        self._standing = "partitions are being assigned"
+
+    async def _on_rebalance_complete(self, *args: Any, **kwargs: Any) -> None:
+        ours = {tp.partition for tp in self.app.consumer.assignment() if tp.topic == self._topic}
+        others = sorted(self._accepted.keys() - ours)
+        if others:
+            self._standing = f"partitions {others} of {self._topic} belong to another member of the group {self.app.conf.id}"
+            log.error("expected to be alone: %s. Give only trainers that group, and run one at a time.", self._standing)
+        else:
+            self._standing = ""
+
+    async def _keep_house(self) -> None:
+        training = self._training
+        reported = -1
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            for partition, position in training.positions.items():
+                end = self._log_end(partition)
+                if end is not None:
+                    self._metrics.lag.labels(str(partition)).set(max(0, end.offset - position))
+            if training.batches != reported:
+                reported = training.batches
+                self._metrics.watermark.set(training.watermark_ms / 1000)
+                self._metrics.report(await asyncio.to_thread(lambda: self._scores.freeze().report()))
+            try:
+                await self._registry.tag_due(self._snapshots)
+            except RegistryError as error:  # also when fenced: then the next announcement says so
+                log.warning("tagging good versions: %s", error)
+
+    def _log_end(self, partition: int) -> LogEnd | None:
+        end: LogEnd | None = self.app.consumer.log_end(TP(self._topic, partition))
+        return end
+
+    def ready(self) -> str | None:
+        return self._standing or None
+
+    def watchdog(self) -> Watchdog:
+        training = self._training
+
+        def waiting() -> bool:
+            if self._standing or self._pipeline.waiting():
+                return True
+            ends = ((self._log_end(partition), position) for partition, position in self._accepted.items())
+            return any(end is not None and end.offset > position for end, position in ends)
+
+        def progress() -> Any:
+            return self._standing, self.app.consumer_generation_id, training.batches, list(self._accepted.values())
+
+        return Watchdog(progress, waiting)
+
+    async def drain(self) -> None:
+        """Learn the batch under way to its end, publish what is trained, and close everything."""
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+        self._publisher.close()
+        if self._publishing is not None:
+            await self._publishing  # a version under way becomes whole
+        await self._pipeline.stop()
+        training = self._training
+        if self._publisher.has_news(training.examples_seen):
+            await self._publisher.publish(training.capture())
+        await self._letters.close()
+
+
+def _from(run: Run, offset: int) -> Run:
+    """The part of a run that begins at an offset."""
+    if run.before == offset:
+        return run
+    records = [record for record in run.records if record.offset >= offset]
+    return Run(run.topic, run.partition, offset, run.after, run.end, records)
+
+
+def _ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        fatal("trainer", error)
+
+
+async def run_trainer(
+    *,
+    kafka: KafkaSettings,
+    settings: TrainerSettings,
+    names: TopicNames,
+    http: HttpSettings,
+    schema: FeatureSchema,
+    model: ModelSettings,
+    snapshots: SnapshotSettings,
+) -> None:
+    """Run a trainer until it is told to stop.
+
+    Raises:
+        TopicError: topics are missing.
+        ModelError: no features are named, or the newest version is of another schema or model.
+        SnapshotError: the store can't be read.
+        PositionError: the log isn't the one that the newest version was trained on, or lost examples.
+    """
+    cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots))
+    registry = RegistryWriter(kafka, names, who=f"trainer@{socket.gethostname()}:{os.getpid()}")
+    try:
+        # Before anything is read: from here on no other trainer announces a version that we would not know of.
+        epoch = await registry.take_trainer_epoch()
+        known = await read_registry(kafka, names)
+        store = SnapshotStore(snapshots)
+        learner = Learner(schema, model, device=settings.device)
+        start = await asyncio.to_thread(go_on, learner, known, store, schema, model)
+        beginnings, ends = await _log_bounds(kafka, names.examples, cluster.partitions[names.examples])
+        positions = first_positions(start, names.examples, beginnings, ends, lost_examples=settings.lost_examples)
+        came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
+        log.info("epoch %d on %s, going on from %s at %s", epoch, learner.device, came_from, positions)
+
+        prometheus = new_registry()
+        metrics = TrainerMetrics(prometheus)
+        scores = Scores(settings.metrics_window, settings.evaluation_from_ms)
+        training = Training(
+            learner,
+            BatchCutter(model.batch_rows, positions),
+            scores,
+            metrics,
+            max_batch_age_s=settings.max_batch_age_ms / 1000,
+            watermark_ms=start.watermark_ms,
+        )
+        letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
+        worker = TrainerWorker(
+            kafka=kafka,
+            group=f"{names.prefix}{settings.group}",
+            topic=names.examples,
+            snapshots=snapshots,
+            pipeline=Pipeline(
+                training, ExampleDecoder(schema), metrics, letters=letters.put, fatal=fatal, threads=settings.threads
+            ),
+            publisher=Publisher(
+                store=store,
+                registry=registry,
+                letters=letters,
+                settings=snapshots,
+                schema=schema,
+                model=model,
+                epoch=epoch,
+                start=start,
+                metrics=metrics,
+            ),
+            letters=letters,
+            registry=registry,
+            scores=scores,
+            metrics=metrics,
+        )
+        await worker.start()
+        await serve(
+            worker.app,
+            name="trainer",
+            http=http,
+            registry=prometheus,
+            ready=worker.ready,
+            drain=worker.drain,
+            watchdog=worker.watchdog(),
+        )
+    finally:
+        await registry.close()
+
+
+async def _log_bounds(kafka: KafkaSettings, topic: str, partitions: int) -> tuple[dict[int, int], dict[int, int]]:
+    """First and next offset of every partition's log, as a `read_committed` reader sees it."""
+    from aiokafka import AIOKafkaConsumer, TopicPartition
+
+    consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
+    await consumer.start()
+    try:
+        places = [TopicPartition(topic, number) for number in range(partitions)]
+        beginnings, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
+    finally:
+        await consumer.stop()
+    return {place.partition: at for place, at in beginnings.items()}, {place.partition: at for place, at in ends.items()}

@@ -1,0 +1,133 @@
+"""Events are refused before they are sent, by the same rules as the pipeline's, with a message that says what to do."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace import InvalidEvent
+from headrace.events import encode_click, encode_impression, encode_request
+from model.features_reference import decode_impression
+from model.schema import FeatureSchema, FieldSpec
+from stream.join.events import read_run
+
+
+def test_impression_has_the_fields_of_the_contract() -> None:
+    key, value = encode_impression("imp-é", 17, {"u": "7", "n": 1, "x": 0.5, "tags": ["a", "b"], "none": None}, 0.25, 3)
+    assert key == "imp-é".encode()
+    assert json.loads(value) == {
+        "impression_id": "imp-é",
+        "timestamp": 17,
+        "features": {"u": "7", "n": 1, "x": 0.5, "tags": ["a", "b"], "none": None},
+        "score": 0.25,
+        "model_version": 3,
+    }
+
+
+def test_click_and_request_have_the_fields_of_the_contract() -> None:
+    assert encode_click("i", 5) == (b"i", b'{"impression_id":"i","timestamp":5}')
+    key, value = encode_request("r", {"u": "1"}, [("a", {"x": 1}), ("b", {})], 99)
+    assert key == b"r"
+    assert json.loads(value) == {
+        "request_id": "r",
+        "context": {"u": "1"},
+        "candidates": [{"id": "a", "features": {"x": 1}}, {"id": "b", "features": {}}],
+        "deadline_ms": 99,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "message"),
+    [
+        (("", 1, {}), "$.impression_id", "expected a non-empty string, found '' (str). For a number, pass str(number)."),
+        ((7, 1, {}), "$.impression_id", "expected a non-empty string, found 7 (int)"),
+        (("a\ud800", 1, {}), "$.impression_id", "text that UTF-8 can hold"),
+        (("i", 1.5, {}), "$.timestamp", "milliseconds since 1970-01-01 UTC as an integer"),
+        (("i", -1, {}), "$.timestamp", "found -1 (int). For a datetime, pass int(when.timestamp() * 1000)."),
+        (("i", True, {}), "$.timestamp", "found True (bool)"),
+        (("i", 10**15, {}), "$.timestamp", "before the year 10000"),
+        (("i", 1, None), "$.features", "a mapping of names to values, found None"),
+        (("i", 1, {3: "x"}), "$.features", "names that are non-empty strings, found 3"),
+        (("i", 1, {"f": math.nan}), "$.features.f", "a finite number, found nan (float). Pass None for a missing value."),
+        (("i", 1, {"f": math.inf}), "$.features.f", "a finite number"),
+        (("i", 1, {"f": {"a": 1}}), "$.features.f", "Features are flat: convert it before sending."),
+        (("i", 1, {"f": True}), "$.features.f", "a string, a number, a list of strings or None, found True"),
+        (("i", 1, {"f": b"x"}), "$.features.f", "found b'x' (bytes)"),
+        (("i", 1, {"f": 1 << 64}), "$.features.f", "an integer of at most 64 bits"),
+        (("i", 1, {"f": ["a", 1]}), "$.features.f[1]", "a string, found 1 (int). Lists hold strings only."),
+        (("i", 1, {"f": ["\udfff"]}), "$.features.f[0]", "half of a surrogate pair"),
+        (("i", 1, {}, 1.5), "$.score", "a probability between 0 and 1, found 1.5"),
+        (("i", 1, {}, math.nan), "$.score", "a probability between 0 and 1, found nan"),
+        (("i", 1, {}, 0.5, -1), "$.model_version", "a version number, 0 or more, found -1"),
+    ],
+)
+def test_bad_impressions_are_refused_with_a_path(arguments: tuple[Any, ...], path: str, message: str) -> None:
+    with pytest.raises(InvalidEvent) as caught:
+        encode_impression(*arguments)
+    assert caught.value.path == path
+    assert str(caught.value).startswith(f"{path}: expected ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [
+        (("", {}, [("a", {})]), "$.request_id"),
+        (("r", [], [("a", {})]), "$.context"),
+        (("r", {}, []), "$.candidates"),
+        (("r", {}, ["a"]), "$.candidates[0]"),
+        (("r", {}, [("a", {}), ("", {})]), "$.candidates[1].id"),
+        (("r", {}, [("a", {"f": math.nan})]), "$.candidates[0].features.f"),
+        (("r", {}, [("a", {})], "soon"), "$.deadline_ms"),
+    ],
+)
+def test_bad_requests_are_refused_with_a_path(arguments: tuple[Any, ...], path: str) -> None:
+    with pytest.raises(InvalidEvent) as caught:
+        encode_request(*arguments)
+    assert caught.value.path == path
+
+
+def test_a_long_value_is_not_shown_in_full() -> None:
+    with pytest.raises(InvalidEvent) as caught:
+        encode_impression("i", 1, {"f": {"secret": "x" * 500}})
+    assert len(str(caught.value)) < 300
+
+
+_text = st.text(min_size=1, max_size=5)
+_values = st.one_of(
+    st.none(),
+    st.text(max_size=5),
+    st.integers(-(1 << 65), 1 << 65),
+    st.floats(),
+    st.booleans(),
+    st.lists(st.one_of(st.text(max_size=3), st.integers()), max_size=3),
+    st.dictionaries(_text, st.integers(), max_size=1),
+)
+
+
+class _Record:
+    """As much of a Kafka record as the join reads."""
+
+    topic, partition, offset, headers = "impressions", 0, 0, ()
+
+    def __init__(self, key: bytes, value: bytes) -> None:
+        self.key, self.value, self.timestamp = key, value, 1_000_000
+
+
+@given(name=st.text(max_size=5), when=st.integers(-5, 10**6), value=_values)
+def test_what_the_client_takes_the_pipeline_takes(name: str, when: int, value: Any) -> None:
+    try:
+        key, payload = encode_impression(name, when, {"f": value})
+    except InvalidEvent:
+        return
+    events = read_run([_Record(key, payload)], max_future_ms=10**9)
+    assert events.times_ms == [when]
+    assert not events.dead
+    kind = "list" if isinstance(value, list) else "numeric" if isinstance(value, float) else "categorical"
+    schema = FeatureSchema(fields=(FieldSpec.model_validate({"name": "f", "kind": kind}),))
+    decode_impression(payload, schema)  # raises for what the trainer would dead-letter

@@ -1,0 +1,102 @@
+"""The pages say what the code does, and the other way round."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import msgspec
+import pytest
+import yaml
+
+from deploy.docs import pages
+from headrace.events import encode_click, encode_impression, encode_request
+from stream.dead_letters import REASONS, DeadLetter
+from stream.join.examples import example_records
+from stream.settings import TopicSettings
+from stream.topic_contract import topic_contracts
+
+ROOT = Path(__file__).resolve().parents[1]
+ASYNCAPI: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "asyncapi.yaml").read_text())
+
+
+def schema(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}", "components": ASYNCAPI["components"]}
+
+
+@pytest.mark.parametrize("name", sorted(pages()))
+def test_generated_pages_are_up_to_date(name: str) -> None:
+    assert (ROOT / name).read_text() == pages()[name], "run `make docs`"
+
+
+def test_asyncapi_has_every_topic_and_no_other() -> None:
+    contracts = {contract.name: contract for contract in topic_contracts(TopicSettings())}
+    channels = {channel["address"]: channel for channel in ASYNCAPI["channels"].values()}
+    assert channels.keys() == contracts.keys()
+    for name, channel in channels.items():
+        binding = channel["bindings"]["kafka"]
+        assert ",".join(binding["topicConfiguration"]["cleanup.policy"]) == contracts[name].configs["cleanup.policy"]
+
+
+def test_asyncapi_references_resolve() -> None:
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                target: Any = ASYNCAPI
+                for part in node["$ref"].removeprefix("#/").split("/"):
+                    target = target[part]
+            for child in node.values():
+                walk(child)
+        elif isinstance(node, list):
+            for child in node:
+                walk(child)
+
+    walk(ASYNCAPI)
+
+
+def test_what_the_client_sends_is_what_asyncapi_says() -> None:
+    _, impression = encode_impression("i", 5, {"a": "x", "b": 1.5, "c": ["d"], "e": None}, 0.5, 3)
+    _, click = encode_click("i", 6)
+    _, request = encode_request("r", {"u": "1"}, [("a", {"x": 1})], 9)
+    for name, value in (("impression", impression), ("click", click), ("scoreRequest", request)):
+        jsonschema.validate(msgspec.json.decode(value), schema(name))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"impression_id": "i", "timestamp": "5", "features": {}}, schema("impression"))
+
+
+def test_headers_are_what_asyncapi_says() -> None:
+    for example in ((b"i", b"{}", 5, 7, -1), (b"i", b"{}", 5, 7, 9)):
+        (_, _, headers) = next(example_records([example]))
+        jsonschema.validate({name: value.decode() for name, value in headers}, schema("exampleHeaders"))
+    letter = DeadLetter("orphan_click", "text", "$", "clicks", 0, 3, b"k", b"v")
+    jsonschema.validate({name: value.decode() for name, value in letter.out_headers()}, schema("deadLetterHeaders"))
+
+
+def test_every_reason_code_is_documented() -> None:
+    page = (ROOT / "docs" / "events.md").read_text()
+    table = dict(re.findall(r"^\| `([a-z_0-9]+)` \| (.+) \|$", page.split("| reason | what it says |")[1], re.MULTILINE))
+    assert table == REASONS
+    assert set(ASYNCAPI["components"]["schemas"]["deadLetterHeaders"]["properties"]["reason"]["enum"]) == set(REASONS)
+
+
+def test_the_code_uses_no_other_reason_code() -> None:
+    """Codes are written where a record is judged; a code that is not in the table would be undocumented."""
+    used = set()
+    for room in ("stream", "model"):
+        for path in (ROOT / room).rglob("*.py"):
+            used |= set(
+                re.findall(
+                    r"DeadLetter(?:\.of)?\(\s*(?:record,\s*|events\.records\[index\],\s*)?\"([a-z_0-9]+)\"", path.read_text()
+                )
+            )
+            used |= set(re.findall(r"_refuse\(\s*\"([a-z_0-9]+)\"", path.read_text()))
+    assert {"late_impression", "not_finite"} <= used, "the pattern no longer finds where codes are written"
+    assert used <= REASONS.keys()
+
+
+def test_links_between_pages_resolve() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
