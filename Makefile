@@ -1,6 +1,9 @@
 # Every target runs from a fresh checkout: `setup` brings what is missing.
-PYTHON ?= python3
-UV := $(shell command -v uv 2>/dev/null || echo $(HOME)/.local/bin/uv)
+# The first Python on PATH that is new enough; `make PYTHON=… setup` takes another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+# Where deploy/install_uv.sh puts it when there is none on PATH.
+UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(HOME)/.local/bin/uv)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench docs lock clean
@@ -11,7 +14,9 @@ help: ## print the targets
 setup: .venv/.synced ## install uv if missing, then everything into .venv
 
 .venv/.synced: requirements.lock pyproject.toml
-	@command -v uv >/dev/null 2>&1 || test -x $(UV) || deploy/install_uv.sh
+	@test -n "$(PYTHON)" || { echo "Python: expected 3.11 or newer on PATH, found $$(python3 --version 2>&1). Install it \
+	(Debian, Ubuntu: apt install python3.11 python3.11-venv), or name one: make PYTHON=/path/to/python3.11 setup" >&2; exit 1; }
+	@$(UV) --version >/dev/null 2>&1 || PYTHON="$(PYTHON)" deploy/install_uv.sh
 	@test -d .venv || $(UV) venv --quiet --python $(PYTHON) .venv
 	$(UV) pip sync --quiet --require-hashes --python $(BIN)/python requirements.lock
 	$(UV) pip install --quiet --no-deps --python $(BIN)/python -e .

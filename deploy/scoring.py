@@ -151,8 +151,8 @@ class Scoring:
             del shown[: self._oldest]
             self._oldest = 0
         others: dict[str, bytes] = {}
-        # With repeats and the item itself among the draws, twice as many suffice nearly always; fewer candidates do no harm.
-        for _ in range(2 * self._others if len(shown) > self._oldest else 0):
+        # Repeats and the item itself are among the draws: four times as many nearly always suffice, and fewer do no harm.
+        for _ in range(4 * self._others if len(shown) > self._oldest else 0):
             _, name, features = shown[self._random.randrange(self._oldest, len(shown))]
             if name != item:
                 others[name] = features

@@ -13,6 +13,7 @@ from typing import Any
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
+from headrace.connections import connect
 from headrace.errors import DeliveryError, InvalidEvent, NoAnswer
 from headrace.events import (
     WATERMARK_HEADER,
@@ -262,24 +263,15 @@ class Client:
                     producer.close(timeout=0)
 
     def _producer(self, linger_ms: int) -> Any:
-        try:
-            producer = KafkaProducer(
-                **self._options,
-                acks="all",
-                enable_idempotence=True,
-                linger_ms=linger_ms,
-                batch_size=_BATCH_BYTES,
-                max_block_ms=_MAX_BLOCK_MS,
-                allow_auto_create_topics=False,
-            )
-        except KafkaError as error:
-            raise DeliveryError(
-                f"bootstrap_servers {','.join(self._options['bootstrap_servers'])}: expected a Kafka broker, found none that "
-                f"answers ({error!r}). Start one (`headrace kafka start`), or mend the address or the security options."
-            ) from error
-        # kafka-python 3.0 does not hand that option down to its metadata, and a mistyped prefix must not make topics.
-        producer._metadata.config["allow_auto_create_topics"] = False
-        return producer
+        return connect(
+            KafkaProducer,
+            self._options,
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=linger_ms,
+            batch_size=_BATCH_BYTES,
+            max_block_ms=_MAX_BLOCK_MS,
+        )
 
     def _asking(self) -> Any:
         with self._opening:

@@ -13,6 +13,7 @@ import msgspec
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
+from headrace.connections import connect
 from headrace.errors import DeliveryError, HeadraceError
 
 __all__ = ["Answer", "AnswerRouter", "Score", "ScoreStream", "decode_answer"]
@@ -115,12 +116,7 @@ class ScoreStream:
     def __init__(self, topic: str, options: dict[str, Any], *, from_beginning: bool = False) -> None:
         self._topic = topic
         self._closing = threading.Event()
-        try:
-            self._consumer = KafkaConsumer(
-                **options, enable_auto_commit=False, allow_auto_create_topics=False, auto_offset_reset="earliest"
-            )
-        except KafkaError as error:
-            raise DeliveryError(_unreachable(options, error)) from error
+        self._consumer = connect(KafkaConsumer, options, enable_auto_commit=False, auto_offset_reset="earliest")
         try:
             partitions = self._consumer.partitions_for_topic(topic)
             if not partitions:
@@ -227,11 +223,3 @@ class AnswerRouter:
             for future in left:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(reason)
-
-
-def _unreachable(options: dict[str, Any], error: Exception) -> str:
-    servers = options.get("bootstrap_servers")
-    return (
-        f"bootstrap_servers {servers}: expected a Kafka broker, found none that answers ({error!r}). Start one "
-        "(`headrace kafka start`), or mend the address or the security options."
-    )

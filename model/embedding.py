@@ -48,7 +48,7 @@ def unique_rows(rows: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor
     Without sorting: each row's cell is told a position where the row occurs, and that position speaks for the row.
     """
     positions = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    scratch[rows] = positions  # of a row's positions any one wins
+    scratch.scatter_(0, rows, positions)  # of a row's positions any one wins
     speaker = scratch.index_select(0, rows)
     speaks = speaker == positions
     place = torch.cumsum(speaks, 0).sub_(1)
@@ -117,6 +117,7 @@ class EmbeddingTable:
             fresh = slice(before + 1, after + 1)
             self._embedding[fresh, : self.dim] = initial_rows(self._row_keys[fresh], self.dim, self._init_std, self._seed)
             self._embedding[fresh, self.dim :] = self._accumulator_start
+            self._first_order[fresh, 0] = 0.0
             self._first_order[fresh, 1] = self._accumulator_start
         return rows
 
@@ -137,7 +138,7 @@ class EmbeddingTable:
         for table, values, gradient in parts:
             weights, sums = values.chunk(2, dim=1)
             sums.addcmul_(gradient, gradient)
-            weights.addcdiv_(gradient, sums.sqrt(), value=-rate)
+            weights.addcdiv_(gradient, sums.contiguous().sqrt(), value=-rate)  # a root of strided memory is slow
             table.index_copy_(0, rows.distinct, values)
 
     def serving_state(self) -> dict[str, torch.Tensor]:
@@ -170,7 +171,6 @@ class EmbeddingTable:
         self._row_keys[used] = serving["keys"].to(device)
         self._embedding[used] = torch.cat(embedding, dim=1).to(device)
         self._first_order[used] = torch.stack(first_order, dim=1).to(device)
-        self._first_order[count + 1 :] = 0  # a new row finds zero there
 
     def _make_room(self, rows: int) -> None:
         room = len(self._embedding)

@@ -30,6 +30,8 @@ class ModelSettings(BaseModel):
     )
     dense_learning_rate: float = Field(default=5e-4, gt=0, description="Adam step for the MLP (loss averaged).")
     init_std: float = Field(default=0.01, gt=0, description="Standard deviation of a new embedding row.")
-    batch_rows: int = Field(default=256, ge=1, le=65536, description="Examples in one update.")
+    batch_rows: int = Field(
+        default=128, ge=1, le=65536, description="Examples in one update; more is faster, fewer learns sooner."
+    )
     seed: int = Field(default=0, ge=0, description="Seeds the dense weights and each new row.")
     initial_rows: int = Field(default=1 << 16, ge=16, description="Rows allocated at the start; the table grows by doubling.")

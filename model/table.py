@@ -80,10 +80,12 @@ class KeyTable:
         """Rows (N,) of the keys found within a window of slots from `slots` (N,) on, 0 for the rest; and which of them
         may still lie further on."""
         near = (slots.unsqueeze(1) + self._window) & self._mask  # (N, W)
-        found = self._slot_keys[near]
+        found = self._slot_keys.index_select(0, near.flatten()).view(near.shape)
         hit = found == keys.unsqueeze(1)
-        rows = (self._slot_rows[near] * hit).sum(1)
-        return rows, (hit | (found == EMPTY_KEY)).any(1).logical_not_()
+        where = (near * hit).amax(1)  # the slot of the hit, if there is one
+        is_hit = hit.any(1)
+        rows = self._slot_rows.index_select(0, where) * is_hit
+        return rows.to(torch.int64), (is_hit | (found == EMPTY_KEY).any(1)).logical_not_()
 
     def insert(self, keys: torch.Tensor) -> torch.Tensor:
         """Rows (N,) int64 of `keys` (N,). Keys that are new get the next rows, in ascending order of the keys."""

@@ -73,9 +73,7 @@ def _band(kind: str, metrics: Mapping[str, float], settings: SnapshotSettings) -
     return inside, f"{kind} calibration {value:.3f} {'in' if inside else 'outside'} [{low:g}, {high:g}]"
 
 
-def _loss_is_worse(
-    metrics: Mapping[str, float], champion: Mapping[str, float], settings: SnapshotSettings
-) -> tuple[bool, str]:
+def _loss_is_worse(metrics: Mapping[str, float], champion: Mapping[str, float], settings: SnapshotSettings) -> tuple[bool, str]:
     fewest = min(int(each.get("window_examples", 0)) for each in (metrics, champion))
     mine, theirs = metrics.get("window_log_loss"), champion.get("window_log_loss")
     if mine is None or theirs is None or not math.isfinite(theirs) or fewest < settings.gate_min_examples:

@@ -160,9 +160,7 @@ class RegistryState:
 
     def champion_at(self, at_ms: int) -> int | None:
         """The champion at a wall clock time (ms since epoch); None when there was none or it is not remembered."""
-        moves = (
-            (at, record.version) for record in self.versions.values() for at in record.champion_at_ms if at <= at_ms
-        )
+        moves = ((at, record.version) for record in self.versions.values() for at in record.champion_at_ms if at <= at_ms)
         return max(moves, default=(0, None))[1]
 
     def done(self, operation: str) -> Move | None:

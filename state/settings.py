@@ -23,12 +23,8 @@ class SnapshotSettings(BaseModel):
     url: str = Field(default=".headrace/snapshots", description="A folder, or a URL that obstore understands.")
     interval_ms: int = Field(default=5_000, ge=100, description="Time between two versions.")
     min_examples: int = Field(default=1, ge=0, description="New examples that a version needs over the one before.")
-    keep_ready: int = Field(
-        default=3, ge=1, description="Champions a scorer keeps in memory: going back costs no download."
-    )
-    good_after_ms: int = Field(
-        default=10_000, ge=0, description="A champion this long, with metrics in band, is tagged good."
-    )
+    keep_ready: int = Field(default=3, ge=1, description="Champions a scorer keeps in memory: going back costs no download.")
+    good_after_ms: int = Field(default=10_000, ge=0, description="A champion this long, with metrics in band, is tagged good.")
     gate_calibration: tuple[float, float] = Field(
         default=(0.8, 1.25),
         description="Band for predicted over actual clicks; outside it a version stays a candidate.",

@@ -53,9 +53,7 @@ class SnapshotStore:
         """One above everything there, whole or not. The registry remembers deleted versions: ask it too."""
         return max(_numbers(self._blobs.folders()), default=0) + 1
 
-    def write(
-        self, manifest: Manifest, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor] | None
-    ) -> Manifest:
+    def write(self, manifest: Manifest, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor] | None) -> Manifest:
         """Write a version, manifest last.
 
         Args:
@@ -148,9 +146,7 @@ class SnapshotStore:
             return [str(error)]
         problems = []
         if SERVING_FILE not in manifest.files:
-            problems.append(
-                f"{self._blobs.path(folder, MANIFEST_FILE)}: expected an entry for {SERVING_FILE}, found none."
-            )
+            problems.append(f"{self._blobs.path(folder, MANIFEST_FILE)}: expected an entry for {SERVING_FILE}, found none.")
         for name, entry in manifest.files.items():
             try:
                 if hashes:

@@ -107,7 +107,9 @@ class Watchdog:
 
 def _hold_leash(let_go: Callable[[], object]) -> None:
     def wait() -> None:
-        sys.stdin.buffer.read()
+        # Not through sys.stdin: a thread that waits in it keeps the interpreter from ending.
+        while os.read(0, 1024):
+            pass
         let_go()
 
     threading.Thread(target=wait, name="leash", daemon=True).start()

@@ -15,7 +15,7 @@ from stream.errors import TopicError
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topic_contract import TopicContract, topic_contracts
 
-__all__ = ["Difference", "Made", "check_topics", "create_topics", "differences"]
+__all__ = ["Difference", "Found", "Made", "check_topics", "create_topics", "differences"]
 
 CONNECT_TIMEOUT_MS = 10_000  # a broker that doesn't answer for so long is not there
 POLL_S = 0.2

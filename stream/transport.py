@@ -102,12 +102,15 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
     async def _fetch_records(
         self, consumer: Any, active_partitions: set[TP], timeout: float | None = None, max_records: int | None = None
     ) -> dict[TP, Run]:
-        fetched = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+        # A copy: Faust's own set changes under our feet when the application pauses a partition, and a run that was fetched
+        # but is not handed over would be lost until something else is fetched.
+        wanted = set(active_partitions)
+        fetched = await super()._fetch_records(consumer, wanted, timeout, max_records)
         assignment = consumer._subscription.subscription.assignment
         runs: dict[TP, Run] = {}
         if assignment is None or not assignment.active:
             return runs
-        for tp in active_partitions:
+        for tp in wanted:
             state = assignment.state_value(tp)
             before = self._handed.get(tp)
             if state is None or before is None or not state.has_valid_position:
@@ -166,6 +169,11 @@ class _Consumer(driver.Consumer):
             tp,
             generation_id=self.app.consumer_generation_id,
         )
+
+    async def _wait_next_records(self, timeout: float) -> tuple[Any, Any]:
+        """What was fetched is delivered, also where its partition has been paused since: `getmany` would drop it."""
+        runs, active = await super()._wait_next_records(timeout)
+        return runs, None if active is None else {*active, *(runs or ())}
 
     async def perform_seek(self) -> None:
         """Seek every assigned partition to the offset the application wants next, not to what is committed."""

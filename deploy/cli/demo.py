@@ -27,6 +27,9 @@ __all__ = ["demo"]
 @click.option("--limit", type=click.IntRange(min=1), help="Impressions to send; all when unset.")
 @click.option("--fast", is_flag=True, help="As fast as the machine goes, instead of a pace to watch.")
 @click.option(
+    "--window-ms", type=click.IntRange(min=60_000), default=60_000, show_default=True, help="Attribution window, event time."
+)
+@click.option(
     "--keep", type=click.Path(path_type=Path, file_okay=False), help="Run in this folder and keep it: logs, snapshots."
 )
 @format_option

@@ -101,7 +101,7 @@ def stop(folder: Path | None, output: str) -> None:
 @_dir_option
 @format_option
 def status(folder: Path | None, output: str) -> None:
-    """Say whether it runs, and where. Exit code 0 when all brokers run, 3 otherwise.
+    """Say whether it runs, and where. Exit code 1 unless all brokers run.
 
     \b
     Examples:
@@ -111,7 +111,7 @@ def status(folder: Path | None, output: str) -> None:
     now = _local(folder).status()
     _echo_status(now, output)
     if now.state != "running":
-        click.get_current_context().exit(3)
+        click.get_current_context().exit(1)
 
 
 @kafka.command()
@@ -196,7 +196,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what)
-            progress.update(tasks[what], completed=done, total=total or None)
+                tasks[what] = progress.add_task(what, total=total or None)
+            progress.update(tasks[what], completed=done)
 
         yield show

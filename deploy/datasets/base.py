@@ -36,6 +36,8 @@ __all__ = [
 CHUNK_ROWS = 8_192
 """Impressions a chunk: some 5 MB encoded, and few enough that a replay's memory stays flat."""
 
+CHECKOUT = Path(__file__).resolve().parents[2]
+
 MAX_DELAY_MS = 60_000
 """Attribution window that the built-in data sets are made for; no drawn delay goes beyond it."""
 
@@ -155,7 +157,7 @@ def look_for(folder: str, files: tuple[str, ...]) -> Path | None:
     Raises:
         DataSetError: HEADRACE_DATA_DIR is set and is not a folder.
     """
-    places = [Path("data"), Path(__file__).resolve().parents[2] / "data", cache_folder()]
+    places = [Path("data"), CHECKOUT / "data", cache_folder()]
     given = os.environ.get("HEADRACE_DATA_DIR")
     if given:
         if not Path(given).is_dir():

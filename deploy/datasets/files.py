@@ -139,8 +139,13 @@ class FileDataSet:
                 raise DataSetError(
                     f"unit: expected one of {', '.join(_UNITS_PER_SECOND)}, found {self._columns.unit!r}. Mend --unit."
                 )
-            scale = 1_000 / _UNITS_PER_SECOND[self._columns.unit]
-            numbers = pc.round(pc.multiply(column.cast(pa.float64()), scale))  # exact up to 2**53 ms and beyond any date
+            per_second = _UNITS_PER_SECOND[self._columns.unit]
+            if pa.types.is_floating(column.type):
+                numbers = pc.round(pc.multiply(column.cast(pa.float64()), 1_000 / per_second))
+            elif per_second >= 1_000:
+                numbers = pc.divide(column.cast(pa.int64()), per_second // 1_000)
+            else:
+                numbers = pc.multiply(column.cast(pa.int64()), 1_000 // per_second)
         else:
             raise DataSetError(
                 f"{self._path}, column {name}: expected a timestamp or a number, found {column.type}. Convert it, or map "

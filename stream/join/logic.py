@@ -309,6 +309,10 @@ class Step:
             key, value = plan.new_pending.pop(place)
             plan.examples.append((key, value, *place, -1))
         plan.examples.extend((key, value, time_ms, offset, -1) for time_ms, offset, key, value in stored)
+        # In the order in which real time would have labelled them: a step of a fast replay spans hours, and a model that
+        # learns all of its positives before all of its negatives learns little (docs/experiments.md).
+        window = self._window
+        plan.examples.sort(key=lambda example: example[4] if example[4] >= 0 else example[2] + window)
         plan.counts["negatives"] += len(due) + len(stored)
         plan.expired_from_ms, plan.expired_until_ms = start, until
         plan.watermark_ms = memory.watermark_ms = until + self._window

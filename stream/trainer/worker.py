@@ -202,6 +202,7 @@ async def run_trainer(
     schema: FeatureSchema,
     model: ModelSettings,
     snapshots: SnapshotSettings,
+    leash: bool = False,
 ) -> None:
     """Run a trainer until it is told to stop.
 
@@ -270,6 +271,7 @@ async def run_trainer(
             ready=worker.ready,
             drain=worker.drain,
             watchdog=worker.watchdog(),
+            leash=leash,
         )
     finally:
         await registry.close()

@@ -139,7 +139,7 @@ def test_writers_that_race_lose_nothing(topics: Settings) -> None:
                     while True:
                         try:
                             to = 1 if writer._log.state.champion.version == 2 else 2
-                            written = await writer.promote(to, f"{who} {turn}", hold=True, hold_reason=f"{who} {turn}")
+                            written = await writer.promote(to, f"{who} {turn}")
                         except Fenced:
                             continue
                         except RegistryError as error:
