@@ -18,7 +18,9 @@ medians of the rounds, `peer` is the fastest peer at batch 512.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -89,7 +91,7 @@ class PlainDeepFM(torch.nn.Module):
             torch.nn.init.zeros_(self.first_order.weight)
         widths = [FIELDS * DIM, *HIDDEN]
         layers: list[torch.nn.Module] = []
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in pairwise(widths):
             layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
         self.mlp = torch.nn.Sequential(*layers, torch.nn.Linear(widths[-1], 1))
         self.bias = torch.nn.Parameter(torch.zeros(1))
@@ -112,6 +114,8 @@ def plain_torch(pool: Pool, *, sparse: bool) -> Step:
     if sparse:
         optimizers.append(torch.optim.Adagrad(tables, lr=0.01, initial_accumulator_value=0.01))
     ids, labels = torch.from_numpy(pool.ids), torch.from_numpy(pool.labels)
+
+    torch.sparse.check_sparse_tensor_invariants.disable()  # as by default, but said, which spares a warning
 
     def step(start: int, stop: int) -> None:
         rows = ids[start:stop]
@@ -169,7 +173,7 @@ def floor(rows: int) -> Callable[[], None]:
     widths = [FIELDS * DIM, *HIDDEN]
     layers = [
         (torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs))
-        for inputs, outputs in zip(widths, widths[1:], strict=False)
+        for inputs, outputs in pairwise(widths)
     ]
 
     def products() -> None:
@@ -223,8 +227,6 @@ def main(rounds: int, ids: int, seconds: float) -> None:
 
 def stretch(step: Step, rows: int, seconds: float) -> Callable[[], int]:
     """A stretch of steps that takes about `seconds`, each call going on where the last one stopped."""
-    import time
-
     at = 0
 
     def run(steps: int) -> int:

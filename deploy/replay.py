@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import numpy as np
@@ -265,14 +265,9 @@ def _looped(data_set: DataSet) -> Iterator[Chunk]:
 
 def _shifted(chunk: Chunk, shift_ms: int, number: int) -> Chunk:
     clicks_ms = chunk.click_timestamps_ms
-    return Chunk(
+    return replace(
+        chunk,
         ids=[f"{name}~{number}" for name in chunk.ids],
         timestamps_ms=chunk.timestamps_ms + shift_ms,
-        features=chunk.features,
-        clicked=chunk.clicked,
         click_timestamps_ms=np.where(chunk.clicked, clicks_ms + shift_ms, -1),
-        contexts=chunk.contexts,
-        candidates=chunk.candidates,
-        users=chunk.users,
-        items=chunk.items,
     )

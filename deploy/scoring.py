@@ -132,8 +132,10 @@ class Scoring:
         shown = (chunk.items[row], chunk.candidates[row])
         listed = [*self._drawn(shown[0], now_ms), shown]
         self._random.shuffle(listed)
+        user = chunk.users[row]
         candidates = b",".join(
-            b'{"id":%b,"features":%b}' % (msgspec.json.encode(item or "-"), features) for item, features in listed
+            b'{"id":%b,"features":%b}' % (msgspec.json.encode(item or "-"), _with(features, chunk.pair(user, item)))
+            for item, features in listed
         )
         return b'{"request_id":%b,"context":%b,"candidates":[%b],"deadline_ms":%d}' % (
             msgspec.json.encode(name),
@@ -191,3 +193,10 @@ class Scoring:
                 if len(self._stats.answer_ms) < _SAMPLES:
                     self._stats.answer_ms.append((time.monotonic() - since) * 1_000)
             self._news.set()
+
+
+def _with(features: bytes, more: bytes) -> bytes:
+    """A JSON object with more members."""
+    if not more:
+        return features
+    return b"%b,%b}" % (features[:-1], more) if features != b"{}" else b"{%b}" % more

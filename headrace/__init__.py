@@ -19,11 +19,21 @@ from headrace.errors import DeliveryError, HeadraceError, InvalidEvent, NoAnswer
 
 if TYPE_CHECKING:
     from headrace.client import Client
-    from headrace.scores import Answer, Score, ScoreStream
+    from headrace.scores import Answer, AnswerError, Score, ScoreStream
 
-__all__ = ["Answer", "Client", "DeliveryError", "HeadraceError", "InvalidEvent", "NoAnswer", "Score", "ScoreStream"]
+__all__ = [
+    "Answer",
+    "AnswerError",
+    "Client",
+    "DeliveryError",
+    "HeadraceError",
+    "InvalidEvent",
+    "NoAnswer",
+    "Score",
+    "ScoreStream",
+]
 
-_LAZY = {"Answer": "scores", "Client": "client", "Score": "scores", "ScoreStream": "scores"}
+_LAZY = {"Answer": "scores", "AnswerError": "scores", "Client": "client", "Score": "scores", "ScoreStream": "scores"}
 
 
 def __getattr__(name: str) -> Any:

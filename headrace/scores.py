@@ -16,7 +16,7 @@ from kafka.errors import KafkaError
 from headrace.connections import connect
 from headrace.errors import DeliveryError, HeadraceError
 
-__all__ = ["Answer", "AnswerRouter", "Score", "ScoreStream", "decode_answer"]
+__all__ = ["Answer", "AnswerError", "AnswerRouter", "Score", "ScoreStream", "decode_answer"]
 
 _POLL_MS = 200  # how soon a closed stream notices; records wake the poll at once
 
@@ -28,12 +28,23 @@ class Score(msgspec.Struct, frozen=True):
     score: float
 
 
+class AnswerError(msgspec.Struct, frozen=True):
+    """Why a request couldn't be scored: a reason code, where in the request, and words for people."""
+
+    reason: str
+    path: str = ""
+    message: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.reason, self.message) if part)
+
+
 class _Value(msgspec.Struct, frozen=True):
     request_id: str
     scores: list[Score] = []
     model_version: int | None = None
     snapshot_age_ms: int | float | None = None
-    error: Any = None
+    error: AnswerError | None = None
     stale: bool = False
 
 
@@ -49,7 +60,7 @@ class Answer:
     scores: list[Score]
     model_version: int | None
     snapshot_age_ms: float | None
-    error: str | None = None
+    error: AnswerError | None = None
     stale: bool = False
     event: dict[str, str] = field(default_factory=dict)
     partition: int = -1
@@ -86,7 +97,7 @@ def decode_answer(record: Any) -> Answer:
         scores=value.scores,
         model_version=value.model_version,
         snapshot_age_ms=value.snapshot_age_ms,
-        error=_error_text(value.error),
+        error=value.error,
         stale=value.stale,
         event={
             name.removeprefix("ce_"): (content or b"").decode("utf-8", "replace")
@@ -96,14 +107,6 @@ def decode_answer(record: Any) -> Answer:
         partition=record.partition,
         offset=record.offset,
     )
-
-
-def _error_text(error: Any) -> str | None:
-    if error is None or isinstance(error, str):
-        return error
-    if isinstance(error, dict):
-        return ": ".join(str(part) for part in error.values())
-    return str(error)
 
 
 class ScoreStream:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +39,12 @@ class KeyColumn:
     lengths: Int64Array | None = None
 
 
+@lru_cache
+def _octave_edges(steps: int) -> npt.NDArray[np.float64]:
+    """What parts [0.5, 1) into `steps` buckets, evenly in the logarithm."""
+    return np.array([2.0 ** (step / steps - 1) for step in range(1, steps)])
+
+
 def numeric_buckets(values: npt.NDArray[np.float64], field: FieldSpec) -> Int64Array:
     """Bucket of each finite value (N,), for `buckets` log or linear.
 
@@ -48,7 +56,7 @@ def numeric_buckets(values: npt.NDArray[np.float64], field: FieldSpec) -> Int64A
             quotient = np.floor(values / field.width)
         return np.clip(quotient, -_LARGEST_BUCKET, _LARGEST_BUCKET).astype(np.int64)
     mantissa, exponent = np.frexp(1.0 + np.abs(values))  # a = mantissa * 2**exponent, 0.5 <= mantissa < 1
-    edges = np.array([2.0 ** (step / field.per_octave - 1) for step in range(1, field.per_octave)])
+    edges = _octave_edges(field.per_octave)
     buckets = (exponent.astype(np.int64) - 1) * field.per_octave + np.searchsorted(edges, mantissa, side="right")
     return np.where(values < 0, ~buckets, buckets)
 
@@ -68,15 +76,11 @@ def _hash_columns(columns: Sequence[pa.Array], spaces: Sequence[str]) -> list[In
     # An integer is the same as its decimal string.
     values = [e.dictionary if pa.types.is_string(e.type.value_type) else e.dictionary.cast(pa.string()) for e in encoded]
     seeds = np.repeat(np.array([space_seed(space) for space in spaces], np.uint64), [len(v) for v in values])
-    keys = hash_strings(pa.concat_arrays(values), seeds)
+    keys = np.append(hash_strings(pa.concat_arrays(values), seeds), 0)  # where the nulls of an empty column point
     out = []
     start = 0
     for column, distinct in zip(encoded, values, strict=True):
-        indices = column.indices
-        if indices.null_count:
-            indices = pc.fill_null(indices, 0)
-        own = keys[start : start + len(distinct)] if len(distinct) else np.zeros(1, np.int64)
-        out.append(own[indices.to_numpy()])
+        out.append(keys[_without_nulls(column.indices, 0) + start])
         start += len(distinct)
     return out
 
@@ -86,28 +90,47 @@ def encode_columns(columns: Sequence[pa.Array], fields: Sequence[FieldSpec]) -> 
 
     columns  strings or int64 (categorical), float64 (numeric), lists of strings without nulls (list)
     """
-    words = [c.flatten() if f.kind == "list" else c for c, f in zip(columns, fields, strict=True) if f.kind != "numeric"]
-    spaces = [field.hash_space for field in fields if field.kind != "numeric"]
-    hashed = iter(_hash_columns(words, spaces) if words else [])
-    return [
-        _encode_number(column, field) if field.kind == "numeric" else _encode_words(column, field, next(hashed))
-        for column, field in zip(columns, fields, strict=True)
-    ]
+    # A field that no row has costs nothing: candidates have few of the context's fields, and the other way round.
+    filled = [(c, f) for c, f in zip(columns, fields, strict=True) if c.null_count < len(c)]
+    words = [(c.flatten() if f.kind == "list" else c, f.hash_space) for c, f in filled if f.kind != "numeric"]
+    hashed = iter(_hash_columns([c for c, _ in words], [space for _, space in words]) if words else [])
+    out = []
+    for column, field in zip(columns, fields, strict=True):
+        if column.null_count == len(column):
+            out.append(_absent(len(column), field))
+        elif field.kind == "numeric":
+            out.append(_encode_number(column, field))
+        else:
+            out.append(_encode_words(column, field, next(hashed)))
+    return out
+
+
+def _absent(rows: int, field: FieldSpec) -> KeyColumn:
+    """A field that none of `rows` rows has."""
+    zeros = np.zeros(rows, np.int64)
+    if field.kind == "list":
+        return KeyColumn(zeros.astype(bool), zeros[:0], starts=zeros, lengths=zeros)
+    scaled = field.kind == "numeric" and field.buckets == "scaled"
+    return KeyColumn(zeros.astype(bool), zeros, scales=zeros.astype(np.float32) if scaled else None)
 
 
 def _presence(column: pa.Array) -> npt.NDArray[np.bool_]:
     return column.is_valid().to_numpy(zero_copy_only=False) if column.null_count else np.ones(len(column), bool)
 
 
+def _without_nulls(column: pa.Array, instead: float) -> npt.NDArray[Any]:
+    return (pc.fill_null(column, instead) if column.null_count else column).to_numpy()
+
+
 def _encode_words(column: pa.Array, field: FieldSpec, keys: Int64Array) -> KeyColumn:
     if field.kind == "categorical":
         return KeyColumn(_presence(column), keys)
-    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+    lengths = _without_nulls(pc.list_value_length(column), 0).astype(np.int64)
     return KeyColumn(_presence(column), keys, starts=np.cumsum(lengths) - lengths, lengths=lengths)
 
 
 def _encode_number(column: pa.Array, field: FieldSpec) -> KeyColumn:
-    values = pc.fill_null(column, 0.0).to_numpy()
+    values = _without_nulls(column, 0.0)
     if field.buckets == "scaled":
         keys = np.full(len(values), number_key(_SCALED, field.hash_space), np.int64)
         return KeyColumn(_presence(column), keys, scales=numeric_scales(values))

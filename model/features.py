@@ -92,6 +92,7 @@ class _Seen:
     """How the categorical fields of one part of the records were written last: strings or integers."""
 
     types: _Types = field(default_factory=dict)
+    struct: pa.DataType | None = None  # Arrow's type for the whole object, made when first needed
 
 
 _Decoded = TypeVar("_Decoded", DecodedImpressions, DecodedRequests)
@@ -112,6 +113,7 @@ class FeatureDecoder:
         if not schema.fields:
             raise ModelError("features.fields is empty: name at least one feature for the model to read")
         self.schema = schema
+        self._default_types = [_default_type(spec) for spec in schema.fields]
         self._impression_types = _Seen()
         self._context_types = _Seen()
         self._candidate_types = _Seen()
@@ -257,7 +259,10 @@ class FeatureDecoder:
 
     def _struct(self, seen: _Seen) -> pa.DataType:
         """Arrow's type for a features object, categorical fields as they were written last."""
-        return pa.struct([(spec.name, seen.types.get(spec.name, _default_type(spec))) for spec in self.schema.fields])
+        if seen.struct is None:
+            types = zip(self.schema.fields, self._default_types, strict=True)
+            seen.struct = pa.struct([(spec.name, seen.types.get(spec.name, default)) for spec, default in types])
+        return seen.struct
 
     def _guess(self, seen: _Seen, features: Any) -> bool:
         """Takes the types of the categorical fields from one features object; True when that changed something."""
@@ -268,11 +273,14 @@ class FeatureDecoder:
             value = features.get(spec.name)
             if spec.kind == "categorical" and isinstance(value, str | int) and not isinstance(value, bool):
                 seen.types[spec.name] = pa.string() if isinstance(value, str) else pa.int64()
-        return before != seen.types
+        if before == seen.types:
+            return False
+        seen.struct = None
+        return True
 
     def _arrays(self, values: list[list[reference.Value]]) -> list[pa.Array]:
         """Canonical values of N rows as a column for each field."""
-        return [pa.array([row[index] for row in values], _default_type(spec)) for index, spec in enumerate(self.schema.fields)]
+        return [pa.array([row[i] for row in values], default) for i, default in enumerate(self._default_types)]
 
     def _batch(
         self,
@@ -281,6 +289,8 @@ class FeatureDecoder:
         context_rows: Int64Array | None = None,
     ) -> FeatureBatch:
         for spec, column in zip((*self.schema.fields, *self.schema.fields), (*columns, *(context or ())), strict=False):
+            if column.null_count == len(column):
+                continue
             if spec.kind == "list" and column.flatten().null_count:
                 raise _Doubt
             if spec.kind == "numeric" and not np.isfinite(column.drop_null().to_numpy()).all():

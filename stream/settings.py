@@ -97,7 +97,7 @@ class JoinSettings(_Frozen):
     session_timeout_ms: int = Field(default=10_000, ge=1_000, description="A worker silent this long loses its partitions.")
     instance_id: str | None = Field(
         default=None,
-        description="Stable name of this worker in the group (a pod's name): back within the session timeout, it goes on at once.",
+        description="Stable name of this worker in its group (a pod's): back within the session timeout, it goes on at once.",
     )
     cache_mb: int = Field(default=64, ge=8, description="Block cache that all partitions of a worker share.")
 
@@ -139,10 +139,12 @@ class ScorerSettings(_Frozen):
 
     group: str = "headrace-scorer"
     device: str = "auto"
-    alias: str = Field(default="champion", description="Which alias is served.")
-    max_candidates: int = Field(default=2_000, ge=1)
+    threads: int = Field(
+        default=1, ge=0, description="Threads of torch; 0 lets it choose. One request is too little work to share."
+    )
+    max_candidates: int = Field(default=2_000, ge=1, description="Of one request; more get an error answer.")
     heartbeat_ms: int = Field(default=1_000, ge=100)
-    lease_ms: int = Field(default=10_000, ge=500)
+    lease_ms: int = Field(default=10_000, ge=500, description="Without the registry's end for this long, answers say `stale`.")
 
 
 class HttpSettings(_Frozen):

@@ -83,9 +83,8 @@ def trainer(device: str | None, http_port: int | None, verbose: bool, leash: boo
       headrace run trainer --device cuda
     """
     settings = _settings(http_port, verbose)
-    from stream.trainer.worker import run_trainer
-
     from stream.topics import TopicNames
+    from stream.trainer.worker import run_trainer
 
     trainer_settings = settings.trainer.model_copy(update={"device": device}) if device else settings.trainer
     asyncio.run(
@@ -111,11 +110,10 @@ def scorer(device: str | None, http_port: int | None, verbose: bool, leash: bool
     \b
     Examples:
       headrace run scorer
-      HEADRACE_SCORER__ALIAS=champion headrace run scorer
+      HEADRACE_SNAPSHOTS__URL=s3://models/headrace headrace run scorer
     """
     settings = _settings(http_port, verbose)
     from stream.scorer.worker import run_scorer
-
     from stream.topics import TopicNames
 
     scorer_settings = settings.scorer.model_copy(update={"device": device}) if device else settings.scorer
@@ -125,8 +123,6 @@ def scorer(device: str | None, http_port: int | None, verbose: bool, leash: bool
             settings=scorer_settings,
             names=TopicNames.of(settings.topics),
             http=settings.http,
-            schema=settings.features,
-            model=settings.model,
             snapshots=settings.snapshots,
             leash=leash,
         )

@@ -73,7 +73,7 @@ def _line(answer: Answer) -> str:
     version = "-" if answer.model_version is None else str(answer.model_version)
     age = "-" if answer.snapshot_age_ms is None else f"{answer.snapshot_age_ms / 1_000:.1f} s"
     if answer.error is not None:
-        told = click.style(answer.error, fg="red")
+        told = click.style(str(answer.error), fg="red")
     else:
         best = sorted(answer.scores, key=lambda score: -score.score)
         told = "  ".join(f"{score.id} {score.score:.4f}" for score in best[:_SHOWN])

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,12 +24,14 @@ __all__ = [
     "MAX_DELAY_MS",
     "Chunk",
     "DataSet",
+    "Pair",
     "Progress",
     "cache_folder",
     "draw_delays",
     "draw_uniform",
     "look_for",
     "make_chunk",
+    "no_pair",
     "replacing",
 ]
 
@@ -45,6 +47,12 @@ _MEAN_DELAY_MS = 8_000  # of a drawn delay, before the cut at the window: most c
 
 Int64s = npt.NDArray[np.int64]
 Progress = Callable[[str], None]
+Pair = Callable[[str, str], bytes]
+
+
+def no_pair(user: str, item: str) -> bytes:
+    """No feature is made of a user and an item together."""
+    return b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +61,8 @@ class Chunk:
 
     `features` is the JSON object of the event; `contexts` and `candidates` are the same split into what is known before
     something is chosen (the user, the page) and what belongs to the thing shown, as JSON objects too: score requests are
-    made of them.
+    made of them. `pair` gives the members of features that are made of a user and an item together, so that another item can
+    be offered to this user.
     """
 
     ids: list[str]  # of the impressions, unique
@@ -65,13 +74,15 @@ class Chunk:
     candidates: list[bytes]
     users: list[str]
     items: list[str]
+    pair: Pair = no_pair
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def head(self, rows: int) -> Chunk:
         """The first `rows` impressions."""
-        return Chunk(
+        return replace(
+            self,
             ids=self.ids[:rows],
             timestamps_ms=self.timestamps_ms[:rows],
             features=self.features[:rows],
@@ -124,21 +135,26 @@ def make_chunk(
     candidate: pa.Array | None,
     users: list[str],
     items: list[str],
+    both: pa.Array | None = None,
+    pair: Pair = no_pair,
 ) -> Chunk:
     """Put a chunk together from the members of its JSON objects (`deploy.datasets.encode.members`).
 
-    `candidate` is None where a data set doesn't tell the thing shown from the rest.
+    `candidate` is None where a data set doesn't tell the thing shown from the rest; `both` are the members made of user and
+    item together, as `pair` makes them.
     """
+    every = [part for part in (context, candidate, both) if part is not None]
     return Chunk(
         ids=ids,
         timestamps_ms=timestamps_ms,
-        features=objects(context) if candidate is None else objects(context, candidate),
+        features=objects(*every),
         clicked=clicked,
         click_timestamps_ms=np.where(clicked, timestamps_ms + delays_ms, -1),
         contexts=objects(context),
         candidates=[b"{}"] * len(ids) if candidate is None else objects(candidate),
         users=users,
         items=items,
+        pair=pair,
     )
 
 

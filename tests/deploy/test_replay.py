@@ -192,7 +192,9 @@ def test_scored_impressions_carry_the_answer_to_their_own_request(topics: Settin
         assert (event["score"], event["model_version"]) == (ids.index(shown) / 100, 7)
         assert len(ids) == len(set(ids)) <= 4
         assert request["context"] == {"u": event["features"]["u"]}
-        assert {c["id"]: c["features"] for c in request["candidates"]} == {i: {"item": i} for i in ids}
+        user = event["features"]["u"]
+        wanted = {i: {"item": i, "both": f"{user}-{i}"} for i in ids}  # crossed with this user, whoever else was shown it
+        assert {c["id"]: c["features"] for c in request["candidates"]} == wanted
         assert request["deadline_ms"] > time.time() * 1_000 - 600_000
     places = {[c["id"] for c in asked[name]["candidates"]].index(events[name]["features"]["item"]) for name in asked}
     assert places == {0, 1, 2, 3}  # the shown one is not given away by its place

@@ -249,12 +249,13 @@ def test_an_answer_without_scores_says_why_and_garbage_is_named(client: Client, 
     from headrace import HeadraceError
 
     scores = f"{topics.topics.prefix}scores"
-    error = b'{"request_id":"r","error":{"code":"deadline_passed","message":"too late"}}'
+    error = b'{"request_id":"r","error":{"reason":"deadline_passed","path":"$.deadline_ms","message":"too late"}}'
     with client.subscribe_scores(from_beginning=True) as stream:
         client.send_raw(scores, b"r", error)
         client.flush()
         (answer,) = stream.poll(timeout_ms=10_000)
-        assert (answer.scores, answer.error) == ([], "deadline_passed: too late")
+        assert answer.error is not None
+        assert (answer.scores, answer.error.reason, answer.error.path) == ([], "deadline_passed", "$.deadline_ms")
         with pytest.raises(HeadraceError, match=r"request 'r': expected scores, found none \(deadline_passed: too late\)"):
             answer.best()
         client.send_raw(scores, b"r", b"garbage")

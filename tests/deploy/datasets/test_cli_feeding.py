@@ -145,13 +145,13 @@ def test_scores_tail_follows_the_live_topic(on_kafka: Settings) -> None:
         client.send_raw(
             topic, b"r", b'{"request_id":"r","model_version":12,"snapshot_age_ms":1500,"scores":%b}' % scores, headers
         )
-        client.send_raw(topic, b"r", b'{"request_id":"r","error":"no model yet"}')
+        client.send_raw(topic, b"r", b'{"request_id":"r","error":{"reason":"no_model","message":"no model yet"}}')
     result = run("scores", "tail", "--from-beginning", "--limit", 2)
     assert result.exit_code == 0, result.output
     _, good, bad = result.stdout.splitlines()
     assert good.split()[1:5] == ["12", "1.5", "s", "r"]
     assert "best 0.7500  c 0.2000  d 0.1500  and 1 more" in good
-    assert bad.split()[-3:] == ["no", "model", "yet"]
+    assert bad.endswith("no_model: no model yet")
     lines = run("scores", "tail", "--from-beginning", "--limit", 2, "--format", "json").stdout.splitlines()
     answers = [json.loads(line) for line in lines]
-    assert (answers[0]["model_version"], answers[0]["event"]["type"], answers[1]["error"]) == (12, "t", "no model yet")
+    assert (answers[0]["model_version"], answers[0]["event"]["type"], answers[1]["error"]["reason"]) == (12, "t", "no_model")

@@ -44,7 +44,11 @@ def test_movielens_comes_out_of_the_wheel_in_time_order(movielens_wheel: Path) -
     assert json.loads(chunk.features[1]) == {
         "user_id": 2, "age": 53, "gender": "F", "occupation": "other", "zip": "T8", "hour": 15, "weekday": 3,
         "item_id": 1, "release_year": 1995, "genres": ["Animation", "Children's"],
+        "user_genres": ["2|Animation", "2|Children's"],
     }  # fmt: skip
+    together = json.loads(chunk.contexts[1]) | json.loads(chunk.candidates[1]) | json.loads(b"{%b}" % chunk.pair("2", "1"))
+    assert together == json.loads(chunk.features[1])
+    assert chunk.pair("1", "2") == b'"user_genres":["1|Action"]'
     assert json.loads(chunk.features[0])["zip"] == "05"  # not a number
     assert {field.name for field in data_set.schema().fields} == set(json.loads(chunk.features[0]))
     delays = (chunk.click_timestamps_ms - chunk.timestamps_ms)[chunk.clicked]

@@ -1,0 +1,88 @@
+"""A run becomes columns; a record that can't be used becomes a dead letter, and its neighbours stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream.dead_letters import REASONS
+from stream.trainer.examples import ExampleDecoder, _BadHeader, _check, _columns
+from tests.stream.trainer.factory import FIRST_MS, SCHEMA, record, run, value
+
+BAD = [
+    (dict(label=None), "missing_field", "headers.label"),
+    (dict(label=b"2"), "wrong_type", "headers.label"),
+    (dict(label=b""), "wrong_type", "headers.label"),
+    (dict(label=b"01"), "wrong_type", "headers.label"),
+    (dict(weight=None), "missing_field", "headers.weight"),
+    (dict(weight=b"heavy"), "wrong_type", "headers.weight"),
+    (dict(weight=b"-1"), "out_of_range", "headers.weight"),
+    (dict(weight=b"nan"), "out_of_range", "headers.weight"),
+    (dict(weight=b"1e39"), "out_of_range", "headers.weight"),
+    (dict(impression_ms=None), "missing_field", "headers.impression_ms"),
+    (dict(impression_ms=b"-5"), "wrong_type", "headers.impression_ms"),
+    (dict(impression_ms=b""), "wrong_type", "headers.impression_ms"),
+    (dict(impression_ms=b"9" * 30), "out_of_range", "headers.impression_ms"),
+    (dict(payload=b"{"), "malformed_json", "$"),
+    (dict(payload=value(3, features={"user": {"a": 1}})), "nested", "$.features.user"),
+    (dict(payload=value(3, features={"user": ["a"]})), "wrong_type", "$.features.user"),
+]
+
+
+def test_columns_of_a_run():
+    records = [
+        record(10),
+        record(11, value(11, score=0.25), weight=b"2.5"),
+        record(13, label=b"1"),
+    ]
+    decoded = ExampleDecoder(SCHEMA).decode(run(records, before=9, after=15))
+    assert (decoded.partition, decoded.after, len(decoded)) == (0, 15, 3)
+    assert decoded.offsets.tolist() == [10, 11, 13]
+    assert decoded.labels.tolist() == [0, 0, 1]
+    assert decoded.weights.tolist() == [1, 2.5, 1]
+    assert decoded.impression_ms.tolist() == [FIRST_MS + 10, FIRST_MS + 11, FIRST_MS + 13]
+    assert np.array_equal(decoded.served, np.array([np.nan, 0.25, np.nan], np.float32), equal_nan=True)
+    assert decoded.letters == []
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
+@pytest.mark.parametrize(("fault", "reason", "path"), BAD)
+def test_a_bad_record_is_set_aside_with_its_reason(fault, reason, path, many):
+    offsets = range(40) if many else range(3)
+    records = [record(offset, **(fault if offset == 1 else {})) for offset in offsets]
+    decoded = ExampleDecoder(SCHEMA).decode(run(records))
+    assert decoded.offsets.tolist() == [offset for offset in offsets if offset != 1]
+    good = ExampleDecoder(SCHEMA).decode(run([record(offset) for offset in offsets if offset != 1]))
+    assert np.array_equal(decoded.batch.keys, good.batch.keys)
+    [letter] = decoded.letters
+    assert (letter.reason, letter.path) == (reason, path)
+    assert (letter.topic, letter.partition, letter.offset, letter.value) == ("examples", 0, 1, records[1].value)
+    assert letter.reason in REASONS
+    assert letter.message
+
+
+def test_a_run_of_bad_records_only_and_an_empty_one():
+    decoded = ExampleDecoder(SCHEMA).decode(run([record(0, b"{"), record(1, label=None)]))
+    assert len(decoded) == 0
+    assert [letter.offset for letter in decoded.letters] == [0, 1]
+    empty = ExampleDecoder(SCHEMA).decode(run([], before=5, after=7))
+    assert (len(empty), empty.after, empty.letters) == (0, 7, [])
+
+
+JUNK = st.one_of(st.none(), st.binary(max_size=20), st.sampled_from([b"0", b"1", b"1.5", b"1e400", b"12", b"1_0", b" 7", b"\xb2"]))
+
+
+@given(st.lists(st.fixed_dictionaries({}, optional={"label": JUNK, "weight": JUNK, "impression_ms": JUNK}), max_size=6))
+def test_columns_and_single_records_agree_on_what_is_bad(headers):
+    def good(each):
+        try:
+            _check(each)
+        except _BadHeader:
+            return False
+        return True
+
+    verdicts = [good(each) for each in headers]
+    assert (_columns(headers) is not None) == all(verdicts)
+    assert _columns([each for each, fine in zip(headers, verdicts, strict=True) if fine]) is not None

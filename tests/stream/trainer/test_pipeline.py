@@ -1,0 +1,136 @@
+"""The threads: all runs are trained in order, captures come between batches, and no failure stays in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from model.learner import Learner
+from stream.trainer.batching import BatchCutter
+from stream.trainer.examples import ExampleDecoder
+from stream.trainer.pipeline import RUNS_WAITING, Pipeline
+from stream.trainer.scores import Scores
+from stream.trainer.training import Training
+from tests.stream.trainer.factory import MODEL, SCHEMA, metrics, record, run
+from tests.stream.trainer.test_training import FakeLearner
+
+
+class Ended(BaseException):
+    """Stands in for the end of the process."""
+
+
+def make(learner, *, rows=32, age_s=0.05, decoder=None):
+    failures: list[tuple[str, BaseException]] = []
+    letters: list = []
+
+    def fatal(what, error):
+        failures.append((what, error))
+
+    counted = metrics()
+    training = Training(learner, BatchCutter(rows, {0: 0}), Scores(100), counted, max_batch_age_s=age_s)
+    pipeline = Pipeline(training, decoder or ExampleDecoder(SCHEMA), counted, letters=letters.extend, fatal=fatal, threads=1)
+    return pipeline, failures, letters
+
+
+async def until(true, timeout_s=20.0):
+    async with asyncio.timeout(timeout_s):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
+async def test_everything_is_trained_in_order_and_the_rest_by_age():
+    learner = FakeLearner()
+    pipeline, failures, letters = make(learner)
+    pipeline.start()
+    for start in range(0, 1_000, 50):
+        await pipeline.put(run([record(offset, b"{" if offset == 70 else None) for offset in range(start, start + 50)]))
+    await until(lambda: learner.examples_seen == 999)
+    captured = await pipeline.capture()
+    await pipeline.stop()
+    assert captured.offsets == {0: 1_000}
+    assert captured.letters == len(letters) == 1
+    assert [len(batch) for batch in learner.batches] == [32] * 31 + [7]
+    assert failures == []
+
+
+async def test_the_event_loop_waits_for_room_and_never_for_the_model():
+    class Slow(FakeLearner):
+        go = threading.Event()
+
+        def learn(self, *args):
+            self.go.wait(20)
+            return super().learn(*args)
+
+    learner = Slow()
+    pipeline, failures, _ = make(learner, rows=1)
+    pipeline.start()
+    handed = 0
+
+    async def feed():
+        nonlocal handed
+        for offset in range(50):
+            await pipeline.put(run([record(offset)]))
+            handed += 1
+
+    feeding = asyncio.ensure_future(feed())
+    longest = 0.0
+    began = time.monotonic()
+    while time.monotonic() - began < 0.5:
+        tick = time.monotonic()
+        await asyncio.sleep(0.01)
+        longest = max(longest, time.monotonic() - tick)
+    assert not feeding.done()
+    assert handed <= RUNS_WAITING + 5  # what the two queues and the threads hold
+    assert longest < 0.3
+    learner.go.set()
+    await feeding
+    await until(lambda: learner.examples_seen == 50)
+    await pipeline.stop()
+    assert failures == []
+
+
+async def test_stopping_leaves_what_waits_untrained():
+    learner = FakeLearner()
+    pipeline, failures, _ = make(learner, age_s=1e9)
+    pipeline.start()
+    await pipeline.put(run([record(offset) for offset in range(40)]))
+    await until(lambda: learner.examples_seen == 32)
+    await pipeline.stop()
+    assert pipeline.training.capture().offsets == {0: 32}
+    assert failures == []
+
+
+@pytest.mark.parametrize("broken", ["decoding", "training"])
+async def test_a_failure_in_a_thread_is_fatal(broken):
+    class Diverged(FakeLearner):
+        def learn(self, *args):
+            raise RuntimeError("diverged")
+
+    class Unreadable(ExampleDecoder):
+        def decode(self, run):
+            raise RuntimeError("bug")
+
+    learner = Diverged() if broken == "training" else FakeLearner()
+    pipeline, failures, _ = make(learner, decoder=Unreadable(SCHEMA) if broken == "decoding" else None)
+    pipeline.start()
+    await pipeline.put(run([record(offset) for offset in range(32)]))
+    await until(lambda: failures)
+    [(what, error)] = failures
+    assert what == f"{broken} thread"
+    assert isinstance(error, RuntimeError)
+    await pipeline.stop()
+
+
+async def test_a_real_learner_in_the_thread_learns():
+    learner = Learner(SCHEMA, MODEL, device="cpu")
+    pipeline, failures, _ = make(learner)
+    pipeline.start()
+    await pipeline.put(run([record(offset) for offset in range(3_000)]))
+    await until(lambda: learner.examples_seen == 3_000)
+    report = (await pipeline.capture()).scores.report()
+    await pipeline.stop()
+    assert report["progressive", "window"].auc > 0.9  # which user it is says it all
+    assert failures == []

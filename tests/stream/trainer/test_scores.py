@@ -1,0 +1,107 @@
+"""Progressive and served metrics, in a window, in total and since an event time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from model.metrics import auc, measure
+from state.gate import gate
+from state.settings import SnapshotSettings
+from stream.trainer import scores as module
+from stream.trainer.batching import TrainingBatch
+from stream.trainer.scores import Scores, manifest_metrics
+from tests.stream.trainer.factory import columns
+
+
+def batch(labels, *, served=None, times=None, weights=None):
+    labels = np.asarray(labels, np.float32)
+    return TrainingBatch(
+        batch=columns(range(len(labels))).batch,
+        labels=labels,
+        weights=None if weights is None else np.asarray(weights, np.float32),
+        impression_ms=np.arange(len(labels)) if times is None else np.asarray(times),
+        served=np.full(len(labels), np.nan, np.float32) if served is None else np.asarray(served, np.float32),
+    )
+
+
+@pytest.fixture
+def stream():
+    random = np.random.default_rng(1)
+    labels = (random.random(10_000) < 0.3).astype(np.float32)
+    scores = np.clip(0.3 + 0.2 * (labels - 0.3) + 0.1 * random.standard_normal(10_000), 0, 1).astype(np.float32)
+    served = np.where(random.random(10_000) < 0.5, scores[::-1], np.nan).astype(np.float32)
+    return scores, labels, served
+
+
+def feed(counted, scores, labels, served, size=256):
+    for start in range(0, len(labels), size):
+        part = slice(start, start + size)
+        times = np.arange(len(labels))[part]
+        counted.add(scores[part], batch(labels[part], served=served[part], times=times))
+
+
+def test_each_scope_measures_its_own_examples(stream):
+    scores, labels, served = stream
+    counted = Scores(1_000, evaluation_from_ms=2_000)
+    feed(counted, scores, labels, served)
+    report = counted.freeze().report()
+    there = ~np.isnan(served)
+    late = np.arange(10_000) >= 2_000
+    assert report["progressive", "window"] == measure(scores[-1_000:], labels[-1_000:])
+    assert report["served", "window"].examples == 1_000
+    assert report["served", "window"].auc == auc(served[there][-1_000:], labels[there][-1_000:])
+    assert report["progressive", "total"].examples == 10_000
+    assert report["progressive", "evaluation"].examples == 8_000
+    assert report["progressive", "evaluation"].auc == auc(scores[late], labels[late])
+    assert report["progressive", "evaluation"].calibration == pytest.approx(scores[late].sum() / labels[late].sum(), rel=1e-5)
+    assert report["served", "evaluation"].examples == (there & late).sum()
+    assert report["served", "evaluation"].auc == auc(served[there & late], labels[there & late])
+
+
+def test_beyond_the_exact_examples_the_auc_comes_from_bins(stream, monkeypatch):
+    monkeypatch.setattr(module, "EXACT_EXAMPLES", 5_000)
+    scores, labels, served = stream
+    counted = Scores(1_000, evaluation_from_ms=0)
+    feed(counted, scores, labels, served)
+    evaluation = counted.freeze().report()["progressive", "evaluation"]
+    assert evaluation.examples == 10_000
+    assert evaluation.auc == pytest.approx(auc(scores, labels), abs=1e-3)
+
+
+def test_what_is_frozen_stays(stream):
+    scores, labels, served = stream
+    counted = Scores(1_000, evaluation_from_ms=0)
+    feed(counted, scores[:3_000], labels[:3_000], served[:3_000])
+    frozen = counted.freeze()
+    before = frozen.report()
+    feed(counted, scores[3_000:], labels[3_000:], served[3_000:])
+    assert frozen.report() == before
+    assert before["progressive", "evaluation"].examples == 3_000
+
+
+def test_manifest_names_are_those_the_gate_reads(stream):
+    scores, labels, served = stream
+    counted = Scores(5_000)
+    feed(counted, scores, labels, served)
+    metrics = manifest_metrics(counted.freeze().report())
+    assert metrics["window_examples"] == 5_000
+    assert metrics["total_examples"] == 10_000
+    assert {f"{kind}_{name}" for kind in ("window", "served") for name in ("log_loss", "auc", "ne", "calibration")} <= set(metrics)
+    settings = SnapshotSettings(gate_calibration=(0.5, 2.0))
+    assert "calibration" in gate(metrics, metrics, settings).reason
+    assert gate(metrics, metrics, settings).passed
+    assert not gate({**metrics, "window_log_loss": math.nan}, metrics, settings).passed
+    assert not gate({**metrics, "served_calibration": 9.0, "window_calibration": 9.0}, metrics, settings).passed
+
+
+@pytest.mark.parametrize("labels", [[], [0, 0, 0], [1, 1]], ids=["nothing", "no click", "clicks only"])
+def test_a_window_that_is_not_defined_is_no_broken_model(labels):
+    counted = Scores(100, evaluation_from_ms=0)
+    if labels:
+        counted.add(np.full(len(labels), 0.5, np.float32), batch(labels, weights=np.zeros(len(labels))))
+    metrics = manifest_metrics(counted.freeze().report())
+    assert metrics["window_examples"] == len(labels)
+    assert gate(metrics, None, SnapshotSettings()).passed

@@ -1,0 +1,183 @@
+"""What a trainer goes on from, and what it refuses to go on from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model.errors import SnapshotMismatch
+from model.learner import Learner
+from model.schema import FieldSpec
+from state.errors import SnapshotError
+from state.manifest import Manifest
+from state.registry import RegistryState, VersionRecord, encode_record, version_key
+from state.settings import SnapshotSettings
+from state.store import SnapshotStore
+from stream.errors import PositionError
+from stream.trainer.examples import ExampleDecoder
+from stream.trainer.start import Start, find_start, first_positions, go_on
+from tests.stream.trainer.factory import MODEL, SCHEMA, record, run
+
+
+@pytest.fixture
+def store(tmp_path):
+    return SnapshotStore(SnapshotSettings(url=str(tmp_path / "snapshots")))
+
+
+def announced(*manifests):
+    state = RegistryState()
+    for offset, manifest in enumerate(manifests):
+        entry = VersionRecord.of(manifest, now_ms=0, who="test", gate="")
+        assert state.apply(version_key(manifest.version).encode(), encode_record(entry), offset) is None
+    return state
+
+
+def write(store, version, *, learner=None, schema=SCHEMA, model=MODEL, trained=0, **more):
+    learner = learner or Learner(schema, model, device="cpu")
+    if trained:
+        decoded = ExampleDecoder(schema).decode(run([record(offset) for offset in range(trained)]))
+        learner.learn(decoded.batch, decoded.labels)
+    fields = dict(
+        version=version,
+        epoch=1,
+        created_at_ms=1_000 + version,
+        offsets={"0": 10 * version},
+        examples_seen=learner.examples_seen,
+        schema_hash=schema.fingerprint(),
+        features=schema.model_dump(mode="json"),
+        model=model.model_dump(mode="json"),
+    )
+    manifest = Manifest(**{**fields, **more})
+    return store.write(manifest, learner.serving_state(), learner.trainer_state())
+
+
+def find(store, state, *, schema=SCHEMA, model=MODEL):
+    return find_start(state, store, schema, model)
+
+
+def test_nothing_yet(store):
+    start = find(store, announced())
+    assert (start.manifest, start.newest, start.offsets, start.examples_seen) == (None, 0, {}, 0)
+
+
+def test_the_newest_announced_version_is_restored(store):
+    one, two = write(store, 1, trained=20), write(store, 2, trained=30)
+    learner = Learner(SCHEMA, MODEL, device="cpu")
+    start = go_on(learner, announced(one, two), store, SCHEMA, MODEL)
+    assert (start.version, start.newest, start.offsets, start.examples_seen) == (2, 2, {0: 20}, 30)
+    assert learner.examples_seen == 30
+    serving = store.serving(2)
+    assert all(torch.equal(tensor, serving[name]) for name, tensor in learner.serving_state().items())
+
+
+def test_a_version_that_nobody_announced_is_not_used(store):
+    """Killed between the write and the announcement: its number is passed over, its examples are trained again."""
+    one = write(store, 1)
+    write(store, 2)
+    start = find(store, announced(one))
+    assert start.version == 1
+    assert store.next_version() == 3
+
+
+def test_a_half_written_version_is_not_used(store, tmp_path):
+    one, two = write(store, 1), write(store, 2)
+    (tmp_path / "snapshots/v0000000002/trainer.safetensors").unlink()
+    assert find(store, announced(one, two)).version == 1
+
+
+def test_a_version_with_damaged_weights_is_passed_over(store, tmp_path, caplog):
+    one, two = write(store, 1, trained=20), write(store, 2, trained=30)
+    file = tmp_path / "snapshots/v0000000002/serving.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(bytes(damaged))
+    learner = Learner(SCHEMA, MODEL, device="cpu")
+    start = go_on(learner, announced(one, two), store, SCHEMA, MODEL)
+    assert start.version == 1
+    assert learner.examples_seen == 20
+    assert "passing over version 2" in caplog.text
+
+
+def test_a_manifest_that_belongs_to_another_version_of_that_number_is_not_used(store):
+    one = write(store, 1)
+    two = write(store, 2)
+    other = Manifest(version=2, epoch=2, created_at_ms=5)
+    assert find(store, announced(one, two)).version == 2
+    assert find(store, announced(one, other)).version == 1
+
+
+def test_an_empty_store_begins_anew_above_the_announced_numbers(store, caplog):
+    start = find(store, announced(Manifest(version=7, epoch=1)))
+    assert (start.manifest, start.newest) == (None, 7)
+    assert "is empty: beginning a new model" in caplog.text
+
+
+def test_a_store_of_other_versions_is_refused(store):
+    write(store, 1)
+    with pytest.raises(SnapshotError) as refused:
+        find(store, announced(Manifest(version=7, epoch=1, created_at_ms=1)))
+    text = str(refused.value)
+    assert store.url in text
+    assert "expected one of the 1 versions that the registry knows (newest 7), found none that is whole" in text
+    assert "Is snapshots.url right?" in text
+
+
+def test_another_schema_is_refused_with_what_differs(store):
+    one = write(store, 1)
+    changed = SCHEMA.model_copy(update={"fields": (FieldSpec(name="user", kind="list"), FieldSpec(name="price", kind="numeric"))})
+    with pytest.raises(SnapshotMismatch) as refused:
+        find(store, announced(one), schema=changed)
+    text = str(refused.value)
+    assert text.startswith("version 1 can't be trained on with these settings:")
+    assert "features.fields[item]: expected nothing, found {'name': 'item'" in text
+    assert "features.fields[price]: expected {'name': 'price'" in text
+    assert "'kind': 'list'" in text
+    assert "HEADRACE_SNAPSHOTS__URL to an empty place" in text
+
+
+def test_fields_in_another_order_are_refused(store):
+    one = write(store, 1)
+    turned = SCHEMA.model_copy(update={"fields": SCHEMA.fields[::-1]})
+    with pytest.raises(SnapshotMismatch, match=r"features\.fields: expected them in the order of the settings"):
+        find(store, announced(one), schema=turned)
+
+
+def test_another_shape_is_refused_and_another_rate_is_not(store):
+    one = write(store, 1)
+    with pytest.raises(SnapshotMismatch, match=r"model\.hidden: expected \[16\], found \[8\]"):
+        find(store, announced(one), model=MODEL.model_copy(update={"hidden": (16,)}))
+    assert find(store, announced(one), model=MODEL.model_copy(update={"row_learning_rate": 0.5, "batch_rows": 7})).version == 1
+
+
+def test_weights_of_another_moment_than_the_manifest_are_passed_over(store):
+    one = write(store, 1, trained=20)
+    two = write(store, 2, trained=30, examples_seen=31)
+    assert go_on(Learner(SCHEMA, MODEL, device="cpu"), announced(one, two), store, SCHEMA, MODEL).version == 1
+
+
+def positions(offsets, beginnings, ends, lost="stop"):
+    start = Start(Manifest(version=3, offsets=offsets), 3)
+    return first_positions(start, "examples", beginnings, ends, lost_examples=lost)
+
+
+def test_positions_are_the_versions_and_new_partitions_begin_at_their_start():
+    assert positions({"1": 9, "0": 5}, {0: 0, 1: 4, 2: 2}, {0: 9, 1: 9, 2: 2}) == {0: 5, 1: 9, 2: 2}
+
+
+@pytest.mark.parametrize(
+    ("offsets", "expected"),
+    [
+        ({"0": 10}, "examples partition 0: expected offset 10, up to which version 3 is trained, found a log that ends at 9"),
+        ({"0": 5, "4": 1}, "expected partitions [4], which version 3 was trained on, found 1 partitions"),
+        ({"0": 1}, "expected offset 1, found a log that begins at 3: 2 offsets were deleted by retention"),
+    ],
+)
+def test_a_log_that_is_not_the_one_trained_on_is_refused(offsets, expected):
+    with pytest.raises(PositionError) as refused:
+        positions(offsets, {0: 3}, {0: 9})
+    assert expected in str(refused.value)
+
+
+def test_lost_examples_can_be_skipped(caplog):
+    assert positions({"0": 1}, {0: 3}, {0: 9}, "skip") == {0: 3}
+    assert "Going on without them" in caplog.text

@@ -1,0 +1,140 @@
+"""Batches by count and by age, exact positions in a snapshot, and a restart that goes on bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from model.learner import Learner
+from stream.trainer.batching import BatchCutter
+from stream.trainer.examples import ExampleDecoder
+from stream.trainer.scores import Scores
+from stream.trainer.training import Training
+from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, columns, metrics, record, run
+
+
+class FakeLearner:
+    """Remembers which examples it was shown."""
+
+    def __init__(self) -> None:
+        self.examples_seen = 0
+        self.batches: list[list[int]] = []
+
+    def learn(self, batch, labels, weights=None):
+        self.batches.append(batch.keys[:, 0].tolist())
+        self.examples_seen += len(batch)
+        return np.full(len(batch), 0.5, np.float32)
+
+    def serving_state(self):
+        return {"seen": torch.tensor(self.examples_seen)}
+
+    def trainer_state(self):
+        return {}
+
+
+def make(learner, *, rows=10, age_s=0.5, positions=None, watermark_ms=0):
+    cutter = BatchCutter(rows, positions or {0: 0})
+    return Training(learner, cutter, Scores(100), metrics(), max_batch_age_s=age_s, watermark_ms=watermark_ms)
+
+
+def test_a_batch_closes_when_it_is_full_or_old():
+    learner = FakeLearner()
+    training = make(learner)
+    training.add(columns(range(25)))
+    assert training.step(100.0)
+    assert training.step(100.1)
+    assert not training.step(100.2)  # five are left: their clock starts here
+    assert training.due_in_s(100.2) == pytest.approx(0.5)
+    assert not training.step(100.69)
+    assert training.step(100.71)
+    assert learner.batches == [list(range(10)), list(range(10, 20)), list(range(20, 25))]
+    assert training.positions == {0: 25}
+    assert not training.step(200.0)
+    assert training.due_in_s(200.0) is None
+
+
+def test_age_does_not_cut_while_more_is_at_hand():
+    learner = FakeLearner()
+    training = make(learner)
+    training.add(columns(range(5)))
+    assert not training.step(0.0)
+    assert not training.step(10.0, more_at_hand=True)
+    training.add(columns(range(5, 12)))
+    assert training.step(10.0)
+    assert learner.batches == [list(range(10))]
+    assert not training.step(10.1)  # the clock of the rest starts anew
+    assert not training.step(10.5)
+    assert training.step(10.7)
+
+
+def test_a_snapshot_holds_what_is_trained_and_not_what_waits():
+    learner = FakeLearner()
+    training = make(learner, watermark_ms=7)
+    training.add(columns(range(0, 28, 2), after=30, letters=2))
+    assert training.capture().offsets == {0: 0}
+    assert training.capture().watermark_ms == 7
+    assert training.capture().letters == 0
+    training.step(0.0)
+    captured = training.capture()
+    assert captured.offsets == {0: 19}
+    assert captured.examples_seen == 10
+    assert captured.watermark_ms == FIRST_MS + 18
+    assert captured.letters == 2
+    training.step(0.0)
+    training.step(1.0)
+    assert training.capture().offsets == {0: 30}
+    assert captured.offsets == {0: 19}
+
+
+def logs(count):
+    """A log of good and bad records, as runs of several sizes."""
+    records = [record(offset, b"{" if offset % 13 == 5 else None) for offset in range(count)]
+    random = np.random.default_rng(3)
+    at = 0
+    while at < count:
+        size = int(random.integers(1, 90))
+        yield records[at : at + size]
+        at += size
+
+
+def train(training, records, decoder):
+    if records:
+        training.add(decoder.decode(run(records)))
+    while training.step(0.0):
+        pass
+
+
+def test_killed_and_restarted_weights_equal_uninterrupted_ones_bit_for_bit():
+    every = [each for records in logs(2_000) for each in records]
+    decoder = ExampleDecoder(SCHEMA)
+    whole = make(Learner(SCHEMA, MODEL, device="cpu"), rows=MODEL.batch_rows, age_s=1e9)
+    for records in logs(2_000):
+        train(whole, records, decoder)
+
+    random = np.random.default_rng(5)
+    learner = Learner(SCHEMA, MODEL, device="cpu")
+    training = make(learner, rows=MODEL.batch_rows, age_s=1e9)
+    snapshot = training.capture()
+    at = kills = 0
+    while at < len(every):
+        size = int(random.integers(1, 120))
+        train(training, every[at : at + size], decoder)
+        at += size
+        if random.random() < 0.2:
+            snapshot = training.capture()
+        if random.random() < 0.2:  # killed: all since the last snapshot is gone
+            kills += 1
+            learner = Learner(SCHEMA, MODEL, device="cpu")
+            learner.restore(snapshot.serving, snapshot.trainer)
+            training = make(learner, rows=MODEL.batch_rows, age_s=1e9, positions=snapshot.offsets)
+            at = snapshot.offsets[0]
+    assert kills > 3
+    good = 2_000 - len(range(5, 2_000, 13))
+    assert learner.examples_seen == good // MODEL.batch_rows * MODEL.batch_rows
+    expected, found = whole.capture(), training.capture()
+    assert found.offsets == expected.offsets
+    for ours, theirs in ((found.serving, expected.serving), (found.trainer, expected.trainer)):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            assert torch.equal(ours[name], theirs[name]), name
