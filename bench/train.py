@@ -20,6 +20,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -115,14 +116,14 @@ def plain_torch(pool: Pool, *, sparse: bool) -> Step:
         optimizers.append(torch.optim.Adagrad(tables, lr=0.01, initial_accumulator_value=0.01))
     ids, labels = torch.from_numpy(pool.ids), torch.from_numpy(pool.labels)
 
-    torch.sparse.check_sparse_tensor_invariants.disable()  # as by default, but said, which spares a warning
+    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]  # as by default, but said, which spares a warning
 
     def step(start: int, stop: int) -> None:
         rows = ids[start:stop]
         loss = model.loss(model.embedding(rows), model.first_order(rows).squeeze(2), labels[start:stop])
         for optimizer in optimizers:
             optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
             optimizer.step()
 
@@ -132,22 +133,19 @@ def plain_torch(pool: Pool, *, sparse: bool) -> Step:
 def fbgemm(pool: Pool) -> Step | None:
     """fbgemm's table-batched embeddings, one table for all fields; None where it isn't installed."""
     try:
-        from fbgemm_gpu.split_embedding_configs import EmbOptimType
-        from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
-        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-            ComputeDevice,
-            SplitTableBatchedEmbeddingBagsCodegen,
-        )
-    except (ImportError, OSError):
+        configs = import_module("fbgemm_gpu.split_embedding_configs")
+        common = import_module("fbgemm_gpu.split_table_batched_embeddings_ops_common")
+        training = import_module("fbgemm_gpu.split_table_batched_embeddings_ops_training")
+    except (ImportError, OSError):  # OSError: built for another torch
         return None
     rows = len(pool.every_id) * FIELDS
 
     def table(dim: int) -> Any:
-        return SplitTableBatchedEmbeddingBagsCodegen(
-            [(rows, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)],
-            optimizer=EmbOptimType.EXACT_ADAGRAD,
+        return training.SplitTableBatchedEmbeddingBagsCodegen(
+            [(rows, dim, common.EmbeddingLocation.HOST, training.ComputeDevice.CPU)],
+            optimizer=configs.EmbOptimType.EXACT_ADAGRAD,
             learning_rate=0.01,
-            pooling_mode=PoolingMode.NONE,
+            pooling_mode=common.PoolingMode.SUM,
         )
 
     embedding, first_order = table(DIM), table(4)  # 4 is its narrowest row; one of the four is used
@@ -157,26 +155,26 @@ def fbgemm(pool: Pool) -> Step | None:
 
     def step(start: int, stop: int) -> None:
         indices = ids[start:stop].flatten()
-        offsets = torch.tensor([0, len(indices)])
+        offsets = torch.arange(len(indices) + 1)  # bags of one
         embedded = embedding(indices, offsets).view(stop - start, FIELDS, DIM)
         linear = first_order(indices, offsets)[:, 0].view(stop - start, FIELDS)
         loss = model.loss(embedded, linear, labels[start:stop])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
 
 
-def floor(rows: int) -> Callable[[], None]:
-    """The MLP's nine matrix products for one batch."""
+def floor(rows: int) -> Step:
+    """The MLP's nine matrix products for a batch of `rows`, whichever they are."""
     widths = [FIELDS * DIM, *HIDDEN]
     layers = [
         (torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs))
         for inputs, outputs in pairwise(widths)
     ]
 
-    def products() -> None:
+    def products(start: int, stop: int) -> None:
         for inputs, weight, outputs in layers:
             torch.mm(inputs, weight.t())  # forward
             torch.mm(outputs, weight)  # gradient of the inputs
@@ -200,8 +198,7 @@ def main(rounds: int, ids: int, seconds: float) -> None:
     rates: dict[str, float] = {}
     for rows in (512, 4096):
         work = {f"{name}_{rows}": stretch(step, rows, seconds) for name, step in trainers.items() if step is not None}
-        products = floor(rows)
-        work[f"floor_{rows}"] = stretch(lambda start, stop, products=products: products(), rows, seconds)
+        work[f"floor_{rows}"] = stretch(floor(rows), rows, seconds)
         rates |= {name: statistics.median(values) for name, values in interleaved(work, rounds).items()}
     peers = {name: rates[f"{name}_512"] for name in ("torch_sparse", "torch_dense", "fbgemm") if f"{name}_512" in rates}
     fastest = max(peers, key=lambda name: peers[name])

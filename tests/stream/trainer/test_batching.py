@@ -10,9 +10,7 @@ from stream.trainer.batching import BatchCutter
 from tests.stream.trainer.factory import columns
 
 # Runs of several partitions: (partition, offsets skipped before the run, examples in it, records without an example after)
-RUNS = st.lists(
-    st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 20), st.integers(0, 2)), min_size=1, max_size=30
-)
+RUNS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 20), st.integers(0, 2)), min_size=1, max_size=30)
 
 
 def make_runs(shape):

@@ -71,7 +71,9 @@ def test_a_run_of_bad_records_only_and_an_empty_one():
     assert (len(empty), empty.after, empty.letters) == (0, 7, [])
 
 
-JUNK = st.one_of(st.none(), st.binary(max_size=20), st.sampled_from([b"0", b"1", b"1.5", b"1e400", b"12", b"1_0", b" 7", b"\xb2"]))
+JUNK = st.one_of(
+    st.none(), st.binary(max_size=20), st.sampled_from([b"0", b"1", b"1.5", b"1e400", b"12", b"1_0", b" 7", b"\xb2"])
+)
 
 
 @given(st.lists(st.fixed_dictionaries({}, optional={"label": JUNK, "weight": JUNK, "impression_ms": JUNK}), max_size=6))

@@ -89,7 +89,9 @@ def test_manifest_names_are_those_the_gate_reads(stream):
     metrics = manifest_metrics(counted.freeze().report())
     assert metrics["window_examples"] == 5_000
     assert metrics["total_examples"] == 10_000
-    assert {f"{kind}_{name}" for kind in ("window", "served") for name in ("log_loss", "auc", "ne", "calibration")} <= set(metrics)
+    assert {f"{kind}_{name}" for kind in ("window", "served") for name in ("log_loss", "auc", "ne", "calibration")} <= set(
+        metrics
+    )
     settings = SnapshotSettings(gate_calibration=(0.5, 2.0))
     assert "calibration" in gate(metrics, metrics, settings).reason
     assert gate(metrics, metrics, settings).passed

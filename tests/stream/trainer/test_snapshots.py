@@ -91,7 +91,13 @@ async def test_a_version_says_all_about_itself(bench):
     assert announcement.version == 7
     [manifest] = at.registry.announced
     assert manifest == at.store.manifest(7)
-    assert (manifest.kind, manifest.parent, manifest.base, manifest.epoch, manifest.created_at_ms) == ("full", None, None, 4, 123)
+    assert (manifest.kind, manifest.parent, manifest.base, manifest.epoch, manifest.created_at_ms) == (
+        "full",
+        None,
+        None,
+        4,
+        123,
+    )
     assert manifest.offsets == {"0": 5, "1": 7}
     assert (manifest.watermark_ms, manifest.examples_seen) == (FIRST_MS, 100)
     assert manifest.metrics["window_examples"] == 0

@@ -124,7 +124,9 @@ def test_a_store_of_other_versions_is_refused(store):
 
 def test_another_schema_is_refused_with_what_differs(store):
     one = write(store, 1)
-    changed = SCHEMA.model_copy(update={"fields": (FieldSpec(name="user", kind="list"), FieldSpec(name="price", kind="numeric"))})
+    changed = SCHEMA.model_copy(
+        update={"fields": (FieldSpec(name="user", kind="list"), FieldSpec(name="price", kind="numeric"))}
+    )
     with pytest.raises(SnapshotMismatch) as refused:
         find(store, announced(one), schema=changed)
     text = str(refused.value)

@@ -1,0 +1,263 @@
+"""The trainer as a process, on the real Kafka: killed, restarted, replaced, fed records it can't use."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy.settings import Settings
+from state.store import SnapshotStore
+from stream.batches import BATCH_BYTES, send_batches
+from stream.clients import aiokafka_options
+from stream.registry_log import read_registry
+from stream.settings import TopicSettings
+from stream.topic_admin import create_topics
+from stream.topics import TopicNames
+from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, headers, value
+
+pytestmark = pytest.mark.kafka
+
+# Starting takes some seconds of imports, more on a busy machine.
+PATIENCE_S = 90.0
+
+
+class Process:
+    """`headrace run trainer` with a test's settings."""
+
+    def __init__(self, settings: Settings, folder: Path, **environment: str) -> None:
+        self.log = folder / f"trainer-{time.monotonic_ns()}.log"
+        fixed = {
+            "HEADRACE_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
+            "HEADRACE_TOPICS__PREFIX": settings.topics.prefix,
+            "HEADRACE_SNAPSHOTS__URL": settings.snapshots.url,
+            "HEADRACE_SNAPSHOTS__INTERVAL_MS": "200",
+            "HEADRACE_FEATURES__FIELDS": json.dumps([{"name": field.name} for field in SCHEMA.fields]),
+            "HEADRACE_FEATURES__EMBEDDING_DIM": str(SCHEMA.embedding_dim),
+            "HEADRACE_MODEL__HIDDEN": json.dumps(MODEL.hidden),
+            "HEADRACE_MODEL__BATCH_ROWS": str(MODEL.batch_rows),
+            "HEADRACE_TRAINER__DEVICE": "cpu",
+            "HEADRACE_TRAINER__THREADS": "1",
+        }
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "headrace", "run", "trainer"],
+                env={**os.environ, **fixed, **environment},
+                stdout=log,
+                stderr=log,
+            )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """SIGTERM, and a clean end within the drain."""
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(30) == 0, self.log.read_text()
+
+    def answer(self, path: str) -> str:
+        """What it says over HTTP; empty until it listens."""
+        for line in self.log.read_text().splitlines():
+            if '"http_port":' in line:
+                port = json.loads(line)["http_port"]
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
+                        return str(response.read().decode())
+                except OSError:
+                    return ""
+        return ""
+
+    def metric(self, name: str) -> float:
+        """A series' value; 0 until it is there."""
+        lines = (line.rsplit(" ", 1) for line in self.answer("/metrics").splitlines())
+        return next((float(number) for series, number in lines if series == f"headrace_trainer_{name}"), 0.0)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    started: list[Process] = []
+
+    def one(settings: Settings, **environment: str) -> Process:
+        started.append(Process(settings, tmp_path, **environment))
+        return started[-1]
+
+    yield one
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+
+
+async def until(true: Callable[[], bool], process: Process, timeout_s: float = PATIENCE_S) -> None:
+    ends = time.monotonic() + timeout_s
+    while not true():
+        assert process.process.poll() is None, process.log.read_text()
+        assert time.monotonic() < ends, process.log.read_text()
+        await asyncio.sleep(0.05)
+
+
+async def send(settings: Settings, numbers: range, *, partitions: int = 1, bad: Callable[[int], bool] = lambda index: False):
+    """Examples straight into `examples`, each in the partition of its number."""
+    from aiokafka import AIOKafkaProducer
+
+    producer = AIOKafkaProducer(**aiokafka_options(settings.kafka), max_batch_size=BATCH_BYTES)
+    await producer.start()
+    for partition in range(partitions):
+        mine = [index for index in numbers if index % partitions == partition]
+        records = [(b"x%d" % index, b"{" if bad(index) else value(index), headers(index)) for index in mine]
+        for future in await send_batches(producer, TopicNames.of(settings.topics).examples, partition, records):
+            await future
+    await producer.stop()
+
+
+async def newest(settings: Settings) -> int:
+    return (await read_registry(settings.kafka, TopicNames.of(settings.topics))).newest
+
+
+def one_partition(settings: Settings, name: str, tmp_path: Path) -> Settings:
+    """Settings of a system of its own with one partition, its topics made."""
+    own = settings.model_copy(
+        update={
+            "topics": TopicSettings(prefix=f"{settings.topics.prefix}{name}-", partitions=1, request_partitions=1),
+            "snapshots": settings.snapshots.model_copy(update={"url": str(tmp_path / name)}),
+        }
+    )
+    create_topics(own.kafka, own.topics)
+    return own
+
+
+async def test_kill_9_and_restart_equal_an_uninterrupted_run_bit_for_bit(settings, tmp_path, start):
+    by_count = {"HEADRACE_TRAINER__MAX_BATCH_AGE_MS": "100000000"}
+    whole, killed = (one_partition(settings, name, tmp_path) for name in ("whole", "killed"))
+    trained = 3_000 // MODEL.batch_rows * MODEL.batch_rows
+
+    await send(whole, range(3_000))
+    process = start(whole, **by_count)
+    await until(lambda: process.metric("batches_total") * MODEL.batch_rows == trained, process)
+    process.stop()
+
+    await send(killed, range(1_300))
+    process = start(killed, **by_count)
+    await until(lambda: process.metric("snapshot_version") >= 1, process)
+    # Between versions from here on: what is trained now is lost with the process.
+    await send(killed, range(1_300, 2_100))
+    await until(lambda: process.metric("batches_total") * MODEL.batch_rows > 1_500, process)
+    process.kill()
+    version = await newest(killed)
+    seen = SnapshotStore(killed.snapshots).manifest(version).examples_seen
+
+    await send(killed, range(2_100, 3_000))
+    process = start(killed, **by_count)
+    await until(lambda: seen + process.metric("batches_total") * MODEL.batch_rows == trained, process)
+    process.stop()
+
+    stores = [SnapshotStore(each.snapshots) for each in (whole, killed)]
+    ends = [await newest(each) for each in (whole, killed)]
+    expected, found = (store.manifest(end) for store, end in zip(stores, ends, strict=True))
+    assert found.examples_seen == expected.examples_seen == trained
+    assert found.offsets == expected.offsets == {"0": trained}
+    assert found.watermark_ms == FIRST_MS + trained - 1
+    assert found.epoch == 2
+    for read in (SnapshotStore.serving, SnapshotStore.trainer):
+        theirs, ours = (read(store, end) for store, end in zip(stores, ends, strict=True))
+        assert theirs.keys() == ours.keys()
+        for name in theirs:
+            assert torch.equal(theirs[name], ours[name]), name
+
+
+async def test_killed_again_and_again_each_example_counts_once_and_each_bad_one_is_set_aside(topics, start):
+    def bad(index):
+        return index % 97 == 3
+
+    total = 6_000
+    good = sum(not bad(index) for index in range(total))
+    sent, version = 0, 0
+    for stop in (2_000, 4_000, total):
+        await send(topics, range(sent, stop), partitions=2, bad=bad)
+        sent = stop
+        process = start(topics)
+        await until(lambda at=version: process.metric("snapshot_version") > at, process)
+        if stop < total:
+            process.kill()
+            version = await newest(topics)
+    before = SnapshotStore(topics.snapshots).manifest(version).examples_seen
+    await until(
+        lambda: before + process.metric('examples_total{label="0"}') + process.metric('examples_total{label="1"}') >= good,
+        process,
+    )
+    assert process.answer("/readyz") == "ok\n"
+    process.stop()
+
+    manifest = SnapshotStore(topics.snapshots).manifest(await newest(topics))
+    assert manifest.examples_seen == good
+    assert manifest.offsets == {"0": total // 2, "1": total // 2}
+    assert manifest.metrics["window_auc"] > 0.9
+    letters = await dead_letters(topics)
+    # Some were written again after a kill; each names its record.
+    assert {place for place, _ in letters} == {(index % 2, index // 2) for index in range(total) if bad(index)}
+    assert {reason for _, reason in letters} == {"malformed_json"}
+
+
+async def dead_letters(settings: Settings) -> list[tuple[tuple[int, int], str]]:
+    from aiokafka import AIOKafkaConsumer, TopicPartition
+
+    topic = TopicNames.of(settings.topics).dead_letters
+    consumer = AIOKafkaConsumer(**aiokafka_options(settings.kafka), enable_auto_commit=False, auto_offset_reset="earliest")
+    await consumer.start()
+    places = [TopicPartition(topic, partition) for partition in await asyncio.to_thread(lambda: [0, 1])]
+    consumer.assign(places)
+    await consumer.seek_to_beginning()
+    ends = await consumer.end_offsets(places)
+    found = []
+    while any([await consumer.position(place) < end for place, end in ends.items()]):
+        for records in (await consumer.getmany(timeout_ms=500)).values():
+            for record in records:
+                each = dict(record.headers)
+                assert record.value == b"{"
+                assert each["source_topic"] == TopicNames.of(settings.topics).examples.encode()
+                found.append(((int(each["source_partition"]), int(each["source_offset"])), each["reason"].decode()))
+    await consumer.stop()
+    return found
+
+
+async def test_a_second_trainer_takes_over_and_the_first_one_ends(topics, start):
+    await send(topics, range(0, 1_000), partitions=2)
+    first = start(topics)
+    await until(lambda: first.metric("snapshot_version") >= 1, first)
+    second = start(topics)
+    await until(lambda: second.answer("/readyz") == "ok\n", second)
+    await send(topics, range(1_000, 3_000), partitions=2)
+    deadline = time.monotonic() + PATIENCE_S
+    while first.process.poll() is None and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    assert first.process.returncode == 1, first.log.read_text()
+    await until(
+        lambda: second.metric('lag_records{partition="0"}') == 0 and second.metric('progressive_examples{scope="total"}') > 0,
+        second,
+    )
+    second.stop()
+    manifest = SnapshotStore(topics.snapshots).manifest(await newest(topics))
+    assert manifest.examples_seen == 3_000
+    assert manifest.epoch == 2
+
+
+async def test_a_snapshot_of_another_schema_is_refused_in_words(topics, start):
+    await send(topics, range(200), partitions=2)
+    process = start(topics)
+    await until(lambda: process.metric("snapshot_version") >= 1, process)
+    process.stop()
+    other = start(topics, HEADRACE_FEATURES__EMBEDDING_DIM="8")
+    assert await asyncio.to_thread(other.process.wait, PATIENCE_S) == 1
+    text = other.log.read_text()
+    assert "features.embedding_dim: expected 8, found 4" in text
+    assert "Traceback" not in text
