@@ -12,7 +12,6 @@ is told in events a second.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,13 @@ from aiokafka.structs import TopicPartition
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.common import report
+from deploy.demo.play import worker_environment
+from deploy.demo.workers import Worker
 from deploy.local_kafka import LocalKafka
 from deploy.settings import LocalKafkaSettings, Settings
 from stream.batches import BATCH_BYTES, send_batches
+from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topic_admin import create_topics
 from stream.topics import TopicNames
 
@@ -94,9 +97,7 @@ async def fill(settings: Settings, impressions: int) -> int:
     return events
 
 
-async def count_labels(
-    settings: Settings, expected: int, worker: subprocess.Popen[bytes], patience_s: float
-) -> tuple[int, float]:
+async def count_labels(settings: Settings, expected: int, alive: Callable[[], None], patience_s: float) -> tuple[int, float]:
     """Count `examples` as a read_committed reader until all are there; returns the count and when it was reached."""
     names = TopicNames.of(settings.topics)
     consumer = AIOKafkaConsumer(
@@ -113,124 +114,124 @@ async def count_labels(
         for records in (await consumer.getmany(timeout_ms=200, max_records=20_000)).values():
             seen += len(records)
             changed = time.monotonic()
-        if worker.poll() is not None:
-            raise SystemExit(f"the worker ended with {worker.returncode}")
+        alive()
         if time.monotonic() - changed > patience_s:
             raise SystemExit(f"no label for {patience_s:.0f} s: {seen} of {expected}")
     await consumer.stop()
     return seen, changed
 
 
-def pinned(command: list[str], core: int, env: dict[str, str], errors: Path) -> subprocess.Popen[bytes]:
-    """Start a process on one core."""
-    return subprocess.Popen(  # noqa: S603
-        command, env={**os.environ, **env}, stderr=errors.open("ab"), preexec_fn=lambda: os.sched_setaffinity(0, {core})
+def usage(pid: int) -> dict[str, float]:
+    """CPU seconds and peak memory of a process so far."""
+    ticks = sum(int(part) for part in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])
+    peak = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), "peak_rss_mb": int(peak.split()[1]) / 1024}
+
+
+def settings_for(kind: str, bootstrap_servers: str, work: Path) -> Settings:
+    return Settings(
+        kafka=KafkaSettings(bootstrap_servers=bootstrap_servers),
+        topics=TopicSettings(prefix=f"{kind}-", partitions=PARTITIONS),
+        join=JoinSettings(window_ms=WINDOW_MS),
+        state_dir=work / f"{kind}-state",
     )
 
 
-def environment(settings: Settings, state_dir: Path) -> dict[str, str]:
-    return {
-        "HEADRACE_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
-        "HEADRACE_TOPICS__PREFIX": settings.topics.prefix,
-        "HEADRACE_TOPICS__PARTITIONS": str(PARTITIONS),
-        "HEADRACE_JOIN__WINDOW_MS": str(WINDOW_MS),
-        "HEADRACE_STATE_DIR": str(state_dir),
-    }
-
-
-async def measure(kind: str, settings: Settings, impressions: int, work: Path) -> dict[str, Any]:
-    """Events a second of one kind of worker over its own fresh topics."""
-    settings = settings.model_copy(update={"topics": settings.topics.model_copy(update={"prefix": f"{kind}-{os.getpid()}-"})})
-    events = await fill(settings, impressions)
-    errors = work / f"{kind}.log"
-    env = environment(settings, work / f"{kind}-state")
-    port = 20_000 + os.getpid() % 20_000
-    if kind == "headrace":
-        command = [sys.executable, "-m", "headrace", "run", "join", "--http-port", str(port)]
-    else:
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("peer_faust_join.py")),
-            "worker",
-            "--without-web",
-            "-l",
-            "warning",
-        ]
-    worker = pinned(command, 0, env, errors)
+def measure_headrace(bootstrap_servers: str, impressions: int, work: Path) -> dict[str, float]:
+    """Events a second of one join worker on core 0."""
+    settings = settings_for("headrace", bootstrap_servers, work)
+    events = asyncio.run(fill(settings, impressions))
+    worker = Worker("join", worker_environment(settings), work / "headrace.log", cwd=work)
+    worker.start()
+    os.sched_setaffinity(worker.pid, {0})  # before it has started a thread: all of them inherit it
     try:
-        ready = time.monotonic()
-        if kind == "headrace":
-            ready = await until_ready(port, worker)
-        seen, done = await count_labels(settings, impressions, worker, patience_s=60)
-        cpu = sum(int(part) for part in Path(f"/proc/{worker.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])
-        peak_kb = int(next(line for line in Path(f"/proc/{worker.pid}/status").open() if line.startswith("VmHWM")).split()[1])
+        worker.wait_ready()  # partitions are taken over, and fetching begins
+        began, before = time.monotonic(), usage(worker.pid)["cpu_seconds"]
+        seen, done = asyncio.run(count_labels(settings, impressions, worker.check, patience_s=60))
+        used = usage(worker.pid)
     finally:
-        worker.send_signal(signal.SIGTERM)
-        try:
-            worker.wait(20)
-        except subprocess.TimeoutExpired:
-            worker.kill()
+        worker.ask_to_stop()
+        worker.wait_stopped()
     return {
-        "rate": events / (done - ready),
-        "events": events,
-        "seconds": done - ready,
+        "rate": events / (done - began),
         "labels": seen,
-        "peak_rss_mb": peak_kb / 1024,
-        "cpu_seconds": cpu / os.sysconf("SC_CLK_TCK"),
+        "cpu_us_per_event": (used["cpu_seconds"] - before) * 1e6 / events,
+        "peak_rss_mb": used["peak_rss_mb"],
     }
 
 
-async def until_ready(port: int, worker: subprocess.Popen[bytes]) -> float:
-    """When the worker's /readyz first says ok: partitions are taken over, and fetching begins."""
-    while worker.poll() is None:
+def measure_faust(bootstrap_servers: str, impressions: int, work: Path) -> dict[str, float]:
+    """Events a second of the peer on core 0, from its first label: its start-up is not counted against it."""
+    settings = settings_for("faust", bootstrap_servers, work)
+    events = asyncio.run(fill(settings, impressions))
+    env = {
+        **os.environ,
+        "PEER_BROKER": bootstrap_servers,
+        "PEER_PREFIX": settings.topics.prefix,
+        "PEER_WINDOW_MS": str(WINDOW_MS),
+        "PEER_PARTITIONS": str(PARTITIONS),
+        "PEER_DATA_DIR": str(settings.state_dir),
+        "PEER_STARTED": str(work / "faust.started"),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("peer_faust_join.py")), "worker", "--without-web", "-l", "warn"]
+    with (work / "faust.log").open("ab") as stderr:
+        process = subprocess.Popen(command, env=env, stderr=stderr)
+    os.sched_setaffinity(process.pid, {0})
+
+    def alive() -> None:
+        if process.poll() is not None:
+            raise SystemExit(f"the peer ended with {process.returncode}: {(work / 'faust.log').read_text()[-2000:]}")
+
+    try:
+        seen, done = asyncio.run(count_labels(settings, impressions, alive, patience_s=90))
+        began = float((work / "faust.started").read_text())
+        used = usage(process.pid)
+    finally:
+        process.send_signal(signal.SIGTERM)
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=1):  # noqa: S310
-                return time.monotonic()
-        except OSError:
-            await asyncio.sleep(0.01)
-    raise SystemExit(f"the worker ended with {worker.returncode}")
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return {"rate": events / (done - began), "labels": seen, "peak_rss_mb": used["peak_rss_mb"]}
 
 
 @click.command()
 @click.option("--impressions", default=900_000, show_default=True)
 @click.option("--peer-impressions", default=30_000, show_default=True)
-@click.option("--quick", is_flag=True, help="60,000 impressions, 5,000 for the peer.")
+@click.option("--quick", is_flag=True, help="60,000 impressions, 5,000 for the peer: no claim.")
 @click.option("--no-peer", is_flag=True)
-@click.option("--keep", is_flag=True, help="Keep the workers' logs.")
-def main(impressions: int, peer_impressions: int, quick: bool, no_peer: bool, keep: bool) -> None:
+def main(impressions: int, peer_impressions: int, quick: bool, no_peer: bool) -> None:
     """Measure and print; the last line is one JSON object."""
     if quick:
         impressions, peer_impressions = 60_000, 5_000
     work = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
-    os.sched_setaffinity(0, {1})  # this process, and the Kafka it starts, leave core 0 to the worker
-    kafka = LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=1024))
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores - {0} or cores)  # this process, and the Kafka it starts, leave core 0 to the worker
     try:
-        bootstrap = kafka.start()
-        settings = Settings(kafka={"bootstrap_servers": bootstrap}, topics={"partitions": PARTITIONS})
-        ours = asyncio.run(measure("headrace", settings, impressions, work))
-        click.echo(
-            f"headrace  {ours['rate']:>10,.0f} events/s  {ours['events']:,} in {ours['seconds']:.1f} s  {ours['peak_rss_mb']:.0f} MB  {ours['cpu_seconds']:.1f} s CPU"
-        )
-        result = {
-            "value": round(ours["rate"]),
-            "unit": "events/s",
-            "labels": ours["labels"],
-            "peak_rss_mb": round(ours["peak_rss_mb"]),
-        }
-        if not no_peer:
-            peer = asyncio.run(measure("faust", settings, peer_impressions, work))
+        with LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=1024)) as kafka:
+            ours = measure_headrace(kafka.bootstrap_servers, impressions, work)
             click.echo(
-                f"faust     {peer['rate']:>10,.0f} events/s  {peer['events']:,} in {peer['seconds']:.1f} s  {peer['peak_rss_mb']:.0f} MB"
+                f"headrace  {ours['rate']:>10,.0f} events/s   {ours['cpu_us_per_event']:.1f} µs of CPU an event, "
+                f"{ours['peak_rss_mb']:.0f} MB"
             )
-            result |= {"peer": round(peer["rate"]), "ratio": round(ours["rate"] / peer["rate"], 1)}
+            peer = None if no_peer else measure_faust(kafka.bootstrap_servers, peer_impressions, work)
+            if peer is not None:
+                click.echo(f"faust     {peer['rate']:>10,.0f} events/s   {peer['peak_rss_mb']:.0f} MB")
     finally:
-        kafka.stop()
-        if keep:
-            click.echo(f"logs: {work}")
-        else:
-            shutil.rmtree(work, ignore_errors=True)
-    pending = WINDOW_MS * 1000 // SPACING_US
-    click.echo(json.dumps(result | {"pending_in_window": min(pending, impressions), "partitions": PARTITIONS}))
+        shutil.rmtree(work, ignore_errors=True)
+        os.sched_setaffinity(0, cores)
+    report(
+        value=round(ours["rate"]),
+        peer=peer and round(peer["rate"]),
+        ratio=peer and round(ours["rate"] / peer["rate"], 1),
+        unit="events/s",
+        labels=ours["labels"],
+        cpu_us_per_event=round(ours["cpu_us_per_event"], 2),
+        peak_rss_mb=round(ours["peak_rss_mb"]),
+        pending_in_window=min(WINDOW_MS * 1000 // SPACING_US, impressions),
+        partitions=PARTITIONS,
+    )
 
 
 if __name__ == "__main__":

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from pathlib import Path
 from typing import Any
 
 import faust
 
-PREFIX = os.environ["HEADRACE_TOPICS__PREFIX"]
-WINDOW_MS = int(os.environ["HEADRACE_JOIN__WINDOW_MS"])
-PARTITIONS = int(os.environ["HEADRACE_TOPICS__PARTITIONS"])
+PREFIX = os.environ["PEER_PREFIX"]
+WINDOW_MS = int(os.environ["PEER_WINDOW_MS"])
+PARTITIONS = int(os.environ["PEER_PARTITIONS"])
 
 app = faust.App(
     f"{PREFIX}peer",
-    broker=f"kafka://{os.environ['HEADRACE_KAFKA__BOOTSTRAP_SERVERS']}",
+    broker=f"kafka://{os.environ['PEER_BROKER']}",
     store="memory://",  # the fastest of its stores
-    datadir=os.environ["HEADRACE_STATE_DIR"],
+    datadir=os.environ["PEER_DATA_DIR"],
     topic_partitions=PARTITIONS,
     consumer_auto_offset_reset="earliest",
     topic_disable_leader=True,
@@ -37,6 +39,13 @@ early = app.Table("early", default=None, key_type=bytes, value_type=bytes, parti
 queues: dict[int, list[tuple[int, bytes]]] = {}
 heads: dict[int, int] = {}
 seen: dict[tuple[str, int], int] = {}
+
+
+def note_start() -> None:
+    """When the first record came: the clock of the benchmark starts there."""
+    started = Path(os.environ["PEER_STARTED"])
+    if not seen and not started.exists():
+        started.write_text(str(time.monotonic()))
 
 
 async def label(key: bytes, value: bytes, text: bytes, partition: int) -> None:
@@ -64,6 +73,7 @@ def watermark_of(event: Any) -> int | None:
 @app.agent(impressions)
 async def on_impressions(stream: Any) -> None:
     async for event in stream.events():
+        note_start()
         partition = event.message.partition
         mark = watermark_of(event)
         if mark is not None:
@@ -84,6 +94,7 @@ async def on_impressions(stream: Any) -> None:
 @app.agent(clicks)
 async def on_clicks(stream: Any) -> None:
     async for event in stream.events():
+        note_start()
         partition = event.message.partition
         mark = watermark_of(event)
         if mark is not None:

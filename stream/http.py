@@ -49,7 +49,7 @@ class HttpServer:
             start_response("503 Service Unavailable" if problem else "200 OK", [("Content-Type", "text/plain")])
             return [f"{problem or 'ok'}\n".encode()]
 
-        self._server = make_server(settings.host, settings.port, application, WSGIServer, _Quiet)  # type: ignore[arg-type]
+        self._server = make_server(settings.host, settings.port, application, WSGIServer, _Quiet)
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
 
     @property

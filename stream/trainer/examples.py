@@ -82,7 +82,7 @@ class ExampleDecoder:
             assert columns is not None
         labels, weights, impression_ms = columns
         decoded = self._features.impressions([record.value for record in records])
-        letters.extend(DeadLetter.of(records[bad.index], bad.reason, bad.path, bad.message) for bad in decoded.bad)
+        letters.extend(_letter(records[bad.index], bad.reason, bad.path, bad.message) for bad in decoded.bad)
         letters.sort(key=lambda letter: letter.offset)
         rows = decoded.rows
         offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
@@ -127,7 +127,7 @@ def _sort_out(records: Sequence[Any], headers: list[Headers]) -> tuple[list[Any]
         try:
             _check(each)
         except _BadHeader as error:
-            letters.append(DeadLetter.of(record, error.reason, error.path, str(error)))
+            letters.append(_letter(record, error.reason, error.path, str(error)))
         else:
             good.append(record)
             kept.append(each)
@@ -152,6 +152,13 @@ def _check(headers: Headers) -> None:
         raise _BadHeader("wrong_type", "impression_ms", f"expected epoch milliseconds, found {_shown(time_ms)}")
     if len(time_ms) > MAX_DIGITS:
         raise _BadHeader("out_of_range", "impression_ms", f"expected epoch milliseconds, found {_shown(time_ms)}")
+
+
+def _letter(record: Any, reason: str, path: str, message: str) -> DeadLetter:
+    """A dead letter's own `source_offset` is the record's in `examples`; the example's, of its impression, gets another name."""
+    letter = DeadLetter.of(record, reason, path, message)
+    renamed = {"source_offset": "impression_offset"}
+    return letter._replace(headers=tuple((renamed.get(name, name), value) for name, value in letter.headers))
 
 
 def _shown(value: bytes) -> str:

@@ -60,6 +60,10 @@ def test_a_bad_record_is_set_aside_with_its_reason(fault, reason, path, many):
     assert (letter.reason, letter.path) == (reason, path)
     assert (letter.topic, letter.partition, letter.offset, letter.value) == ("examples", 0, 1, records[1].value)
     assert letter.reason in REASONS
+    names = [name for name, _ in letter.out_headers()]
+    assert len(names) == len(set(names))  # else readers couldn't tell whose offset it is
+    assert dict(letter.out_headers())["source_offset"] == b"1"
+    assert dict(letter.out_headers())["impression_offset"] == b"1"
     assert letter.message
 
 

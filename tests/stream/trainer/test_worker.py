@@ -106,6 +106,10 @@ async def until(true: Callable[[], bool], process: Process, timeout_s: float = P
         await asyncio.sleep(0.05)
 
 
+async def until_version(process: Process, version: int) -> None:
+    await until(lambda: process.metric("snapshot_version") >= version, process)
+
+
 async def send(settings: Settings, numbers: range, *, partitions: int = 1, bad: Callable[[int], bool] = lambda index: False):
     """Examples straight into `examples`, each in the partition of its number."""
     from aiokafka import AIOKafkaProducer
@@ -186,7 +190,7 @@ async def test_killed_again_and_again_each_example_counts_once_and_each_bad_one_
         await send(topics, range(sent, stop), partitions=2, bad=bad)
         sent = stop
         process = start(topics)
-        await until(lambda at=version: process.metric("snapshot_version") > at, process)
+        await until_version(process, version + 1)
         if stop < total:
             process.kill()
             version = await newest(topics)
@@ -214,7 +218,7 @@ async def dead_letters(settings: Settings) -> list[tuple[tuple[int, int], str]]:
     topic = TopicNames.of(settings.topics).dead_letters
     consumer = AIOKafkaConsumer(**aiokafka_options(settings.kafka), enable_auto_commit=False, auto_offset_reset="earliest")
     await consumer.start()
-    places = [TopicPartition(topic, partition) for partition in await asyncio.to_thread(lambda: [0, 1])]
+    places = [TopicPartition(topic, partition) for partition in (0, 1)]
     consumer.assign(places)
     await consumer.seek_to_beginning()
     ends = await consumer.end_offsets(places)
@@ -231,16 +235,13 @@ async def dead_letters(settings: Settings) -> list[tuple[tuple[int, int], str]]:
 
 
 async def test_a_second_trainer_takes_over_and_the_first_one_ends(topics, start):
-    await send(topics, range(0, 1_000), partitions=2)
+    await send(topics, range(1_000), partitions=2)
     first = start(topics)
     await until(lambda: first.metric("snapshot_version") >= 1, first)
     second = start(topics)
     await until(lambda: second.answer("/readyz") == "ok\n", second)
     await send(topics, range(1_000, 3_000), partitions=2)
-    deadline = time.monotonic() + PATIENCE_S
-    while first.process.poll() is None and time.monotonic() < deadline:
-        await asyncio.sleep(0.05)
-    assert first.process.returncode == 1, first.log.read_text()
+    assert await asyncio.to_thread(first.process.wait, PATIENCE_S) == 1, first.log.read_text()
     await until(
         lambda: second.metric('lag_records{partition="0"}') == 0 and second.metric('progressive_examples{scope="total"}') > 0,
         second,
