@@ -16,6 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["interleaved", "machine", "report"]
 
+_BUSY = 0.1
+"""Share of the machine in other hands above which a benchmark says so: threads that wait for one another lose more."""
+
 
 def machine() -> str:
     """Processor and cores, so that a figure can be read later."""
@@ -34,6 +37,9 @@ def interleaved(work: Mapping[str, Callable[[], int]], rounds: int) -> dict[str,
     """
     rates: dict[str, list[float]] = {name: [] for name in work}
     console = Console(stderr=True)
+    busy = 1 - _idle_share(seconds=1.0)
+    if busy > _BUSY:
+        console.print(f"[yellow]Other work keeps the machine {busy:.0%} busy: medians will be low and ratios unsure.")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("rounds", total=rounds * len(work))
@@ -47,6 +53,22 @@ def interleaved(work: Mapping[str, Callable[[], int]], rounds: int) -> dict[str,
     for name, values in rates.items():
         print(f"{name:32s} median {statistics.median(values):10,.0f}/s   best {max(values):10,.0f}/s", file=sys.stderr)
     return rates
+
+
+def _idle_share(seconds: float) -> float:
+    """How much of the machine is idle, measured over `seconds`."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 1.0
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        return fields[3] + fields[4], sum(fields)  # idle and waiting for disks, all
+
+    idle, total = ticks()
+    time.sleep(seconds)
+    idle_after, total_after = ticks()
+    return (idle_after - idle) / max(1, total_after - total)
 
 
 def report(**figures: object) -> None:

@@ -29,11 +29,14 @@ app = faust.App(
     web_enabled=False,
     producer_linger_ms=5,
 )
-impressions = app.topic(f"{PREFIX}impressions", key_type=bytes, value_type=bytes)
-clicks = app.topic(f"{PREFIX}clicks", key_type=bytes, value_type=bytes)
-examples = app.topic(f"{PREFIX}examples", key_type=bytes, value_type=bytes)
-pending = app.Table("pending", default=None, key_type=bytes, value_type=bytes, partitions=PARTITIONS)
-early = app.Table("early", default=None, key_type=bytes, value_type=bytes, partitions=PARTITIONS)
+raw: dict[str, Any] = {"key_serializer": "raw", "value_serializer": "raw"}  # bytes as they are, no JSON on top
+impressions = app.topic(f"{PREFIX}impressions", key_type=bytes, value_type=bytes, **raw)
+clicks = app.topic(f"{PREFIX}clicks", key_type=bytes, value_type=bytes, **raw)
+examples = app.topic(f"{PREFIX}examples", key_type=bytes, value_type=bytes, **raw)
+pending = app.Table(
+    "pending", default=None, schema=faust.Schema(key_type=bytes, value_type=bytes, **raw), partitions=PARTITIONS
+)
+early = app.Table("early", default=None, schema=faust.Schema(key_type=bytes, value_type=bytes, **raw), partitions=PARTITIONS)
 
 # Event times in order of arrival, by partition: what a timer needs to find what has expired without scanning the table.
 queues: dict[int, list[tuple[int, bytes]]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 
 from model.errors import ModelError
@@ -14,10 +13,10 @@ from model.settings import ModelSettings
 from state.errors import SnapshotCorrupt
 from state.store import SnapshotStore
 
-__all__ = ["Ready", "Served"]
+__all__ = ["Served", "load_version"]
 
 # A first forward pass allocates and warms up; it happens before a version answers anybody.
-_WARM_UP = [b'{"impression_id":"","timestamp":0,"features":{}}'] * 8
+_WARM_UP = [b'{"request_id":"","candidates":[%b]}' % b",".join([b'{"id":""}'] * 50)] * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,39 +29,25 @@ class Served:
     predictor: Predictor
 
 
-class Ready:
-    """Loads versions and keeps the last `keep` of them, so that going back costs no download. For one thread."""
+def load_version(store: SnapshotStore, version: int, *, device: str) -> Served:
+    """Read a version and make it ready to answer; blocks.
 
-    def __init__(self, store: SnapshotStore, *, keep: int, device: str) -> None:
-        self._store, self._keep, self._device = store, keep, device
-        self._kept: OrderedDict[int, Served] = OrderedDict()
+    Features and model are the manifest's own: a scorer serves what was trained, whatever its settings say.
 
-    def get(self, version: int) -> Served:
-        """A version ready to answer; blocks while it is read.
-
-        Features and model are the manifest's own: a scorer serves what was trained, whatever its settings say.
-
-        Raises:
-            SnapshotError: the version is missing or isn't what its manifest says.
-        """
-        served = self._kept.pop(version, None) or self._load(version)
-        self._kept[version] = served
-        while len(self._kept) > self._keep:
-            self._kept.popitem(last=False)
-        return served
-
-    def _load(self, version: int) -> Served:
-        manifest = self._store.manifest(version)
-        try:
-            schema = FeatureSchema.model_validate(manifest.features)
-            settings = ModelSettings.model_validate(manifest.model)
-            predictor = Predictor(schema, settings, self._store.serving(version), device=self._device)
-        except (ModelError, ValueError) as error:
-            raise SnapshotCorrupt(
-                f"version {version}: expected weights of the model that its manifest names, found: {error}. "
-                "Roll back with `headrace snapshot rollback`; this scorer goes on with the version that it has."
-            ) from error
+    Raises:
+        SnapshotError: the version is missing or isn't what its manifest says.
+    """
+    manifest = store.manifest(version)
+    try:
+        schema = FeatureSchema.model_validate(manifest.features)
+        settings = ModelSettings.model_validate(manifest.model)
         decoder = FeatureDecoder(schema)
-        predictor.predict(decoder.impressions(_WARM_UP).batch)
-        created_at_ms = manifest.created_at_ms or int(time.time() * 1000)
-        return Served(version, created_at_ms, decoder, predictor)
+        predictor = Predictor(schema, settings, store.serving(version), device=device)
+    except (ModelError, ValueError) as error:
+        raise SnapshotCorrupt(
+            f"version {version}: expected weights of the model that its manifest names, found: {error}. "
+            "Roll back with `headrace snapshot rollback`; this scorer goes on with the version that it has."
+        ) from error
+    predictor.predict(decoder.requests(_WARM_UP).batch)
+    created_at_ms = manifest.created_at_ms or int(time.time() * 1000)
+    return Served(version, created_at_ms, decoder, predictor)

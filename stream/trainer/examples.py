@@ -155,7 +155,7 @@ def _check(headers: Headers) -> None:
 
 
 def _letter(record: Any, reason: str, path: str, message: str) -> DeadLetter:
-    """A dead letter's own `source_offset` is the record's in `examples`; the example's, of its impression, gets another name."""
+    """`source_offset` is the record's in `examples`, as of every dead letter; the example's own one gets another name."""
     letter = DeadLetter.of(record, reason, path, message)
     renamed = {"source_offset": "impression_offset"}
     return letter._replace(headers=tuple((renamed.get(name, name), value) for name, value in letter.headers))
