@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -46,7 +46,7 @@ Entry = tuple[int, int, bool]  # event time ms, offset, clicked
 Pending = tuple[int, int, bytes, bytes]  # event time ms, offset, id, value
 
 
-class Chunk(msgspec.Struct, frozen=True):
+class Chunk(msgspec.Struct, frozen=True, order=True):
     """The ids that one step remembered, and where the logs stood at its start."""
 
     first_offset: int
@@ -135,12 +135,16 @@ class StateBatch:
         name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.clicks_position, chunk.examples_position)
         self._batch.put(name, msgspec.msgpack.encode(keys), self._state.chunks_family)
 
-    def forget(self, chunk: Chunk, before_ms: int) -> None:
-        """Forget a chunk's ids, but not one that was used again by an impression of `before_ms` or later."""
+    def forget(self, chunk: Chunk, before_ms: int, changed: Mapping[bytes, Entry]) -> None:
+        """Forget a chunk's ids, but not one that was used again by an impression of `before_ms` or later.
+
+        `changed` is what this batch remembers: the state doesn't show it yet.
+        """
         name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.clicks_position, chunk.examples_position)
         packed = self._state.chunks.get(name)
         keys = msgspec.msgpack.decode(packed, type=list[bytes]) if packed else []
-        for key, entry in zip(keys, self._state.entries(keys), strict=True):
+        for key, stored in zip(keys, self._state.entries(keys), strict=True):
+            entry = changed.get(key, stored)
             if entry is not None and entry[0] < before_ms:
                 self._batch.delete(key, self._state.ids_family)
         self._batch.delete(name, self._state.chunks_family)
@@ -219,25 +223,44 @@ class JoinState:
         read.set_iterate_upper_bound(_ORDERED.pack(until_ms, 0))
         read.set_readahead_size(1 << 20)
         unpack, length = _ORDERED.unpack, _U32.unpack_from
-        for key, row in self.payloads.items(from_key=_ORDERED.pack(max(from_ms, 0), 0), read_opt=read):
+        key = start = _ORDERED.pack(max(from_ms, 0), 0)
+        for key, row in self.payloads.items(from_key=start, read_opt=read):
             time_ms, offset = unpack(key)
             cut = 4 + length(row)[0]
             yield time_ms, offset, row[4:cut], row[cut:]
+        self._check_end(self.payloads, key)
 
     def early_clicks(self) -> Iterator[tuple[bytes, tuple[int, int, bytes]]]:
         """Every early click: id and (event time, offset, bytes)."""
-        size = _ORDERED.size
+        size, key = _ORDERED.size, b""
         for key, value in self.early.items():
             time_ms, offset = _ORDERED.unpack(key[-size:])
             yield key[:-size], (time_ms, offset, value)
+        self._check_end(self.early, key)
 
     def all_chunks(self) -> Iterator[Chunk]:
+        """Every chunk, by first offset."""
+        key = b""
         for key in self.chunks.keys():  # noqa: SIM118
             yield Chunk(*_CHUNK.unpack(key))
+        self._check_end(self.chunks, key)
 
     def count_pending(self) -> int:
         """Pending impressions, counted by a scan: for recovery and checks, not for the hot path."""
-        return sum(1 for _ in self.payloads.keys())  # noqa: SIM118
+        count, key = 0, b""
+        for key in self.payloads.keys():  # noqa: B007, SIM118
+            count += 1
+        self._check_end(self.payloads, key)
+        return count
+
+    @staticmethod
+    def _check_end(family: Rdict, last: bytes) -> None:
+        """Raise what ended a scan at key `last`: rocksdict's iterators stop at a damaged block as if nothing came after it."""
+        rows = family.iter()
+        rows.seek(last)
+        if rows.valid():
+            rows.next()
+        rows.status()
 
     def flush(self) -> None:
         """Begin to write out what is in memory, so that a crash leaves little to read again."""

@@ -8,6 +8,10 @@ __all__ = ["REASONS", "DeadLetter", "Header"]
 
 Header = tuple[str, bytes]
 
+# Characters of an error text and of a path. Both may quote an id or a field's name as large as the record itself, which must
+# still fit into `dead-letters`: twice this, at 4 bytes each, is far below the 64 KiB that the topic takes above its sources.
+MAX_TEXT = 1_000
+
 # Every reason code, and what it says. docs/events.md lists them; tests/test_docs.py holds the two together.
 REASONS = {
     "empty_value": "the record has no value",
@@ -57,8 +61,8 @@ class DeadLetter(NamedTuple):
         """Headers of the record in `dead-letters`: ours first, then the original's own."""
         return [
             ("reason", self.reason.encode()),
-            ("error", self.message.encode()),
-            ("path", self.path.encode()),
+            ("error", self.message[:MAX_TEXT].encode(errors="replace")),
+            ("path", self.path[:MAX_TEXT].encode(errors="replace")),
             ("source_topic", self.topic.encode()),
             ("source_partition", str(self.partition).encode()),
             ("source_offset", str(self.offset).encode()),

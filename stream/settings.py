@@ -145,6 +145,10 @@ class ScorerSettings(_Frozen):
     max_candidates: int = Field(default=2_000, ge=1, description="Of one request; more get an error answer.")
     heartbeat_ms: int = Field(default=1_000, ge=100)
     lease_ms: int = Field(default=10_000, ge=500, description="Without the registry's end for this long, answers say `stale`.")
+    instance_id: str | None = Field(
+        default=None,
+        description="Stable name of this worker (a pod's name), in the group and in heartbeats; drawn at each start when unset.",
+    )
 
 
 class HttpSettings(_Frozen):

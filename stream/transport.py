@@ -51,10 +51,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class LogEnd:
-    """The end of a partition's log as the last answered fetch saw it, and when that fetch was sent."""
+    """The end of a partition's log as the last fetch saw it, and when that was answered."""
 
-    offset: int
+    offset: int  # the last stable one: nothing beyond it can be read
     seen_at_ms: int  # this machine's wall clock
+    highwater: int  # beyond `offset` while a transaction is open
 
 
 class RunSchema(faust.Schema):
@@ -141,7 +142,7 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         if state is None or state.timestamp is None:
             return None
         end = state.highwater if state.lso is None else state.lso
-        return None if end is None else LogEnd(end, state.timestamp)
+        return None if end is None else LogEnd(end, state.timestamp, state.highwater)
 
 
 class _Consumer(driver.Consumer):

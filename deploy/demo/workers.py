@@ -55,6 +55,8 @@ class Worker:
         return None if self._process is None else self._process.poll()
 
     def start(self) -> None:
+        """Start it, also again after it has ended."""
+        self.wait_stopped()  # closes the old leash
         command = [sys.executable, "-m", "headrace", "run", self.kind, "--leash", "--http-port", str(self.port)]
         with self.log.open("ab") as stderr:
             # A session of its own: Ctrl-C in the terminal is for the parent, which stops its workers in order.

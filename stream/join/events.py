@@ -1,7 +1,7 @@
 """Reading a run of impressions or clicks: the envelope only (id, event time, well-formed JSON).
 
-The fast path decodes a whole run in one call. Whatever it can't vouch for goes record by record through `_read_one`, which is
-the reference: both use the same decoder, so they agree by construction on every record that is one line of UTF-8.
+The fast path decodes a whole run in one call. Whatever it can't vouch for goes record by record through `_read_one`, which has
+the last word: both use the same decoder, so they agree by construction where the run is one object a line.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = ["WATERMARK_HEADER", "Events", "read_run"]
 
 WATERMARK_HEADER = "headrace-watermark"
 MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of year 9999, the last that ISO 8601 writes in four digits
+_MAX_DIGITS = len(str(MAX_TIMESTAMP_MS))  # of a watermark record: Python refuses to read thousands
 
 
 class _Envelope(msgspec.Struct):
@@ -60,11 +61,15 @@ def _read_fast(records: Sequence[Any], max_future_ms: int) -> Events | None:
     keys = [record.key for record in records]
     try:
         lines = b"\n".join(values)
-        if lines.count(b"\n") != max(len(values) - 1, 0):
-            return None  # a line break inside a value: lines and records are not one to one
+        # The decoder takes objects as they come, not lines. With a closing and an opening brace at every line break, and no
+        # other line breaks, no object can go on over one (a comma would have to stand there, or a string would have to hold
+        # it), so every line has at least one object, and as many objects as lines means one each.
+        breaks = max(len(values) - 1, 0)
+        if lines.count(b"\n") != breaks or lines.count(b"}\n{") != breaks:
+            return None
         lines.decode()
         envelopes = _decoder.decode_lines(lines)
-    except (TypeError, UnicodeDecodeError, msgspec.DecodeError):
+    except (TypeError, UnicodeDecodeError, msgspec.DecodeError, RecursionError):
         return None
     if [envelope.impression_id.encode() for envelope in envelopes] != keys:
         return None
@@ -98,9 +103,9 @@ def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter | int:
         mark = dict(record.headers).get(WATERMARK_HEADER)
         if mark is None:
             return DeadLetter.of(record, "empty_value", "$", "expected a JSON object, found an empty value")
-        if mark.isdigit() and int(mark) <= MAX_TIMESTAMP_MS:
+        if mark.isdigit() and len(mark) <= _MAX_DIGITS and int(mark) <= MAX_TIMESTAMP_MS:
             return int(mark)
-        message = f"header {WATERMARK_HEADER}: expected milliseconds since the epoch, found {mark!r}"
+        message = f"header {WATERMARK_HEADER}: expected milliseconds since the epoch, found {mark[:40]!r}"
         return DeadLetter.of(record, "out_of_range", "$", message)
     try:
         value.decode()
@@ -111,9 +116,11 @@ def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter | int:
     except msgspec.ValidationError as error:
         text = str(error)
         reason = "missing_field" if "missing required field" in text else "wrong_type"
-        if "Expected `int` >=" in text or "Expected `int` <=" in text or "length >=" in text:
+        if any(mark in text for mark in ("Expected `int` >=", "Expected `int` <=", "length >=", "out of range")):
             reason = "out_of_range"
         return DeadLetter.of(record, reason, _path_in(text), text)
+    except RecursionError:
+        return DeadLetter.of(record, "malformed_json", "$", "expected JSON nested less than some 600 levels deep")
     except msgspec.DecodeError as error:
         return DeadLetter.of(record, "malformed_json", "$", str(error))
     if envelope.impression_id.encode() != record.key:

@@ -9,8 +9,8 @@ Times are event times in ms. With W the watermark, `window`, `horizon` and `skew
   records alone, not at W, so that a rebuild, which knows only today's W, decides as it was decided then;
 - ids are remembered until W - window - 2 * horizon: the oldest that an impression which isn't late can be a duplicate of.
 
-A step takes its impressions, then its clicks, and only then moves the watermark and expires: how a log was cut into steps never
-changes a label that the watermark has not yet settled.
+A step takes its runs as they came, and only then moves the watermark and expires: how a log was cut into steps never changes a
+label that the watermark has not yet settled.
 """
 
 from __future__ import annotations
@@ -50,58 +50,59 @@ EarlyClick = tuple[int, int, bytes]  # event time, offset, the record's value
 class Memory:
     """The part of a partition's state that is small enough to stand in memory; RocksDB has it too.
 
-    Early clicks are those whose impression has not come; a chunk is what one step remembered. Both come in order of offset, and
-    dictionaries keep that order, so the first of each is the low-water mark.
+    Early clicks are those whose impression has not come, by id and event time; a chunk is what one step remembered. Both come
+    in order of offset, and dictionaries keep that order, so the first of each is the low-water mark.
     """
 
     watermark_ms: int = NEVER_MS
     impressions_seen_ms: int = NEVER_MS
     clicks_seen_ms: int = NEVER_MS
-    early: dict[bytes, list[EarlyClick]] = field(default_factory=dict)
+    early: dict[bytes, dict[int, EarlyClick]] = field(default_factory=dict)
     _early_offsets: dict[int, None] = field(default_factory=dict)
     _early_due: list[tuple[int, int, bytes]] = field(default_factory=list)  # a heap; clicks matched since stay in it
-    _chunks: dict[int, Chunk] = field(default_factory=dict)
-    _chunks_due: list[tuple[int, int]] = field(default_factory=list)  # a heap by largest event time
+    _chunks: dict[Chunk, None] = field(default_factory=dict)
+    _chunks_due: list[tuple[int, Chunk]] = field(default_factory=list)  # a heap by largest event time
+
+    @property
+    def early_clicks(self) -> int:
+        return len(self._early_offsets)
 
     def add_early(self, key: bytes, click: EarlyClick) -> None:
-        self.early.setdefault(key, []).append(click)
+        self.early.setdefault(key, {})[click[0]] = click
         self._early_offsets[click[1]] = None
         heapq.heappush(self._early_due, (click[0], click[1], key))
 
     def drop_early(self, key: bytes, clicks: Iterable[EarlyClick]) -> None:
-        gone = {offset for _, offset, _ in clicks}
-        left = [click for click in self.early[key] if click[1] not in gone]
-        if left:
-            self.early[key] = left
-        else:
+        waiting = self.early[key]
+        for time_ms, offset, _ in clicks:
+            del waiting[time_ms], self._early_offsets[offset]
+        if not waiting:
             del self.early[key]
-        for offset in gone:
-            del self._early_offsets[offset]
 
     def due_early(self, before_ms: int) -> Iterator[tuple[bytes, EarlyClick]]:
         """Take out the early clicks whose time is before `before_ms`."""
         while self._early_due and self._early_due[0][0] < before_ms:
-            _, offset, key = heapq.heappop(self._early_due)
-            for click in self.early.get(key, ()):
-                if click[1] == offset:
-                    self.drop_early(key, [click])
-                    yield key, click
-                    break
+            time_ms, offset, key = heapq.heappop(self._early_due)
+            click = self.early.get(key, {}).get(time_ms)
+            if click is not None and click[1] == offset:
+                self.drop_early(key, [click])
+                yield key, click
 
     def add_chunk(self, chunk: Chunk) -> None:
-        self._chunks[chunk.first_offset] = chunk
-        heapq.heappush(self._chunks_due, (chunk.max_time_ms, chunk.first_offset))
+        self._chunks[chunk] = None
+        heapq.heappush(self._chunks_due, (chunk.max_time_ms, chunk))
 
     def due_chunks(self, before_ms: int) -> list[Chunk]:
         """Take out the chunks whose every id may be forgotten."""
         due = []
         while self._chunks_due and self._chunks_due[0][0] < before_ms:
-            due.append(self._chunks.pop(heapq.heappop(self._chunks_due)[1]))
+            due.append(heapq.heappop(self._chunks_due)[1])
+            del self._chunks[due[-1]]
         return due
 
     def low_water(self, impressions: int, clicks: int, examples: int) -> tuple[int, int, int]:
         """The earliest offsets that what is remembered still needs, given the positions now."""
-        for chunk in self._chunks.values():
+        for chunk in self._chunks:
             impressions, examples = min(impressions, chunk.first_offset), min(examples, chunk.examples_position)
             break
         for offset in self._early_offsets:
@@ -119,6 +120,7 @@ class Plan:
     counts: Counter[str] = field(default_factory=Counter)
     remembered: dict[bytes, Entry] = field(default_factory=dict)
     new_ids: list[bytes] = field(default_factory=list)
+    first_offset: int = -1  # of the first impression remembered
     new_pending: dict[tuple[int, int], tuple[bytes, bytes]] = field(default_factory=dict)
     dropped_pending: list[tuple[int, int]] = field(default_factory=list)
     new_early: list[tuple[bytes, EarlyClick]] = field(default_factory=list)
@@ -178,6 +180,7 @@ class Step:
         ):
             # Nothing but new ids: the whole run at once.
             plan.remembered.update(fresh)
+            self._new_from(events.offsets[0])
             plan.new_ids.extend(events.keys)
             places = zip(events.times_ms, events.offsets, strict=True)
             plan.new_pending.update(zip(places, zip(events.keys, events.values, strict=True), strict=True))
@@ -201,17 +204,23 @@ class Step:
                 plan.counts["duplicate_impressions"] += 1
             else:
                 plan.counts["impressions"] += 1
+                self._new_from(offset)
                 plan.new_ids.append(key)
                 plan.remembered[key] = (time_ms, offset, False)
                 plan.new_pending[time_ms, offset] = (key, events.values[index])
                 if key in self._memory.early:
                     self._match_early(key)
 
+    def _new_from(self, offset: int) -> None:
+        # Not from `remembered`: an id used twice in a step has only its later offset there.
+        if self.plan.first_offset < 0:
+            self.plan.first_offset = offset
+
     def _match_early(self, key: bytes) -> None:
         """Label a new impression by the earliest early click that counts; the others in its window are duplicates of it."""
         time_ms, offset, _ = self.plan.remembered[key]
         waiting = self._memory.early[key]
-        counting = sorted(click for click in waiting if -self._skew <= click[0] - time_ms <= self._window)
+        counting = sorted(click for click in waiting.values() if -self._skew <= click[0] - time_ms <= self._window)
         if not counting:
             return
         self._memory.drop_early(key, counting)
@@ -263,7 +272,7 @@ class Step:
     def _keep_early(self, record: Any, key: bytes, time_ms: int, offset: int) -> None:
         if time_ms + self._skew < self._memory.watermark_ms:
             self._orphan(DeadLetter.of(record, "orphan_click", "$.impression_id", ""), time_ms)
-        elif any(click[0] == time_ms for click in self._memory.early.get(key, ())):
+        elif time_ms in self._memory.early.get(key, ()):
             self.plan.counts["duplicate_clicks"] += 1
         else:
             click = (time_ms, offset, record.value)
@@ -279,7 +288,9 @@ class Step:
         self.plan.counts["orphan_clicks"] += 1
 
     def _see(self, source: str, events: Events) -> None:
-        seen = max((max(events.times_ms) - self._lateness) if events.times_ms else NEVER_MS, events.watermark_ms)
+        seen = events.watermark_ms if events.watermark_ms >= 0 else NEVER_MS
+        if events.times_ms:
+            seen = max(seen, max(events.times_ms) - self._lateness)
         if source == "impressions":
             self._memory.impressions_seen_ms = max(self._memory.impressions_seen_ms, seen)
         else:

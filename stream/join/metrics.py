@@ -79,7 +79,7 @@ class JoinMetrics:
             self.click_coverage.set(self._clicks_matched / self._clicks_seen)
         number, memory = str(partition.number), partition.memory
         self.pending.labels(number).set(partition.pending)
-        self.early.labels(number).set(len(memory.early))
+        self.early.labels(number).set(memory.early_clicks)
         newest = max(memory.impressions_seen_ms, memory.clicks_seen_ms)
         if memory.watermark_ms > NEVER_MS:
             self.watermark.labels(number).set(memory.watermark_ms / 1000)

@@ -161,7 +161,7 @@ class PartitionJoin:
         )
         plan = step.close(allowed, self._names.clicks, self.number)
         self._metrics.decide_seconds.observe(time.perf_counter() - began)
-        if runs or plan.examples or plan.dead:
+        if runs or plan.examples or plan.dead or plan.forgotten:
             chunk = self._chunk(plan)
             try:
                 await self._commit(plan, after)
@@ -183,7 +183,8 @@ class PartitionJoin:
         now, timeout_s = time.monotonic(), self._settings.idle_timeout_ms / 1000
         end = self._log_end(topic)
         recent = end is not None and time.time() * 1000 - end.seen_at_ms < self._settings.idle_timeout_ms
-        if end is None or not recent or position < end.offset:
+        # Of all that is written: behind an open transaction there are records to come.
+        if end is None or not recent or position < end.highwater:
             self._idle_since.pop(topic, None)
             return False
         return now - self._idle_since.setdefault(topic, now) >= timeout_s
@@ -192,9 +193,8 @@ class PartitionJoin:
         """What this step remembers, with the positions before it."""
         if not plan.new_ids:
             return None
-        entries = [plan.remembered[key] for key in plan.new_ids]
-        first, latest = min(entry[1] for entry in entries), max(entry[0] for entry in entries)
-        chunk = Chunk(first, latest, self.positions.clicks, self.positions.examples)
+        latest = max(plan.remembered[key][0] for key in plan.new_ids)
+        chunk = Chunk(plan.first_offset, latest, self.positions.clicks, self.positions.examples)
         self._memory.add_chunk(chunk)
         return chunk
 
@@ -248,8 +248,9 @@ class PartitionJoin:
         batch.drop_early(plan.dropped_early)
         if chunk is not None:
             batch.add_chunk(chunk, plan.new_ids)
+        before_ms = self._memory.watermark_ms - self._settings.window_ms - 2 * self._settings.dedupe_horizon_ms
         for forgotten in plan.forgotten:
-            batch.forget(forgotten, self._memory.watermark_ms - self._settings.window_ms - 2 * self._settings.dedupe_horizon_ms)
+            batch.forget(forgotten, before_ms, plan.remembered)
         batch.set_meta(
             JoinMeta(
                 identity=self._identity,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import TopicPartition
@@ -52,7 +53,7 @@ class _Committed:
     clicks: int
     impressions_start: int  # of the log
     clicks_start: int
-    progress: Progress | None  # None before the first transaction ever
+    progress: Progress | None  # None before the first transaction ever, and after the offsets were reset by hand
 
 
 class Takeover:
@@ -104,9 +105,21 @@ class Takeover:
         try:
             await consumer.start()
             committed = await self._committed(consumer, number)
-            state = self._open(number, committed)
-            rebuild = _Rebuild(self._settings, self._names, number, self._identity, consumer, state, committed, still_ours)
-            memory, positions, pending = await rebuild.run()
+            destroyed = False
+            while True:
+                state = self._open(number, committed)
+                rebuild = _Rebuild(self._settings, self._names, number, self._identity, consumer, state, committed, still_ours)
+                try:
+                    memory, positions, pending = await rebuild.run()
+                    break
+                except Exception as error:
+                    # RocksDB finds most damage only when it reads, and the rebuild reads everything that is pending.
+                    if destroyed or not str(error).startswith("Corruption"):
+                        raise
+                    log.warning("%s is damaged, it is rebuilt from the log: %s", state.path, error)
+                    state.close()
+                    JoinState.destroy(state.path)
+                    destroyed = True
         except BaseException:
             if state is not None:
                 state.close()
@@ -156,7 +169,15 @@ class Takeover:
                     "were read. Retention is too short for how long the join stood still: raise `topics.retention_ms`, and "
                     "reset the group's offsets with Kafka's consumer-groups tool to go on without them."
                 )
-        progress = decode_progress(known[impressions].metadata)
+        try:
+            metadata = known[impressions].metadata
+            progress = decode_progress(metadata) if metadata else None
+        except msgspec.DecodeError as error:
+            raise PositionError(
+                f"group {self._group}, partition {number}: expected the join's progress in the committed offsets' metadata, "
+                f"found {metadata[:80]!r}. Something else commits in this group: give the join another `join.group`, or reset "
+                "the offsets of both topics with Kafka's consumer-groups tool to begin anew from there."
+            ) from error
         return _Committed(known[impressions].offset, known[clicks].offset, starts[impressions], starts[clicks], progress)
 
     def _open(self, number: int, committed: _Committed) -> JoinState:
@@ -166,7 +187,7 @@ class Takeover:
             try:
                 state = JoinState(path, self._options)
             except JoinStateError as error:
-                if "lock" in str(error).lower():
+                if any(mark in str(error) for mark in ("While lock file", "lock hold by")):  # RocksDB's own words
                     log.warning("%s is open in another process; trying the next folder", path)
                     continue
                 log.warning("throwing away local state, it is rebuilt from the log: %s", error)
@@ -175,6 +196,7 @@ class Takeover:
             meta = state.meta()
             if (
                 meta is not None
+                and committed.progress is not None
                 and meta.identity == self._identity
                 and committed.impressions_start <= meta.impressions_position <= committed.impressions
                 and committed.clicks_start <= meta.clicks_position <= committed.clicks
@@ -196,7 +218,8 @@ class Takeover:
 class _Rebuild:
     """Brings a state from where it stands to the committed offsets.
 
-    Writing is idempotent and the positions are written last, so a crash in between only means doing it again.
+    Writing is idempotent and the positions are written last, so a crash in between only means doing it again: over what an
+    unfinished rebuild has left, which knew less of the log. What it left pending may have its label by now.
     """
 
     def __init__(
@@ -270,18 +293,21 @@ class _Rebuild:
                 yield records
 
     def _resolve(self, records: list[Any]) -> None:
-        """Note which impressions have their label, and mark those of an older local state that were clicked."""
-        older: list[tuple[bytes, int, int]] = []
+        """Note which impressions have their label, and mark those of the local state that were clicked since.
+
+        The others that were settled since have been passed by the watermark: `_settle` drops them all at once.
+        """
+        clicked: list[tuple[bytes, int, int]] = []
         for record in records:
-            offset, clicked = source_offset_of(record), label_of(record)
-            self._resolved[offset] = clicked
-            if clicked and offset < self._from.impressions:
-                older.append((record.key, int(dict(record.headers)["impression_ms"]), offset))
-        entries = self._state.entries([key for key, _, _ in older])
-        known = [row for row, entry in zip(older, entries, strict=True) if entry is not None and entry[:2] == (row[1], row[2])]
+            offset = source_offset_of(record)
+            self._resolved[offset] = label_of(record)
+            if self._resolved[offset]:
+                clicked.append((record.key, int(dict(record.headers)["impression_ms"]), offset))
+        entries = self._state.entries([key for key, _, _ in clicked])
+        known = [row for row, entry in zip(clicked, entries, strict=True) if entry is not None and entry[:2] == row[1:]]
         batch = self._state.batch()
         batch.remember((key, (time_ms, offset, True)) for key, time_ms, offset in known)
-        batch.drop_pending((time_ms, offset) for _, time_ms, offset in older)
+        batch.drop_pending((time_ms, offset) for _, time_ms, offset in clicked)
         batch.write()
 
     def _impressions(self, records: list[Any]) -> None:
@@ -292,21 +318,23 @@ class _Rebuild:
         stored = self._state.entries(events.keys)
         remembered: dict[bytes, Entry] = {}
         pending: list[tuple[int, int, bytes, bytes]] = []
+        first_offset = -1  # not from `remembered`: an id used twice has only its later offset there
         for index, (key, time_ms, offset) in enumerate(zip(events.keys, events.times_ms, events.offsets, strict=True)):
             known = remembered.get(key) or stored[index]
             if known is not None and known[1] < offset and time_ms <= known[0] + settings.dedupe_horizon_ms:
                 continue
-            if offset in self._resolved:
-                remembered[key] = (time_ms, offset, self._resolved[offset])
-            elif time_ms + settings.window_ms >= self._watermark_ms:
-                remembered[key] = (time_ms, offset, False)
+            if offset not in self._resolved and time_ms + settings.window_ms < self._watermark_ms:
+                continue
+            remembered[key] = (time_ms, offset, self._resolved.get(offset, False))
+            first_offset = offset if first_offset < 0 else first_offset
+            if offset not in self._resolved:
                 pending.append((time_ms, offset, key, events.values[index]))
         if remembered:
             batch = self._state.batch()
             batch.remember(remembered.items())
             batch.add_pending(pending)
-            first, latest = min(entry[1] for entry in remembered.values()), max(entry[0] for entry in remembered.values())
-            batch.add_chunk(Chunk(first, latest, self._from.clicks, self._from.examples), list(remembered))
+            latest = max(time_ms for time_ms, _, _ in remembered.values())
+            batch.add_chunk(Chunk(first_offset, latest, self._from.clicks, self._from.examples), list(remembered))
             batch.write()
 
     def _clicks(self, records: list[Any]) -> None:

@@ -53,7 +53,13 @@ class JoinWorker:
         self._loops: dict[int, asyncio.Task[None]] = {}
         self._takeover_done = False
         self._paused: set[TP] = set()
-        self.app = build_app(self._group, kafka, next_offset=self._next_offset, session_timeout_ms=settings.session_timeout_ms)
+        self.app = build_app(
+            self._group,
+            kafka,
+            next_offset=self._next_offset,
+            session_timeout_ms=settings.session_timeout_ms,
+            instance_id=settings.instance_id,
+        )
         # maxsize counts runs; acks are off because a commit of Faust's would erase our offsets' metadata.
         topic = self.app.topic(names.impressions, names.clicks, schema=RunSchema(), acks=False, maxsize=4)
         self.app.agent(topic, name="join")(self._consume)
@@ -102,6 +108,7 @@ class JoinWorker:
 
     async def _rebalanced(self) -> None:
         await self._stop_loops()
+        self._paused.clear()  # Faust resumes every partition when this is over
         generation = self.app.consumer_generation_id
         assigned = self.app.consumer.assignment()
         ours = {tp.partition for tp in assigned if tp.topic == self._names.impressions}
@@ -123,7 +130,11 @@ class JoinWorker:
             async with limit:
                 self.partitions[number] = await self._take(number, lambda: self.app.consumer_generation_id == generation)
 
-        await asyncio.gather(*(take(number) for number in sorted(ours - self.partitions.keys())))
+        # All of them end before the first failure counts: one that went on could meet the next rebalance's take of its number.
+        taking = [take(number) for number in sorted(ours - self.partitions.keys())]
+        for outcome in await asyncio.gather(*taking, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
         if self.app.consumer_generation_id != generation:
             raise Abandoned("another rebalance began while partitions were taken over")
         for number, partition in self.partitions.items():

@@ -1,8 +1,11 @@
 """The scorer: score requests in, answers out, with the champion of the moment.
 
-serving   one version, ready to answer; the last few champions are kept
-swap      follows the registry and swaps the version served
-answers   a run of requests → a record each on `scores`
+intake    runs of requests → batches for one forward pass
+serving   one version, ready to answer
+swap      which version answers: follows what the registry names
+answers   a batch of requests → a record each on `scores`
+outbox    sends them
+start     where partitions go on
 metrics   what a scorer reports
 worker    the Faust app around it
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -148,9 +149,7 @@ def _problem(record: Any, decoded: DecodedRequests, index: int, now_ms: int, max
     return None
 
 
-def _score(
-    writer: _Writer, records: Sequence[Any], decoded: DecodedRequests, wanted: list[int], predictor: Predictor
-) -> None:
+def _score(writer: _Writer, records: Sequence[Any], decoded: DecodedRequests, wanted: list[int], predictor: Predictor) -> None:
     """Score the candidates of the wanted requests, all with one predictor."""
     offsets, batch = decoded.offsets, decoded.batch
     if len(wanted) < len(decoded.request_ids):
@@ -175,7 +174,7 @@ def _score(
 def _predict(predictor: Predictor, batch: FeatureBatch) -> npt.NDArray[np.float64]:
     """Scores of all rows, (B,), a stretch at a time."""
     parts = [predictor.predict(batch.slice(start, start + PASS_ROWS)) for start in range(0, len(batch), PASS_ROWS)]
-    return np.concatenate(parts or [np.empty(0)]).astype(np.float64)
+    return np.concatenate(parts or [np.empty(0, np.float32)]).astype(np.float64)
 
 
 class _Writer:
@@ -240,9 +239,10 @@ class _Writer:
 
 def _request_id(record: Any) -> str | None:
     """Whom to answer: the record's key, else the id in the value; None when neither can be read."""
-    try:
-        if record.key:
+    if record.key:
+        with contextlib.suppress(UnicodeDecodeError):
             return str(record.key.decode())
+    try:
         return _envelope(record.value or b"").request_id or None
     except (UnicodeDecodeError, msgspec.DecodeError, RecursionError):
         return None

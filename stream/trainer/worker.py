@@ -1,8 +1,9 @@
 """The trainer worker: a Faust app that hands runs of `examples` to the training pipeline, and publishes versions.
 
 One trainer is active at a time. Its progress is in its snapshots and not in Kafka: nothing is committed to the group, and
-positions are the trainer's own. Two things end one that was thought dead: the group knows the trainer by a fixed name, so a
-new one takes over its partitions at once; and versions carry an epoch, so the old one can't announce any more.
+positions are the trainer's own. A new trainer puts the old one out: it takes an epoch in the registry, with which the old one
+can announce no more and ends as soon as it reads of it; and the group knows the trainer by a fixed name, so that the new one
+has the partitions at once, without waiting for the old one's session to time out.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from faust.types import TP
 from model.learner import Learner
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
+from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.clients import aiokafka_options
 from stream.cluster import describe_cluster
-from stream.errors import RegistryError
+from stream.errors import Fenced, RegistryError
 from stream.registry import RegistryWriter
-from stream.registry_log import read_registry
+from stream.registry_reader import RegistryReader
 from stream.runtime import Watchdog, build_app, fatal, new_registry, serve
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics import TopicNames
@@ -45,7 +47,8 @@ log = logging.getLogger(__name__)
 
 # A trainer that was killed is replaced at once by its name; this is for one that hangs and has no replacement.
 SESSION_TIMEOUT_MS = 10_000
-# The group knows every trainer by this name: the newest one that joins is it.
+# The group knows every trainer by this name: the newest one that joins is it. (The old one would join again under it, which
+# aiokafka 0.14 doesn't know to be an end, and the two would push each other out; so the epoch decides.)
 INSTANCE_ID = "trainer"
 # How often gauges are brought up to date and a champion's time as `good` is looked at.
 HOUSEKEEPING_S = 1.0
@@ -214,13 +217,21 @@ async def run_trainer(
     """
     cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots))
     registry = RegistryWriter(kafka, names, who=f"trainer@{socket.gethostname()}:{os.getpid()}")
+    epoch: int | None = None
+
+    def end_if_replaced(state: RegistryState) -> None:
+        if epoch is not None and state.trainer.epoch > epoch:
+            taken = f"epoch {state.trainer.epoch} was taken by {state.trainer.who}, this trainer's is {epoch}"
+            fatal("trainer", Fenced(f"expected to be the only trainer: {taken}. Run one at a time."))
+
+    follower = RegistryReader(kafka, names, on_change=end_if_replaced)
     try:
         # Before anything is read: from here on no other trainer announces a version that we would not know of.
         epoch = await registry.take_trainer_epoch()
-        known = await read_registry(kafka, names)
+        await follower.start()
         store = SnapshotStore(snapshots)
         learner = Learner(schema, model, device=settings.device)
-        start = await asyncio.to_thread(go_on, learner, known, store, schema, model)
+        start = await asyncio.to_thread(go_on, learner, follower.state, store, schema, model)
         beginnings, ends = await _log_bounds(kafka, names.examples, cluster.partitions[names.examples])
         positions = first_positions(start, names.examples, beginnings, ends, lost_examples=settings.lost_examples)
         came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
@@ -274,6 +285,7 @@ async def run_trainer(
             leash=leash,
         )
     finally:
+        await follower.close()
         await registry.close()
 
 

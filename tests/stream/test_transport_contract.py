@@ -344,34 +344,45 @@ def test_a_seek_drops_what_was_fetched_before_it(topics):
 
 
 def test_pausing_in_the_middle_of_traffic_loses_nothing(topics):
+    """Also where a fetch is under way for the partition, or its run is fetched and not handed over yet."""
+
     async def check() -> None:
         random_ = random.Random(3)
         sent: dict[int, list[bytes]] = defaultdict(list)
+        pauses = 0
         async with probing(topics) as probe, producing(topics) as producer:
-            pauses = 0
 
-            async def pause(run: Run) -> None:
+            def pause(number: int) -> None:
                 nonlocal pauses
-                # The other partition's run may have been fetched and not handed over yet: that is the one at risk.
-                number = 1 - run.partition
                 tp = TP(probe.topic, number)
-                if tp in probe.app.consumer._active_partitions and random_.random() < 0.6:
+                if tp in probe.app.consumer._active_partitions:
                     pauses += 1
                     probe.app.consumer.pause_partitions({tp})
                     asyncio.get_running_loop().call_later(
-                        random_.uniform(0.0, 0.06), lambda: probe.app.consumer.resume_partitions({tp})
+                        random_.uniform(0.0, 0.03), lambda: probe.app.consumer.resume_partitions({tp})
                     )
 
-            probe.after_run = pause
-            for batch in range(400):
+            async def pause_the_other(run: Run) -> None:
+                pause(1 - run.partition)
+
+            async def pause_at_random() -> None:
+                while True:
+                    await asyncio.sleep(random_.uniform(0.0, 0.02))
+                    pause(random_.randrange(2))
+
+            await probe.until(lambda: probe.app.consumer._active_partitions is not None)
+            probe.after_run = pause_the_other
+            pausing = asyncio.ensure_future(pause_at_random())
+            for batch in range(600):
                 number = random_.randrange(2)
                 keys = [b"%d-%d" % (batch, index) for index in range(random_.randint(1, 100))]
                 await send(producer, probe.topic, number, keys)
                 sent[number] += keys
-                if random_.random() < 0.3:
-                    await asyncio.sleep(random_.uniform(0, 0.02))
+                await asyncio.sleep(random_.uniform(0.0, 0.008))
+            pausing.cancel()
+            probe.after_run = None
             await probe.until(lambda: all(probe.wanted[TP(probe.topic, number)] == len(sent[number]) for number in (0, 1)))
-            assert pauses > 20
+            assert pauses > 100
             for number in (0, 1):
                 assert_contiguous(probe.of(number))
                 assert probe.keys(number) == sent[number]

@@ -1,0 +1,62 @@
+"""Sends answers and dead letters, whole batches to a partition."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+from aiokafka.partitioner import DefaultPartitioner
+
+from stream.batches import BATCH_BYTES, Outgoing, send_batches
+from stream.clients import aiokafka_options
+from stream.scorer.answers import Answers
+from stream.settings import KafkaSettings
+
+__all__ = ["Outbox"]
+
+
+class Outbox:
+    """An idempotent producer; a record goes where murmur2 puts its key, as Kafka's own producers place it.
+
+    Args:
+        partitions: how many each of the two topics has.
+    """
+
+    def __init__(self, kafka: KafkaSettings, partitions: dict[str, int], *, scores: str, dead_letters: str) -> None:
+        self._kafka, self._scores, self._dead_letters = kafka, scores, dead_letters
+        self._numbers = {topic: list(range(count)) for topic, count in partitions.items()}
+        self._place = DefaultPartitioner()
+        self._producer: Any = None
+
+    async def start(self) -> None:
+        self._producer = AIOKafkaProducer(
+            **aiokafka_options(self._kafka),
+            acks="all",
+            enable_idempotence=True,
+            max_batch_size=BATCH_BYTES,
+            max_request_size=1 << 30,  # the topics' limits decide
+        )
+        await self._producer.start()
+
+    async def send(self, answers: Answers) -> list[asyncio.Future[Any]]:
+        """Hand over. Returns a future for each batch: all of them done means that the brokers have everything."""
+        letters = ((letter.key, letter.value, letter.out_headers()) for letter in answers.dead)
+        return [*await self._send(self._scores, answers.records), *await self._send(self._dead_letters, letters)]
+
+    async def _send(self, topic: str, records: Iterable[Outgoing]) -> list[asyncio.Future[Any]]:
+        numbers = self._numbers[topic]
+        by_partition: dict[int, list[Outgoing]] = defaultdict(list)
+        for record in records:
+            by_partition[self._place(record[0], numbers, numbers)].append(record)
+        # Side by side: the producer holds each partition's sender back until the batch before is on its way.
+        sent = await asyncio.gather(
+            *(send_batches(self._producer, topic, number, part) for number, part in by_partition.items())
+        )
+        return [future for futures in sent for future in futures]
+
+    async def close(self) -> None:
+        if self._producer is not None:
+            await self._producer.stop()

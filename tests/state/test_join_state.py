@@ -1,0 +1,297 @@
+"""The join's local state: what is written is read back, what is dropped is gone, and damage never looks like an end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from state.errors import JoinStateError
+from state.join_state import Chunk, JoinMeta, JoinState, StateOptions
+
+OPTIONS = StateOptions(8)
+META = JoinMeta(
+    identity="cluster/a/b/c/0",
+    impressions_position=7,
+    clicks_position=8,
+    examples_position=9,
+    watermark_ms=-(1 << 62),
+    impressions_seen_ms=11,
+    clicks_seen_ms=-(1 << 62),
+)
+
+
+@pytest.fixture
+def state(tmp_path):
+    opened = JoinState(tmp_path / "state", OPTIONS)
+    yield opened
+    opened.close()
+
+
+def test_everything_is_read_back_after_closing(state):
+    batch = state.batch()
+    batch.remember([(b"a", (5, 0, False)), ("é🎬".encode(), (1 << 47, 1 << 62, True)), (b"\x00", (0, 2, False))])
+    batch.add_pending(
+        [(5, 0, b"a", b"value of a"), (1 << 47, 1 << 62, "é🎬".encode(), b""), (0, 2, b"\x00", b"\xff" * 300_000)]
+    )
+    batch.add_early([(b"a", (9, 4, b"click")), (b"a", (8, 5, b"")), (b"\x00\xff" * 20, (9, 6, b"c"))])
+    batch.add_chunk(Chunk(0, 5, 1, 2), [b"a", b"\x00"])
+    batch.set_meta(META)
+    batch.write()
+    for reopened in (False, True):
+        if reopened:
+            state.close()
+            state.__init__(state.path, OPTIONS)
+        assert state.meta() == META
+        assert state.entries([b"a", b"nobody", "é🎬".encode(), b"\x00"]) == [
+            *((5, 0, False), None, (1 << 47, 1 << 62, True), (0, 2, False)),
+        ]
+        assert state.values([(5, 0), (5, 1), (1 << 47, 1 << 62), (0, 2)]) == [b"value of a", None, b"", b"\xff" * 300_000]
+        assert sorted(state.early_clicks()) == [
+            (b"\x00\xff" * 20, (9, 6, b"c")),
+            (b"a", (8, 5, b"")),
+            (b"a", (9, 4, b"click")),
+        ]
+        assert list(state.all_chunks()) == [Chunk(0, 5, 1, 2)]
+        assert [row[:3] for row in state.pending_between(0, 1 << 60)] == [
+            *((0, 2, b"\x00"), (5, 0, b"a"), (1 << 47, 1 << 62, "é🎬".encode())),
+        ]
+        assert state.count_pending() == 3
+        assert state.entries([]) == state.values([]) == []
+
+
+def test_nothing_is_seen_before_the_batch_is_written(state):
+    batch = state.batch()
+    batch.remember([(b"a", (5, 0, False))])
+    batch.add_pending([(5, 0, b"a", b"v")])
+    batch.set_meta(META)
+    assert (state.entries([b"a"]), state.count_pending(), state.meta()) == ([None], 0, None)
+    batch.write()
+    assert (state.entries([b"a"]), state.count_pending(), state.meta()) == ([(5, 0, False)], 1, META)
+
+
+PLACES = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3)), unique=True, max_size=20)
+DROPS = st.lists(st.one_of(st.tuples(st.integers(-50, 320), st.integers(-50, 320)), PLACES), max_size=6)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PLACES, DROPS, PLACES, st.integers(-10, 310), st.integers(-10, 310))
+def test_pending_is_dropped_by_range_and_by_place(state, first, drops, later, from_ms, until_ms):
+    """Against a set; what a batch adds after a drop stays, as in a step that expires and remembers."""
+    batch, expected = state.batch(), set(first)
+    batch.drop_pending_before(0, 1 << 60)  # of the example before
+    batch.add_pending((*place, b"k", b"v%d-%d" % place) for place in first)
+    batch.write()
+    for drop in drops:
+        batch = state.batch()
+        if isinstance(drop, tuple):
+            batch.drop_pending_before(*drop)
+            expected -= {place for place in expected if drop[0] <= place[0] < drop[1]}
+        else:
+            batch.drop_pending(drop)
+            expected -= set(drop)
+        batch.add_pending((*place, b"k", b"v%d-%d" % place) for place in later)
+        expected |= set(later)
+        batch.write()
+    between = [(time_ms, offset) for time_ms, offset, _, _ in state.pending_between(from_ms, until_ms)]
+    assert between == sorted(place for place in expected if from_ms <= place[0] < until_ms)
+    assert state.count_pending() == len(expected)
+    asked = sorted(set(first) | set(later))
+    assert state.values(asked) == [b"v%d-%d" % place if place in expected else None for place in asked]
+
+
+def test_early_clicks_are_dropped_one_by_one(state):
+    batch = state.batch()
+    batch.add_early([(b"a", (9, 4, b"")), (b"a", (8, 5, b"")), (b"ab", (9, 4, b""))])
+    batch.drop_early([(b"a", (9, 4, b""))])
+    batch.write()
+    assert [(key, click[:2]) for key, click in state.early_clicks()] == [(b"a", (8, 5)), (b"ab", (9, 4))]
+
+
+def test_forgetting_spares_an_id_that_was_used_again(state):
+    old, again = Chunk(0, 20, 0, 0), Chunk(10, 120, 3, 2)
+    batch = state.batch()
+    batch.remember([(b"once", (10, 0, True)), (b"twice", (20, 1, False)), (b"now", (20, 2, False)), (b"gone", (20, 3, False))])
+    batch.add_chunk(old, [b"once", b"twice", b"now", b"gone"])
+    batch.write()
+    batch = state.batch()
+    batch.remember([(b"twice", (120, 10, False))])
+    batch.add_chunk(again, [b"twice"])
+    batch.write()
+    # In the batch that forgets, one is used again, and one was clicked a moment before.
+    batch = state.batch()
+    changed = {b"now": (130, 11, False), b"gone": (20, 3, True)}
+    batch.remember(changed.items())
+    batch.forget(old, 100, changed)
+    batch.write()
+    assert state.entries([b"once", b"twice", b"now", b"gone"]) == [None, (120, 10, False), (130, 11, False), None]
+    assert list(state.all_chunks()) == [again]
+    batch = state.batch()
+    batch.forget(again, 121, {})
+    batch.write()
+    assert state.entries([b"twice"]) == [None]
+    assert list(state.all_chunks()) == []
+
+
+def test_chunks_come_by_first_offset_and_share_none(state):
+    # Two rebuilds of which one was given up may cut the same offsets in two ways.
+    chunks = [Chunk(0, 5, 0, 0), Chunk(0, 7, 0, 0), Chunk(3, 1, 2, 2), Chunk(300, 0, 0, 0), Chunk(70_000, 0, 0, 0)]
+    batch = state.batch()
+    for chunk in reversed(chunks):
+        batch.add_chunk(chunk, [b"%d" % chunk.first_offset])
+    batch.write()
+    assert list(state.all_chunks()) == chunks
+
+
+def test_a_process_that_ends_at_once_leaves_a_prefix(tmp_path):
+    """No write-ahead log: what was not flushed is lost, of every family up to the same batch."""
+    program = """
+import os, sys
+from pathlib import Path
+from state.join_state import Chunk, JoinMeta, JoinState, StateOptions
+state = JoinState(Path(sys.argv[1]), StateOptions(8))
+for index in range(3_000):
+    batch = state.batch()
+    key = b"%d" % index
+    batch.remember([(key, (index, index, False))])
+    # 1 MiB of chunks and 64 MiB of payloads fill their buffers at different times.
+    batch.add_pending([(index, index, key, os.urandom(40_000))])
+    batch.add_early([(key, (index, index, b"c" * 900))])
+    batch.add_chunk(Chunk(index, index, index, index), [key] * 100)
+    batch.set_meta(JoinMeta(identity="x", impressions_position=index + 1, clicks_position=0, examples_position=0,
+                            watermark_ms=0, impressions_seen_ms=0, clicks_seen_ms=0))
+    batch.write()
+    if index == 1_000:
+        state.flush()
+os._exit(1)
+"""
+    path = tmp_path / "state"
+    subprocess.run([sys.executable, "-c", program, path], cwd=Path(__file__).parents[2], check=False, timeout=120)
+    state = JoinState(path, OPTIONS)
+    try:
+        meta = state.meta()
+        assert meta is not None
+        position = meta.impressions_position
+        assert 1_000 < position < 3_000, "this must end before everything was written, and after something was"
+        keys = [b"%d" % index for index in range(3_000)]
+        assert [entry is not None for entry in state.entries(keys)] == [index < position for index in range(3_000)]
+        assert [offset for _, offset, _, _ in state.pending_between(0, 10**6)] == list(range(position))
+        assert len(list(state.early_clicks())) == position
+        assert [chunk.first_offset for chunk in state.all_chunks()] == list(range(position))
+    finally:
+        state.close()
+
+
+def test_two_processes_cannot_have_it_open(state):
+    with pytest.raises(JoinStateError, match="Another worker may have it open") as error:
+        JoinState(state.path, OPTIONS)
+    assert str(state.path) in str(error.value)
+    assert "lock hold by" in str(error.value)  # by these words taking over knows this from damage
+    program = f"""
+from pathlib import Path
+from state.join_state import JoinState, StateOptions
+JoinState(Path({str(state.path)!r}), StateOptions(8))
+"""
+    other = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
+    )
+    assert "JoinStateError" in other.stderr
+    assert "While lock file" in other.stderr
+
+
+def test_closing_gives_up_the_lock_and_twice_is_fine(state):
+    state.close()
+    state.close()
+    JoinState(state.path, OPTIONS).close()
+
+
+def fill(path: Path) -> None:
+    state = JoinState(path, OPTIONS)
+    batch = state.batch()
+    batch.remember((b"%d" % index, (index, index, False)) for index in range(5_000))
+    batch.add_pending((index, index, b"%d" % index, os.urandom(100)) for index in range(5_000))
+    batch.add_early((b"%d" % index, (index, index, os.urandom(100))) for index in range(5_000))
+    for start in range(0, 5_000, 500):
+        batch.add_chunk(Chunk(start, start + 499, 0, 0), [b"%d" % index for index in range(start, start + 500)])
+    batch.set_meta(META)
+    batch.write()
+    state.close()
+
+
+def read_all(path: Path) -> list[int]:
+    # Options of its own: a copy shares what the block cache has of its original, which would hide the damage.
+    state = JoinState(path, StateOptions(8))
+    try:
+        state.meta()
+        keys, rows = [b"%d" % index for index in range(5_000)], [(index, index) for index in range(5_000)]
+        return [
+            sum(entry is not None for entry in state.entries(keys)),
+            sum(value is not None for value in state.values(rows)),
+            state.count_pending(),
+            sum(1 for _ in state.pending_between(0, 10**6)),
+            sum(1 for _ in state.early_clicks()),
+            sum(1 for _ in state.all_chunks()),
+        ]
+    finally:
+        state.close()
+
+
+WHOLE = [5_000, 5_000, 5_000, 5_000, 5_000, 10]
+
+
+def test_damage_is_an_error_and_never_an_end(tmp_path):
+    """Every data file in turn, damaged in several ways: nothing is silently missing."""
+    fill(tmp_path / "whole")
+    assert read_all(tmp_path / "whole") == WHOLE
+    names = [each.name for each in (tmp_path / "whole").iterdir() if each.name.startswith(("CURRENT", "MANIFEST", "0"))]
+    assert sum(name.endswith(".sst") for name in names) >= 4
+    path, found = tmp_path / "damaged", set()
+    for name in names:
+        for place in (0.0, 0.3, 0.6, 1.0, "cut", "gone"):
+            shutil.rmtree(path, ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", path)
+            content = bytearray((path / name).read_bytes())
+            if place == "gone":
+                (path / name).unlink()
+            else:
+                if place == "cut":
+                    del content[len(content) // 2 :]
+                else:
+                    start = int(place * max(len(content) - 16, 0))
+                    content[start : start + 16] = bytes(byte ^ 0xFF for byte in content[start : start + 16])
+                (path / name).write_bytes(content)
+            try:
+                state = JoinState(path, OPTIONS)
+                begins_anew = state.meta() is None
+                state.close()
+                if begins_anew:  # a cut list of files is an older one: taking over throws this away
+                    continue
+                assert read_all(path) == WHOLE, (name, place)
+            except JoinStateError as error:
+                found.add("opening")
+                assert str(path) in str(error)
+                assert "it is rebuilt from the log" in str(error)
+            except Exception as error:
+                found.add("reading")
+                assert str(error).startswith("Corruption"), (name, place)  # by this word taking over knows damage
+    assert found == {"opening", "reading"}
+
+
+def test_destroying_leaves_nothing(tmp_path):
+    fill(tmp_path / "state")
+    JoinState.destroy(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    JoinState.destroy(tmp_path / "state")
+
+
+def test_meta_that_cannot_be_read_is_none(state):
+    state.db[b"meta"] = b"{"
+    assert state.meta() is None
+    state.db[b"meta"] = b'{"identity":"x"}'
+    assert state.meta() is None

@@ -1,0 +1,181 @@
+"""The join twice more: as a reader of the rules would write it, with endless memory; and its state as a dictionary."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from state.join_state import _ENTRY, Chunk, Entry
+from stream.join.events import Events
+from stream.join.logic import NEVER_MS, Memory, Plan, Step, watermark
+from stream.settings import JoinSettings
+
+__all__ = ["DictState", "Oracle", "Partition", "run_of"]
+
+Row = tuple[bytes, int]  # id, event time
+
+
+def run_of(rows: list[Row], first_offset: int, *, mark: int = -1) -> Events:
+    """A run as `read_run` would have read it. Each record's value tells its offset."""
+    offsets = list(range(first_offset, first_offset + len(rows)))
+    values = [b"%d" % offset for offset in offsets]
+    records: list[Any] = [
+        SimpleNamespace(topic="t", partition=0, offset=offset, key=key, value=value, headers=())
+        for offset, (key, _), value in zip(offsets, rows, values, strict=True)
+    ]
+    return Events([key for key, _ in rows], [time for _, time in rows], offsets, values, records, watermark_ms=mark)
+
+
+class DictState:
+    """`StoredState` without RocksDB, and the changes that `PartitionJoin` makes to it."""
+
+    def __init__(self) -> None:
+        self.ids: dict[bytes, Entry] = {}
+        self.payloads: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        self.early: set[tuple[bytes, int, int]] = set()
+        self.chunks: dict[Chunk, list[bytes]] = {}
+
+    def entries(self, keys: list[bytes]) -> list[Entry | None]:
+        return [self.ids.get(key) for key in keys]
+
+    def packed_entries(self, keys: list[bytes]) -> list[bytes | None]:
+        return [None if entry is None else _ENTRY.pack(*entry) for entry in self.entries(keys)]
+
+    def values(self, impressions: list[tuple[int, int]]) -> list[bytes | None]:
+        return [self.payloads[place][1] if place in self.payloads else None for place in impressions]
+
+    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes]]:
+        for time_ms, offset in sorted(self.payloads):
+            if from_ms <= time_ms < until_ms:
+                yield time_ms, offset, *self.payloads[time_ms, offset]
+
+    def apply(self, plan: Plan, chunk: Chunk | None, forget_before_ms: int) -> None:
+        for place in [place for place in self.payloads if plan.expired_from_ms <= place[0] < plan.expired_until_ms]:
+            del self.payloads[place]
+        for place in plan.dropped_pending:
+            self.payloads.pop(place, None)
+        self.ids.update(plan.remembered)
+        self.payloads.update(plan.new_pending)
+        self.early.update((key, time_ms, offset) for key, (time_ms, offset, _) in plan.new_early)
+        self.early.difference_update((key, time_ms, offset) for key, (time_ms, offset, _) in plan.dropped_early)
+        if chunk is not None:
+            self.chunks[chunk] = list(plan.new_ids)
+        for forgotten in plan.forgotten:
+            for key in self.chunks.pop(forgotten):
+                if key in self.ids and self.ids[key][0] < forget_before_ms:
+                    del self.ids[key]
+
+
+class Partition:
+    """Steps of the real logic over a `DictState`, with the positions that a partition keeps."""
+
+    def __init__(self, settings: JoinSettings) -> None:
+        self.settings, self.state, self.memory = settings, DictState(), Memory()
+        self.impressions = self.clicks = self.examples = 0  # next offsets
+        self.example_of: dict[int, int] = {}  # an impression's offset → its example's
+
+    def step(self, runs: list[tuple[str, Events]], *, impressions_idle: bool = False, clicks_idle: bool = False) -> Plan:
+        step = Step(self.settings, self.state, self.memory)
+        before = self.clicks, self.examples
+        for source, events in runs:
+            if source == "impressions":
+                step.impressions(events)
+                self.impressions += len(events)
+            else:
+                step.clicks(events)
+                self.clicks += len(events)
+        self.allowed_ms = watermark(self.memory, impressions_idle=impressions_idle, clicks_idle=clicks_idle)
+        plan = step.close(self.allowed_ms, "clicks", 0)
+        chunk = None
+        if plan.new_ids:
+            chunk = Chunk(plan.first_offset, max(plan.remembered[key][0] for key in plan.new_ids), *before)
+            self.memory.add_chunk(chunk)
+        self.state.apply(plan, chunk, self.forget_before_ms)
+        for example in plan.examples:
+            self.example_of.setdefault(example[3], self.examples)
+            self.examples += 1
+        return plan
+
+    @property
+    def forget_before_ms(self) -> int:
+        return self.memory.watermark_ms - self.settings.window_ms - 2 * self.settings.dedupe_horizon_ms
+
+    def low_water(self) -> tuple[int, int, int]:
+        return self.memory.low_water(self.impressions, self.clicks, self.examples)
+
+
+class Oracle:
+    """The rules of the join, one record after another, nothing forgotten. It is told where the watermark went."""
+
+    def __init__(self, settings: JoinSettings) -> None:
+        self.window, self.skew, self.horizon = settings.window_ms, settings.negative_skew_ms, settings.dedupe_horizon_ms
+        self.watermark_ms = NEVER_MS
+        self.accepted: dict[int, Row] = {}  # by offset
+        self.last: dict[bytes, int] = {}  # id → offset of the newest accepted one
+        self.labels: dict[int, int] = {}  # offset → time of its click, -1 for a negative
+        self.waiting: dict[tuple[bytes, int], int] = {}  # early clicks: id and time → offset
+        self.counts: Counter[str] = Counter()
+        self.dead: set[tuple[str, int]] = set()
+
+    def counts_for(self, click_ms: int, impression_ms: int) -> bool:
+        return -self.skew <= click_ms - impression_ms <= self.window
+
+    def impression(self, key: bytes, time_ms: int, offset: int) -> None:
+        if time_ms < self.watermark_ms - self.window - self.horizon:
+            self.counts["late_impressions"] += 1
+            self.dead.add(("late_impression", offset))
+            return
+        if key in self.last and time_ms <= self.accepted[self.last[key]][1] + self.horizon:
+            self.counts["duplicate_impressions"] += 1
+            return
+        self.counts["impressions"] += 1
+        self.accepted[offset], self.last[key] = (key, time_ms), offset
+        counting = sorted(time for who, time in self.waiting if who == key and self.counts_for(time, time_ms))
+        if counting:
+            self.labels[offset] = counting[0]
+            self.counts["matched_clicks"] += 1
+            self.counts["duplicate_clicks"] += len(counting) - 1
+            for time in counting:
+                del self.waiting[key, time]
+
+    def click(self, key: bytes, time_ms: int, offset: int) -> None:
+        self.counts["clicks"] += 1
+        place = self.last.get(key)
+        if place is not None:
+            impression_ms = self.accepted[place][1]
+            remembered = impression_ms >= self.watermark_ms - self.window - 2 * self.horizon
+            if remembered and self.counts_for(time_ms, impression_ms):
+                if self.labels.get(place, -1) >= 0:
+                    self.counts["duplicate_clicks"] += 1
+                elif impression_ms + self.window < self.watermark_ms:
+                    self.counts["late_clicks"] += 1
+                else:
+                    self.counts["matched_clicks"] += 1
+                    self.labels[place] = time_ms
+                return
+        if time_ms + self.skew < self.watermark_ms:
+            self.orphan(offset)
+        elif (key, time_ms) in self.waiting:
+            self.counts["duplicate_clicks"] += 1
+        else:
+            self.waiting[key, time_ms] = offset
+
+    def orphan(self, offset: int) -> None:
+        self.counts["orphan_clicks"] += 1
+        self.dead.add(("orphan_click", offset))
+
+    def move(self, watermark_ms: int) -> None:
+        self.watermark_ms = watermark_ms
+        for offset, (_, time_ms) in self.accepted.items():
+            if offset not in self.labels and time_ms + self.window < watermark_ms:
+                self.labels[offset] = -1
+                self.counts["negatives"] += 1
+        for (key, time_ms), offset in list(self.waiting.items()):
+            if time_ms + self.skew < watermark_ms:
+                del self.waiting[key, time_ms]
+                self.orphan(offset)
+
+    def pending(self) -> set[int]:
+        return self.accepted.keys() - self.labels.keys()

@@ -1,0 +1,185 @@
+"""Envelopes: the corpus' verdicts, whatever a record is mixed with, by the fast path and by the slow one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model.features import FeatureDecoder
+from stream.dead_letters import MAX_TEXT, REASONS, DeadLetter
+from stream.join.events import MAX_TIMESTAMP_MS, WATERMARK_HEADER, Events, _read_fast, _read_slow, read_run
+from tests.corpus import CORPUS, SCHEMA, TIME_MS, Case, envelope
+
+MAX_FUTURE_MS = 3_600_000
+
+ENVELOPE = [case for case in CORPUS if case.judge == "envelope"]
+PASSED_ON = [case for case in CORPUS if case.judge != "envelope"]
+TRAINER = [case for case in PASSED_ON if case.source == "impressions"]
+
+
+def record(
+    offset: int, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes], ...] = (), arrival_ms: int = TIME_MS
+) -> Any:
+    """As aiokafka hands it over."""
+    return SimpleNamespace(
+        topic="impressions", partition=0, offset=offset, key=key, value=value, headers=headers, timestamp=arrival_ms
+    )
+
+
+def of(case: Case, offset: int = 0) -> Any:
+    return record(offset, case.key, case.value, case.headers)
+
+
+def neighbour(offset: int) -> Any:
+    return record(offset, b"n%d" % offset, envelope(f"n{offset}"))
+
+
+def columns(events: Events) -> tuple[Any, ...]:
+    return events.keys, events.times_ms, events.offsets, events.values, events.records, events.dead, events.watermark_ms
+
+
+@pytest.mark.parametrize("case", ENVELOPE, ids=str)
+def test_a_bad_record_is_set_aside_wherever_it_stands(case):
+    for count in (0, 1, 4):
+        for place in range(count + 1):
+            records = [neighbour(offset) for offset in range(count + 1)]
+            records[place] = of(case, place)
+            events = read_run(records, MAX_FUTURE_MS)
+            assert columns(events) == columns(_read_slow(records, MAX_FUTURE_MS))
+            assert events.offsets == [offset for offset in range(count + 1) if offset != place]
+            [letter] = events.dead
+            assert (letter.reason, letter.path, letter.offset) == (case.reason, case.path, place)
+            assert (letter.key, letter.value, letter.headers) == (case.key, case.value, case.headers)
+            assert letter.reason in REASONS
+            assert letter.message
+
+
+@pytest.mark.parametrize("case", PASSED_ON, ids=str)
+def test_what_only_others_can_judge_is_passed_on(case):
+    for place in range(4):
+        records = [neighbour(offset) for offset in range(4)]
+        records[place] = of(case, place)
+        events = read_run(records, MAX_FUTURE_MS)
+        assert columns(events) == columns(_read_slow(records, MAX_FUTURE_MS))
+        assert events.dead == []
+        assert events.values == [each.value for each in records]
+
+
+@pytest.mark.parametrize("case", TRAINER, ids=str)
+def test_the_trainer_judges_the_rest_wherever_it_stands(case):
+    """Alone and among few the trainer decodes one by one, among many it begins with whole columns."""
+    expected = [(case.reason, case.path)] if case.judge == "trainer" else []
+    for count, place in ((0, 0), (40, 0), (40, 23), (40, 40)):
+        values = [envelope(f"n{index}") for index in range(count)]
+        values.insert(place, case.value or b"")
+        decoded = FeatureDecoder(SCHEMA).impressions(values)
+        assert [(bad.reason, bad.path) for bad in decoded.bad] == expected
+        assert all(bad.index == place and bad.reason in REASONS for bad in decoded.bad)
+        assert len(decoded.batch) == count + 1 - len(expected)
+
+
+def test_the_whole_corpus_in_one_run():
+    records = [of(case, offset) for offset, case in enumerate(CORPUS)]
+    events = read_run(records, MAX_FUTURE_MS)
+    assert [(letter.offset, letter.reason) for letter in events.dead] == [
+        (offset, case.reason) for offset, case in enumerate(CORPUS) if case.judge == "envelope"
+    ]
+    assert events.keys == [case.key for case in PASSED_ON]
+
+
+def test_the_fast_path_takes_ordinary_runs():
+    records = [neighbour(offset) for offset in range(50)]
+    records += [of(case, 50 + index) for index, case in enumerate(TRAINER) if case.name not in SLOW_BUT_GOOD]
+    fast = _read_fast(records, MAX_FUTURE_MS)
+    assert fast is not None
+    assert columns(fast) == columns(_read_slow(records, MAX_FUTURE_MS))
+
+
+# Good JSON that isn't one object a line.
+SLOW_BUT_GOOD = {"spread over lines", "carriage returns", "spaces around"}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [envelope("a") + envelope("b"), b" "],
+        [b"", envelope("a") + envelope("b")],
+        [envelope("a")[:-1], b"}" + envelope("b")],
+        [b'{"impression_id":"a","timestamp":1,"x":[{}', b'{}]}{"impression_id":"b","timestamp":1}'],
+        [b'{"impression_id":"a","timestamp":1,"x":{}', b',"y":{}}{"impression_id":"b","timestamp":1}'],
+        [envelope("a") + b"\n" + envelope("b"), b"{}"],
+    ],
+)
+def test_records_that_only_balance_together_are_refused(values):
+    records = [record(offset, key, value) for offset, (key, value) in enumerate(zip((b"a", b"b"), values, strict=True))]
+    assert _read_fast(records, MAX_FUTURE_MS) is None
+    assert read_run(records, MAX_FUTURE_MS).dead
+
+
+_A, _B = envelope("a", "{}", time="1"), envelope("b", "{}", time="1")
+PIECES = st.sampled_from([b"", b" ", b"\n", b"{", b"}", b"[", b"]", b",", b'"', b'"x":', b"{}", _A, _B, _A[:-1], _A[1:], b"\r"])
+VALUES = st.one_of(st.none(), st.just(_A), st.just(_B), st.lists(PIECES, max_size=4).map(b"".join))
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"a", b"b", None]), VALUES), max_size=5))
+def test_the_fast_path_never_says_otherwise(rows):
+    records = [record(offset, key, value) for offset, (key, value) in enumerate(rows)]
+    fast = _read_fast(records, MAX_FUTURE_MS)
+    if fast is not None:
+        assert columns(fast) == columns(_read_slow(records, MAX_FUTURE_MS))
+
+
+@given(st.lists(st.binary(max_size=30), max_size=4))
+def test_any_bytes_get_a_verdict(values):
+    records = [record(offset, b"k", value) for offset, value in enumerate(values)]
+    events = read_run(records, MAX_FUTURE_MS)
+    assert sorted(events.offsets + [letter.offset for letter in events.dead]) == list(range(len(values)))
+
+
+def test_the_future_is_judged_by_the_records_own_arrival():
+    def verdict(arrival_ms: int, time_ms: int) -> list[str]:
+        lone = record(0, b"a", envelope("a", time=str(time_ms)), arrival_ms=arrival_ms)
+        among = [record(1, b"b", envelope("b", time="5"), arrival_ms=10**13), lone]
+        reasons = [[letter.reason for letter in read_run(run, 1_000).dead] for run in ([lone], among)]
+        assert reasons[0] == reasons[1]
+        return reasons[0]
+
+    assert verdict(5_000, 6_000) == []
+    assert verdict(5_000, 6_001) == ["future_timestamp"]
+
+
+def test_watermark_records():
+    marks = [(b"5", 5), (b"0", 0), (b"%d" % MAX_TIMESTAMP_MS, MAX_TIMESTAMP_MS)]
+    for value in (b"", None):
+        for mark, expected in marks:
+            events = read_run([neighbour(0), record(1, None, value, ((WATERMARK_HEADER, mark),))], MAX_FUTURE_MS)
+            assert (events.offsets, events.dead, events.watermark_ms) == ([0], [], expected)
+    several = [record(index, None, b"", ((WATERMARK_HEADER, mark),)) for index, mark in enumerate((b"7", b"9", b"8"))]
+    assert read_run(several, MAX_FUTURE_MS).watermark_ms == 9
+    # With a value the record is an event like any other.
+    assert read_run([record(0, b"a", envelope("a"), ((WATERMARK_HEADER, b"9"),))], MAX_FUTURE_MS).watermark_ms == -1
+
+
+def test_a_dead_letter_is_little_larger_than_its_record():
+    """`dead-letters` takes 64 KiB more than the sources do; a letter beyond that would stop the join for good."""
+    for case in ENVELOPE:
+        [letter] = read_run([of(case)], MAX_FUTURE_MS).dead
+        ours = letter.out_headers()[: -len(case.headers) or None]
+        assert sum(len(name) + len(value) for name, value in ours) < 10_000
+
+
+def test_the_headers_of_a_dead_letter():
+    letter = DeadLetter.of(record(7, b"k", b"v", (("trace", b"1"),)), "wrong_type", "$." + "p" * 9_999, "\ud800" + "m" * 9_999)
+    assert letter.out_headers() == [
+        ("reason", b"wrong_type"),
+        ("error", b"?" + b"m" * (MAX_TEXT - 1)),
+        ("path", b"$." + b"p" * (MAX_TEXT - 2)),
+        ("source_topic", b"impressions"),
+        ("source_partition", b"0"),
+        ("source_offset", b"7"),
+        ("trace", b"1"),
+    ]

@@ -1,0 +1,289 @@
+"""The decisions: against an oracle that never forgets, however the log is cut, and by hand where a rule has an edge."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream.join.logic import NEVER_MS, Memory, watermark
+from stream.settings import JoinSettings
+from tests.stream.join.oracle import Oracle, Partition, run_of
+
+# Beyond every window and horizon below: settles everything.
+END_MS = 10_000
+
+
+def join_settings(**changed: int) -> JoinSettings:
+    return JoinSettings(**{"window_ms": 10, "lateness_ms": 3, "dedupe_horizon_ms": 8, "negative_skew_ms": 0, **changed})
+
+
+SETTINGS = st.builds(
+    join_settings,
+    dedupe_horizon_ms=st.sampled_from([0, 3, 8, 30]),
+    negative_skew_ms=st.sampled_from([0, 0, 2, 12]),
+    max_outputs=st.sampled_from([1, 2, 5, 10_000]),
+)
+KEYS = st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f"])
+ROWS = st.lists(st.tuples(KEYS, st.integers(0, 60)), max_size=6)
+RUNS = st.tuples(st.sampled_from(["impressions", "clicks"]), ROWS, st.sampled_from([-1, -1, -1, 5, 25, 45, 70]))
+STEPS = st.lists(st.tuples(st.lists(RUNS, max_size=4), st.booleans(), st.booleans()), max_size=12)
+
+
+class Checked:
+    """The real logic and the oracle side by side; what must always hold is looked at after every step."""
+
+    def __init__(self, chosen: JoinSettings) -> None:
+        self.settings, self.real, self.oracle = chosen, Partition(chosen), Oracle(chosen)
+        self.labels: dict[int, int] = {}
+        self.dead: set[tuple[str, int]] = set()
+        self.counts: Counter[str] = Counter()
+        self.low = (0, 0, 0)
+
+    def step(self, runs: list[tuple[str, list[tuple[bytes, int]], int]], impressions_idle: bool, clicks_idle: bool) -> Any:
+        offsets = {"impressions": self.real.impressions, "clicks": self.real.clicks}
+        cut = []
+        for source, rows, mark in runs:
+            cut.append((source, run_of(rows, offsets[source], mark=mark)))
+            offsets[source] += len(rows)
+        was = self.real.memory.watermark_ms
+        earlier = self.real.state.payloads.keys() - set()
+        plan = self.real.step(cut, impressions_idle=impressions_idle, clicks_idle=clicks_idle)
+        for source, events in cut:
+            judge = self.oracle.impression if source == "impressions" else self.oracle.click
+            for row in zip(events.keys, events.times_ms, events.offsets, strict=True):
+                judge(*row)
+        assert plan.watermark_ms == self.real.memory.watermark_ms >= was
+        assert plan.watermark_ms == self.real.allowed_ms or (plan.capped and plan.watermark_ms < self.real.allowed_ms)
+        self.oracle.move(plan.watermark_ms)
+        self._hold_against_the_oracle(plan)
+        self._hold_low_water()
+        expired = [(time, offset) for _, _, time, offset, click in plan.examples if click < 0 and (time, offset) in earlier]
+        if expired:  # as many as there is room for, and those of the same time as the last
+            room = max(self.settings.max_outputs - (len(plan.examples) - len(expired)), 1)
+            assert sum(time < max(expired)[0] for time, _ in expired) < room or self.settings.max_outputs < len(plan.examples)
+        return plan
+
+    def _hold_against_the_oracle(self, plan: Any) -> None:
+        for key, value, time_ms, offset, click_ms in plan.examples:
+            assert offset not in self.labels, "a second first label"
+            self.labels[offset] = click_ms
+            assert (key, time_ms) == self.oracle.accepted[offset]
+            assert value == b"%d" % offset
+        settled = [click_ms if click_ms >= 0 else time + self.settings.window_ms for _, _, time, _, click_ms in plan.examples]
+        assert settled == sorted(settled)
+        for letter in plan.dead:
+            assert letter.message
+            assert (letter.reason, letter.offset) not in self.dead, "said twice"
+            self.dead.add((letter.reason, letter.offset))
+        self.counts.update(plan.counts)
+        oracle, state = self.oracle, self.real.state
+        assert self.labels == oracle.labels
+        assert self.dead == oracle.dead
+        assert self.counts == oracle.counts
+        assert {offset for _, offset in state.payloads} == oracle.pending()
+        assert {(key, time, offset) for (key, time), offset in oracle.waiting.items()} == state.early
+        assert {
+            (key, *click[:2]) for key, waiting in self.real.memory.early.items() for click in waiting.values()
+        } == state.early
+        assert self.real.memory.early_clicks == len(state.early)
+        # Every input is in one place.
+        accounted = self.counts["impressions"] + self.counts["duplicate_impressions"] + self.counts["late_impressions"]
+        assert accounted == self.real.impressions
+        kinds = ("matched_clicks", "duplicate_clicks", "late_clicks", "orphan_clicks")
+        assert sum(self.counts[kind] for kind in kinds) + len(state.early) == self.real.clicks == self.counts["clicks"]
+
+    def _hold_low_water(self) -> None:
+        impressions, clicks, examples = low = self.real.low_water()
+        assert all(now >= was for now, was in zip(low, self.low, strict=True)), "low water fell"
+        self.low = low
+        assert all(offset >= impressions for _, offset in self.real.state.payloads)
+        assert all(offset >= clicks for _, _, offset in self.real.state.early)
+        for offset, (key, time_ms) in self.oracle.accepted.items():
+            if time_ms >= self.real.forget_before_ms:
+                assert offset >= impressions
+                assert self.real.example_of.get(offset, examples) >= examples
+                if self.oracle.last[key] == offset:
+                    assert self.real.state.ids[key] == (time_ms, offset, self.labels.get(offset, -1) >= 0)
+
+    def end(self) -> None:
+        """A watermark record behind everything; as many steps as the cap needs."""
+        self.step([("impressions", [], END_MS), ("clicks", [], END_MS)], False, False)
+        for _ in range(1_000):
+            if self.real.memory.watermark_ms == END_MS:
+                break
+            self.step([], False, False)
+        self.step([], False, False)
+        assert self.labels.keys() == self.oracle.accepted.keys()
+        state = self.real.state
+        assert (state.payloads, state.early, state.ids, state.chunks) == ({}, set(), {}, {})
+        assert self.low == (self.real.impressions, self.real.clicks, self.real.examples)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SETTINGS, STEPS)
+def test_any_log_cut_anyhow(chosen, steps):
+    checked = Checked(chosen)
+    for runs, impressions_idle, clicks_idle in steps:
+        checked.step(runs, impressions_idle, clicks_idle)
+    checked.end()
+
+
+@st.composite
+def logs_in_order(draw):
+    """Sources out of order within the lateness, repeated impressions and clicks, each id once: one right answer each."""
+    chosen = draw(SETTINGS)
+    lateness, window, skew = chosen.lateness_ms, chosen.window_ms, chosen.negative_skew_ms
+    log: dict[str, list[tuple[bytes, int]]] = {"impressions": [], "clicks": []}
+    times = draw(st.lists(st.integers(skew, 60), max_size=15))
+    expected = {}
+    for index, time_ms in enumerate(times):
+        key = b"%d" % index
+        log["impressions"] += [(key, time_ms)] * draw(st.integers(1, 2))
+        delays = draw(st.lists(st.integers(-skew - 4, window + 4), max_size=3))
+        log["clicks"] += [(key, max(time_ms + delay, 0)) for delay in delays]
+        clicks = [time for who, time in log["clicks"] if who == key]
+        expected[key, time_ms] = any(-skew <= click - time_ms <= window for click in clicks)
+    for source, rows in log.items():
+        arrivals = [time + draw(st.integers(0, lateness)) for _, time in rows]
+        log[source] = [row for _, row in sorted(zip(arrivals, rows, strict=True), key=lambda pair: pair[0])]
+    return chosen, log, expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(logs_in_order(), st.data())
+def test_in_order_every_cut_gives_the_labels_of_the_window_rule(given_log, data):
+    chosen, log, expected = given_log
+    checked, left = Checked(chosen), {source: list(rows) for source, rows in log.items()}
+    while any(left.values()):
+        runs = []
+        for source in data.draw(st.permutations(["impressions", "clicks", "impressions", "clicks"])):
+            count = data.draw(st.integers(0, 5))
+            runs.append((source, left[source][:count], -1))
+            del left[source][:count]
+        checked.step(runs, False, False)
+    checked.end()
+    found = {checked.oracle.accepted[offset]: click >= 0 for offset, click in checked.labels.items()}
+    assert found == expected
+    assert checked.counts["late_impressions"] == checked.counts["late_clicks"] == 0
+
+
+def labels(plan: Any) -> list[tuple[bytes, int, int]]:
+    return [(key, time_ms, click_ms) for key, _, time_ms, _, click_ms in plan.examples]
+
+
+def test_the_edges_of_the_window():
+    for skew, delay, positive in [(0, 0, True), (0, -1, False), (0, 10, True), (0, 11, False), (2, -2, True), (2, -3, False)]:
+        for click_first in (False, True):
+            partition = Partition(join_settings(negative_skew_ms=skew))
+            runs = [("impressions", run_of([(b"a", 20)], 0)), ("clicks", run_of([(b"a", 20 + delay)], 0))]
+            plans = [partition.step([run]) for run in (reversed(runs) if click_first else runs)]
+            assert [label for plan in plans for label in labels(plan)] == ([(b"a", 20, 20 + delay)] if positive else [])
+
+
+def test_an_impression_waits_while_a_click_may_come():
+    partition = Partition(join_settings())
+    partition.step([("impressions", run_of([(b"a", 20)], 0))])
+    assert labels(partition.step([("impressions", run_of([], 1, mark=30)), ("clicks", run_of([], 0, mark=30))])) == []
+    assert labels(partition.step([("impressions", run_of([], 1, mark=31)), ("clicks", run_of([], 0, mark=31))])) == [
+        (b"a", 20, -1)
+    ]
+
+
+def test_the_first_of_several_early_clicks_counts():
+    partition = Partition(join_settings())
+    partition.step([("clicks", run_of([(b"a", 27), (b"a", 22), (b"a", 22), (b"a", 99)], 0))])
+    plan = partition.step([("impressions", run_of([(b"a", 20)], 0))])
+    assert labels(plan) == [(b"a", 20, 22)]
+    assert plan.counts == {"impressions": 1, "matched_clicks": 1, "duplicate_clicks": 1, "negatives": 0}
+    assert partition.state.early == {(b"a", 99, 3)}
+
+
+def test_an_id_used_again_in_the_step_that_forgets_it():
+    """Forgetting reads the state, which doesn't know yet what the same step remembers."""
+    partition = Partition(join_settings(dedupe_horizon_ms=0))
+    partition.step([("impressions", run_of([(b"a", 1)], 0, mark=50)), ("clicks", run_of([], 0, mark=3))])
+    plan = partition.step([("impressions", run_of([(b"a", 200)], 1)), ("clicks", run_of([], 0, mark=150))])
+    assert [chunk.first_offset for chunk in plan.forgotten] == [0]
+    assert partition.state.ids == {b"a": (200, 1, False)}
+    assert labels(partition.step([("clicks", run_of([(b"a", 201)], 0))])) == [(b"a", 200, 201)]
+
+
+def test_an_id_used_twice_in_one_step_holds_the_low_water_at_its_first_use():
+    partition = Partition(join_settings(dedupe_horizon_ms=0))
+    partition.step([("impressions", run_of([(b"a", 100), (b"b", 100), (b"a", 101)], 0))])
+    assert partition.state.payloads.keys() == {(100, 0), (100, 1), (101, 2)}
+    assert partition.low_water() == (0, 0, 0)
+
+
+def test_one_id_with_many_early_clicks_costs_no_more_than_many_ids():
+    # All producers of a stream may share one broken id.
+    partition = Partition(join_settings())
+    rows = [(b"undefined", 100 + index) for index in range(20_000)]
+    partition.step([("clicks", run_of(rows + rows, 0))])
+    plan = partition.step([("impressions", run_of([], 0, mark=END_MS)), ("clicks", run_of([], 40_000, mark=END_MS))])
+    partition.step([("impressions", run_of([], 0, mark=10**6)), ("clicks", run_of([], 40_000, mark=10**6))])
+    assert partition.memory.early_clicks == 0
+    assert plan.counts["orphan_clicks"] > 0
+
+
+def test_what_one_transaction_may_hold_caps_the_watermark():
+    partition = Partition(join_settings(max_outputs=3))
+    rows = [(b"%d" % index, 100 + index // 2) for index in range(10)]
+    partition.step([("impressions", run_of(rows, 0))])
+    marks = [("impressions", run_of([], 10, mark=END_MS)), ("clicks", run_of([], 0, mark=END_MS))]
+    plans = [partition.step(marks)]
+    while plans[-1].capped:
+        plans.append(partition.step([]))
+    # Impressions of one time go together: the watermark can't stand between them.
+    assert [len(plan.examples) for plan in plans] == [4, 4, 2]
+    assert [plan.watermark_ms for plan in plans] == [112, 114, END_MS]
+
+
+def test_a_run_without_events_says_nothing_of_event_time():
+    partition = Partition(join_settings())
+    partition.step([("impressions", run_of([], 0)), ("clicks", run_of([], 0))])
+    memory = partition.memory
+    assert (memory.impressions_seen_ms, memory.clicks_seen_ms, memory.watermark_ms) == (NEVER_MS, NEVER_MS, NEVER_MS)
+
+
+@pytest.mark.parametrize(
+    ("was", "impressions", "clicks", "idle", "expected"),
+    [
+        (NEVER_MS, 50, 40, "", 40),
+        (NEVER_MS, 50, NEVER_MS, "", NEVER_MS),
+        (NEVER_MS, 50, NEVER_MS, "c", 50),
+        (NEVER_MS, 50, 40, "c", 50),
+        (NEVER_MS, 50, 40, "i", 40),
+        (45, 50, 40, "", 45),
+        (45, 50, 48, "", 48),
+        (45, 50, 40, "ic", 45),
+        (45, 70, 60, "ic", 60),  # watermark records move it also then
+    ],
+)
+def test_the_watermark(was, impressions, clicks, idle, expected):
+    memory = Memory(watermark_ms=was, impressions_seen_ms=impressions, clicks_seen_ms=clicks)
+    assert watermark(memory, impressions_idle="i" in idle, clicks_idle="c" in idle) == expected
+
+
+def test_a_late_impression_says_why():
+    partition = Partition(join_settings())
+    partition.step([("impressions", run_of([], 0, mark=100)), ("clicks", run_of([], 0, mark=100))])
+    plan = partition.step([("impressions", run_of([(b"a", 81), (b"b", 82)], 0))])
+    [letter] = plan.dead
+    assert (letter.reason, letter.path, letter.offset) == ("late_impression", "$.timestamp", 0)
+    assert letter.message == "expected an event time of at least 82 (watermark - window - dedupe horizon), found 81"
+    assert labels(plan) == [(b"b", 82, -1)]
+
+
+def test_an_orphan_says_why_and_keeps_its_bytes():
+    partition = Partition(join_settings())
+    partition.step([("clicks", run_of([(b"a", 50)], 0))])
+    plan = partition.step([("impressions", run_of([], 0, mark=51)), ("clicks", run_of([], 1, mark=51))])
+    assert [(letter.reason, letter.path, letter.topic, letter.offset, letter.key, letter.value) for letter in plan.dead] == [
+        ("orphan_click", "$.impression_id", "clicks", 0, b"a", b"0")
+    ]
+    assert "expected an impression with this id and 0 <= click - impression <= 10 ms" in plan.dead[0].message
