@@ -87,7 +87,7 @@ class Load:
         await self._producer.stop()
         await self._consumer.stop()
 
-    async def warm_up(self, timeout_s: float = 60.0) -> None:
+    async def warm_up(self, timeout_s: float = 120.0) -> None:
         """Ask now and then until everything is answered with scores. Raises SystemExit when that doesn't come about."""
         until = time.monotonic() + timeout_s
         while True:

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.adam import Adam
 from model.batch import FeatureBatch, Float32Array
 from model.embedding import EmbeddingTable, take
 from model.errors import ModelError
@@ -46,9 +47,7 @@ class Learner:
             room=settings.initial_rows,
             device=self.device,
         )
-        self._flat = torch.nn.Parameter(self._dense.parameters)  # shares memory with the model's
-        self._flat.grad = self._dense.gradients
-        self._adam = self._new_adam()
+        self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
 
     @property
     def rows(self) -> int:
@@ -98,33 +97,19 @@ class Learner:
         """What learning on needs besides, copied to the CPU: both optimizers' state and the examples seen."""
         return {
             **self._table.trainer_state(),
-            **{f"adam.{name}": value.to("cpu", copy=True) for name, value in self._adam_state().items()},
+            **{f"adam.{name}": value.to("cpu", copy=True) for name, value in self._adam.state().items()},
             "examples_seen": torch.tensor(self.examples_seen),
         }
 
     def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
         """Takes over a snapshot. Raises SnapshotMismatch when it is of another model or schema."""
         seen = take(trainer, "examples_seen", (), torch.int64)
-        moments = {name: take(trainer, f"adam.{name}", tuple(value.shape)) for name, value in self._adam_state().items()}
+        moments = {name: take(trainer, f"adam.{name}", tuple(value.shape)) for name, value in self._adam.state().items()}
         self._dense.restore(serving)
         self._table.restore(serving, trainer)
-        for name, value in self._adam_state().items():
+        for name, value in self._adam.state().items():
             value.copy_(moments[name])
         self.examples_seen = int(seen)
-
-    def _new_adam(self) -> torch.optim.Adam:
-        adam = torch.optim.Adam([self._flat], lr=self.settings.dense_learning_rate, fused=True)
-        # Adam makes its state in its first step; a step of length zero makes it now, so that it can be saved and loaded.
-        adam.state[self._flat] = {
-            "step": torch.zeros((), device=self.device),
-            "exp_avg": torch.zeros_like(self._flat),
-            "exp_avg_sq": torch.zeros_like(self._flat),
-        }
-        return adam
-
-    def _adam_state(self) -> dict[str, torch.Tensor]:
-        state: dict[str, torch.Tensor] = self._adam.state[self._flat]
-        return state
 
     def _checked(self, name: str, values: npt.ArrayLike, rows: int, most: float) -> torch.Tensor:
         array = np.asarray(values, dtype=np.float32)

@@ -147,7 +147,7 @@ class ScorerSettings(_Frozen):
     lease_ms: int = Field(default=10_000, ge=500, description="Without the registry's end for this long, answers say `stale`.")
     instance_id: str | None = Field(
         default=None,
-        description="Stable name of this worker (a pod's name), in the group and in heartbeats; drawn at each start when unset.",
+        description="Stable name of this worker (a pod's name), in the group and in heartbeats; drawn at start when unset.",
     )
 
 

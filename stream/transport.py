@@ -211,5 +211,8 @@ class RunApp(faust.App):
         super().__init__(*args, **options)
         self.next_offset = next_offset
 
+    def _create_directories(self) -> None:
+        """Faust's folders are for tables; without any there is nothing to put there."""
+
     def _new_transport(self) -> Any:
         return _Transport(self.conf.broker_consumer, self)

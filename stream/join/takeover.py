@@ -202,7 +202,7 @@ class Takeover:
                 and committed.clicks_start <= meta.clicks_position <= committed.clicks
             ):
                 return state
-            if meta is not None:
+            if meta is not None and (committed.progress is not None or meta.watermark_ms > NEVER_MS):
                 log.warning(
                     "throwing away local state of partition %d: it is of another log, or not a part of this one", number
                 )

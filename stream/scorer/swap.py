@@ -62,6 +62,11 @@ class Swapper:
         self._wanted = registry.champion.version
         self._settle()
 
+    async def tried(self) -> None:
+        """Wait until what is being loaded is served, or has failed."""
+        if self._loading:
+            await asyncio.wait(list(self._loading.values()))
+
     async def close(self) -> None:
         """Load no more."""
         self._wanted = None

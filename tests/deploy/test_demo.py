@@ -41,8 +41,8 @@ KEYS = {
 @pytest.fixture
 def data(tmp_path: Path) -> tuple[Path, int, int]:
     """A folder for HEADRACE_DATA_DIR with made-up ratings in MovieLens' files; how many ratings and how many of them clicks."""
-    draw, count, clicks = random.Random(1), 4_000, 0
-    folder = tmp_path / "data" / "movielens_100k"
+    draw, count, clicks = random.Random(1), 9_000, 0
+    folder = tmp_path / "data" / "ml-100k"
     folder.mkdir(parents=True)
     ratings = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
     for row in range(count):
@@ -75,7 +75,13 @@ def of_demo(work: Path) -> list[psutil.Process]:
 @contextlib.contextmanager
 def demo(data: Path, work: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "headrace", "demo", "--dataset", "movielens-100k", "--keep", str(work), *options]
-    env = {**os.environ, "HEADRACE_DATA_DIR": str(data)}
+    # A model that has seen some thousand examples is not calibrated yet; what is tested is the run.
+    gate = {"GATE_CALIBRATION": "[0.01, 100.0]", "GATE_MARGIN": "100", "GATE_MIN_EXAMPLES": "1"}
+    env = {
+        **os.environ,
+        "HEADRACE_DATA_DIR": str(data),
+        **{f"HEADRACE_SNAPSHOTS__{name}": value for name, value in gate.items()},
+    }
     running = subprocess.Popen(
         command,
         env=env,
@@ -147,7 +153,7 @@ def test_kill_9_of_each_worker_in_the_middle_and_the_counts_still_come_out_exact
         draw = random.Random(4)
         first_ms = 1_700_000_000_000
         rows = [(first_ms + 100 * row, draw.choice([-1, -1, draw.randrange(60_000)])) for row in range(6_000)]
-        data_set = MadeUp(rows[:3_000], rows[3_000:])
+        data_set = MadeUp(rows)
         chosen = demo_settings(settings, data_set, tmp_path, settings.kafka.bootstrap_servers, evaluation_from_ms=first_ms)
         create_topics(chosen.kafka, chosen.topics)
         env = worker_environment(chosen)
@@ -157,16 +163,18 @@ def test_kill_9_of_each_worker_in_the_middle_and_the_counts_still_come_out_exact
                 worker.start()
             for kind in ("join", "trainer"):
                 await asyncio.to_thread(workers[kind].wait_ready)
-            replayer = Replayer(data_set, chosen, rate=450, scored_fraction=0.2, score_timeout_ms=200)
+            replayer = Replayer(data_set, chosen, rate=600, loop=True, scored_fraction=0.2, score_timeout_ms=200)
             sending = asyncio.ensure_future(replayer.run_async())
             await asyncio.to_thread(workers["scorer"].wait_ready)  # there is a model
             for kind in ("join", "trainer", "scorer"):
                 await asyncio.sleep(draw.uniform(0.2, 1.0))
+                assert not sending.done()
                 workers[kind].kill()
                 workers[kind].start()
-            assert not sending.done(), "the stream was over before the last kill"
+            for worker in workers.values():
+                await asyncio.to_thread(worker.wait_ready)
+            replayer.stop()
             stats = await sending
-            assert stats.impressions == len(rows)
             assert stats.requests > 0
             await counts_are_exact(chosen, stats.impressions, stats.clicks)
             for worker in workers.values():
@@ -175,7 +183,7 @@ def test_kill_9_of_each_worker_in_the_middle_and_the_counts_still_come_out_exact
         finally:
             await asyncio.to_thread(stop_workers, list(workers.values()))
         assert {kind: worker.returncode for kind, worker in workers.items()} == {"join": 0, "trainer": 0, "scorer": 0}
-        await counts_are_exact(chosen, len(rows), sum(delay >= 0 for _, delay in rows))
+        await counts_are_exact(chosen, stats.impressions, stats.clicks)
 
     asyncio.run(check())
 
@@ -218,4 +226,4 @@ def answered(settings: Settings, requests: int) -> None:
 
     until(all_there, "an answer to each score request")
     assert answers.keys() == asked
-    assert any("scores" in answer or "candidates" in answer for answer in answers.values())
+    assert any(answer.get("scores") for answer in answers.values())

@@ -110,7 +110,7 @@ def test_a_step_equals_autograds() -> None:
     weights = np.random.default_rng(1).uniform(0, 3, 60).astype(np.float32)
     learner = Learner(SCHEMA, SETTINGS.model_copy(update={"init_std": 0.3}), device="cpu")
     learner.learn(batch, labels, np.zeros(60, np.float32))  # makes the rows, changes nothing
-    learner._adam_state()["step"].zero_()
+    learner._adam.state()["step"].zero_()
     expected = autograd_step(learner, batch, labels, weights)
     np.testing.assert_allclose(learner.learn(batch, labels, weights), expected.pop("scores"), rtol=1e-5)
     serving = learner.serving_state()

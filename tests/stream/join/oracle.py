@@ -1,18 +1,18 @@
-"""The join twice more: as a reader of the rules would write it, with endless memory; and its state as a dictionary."""
+"""The join as a reader of the rules would write it, with endless memory; and the real one without Kafka and RocksDB."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from state.join_state import _ENTRY, Chunk, Entry
+from state.join_state import Chunk
 from stream.join.events import Events
 from stream.join.logic import NEVER_MS, Memory, Plan, Step, watermark
 from stream.settings import JoinSettings
+from tests.stream.join.fake_state import DictState
 
-__all__ = ["DictState", "Oracle", "Partition", "run_of"]
+__all__ = ["Oracle", "Partition", "run_of"]
 
 Row = tuple[bytes, int]  # id, event time
 
@@ -26,46 +26,6 @@ def run_of(rows: list[Row], first_offset: int, *, mark: int = -1) -> Events:
         for offset, (key, _), value in zip(offsets, rows, values, strict=True)
     ]
     return Events([key for key, _ in rows], [time for _, time in rows], offsets, values, records, watermark_ms=mark)
-
-
-class DictState:
-    """`StoredState` without RocksDB, and the changes that `PartitionJoin` makes to it."""
-
-    def __init__(self) -> None:
-        self.ids: dict[bytes, Entry] = {}
-        self.payloads: dict[tuple[int, int], tuple[bytes, bytes]] = {}
-        self.early: set[tuple[bytes, int, int]] = set()
-        self.chunks: dict[Chunk, list[bytes]] = {}
-
-    def entries(self, keys: list[bytes]) -> list[Entry | None]:
-        return [self.ids.get(key) for key in keys]
-
-    def packed_entries(self, keys: list[bytes]) -> list[bytes | None]:
-        return [None if entry is None else _ENTRY.pack(*entry) for entry in self.entries(keys)]
-
-    def values(self, impressions: list[tuple[int, int]]) -> list[bytes | None]:
-        return [self.payloads[place][1] if place in self.payloads else None for place in impressions]
-
-    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes]]:
-        for time_ms, offset in sorted(self.payloads):
-            if from_ms <= time_ms < until_ms:
-                yield time_ms, offset, *self.payloads[time_ms, offset]
-
-    def apply(self, plan: Plan, chunk: Chunk | None, forget_before_ms: int) -> None:
-        for place in [place for place in self.payloads if plan.expired_from_ms <= place[0] < plan.expired_until_ms]:
-            del self.payloads[place]
-        for place in plan.dropped_pending:
-            self.payloads.pop(place, None)
-        self.ids.update(plan.remembered)
-        self.payloads.update(plan.new_pending)
-        self.early.update((key, time_ms, offset) for key, (time_ms, offset, _) in plan.new_early)
-        self.early.difference_update((key, time_ms, offset) for key, (time_ms, offset, _) in plan.dropped_early)
-        if chunk is not None:
-            self.chunks[chunk] = list(plan.new_ids)
-        for forgotten in plan.forgotten:
-            for key in self.chunks.pop(forgotten):
-                if key in self.ids and self.ids[key][0] < forget_before_ms:
-                    del self.ids[key]
 
 
 class Partition:
@@ -92,11 +52,25 @@ class Partition:
         if plan.new_ids:
             chunk = Chunk(plan.first_offset, max(plan.remembered[key][0] for key in plan.new_ids), *before)
             self.memory.add_chunk(chunk)
-        self.state.apply(plan, chunk, self.forget_before_ms)
+        self._apply(plan, chunk)
         for example in plan.examples:
             self.example_of.setdefault(example[3], self.examples)
             self.examples += 1
         return plan
+
+    def _apply(self, plan: Plan, chunk: Chunk | None) -> None:
+        batch = self.state.batch()
+        batch.drop_pending_before(plan.expired_from_ms, plan.expired_until_ms)
+        batch.drop_pending(plan.dropped_pending)
+        batch.remember(plan.remembered.items())
+        batch.add_pending((*place, *row) for place, row in plan.new_pending.items())
+        batch.add_early(plan.new_early)
+        batch.drop_early(plan.dropped_early)
+        if chunk is not None:
+            batch.add_chunk(chunk, plan.new_ids)
+        for forgotten in plan.forgotten:
+            batch.forget(forgotten, self.forget_before_ms, plan.remembered)
+        batch.write()
 
     @property
     def forget_before_ms(self) -> int:

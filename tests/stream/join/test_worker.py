@@ -62,21 +62,23 @@ def test_each_impression_gets_its_label_once(topics, start):
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("seed", [2, 3])
-def test_kill_9_again_and_again(topics, start, seed):
-    """At any moment: while it starts, takes over, steps, commits."""
+def test_kill_9_again_and_again(topics, start):
+    """At any moment: while it starts, takes over, steps, commits. Once the disk is lost with it."""
 
     async def check() -> None:
+        seed = 2
         settings, events, draw = join_settings(topics), made_up(4_000, seed), random.Random(seed)
-        sending = asyncio.ensure_future(send(settings, events.arriving, over_s=15.0))
+        sending = asyncio.ensure_future(send(settings, events.arriving, over_s=12.0))
         worker = start(settings)
-        for _ in range(5):
+        for time_ in range(5):
             if draw.random() < 0.7:
                 await asyncio.to_thread(worker.wait_ready)
                 await asyncio.sleep(draw.uniform(0.0, 0.8))
             else:
                 await asyncio.sleep(draw.uniform(0.8, 2.5))
             worker.kill()
+            if time_ == 2:
+                shutil.rmtree(settings.state_dir)
             worker.start()
         await sending
         await settled(settings, events, worker)
@@ -169,31 +171,12 @@ def test_the_state_is_what_the_log_says(topics, start):
     asyncio.run(check())
 
 
-def test_a_state_folder_deleted_between_two_runs_costs_nothing(topics, start):
-    """Killed, so that the last steps are only in the log."""
-
-    async def check() -> None:
-        settings, events = join_settings(topics), made_up(4_000, seed=6)
-        worker = start(settings)
-        await asyncio.to_thread(worker.wait_ready)
-        for cut in range(3):
-            await send(settings, events.part(cut / 3, (cut + 1) / 3), over_s=1.0)
-            if cut < 2:
-                worker.kill()
-                shutil.rmtree(settings.state_dir)
-                worker.start()
-                await asyncio.to_thread(worker.wait_ready)
-        await settled(settings, events, worker)
-
-    asyncio.run(check())
-
-
 def test_partitions_move_to_a_second_worker_and_back(topics, start):
     async def check() -> None:
         quick = join_settings(topics, session_timeout_ms=3_000, instance_id=None)
         away = quick.model_copy(update={"state_dir": quick.state_dir.with_name("away")})
         events = made_up(6_000, seed=7)
-        sending = asyncio.ensure_future(send(quick, events.arriving, over_s=22.0))
+        sending = asyncio.ensure_future(send(quick, events.arriving, over_s=15.0))
         first = start(quick, "first")
         await until(lambda: total(first, "headrace_join_examples_total") > 0, "the first labels", first)
         second = start(away, "second")
@@ -223,7 +206,7 @@ def test_a_worker_that_stood_still_while_another_had_its_partitions_does_no_harm
         quick = join_settings(topics, session_timeout_ms=2_000, instance_id=None)
         away = quick.model_copy(update={"state_dir": quick.state_dir.with_name("away")})
         events = made_up(4_000, seed=8)
-        sending = asyncio.ensure_future(send(quick, events.arriving, over_s=16.0))
+        sending = asyncio.ensure_future(send(quick, events.arriving, over_s=10.0))
         still = start(quick, "still")
         await until(lambda: total(still, "headrace_join_examples_total") > 0, "the first labels", still)
         os.kill(still.pid, signal.SIGSTOP)

@@ -1,0 +1,49 @@
+"""Our Adam is torch's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import torch
+
+from model.adam import Adam
+
+
+def test_equals_torch_optim_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    ours = torch.randn(1_000)
+    theirs = torch.nn.Parameter(ours.clone())
+    gradients = torch.empty(1_000)
+    theirs.grad = torch.empty(1_000)
+    adam, reference = Adam(ours, gradients, 5e-4), torch.optim.Adam([theirs], lr=5e-4, fused=True)
+    for _ in range(20):
+        gradients.normal_()
+        theirs.grad.copy_(gradients)
+        adam.step()
+        reference.step()
+        assert torch.equal(ours, theirs.detach())
+
+
+def test_state_restores() -> None:
+    torch.manual_seed(1)
+    one, gradients = torch.randn(50), torch.randn(50)
+    first = Adam(one, gradients, 1e-3)
+    first.step()
+    two = one.clone()
+    second = Adam(two, gradients, 1e-3)
+    for name, value in second.state().items():
+        value.copy_(first.state()[name])
+    first.step()
+    second.step()
+    assert torch.equal(one, two)
+
+
+def test_a_learner_starts_without_the_compiler() -> None:
+    """It costs seconds at every start of a trainer."""
+    code = (
+        "import sys; from model.learner import Learner; from model.schema import *; from model.settings import ModelSettings\n"
+        "Learner(FeatureSchema(fields=(FieldSpec(name='a'),)), ModelSettings(hidden=(4,)), device='cpu')\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
