@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -105,16 +104,6 @@ class Watchdog:
                 fatal("watchdog", TimeoutError(f"no progress for {self._patience_s:.0f} s with records waiting"))
 
 
-def _hold_leash(let_go: Callable[[], object]) -> None:
-    def wait() -> None:
-        # Not through sys.stdin: a thread that waits in it keeps the interpreter from ending.
-        while os.read(0, 1024):
-            pass
-        let_go()
-
-    threading.Thread(target=wait, name="leash", daemon=True).start()
-
-
 async def serve(
     app: RunApp,
     *,
@@ -124,16 +113,10 @@ async def serve(
     ready: Callable[[], str | None],
     drain: Callable[[], Awaitable[None]],
     watchdog: Watchdog | None = None,
-    leash: bool = False,
 ) -> None:
-    """Run a worker until SIGTERM or SIGINT, then drain it. Returns when all is closed; a crash ends the process with 1.
-
-    With `leash` the end of standard input is a SIGTERM too: a parent that ends in whatever way takes its workers along.
-    """
+    """Run a worker until SIGTERM or SIGINT, then drain it. Returns when all is closed; a crash ends the process with 1."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    if leash:
-        _hold_leash(lambda: loop.call_soon_threadsafe(stop.set))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     started = Gauge("headrace_worker_start_time_seconds", "When this worker started.", ["worker"], registry=registry)

@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from deploy.leash import hold_leash
+
 __all__ = ["run"]
 
 
@@ -31,7 +33,10 @@ def _common(function: Any) -> Any:
     )
 
 
-def _settings(http_port: int | None, verbose: bool) -> Any:
+def _settings(http_port: int | None, verbose: bool, leash: bool) -> Any:
+    if leash:
+        # First of all: a worker imports, connects and takes over for many seconds, and its parent may end meanwhile.
+        hold_leash()
     from deploy.logs import setup_logs
     from deploy.settings import load_settings
 
@@ -52,7 +57,7 @@ def join(http_port: int | None, verbose: bool, leash: bool) -> None:
       headrace run join
       HEADRACE_JOIN__WINDOW_MS=1800000 headrace run join
     """
-    settings = _settings(http_port, verbose)
+    settings = _settings(http_port, verbose, leash)
     from stream.join.worker import run_join
     from stream.topics import TopicNames
 
@@ -63,7 +68,6 @@ def join(http_port: int | None, verbose: bool, leash: bool) -> None:
             names=TopicNames.of(settings.topics),
             http=settings.http,
             state_dir=settings.state_dir,
-            leash=leash,
         )
     )
 
@@ -82,7 +86,7 @@ def trainer(device: str | None, http_port: int | None, verbose: bool, leash: boo
       headrace run trainer
       headrace run trainer --device cuda
     """
-    settings = _settings(http_port, verbose)
+    settings = _settings(http_port, verbose, leash)
     from stream.topics import TopicNames
     from stream.trainer.worker import run_trainer
 
@@ -96,7 +100,6 @@ def trainer(device: str | None, http_port: int | None, verbose: bool, leash: boo
             schema=settings.features,
             model=settings.model,
             snapshots=settings.snapshots,
-            leash=leash,
         )
     )
 
@@ -112,7 +115,7 @@ def scorer(device: str | None, http_port: int | None, verbose: bool, leash: bool
       headrace run scorer
       HEADRACE_SNAPSHOTS__URL=s3://models/headrace headrace run scorer
     """
-    settings = _settings(http_port, verbose)
+    settings = _settings(http_port, verbose, leash)
     from stream.scorer.worker import run_scorer
     from stream.topics import TopicNames
 
@@ -124,6 +127,5 @@ def scorer(device: str | None, http_port: int | None, verbose: bool, leash: bool
             names=TopicNames.of(settings.topics),
             http=settings.http,
             snapshots=settings.snapshots,
-            leash=leash,
         )
     )

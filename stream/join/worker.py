@@ -231,7 +231,6 @@ async def run_join(
     names: TopicNames,
     http: HttpSettings,
     state_dir: Path,
-    leash: bool = False,
 ) -> None:
     """Run a join worker until it is told to stop.
 
@@ -253,5 +252,4 @@ async def run_join(
         ready=worker.ready,
         drain=worker.drain,
         watchdog=worker.watchdog(),
-        leash=leash,
     )

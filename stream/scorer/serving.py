@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 
 from model.errors import ModelError
-from model.features import FeatureDecoder
 from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.errors import SnapshotCorrupt
 from state.store import SnapshotStore
+from stream.scorer.decode import RequestDecoder
 
 __all__ = ["Served", "load_version"]
 
@@ -25,7 +25,7 @@ class Served:
 
     version: int
     created_at_ms: int
-    decoder: FeatureDecoder
+    decoder: RequestDecoder
     predictor: Predictor
 
 
@@ -41,7 +41,7 @@ def load_version(store: SnapshotStore, version: int, *, device: str) -> Served:
     try:
         schema = FeatureSchema.model_validate(manifest.features)
         settings = ModelSettings.model_validate(manifest.model)
-        decoder = FeatureDecoder(schema)
+        decoder = RequestDecoder(schema)
         predictor = Predictor(schema, settings, store.serving(version), device=device)
     except (ModelError, ValueError) as error:
         raise SnapshotCorrupt(

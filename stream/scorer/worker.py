@@ -287,7 +287,6 @@ async def run_scorer(
     names: TopicNames,
     http: HttpSettings,
     snapshots: SnapshotSettings,
-    leash: bool = False,
 ) -> None:
     """Run a scorer until it is told to stop. Features and model come from the version served, not from the settings.
 
@@ -344,7 +343,6 @@ async def run_scorer(
             ready=worker.ready,
             drain=worker.drain,
             watchdog=worker.watchdog(),
-            leash=leash,
         )
 
 

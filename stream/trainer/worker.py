@@ -205,7 +205,6 @@ async def run_trainer(
     schema: FeatureSchema,
     model: ModelSettings,
     snapshots: SnapshotSettings,
-    leash: bool = False,
 ) -> None:
     """Run a trainer until it is told to stop.
 
@@ -282,7 +281,6 @@ async def run_trainer(
             ready=worker.ready,
             drain=worker.drain,
             watchdog=worker.watchdog(),
-            leash=leash,
         )
     finally:
         await follower.close()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state.join_state import Chunk
 from stream.join.logic import NEVER_MS, Memory, watermark
 from stream.settings import JoinSettings
 from tests.stream.join.oracle import Oracle, Partition, run_of
@@ -216,6 +217,18 @@ def test_an_id_used_twice_in_one_step_holds_the_low_water_at_its_first_use():
     partition.step([("impressions", run_of([(b"a", 100), (b"b", 100), (b"a", 101)], 0))])
     assert partition.state.payloads.keys() == {(100, 0), (100, 1), (101, 2)}
     assert partition.low_water() == (0, 0, 0)
+
+
+def test_chunks_of_one_first_offset_are_forgotten_each():
+    # Two rebuilds of which one was given up may have cut the same offsets in two ways.
+    memory = Memory()
+    for chunk in (Chunk(3, 5, 0, 1), Chunk(3, 7, 0, 1), Chunk(9, 6, 0, 4)):
+        memory.add_chunk(chunk)
+    assert memory.low_water(20, 20, 20) == (3, 20, 1)
+    assert memory.due_chunks(6) == [Chunk(3, 5, 0, 1)]
+    assert memory.low_water(20, 20, 20) == (3, 20, 1)
+    assert memory.due_chunks(100) == [Chunk(9, 6, 0, 4), Chunk(3, 7, 0, 1)]
+    assert memory.low_water(20, 20, 20) == (20, 20, 20)
 
 
 def test_one_id_with_many_early_clicks_costs_no_more_than_many_ids():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
@@ -176,6 +177,16 @@ class World:
             "early": early,
         }
 
+    async def give_up(self, worker: str, reads: int) -> None:
+        """A worker takes the partition, and loses it to the one that had it after so many fetches."""
+        owner, had = self.owner, self.partition is not None
+        await self.leave()
+        left = iter(range(reads))
+        with contextlib.suppress(Abandoned):
+            await (await self.take(worker, lambda: next(left, None) is not None)).close()
+        if had:
+            await self.own(owner)
+
     async def move(self, to: str, given_up_after: list[int]) -> None:
         """The partition goes to a worker, after rebuilds that were given up; what it has then is what a third one finds."""
         before = None
@@ -183,9 +194,7 @@ class World:
             before = self.content(self.partition)
         await self.leave()
         for reads in given_up_after:
-            left = iter(range(reads))
-            with contextlib.suppress(Abandoned):
-                await (await self.take(to, lambda left=left: next(left, None) is not None)).close()
+            await self.give_up(to, reads)
         partition = await self.own(to)
         self.lose("third")
         third = await self.take("third")
@@ -242,6 +251,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("step"), CUTS, CUTS, st.booleans(), st.just("")),
         st.tuples(st.just("idle"), st.sets(st.sampled_from([NAMES.impressions, NAMES.clicks]))),
         st.tuples(st.just("move"), st.sampled_from("ab"), st.lists(st.integers(0, 8), max_size=2)),
+        st.tuples(st.just("give up"), st.sampled_from("ab"), st.integers(0, 8)),
         st.tuples(st.just("lose"), st.sampled_from("ab")),
     ),
     max_size=25,
@@ -263,11 +273,68 @@ async def live(world: World, actions: list[Any]) -> None:
             world.idle = rest[0]
         elif name == "move":
             await world.move(*rest)
+        elif name == "give up":
+            await world.give_up(*rest)
         elif world.owner != rest[0] or world.partition is None:
             world.lose(rest[0])
     await world.move("b", [])
     await world.end()
     await world.move("a", [])
+
+
+LOW = JoinSettings(window_ms=10, lateness_ms=0, dedupe_horizon_ms=0)
+KNOWN = {
+    # What the rebuild wrote as pending was clicked elsewhere, and the watermark has not passed it: it would expire once more.
+    "an abandoned rebuild's pending impression got its label elsewhere": [
+        ("impressions", [(b"0", 1)]),
+        ("step", [9], [9], False, ""),
+        ("move", "b", []),
+        ("move", "a", []),
+        ("impressions", [(b"1", 2), (b"2", 2), (b"3", 2), (b"4", 2)]),
+        ("step", [9], [9], False, ""),
+        ("give up", "b", 1),
+        ("clicks", [(b"1", 3)]),
+        ("step", [9], [9], False, ""),
+        ("move", "b", []),
+    ],
+    # One after the other cuts the same offsets into other chunks.
+    "two abandoned rebuilds": [
+        ("step", [9], [9], False, ""),
+        ("move", "b", []),
+        ("impressions", [(b"1", 1), (b"2", 2)]),
+        ("clicks", [(b"9", 1)]),
+        ("move", "a", []),
+        ("step", [9], [9], False, ""),
+        ("give up", "b", 1),
+        ("impressions", [(b"3", 3), (b"4", 4)]),
+        ("step", [9], [9], False, ""),
+        ("give up", "b", 3),
+        ("move", "b", []),
+    ],
+    # Forgetting reads the state, which doesn't know yet what the same step remembers.
+    "an id used again in the step that forgets it": [
+        ("impressions", [(b"0", 1)]),
+        ("step", [9], [9], False, ""),
+        ("impressions", [(b"0", 40)]),
+        ("clicks", [(b"1", 30)]),
+        ("step", [9], [9], False, ""),
+        ("clicks", [(b"0", 45)]),
+        ("step", [9], [9], False, ""),
+    ],
+    # Its first use is pending too, and must lie above the low-water offset.
+    "an id used twice in one step": [
+        ("impressions", [(b"0", 20), (b"1", 20), (b"0", 40)]),
+        ("step", [9], [9], False, ""),
+        ("move", "b", []),
+    ],
+}
+
+
+@pytest.mark.parametrize("actions", KNOWN.values(), ids=KNOWN.keys())
+def test_known(actions):
+    disk = Disk()
+    with patch.object(takeover, "JoinState", disk):
+        asyncio.run(live_and_leave(World(LOW, Path("/"), disk.destroy), actions))
 
 
 async def live_and_leave(world: World, actions: list[Any]) -> None:
@@ -277,7 +344,7 @@ async def live_and_leave(world: World, actions: list[Any]) -> None:
         await world.leave()
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(SETTINGS, ACTIONS)
 def test_a_partition_goes_on_as_if_nothing_had_happened(chosen, actions):
     disk = Disk()
@@ -286,7 +353,7 @@ def test_a_partition_goes_on_as_if_nothing_had_happened(chosen, actions):
 
 
 # Few and not made smaller: every try opens databases.
-@settings(max_examples=5, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SETTINGS, ACTIONS)
 def test_the_same_on_rocksdb(tmp_path, chosen, actions):
     folder = tmp_path / uuid.uuid4().hex

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from deploy.settings import Settings
-from model.features import FeatureDecoder
 from model.learner import Learner
 from model.predictor import Predictor
 from model.schema import FeatureSchema, FieldSpec
@@ -20,6 +19,7 @@ from model.settings import ModelSettings
 from state.manifest import Manifest
 from state.store import SnapshotStore
 from stream.registry import RegistryWriter
+from stream.scorer.decode import RequestDecoder
 from stream.scorer.serving import Served
 from stream.topics import TopicNames
 
@@ -37,7 +37,7 @@ def weights(version: int) -> dict[str, torch.Tensor]:
 
 def served(version: int, serving: dict[str, torch.Tensor] | None = None, *, created_at_ms: int = 1_000) -> Served:
     predictor = Predictor(SCHEMA, MODEL, serving or weights(version), device="cpu")
-    return Served(version, created_at_ms, FeatureDecoder(SCHEMA), predictor)
+    return Served(version, created_at_ms, RequestDecoder(SCHEMA), predictor)
 
 
 def request(name: str, candidates: int = 3, **more: Any) -> bytes:

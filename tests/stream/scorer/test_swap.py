@@ -99,6 +99,22 @@ def test_the_version_wanted_is_loaded_and_served() -> None:
     asyncio.run(run())
 
 
+def test_a_start_waits_for_the_first_version_or_its_failure() -> None:
+    async def run() -> None:
+        it = Serving()
+        it.want(None)
+        await it.swapper.tried()  # nothing to wait for
+        it.want(1)
+        await it.swapper.tried()
+        assert it.version == 1
+        it.store.broken.add(2)
+        it.want(2)
+        await it.swapper.tried()
+        assert it.version == 1 and it.count("swap_failures") == 1
+
+    asyncio.run(run())
+
+
 def test_a_registry_without_a_champion_leaves_the_version_alone() -> None:
     async def run() -> None:
         it = Serving()
