@@ -150,6 +150,14 @@ class Takeover:
         starts = await consumer.beginning_offsets([impressions, clicks])
         known = {tp: offset for tp, offset in offsets.items() if offset.offset >= 0}
         if not known:
+            if await self._has_examples(consumer, number):
+                # Brokers forget the offsets of a group without members after a week (offsets.retention.minutes).
+                raise PositionError(
+                    f"group {self._group}, partition {number}: expected committed offsets, since {self._names.examples} holds "
+                    "labels, found none: they have expired, or `join.group` has changed. Beginning at the head of the log "
+                    "would label again what was labelled. Set the offsets of impressions and clicks with Kafka's "
+                    "consumer-groups tool to begin anew from there."
+                )
             return _Committed(starts[impressions], starts[clicks], starts[impressions], starts[clicks], None)
         if len(known) != 2:
             raise PositionError(
@@ -179,6 +187,19 @@ class Takeover:
                 "the offsets of both topics with Kafka's consumer-groups tool to begin anew from there."
             ) from error
         return _Committed(known[impressions].offset, known[clicks].offset, starts[impressions], starts[clicks], progress)
+
+    async def _has_examples(self, consumer: Any, number: int) -> bool:
+        """Whether any label was ever committed here; what a first transaction left when it was aborted doesn't count."""
+        tp = TopicPartition(self._names.examples, number)
+        start, end = (await consumer.beginning_offsets([tp]))[tp], (await consumer.end_offsets([tp]))[tp]
+        if start == end:
+            return False
+        consumer.assign([tp])
+        consumer.seek(tp, start)
+        while await consumer.position(tp) < end:
+            if (await consumer.getmany(tp, timeout_ms=500, max_records=1)).get(tp):
+                return True
+        return False
 
     def _open(self, number: int, committed: _Committed) -> JoinState:
         """The local state, thrown away where it can't be a prefix of this log."""

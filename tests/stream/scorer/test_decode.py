@@ -52,7 +52,8 @@ def is_quick(*payloads: bytes) -> bool:
 
 
 def request(context: str = "{}", features: str = "{}", rest: str = "") -> bytes:
-    return f'{{"request_id":"r","context":{context},"candidates":[{{"id":"a","features":{features}}},{{"id":"b"}}]{rest}}}'.encode()
+    candidates = f'[{{"id":"a","features":{features}}},{{"id":"b"}}]'
+    return f'{{"request_id":"r","context":{context},"candidates":{candidates}{rest}}}'.encode()
 
 
 _text = st.text(max_size=40)
@@ -107,14 +108,15 @@ def test_odd_requests_get_the_same_verdict(payloads: list[bytes]) -> None:
     both(*payloads)
 
 
+_PIECES = [b"", b'"', b"\\", b"\xff", b"\xed\xa0\x80", b"{", b"]", b",", b"0", b"NaN", b"\n", b"\x00", b" "]
+
+
 @given(st.data())
 def test_damaged_bytes_get_the_same_verdict(data: st.DataObject) -> None:
     payload = data.draw(_requests(_features, odd=False).map(lambda each: json.dumps(each, ensure_ascii=False).encode()))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(payload)))
-        piece = data.draw(
-            st.sampled_from([b"", b'"', b"\\", b"\xff", b"\xed\xa0\x80", b"{", b"]", b",", b"0", b"NaN", b"\n", b"\x00", b" "])
-        )
+        piece = data.draw(st.sampled_from(_PIECES))
         payload = payload[:at] + piece + payload[at + data.draw(st.integers(0, 2)) :]
     both(payload)
 
@@ -140,6 +142,7 @@ def test_damaged_bytes_get_the_same_verdict(data: st.DataObject) -> None:
         request('{"user":"\\ud800"}'),
         request('{"unused":"\\ud800"}'),
         request('{"unused":"?"}').replace(b"?", b"\xff"),
+        request(rest=',"x":"?"').replace(b"?", b"\xff"),
         request(features='{"price":1e999}'),
         request(features='{"price":-1e999}'),
         request(features='{"unused":1e999}'),
@@ -186,6 +189,12 @@ def test_damaged_bytes_get_the_same_verdict(data: st.DataObject) -> None:
 def test_the_same_verdict_alone_and_beside_a_good_one(payload: bytes) -> None:
     both(payload)
     both(request('{"user":"u"}', '{"item":3}'), payload, request(rest=',"deadline_ms":5'))
+
+
+def test_the_same_verdict_where_nesting_becomes_too_deep() -> None:
+    for depth in range(850, 1_000, 3):
+        both(request(rest=',"x":' + "[" * depth + "]" * depth))
+        both(request('{"unused":' + '{"a":' * depth + "1" + "}" * depth + "}"))
 
 
 @example(["1" * 200])
