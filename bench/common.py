@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["interleaved", "machine", "report"]
+__all__ = ["interleaved", "machine", "report", "warn_if_busy"]
 
 _BUSY = 0.1
 """Share of the machine in other hands above which a benchmark says so: threads that wait for one another lose more."""
@@ -37,9 +37,7 @@ def interleaved(work: Mapping[str, Callable[[], int]], rounds: int) -> dict[str,
     """
     rates: dict[str, list[float]] = {name: [] for name in work}
     console = Console(stderr=True)
-    busy = 1 - _idle_share(seconds=1.0)
-    if busy > _BUSY:
-        console.print(f"[yellow]Other work keeps the machine {busy:.0%} busy: medians will be low and ratios unsure.")
+    warn_if_busy()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("rounds", total=rounds * len(work))
@@ -53,6 +51,14 @@ def interleaved(work: Mapping[str, Callable[[], int]], rounds: int) -> dict[str,
     for name, values in rates.items():
         print(f"{name:32s} median {statistics.median(values):10,.0f}/s   best {max(values):10,.0f}/s", file=sys.stderr)
     return rates
+
+
+def warn_if_busy() -> None:
+    """Say so when the machine has other work: to be called before the benchmark starts any of its own."""
+    busy = 1 - _idle_share(seconds=1.0)
+    if busy > _BUSY:
+        told = f"[yellow]Other work keeps the machine {busy:.0%} busy: figures will be poor and ratios unsure."
+        Console(stderr=True).print(told)
 
 
 def _idle_share(seconds: float) -> float:

@@ -25,7 +25,7 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.common import report
+from bench.common import report, warn_if_busy
 from bench.score_load import Load, Offered, request_bodies
 from deploy.datasets import DataSet, default_data_set, open_data_set
 from deploy.demo.play import demo_settings, worker_environment
@@ -225,6 +225,7 @@ def main(dataset: str, seconds: float, quick: bool, no_peer: bool) -> None:
     data_set = default_data_set() if dataset == "auto" else open_data_set(dataset)
     if data_set.find() is None:
         data_set.fetch(lambda line: click.echo(line, err=True))
+    warn_if_busy()
     work = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
     try:
         with LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=768)) as kafka:

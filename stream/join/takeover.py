@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import TopicPartition
 
 from state.errors import JoinStateError
@@ -31,6 +30,7 @@ from stream.join.examples import label_of, source_offset_of
 from stream.join.logic import NEVER_MS, Memory
 from stream.join.partition import Positions, TakenOver
 from stream.join.progress import Progress, decode_progress
+from stream.offsets import committed_offsets
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics import TopicNames
 
@@ -141,14 +141,8 @@ class Takeover:
         """The committed offsets and their metadata; the start of the log before the first transaction."""
         impressions = TopicPartition(self._names.impressions, number)
         clicks = TopicPartition(self._names.clicks, number)
-        admin = AIOKafkaAdminClient(**aiokafka_options(self._kafka))
-        await admin.start()
-        try:
-            offsets = await admin.list_consumer_group_offsets(self._group, partitions=[impressions, clicks])
-        finally:
-            await admin.close()
+        known = await committed_offsets(self._kafka, self._group, [impressions, clicks])
         starts = await consumer.beginning_offsets([impressions, clicks])
-        known = {tp: offset for tp, offset in offsets.items() if offset.offset >= 0}
         if not known:
             if await self._has_examples(consumer, number):
                 # Brokers forget the offsets of a group without members after a week (offsets.retention.minutes).

@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
 from stream.clients import aiokafka_options
+from stream.offsets import committed_offsets
 from stream.settings import KafkaSettings
 
 __all__ = ["choose_positions", "committed_positions", "max_message_bytes"]
@@ -30,16 +31,13 @@ async def committed_positions(kafka: KafkaSettings, group: str, topic: str, part
     if not partitions:
         return {}
     places = [TopicPartition(topic, number) for number in partitions]
-    admin = AIOKafkaAdminClient(**aiokafka_options(kafka))
+    committed = await committed_offsets(kafka, group, places)
     consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
     try:
-        await admin.start()
         await consumer.start()
-        committed = await admin.list_consumer_group_offsets(group, partitions=places)
         starts, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
     finally:
         await consumer.stop()
-        await admin.close()
     return choose_positions(
         topic,
         {place.partition: at.offset for place, at in committed.items()},

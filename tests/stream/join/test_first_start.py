@@ -41,7 +41,7 @@ async def send_example(settings: Settings, *, commit: bool) -> None:
 def test_labels_without_committed_offsets_are_refused(topics: Settings) -> None:
     async def run() -> None:
         await send_example(topics, commit=True)
-        with pytest.raises(PositionError, match="expected committed offsets, since .* holds labels, found none"):
+        with pytest.raises(PositionError, match=r"expected committed offsets, since .* holds labels, found none"):
             await takeover(topics).take(0, lambda: True)
 
     asyncio.run(run())
