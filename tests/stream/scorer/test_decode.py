@@ -61,10 +61,11 @@ _scalar = st.one_of(
     _text,
     st.integers(-(1 << 70), 1 << 70),
     st.integers(-5, 5),
-    st.floats(allow_nan=False),
+    st.floats(allow_nan=False, allow_infinity=False),
     st.booleans(),
     st.none(),
 )
+_odd_scalar = _scalar | st.sampled_from([float("inf"), float("-inf"), float("nan")])
 _value = st.one_of(
     _scalar, st.lists(_text, max_size=3), st.lists(_scalar, max_size=2), st.dictionaries(_text, _scalar, max_size=1)
 )
@@ -78,16 +79,16 @@ _good = {
     "unused": _value,
 }
 _features = st.fixed_dictionaries({}, optional={name: st.one_of(st.none(), value) for name, value in _good.items()})
-_odd_features = st.one_of(_features, st.dictionaries(st.sampled_from([*_good]), _value, max_size=4), _value)
+_odd_features = st.one_of(_features, st.dictionaries(st.sampled_from([*_good]), _value | _odd_scalar, max_size=4), _value)
 
 
 def _requests(features: st.SearchStrategy[Any], odd: bool) -> st.SearchStrategy[dict[str, Any]]:
-    candidate = st.fixed_dictionaries({"id": _scalar if odd else _text}, optional={"features": st.none() | features})
+    candidate = st.fixed_dictionaries({"id": _odd_scalar if odd else _text}, optional={"features": st.none() | features})
     return st.fixed_dictionaries(
-        {"request_id": _scalar if odd else _text, "candidates": st.lists(candidate, max_size=5)},
+        {"request_id": _odd_scalar if odd else _text, "candidates": st.lists(candidate, max_size=5)},
         optional={
             "context": st.none() | features,
-            "deadline_ms": _scalar if odd else st.none() | st.integers(0, (1 << 63) - 1),
+            "deadline_ms": _odd_scalar if odd else st.none() | st.integers(0, (1 << 63) - 1),
             "more": _value,
         },
     )
