@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from deploy.local_kafka import LocalKafka
@@ -14,6 +16,11 @@ from deploy.settings import LocalKafkaSettings, Settings
 from state.settings import SnapshotSettings
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topic_admin import create_topics
+
+# Where a red run must mean a change for the worse, the same examples are tried every time; by hand, new ones.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

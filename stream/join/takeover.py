@@ -251,6 +251,7 @@ class _Rebuild:
         self._settings, self._names, self._number, self._identity = settings, names, number, identity
         self._consumer, self._state, self._committed, self._still_ours = consumer, state, committed, still_ours
         self._resolved: dict[int, bool] = {}  # source offset → clicked
+        self._matched: set[tuple[bytes, int]] = set()  # clicks that made a label: id and event time
         self.impressions_read = self.clicks_read = 0
         progress = committed.progress
         self._watermark_ms = progress.watermark_ms if progress else NEVER_MS
@@ -317,7 +318,9 @@ class _Rebuild:
             offset = source_offset_of(record)
             self._resolved[offset] = label_of(record)
             if self._resolved[offset]:
-                clicked.append((record.key, int(dict(record.headers)["impression_ms"]), offset))
+                headers = dict(record.headers)
+                clicked.append((record.key, int(headers["impression_ms"]), offset))
+                self._matched.add((record.key, int(headers["click_ms"])))
         entries = self._state.entries([key for key, _, _ in clicked])
         known = [row for row, entry in zip(clicked, entries, strict=True) if entry is not None and entry[:2] == row[1:]]
         batch = self._state.batch()
@@ -361,12 +364,15 @@ class _Rebuild:
         for key, time_ms, offset, value, entry in zip(
             events.keys, events.times_ms, events.offsets, events.values, entries, strict=True
         ):
-            if self._waits(time_ms, entry):
+            if self._waits(key, time_ms, entry):
                 batch.add_early([(key, (time_ms, offset, value))])
         batch.write()
 
-    def _waits(self, click_ms: int, entry: Entry | None) -> bool:
+    def _waits(self, key: bytes, click_ms: int, entry: Entry | None) -> bool:
+        """Whether a click is not accounted for yet. One that labelled an id's earlier use is outside the newer use's window."""
         settings = self._settings
+        if (key, click_ms) in self._matched:
+            return False
         in_window = entry is not None and -settings.negative_skew_ms <= click_ms - entry[0] <= settings.window_ms
         return not in_window and click_ms + settings.negative_skew_ms >= self._watermark_ms
 
@@ -378,7 +384,7 @@ class _Rebuild:
         entries = self._state.entries([key for key, _ in early])
         seen: set[tuple[bytes, int]] = set()
         for (key, click), entry in sorted(zip(early, entries, strict=True), key=lambda row: row[0][1][1]):
-            if not self._waits(click[0], entry) or (key, click[0]) in seen:
+            if not self._waits(key, click[0], entry) or (key, click[0]) in seen:
                 batch.drop_early([(key, click)])
             seen.add((key, click[0]))
         progress = committed.progress

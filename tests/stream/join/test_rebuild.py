@@ -327,14 +327,26 @@ KNOWN = {
         ("step", [9], [9], False, ""),
         ("move", "b", []),
     ],
+    # Read again by a rebuild, it is outside the window of the newer use; it waited there, to be called an orphan.
+    "a click that labelled an id's earlier use": [
+        ("give up", "b", 0),
+        ("clicks", [(b"0", 0)]),
+        ("impressions", [(b"0", 0), (b"0", 1)]),
+        ("step", [2], [1], True, ""),
+        ("move", "b", []),
+    ],
 }
 
 
+NO_HORIZON = JoinSettings(window_ms=10, lateness_ms=0, dedupe_horizon_ms=0, max_outputs=1, idle_timeout_ms=100)
+
+
+@pytest.mark.parametrize("chosen", [LOW, NO_HORIZON], ids=["low", "no horizon"])
 @pytest.mark.parametrize("actions", KNOWN.values(), ids=KNOWN.keys())
-def test_known(actions):
+def test_known(actions, chosen):
     disk = Disk()
     with patch.object(takeover, "JoinState", disk):
-        asyncio.run(live_and_leave(World(LOW, Path("/"), disk.destroy), actions))
+        asyncio.run(live_and_leave(World(chosen, Path("/"), disk.destroy), actions))
 
 
 async def live_and_leave(world: World, actions: list[Any]) -> None:
