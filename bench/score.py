@@ -1,11 +1,12 @@
 """How soon a score request is answered while everything runs, and how many a second; against an ordinary Faust agent.
 
-    .venv/bin/python bench/score.py            # about 5 minutes
+    .venv/bin/python bench/score.py            # about 7 minutes
     .venv/bin/python bench/score.py --quick    # short stretches, no claim
 
 A real Apache Kafka, a join, a trainer and a scorer on this machine; a data set is replayed at 1,000 events a second, joined and
-learned all along, and a version is published and swapped in every 3 s. Requests hold 50 candidates. A latency is the answer's
-LogAppendTime less the request's: both are the broker's clock. The peer gets the same requests beside the same load.
+learned all along, and a version is published and swapped in every 3 s. All but scorer and broker give way (niceness 10), as in
+the demo. Requests hold 50 candidates. A latency is the answer's LogAppendTime less the request's, both by the broker's clock. The
+peer gets the same requests beside the same load.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
@@ -28,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.common import report, warn_if_busy
 from bench.score_load import Load, Offered, request_bodies
 from deploy.datasets import DataSet, default_data_set, open_data_set
-from deploy.demo.play import demo_settings, worker_environment
+from deploy.demo.play import BEHIND_NICE, demo_settings, worker_environment
 from deploy.demo.workers import Worker
 from deploy.local_kafka import LocalKafka
+from deploy.priority import give_way
 from deploy.settings import LocalKafkaSettings, Settings
 from state.store import SnapshotStore
 from stream.settings import TopicSettings
@@ -46,10 +49,18 @@ START_S = 90.0
 
 
 @contextmanager
-def process(command: list[str], env: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(command: list[str], env: dict[str, str], log: Path, *, nice: int = 0) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends with the block."""
     with log.open("ab") as output:
-        running = subprocess.Popen(command, env=env, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+        running = subprocess.Popen(
+            command,
+            env=env,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=partial(give_way, nice),
+        )
     try:
         yield running
     finally:
@@ -62,10 +73,10 @@ def process(command: list[str], env: dict[str, str], log: Path) -> Iterator[subp
 
 
 @contextmanager
-def workers(settings: Settings, work: Path, *kinds: str) -> Iterator[dict[str, Worker]]:
+def workers(settings: Settings, work: Path, *kinds: str, nice: int = 0) -> Iterator[dict[str, Worker]]:
     """`headrace run …` for each kind; they end with the block."""
     env = worker_environment(settings)
-    running = {kind: Worker(kind, env, work / f"{kind}.log", cwd=work) for kind in kinds}
+    running = {kind: Worker(kind, env, work / f"{kind}.log", cwd=work, nice=nice) for kind in kinds}
     try:
         for worker in running.values():
             worker.start()
@@ -113,13 +124,17 @@ def show(name: str, offered: Offered) -> None:
 async def measure(
     settings: Settings, bodies: list[bytes], name: str, seconds: float, probe_s: float, alive: Callable[[], None]
 ) -> dict[str, object]:
-    """Latencies at the asked rate, and the highest rate."""
+    """Latencies at the asked rate, and the highest rate.
+
+    First the same load for as long again, unmeasured: a broker's code is interpreted until it has run for a while.
+    """
     names = TopicNames.of(settings.topics)
     load = Load(
         settings.kafka.bootstrap_servers, names.score_requests, names.scores, settings.topics.request_partitions, bodies
     )
     async with load:
         await load.warm_up()
+        show("(warming up)", await load.offer(RATE, seconds))
         alive()
         offered = await load.offer(RATE, seconds)
         show(name, offered)
@@ -153,10 +168,10 @@ def run(data_set: DataSet, bootstrap_servers: str, work: Path, seconds: float, p
     bodies = request_bodies(data_set, CANDIDATES)
     env = worker_environment(settings)
     replay = [sys.executable, "-m", "headrace", "replay", data_set.name, "--rate", str(STREAM_RATE), "--loop"]
-    with workers(settings, work, "join", "trainer") as behind:
+    with workers(settings, work, "join", "trainer", nice=BEHIND_NICE) as behind:
         behind["join"].wait_ready()
         behind["trainer"].wait_ready()
-        with process(replay, env, work / "replay.log") as stream:
+        with process(replay, env, work / "replay.log", nice=BEHIND_NICE) as stream:
 
             def alive() -> None:
                 for worker in behind.values():

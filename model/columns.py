@@ -16,7 +16,16 @@ from model.batch import FeatureBatch, Float32Array, Int64Array, gather_ranges
 from model.hashing import hash_integers, hash_strings, missing_key, number_key, space_seed
 from model.schema import FeatureSchema, FieldSpec
 
-__all__ = ["KeyColumn", "build_batch", "encode_columns", "fall_back", "numeric_buckets", "numeric_scales"]
+__all__ = [
+    "KeyColumn",
+    "absent_column",
+    "build_batch",
+    "encode_columns",
+    "fall_back",
+    "number_column",
+    "numeric_buckets",
+    "numeric_scales",
+]
 
 _LARGEST_BUCKET = 1 << 62
 """Linear buckets are cut off here, far beyond any real value, so that they fit in 64 bits."""
@@ -97,15 +106,15 @@ def encode_columns(columns: Sequence[pa.Array], fields: Sequence[FieldSpec]) -> 
     out = []
     for column, field in zip(columns, fields, strict=True):
         if column.null_count == len(column):
-            out.append(_absent(len(column), field))
+            out.append(absent_column(len(column), field))
         elif field.kind == "numeric":
-            out.append(_encode_number(column, field))
+            out.append(number_column(_presence(column), _without_nulls(column, 0.0), field))
         else:
             out.append(_encode_words(column, field, next(hashed)))
     return out
 
 
-def _absent(rows: int, field: FieldSpec) -> KeyColumn:
+def absent_column(rows: int, field: FieldSpec) -> KeyColumn:
     """A field that none of `rows` rows has."""
     zeros = np.zeros(rows, np.int64)
     if field.kind == "list":
@@ -129,12 +138,12 @@ def _encode_words(column: pa.Array, field: FieldSpec, keys: Int64Array) -> KeyCo
     return KeyColumn(_presence(column), keys, starts=np.cumsum(lengths) - lengths, lengths=lengths)
 
 
-def _encode_number(column: pa.Array, field: FieldSpec) -> KeyColumn:
-    values = _without_nulls(column, 0.0)
+def number_column(present: npt.NDArray[np.bool_], values: npt.NDArray[np.float64], field: FieldSpec) -> KeyColumn:
+    """Keys of a numeric field from finite `values` (N,); where not `present` (N,) they mean nothing."""
     if field.buckets == "scaled":
         keys = np.full(len(values), number_key(_SCALED, field.hash_space), np.int64)
-        return KeyColumn(_presence(column), keys, scales=numeric_scales(values))
-    return KeyColumn(_presence(column), hash_integers(numeric_buckets(values, field), field.hash_space))
+        return KeyColumn(present, keys, scales=numeric_scales(values))
+    return KeyColumn(present, hash_integers(numeric_buckets(values, field), field.hash_space))
 
 
 def fall_back(column: KeyColumn, other: KeyColumn, rows: Int64Array) -> KeyColumn:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from deploy.leash import hold_leash
+from deploy.priority import give_way
 
 __all__ = ["run"]
 
@@ -28,15 +29,22 @@ def _common(function: Any) -> Any:
     function = click.option("--verbose", is_flag=True, help="Also Faust's and aiokafka's everyday logs.")(function)
     # For programs that start workers: theirs is the other end of standard input.
     function = click.option("--leash", is_flag=True, hidden=True, help="Stop when standard input ends.")(function)
+    function = click.option(
+        "--nice",
+        type=click.IntRange(0, 19),
+        default=0,
+        help="Give way by so much to what else runs on this machine: 10 for a join or trainer beside a scorer.",
+    )(function)
     return click.option("--http-port", type=click.IntRange(0, 65_535), help="Instead of http.port; 0 takes a free one.")(
         function
     )
 
 
-def _settings(http_port: int | None, verbose: bool, leash: bool) -> Any:
+def _settings(http_port: int | None, nice: int, verbose: bool, leash: bool) -> Any:
     if leash:
         # First of all: a worker imports, connects and takes over for many seconds, and its parent may end meanwhile.
         hold_leash()
+    give_way(nice)
     from deploy.logs import setup_logs
     from deploy.settings import load_settings
 
@@ -49,7 +57,7 @@ def _settings(http_port: int | None, verbose: bool, leash: bool) -> Any:
 
 @run.command()
 @_common
-def join(http_port: int | None, verbose: bool, leash: bool) -> None:
+def join(http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
     """Join impressions and clicks into labelled examples, each exactly once.
 
     \b
@@ -57,7 +65,7 @@ def join(http_port: int | None, verbose: bool, leash: bool) -> None:
       headrace run join
       HEADRACE_JOIN__WINDOW_MS=1800000 headrace run join
     """
-    settings = _settings(http_port, verbose, leash)
+    settings = _settings(http_port, nice, verbose, leash)
     from stream.join.worker import run_join
     from stream.topics import TopicNames
 
@@ -78,7 +86,7 @@ _device = click.option("--device", help="auto, cpu or cuda; instead of the setti
 @run.command()
 @_device
 @_common
-def trainer(device: str | None, http_port: int | None, verbose: bool, leash: bool) -> None:
+def trainer(device: str | None, http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
     """Learn from labelled examples and publish snapshots.
 
     \b
@@ -86,7 +94,7 @@ def trainer(device: str | None, http_port: int | None, verbose: bool, leash: boo
       headrace run trainer
       headrace run trainer --device cuda
     """
-    settings = _settings(http_port, verbose, leash)
+    settings = _settings(http_port, nice, verbose, leash)
     from stream.topics import TopicNames
     from stream.trainer.worker import run_trainer
 
@@ -107,7 +115,7 @@ def trainer(device: str | None, http_port: int | None, verbose: bool, leash: boo
 @run.command()
 @_device
 @_common
-def scorer(device: str | None, http_port: int | None, verbose: bool, leash: bool) -> None:
+def scorer(device: str | None, http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
     """Answer score requests with the champion, swapping versions as they come.
 
     \b
@@ -115,7 +123,7 @@ def scorer(device: str | None, http_port: int | None, verbose: bool, leash: bool
       headrace run scorer
       HEADRACE_SNAPSHOTS__URL=s3://models/headrace headrace run scorer
     """
-    settings = _settings(http_port, verbose, leash)
+    settings = _settings(http_port, nice, verbose, leash)
     from stream.scorer.worker import run_scorer
     from stream.topics import TopicNames
 

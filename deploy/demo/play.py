@@ -34,6 +34,7 @@ REPLAY_S = 75.0
 SCORED_FRACTION = 0.15
 SETTLE_S = 90.0  # longest wait for the last labels, and for the trainer to learn them, once the stream has ended
 LOOK_S = 0.5
+BEHIND_NICE = 10
 CONFIRM_MS = 10_000
 
 
@@ -146,7 +147,9 @@ def _extent(data_set: DataSet, limit: int | None) -> tuple[int, int]:
 @contextlib.contextmanager
 def _running(settings: Settings, work: Path) -> Iterator[Mapping[str, Worker]]:
     env = worker_environment(settings)
-    workers = {kind: Worker(kind, env, work / f"{kind}.log", cwd=work) for kind in ("join", "trainer", "scorer")}
+    # The scorer's answers are waited for, what is learned from isn't.
+    niceness = {"join": BEHIND_NICE, "trainer": BEHIND_NICE, "scorer": 0}
+    workers = {kind: Worker(kind, env, work / f"{kind}.log", cwd=work, nice=nice) for kind, nice in niceness.items()}
     try:
         for worker in workers.values():
             worker.start()

@@ -37,10 +37,11 @@ class Worker:
         kind: join, trainer or scorer.
         env: its whole environment, HEADRACE_* included.
         log: its stderr is appended there.
+        nice: how much it gives way to what else runs here.
     """
 
-    def __init__(self, kind: str, env: Mapping[str, str], log: Path, *, cwd: Path) -> None:
-        self.kind, self.log, self.port = kind, log, _free_port()
+    def __init__(self, kind: str, env: Mapping[str, str], log: Path, *, cwd: Path, nice: int = 0) -> None:
+        self.kind, self.log, self.port, self._nice = kind, log, _free_port(), nice
         self._env, self._cwd = dict(env), cwd
         self._process: subprocess.Popen[bytes] | None = None
         self._peak_kb = 0
@@ -58,6 +59,7 @@ class Worker:
         """Start it, also again after it has ended."""
         self.wait_stopped()  # closes the old leash
         command = [sys.executable, "-m", "headrace", "run", self.kind, "--leash", "--http-port", str(self.port)]
+        command += ["--nice", str(self._nice)]
         with self.log.open("ab") as stderr:
             # A session of its own: Ctrl-C in the terminal is for the parent, which stops its workers in order.
             self._process = subprocess.Popen(

@@ -8,7 +8,8 @@ word.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from model.columns import KeyColumn, build_batch, encode_columns, fall_back
+from model.columns import KeyColumn, absent_column, build_batch, fall_back, number_column
 from model.features import DecodedRequests, FeatureDecoder
 from model.hashing import hash_strings, space_seed
 from model.schema import FeatureSchema, FieldSpec
@@ -28,6 +29,7 @@ __all__ = ["RequestDecoder"]
 FEW_BYTES = 128 * 1024
 # Brackets in places of nobody's: nesting so deep is surely read by both parsers (Python's gives up near 1,000).
 SURE_DEPTH = 100
+EXACT_INTEGER = 1 << 53  # up to here every integer is a double; beyond, the model's decoder decides
 
 Int64s = npt.NDArray[np.int64]
 Features = dict[str, Any]
@@ -101,45 +103,38 @@ class RequestDecoder:
         sides = [self._read(own, words), self._read(shared, words)]
         words.hash()
         rows = np.repeat(np.arange(len(shared)), counts)
-        fields = zip(*([read.column() for read in side] for side in sides), strict=True)
+        fields = zip(*([column() for column in side] for side in sides), strict=True)
         return [fall_back(column, other, rows) for column, other in fields]
 
-    def _read(self, features: list[Features], words: _Words) -> list[_Read]:
+    def _read(self, features: list[Features], words: _Words) -> list[Callable[[], KeyColumn]]:
+        """What gives each field's column, once all words are hashed."""
         named = set().union(*features)
-        reads = []
+        columns: list[Callable[[], KeyColumn]] = []
         for field in self._schema.fields:
-            values = [each.get(field.name) for each in features] if field.name in named else None
-            if values is None or field.kind != "categorical":
-                reads.append(_Read(encode_columns([_arrow(values, len(features), field)], [field])[0]))
+            if field.name not in named:
+                columns.append(partial(absent_column, len(features), field))
+                continue
+            values = [each.get(field.name) for each in features]
+            if field.kind == "categorical":
+                columns.append(words.add(values, field.hash_space))
+            elif field.kind == "list":
+                columns.append(words.add_lists(values, field.hash_space))
             else:
-                reads.append(words.add(values, field.hash_space))
-        return reads
-
-
-class _Read:
-    """A column of keys, perhaps one whose strings wait to be hashed."""
-
-    def __init__(self, column: KeyColumn | None = None) -> None:
-        self._column = column
-
-    def column(self) -> KeyColumn:
-        assert self._column is not None
-        return self._column
-
-    def fill(self, present: npt.NDArray[np.bool_], keys: Int64s) -> None:
-        self._column = KeyColumn(present, keys)
+                columns.append(partial(_numbers, values, field))
+        return columns
 
 
 class _Words:
-    """Values of categorical fields, all hashed in one call."""
+    """Strings of all fields, hashed in one call: with few of them the calls are what costs."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._seeds: list[int] = []
-        self._waiting: list[tuple[_Read, npt.NDArray[np.bool_]]] = []
+        self._counts: list[int] = []
+        self._keys = np.empty(0, np.int64)
 
-    def add(self, values: list[Any], space: str) -> _Read:
-        """Strings, integers and None."""
+    def add(self, values: list[Any], space: str) -> Callable[[], KeyColumn]:
+        """A categorical field: strings, integers and None."""
         kinds = set(map(type, values))
         present = np.ones(len(values), bool)
         if kinds != {str}:
@@ -149,32 +144,39 @@ class _Words:
                 raise _Doubt
             present = np.array([value is not None for value in values])
             values = ["" if value is None else str(value) for value in values]
-        read = _Read()
-        self._texts += values
+        stretch = self._add(values, space)
+        return lambda: KeyColumn(present, self._keys[stretch])
+
+    def add_lists(self, values: list[Any], space: str) -> Callable[[], KeyColumn]:
+        """A field of lists of strings; None where there is no list."""
+        if not set(map(type, values)) <= {list, type(None)}:
+            raise _Doubt
+        texts = [text for value in values if value is not None for text in value]
+        if not set(map(type, texts)) <= {str}:
+            raise _Doubt
+        present = np.array([value is not None for value in values])
+        lengths = np.array([len(value or ()) for value in values], np.int64)
+        stretch = self._add(texts, space)
+        return lambda: KeyColumn(present, self._keys[stretch], starts=np.cumsum(lengths) - lengths, lengths=lengths)
+
+    def _add(self, texts: list[str], space: str) -> slice:
+        start = len(self._texts)
+        self._texts += texts
         self._seeds.append(space_seed(space))
-        self._waiting.append((read, present))
-        return read
+        self._counts.append(len(texts))
+        return slice(start, start + len(texts))
 
     def hash(self) -> None:
-        """Give every column its keys."""
-        lengths = [len(present) for _, present in self._waiting]
-        seeds = np.repeat(np.array(self._seeds, np.uint64), lengths)
-        keys = hash_strings(pa.array(self._texts, pa.string()), seeds)
-        start = 0
-        for (read, present), length in zip(self._waiting, lengths, strict=True):
-            read.fill(present, keys[start : start + length])
-            start += length
+        """Compute the keys; the columns can be had from here on."""
+        seeds = np.repeat(np.array(self._seeds, np.uint64), self._counts)
+        self._keys = hash_strings(pa.array(self._texts, pa.string()), seeds)
 
 
-def _arrow(values: list[Any] | None, rows: int, field: FieldSpec) -> pa.Array:
-    """Values of a numeric or list field; of any field, when no row has one."""
-    if values is None:
-        return pa.nulls(rows, pa.string())
-    present = [value for value in values if value is not None]
-    if field.kind == "numeric":
-        if not set(map(type, present)) <= {int, float}:  # all finite: msgspec refuses numbers beyond a double
-            raise _Doubt
-        return pa.array(values, pa.float64())
-    if not set(map(type, present)) <= {list} or not set(map(type, chain.from_iterable(present))) <= {str}:
+def _numbers(values: list[Any], field: FieldSpec) -> KeyColumn:
+    """A numeric field: numbers and None. All are finite: msgspec refuses those beyond a double."""
+    if not set(map(type, values)) <= {int, float, type(None)}:
         raise _Doubt
-    return pa.array(values, pa.list_(pa.string()))
+    if any(type(value) is int and abs(value) > EXACT_INTEGER for value in values):
+        raise _Doubt
+    present = np.array([value is not None for value in values])
+    return number_column(present, np.array([0.0 if value is None else value for value in values], np.float64), field)

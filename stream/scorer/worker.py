@@ -18,6 +18,8 @@ import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,6 +87,7 @@ class ScorerWorker:
         self._intake = Intake()
         self._arrived, self._room, self._done = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._scored: asyncio.Queue[tuple[Batch, Answers]] = asyncio.Queue(SCORED_WAITING)
+        self._thread = ThreadPoolExecutor(1, "scoring")
         self._under_way = 0  # batches taken from the intake whose answers are not acknowledged
         self._answered: dict[int, int] = {}
         self._committed: dict[int, int] = {}
@@ -182,7 +185,7 @@ class ScorerWorker:
         if not records:
             return Answers()
         began = time.perf_counter()
-        answers = await asyncio.to_thread(
+        answer = partial(
             answer_requests,
             records,
             self._swapper.current,  # one version for the whole batch, whatever is swapped meanwhile
@@ -191,6 +194,7 @@ class ScorerWorker:
             max_bytes=self._max_bytes,
             stale=self._stale(),
         )
+        answers = await asyncio.get_running_loop().run_in_executor(self._thread, answer)
         self._metrics.scored(answers, time.perf_counter() - began)
         return answers
 
