@@ -5,8 +5,8 @@
 
 A real Apache Kafka, a join, a trainer and a scorer on this machine; a data set is replayed at 1,000 events a second, joined and
 learned all along, and a version is published and swapped in every 3 s. All but scorer and broker give way (niceness 10), as in
-the demo. Requests hold 50 candidates. A latency is the answer's LogAppendTime less the request's, both by the broker's clock. The
-peer gets the same requests beside the same load.
+the demo. Requests hold 50 candidates. A latency is the answer's LogAppendTime less the request's. The peer gets the same
+requests beside the same load.
 """
 
 from __future__ import annotations
