@@ -14,7 +14,6 @@ elsewhere is rebuilt (`stream/join/takeover.py`). One database a partition numbe
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -156,6 +155,14 @@ class StateBatch:
         self._state.db.write(self._batch, self._state.write_options)
 
 
+# As large as the write buffer of the family that the positions are in.
+_FILLER = bytes(1 << 20)
+_HANDLES = (
+    *("ids", "payloads", "early", "chunks", "db"),
+    *("ids_family", "payloads_family", "early_family", "chunks_family", "meta_family"),
+)
+
+
 class JoinState:
     """One open database.
 
@@ -263,16 +270,21 @@ class JoinState:
         rows.status()
 
     def flush(self) -> None:
-        """Begin to write out what is in memory, so that a crash leaves little to read again."""
-        self.db.flush(wait=False)
+        """Begin to write out what is in memory, of every family at one point, so that a crash leaves little to read again.
+
+        RocksDB flushes all families together when a write buffer is full, and not when one family is asked to flush, as
+        rocksdict does: the positions could then reach the disk without what they stand for. So the buffer is filled.
+        """
+        for filler in (_FILLER, b""):  # what is found full is written out at the next write
+            self.db.put(b"filler", filler, write_opt=self.write_options)
 
     def close(self) -> None:
-        """Flush and close. RocksDB gives up its lock only when every handle is gone, so none is kept."""
-        for name in ("ids", "payloads", "early", "chunks", "db"):
-            with contextlib.suppress(Exception):  # closing twice is fine
-                getattr(self, name).close()
-            self.__dict__.pop(name, None)
-        for name in ("ids_family", "payloads_family", "early_family", "chunks_family", "meta_family"):
+        """Write everything out and close; closing twice is fine.
+
+        RocksDB does that, for all families at one point, when the last handle is gone. (rocksdict's `close` would write one
+        family after another, and a crash in between leave them apart.)
+        """
+        for name in _HANDLES:
             self.__dict__.pop(name, None)
 
     @staticmethod

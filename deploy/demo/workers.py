@@ -43,6 +43,7 @@ class Worker:
     def __init__(self, kind: str, env: Mapping[str, str], log: Path, *, cwd: Path, nice: int = 0) -> None:
         self.kind, self.log, self.port, self._nice = kind, log, _free_port(), nice
         self._env, self._cwd = dict(env), cwd
+        self.program = [sys.executable, "-m", "headrace"]
         self._process: subprocess.Popen[bytes] | None = None
         self._peak_kb = 0
 
@@ -58,7 +59,7 @@ class Worker:
     def start(self) -> None:
         """Start it, also again after it has ended."""
         self.wait_stopped()  # closes the old leash
-        command = [sys.executable, "-m", "headrace", "run", self.kind, "--leash", "--http-port", str(self.port)]
+        command = [*self.program, "run", self.kind, "--leash", "--http-port", str(self.port)]
         command += ["--nice", str(self._nice)]
         with self.log.open("ab") as stderr:
             # A session of its own: Ctrl-C in the terminal is for the parent, which stops its workers in order.

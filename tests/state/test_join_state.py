@@ -188,6 +188,43 @@ os._exit(1)
         state.close()
 
 
+@pytest.mark.parametrize("end", ["state.flush(); time.sleep(0.5); write(700)", "state.close(); state = JoinState(path, OPTIONS)"])
+def test_all_families_reach_the_disk_at_one_point(tmp_path, end):
+    """Small writes, far from filling any buffer, then a crash: the disk has the first 700 of every family, or none."""
+    program = f"""
+import os, signal, sys, time
+from pathlib import Path
+from state.join_state import Chunk, JoinMeta, JoinState, StateOptions
+path, OPTIONS = Path(sys.argv[1]), StateOptions(8)
+state = JoinState(path, OPTIONS)
+def write(index):
+    batch = state.batch()
+    key = b"%d" % index
+    batch.remember([(key, (index, index, False))])
+    batch.add_pending([(index, index, key, b"value")])
+    batch.add_early([(key, (index, index, b"click"))])
+    batch.add_chunk(Chunk(index, index, index, index), [key])
+    batch.set_meta(JoinMeta(identity="x", impressions_position=index + 1, clicks_position=0, examples_position=0,
+                            watermark_ms=0, impressions_seen_ms=0, clicks_seen_ms=0))
+    batch.write()
+for index in range(700):
+    write(index)
+{end}
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = tmp_path / "state"
+    subprocess.run([sys.executable, "-c", program, path], cwd=Path(__file__).parents[2], check=False, timeout=60)
+    state = JoinState(path, OPTIONS)
+    try:
+        meta = state.meta()
+        assert meta is not None
+        assert meta.impressions_position == 700
+        assert sum(entry is not None for entry in state.entries([b"%d" % index for index in range(701)])) == 700
+        assert state.count_pending() == len(list(state.early_clicks())) == len(list(state.all_chunks())) == 700
+    finally:
+        state.close()
+
+
 def test_two_processes_cannot_have_it_open(state):
     with pytest.raises(JoinStateError, match="Another worker may have it open") as error:
         JoinState(state.path, OPTIONS)

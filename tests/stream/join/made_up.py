@@ -44,8 +44,8 @@ class Events:
         return self.arriving[int(begin * len(self.arriving)) : int(end * len(self.arriving))]
 
 
-def made_up(count: int, seed: int) -> Events:
-    """`count` impressions, 40 a second; out of order within the lateness, clicks before and after their impressions.
+def made_up(count: int, seed: int, *, every_ms: int = 25) -> Events:
+    """`count` impressions, one every `every_ms`; out of order within the lateness, clicks before and after their impressions.
 
     An impression is positive exactly when one of its clicks is at most the window later. Clicks beyond the window and those of
     nobody are orphans; a repeated impression or click changes nothing.
@@ -59,7 +59,7 @@ def made_up(count: int, seed: int) -> Events:
         events.last_ms = max(events.last_ms, time_ms)
 
     for index in range(count):
-        key, time_ms = b"%d-%d" % (seed, index), FIRST_MS + 25 * index
+        key, time_ms = b"%d-%d" % (seed, index), FIRST_MS + every_ms * index
         arrive("impressions", key, time_ms)
         if draw.random() < 0.05:
             arrive("impressions", key, time_ms)

@@ -1,0 +1,342 @@
+"""One run: a stream goes in, a kind of fault happens meanwhile, and the ledger says whether anything came of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from aiokafka import AIOKafkaConsumer
+from aiokafka.errors import KafkaError
+from aiokafka.structs import TopicPartition
+
+from deploy.demo.play import worker_environment
+from deploy.demo.workers import Worker
+from deploy.local_kafka import LocalKafka
+from deploy.settings import LocalKafkaSettings, Settings
+from state.settings import SnapshotSettings
+from stream.clients import aiokafka_options
+from stream.settings import KafkaSettings, TopicSettings
+from stream.topic_admin import create_topics
+from stream.topics import TopicNames
+from tests.faults.ledger import Ledger, read_ledger
+from tests.faults.worker import Fault
+from tests.stream.join.made_up import Events, end, join_settings, made_up, send
+
+__all__ = ["Clusters", "Kind", "Result", "Run", "play"]
+
+IMPRESSIONS = 1_600  # 40 s of event time: four windows
+SEND_S = 4.0
+PATIENCE_S = 90.0
+POLL_S = 0.05
+
+
+class Result(msgspec.Struct):
+    """What one run came to: a line of the results' file."""
+
+    kind: str
+    seed: int
+    lost: int
+    doubled: int
+    wrong: int
+    recovery_s: float | None
+    """From the end of the fault to the next committed transaction; None where it never stopped."""
+    restarts: int
+    events: int
+    seconds: float
+    problems: list[str]
+
+
+class Clusters:
+    """Kafka clusters, each started when it is first asked for: `shared`, `alone` to be hurt, and `three` brokers."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: dict[str, LocalKafka] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Clusters:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def adopt(self, name: str, kafka: LocalKafka) -> None:
+        """Use one that runs already."""
+        self._running[name] = kafka
+
+    def get(self, name: str) -> LocalKafka:
+        if name not in self._running:
+            settings = LocalKafkaSettings(dir=self._folder / name, start_timeout_ms=120_000, heap_mb=384)
+            kafka = LocalKafka(settings, brokers=3 if name == "three" else 1)
+            self._running[name] = self._stack.enter_context(kafka)
+        return self._running[name]
+
+
+class FaultWorker(Worker):
+    """A join worker with a fault built in until it is started again."""
+
+    def __init__(self, env: dict[str, str], log: Path, *, cwd: Path) -> None:
+        super().__init__("join", env, log, cwd=cwd)
+        self.program = [sys.executable, "-m", "tests.faults.worker"]
+        self.wanted = False
+        self.restarts = 0
+
+    def arm(self, fault: Fault) -> None:
+        self._env["FAULT"] = msgspec.json.encode(fault).decode()
+
+    def start(self) -> None:
+        super().start()
+        self.wanted = True
+
+    def end(self, number: int = signal.SIGKILL) -> None:
+        """End it, and leave it ended."""
+        self.wanted = False
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        self._process.wait()
+
+
+class Run:
+    """What a kind of fault has to work with.
+
+    Attributes:
+        draw: everything random comes from here, so that a seed says it all.
+        kafka: the cluster.
+        fault_over: when the fault was over (monotonic); from then on recovery is timed.
+    """
+
+    def __init__(self, seed: int, kafka: LocalKafka, folder: Path, *, static: bool, events: Events, **join: object) -> None:
+        self.draw, self.kafka, self.folder, self.events = random.Random(seed), kafka, folder, events
+        self.links: dict[str, int] = {}
+        replicas = kafka.brokers
+        base = Settings(
+            kafka=KafkaSettings(bootstrap_servers=kafka.bootstrap_servers),
+            topics=TopicSettings(prefix=f"{folder.name}-", partitions=2, request_partitions=1, replication_factor=replicas),
+            snapshots=SnapshotSettings(url=str(folder / "snapshots")),
+            state_dir=folder / "state",
+        )
+        chosen = {"session_timeout_ms": 2_000, "instance_id": "one" if static else None, **join}
+        self.settings = join_settings(base, **chosen)
+        self.workers: dict[str, FaultWorker] = {}
+        self.fault_over: float | None = None
+        self.sent = False
+        self._committed: list[tuple[float, int]] = []  # when `examples` was seen to end where
+
+    def state_of(self, name: str) -> Path:
+        return self.folder / f"state-{name}"
+
+    def worker(self, name: str = "one", fault: Fault | None = None, *, state: Path | None = None) -> FaultWorker:
+        """Start a worker; with a fault that it has until its next start."""
+        settings = self.settings.model_copy(update={"state_dir": state or self.state_of(name)})
+        if self.settings.join.instance_id is not None:
+            settings = settings.model_copy(update={"join": settings.join.model_copy(update={"instance_id": name})})
+        worker = FaultWorker(worker_environment(settings), self.folder / f"{name}.log", cwd=Path.cwd())
+        self.workers[name] = worker
+        self.start(worker, fault)
+        return worker
+
+    def start(self, worker: FaultWorker, fault: Fault | None = None) -> None:
+        fault = fault or Fault()
+        worker.arm(msgspec.structs.replace(fault, links=self.links))
+        worker.start()
+        worker.arm(Fault(links=self.links))
+
+    async def died(self, worker: FaultWorker, patience_s: float = 30.0) -> None:
+        """Wait until the fault built in has happened: the supervisor has started it again."""
+        before = time.monotonic()
+        while not worker.restarts:
+            assert time.monotonic() - before < patience_s, "the fault did not happen"
+            await asyncio.sleep(POLL_S)
+
+    async def labels(self, count: int = 1) -> None:
+        """Wait until that many more labels or so are seen committed, or all is sent."""
+        began, have = time.monotonic(), self._end
+        while self._end < have + count and not self.sent:
+            assert time.monotonic() - began < PATIENCE_S, "no labels"
+            await asyncio.sleep(POLL_S)
+
+    @property
+    def _end(self) -> int:
+        return self._committed[-1][1] if self._committed else 0
+
+    async def pause(self, least_s: float, most_s: float) -> None:
+        await asyncio.sleep(self.draw.uniform(least_s, most_s))
+
+    def over(self) -> None:
+        """The fault is over: from now on it is recovery."""
+        self.fault_over = time.monotonic()
+
+    def recovery_s(self) -> float | None:
+        if self.fault_over is None:
+            return None
+        # What was committed before the fault may be seen a little later.
+        after = [when for when, _ in self._committed if when > self.fault_over + 3 * POLL_S]
+        return round(after[0] - self.fault_over, 2) if after else None
+
+    # In the background
+
+    async def send(self) -> None:
+        """Send the stream from the moment a worker is ready."""
+        while not any([await asyncio.to_thread(worker.is_ready) for worker in list(self.workers.values())]):
+            await asyncio.sleep(POLL_S)
+        await send(self.settings, self.events.arriving, over_s=SEND_S)
+        self.sent = True
+
+    async def supervise(self) -> None:
+        """Start again what ends by itself, as a supervisor would."""
+        while True:
+            for worker in self.workers.values():
+                if worker.wanted and worker.returncode is not None:
+                    worker.restarts += 1
+                    if worker.restarts > 60:
+                        raise AssertionError(f"it ends again and again: {worker.log.read_text()[-3_000:]}")
+                    await asyncio.sleep(0.1)
+                    worker.start()
+            await asyncio.sleep(POLL_S)
+
+    async def watch(self) -> None:
+        """See how far `examples` is committed."""
+        topic = TopicNames.of(self.settings.topics).examples
+        places = [TopicPartition(topic, number) for number in range(self.settings.topics.partitions)]
+        options = {**aiokafka_options(self.settings.kafka), "request_timeout_ms": 5_000}
+        while True:
+            with contextlib.suppress(KafkaError, TimeoutError, OSError):
+                async with AIOKafkaConsumer(**options, isolation_level="read_committed") as consumer:
+                    while True:
+                        ends = await asyncio.wait_for(consumer.end_offsets(places), 5.0)
+                        end_now = sum(ends.values())
+                        if end_now != self._end:
+                            self._committed.append((time.monotonic(), end_now))
+                        await asyncio.sleep(POLL_S)
+            await asyncio.sleep(POLL_S)
+
+    async def settle(self) -> Ledger:
+        """End the stream, wait for what is missing, stop the workers cleanly, and check."""
+        await end(self.settings, self.events)
+        until = time.monotonic() + PATIENCE_S
+        ledger = await read_ledger(self.settings)
+        ledger.check(self.events)
+        while ledger.lost and not ledger.doubled and not ledger.wrong and time.monotonic() < until:
+            await asyncio.sleep(0.3)
+            ledger = await read_ledger(self.settings)
+            ledger.check(self.events)
+        for worker in self.workers.values():
+            if worker.wanted:
+                while not await asyncio.to_thread(worker.is_ready) and time.monotonic() < until:
+                    await asyncio.sleep(POLL_S)  # one that is starting has no handler for SIGTERM yet
+                worker.wanted = False
+                worker.ask_to_stop()
+                await asyncio.to_thread(worker.wait_stopped)
+                if worker.returncode:
+                    ledger.problems.append(f"asked to stop, {worker.log.name} ended with {worker.returncode}")
+        problems = ledger.problems
+        ledger = await read_ledger(self.settings)
+        ledger.check(self.events)
+        ledger.problems = [*problems, *(problem for problem in ledger.problems if problem not in problems)]
+        return ledger
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault.
+
+    Args:
+        play: makes it happen while the stream goes in; may be a stream of its own when `sends` is false.
+        cluster: `shared`, `alone` or `three`.
+        static: whether workers have an instance id; None draws.
+    """
+
+    name: str
+    play: Callable[[Run], Awaitable[None]]
+    cluster: str = "shared"
+    static: bool | None = None
+    sends: bool = True
+    every_ms: int = 25
+    join: tuple[tuple[str, object], ...] = ()
+
+
+@contextlib.contextmanager
+def _ended(run: Run) -> Iterator[None]:
+    """No worker is left, whatever happened."""
+    try:
+        yield
+    finally:
+        for worker in run.workers.values():
+            if worker.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    worker.end()
+            worker.wait_stopped()
+
+
+async def _play(kind: Kind, run: Run) -> Ledger:
+    background: list[asyncio.Future[Any]] = [asyncio.ensure_future(run.supervise()), asyncio.ensure_future(run.watch())]
+
+    async def act() -> Ledger:
+        if kind.sends:
+            sending = asyncio.ensure_future(run.send())
+            background.append(sending)
+        await kind.play(run)
+        if kind.sends:
+            await sending
+        return await run.settle()
+
+    acting = asyncio.ensure_future(act())
+    try:
+        await asyncio.wait([acting, *background], return_when=asyncio.FIRST_COMPLETED)
+        for task in background[:2]:  # they end only by an error
+            if task.done():
+                task.result()
+        return await acting
+    finally:
+        everything = [acting, *background]
+        for task in everything:
+            task.cancel()
+        await asyncio.gather(*everything, return_exceptions=True)
+
+
+def play(kind: Kind, seed: int, clusters: Clusters, folder: Path) -> Result:
+    """One run of a kind; blocks. A run whose fault could not be made is an error, never a success."""
+    kafka = clusters.get(kind.cluster)
+    draw = random.Random(f"{kind.name} {seed}")
+    slug = "".join(letter if letter.isalnum() else "-" for letter in kind.name)
+    work = folder / f"{slug}-{seed}-{draw.randrange(1 << 24):06x}"
+    work.mkdir(parents=True)
+    static = draw.random() < 0.5 if kind.static is None else kind.static
+    events = made_up(IMPRESSIONS, seed, every_ms=kind.every_ms)
+    run = Run(seed, kafka, work, static=static, events=events, **dict(kind.join))
+    create_topics(run.settings.kafka, run.settings.topics)
+    began = time.monotonic()
+    with _ended(run):
+        try:
+            ledger = asyncio.run(_play(kind, run))
+            lost, doubled, wrong, problems = ledger.lost, ledger.doubled, ledger.wrong, ledger.problems
+        except Exception as error:
+            traceback.print_exc()
+            lost, doubled, wrong, problems = 0, 0, 0, [f"the run failed: {error!r}; see {work}"]
+    result = Result(
+        kind=kind.name,
+        seed=seed,
+        lost=lost,
+        doubled=doubled,
+        wrong=wrong,
+        recovery_s=run.recovery_s(),
+        restarts=sum(worker.restarts for worker in run.workers.values()),
+        events=len(events.arriving),
+        seconds=round(time.monotonic() - began, 1),
+        problems=problems[:20],
+    )
+    if not problems:
+        shutil.rmtree(work)
+    return result

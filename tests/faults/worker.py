@@ -1,0 +1,143 @@
+"""`headrace run …` with a fault built in, told by the environment variable FAULT (JSON). The product's code is as it is.
+
+{"step": "in the commit", "after": 7}     SIGKILL to itself when that step is reached for the 7th time
+{"flush_s": 0.2}                          the state is flushed this often, not every 30 s
+{"links": {"9092": 40123}}                connections to a port go to another one instead (`network.Link`)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from aiokafka import AIOKafkaProducer
+
+from state.join_state import JoinState
+from stream.join import partition, takeover
+from stream.join.partition import PartitionJoin
+from stream.join.takeover import Takeover
+from stream.join.worker import JoinWorker
+
+__all__ = ["RECOVERY", "STEPS", "Fault"]
+
+
+class Fault(msgspec.Struct, omit_defaults=True):
+    """What FAULT says."""
+
+    step: str = ""
+    after: int = 1
+    flush_s: float = 0.0
+    links: dict[str, int] = {}
+
+
+# Step → (class, method, when): before it, after it, or while it is under way.
+STEPS: dict[str, tuple[type, str, str]] = {
+    "before the transaction": (AIOKafkaProducer, "begin_transaction", "before"),
+    "amid the produce": (AIOKafkaProducer, "send_batch", "after"),
+    "between produce and offsets": (AIOKafkaProducer, "send_offsets_to_transaction", "before"),
+    "between offsets and commit": (AIOKafkaProducer, "commit_transaction", "before"),
+    "in the commit": (AIOKafkaProducer, "commit_transaction", "amid"),
+    "between commit and write": (AIOKafkaProducer, "commit_transaction", "after"),
+    "after the write": (PartitionJoin, "_apply", "after"),
+    "in a flush": (JoinState, "flush", "amid"),
+}
+# Steps of taking over and of rebuilding: reached when a worker starts or is given a partition.
+RECOVERY: dict[str, tuple[type, str, str]] = {
+    "taking over: producer started": (Takeover, "_committed", "before"),
+    "taking over: offsets read": (Takeover, "_open", "before"),
+    "taking over: state opened": (takeover._Rebuild, "run", "before"),
+    "recovery: labels being read": (takeover._Rebuild, "_resolve", "after"),
+    "recovery: impressions being read": (takeover._Rebuild, "_impressions", "after"),
+    "recovery: clicks being read": (takeover._Rebuild, "_clicks", "after"),
+    "recovery: before settling": (takeover._Rebuild, "_settle", "before"),
+    "recovery: settled": (takeover._Rebuild, "_settle", "after"),
+    "taking over: done": (Takeover, "take", "after"),
+}
+REVOKE: dict[str, tuple[type, str, str]] = {
+    "on revoke": (JoinWorker, "_on_revoked", "before"),
+    "after revoke": (JoinWorker, "_on_revoked", "after"),
+}
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _arm(fault: Fault) -> None:
+    """Wrap the step's method."""
+    place, method, when = {**STEPS, **RECOVERY, **REVOKE}[fault.step]
+    original: Callable[..., Any] = getattr(place, method)
+    left = fault.after
+
+    def reached() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
+
+    if asyncio.iscoroutinefunction(original):
+
+        @functools.wraps(original)
+        async def hurt(*args: Any, **kwargs: Any) -> Any:
+            now = reached()
+            if now and when == "before":
+                _die()
+            if now and when == "amid":
+                task = asyncio.ensure_future(original(*args, **kwargs))
+                await asyncio.sleep(fault.after % 5 / 1000)  # until the request is on its way, or answered
+                _die()
+                return await task
+            result = await original(*args, **kwargs)
+            if now:
+                _die()
+            return result
+
+    else:
+
+        @functools.wraps(original)
+        def hurt(*args: Any, **kwargs: Any) -> Any:
+            now = reached()
+            if now and when == "before":
+                _die()
+            if now and when == "amid":
+                threading.Timer(fault.after % 5 / 1000, _die).start()
+            result = original(*args, **kwargs)
+            if now and when == "after":
+                _die()
+            return result
+
+    setattr(place, method, hurt)
+
+
+def _relink(links: dict[str, int]) -> None:
+    """Connect to the links instead of the brokers."""
+    original = asyncio.BaseEventLoop.create_connection
+
+    @functools.wraps(original)
+    async def create_connection(self: Any, factory: Any, host: Any = None, port: Any = None, **kwargs: Any) -> Any:
+        return await original(self, factory, host, links.get(str(port), port), **kwargs)
+
+    asyncio.BaseEventLoop.create_connection = create_connection  # type: ignore[method-assign,assignment]
+
+
+def main() -> Any:
+    fault = msgspec.json.decode(os.environ.get("FAULT", "{}"), type=Fault)
+    if fault.step:
+        _arm(fault)
+    if fault.flush_s:
+        partition.FLUSH_S = fault.flush_s
+    if fault.links:
+        _relink(fault.links)
+    from deploy.cli import main as cli
+
+    return cli(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
