@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(HOME)/.local/bin/uv)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench docs lock clean
+.PHONY: help setup demo test check format bench faults docs lock clean
 
 help: ## print the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | column -t -s "$$(printf '\t')"
@@ -43,7 +43,12 @@ docs: setup ## write the generated pages again
 	$(BIN)/python -m deploy.docs
 
 bench: setup ## every benchmark, one JSON line each
-	@for name in train join score; do echo "== $$name"; $(BIN)/python bench/$$name.py || exit 1; done
+	@for name in train join score recovery; do echo "== $$name"; $(BIN)/python bench/$$name.py || exit 1; done
+
+RUNS ?= 34
+SEED ?= 1
+faults: setup ## hurt the join RUNS times from SEED on (kills, brokers, disks, networks), check its ledger each time
+	$(BIN)/python -m tests.faults --runs $(RUNS) --seed $(SEED) --write-docs
 
 lock: ## resolve requirements.lock again from pyproject.toml
 	$(UV) pip compile pyproject.toml --extra worker --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock

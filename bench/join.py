@@ -49,8 +49,8 @@ START_MS = 1_700_000_000_000
 IMPRESSION_BYTES = 700
 
 
-def log_of(impressions: int, seed: int = 0) -> dict[str, list[list[tuple[bytes, bytes, list[Any]]]]]:
-    """Records of both topics by partition, in event-time order, ending with a watermark record."""
+def log_of(impressions: int, seed: int = 0, *, ended: bool = True) -> dict[str, list[list[tuple[bytes, bytes, list[Any]]]]]:
+    """Records of both topics by partition, in event-time order; a watermark record ends them, where they are `ended`."""
     rng = np.random.default_rng(seed)
     partitioner, every = DefaultPartitioner(), list(range(PARTITIONS))
     out: dict[str, list[list[Any]]] = {name: [[] for _ in every] for name in ("impressions", "clicks")}
@@ -70,6 +70,8 @@ def log_of(impressions: int, seed: int = 0) -> dict[str, list[list[tuple[bytes, 
     for time_ms, key, partition in sorted(due):
         value = b'{"impression_id":"%s","timestamp":%d}' % (key, time_ms)
         out["clicks"][partition].append((key, value, []))
+    if not ended:
+        return out
     mark = [("headrace-watermark", str(START_MS + impressions * SPACING_US // 1000 + 10 * WINDOW_MS).encode())]
     for partitions in out.values():
         for records in partitions:
@@ -77,7 +79,7 @@ def log_of(impressions: int, seed: int = 0) -> dict[str, list[list[tuple[bytes, 
     return out
 
 
-async def fill(settings: Settings, impressions: int) -> int:
+async def fill(settings: Settings, impressions: int, *, ended: bool = True) -> int:
     """Put a log into fresh topics; returns the events in it."""
     names = TopicNames.of(settings.topics)
     create_topics(settings.kafka, settings.topics)
@@ -85,11 +87,11 @@ async def fill(settings: Settings, impressions: int) -> int:
         bootstrap_servers=settings.kafka.bootstrap_servers, max_batch_size=BATCH_BYTES, max_request_size=1 << 24
     )
     await producer.start()
-    logs = log_of(impressions)
+    logs = log_of(impressions, ended=ended)
     events = 0
     for topic, partitions in ((names.impressions, logs["impressions"]), (names.clicks, logs["clicks"])):
         for number, records in enumerate(partitions):
-            events += len(records) - 1
+            events += len(records) - ended
             for first in range(0, len(records), 20_000):
                 for future in await send_batches(producer, topic, number, records[first : first + 20_000]):
                     await future

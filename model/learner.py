@@ -10,7 +10,9 @@ from model.adam import Adam
 from model.batch import FeatureBatch, Float32Array
 from model.embedding import EmbeddingTable, take
 from model.errors import ModelError
+from model.fake_negatives import fake_negative_weights
 from model.network import choose_device, dense_model, embed, scatter_back, to_elements
+from model.sampling import probabilities
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 
@@ -28,6 +30,8 @@ class Learner:
     step touches the batch's rows only. On the CPU it is deterministic: restored, it goes on bit for bit as if it had
     never stopped. No random numbers are drawn after the start: a new row is a function of its key and the seed.
 
+    `negative_rate` is the share of negatives in what it learns; scores that leave it are corrected to probabilities by it.
+
     For one thread. Raises ModelError for labels, weights or batches it can't use, before anything changes, and for a
     step that isn't finite, before any weight changes.
     """
@@ -37,6 +41,7 @@ class Learner:
         self.settings = settings
         self.device = choose_device(device)
         self.examples_seen = 0
+        self.negative_rate = 1.0
         self._dense = dense_model(schema, settings, self.device)
         self._dense.initialise(settings.seed)
         self._table = EmbeddingTable(
@@ -55,11 +60,18 @@ class Learner:
         return len(self._table)
 
     @torch.no_grad()
-    def learn(self, batch: FeatureBatch, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Float32Array:
+    def learn(
+        self,
+        batch: FeatureBatch,
+        labels: npt.ArrayLike,
+        weights: npt.ArrayLike | None = None,
+        fake: npt.ArrayLike | None = None,
+    ) -> Float32Array:
         """One update from B examples; returns their scores before it, float32 (B,).
 
         labels   (B,), 0 to 1
         weights  (B,), 0 or more: importance of each example's loss; 1 when None
+        fake     (B,) bool: examples of a stream in which every impression is a negative first (`model.fake_negatives`)
         """
         target = self._checked("labels", labels, len(batch), 1.0)
         weight = None if weights is None else self._checked("weights", weights, len(batch), np.inf)
@@ -70,16 +82,20 @@ class Learner:
         gathered = self._table.gather(rows)
         forward = self._dense.forward(*embed(elements, gathered.place, gathered.embedding, gathered.first_order))
         scores = torch.sigmoid(forward.logits)
+        told = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
         slope = scores - target  # of the log loss by the logit
         if weight is not None:
             slope.mul_(weight)
+        if fake is not None:
+            mask = torch.from_numpy(np.asarray(fake, np.bool_)).to(self.device)
+            slope.mul_(fake_negative_weights(target, scores, told, self.negative_rate).masked_fill_(~mask, 1))
         gradient = self._dense.backward(forward, slope)
         row_gradient, first_order_gradient = scatter_back(elements, gathered.place, len(gathered.distinct), gradient, slope)
         self._require_finite(forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
         self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
         self._adam.step()
         self.examples_seen += len(batch)
-        return scores.cpu().numpy()
+        return told.cpu().numpy()
 
     @torch.no_grad()
     def predict(self, batch: FeatureBatch) -> Float32Array:
@@ -87,7 +103,7 @@ class Learner:
         elements = to_elements(batch, self.schema, self.device)
         gathered = self._table.gather(self._table.keys.lookup(elements.keys))
         forward = self._dense.forward(*embed(elements, gathered.place, gathered.embedding, gathered.first_order))
-        return torch.sigmoid(forward.logits).cpu().numpy()
+        return probabilities(forward.logits, self.negative_rate).cpu().numpy()
 
     def serving_state(self) -> dict[str, torch.Tensor]:
         """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`) and dense parameters."""

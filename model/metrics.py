@@ -3,6 +3,9 @@
 Log loss and AUC as usual; normalised entropy and calibration as in He et al., "Practical Lessons from Predicting Clicks
 on Ads at Facebook" (ADKDD 2014), section 3. Every one is NaN where it isn't defined: AUC without both a positive and a
 negative, normalised entropy where the label never varies, calibration without a positive, all of them without examples.
+
+Where labels are late, a positive may *correct* a negative that was counted before: it counts as itself, and takes back a
+negative of the same score and weight. So in sum every impression counts once, with the label that it has by now.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ _CLIP = 1e-7
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Metrics of `examples` examples, of which `positives` have a label above 0.5."""
+    """Metrics of `examples` examples, of which `positives` have a label above 0.5. Corrections aren't examples of their own."""
 
     examples: int
     positives: int
@@ -34,19 +37,25 @@ class Metrics:
     calibration: float
 
 
-def auc(scores: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
+def auc(
+    scores: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    weights: npt.ArrayLike | None = None,
+    corrects: npt.ArrayLike | None = None,
+) -> float:
     """Area under the ROC curve, exact: how often a positive scores above a negative, ties counting half.
 
     A pair of examples counts by the product of their weights.
     """
     p, y, w = _arrays(scores, labels, weights)
+    back = _taken_back(w, corrects)
     order = np.argsort(p, kind="stable")
-    p, clicked, w = p[order], y[order] > 0.5, w[order]
+    p, clicked, w, back = p[order], y[order] > 0.5, w[order], back[order]
     starts = np.flatnonzero(np.concatenate(([True], p[1:] != p[:-1]))) if len(p) else np.empty(0, np.int64)
     positive = np.add.reduceat(np.where(clicked, w, 0), starts) if len(p) else np.empty(0)  # weight of each distinct score
-    negative = np.add.reduceat(np.where(clicked, 0, w), starts) if len(p) else np.empty(0)
+    negative = np.add.reduceat(np.where(clicked, 0, w) - back, starts) if len(p) else np.empty(0)
     pairs = positive.sum() * negative.sum()
-    if pairs == 0:
+    if pairs <= 0:  # below 0 where more is taken back than counted: in a window that begins between the two
         return float("nan")
     below = np.cumsum(negative) - negative
     return float((positive * (below + negative / 2)).sum() / pairs)
@@ -70,17 +79,26 @@ def calibration(scores: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.Array
     return _ratio(float(p @ w), float(y @ w))
 
 
-def measure(scores: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Metrics:
-    """All metrics of B scores. Raises ModelError for a score or label that isn't a number from 0 to 1."""
+def measure(
+    scores: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    weights: npt.ArrayLike | None = None,
+    corrects: npt.ArrayLike | None = None,
+) -> Metrics:
+    """All metrics of B scores; `corrects` (B,) bool says which of them take back a negative.
+
+    Raises ModelError for a score or label that isn't a number from 0 to 1.
+    """
     p, y, w = _arrays(scores, labels, weights)
-    loss = float(_losses(p, y) @ w)
+    back = _taken_back(w, corrects)
+    loss, weight, label, score = _sums(p, y, w, back)
     return Metrics(
-        examples=len(p),
+        examples=len(p) - _count(corrects),
         positives=int((y > 0.5).sum()),
-        log_loss=_ratio(loss, float(w.sum())),
-        auc=auc(p, y, w),
-        normalised_entropy=_ratio(loss, _base_loss(float(y @ w), float(w.sum()))),
-        calibration=_ratio(float(p @ w), float(y @ w)),
+        log_loss=_ratio(loss, weight),
+        auc=auc(p, y, w, corrects),
+        normalised_entropy=_ratio(loss, _base_loss(label, weight)),
+        calibration=_ratio(score, label),
     )
 
 
@@ -100,7 +118,7 @@ class ProgressiveMetrics:
     def __init__(self, window: int) -> None:
         if window < 1:
             raise ModelError(f"window: expected 1 example or more, found {window}")
-        self._ring = np.zeros((3, window))  # scores, labels, weights
+        self._ring = np.zeros((4, window))  # scores, labels, weights, whether it takes back a negative
         self._filled = 0
         self._next = 0
         self._examples = 0
@@ -108,16 +126,25 @@ class ProgressiveMetrics:
         self._sums = np.zeros(4)  # loss, weight, label, score: weighted
         self._bins = np.zeros((2, self._BINS))  # weight of negatives and of positives by score
 
-    def update(self, scores: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> None:
-        """Takes B scored examples. Raises ModelError for a score or label that isn't a number from 0 to 1."""
+    def update(
+        self,
+        scores: npt.ArrayLike,
+        labels: npt.ArrayLike,
+        weights: npt.ArrayLike | None = None,
+        corrects: npt.ArrayLike | None = None,
+    ) -> None:
+        """Takes B scored examples, as `measure` does. Raises ModelError for a score or label that isn't from 0 to 1."""
         p, y, w = _arrays(scores, labels, weights)
-        self._examples += len(p)
+        back = _taken_back(w, corrects)
+        self._examples += len(p) - _count(corrects)
         self._positives += int((y > 0.5).sum())
-        self._sums += (_losses(p, y) @ w, w.sum(), y @ w, p @ w)
-        bins = np.minimum((p * self._BINS).astype(np.int64), self._BINS - 1) + self._BINS * (y > 0.5)
-        self._bins += np.bincount(bins, w, minlength=2 * self._BINS).reshape(2, self._BINS)
+        self._sums += _sums(p, y, w, back)
+        low = np.minimum((p * self._BINS).astype(np.int64), self._BINS - 1)
+        self._bins += np.bincount(low + self._BINS * (y > 0.5), w, minlength=2 * self._BINS).reshape(2, self._BINS)
+        self._bins[0] -= np.bincount(low, back, minlength=self._BINS)
         size = self._ring.shape[1]
-        kept = np.stack((p, y, w))[:, -size:]
+        corrected = np.zeros(len(p)) if corrects is None else np.asarray(corrects, np.float64)
+        kept = np.stack((p, y, w, corrected))[:, -size:]
         at = (self._next + np.arange(kept.shape[1])) % size
         self._ring[:, at] = kept
         self._next = (self._next + kept.shape[1]) % size
@@ -125,19 +152,20 @@ class ProgressiveMetrics:
 
     def window(self) -> Metrics:
         """Of the last examples, at most the window's size."""
-        scores, labels, weights = self._ring[:, : self._filled]
-        return measure(scores, labels, weights)
+        scores, labels, weights, corrects = self._ring[:, : self._filled]
+        return measure(scores, labels, weights, corrects)
 
     def total(self) -> Metrics:
         """Of all examples so far."""
         loss, weight, label, score = self._sums.tolist()
         middles = (np.arange(self._BINS) + 0.5) / self._BINS
         zero_one = np.repeat((0.0, 1.0), self._BINS)
+        weights = np.maximum(self._bins, 0)  # a progressive score may be taken back in another bin than it was counted in
         return Metrics(
             examples=self._examples,
             positives=self._positives,
             log_loss=_ratio(loss, weight),
-            auc=auc(np.tile(middles, 2), zero_one, self._bins.ravel()),
+            auc=auc(np.tile(middles, 2), zero_one, weights.ravel()),
             normalised_entropy=_ratio(loss, _base_loss(label, weight)),
             calibration=_ratio(score, label),
         )
@@ -160,6 +188,23 @@ def _arrays(
     return p, y, w
 
 
+def _taken_back(w: Float64Array, corrects: npt.ArrayLike | None) -> Float64Array:
+    """Weight of the negative that each example takes back."""
+    return np.zeros(len(w)) if corrects is None else w * np.asarray(corrects, np.float64)
+
+
+def _count(corrects: npt.ArrayLike | None) -> int:
+    return 0 if corrects is None else int(np.count_nonzero(corrects))
+
+
+def _sums(p: Float64Array, y: Float64Array, w: Float64Array, back: Float64Array) -> tuple[float, float, float, float]:
+    """Loss, weight, label and score, summed by weight; `back` are negatives to be taken away."""
+    loss, weight, score = _losses(p, y) @ w, w.sum(), p @ w
+    if back.any():
+        loss, weight, score = loss - _losses(p, np.zeros(len(p))) @ back, weight - back.sum(), score - p @ back
+    return float(loss), float(weight), float(y @ w), float(score)
+
+
 def _losses(p: Float64Array, y: Float64Array) -> Float64Array:
     kept = np.clip(p, _CLIP, 1 - _CLIP)
     return np.asarray(-(y * np.log(kept) + (1 - y) * np.log1p(-kept)))
@@ -174,4 +219,4 @@ def _base_loss(positives: float, weight: float) -> float:
 
 
 def _ratio(value: float, by: float) -> float:
-    return float(value / by) if by else float("nan")
+    return float(value / by) if by > 0 else float("nan")

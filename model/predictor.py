@@ -7,6 +7,7 @@ import torch
 from model.batch import FeatureBatch, Float32Array
 from model.embedding import take
 from model.network import choose_device, dense_model, embed, to_elements
+from model.sampling import probabilities
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from model.table import KeyTable
@@ -20,7 +21,8 @@ class Predictor:
         predictor = Predictor(schema, settings, store.serving(version))
         scores = predictor.predict(batch)
 
-    Raises SnapshotMismatch when the weights are of another model or schema.
+    `negative_rate` is the share of negatives that the weights were learned from. Raises SnapshotMismatch when the weights are
+    of another model or schema.
     """
 
     def __init__(
@@ -30,8 +32,10 @@ class Predictor:
         serving: dict[str, torch.Tensor],
         *,
         device: str = "auto",
+        negative_rate: float = 1.0,
     ) -> None:
         self.schema = schema
+        self.negative_rate = negative_rate
         self.device = choose_device(device)
         self._dense = dense_model(schema, settings, self.device)
         self._dense.restore(serving)
@@ -50,4 +54,4 @@ class Predictor:
         elements = to_elements(batch, self.schema, self.device)
         rows = self._keys.lookup(elements.keys)
         forward = self._dense.forward(*embed(elements, rows, self._embedding, self._first_order))
-        return torch.sigmoid(forward.logits).cpu().numpy()
+        return probabilities(forward.logits, self.negative_rate).cpu().numpy()

@@ -6,9 +6,9 @@ elsewhere is rebuilt (`stream/join/takeover.py`). One database a partition numbe
 | column family | key | value |
 | --- | --- | --- |
 | `ids` | impression id | event time, offset, clicked: every impression remembered, for dedupe and matching |
-| `payloads` | event time, offset | id and the impression's bytes: the pending ones, in the order in which they expire |
+| `payloads` | event time, offset | id, whether its first label is out, impression's bytes: the pending ones, as they expire |
 | `early` | id, click's event time, offset | the click's bytes: clicks whose impression has not come |
-| `chunks` | first offset, largest event time, positions | ids remembered by one step, so that forgetting needs no scan |
+| `chunks` | first offset, largest event time, position | ids remembered by one step, so that forgetting needs no scan |
 | default | `meta` | identity, positions and watermark, written in one batch with the changes they stand for |
 """
 
@@ -34,30 +34,34 @@ from rocksdict import (
 
 from state.errors import JoinStateError
 
-__all__ = ["Chunk", "Entry", "JoinMeta", "JoinState", "StateBatch", "StateOptions"]
+__all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "StateBatch", "StateOptions"]
+
+# Part of the identity in `JoinMeta`: state that an older version wrote otherwise is thrown away, not misread.
+LAYOUT = 2
 
 _ENTRY = struct.Struct("<qq?")  # event time, offset, clicked
 _ORDERED = struct.Struct(">QQ")  # event time, offset: big endian sorts as bytes as it does as numbers (both are >= 0)
-_CHUNK = struct.Struct(">QQQQ")  # first offset, largest event time, clicks position, examples position
-_U32 = struct.Struct("<I")
+_CHUNK = struct.Struct(">QQQ")  # first offset, largest event time, examples position
+_U32 = struct.Struct("<I")  # length of an id; its top bit says that the first label is out (an id is far below 2 GiB)
+_LABELLED = 1 << 31
+_LENGTH = _LABELLED - 1
 
 Entry = tuple[int, int, bool]  # event time ms, offset, clicked
-Pending = tuple[int, int, bytes, bytes]  # event time ms, offset, id, value
+Pending = tuple[int, int, bytes, bytes, bool]  # event time ms, offset, id, value, whether its first label is out
 
 
 class Chunk(msgspec.Struct, frozen=True, order=True):
-    """The ids that one step remembered, and where the logs stood at its start."""
+    """The ids that one step remembered, and where `examples` stood at its start."""
 
     first_offset: int
     max_time_ms: int
-    clicks_position: int
     examples_position: int
 
 
 class JoinMeta(msgspec.Struct, frozen=True, kw_only=True):
     """Up to where the state reflects the log."""
 
-    identity: str  # cluster id, topic ids, partition: state of another log is thrown away
+    identity: str  # cluster id, topic ids, partition, layout: state of another log is thrown away
     impressions_position: int
     clicks_position: int
     examples_position: int
@@ -107,10 +111,12 @@ class StateBatch:
         for key, (time_ms, offset, clicked) in impressions:
             put(key, pack(time_ms, offset, clicked), family)
 
-    def add_pending(self, impressions: Iterable[Pending]) -> None:
+    def add_pending(self, impressions: Iterable[tuple[int, int, bytes, bytes]], *, labelled: bool = False) -> None:
+        """Add (event time, offset, id, value). `labelled`: their first label is out, and they wait for a click only."""
         put, pack, length, family = self._batch.put, _ORDERED.pack, _U32.pack, self._state.payloads_family
+        mark = _LABELLED if labelled else 0
         for time_ms, offset, key, value in impressions:
-            put(pack(time_ms, offset), length(len(key)) + key + value, family)
+            put(pack(time_ms, offset), length(len(key) | mark) + key + value, family)
 
     def drop_pending(self, impressions: Iterable[tuple[int, int]]) -> None:
         for time_ms, offset in impressions:
@@ -131,7 +137,7 @@ class StateBatch:
             self._batch.delete(key + _ORDERED.pack(time_ms, offset), self._state.early_family)
 
     def add_chunk(self, chunk: Chunk, keys: Sequence[bytes]) -> None:
-        name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.clicks_position, chunk.examples_position)
+        name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.examples_position)
         self._batch.put(name, msgspec.msgpack.encode(keys), self._state.chunks_family)
 
     def forget(self, chunk: Chunk, before_ms: int, changed: Mapping[bytes, Entry]) -> None:
@@ -139,7 +145,7 @@ class StateBatch:
 
         `changed` is what this batch remembers: the state doesn't show it yet.
         """
-        name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.clicks_position, chunk.examples_position)
+        name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.examples_position)
         packed = self._state.chunks.get(name)
         keys = msgspec.msgpack.decode(packed, type=list[bytes]) if packed else []
         for key, stored in zip(keys, self._state.entries(keys), strict=True):
@@ -150,6 +156,10 @@ class StateBatch:
 
     def set_meta(self, meta: JoinMeta) -> None:
         self._batch.put(b"meta", msgspec.json.encode(meta), self._state.meta_family)
+
+    def drop_meta(self) -> None:
+        """From here on the state stands for no position, until `set_meta` says for which; opened so, it is thrown away."""
+        self._batch.delete(b"meta", self._state.meta_family)
 
     def write(self) -> None:
         self._state.db.write(self._batch, self._state.write_options)
@@ -215,12 +225,12 @@ class JoinState:
         """Event time, offset and whether clicked, of each id; None where it is not remembered."""
         return [None if packed is None else _ENTRY.unpack(packed) for packed in self.packed_entries(keys)]
 
-    def values(self, impressions: Sequence[tuple[int, int]]) -> list[bytes | None]:
-        """The bytes of pending impressions by (event time, offset)."""
+    def values(self, impressions: Sequence[tuple[int, int]]) -> list[tuple[bytes, bool] | None]:
+        """Of pending impressions by (event time, offset): the bytes, and whether their first label is out."""
         if not impressions:
             return []
         found = self.payloads.get([_ORDERED.pack(time_ms, offset) for time_ms, offset in impressions])
-        return [None if row is None else row[4 + _U32.unpack_from(row)[0] :] for row in found]
+        return [None if row is None else _unpacked(row) for row in found]
 
     def pending_between(self, from_ms: int, until_ms: int) -> Iterator[Pending]:
         """Pending impressions with `from_ms <= event time < until_ms`, in order of (event time, offset)."""
@@ -233,8 +243,9 @@ class JoinState:
         key = start = _ORDERED.pack(max(from_ms, 0), 0)
         for key, row in self.payloads.items(from_key=start, read_opt=read):
             time_ms, offset = unpack(key)
-            cut = 4 + length(row)[0]
-            yield time_ms, offset, row[4:cut], row[cut:]
+            size = length(row)[0]
+            cut = 4 + (size & _LENGTH)
+            yield time_ms, offset, row[4:cut], row[cut:], size >= _LABELLED
         self._check_end(self.payloads, key)
 
     def early_clicks(self) -> Iterator[tuple[bytes, tuple[int, int, bytes]]]:
@@ -291,3 +302,8 @@ class JoinState:
     def destroy(path: Path) -> None:
         """Delete the folder; the log has everything that it held."""
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _unpacked(row: bytes) -> tuple[bytes, bool]:
+    size = _U32.unpack_from(row)[0]
+    return row[4 + (size & _LENGTH) :], size >= _LABELLED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -29,7 +29,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     `offsets` maps a partition of `examples` to the next offset to train; `watermark_ms` is event time. `metrics` are
     those of the window before the snapshot: the gate reads `window_examples`, `window_log_loss`, `window_calibration`,
-    `served_examples` and `served_calibration`. A metric that isn't finite is written as null and read as NaN.
+    `served_examples` and `served_calibration`. `negative_rate` is the share of negatives that the weights were learned from:
+    whoever scores with them corrects by it (`model.sampling`). A metric that isn't finite is written as null and read as NaN.
     Fields that this code doesn't know are ignored, so that older readers read newer manifests.
     """
 
@@ -42,6 +43,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     offsets: dict[str, int] = msgspec.field(default_factory=dict)
     watermark_ms: int = 0
     examples_seen: int = 0
+    negative_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
     schema_hash: str = ""
     features: dict[str, Any] = msgspec.field(default_factory=dict)

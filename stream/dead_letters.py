@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["REASONS", "DeadLetter", "Header"]
+__all__ = ["ORIGINAL", "OUR_HEADERS", "REASONS", "REPLAY_HEADER", "DeadLetter", "Header"]
 
 Header = tuple[str, bytes]
 
@@ -27,6 +28,19 @@ REASONS = {
     "not_finite": "a feature is NaN or infinite, or a number too large for a float",
     "nested": "a feature is an object or a list of other things than strings",
 }
+
+
+# On a record that `headrace dead-letters replay` has fed again: the letter it comes from, TOPIC/PARTITION/OFFSET.
+REPLAY_HEADER = "headrace-replay-of"
+
+# The headers that say why and from where, in this order before the original's own.
+OUR_HEADERS = ("reason", "error", "path", "source_topic", "source_partition", "source_offset")
+# Stands before the name of an original header that is called like one of ours (an example has a `source_offset` too), or that
+# begins like this itself: taking one off again gives every name back.
+ORIGINAL = "original."
+# Original headers that get the prefix; further ones, which only a record made to harm has, are left out. 9 bytes each, so that
+# this stays far below the 64 KiB too.
+MAX_RENAMED = 1_000
 
 
 class DeadLetter(NamedTuple):
@@ -58,13 +72,23 @@ class DeadLetter(NamedTuple):
         )
 
     def out_headers(self) -> list[Header]:
-        """Headers of the record in `dead-letters`: ours first, then the original's own."""
-        return [
-            ("reason", self.reason.encode()),
-            ("error", self.message[:MAX_TEXT].encode(errors="replace")),
-            ("path", self.path[:MAX_TEXT].encode(errors="replace")),
-            ("source_topic", self.topic.encode()),
-            ("source_partition", str(self.partition).encode()),
-            ("source_offset", str(self.offset).encode()),
-            *self.headers,
-        ]
+        """Headers of the record in `dead-letters`: ours first, then the original's under names that can't be taken for ours."""
+        ours = (
+            self.reason.encode(),
+            self.message[:MAX_TEXT].encode(errors="replace"),
+            self.path[:MAX_TEXT].encode(errors="replace"),
+            self.topic.encode(),
+            str(self.partition).encode(),
+            str(self.offset).encode(),
+        )
+        return [*zip(OUR_HEADERS, ours, strict=True), *_renamed(self.headers)]
+
+
+def _renamed(headers: Sequence[Header]) -> Iterator[Header]:
+    left = MAX_RENAMED
+    for name, value in headers:
+        if name not in OUR_HEADERS and not name.startswith(ORIGINAL):
+            yield name, value
+        elif left:
+            left -= 1
+            yield ORIGINAL + name, value

@@ -70,6 +70,7 @@ class JoinSettings(_Frozen):
     window_ms = 1_800_000   # a click counts when 0 <= t_click - t_impression <= window
     lateness_ms = 60_000    # how far out of order events may come
     dedupe_horizon_ms = 3_600_000
+    negative_rate = 0.1     # one negative in ten goes out; scores are corrected for it
     ```
     """
 
@@ -77,6 +78,14 @@ class JoinSettings(_Frozen):
     window_ms: int = Field(default=60_000, ge=1, description="Attribution window, event time.")
     lateness_ms: int = Field(default=5_000, ge=0, description="The watermark is the largest event time less this.")
     negative_skew_ms: int = Field(default=0, ge=0, description="How far a click's time may lie before its impression's.")
+    label_policy: Literal["wait", "fnw"] = Field(
+        default="wait",
+        description="wait: one label, a negative when no click can come any more. fnw: a negative at once, a correction when "
+        "the click comes, importance weights in the trainer (fake negative weighted).",
+    )
+    negative_rate: float = Field(
+        default=1.0, gt=0, le=1, description="Share of negatives that go out, by a hash of the id; scores are corrected for it."
+    )
     dedupe_horizon_ms: int = Field(
         default=600_000, ge=0, description="An id is remembered this long after its window; older impressions are late."
     )
@@ -100,6 +109,11 @@ class JoinSettings(_Frozen):
         description="Stable name of this worker in its group (a pod's): back within the session timeout, it goes on at once.",
     )
     cache_mb: int = Field(default=64, ge=8, description="Block cache that all partitions of a worker share.")
+
+    @property
+    def max_watermark_future_ms(self) -> int:
+        """How far ahead of its arrival a watermark record is believed: what settles the last event that may come by then."""
+        return self.max_future_ms + self.window_ms + self.lateness_ms
 
 
 class TrainerSettings(_Frozen):

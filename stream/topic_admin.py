@@ -15,7 +15,7 @@ from stream.errors import TopicError
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topic_contract import TopicContract, topic_contracts
 
-__all__ = ["Difference", "Found", "Made", "check_topics", "create_topics", "differences"]
+__all__ = ["Difference", "Found", "Made", "check_topics", "create_topics", "differences", "find_topics"]
 
 CONNECT_TIMEOUT_MS = 10_000  # a broker that doesn't answer for so long is not there
 POLL_S = 0.2
@@ -69,9 +69,17 @@ def check_topics(kafka: KafkaSettings, topics: TopicSettings) -> list[Difference
     Raises:
         TopicError: the cluster can't be reached.
     """
-    contracts = topic_contracts(topics)
+    return differences(topic_contracts(topics), find_topics(kafka, topics))
+
+
+def find_topics(kafka: KafkaSettings, topics: TopicSettings) -> dict[str, Found]:
+    """Those of the eight topics that the cluster has, by name. Never writes.
+
+    Raises:
+        TopicError: the cluster can't be reached.
+    """
     with _admin(kafka) as admin:
-        return differences(contracts, _describe(admin, contracts))
+        return _describe(admin, topic_contracts(topics))
 
 
 class Found(msgspec.Struct, frozen=True):

@@ -14,7 +14,8 @@ import yaml
 from deploy.docs import pages
 from headrace.events import encode_click, encode_impression, encode_request
 from stream.dead_letters import REASONS, DeadLetter
-from stream.join.examples import example_records
+from stream.join.examples import plan_records
+from stream.join.logic import CORRECTION, FAKE, FIRST, Plan
 from stream.settings import TopicSettings
 from stream.topic_contract import topic_contracts
 
@@ -67,9 +68,14 @@ def test_what_the_client_sends_is_what_asyncapi_says() -> None:
 
 
 def test_headers_are_what_asyncapi_says() -> None:
-    for example in ((b"i", b"{}", 5, 7, -1), (b"i", b"{}", 5, 7, 9)):
-        (_, _, headers) = next(example_records([example]))
-        jsonschema.validate({name: value.decode() for name, value in headers}, schema("exampleHeaders"))
+    kinds = ((-1, FIRST), (9, FIRST), (-1, FAKE), (9, CORRECTION))
+    plan = Plan(examples=[(b"i", b"{}", 5, 7, click_ms, kind) for click_ms, kind in kinds], left_out=[3], left_out_fake=[1, 2])
+    for rate in (1.0, 0.05):
+        for key, value, headers in plan_records(plan, rate):
+            name = "leftOut" if key is None else "example"
+            jsonschema.validate({name: value.decode() for name, value in headers}, schema(f"{name}Headers"))
+            if key is None:
+                jsonschema.validate(msgspec.json.decode(value or b""), schema(name))
     letter = DeadLetter("orphan_click", "text", "$", "clicks", 0, 3, b"k", b"v")
     jsonschema.validate({name: value.decode() for name, value in letter.out_headers()}, schema("deadLetterHeaders"))
 
@@ -100,3 +106,13 @@ def test_links_between_pages_resolve() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", ["reliability.md", "join.md"])
+def test_the_tests_that_a_page_names_exist(page: str) -> None:
+    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    there = set(re.findall(r"def (test_\w+)\(", code))
+    named = set(re.findall(r"`(test_\w+?)(…?)`", (ROOT / "docs" / page).read_text()))
+    assert len(named) > 5
+    missing = [name for name, cut in named if not (any(each.startswith(name) for each in there) if cut else name in there)]
+    assert missing == []

@@ -14,7 +14,9 @@ __all__ = ["cli", "main"]
 COMMANDS = {
     "config": "deploy.cli.config:config",
     "data": "deploy.cli.data:data",
+    "dead-letters": "deploy.cli.dead_letters:dead_letters",
     "demo": "deploy.cli.demo:demo",
+    "doctor": "deploy.cli.doctor:doctor",
     "kafka": "deploy.cli.kafka:kafka",
     "replay": "deploy.cli.replay:replay",
     "run": "deploy.cli.run:run",

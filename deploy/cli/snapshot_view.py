@@ -124,6 +124,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         ("created", clock(manifest.created_at_ms)),
         ("watermark", clock(manifest.watermark_ms)),
         ("examples seen", f"{manifest.examples_seen:,}"),
+        ("negative rate", f"{manifest.negative_rate:g}"),
         ("offsets", ", ".join(f"{part}: {offset}" for part, offset in sorted(manifest.offsets.items())) or "-"),
         ("schema", manifest.schema_hash),
     ]

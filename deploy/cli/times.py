@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 import re
+import time
 from typing import Any
 
 import click
 
-__all__ = ["DURATION", "TIME", "clock", "duration"]
+__all__ = ["DURATION", "MOMENT", "TIME", "clock", "duration"]
 
 _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
@@ -44,8 +45,22 @@ class _Time(click.ParamType):
         return int(moment.timestamp() * 1_000)
 
 
+class _Moment(click.ParamType):
+    """A time, or how long ago: `2h` → ms since epoch."""
+
+    name = "moment"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        if re.fullmatch(r"[\d.]+[a-z]+", str(value).strip()):
+            return time.time_ns() // 1_000_000 - DURATION.convert(value, param, ctx)
+        return TIME.convert(value, param, ctx)
+
+
 DURATION = _Duration()
 TIME = _Time()
+MOMENT = _Moment()
 
 
 def clock(at_ms: int | None) -> str:

@@ -13,6 +13,7 @@ from aiokafka.structs import TopicPartition
 
 from deploy.settings import Settings
 from stream.clients import aiokafka_options
+from stream.join.examples import left_out_of
 from stream.topics import TopicNames
 
 __all__ = ["Audit", "Ledger"]
@@ -24,17 +25,21 @@ class Ledger:
 
     impressions: Counter[bytes] = field(default_factory=Counter)
     labels: Counter[bytes] = field(default_factory=Counter)  # first labels
+    corrections: Counter[bytes] = field(default_factory=Counter)
+    left_out: int = 0  # impressions named as negatives that `join.negative_rate` left out
     positives: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # id → partition and offset of its example
     clicked_at_ms: dict[bytes, int] = field(default_factory=dict)  # id → arrival of its first click
     clicks: int = 0
     dead_letters: Counter[str] = field(default_factory=Counter)
 
     def problems(self) -> list[str]:
-        """What is not exactly once; empty when every impression has one first label and nothing else has one."""
+        """What is not exactly once; empty when every impression has one first label or was left out, nothing else has one."""
         found = []
         lost = [key for key in self.impressions if key not in self.labels]
         doubled = [key for key, count in self.labels.items() if count > 1]
         strangers = [key for key in self.labels if key not in self.impressions]
+        if len(lost) == self.left_out:
+            lost = []
         for name, keys in (("without a label", lost), ("with two labels", doubled), ("labelled, but never sent", strangers)):
             if keys:
                 shown = ", ".join(key.decode(errors="replace") for key in keys[:5])
@@ -113,8 +118,14 @@ class Audit:
             ledger.dead_letters.update(dict(record.headers)["reason"].decode() for record in records)
         else:
             for record in records:
+                offsets = left_out_of(record)
+                if offsets is not None:
+                    ledger.left_out += len(offsets)
+                    continue
                 headers = dict(record.headers)
                 if headers["kind"] == b"first":
                     ledger.labels[record.key] += 1
+                elif headers["kind"] == b"correction":
+                    ledger.corrections[record.key] += 1
                 if headers["label"] == b"1":
                     ledger.positives[record.key] = (tp.partition, record.offset)

@@ -192,7 +192,8 @@ class _Run:
                     sending.result()
                     ended = ended or time.monotonic()
                     self._ledger = await audit.read()
-                    if not self._seconds and len(self._ledger.labels) >= self._replayer.stats.impressions:
+                    settled = len(self._ledger.labels) + self._ledger.left_out
+                    if not self._seconds and settled >= self._replayer.stats.impressions:
                         self._seconds = time.monotonic() - began
                     if self._seconds and figures.learned + self._refused() >= len(self._ledger.labels):
                         break
@@ -224,7 +225,13 @@ class _Run:
             good = [record for record in state.versions.values() if record.good_at_ms and record.version != champion]
             if champion in self._served and good:
                 return
-        raise DeployError("expected a champion that is served and a good version before it, found none within 30 s")
+        held = [f"version {record.version}: {record.gate}" for record in state.versions.values() if not record.good_at_ms][-3:]
+        raise DeployError(
+            f"there is nothing to roll back to: expected champion {champion} to be served and a good version before it, found "
+            f"none within 30 s. What the gate said last: {'; '.join(held) or 'nothing, no version was held back'}. With a long "
+            "window the labels that come first are nearly all clicks; `snapshots.gate_calibration` and `snapshots.gate_margin` "
+            "widen the gate."
+        )
 
     async def _look(self, scorers: HeartbeatReader) -> Figures:
         """The figures now, from the workers' own metrics and heartbeats."""

@@ -45,14 +45,15 @@ class Events:
         return len(self.keys)
 
 
-def read_run(records: Sequence[Any], max_future_ms: int) -> Events:
+def read_run(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int | None = None) -> Events:
     """Read the envelopes of one run (aiokafka ConsumerRecords of one partition, in order of offset).
 
     An event more than `max_future_ms` ahead of its own arrival (the record's Kafka timestamp) is a dead letter: judged
-    against the record and not against the clock, so that a replay decides the same.
+    against the record and not against the clock, so that a replay decides the same. So is a watermark record that is more than
+    `max_watermark_future_ms` (as for events when None) ahead: believed, it would make every later impression late.
     """
     fast = _read_fast(records, max_future_ms)
-    return fast if fast is not None else _read_slow(records, max_future_ms)
+    return fast if fast is not None else _read_slow(records, max_future_ms, max_watermark_future_ms)
 
 
 def _read_fast(records: Sequence[Any], max_future_ms: int) -> Events | None:
@@ -79,10 +80,11 @@ def _read_fast(records: Sequence[Any], max_future_ms: int) -> Events | None:
     return Events(keys, times, [record.offset for record in records], values, list(records))
 
 
-def _read_slow(records: Sequence[Any], max_future_ms: int) -> Events:
+def _read_slow(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int | None = None) -> Events:
     events = Events()
+    mark_future_ms = max_future_ms if max_watermark_future_ms is None else max_watermark_future_ms
     for record in records:
-        verdict = _read_one(record, max_future_ms)
+        verdict = _read_one(record, max_future_ms) if record.value else _read_mark(record, mark_future_ms)
         if isinstance(verdict, DeadLetter):
             events.dead.append(verdict)
         elif isinstance(verdict, int):
@@ -96,17 +98,26 @@ def _read_slow(records: Sequence[Any], max_future_ms: int) -> Events:
     return events
 
 
-def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter | int:
-    """The verdict on one record: its envelope, a dead letter, or the time of a watermark record."""
-    value = record.value
-    if not value:
-        mark = dict(record.headers).get(WATERMARK_HEADER)
-        if mark is None:
-            return DeadLetter.of(record, "empty_value", "$", "expected a JSON object, found an empty value")
-        if mark.isdigit() and len(mark) <= _MAX_DIGITS and int(mark) <= MAX_TIMESTAMP_MS:
-            return int(mark)
+def _read_mark(record: Any, max_future_ms: int) -> DeadLetter | int:
+    """The verdict on a record without a value: the time of a watermark record, or a dead letter."""
+    mark = dict(record.headers).get(WATERMARK_HEADER)
+    if mark is None:
+        return DeadLetter.of(record, "empty_value", "$", "expected a JSON object, found an empty value")
+    if not (mark.isdigit() and len(mark) <= _MAX_DIGITS and int(mark) <= MAX_TIMESTAMP_MS):
         message = f"header {WATERMARK_HEADER}: expected milliseconds since the epoch, found {mark[:40]!r}"
         return DeadLetter.of(record, "out_of_range", "$", message)
+    if int(mark) - record.timestamp > max_future_ms:
+        message = (
+            f"header {WATERMARK_HEADER}: expected at most {max_future_ms} ms after the record's arrival at {record.timestamp} "
+            f"(max_future_ms + window_ms + lateness_ms), found {int(mark)}"
+        )
+        return DeadLetter.of(record, "future_timestamp", "$", message)
+    return int(mark)
+
+
+def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter:
+    """The verdict on one record with a value: its envelope, or a dead letter."""
+    value = record.value
     try:
         value.decode()
     except UnicodeDecodeError as error:

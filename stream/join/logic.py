@@ -9,6 +9,15 @@ Times are event times in ms. With W the watermark, `window`, `horizon` and `skew
   records alone, not at W, so that a rebuild, which knows only today's W, decides as it was decided then;
 - ids are remembered until W - window - 2 * horizon: the oldest that an impression which isn't late can be a duplicate of.
 
+What goes out, and when, is the label policy's, and an impression lives to its end by the policy under which it came:
+
+- `wait`: one label, positive when the click is matched, negative when the watermark passes the window;
+- `fnw`: a negative at once (a fake one, as long as a click may come), and when the click is matched a correction. A click that
+  was there before the impression makes the same two: the importance weights (`model/fake_negatives.py`) stand for a stream in
+  which every impression was a negative first.
+
+Of negatives only those that `Sampling` keeps go out; the offsets of the others do, so that every impression is accounted for.
+
 A step takes its runs as they came, and only then moves the watermark and expires: how a log was cut into steps never changes a
 label that the watermark has not yet settled.
 """
@@ -24,14 +33,32 @@ from typing import Any, Protocol
 from state.join_state import Chunk, Entry
 from stream.dead_letters import DeadLetter
 from stream.join.events import Events
+from stream.join.sampling import Sampling
 from stream.settings import JoinSettings
 
-__all__ = ["NEVER_MS", "EarlyClick", "Example", "Memory", "Plan", "Step", "StoredState", "watermark"]
+__all__ = [
+    "CORRECTION",
+    "FAKE",
+    "FIRST",
+    "NEVER_MS",
+    "EarlyClick",
+    "Example",
+    "Memory",
+    "Plan",
+    "Step",
+    "StoredState",
+    "watermark",
+]
 
 # Before the first event of a source. Event times are >= 0, and so is every watermark after the first event.
 NEVER_MS = -(1 << 62)
 
-Example = tuple[bytes, bytes, int, int, int]  # id, value, impression time, source offset, click time (-1: negative)
+FIRST = "first"  # the only label
+FAKE = "fake"  # a negative that a correction may follow
+CORRECTION = "correction"
+
+# id, value, impression time, source offset, click time (-1: negative), one of the three above
+Example = tuple[bytes, bytes, int, int, int, str]
 
 
 class StoredState(Protocol):
@@ -39,8 +66,8 @@ class StoredState(Protocol):
 
     def entries(self, keys: list[bytes]) -> list[Entry | None]: ...
     def packed_entries(self, keys: list[bytes]) -> list[bytes | None]: ...
-    def values(self, impressions: list[tuple[int, int]]) -> list[bytes | None]: ...
-    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes]]: ...
+    def values(self, impressions: list[tuple[int, int]]) -> list[tuple[bytes, bool] | None]: ...
+    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes, bool]]: ...
 
 
 EarlyClick = tuple[int, int, bytes]  # event time, offset, the record's value
@@ -113,9 +140,16 @@ class Memory:
 
 @dataclass(slots=True)
 class Plan:
-    """What one step decided: what goes out in its transaction, and what changes in the state after it."""
+    """What one step decided: what goes out in its transaction, and what changes in the state after it.
+
+    Negatives left out are told by their impressions' offsets, those that a correction may follow apart. `settled` counts
+    impressions that are pending no more.
+    """
 
     examples: list[Example] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    left_out_fake: list[int] = field(default_factory=list)
+    settled: int = 0
     dead: list[DeadLetter] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     remembered: dict[bytes, Entry] = field(default_factory=dict)
@@ -158,6 +192,8 @@ class Step:
             settings.negative_skew_ms,
         )
         self._lateness, self._max_outputs = settings.lateness_ms, settings.max_outputs
+        self._fake = settings.label_policy == "fnw"
+        self._sampling = Sampling(settings.negative_rate)
         self._state, self._memory = state, memory
         self.plan = Plan(watermark_ms=memory.watermark_ms)
         self._late_before = memory.watermark_ms - self._window - self._horizon
@@ -185,6 +221,8 @@ class Step:
             places = zip(events.times_ms, events.offsets, strict=True)
             plan.new_pending.update(zip(places, zip(events.keys, events.values, strict=True), strict=True))
             plan.counts["impressions"] += len(events)
+            if self._fake:
+                self._fakes(zip(events.keys, events.values, events.times_ms, events.offsets, strict=True))
             for key in fresh.keys() & memory.early.keys():
                 self._match_early(key)
         else:
@@ -208,6 +246,8 @@ class Step:
                 plan.new_ids.append(key)
                 plan.remembered[key] = (time_ms, offset, False)
                 plan.new_pending[time_ms, offset] = (key, events.values[index])
+                if self._fake:
+                    self._fakes([(key, events.values[index], time_ms, offset)])
                 if key in self._memory.early:
                     self._match_early(key)
 
@@ -215,6 +255,18 @@ class Step:
         # Not from `remembered`: an id used twice in a step has only its later offset there.
         if self.plan.first_offset < 0:
             self.plan.first_offset = offset
+
+    def _fakes(self, impressions: Iterable[tuple[bytes, bytes, int, int]]) -> None:
+        """A negative of each: id, value, event time, offset."""
+        plan, keeps = self.plan, self._sampling.keeps
+        out: list[Example] = []
+        for key, value, time_ms, offset in impressions:
+            if keeps(key):
+                out.append((key, value, time_ms, offset, -1, FAKE))
+            else:
+                plan.left_out_fake.append(offset)
+        plan.examples.extend(out)
+        plan.counts["negatives"] += len(out)
 
     def _match_early(self, key: bytes) -> None:
         """Label a new impression by the earliest early click that counts; the others in its window are duplicates of it."""
@@ -229,7 +281,8 @@ class Step:
         self.plan.counts["duplicate_clicks"] += len(counting) - 1
         self.plan.remembered[key] = (time_ms, offset, True)
         _, value = self.plan.new_pending.pop((time_ms, offset))
-        self.plan.examples.append((key, value, time_ms, offset, counting[0][0]))
+        self.plan.examples.append((key, value, time_ms, offset, counting[0][0], CORRECTION if self._fake else FIRST))
+        self.plan.settled += 1
 
     def clicks(self, events: Events) -> None:
         """Match a run's clicks: a click in the window of a pending impression makes it positive."""
@@ -259,15 +312,17 @@ class Step:
         stored = [(time_ms, offset) for _, time_ms, offset, _ in matched if (time_ms, offset) not in plan.new_pending]
         values = dict(zip(stored, self._state.values(stored), strict=True))
         plan.dropped_pending.extend(stored)
+        plan.settled += len(matched)
         for key, time_ms, offset, click_ms in matched:
             new = plan.new_pending.pop((time_ms, offset), None)
-            value = new[1] if new is not None else values[time_ms, offset]
-            if value is None:
+            found = (new[1], self._fake) if new is not None else values[time_ms, offset]
+            if found is None:
                 raise RuntimeError(
                     f"impression {key!r} at offset {offset} is pending but its bytes are not in the state: "
                     "the state folder is damaged. Stop the worker, delete it and start again; it is rebuilt from the log."
                 )
-            plan.examples.append((key, value, time_ms, offset, click_ms))
+            value, labelled = found
+            plan.examples.append((key, value, time_ms, offset, click_ms, CORRECTION if labelled else FIRST))
 
     def _keep_early(self, record: Any, key: bytes, time_ms: int, offset: int) -> None:
         if time_ms + self._skew < self._memory.watermark_ms:
@@ -305,7 +360,7 @@ class Step:
         plan, memory = self.plan, self._memory
         start = memory.watermark_ms - self._window
         until = max(watermark_ms, memory.watermark_ms) - self._window
-        stored: list[tuple[int, int, bytes, bytes]] = []
+        stored: list[tuple[int, int, bytes, bytes, bool]] = []
         room = max(self._max_outputs - len(plan.examples), 1)
         dropped = set(plan.dropped_pending)
         for row in self._state.pending_between(start, until):
@@ -316,15 +371,18 @@ class Step:
                 stored.append(row)
         # Of this step's own impressions also those that came late, before what earlier steps have expired.
         due = [place for place in plan.new_pending if place[0] < until]
-        for place in due:
-            key, value = plan.new_pending.pop(place)
-            plan.examples.append((key, value, *place, -1))
-        plan.examples.extend((key, value, time_ms, offset, -1) for time_ms, offset, key, value in stored)
+        own = [(*place, *plan.new_pending.pop(place), self._fake) for place in due]
+        self._label_negative(own)
+        self._label_negative(stored)
         # In the order in which real time would have labelled them: a step of a fast replay spans hours, and a model that
-        # learns all of its positives before all of its negatives learns little (docs/experiments.md).
+        # learns all of its positives before all of its negatives learns little (docs/experiments.md). The sort is stable: a
+        # correction stays behind its negative also where a skewed click lies before the impression.
         window = self._window
-        plan.examples.sort(key=lambda example: example[4] if example[4] >= 0 else example[2] + window)
-        plan.counts["negatives"] += len(due) + len(stored)
+        plan.examples.sort(
+            key=lambda example: (
+                (example[4] if example[4] >= 0 else example[2] + window) if example[5] == FIRST else max(example[4], example[2])
+            )
+        )
         plan.expired_from_ms, plan.expired_until_ms = start, until
         plan.watermark_ms = memory.watermark_ms = until + self._window
         for key, click in memory.due_early(memory.watermark_ms - self._skew):
@@ -333,3 +391,18 @@ class Step:
             self._orphan(DeadLetter("orphan_click", "", "$.impression_id", *origin), click[0])
         plan.forgotten = memory.due_chunks(memory.watermark_ms - self._window - 2 * self._horizon)
         return plan
+
+    def _label_negative(self, expired: list[tuple[int, int, bytes, bytes, bool]]) -> None:
+        """Of what the watermark has passed: those whose first label isn't out become negatives."""
+        plan, keeps = self.plan, self._sampling.keeps
+        plan.settled += len(expired)
+        if self._sampling.rate < 1:
+            every, expired = expired, []
+            for row in every:
+                if row[4] or keeps(row[2]):
+                    expired.append(row)
+                else:
+                    plan.left_out.append(row[1])
+        out = [(key, value, time_ms, offset, -1, FIRST) for time_ms, offset, key, value, labelled in expired if not labelled]
+        plan.examples.extend(out)
+        plan.counts["negatives"] += len(out)

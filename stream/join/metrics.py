@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from stream.join.logic import NEVER_MS, Plan
+from stream.join.recovery import RebuildProgress
 
 if TYPE_CHECKING:
     from stream.join.partition import PartitionJoin
@@ -28,6 +29,9 @@ class JoinMetrics:
         )
         self.clicks = Counter("headrace_join_clicks", "Clicks read, by what became of them.", ["outcome"], registry=registry)
         self.examples = Counter("headrace_join_examples", "Labels written.", ["label"], registry=registry)
+        self.left_out = Counter(
+            "headrace_join_left_out", "Negatives left out of `examples` by join.negative_rate.", registry=registry
+        )
         self.dead_letters = Counter("headrace_join_dead_letters", "Records refused.", ["reason"], registry=registry)
         self.pending = Gauge(
             "headrace_join_pending_impressions", "Impressions without a label yet.", ["partition"], registry=registry
@@ -55,6 +59,27 @@ class JoinMetrics:
         self.takeover_seconds = Histogram(
             "headrace_join_takeover_seconds", "Taking over one partition.", registry=registry, buckets=_SECONDS
         )
+        self.rebuild_offsets = Gauge(
+            "headrace_join_rebuild_offsets",
+            "Offsets that taking over a partition reads again, or has last read.",
+            ["partition"],
+            registry=registry,
+        )
+        self.rebuild_read_offsets = Gauge(
+            "headrace_join_rebuild_read_offsets", "How many of them have been read.", ["partition"], registry=registry
+        )
+        self.low_water_offsets = Gauge(
+            "headrace_join_low_water_offsets",
+            "From the log's start to the earliest offset that a rebuild needs; below zero it can't be rebuilt any more.",
+            ["topic", "partition"],
+            registry=registry,
+        )
+        self.retention_left = Gauge(
+            "headrace_join_retention_left_seconds",
+            "How long retention by time still keeps the earliest record that a rebuild needs.",
+            ["topic", "partition"],
+            registry=registry,
+        )
         self._clicks_seen = self._clicks_matched = 0
 
     def observe(self, partition: PartitionJoin, plan: Plan) -> None:
@@ -71,6 +96,9 @@ class JoinMetrics:
             self.examples.labels("1").inc(positives)
         if counts["negatives"]:
             self.examples.labels("0").inc(counts["negatives"])
+        left_out = len(plan.left_out) + len(plan.left_out_fake)
+        if left_out:
+            self.left_out.inc(left_out)
         for letter in plan.dead:
             self.dead_letters.labels(letter.reason).inc()
         self._clicks_seen += counts["clicks"]
@@ -87,5 +115,18 @@ class JoinMetrics:
 
     def forget_partition(self, number: int) -> None:
         """Drop the series of a partition that went to another worker."""
-        for gauge in (self.pending, self.early, self.watermark, self.watermark_lag):
-            gauge.remove(str(number)) if (str(number),) in gauge._metrics else None
+        gauges = (self.pending, self.early, self.watermark, self.watermark_lag, self.rebuild_offsets, self.rebuild_read_offsets)
+        for gauge in (*gauges, self.low_water_offsets, self.retention_left):
+            for labels in [labels for labels in gauge._metrics if labels[-1] == str(number)]:
+                gauge.remove(*labels)
+
+    def observe_retention(self, topic: str, number: int, offsets: int, left_s: float) -> None:
+        """How near retention is to the low water of one log."""
+        self.low_water_offsets.labels(topic, str(number)).set(offsets)
+        self.retention_left.labels(topic, str(number)).set(left_s)
+
+    def observe_rebuild(self, progress: RebuildProgress) -> None:
+        """How far taking over a partition is."""
+        number = str(progress.number)
+        self.rebuild_offsets.labels(number).set(progress.total)
+        self.rebuild_read_offsets.labels(number).set(progress.done)

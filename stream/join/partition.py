@@ -18,7 +18,7 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from state.join_state import Chunk, JoinMeta, JoinState
 from stream.batches import send_batches
 from stream.join.events import read_run
-from stream.join.examples import example_records
+from stream.join.examples import plan_records
 from stream.join.logic import Memory, Plan, Step, watermark
 from stream.join.metrics import JoinMetrics
 from stream.join.progress import Progress, encode_progress
@@ -145,7 +145,7 @@ class PartitionJoin:
         step = Step(self._settings, self._state, self._memory)
         after = Positions(self.positions.impressions, self.positions.clicks, self.positions.examples)
         for run in runs:
-            events = read_run(run.records, self._settings.max_future_ms)
+            events = read_run(run.records, self._settings.max_future_ms, self._settings.max_watermark_future_ms)
             if run.records:
                 self._idle_since.pop(run.topic, None)
             if run.topic == self._names.impressions:
@@ -161,7 +161,7 @@ class PartitionJoin:
         )
         plan = step.close(allowed, self._names.clicks, self.number)
         self._metrics.decide_seconds.observe(time.perf_counter() - began)
-        if runs or plan.examples or plan.dead or plan.forgotten:
+        if runs or plan.settled or plan.dead or plan.forgotten:
             chunk = self._chunk(plan)
             try:
                 await self._commit(plan, after)
@@ -190,11 +190,11 @@ class PartitionJoin:
         return now - self._idle_since.setdefault(topic, now) >= timeout_s
 
     def _chunk(self, plan: Plan) -> Chunk | None:
-        """What this step remembers, with the positions before it."""
+        """What this step remembers, with the position of `examples` before it."""
         if not plan.new_ids:
             return None
         latest = max(plan.remembered[key][0] for key in plan.new_ids)
-        chunk = Chunk(plan.first_offset, latest, self.positions.clicks, self.positions.examples)
+        chunk = Chunk(plan.first_offset, latest, self.positions.examples)
         self._memory.add_chunk(chunk)
         return chunk
 
@@ -203,7 +203,8 @@ class PartitionJoin:
         names, producer = self._names, self._producer
         began = time.perf_counter()
         await producer.begin_transaction()
-        sends = await send_batches(producer, names.examples, self.number, example_records(plan.examples))
+        labels = list(plan_records(plan, self._settings.negative_rate))
+        sends = await send_batches(producer, names.examples, self.number, labels)
         letters = ((letter.key, letter.value, letter.out_headers()) for letter in plan.dead)
         dead_sends = await send_batches(producer, names.dead_letters, self.number, letters)
         # Every future is awaited before the commit; see `send_batches`.
@@ -211,7 +212,8 @@ class PartitionJoin:
         for future in dead_sends:
             await future
         if written:
-            after.examples = written[-1].offset + 1
+            # Nobody else writes there: the first batch's offset, its records and the others', and the transaction's marker.
+            after.examples = written[0].offset + len(labels) + 1
         metadata = encode_progress(self._progress(after))
         await producer.send_offsets_to_transaction(
             {
@@ -223,6 +225,10 @@ class PartitionJoin:
         # A commit that hangs may or may not have happened: past the broker's own limit only starting again can tell.
         await asyncio.wait_for(producer.commit_transaction(), self._settings.transaction_timeout_ms / 1000)
         self._metrics.commit_seconds.observe(time.perf_counter() - began)
+
+    def low_water(self) -> tuple[int, int, int]:
+        """The earliest offsets of impressions, clicks and examples that taking over without local state would read."""
+        return self._memory.low_water(self.positions.impressions, self.positions.clicks, self.positions.examples)
 
     def _progress(self, after: Positions) -> Progress:
         memory = self._memory
@@ -243,7 +249,8 @@ class PartitionJoin:
         batch.drop_pending_before(plan.expired_from_ms, plan.expired_until_ms)
         batch.drop_pending(plan.dropped_pending)
         batch.remember(plan.remembered.items())
-        batch.add_pending((*place, *row) for place, row in plan.new_pending.items())
+        labelled = self._settings.label_policy == "fnw"
+        batch.add_pending(((*place, *row) for place, row in plan.new_pending.items()), labelled=labelled)
         batch.add_early(plan.new_early)
         batch.drop_early(plan.dropped_early)
         if chunk is not None:
@@ -267,7 +274,7 @@ class PartitionJoin:
             self._state.flush()
             self._flushed = began
         self.positions = after
-        self.pending += plan.counts["impressions"] - len(plan.examples)
+        self.pending += plan.counts["impressions"] - plan.settled
         self._metrics.apply_seconds.observe(time.perf_counter() - began)
 
     async def close(self) -> None:

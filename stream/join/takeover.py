@@ -21,15 +21,17 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import TopicPartition
 
 from state.errors import JoinStateError
-from state.join_state import Chunk, Entry, JoinMeta, JoinState, StateOptions
+from state.join_state import Chunk, Entry, JoinMeta, JoinState, StateBatch, StateOptions
 from stream.batches import BATCH_BYTES
 from stream.clients import aiokafka_options
+from stream.dead_letters import REPLAY_HEADER
 from stream.errors import Abandoned, PositionError
 from stream.join.events import read_run
-from stream.join.examples import label_of, source_offset_of
+from stream.join.examples import click_awaited, label_of, left_out_of, source_offset_of
 from stream.join.logic import NEVER_MS, Memory
 from stream.join.partition import Positions, TakenOver
 from stream.join.progress import Progress, decode_progress
+from stream.join.recovery import RebuildProgress
 from stream.offsets import committed_offsets
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics import TopicNames
@@ -53,6 +55,7 @@ class _Committed:
     clicks: int
     impressions_start: int  # of the log
     clicks_start: int
+    examples_start: int
     progress: Progress | None  # None before the first transaction ever, and after the offsets were reset by hand
 
 
@@ -78,8 +81,8 @@ class Takeover:
         self._kafka, self._settings, self._names, self._group = kafka, settings, names, group
         self._identity, self._state_dir, self._options = identity, state_dir, options
 
-    async def take(self, number: int, still_ours: Callable[[], bool]) -> TakenOver:
-        """Take over one partition number.
+    async def take(self, number: int, still_ours: Callable[[], bool], progress: RebuildProgress | None = None) -> TakenOver:
+        """Take over one partition number; `progress` is told how far the rebuild is.
 
         Raises:
             Abandoned: `still_ours` said no on the way: another rebalance has begun.
@@ -100,6 +103,8 @@ class Takeover:
             auto_offset_reset="none",
             isolation_level="read_committed",
             max_partition_fetch_bytes=4 << 20,
+            fetch_max_wait_ms=20,  # a fetch in flight at one log's end holds back the next log's first, of the same broker
+            retry_backoff_ms=20,  # the first question about each topic waits once for its metadata
         )
         state: JoinState | None = None
         try:
@@ -108,7 +113,9 @@ class Takeover:
             destroyed = False
             while True:
                 state = self._open(number, committed)
-                rebuild = _Rebuild(self._settings, self._names, number, self._identity, consumer, state, committed, still_ours)
+                rebuild = _Rebuild(
+                    self._settings, self._names, number, self._identity, consumer, state, committed, still_ours, progress
+                )
                 try:
                     memory, positions, pending = await rebuild.run()
                     break
@@ -142,7 +149,9 @@ class Takeover:
         impressions = TopicPartition(self._names.impressions, number)
         clicks = TopicPartition(self._names.clicks, number)
         known = await committed_offsets(self._kafka, self._group, [impressions, clicks])
-        starts = await consumer.beginning_offsets([impressions, clicks])
+        examples = TopicPartition(self._names.examples, number)
+        starts = await consumer.beginning_offsets([impressions, clicks, examples])
+        at = starts[impressions], starts[clicks], starts[examples]
         if not known:
             if await self._has_examples(consumer, number):
                 # Brokers forget the offsets of a group without members after a week (offsets.retention.minutes).
@@ -152,7 +161,7 @@ class Takeover:
                     "would label again what was labelled. Set the offsets of impressions and clicks with Kafka's "
                     "consumer-groups tool to begin anew from there."
                 )
-            return _Committed(starts[impressions], starts[clicks], starts[impressions], starts[clicks], None)
+            return _Committed(starts[impressions], starts[clicks], *at, None)
         if len(known) != 2:
             raise PositionError(
                 f"group {self._group}, partition {number}: expected committed offsets of impressions and clicks, found only "
@@ -180,7 +189,7 @@ class Takeover:
                 f"found {metadata[:80]!r}. Something else commits in this group: give the join another `join.group`, or reset "
                 "the offsets of both topics with Kafka's consumer-groups tool to begin anew from there."
             ) from error
-        return _Committed(known[impressions].offset, known[clicks].offset, starts[impressions], starts[clicks], progress)
+        return _Committed(known[impressions].offset, known[clicks].offset, *at, progress)
 
     async def _has_examples(self, consumer: Any, number: int) -> bool:
         """Whether any label was ever committed here; what a first transaction left when it was aborted doesn't count."""
@@ -215,6 +224,12 @@ class Takeover:
                 and meta.identity == self._identity
                 and committed.impressions_start <= meta.impressions_position <= committed.impressions
                 and committed.clicks_start <= meta.clicks_position <= committed.clicks
+                and meta.watermark_ms <= committed.progress.watermark_ms  # it moves without records, too
+                and (
+                    # An older one needs the labels given since; one that is up to date does not.
+                    committed.examples_start <= meta.examples_position
+                    or (meta.impressions_position, meta.clicks_position) == (committed.impressions, committed.clicks)
+                )
             ):
                 return state
             if meta is not None and (committed.progress is not None or meta.watermark_ms > NEVER_MS):
@@ -233,8 +248,8 @@ class Takeover:
 class _Rebuild:
     """Brings a state from where it stands to the committed offsets.
 
-    Writing is idempotent and the positions are written last, so a crash in between only means doing it again: over what an
-    unfinished rebuild has left, which knew less of the log. What it left pending may have its label by now.
+    The first thing written takes the positions away, the last one puts the new ones there: what an unfinished rebuild leaves
+    stands for no position of the log, and is thrown away when it is opened again.
     """
 
     def __init__(
@@ -247,20 +262,23 @@ class _Rebuild:
         state: JoinState,
         committed: _Committed,
         still_ours: Callable[[], bool],
+        progress: RebuildProgress | None = None,
     ) -> None:
+        self._told = progress or RebuildProgress(number)
         self._settings, self._names, self._number, self._identity = settings, names, number, identity
         self._consumer, self._state, self._committed, self._still_ours = consumer, state, committed, still_ours
         self._resolved: dict[int, bool] = {}  # source offset → clicked
+        self._awaited: set[int] = set()  # source offsets whose first label is out, and a correction may follow
         self._matched: set[tuple[bytes, int]] = set()  # clicks that made a label: id and event time
         self.impressions_read = self.clicks_read = 0
-        progress = committed.progress
-        self._watermark_ms = progress.watermark_ms if progress else NEVER_MS
+        last = committed.progress
+        self._watermark_ms = last.watermark_ms if last else NEVER_MS
         meta = state.meta()
         if meta is not None:
             self._from = Positions(meta.impressions_position, meta.clicks_position, meta.examples_position)
             self._from_watermark_ms = meta.watermark_ms
-        elif progress is not None:
-            self._from = Positions(progress.impressions_low, progress.clicks_low, progress.examples_low)
+        elif last is not None:
+            self._from = Positions(last.impressions_low, last.clicks_low, last.examples_low)
             self._from_watermark_ms = NEVER_MS
         else:
             self._from = Positions(committed.impressions, committed.clicks, 0)
@@ -272,10 +290,18 @@ class _Rebuild:
         await self._check_start(names.clicks, self._from.clicks, committed.clicks)
         examples = TopicPartition(names.examples, number)
         examples_end = (await self._consumer.end_offsets([examples]))[examples]
-        examples_start = (await self._consumer.beginning_offsets([examples]))[examples]
-        if committed.progress is not None:
-            async for records in self._read(names.examples, max(self._from.examples, examples_start), examples_end):
-                self._resolve(records)
+        # Without anything to read again, labels have nothing to say, and retention may have taken them.
+        older = self._from.impressions < committed.impressions or self._from.clicks < committed.clicks
+        labels_from = self._from.examples if older and committed.progress is not None else examples_end
+        await self._check_start(names.examples, labels_from, examples_end)
+        spans = (
+            (labels_from, examples_end),
+            (self._from.impressions, committed.impressions),
+            (self._from.clicks, committed.clicks),
+        )
+        self._told.begin(sum(max(until - start, 0) for start, until in spans))
+        async for records in self._read(names.examples, labels_from, examples_end):
+            self._resolve(records)
         async for records in self._read(names.impressions, self._from.impressions, committed.impressions):
             self._impressions(records)
         async for records in self._read(names.clicks, self._from.clicks, committed.clicks):
@@ -289,8 +315,10 @@ class _Rebuild:
         if start < min(first, until):
             raise PositionError(
                 f"{topic}, partition {self._number}: rebuilding needs offsets from {start}, found the log starting at {first}. "
-                "Retention is shorter than what is pending: raise `topics.retention_ms`. The state folder of the worker that "
-                "had this partition last, put in `state_dir`, still allows to go on."
+                f"Retention of {topic} is shorter than what is pending: raise `topics.retention_ms`. The state folder of the "
+                "worker that had this partition last, put in `state_dir`, still allows to go on. Without it, what is pending "
+                "can't be told from what has its label: resetting the offsets of both sources with Kafka's consumer-groups "
+                "tool gives up the former (offsets beyond it) or repeats the latter (offsets before it)."
             )
 
     async def _read(self, topic: str, start: int, until: int) -> AsyncIterator[list[Any]]:
@@ -300,13 +328,21 @@ class _Rebuild:
         tp = TopicPartition(topic, self._number)
         self._consumer.assign([tp])
         self._consumer.seek(tp, start)
-        while await self._consumer.position(tp) < until:
+        position = start
+        while position < until:
             if not self._still_ours():
                 raise Abandoned(f"partition {self._number} went to another worker while its state was rebuilt")
             fetched = await self._consumer.getmany(tp, timeout_ms=500)
             records = [record for record in fetched.get(tp, ()) if record.offset < until]
             if records:
                 yield records
+            before, position = position, min(await self._consumer.position(tp), until)
+            self._told.advance(position - before)
+
+    def _batch(self) -> StateBatch:
+        batch = self._state.batch()
+        batch.drop_meta()
+        return batch
 
     def _resolve(self, records: list[Any]) -> None:
         """Note which impressions have their label, and mark those of the local state that were clicked since.
@@ -315,15 +351,23 @@ class _Rebuild:
         """
         clicked: list[tuple[bytes, int, int]] = []
         for record in records:
-            offset = source_offset_of(record)
-            self._resolved[offset] = label_of(record)
+            headers, left_out = dict(record.headers), left_out_of(record)
+            if REPLAY_HEADER in headers:
+                continue  # said before, by the record that became a dead letter; a correction may have followed
+            if left_out is not None:
+                self._resolved.update(dict.fromkeys(left_out, False))
+                self._awaited.update(left_out if click_awaited(headers) else ())
+                continue
+            offset = source_offset_of(headers)
+            self._resolved[offset] = label_of(headers)
+            if click_awaited(headers):
+                self._awaited.add(offset)
             if self._resolved[offset]:
-                headers = dict(record.headers)
                 clicked.append((record.key, int(headers["impression_ms"]), offset))
                 self._matched.add((record.key, int(headers["click_ms"])))
         entries = self._state.entries([key for key, _, _ in clicked])
         known = [row for row, entry in zip(clicked, entries, strict=True) if entry is not None and entry[:2] == row[1:]]
-        batch = self._state.batch()
+        batch = self._batch()
         batch.remember((key, (time_ms, offset, True)) for key, time_ms, offset in known)
         batch.drop_pending((time_ms, offset) for _, time_ms, offset in clicked)
         batch.write()
@@ -332,35 +376,41 @@ class _Rebuild:
         """Remember what was accepted then: labelled since, or pending at the committed watermark. The rest came late."""
         self.impressions_read += len(records)
         settings = self._settings
-        events = read_run(records, settings.max_future_ms)
+        events = read_run(records, settings.max_future_ms, settings.max_watermark_future_ms)
         stored = self._state.entries(events.keys)
         remembered: dict[bytes, Entry] = {}
         pending: list[tuple[int, int, bytes, bytes]] = []
+        labelled: list[tuple[int, int, bytes, bytes]] = []  # pending as well, but for a click only
         first_offset = -1  # not from `remembered`: an id used twice has only its later offset there
         for index, (key, time_ms, offset) in enumerate(zip(events.keys, events.times_ms, events.offsets, strict=True)):
             known = remembered.get(key) or stored[index]
-            if known is not None and known[1] < offset and time_ms <= known[0] + settings.dedupe_horizon_ms:
+            if known is not None and time_ms <= known[0] + settings.dedupe_horizon_ms:
                 continue
-            if offset not in self._resolved and time_ms + settings.window_ms < self._watermark_ms:
+            passed = time_ms + settings.window_ms < self._watermark_ms
+            if offset not in self._resolved and passed:
                 continue
-            remembered[key] = (time_ms, offset, self._resolved.get(offset, False))
+            clicked = self._resolved.get(offset, False)
+            remembered[key] = (time_ms, offset, clicked)
             first_offset = offset if first_offset < 0 else first_offset
             if offset not in self._resolved:
                 pending.append((time_ms, offset, key, events.values[index]))
+            elif offset in self._awaited and not clicked and not passed:
+                labelled.append((time_ms, offset, key, events.values[index]))
         if remembered:
-            batch = self._state.batch()
+            batch = self._batch()
             batch.remember(remembered.items())
             batch.add_pending(pending)
+            batch.add_pending(labelled, labelled=True)
             latest = max(time_ms for time_ms, _, _ in remembered.values())
-            batch.add_chunk(Chunk(first_offset, latest, self._from.clicks, self._from.examples), list(remembered))
+            batch.add_chunk(Chunk(first_offset, latest, self._from.examples), list(remembered))
             batch.write()
 
     def _clicks(self, records: list[Any]) -> None:
         """Keep the clicks that still wait for their impression; the others have been accounted for."""
         self.clicks_read += len(records)
-        events = read_run(records, self._settings.max_future_ms)
+        events = read_run(records, self._settings.max_future_ms, self._settings.max_watermark_future_ms)
         entries = self._state.entries(events.keys)
-        batch = self._state.batch()
+        batch = self._batch()
         for key, time_ms, offset, value, entry in zip(
             events.keys, events.times_ms, events.offsets, events.values, entries, strict=True
         ):

@@ -11,12 +11,14 @@ from typing import Any
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
-from state.join_state import StateOptions
+from state.join_state import LAYOUT, StateOptions
 from stream.cluster import Cluster, describe_cluster
 from stream.errors import Abandoned, TopicError
 from stream.join.logic import NEVER_MS
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin
+from stream.join.recovery import RebuildProgress, told
+from stream.join.retention import RetentionWatch
 from stream.join.takeover import Takeover
 from stream.runtime import Watchdog, build_app, fatal, new_registry, serve
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings
@@ -52,6 +54,8 @@ class JoinWorker:
         self.partitions: dict[int, PartitionJoin] = {}
         self._loops: dict[int, asyncio.Task[None]] = {}
         self._takeover_done = False
+        self._rebuilds: dict[int, RebuildProgress] = {}  # under way, or failed
+        self._assigned = 0  # partition numbers, by the last rebalance
         self._paused: set[TP] = set()
         self.app = build_app(
             self._group,
@@ -124,6 +128,8 @@ class JoinWorker:
         # A partition that stayed keeps its producer: had another worker owned it meanwhile, our next transaction is fenced.
         for partition in self.partitions.values():
             partition.reset()
+        self._rebuilds.clear()
+        self._assigned = len(ours)
         limit = asyncio.Semaphore(TAKEOVERS_AT_ONCE)
 
         async def take(number: int) -> None:
@@ -150,7 +156,8 @@ class JoinWorker:
         began = time.monotonic()
         cluster, names = self._cluster, self._names
         topics = (names.impressions, names.clicks, names.examples)
-        identity = "/".join([cluster.cluster_id, *(cluster.topic_ids[topic] for topic in topics), str(number)])
+        ids = (cluster.topic_ids[topic] for topic in topics)
+        identity = "/".join([cluster.cluster_id, *ids, str(number), f"layout {LAYOUT}"])
         takeover = Takeover(
             kafka=self._kafka,
             settings=self._settings,
@@ -160,7 +167,9 @@ class JoinWorker:
             state_dir=self._state_dir,
             options=self._options,
         )
-        taken = await takeover.take(number, still_ours)
+        progress = self._rebuilds[number] = RebuildProgress(number, self._metrics.observe_rebuild)
+        taken = await takeover.take(number, still_ours, progress)
+        del self._rebuilds[number]
         partition = PartitionJoin(
             number,
             settings=self._settings,
@@ -198,7 +207,18 @@ class JoinWorker:
                 self.app.consumer.resume_partitions({tp})
 
     def ready(self) -> str | None:
-        return None if self._takeover_done else "partitions are being taken over"
+        if self._takeover_done:
+            return None
+        # Asked by the HTTP thread: a copy, in one step.
+        return told(list(self._rebuilds.values()), len(self.partitions), self._assigned)
+
+    def retention_watch(self) -> RetentionWatch:
+        return RetentionWatch(
+            self._kafka,
+            self._names,
+            self._metrics,
+            lambda: {number: partition.low_water() for number, partition in self.partitions.items()},
+        )
 
     def watchdog(self) -> Watchdog:
         def waiting() -> bool:
@@ -244,12 +264,16 @@ async def run_join(
         raise TopicError(f"expected the same number of partitions, found {found}. Run `headrace topics check`.")
     registry = new_registry()
     worker = JoinWorker(kafka=kafka, settings=settings, names=names, cluster=cluster, state_dir=state_dir, registry=registry)
-    await serve(
-        worker.app,
-        name="join",
-        http=http,
-        registry=registry,
-        ready=worker.ready,
-        drain=worker.drain,
-        watchdog=worker.watchdog(),
-    )
+    watch = asyncio.ensure_future(worker.retention_watch().run())
+    try:
+        await serve(
+            worker.app,
+            name="join",
+            http=http,
+            registry=registry,
+            ready=worker.ready,
+            drain=worker.drain,
+            watchdog=worker.watchdog(),
+        )
+    finally:
+        watch.cancel()

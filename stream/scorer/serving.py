@@ -32,7 +32,7 @@ class Served:
 def load_version(store: SnapshotStore, version: int, *, device: str) -> Served:
     """Read a version and make it ready to answer; blocks.
 
-    Features and model are the manifest's own: a scorer serves what was trained, whatever its settings say.
+    Features, model and share of negatives are the manifest's own: a scorer serves what was trained, whatever its settings say.
 
     Raises:
         SnapshotError: the version is missing or isn't what its manifest says.
@@ -42,7 +42,8 @@ def load_version(store: SnapshotStore, version: int, *, device: str) -> Served:
         schema = FeatureSchema.model_validate(manifest.features)
         settings = ModelSettings.model_validate(manifest.model)
         decoder = RequestDecoder(schema)
-        predictor = Predictor(schema, settings, store.serving(version), device=device)
+        rate = manifest.negative_rate
+        predictor = Predictor(schema, settings, store.serving(version), device=device, negative_rate=rate)
     except (ModelError, ValueError) as error:
         raise SnapshotCorrupt(
             f"version {version}: expected weights of the model that its manifest names, found: {error}. "

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from model.features import FeatureBatch
-from stream.trainer.examples import DecodedRun, Float32Array, Int64Array
+from stream.trainer.examples import BoolArray, DecodedRun, Float32Array, Float64Array, Int64Array
 
 __all__ = ["BatchCutter", "TrainingBatch"]
 
@@ -23,6 +25,9 @@ class TrainingBatch:
     weights: Float32Array | None
     impression_ms: Int64Array
     served: Float32Array
+    rates: Float64Array | None = None
+    fake: BoolArray | None = None
+    corrects: BoolArray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,6 +100,9 @@ class BatchCutter:
             weights=None if (weights == 1).all() else weights,
             impression_ms=np.concatenate([run.impression_ms[start:stop] for run, start, stop in pieces]),
             served=np.concatenate([run.served[start:stop] for run, start, stop in pieces]),
+            rates=_joined([(run.rates, start, stop) for run, start, stop in pieces], 1.0),
+            fake=_joined([(run.fake, start, stop) for run, start, stop in pieces], False),
+            corrects=_joined([(run.corrects, start, stop) for run, start, stop in pieces], False),
         )
 
     def _pass_over(self) -> None:
@@ -103,3 +111,12 @@ class BatchCutter:
             run = self._runs.popleft().run
             self.letters += len(run.letters)
             self.positions[run.partition] = run.after
+
+
+def _joined(pieces: list[tuple[npt.NDArray[Any] | None, int, int]], absent: float | bool) -> npt.NDArray[Any] | None:
+    """The rows `start` to `stop` of each column, where None stands for `absent` throughout; None when all are."""
+    if all(column is None for column, _, _ in pieces):
+        return None
+    return np.concatenate(
+        [np.full(stop - start, absent) if column is None else column[start:stop] for column, start, stop in pieces]
+    )

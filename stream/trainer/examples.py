@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,9 @@ from stream.transport import Run
 __all__ = ["DecodedRun", "ExampleDecoder"]
 
 Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 Headers = dict[str, bytes]
 
 # 18 digits always fit an int64; epoch milliseconds have 13.
@@ -38,6 +40,9 @@ class DecodedRun:
     weights        float32 (N,)  importance
     impression_ms  int64 (N,)    event time
     served         float32 (N,)  the score that the impression was shown with, NaN where absent
+    rates          float64 (N,)  share of negatives that went out when this example did; None where all did
+    fake           bool (N,)     of a stream in which every impression is a negative first; None where none is
+    corrects       bool (N,)     takes back the negative that went out before; None where none does
     after          the partition's position after the run, beyond bad records and transaction markers too
     """
 
@@ -50,9 +55,23 @@ class DecodedRun:
     impression_ms: Int64Array
     served: Float32Array
     letters: list[DeadLetter]
+    rates: Float64Array | None = None
+    fake: BoolArray | None = None
+    corrects: BoolArray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+
+class _Columns(NamedTuple):
+    """Of all records, before their features are looked at."""
+
+    labels: Float32Array
+    weights: Float32Array
+    impression_ms: Int64Array
+    rates: Float64Array | None
+    fake: BoolArray | None
+    corrects: BoolArray | None
 
 
 class _BadHeader(Exception):
@@ -71,18 +90,23 @@ class ExampleDecoder:
         self._features = FeatureDecoder(schema)
 
     def decode(self, run: Run) -> DecodedRun:
-        """Columns of a run. Bad records become dead letters (reason codes of `stream.dead_letters`), never errors."""
+        """Columns of a run. Bad records become dead letters (reason codes of `stream.dead_letters`), never errors.
+
+        Records that name what was left out (`stream.join.examples`) are no examples and are passed over.
+        """
         records: Sequence[Any] = run.records
         letters: list[DeadLetter] = []
         headers = [dict(record.headers) for record in records]
+        if any(each.get("kind") == b"left_out" for each in headers):
+            records = [record for record, each in zip(records, headers, strict=True) if each.get("kind") != b"left_out"]
+            headers = [dict(record.headers) for record in records]
         columns = _columns(headers)
         if columns is None:
             records, headers, letters = _sort_out(records, headers)
             columns = _columns(headers)
             assert columns is not None
-        labels, weights, impression_ms = columns
         decoded = self._features.impressions([record.value for record in records])
-        letters.extend(_letter(records[bad.index], bad.reason, bad.path, bad.message) for bad in decoded.bad)
+        letters.extend(DeadLetter.of(records[bad.index], bad.reason, bad.path, bad.message) for bad in decoded.bad)
         letters.sort(key=lambda letter: letter.offset)
         rows = decoded.rows
         offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
@@ -91,16 +115,19 @@ class ExampleDecoder:
             after=run.after,
             batch=decoded.batch,
             offsets=offsets[rows],
-            labels=labels[rows],
-            weights=weights[rows],
-            impression_ms=impression_ms[rows],
+            labels=columns.labels[rows],
+            weights=columns.weights[rows],
+            impression_ms=columns.impression_ms[rows],
             served=decoded.served_score,
             letters=letters,
+            rates=None if columns.rates is None else columns.rates[rows],
+            fake=None if columns.fake is None else columns.fake[rows],
+            corrects=None if columns.corrects is None else columns.corrects[rows],
         )
 
 
-def _columns(headers: list[Headers]) -> tuple[Float32Array, Float32Array, Int64Array] | None:
-    """Labels, weights and event times of all records, or None when one of them is bad."""
+def _columns(headers: list[Headers]) -> _Columns | None:
+    """What the headers of all records say, or None when one of them is bad."""
     try:
         labels = [each["label"] for each in headers]
         weighed = [each["weight"] for each in headers]
@@ -108,6 +135,10 @@ def _columns(headers: list[Headers]) -> tuple[Float32Array, Float32Array, Int64A
         # Almost always all 1: then nothing is parsed.
         weights = np.ones(len(headers)) if set(weighed) <= {b"1"} else np.array([float(each) for each in weighed])
         if not set(labels) <= {b"0", b"1"} or not all(map(bytes.isdigit, times)):
+            return None
+        rated, policies = [each.get("rate") for each in headers], [each.get("policy") for each in headers]
+        rate_of = {each: 1.0 if each is None else float(each) for each in set(rated)}
+        if not all(0 < rate <= 1 for rate in rate_of.values()) or not set(policies) <= {None, b"fnw"}:
             return None
     except (KeyError, TypeError, ValueError):  # TypeError: Kafka knows headers without a value
         return None
@@ -117,7 +148,15 @@ def _columns(headers: list[Headers]) -> tuple[Float32Array, Float32Array, Int64A
         return None
     milliseconds = np.array(times, dtype="S").astype(np.int64) if times else np.empty(0, np.int64)
     clicked = np.array([label == b"1" for label in labels], np.float32)
-    return clicked, weights.astype(np.float32), milliseconds
+    corrects = [each.get("kind") == b"correction" for each in headers]
+    return _Columns(
+        clicked,
+        weights.astype(np.float32),
+        milliseconds,
+        rates=np.array([rate_of[each] for each in rated]) if rate_of.keys() - {None} else None,
+        fake=np.array([each is not None for each in policies]) if b"fnw" in policies else None,
+        corrects=np.array(corrects) if any(corrects) else None,
+    )
 
 
 def _sort_out(records: Sequence[Any], headers: list[Headers]) -> tuple[list[Any], list[Headers], list[DeadLetter]]:
@@ -127,7 +166,7 @@ def _sort_out(records: Sequence[Any], headers: list[Headers]) -> tuple[list[Any]
         try:
             _check(each)
         except _BadHeader as error:
-            letters.append(_letter(record, error.reason, error.path, str(error)))
+            letters.append(DeadLetter.of(record, error.reason, error.path, str(error)))
         else:
             good.append(record)
             kept.append(each)
@@ -147,18 +186,20 @@ def _check(headers: Headers) -> None:
         raise _BadHeader("wrong_type", "weight", f"expected a number, found {_shown(headers['weight'])}") from error
     if not 0 <= weight <= MAX_WEIGHT:
         raise _BadHeader("out_of_range", "weight", f"expected a finite number, 0 or more, found {weight}")
+    rate, policy = headers.get("rate"), headers.get("policy")
+    try:
+        kept = 1.0 if rate is None else float(rate)
+    except ValueError as error:
+        raise _BadHeader("wrong_type", "rate", f"expected a number, found {_shown(headers['rate'])}") from error
+    if not 0 < kept <= 1:
+        raise _BadHeader("out_of_range", "rate", f"expected a number above 0 and at most 1, found {kept}")
+    if policy not in (None, b"fnw"):
+        raise _BadHeader("wrong_type", "policy", f"expected fnw or none, found {_shown(headers['policy'])}")
     time_ms = headers["impression_ms"]
     if not time_ms.isdigit():
         raise _BadHeader("wrong_type", "impression_ms", f"expected epoch milliseconds, found {_shown(time_ms)}")
     if len(time_ms) > MAX_DIGITS:
         raise _BadHeader("out_of_range", "impression_ms", f"expected epoch milliseconds, found {_shown(time_ms)}")
-
-
-def _letter(record: Any, reason: str, path: str, message: str) -> DeadLetter:
-    """`source_offset` is the record's in `examples`, as of every dead letter; the example's own one gets another name."""
-    letter = DeadLetter.of(record, reason, path, message)
-    renamed = {"source_offset": "impression_offset"}
-    return letter._replace(headers=tuple((renamed.get(name, name), value) for name, value in letter.headers))
 
 
 def _shown(value: bytes) -> str:

@@ -4,6 +4,10 @@ Progressive: the model's own score of each example, taken just before it learned
 carries from the moment it was shown. Under the `wait` policy positives arrive before negatives, so with a long window the
 order of arrival leaks the label into progressive scores; served ones know nothing of it. Both stand side by side.
 
+Both are of the stream as it was before negatives were left out: one that was sent at rate r counts 1 / r times. A correction
+(policy `fnw`) adds its click and takes back the negative of the same impression: exactly so for the served score, which is the
+same in both; for the progressive one at the score of the correction, the first not being kept.
+
 Three scopes: `window` (the last examples), `total` (since this process started) and, where asked for, `evaluation` (since an
 event time: "the last 80 % of the stream").
 """
@@ -31,33 +35,38 @@ Report = Mapping[tuple[Kind, Scope], Metrics]
 
 # Examples gathered before the sums are updated: a small batch would cost more to count than to gather.
 GATHERED = 4_096
-# Scores kept for an exact AUC over the evaluation: 10 MB. Beyond, it comes from 10,000 bins (within about 1e-4).
+# Scores kept for an exact AUC over the evaluation: 20 MB. Beyond, it comes from 10,000 bins (within about 1e-4).
 EXACT_EXAMPLES = 2_000_000
+_EXACT = np.dtype([("score", np.float32), ("weight", np.float32), ("label", np.bool_), ("corrects", np.bool_)])
 
 
 class _Evaluation:
-    """Metrics since an event time, with an exact AUC up to `EXACT_EXAMPLES`. AUC doesn't weigh its examples."""
+    """Metrics since an event time, with an exact AUC up to `EXACT_EXAMPLES`."""
 
     def __init__(self) -> None:
         self._sums = ProgressiveMetrics(1)
-        self._scores = np.empty(GATHERED, np.float32)
-        self._labels = np.empty(GATHERED, np.bool_)
+        self._rows = np.empty(GATHERED, _EXACT)
         self._kept = 0
         self._all_kept = True
 
-    def update(self, scores: npt.NDArray[np.float32], labels: npt.NDArray[np.float32], weights: npt.ArrayLike) -> None:
-        self._sums.update(scores, labels, weights)
+    def update(
+        self,
+        scores: npt.NDArray[np.float32],
+        labels: npt.NDArray[np.float32],
+        weights: npt.NDArray[np.float32],
+        corrects: npt.NDArray[np.bool_],
+    ) -> None:
+        self._sums.update(scores, labels, weights, corrects)
         after = self._kept + len(scores)
         if not self._all_kept or after > EXACT_EXAMPLES:
             self._all_kept = False
             return
-        if after > len(self._scores):
-            # New arrays, so that what `frozen` has handed out stays as it was.
-            room = max(after, 2 * len(self._scores))
-            self._scores = np.concatenate([self._scores[: self._kept], np.empty(room - self._kept, np.float32)])
-            self._labels = np.concatenate([self._labels[: self._kept], np.empty(room - self._kept, np.bool_)])
-        self._scores[self._kept : after] = scores
-        self._labels[self._kept : after] = labels > 0.5
+        if after > len(self._rows):
+            # A new array, so that what `frozen` has handed out stays as it was.
+            room = max(after, 2 * len(self._rows))
+            self._rows = np.concatenate([self._rows[: self._kept], np.empty(room - self._kept, _EXACT)])
+        new = self._rows[self._kept : after]
+        new["score"], new["weight"], new["label"], new["corrects"] = scores, weights, labels > 0.5, corrects
         self._kept = after
 
     def frozen(self) -> _Evaluation:
@@ -70,7 +79,8 @@ class _Evaluation:
         total = self._sums.total()
         if not self._all_kept:
             return total
-        return replace(total, auc=auc(self._scores[: self._kept], self._labels[: self._kept]))
+        rows = self._rows[: self._kept]
+        return replace(total, auc=auc(rows["score"], rows["label"], rows["weight"], rows["corrects"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +139,27 @@ class Scores:
             return
         gathered, self._gathered, self._rows = self._gathered, [], 0
         labels = np.concatenate([batch.labels for _, batch in gathered])
-        weights = np.concatenate(
-            [np.ones(len(batch), np.float32) if batch.weights is None else batch.weights for _, batch in gathered]
+        weights = np.concatenate([_counts(batch) for _, batch in gathered])
+        corrects = np.concatenate(
+            [np.zeros(len(batch), np.bool_) if batch.corrects is None else batch.corrects for _, batch in gathered]
         )
         served = np.concatenate([batch.served for _, batch in gathered])
         progressive = np.concatenate([scores for scores, _ in gathered])
         pairs: tuple[tuple[Kind, npt.NDArray[np.float32]], ...] = (("progressive", progressive), ("served", served))
         for kind, scores in pairs:
             there = ~np.isnan(scores)
-            self._counted[kind].update(scores[there], labels[there], weights[there])
+            self._counted[kind].update(scores[there], labels[there], weights[there], corrects[there])
             if self._from_ms is not None:
                 there &= np.concatenate([batch.impression_ms for _, batch in gathered]) >= self._from_ms
-                self._evaluated[kind].update(scores[there], labels[there], weights[there])
+                self._evaluated[kind].update(scores[there], labels[there], weights[there], corrects[there])
+
+
+def _counts(batch: TrainingBatch) -> npt.NDArray[np.float32]:
+    """How often each example counts: its weight, and a negative besides for those that were left out."""
+    weights = np.ones(len(batch), np.float32) if batch.weights is None else batch.weights
+    if batch.rates is None:
+        return weights
+    return np.where(batch.labels > 0.5, weights, weights / batch.rates).astype(np.float32)
 
 
 _PREFIXES: dict[tuple[Kind, Scope], str] = {

@@ -127,6 +127,7 @@ class Publisher:
             offsets={str(partition): offset for partition, offset in sorted(captured.offsets.items())},
             watermark_ms=captured.watermark_ms,
             examples_seen=captured.examples_seen,
+            negative_rate=captured.negative_rate,
             metrics=manifest_metrics(report),
             schema_hash=self._schema.fingerprint(),
             features=self._schema.model_dump(mode="json"),

@@ -173,6 +173,7 @@ def restore(learner: Learner, store: SnapshotStore, start: Start) -> None:
         return
     version = start.manifest.version
     learner.restore(store.serving(version), store.trainer(version))
+    learner.negative_rate = start.manifest.negative_rate
     if learner.examples_seen != start.manifest.examples_seen:
         raise SnapshotCorrupt(
             f"version {version}: expected {start.manifest.examples_seen} examples in its weights, as its manifest says, found "

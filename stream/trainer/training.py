@@ -23,9 +23,14 @@ class Learns(Protocol):
     """What training needs of a `model.learner.Learner`."""
 
     examples_seen: int
+    negative_rate: float
 
     def learn(
-        self, batch: FeatureBatch, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None
+        self,
+        batch: FeatureBatch,
+        labels: npt.ArrayLike,
+        weights: npt.ArrayLike | None = None,
+        fake: npt.ArrayLike | None = None,
     ) -> npt.NDArray[np.float32]: ...
 
     def serving_state(self) -> dict[str, torch.Tensor]: ...
@@ -45,6 +50,7 @@ class Captured:
     offsets: dict[int, int]
     watermark_ms: int
     examples_seen: int
+    negative_rate: float
     scores: FrozenScores
     letters: int
     at_ms: int
@@ -60,6 +66,9 @@ class Training:
 
     A batch closes at `rows` of the cutter, or when it has waited `max_batch_age_s` for more. That clock runs only while
     there is nothing to learn, so under load batches are cut by count alone and don't depend on how records were fetched.
+
+    A new model takes the share of negatives that its first example names for its own, and keeps it: where the stream's changes,
+    negatives weigh more or less, and the model stays of one piece.
     """
 
     def __init__(
@@ -122,11 +131,24 @@ class Training:
 
     def _learn(self, batch: TrainingBatch) -> None:
         began = time.perf_counter()
-        scores = self._learner.learn(batch.batch, batch.labels, batch.weights)
+        if not self._learner.examples_seen:
+            self._learner.negative_rate = 1.0 if batch.rates is None else float(batch.rates[0])
+        scores = self._learner.learn(batch.batch, batch.labels, self._weights(batch), batch.fake)
         self._scores.add(scores, batch)
         self.watermark_ms = max(self.watermark_ms, int(batch.impression_ms.max()))
         self.batches += 1
         self._metrics.learned(batch, time.perf_counter() - began)
+
+    def _weights(self, batch: TrainingBatch) -> npt.NDArray[np.float32] | None:
+        """Importance of each example's loss, so that negatives count at the model's own rate; None where all is 1."""
+        rate = self._learner.negative_rate
+        if batch.rates is None and rate == 1:
+            return batch.weights
+        rates = np.ones(len(batch)) if batch.rates is None else batch.rates
+        factors = np.where(batch.labels > 0.5, 1.0, rate / rates).astype(np.float32)
+        if (factors == 1).all():
+            return batch.weights
+        return factors if batch.weights is None else factors * batch.weights
 
     def capture(self) -> Captured:
         """A copy of everything a snapshot holds. Between two batches only."""
@@ -137,6 +159,7 @@ class Training:
             offsets=dict(self._cutter.positions),
             watermark_ms=self.watermark_ms,
             examples_seen=self._learner.examples_seen,
+            negative_rate=self._learner.negative_rate,
             scores=self._scores.freeze(),
             letters=self._cutter.letters,
             at_ms=time.time_ns() // 1_000_000,

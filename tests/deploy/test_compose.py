@@ -18,6 +18,7 @@ from deploy.kafka_jars import kafka_version
 from deploy.settings import Settings
 from model.schema import FeatureSchema
 from stream.join.metrics import JoinMetrics
+from stream.scorer.metrics import ScorerMetrics
 from stream.trainer.metrics import TrainerMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,9 +253,11 @@ def test_grafana_shows_metrics_that_exist() -> None:
     registry = CollectorRegistry()
     JoinMetrics(registry)
     TrainerMetrics(registry)
+    ScorerMetrics(registry)
+    endings = {"counter": "_total", "histogram": "_bucket"}
     known = set()
     for family in registry.collect():
-        known |= {family.name, f"{family.name}_total" if family.type == "counter" else family.name}
+        known |= {family.name, family.name + endings.get(family.type, "")}
     dashboard = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "headrace.json").read_text())
     source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"][0]
     used = set()

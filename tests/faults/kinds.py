@@ -74,7 +74,8 @@ async def _step(step: str, run: Run) -> None:
 
 async def _recovery(step: str, run: Run) -> None:
     worker = run.worker()
-    await run.labels(run.draw.randrange(1, 6))
+    # Early clicks wait only once enough is under way.
+    await run.labels(300 if "clicks" in step else run.draw.randrange(1, 6))
     await run.pause(0.0, 0.5)
     worker.end()
     # With the disk lost, or of an older time, there is more to recover.
@@ -93,12 +94,9 @@ async def _revoke(step: str, run: Run) -> None:
     run.over()
 
 
-for _name in STEPS:
-    KINDS.append(Kind(f"kill -9 {_name}", partial(_step, _name)))
-for _name in RECOVERY:
-    KINDS.append(Kind(f"kill -9 {_name}", partial(_recovery, _name), static=True))
-for _name in REVOKE:
-    KINDS.append(Kind(f"kill -9 {_name}", partial(_revoke, _name), static=False))
+KINDS += [Kind(f"kill -9 {step}", partial(_step, step)) for step in STEPS]
+KINDS += [Kind(f"kill -9 {step}", partial(_recovery, step), static=True) for step in RECOVERY]
+KINDS += [Kind(f"kill -9 {step}", partial(_revoke, step), static=False) for step in REVOKE]
 
 
 # Fenced, moved
@@ -255,7 +253,7 @@ async def _disk_full(run: Run) -> None:
 
 @contextlib.asynccontextmanager
 async def _small_disk(folder: Path, *, size_mb: int) -> AsyncIterator[Path]:
-    folder.mkdir()
+    await asyncio.to_thread(folder.mkdir)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size_mb}m", "headrace-faults", str(folder)]
     found = await asyncio.to_thread(subprocess.run, mount, capture_output=True, text=True, check=False)
     if found.returncode:

@@ -1,7 +1,7 @@
 """The ledger: what a `read_committed` reader finds in the topics, against what had to come of the events sent.
 
-Every record that came in must be accounted for: an impression by its one first label, as a duplicate of one before, or by a dead
-letter; a click by the positive that it made, as a duplicate, or by a dead letter.
+Every record that came in must be accounted for: an impression by its one first label, as a duplicate of one before, or by a
+dead letter; a click by the positive that it made, as a duplicate, or by a dead letter.
 """
 
 from __future__ import annotations

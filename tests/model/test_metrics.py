@@ -72,6 +72,34 @@ def test_the_window_is_the_last_examples(rows: list[tuple[float, float, int]], w
         assert same(getattr(total, name), getattr(everything, name)), name
 
 
+@given(examples, st.data())
+def test_a_correction_takes_back_its_negative(rows: list[tuple[float, float, int]], data: st.DataObject) -> None:
+    """Every clicked one is counted as a negative first; in sum there is no trace of it."""
+    shown = [(p, 0.0, w, False) for p, _, w in rows]
+    late = data.draw(st.permutations([(p, 1.0, w, True) for p, y, w in rows if y]))
+    metrics = ProgressiveMetrics(100)
+    for row in [*shown, *late]:
+        metrics.update(*([value] for value in row))
+    p, y, w = zip(*rows, strict=True)
+    expected = measure(p, y, w)
+    assert same(auc(*zip(*shown, *late, strict=True)), expected.auc)
+    for found in (metrics.window(), metrics.total()):
+        for name in Metrics.__dataclass_fields__:
+            if name != "auc" or found == metrics.window():
+                assert same(getattr(found, name), getattr(expected, name)), name
+
+
+def test_a_window_that_begins_between_a_negative_and_its_correction() -> None:
+    metrics = ProgressiveMetrics(1)
+    metrics.update([0.3], [0])
+    metrics.update([0.4], [1], [1], [True])
+    window = metrics.window()
+    assert (window.examples, window.positives) == (0, 1)
+    assert math.isnan(window.log_loss)
+    assert math.isnan(window.auc)
+    assert metrics.total().calibration == pytest.approx(0.3)
+
+
 def test_the_whole_streams_auc_is_close() -> None:
     rng = np.random.default_rng(1)
     y = (rng.random(50_000) < 0.2).astype(float)

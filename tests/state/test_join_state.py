@@ -37,11 +37,10 @@ def state(tmp_path):
 def test_everything_is_read_back_after_closing(state):
     batch = state.batch()
     batch.remember([(b"a", (5, 0, False)), ("é🎬".encode(), (1 << 47, 1 << 62, True)), (b"\x00", (0, 2, False))])
-    batch.add_pending(
-        [(5, 0, b"a", b"value of a"), (1 << 47, 1 << 62, "é🎬".encode(), b""), (0, 2, b"\x00", b"\xff" * 300_000)]
-    )
+    batch.add_pending([(5, 0, b"a", b"value of a"), (0, 2, b"\x00", b"\xff" * 300_000)])
+    batch.add_pending([(1 << 47, 1 << 62, "é🎬".encode(), b"")], labelled=True)
     batch.add_early([(b"a", (9, 4, b"click")), (b"a", (8, 5, b"")), (b"\x00\xff" * 20, (9, 6, b"c"))])
-    batch.add_chunk(Chunk(0, 5, 1, 2), [b"a", b"\x00"])
+    batch.add_chunk(Chunk(0, 5, 2), [b"a", b"\x00"])
     batch.set_meta(META)
     batch.write()
     for reopened in (False, True):
@@ -52,15 +51,17 @@ def test_everything_is_read_back_after_closing(state):
         assert state.entries([b"a", b"nobody", "é🎬".encode(), b"\x00"]) == [
             *((5, 0, False), None, (1 << 47, 1 << 62, True), (0, 2, False)),
         ]
-        assert state.values([(5, 0), (5, 1), (1 << 47, 1 << 62), (0, 2)]) == [b"value of a", None, b"", b"\xff" * 300_000]
+        assert state.values([(5, 0), (5, 1), (1 << 47, 1 << 62), (0, 2)]) == [
+            *((b"value of a", False), None, (b"", True), (b"\xff" * 300_000, False)),
+        ]
         assert sorted(state.early_clicks()) == [
             (b"\x00\xff" * 20, (9, 6, b"c")),
             (b"a", (8, 5, b"")),
             (b"a", (9, 4, b"click")),
         ]
-        assert list(state.all_chunks()) == [Chunk(0, 5, 1, 2)]
-        assert [row[:3] for row in state.pending_between(0, 1 << 60)] == [
-            *((0, 2, b"\x00"), (5, 0, b"a"), (1 << 47, 1 << 62, "é🎬".encode())),
+        assert list(state.all_chunks()) == [Chunk(0, 5, 2)]
+        assert [(*row[:3], row[4]) for row in state.pending_between(0, 1 << 60)] == [
+            *((0, 2, b"\x00", False), (5, 0, b"a", False), (1 << 47, 1 << 62, "é🎬".encode(), True)),
         ]
         assert state.count_pending() == 3
         assert state.entries([]) == state.values([]) == []
@@ -99,11 +100,11 @@ def test_pending_is_dropped_by_range_and_by_place(state, first, drops, later, fr
         batch.add_pending((*place, b"k", b"v%d-%d" % place) for place in later)
         expected |= set(later)
         batch.write()
-    between = [(time_ms, offset) for time_ms, offset, _, _ in state.pending_between(from_ms, until_ms)]
+    between = [(time_ms, offset) for time_ms, offset, *_ in state.pending_between(from_ms, until_ms)]
     assert between == sorted(place for place in expected if from_ms <= place[0] < until_ms)
     assert state.count_pending() == len(expected)
     asked = sorted(set(first) | set(later))
-    assert state.values(asked) == [b"v%d-%d" % place if place in expected else None for place in asked]
+    assert state.values(asked) == [(b"v%d-%d" % place, False) if place in expected else None for place in asked]
 
 
 def test_early_clicks_are_dropped_one_by_one(state):
@@ -115,7 +116,7 @@ def test_early_clicks_are_dropped_one_by_one(state):
 
 
 def test_forgetting_spares_an_id_that_was_used_again(state):
-    old, again = Chunk(0, 20, 0, 0), Chunk(10, 120, 3, 2)
+    old, again = Chunk(0, 20, 0), Chunk(10, 120, 2)
     batch = state.batch()
     batch.remember([(b"once", (10, 0, True)), (b"twice", (20, 1, False)), (b"now", (20, 2, False)), (b"gone", (20, 3, False))])
     batch.add_chunk(old, [b"once", b"twice", b"now", b"gone"])
@@ -141,7 +142,7 @@ def test_forgetting_spares_an_id_that_was_used_again(state):
 
 def test_chunks_come_by_first_offset_and_share_none(state):
     # Two rebuilds of which one was given up may cut the same offsets in two ways.
-    chunks = [Chunk(0, 5, 0, 0), Chunk(0, 7, 0, 0), Chunk(3, 1, 2, 2), Chunk(300, 0, 0, 0), Chunk(70_000, 0, 0, 0)]
+    chunks = [Chunk(0, 5, 0), Chunk(0, 7, 0), Chunk(3, 1, 2), Chunk(300, 0, 0), Chunk(70_000, 0, 0)]
     batch = state.batch()
     for chunk in reversed(chunks):
         batch.add_chunk(chunk, [b"%d" % chunk.first_offset])
@@ -163,7 +164,7 @@ for index in range(3_000):
     # 1 MiB of chunks and 64 MiB of payloads fill their buffers at different times.
     batch.add_pending([(index, index, key, os.urandom(40_000))])
     batch.add_early([(key, (index, index, b"c" * 900))])
-    batch.add_chunk(Chunk(index, index, index, index), [key] * 100)
+    batch.add_chunk(Chunk(index, index, index), [key] * 100)
     batch.set_meta(JoinMeta(identity="x", impressions_position=index + 1, clicks_position=0, examples_position=0,
                             watermark_ms=0, impressions_seen_ms=0, clicks_seen_ms=0))
     batch.write()
@@ -181,14 +182,14 @@ os._exit(1)
         assert 1_000 < position < 3_000, "this must end before everything was written, and after something was"
         keys = [b"%d" % index for index in range(3_000)]
         assert [entry is not None for entry in state.entries(keys)] == [index < position for index in range(3_000)]
-        assert [offset for _, offset, _, _ in state.pending_between(0, 10**6)] == list(range(position))
+        assert [offset for _, offset, *_ in state.pending_between(0, 10**6)] == list(range(position))
         assert len(list(state.early_clicks())) == position
         assert [chunk.first_offset for chunk in state.all_chunks()] == list(range(position))
     finally:
         state.close()
 
 
-@pytest.mark.parametrize("end", ["state.flush(); time.sleep(0.5); write(700)", "state.close(); state = JoinState(path, OPTIONS)"])
+@pytest.mark.parametrize("end", ["state.flush(); time.sleep(0.5); write(700)", "state.close(); JoinState(path, OPTIONS)"])
 def test_all_families_reach_the_disk_at_one_point(tmp_path, end):
     """Small writes, far from filling any buffer, then a crash: the disk has the first 700 of every family, or none."""
     program = f"""
@@ -203,7 +204,7 @@ def write(index):
     batch.remember([(key, (index, index, False))])
     batch.add_pending([(index, index, key, b"value")])
     batch.add_early([(key, (index, index, b"click"))])
-    batch.add_chunk(Chunk(index, index, index, index), [key])
+    batch.add_chunk(Chunk(index, index, index), [key])
     batch.set_meta(JoinMeta(identity="x", impressions_position=index + 1, clicks_position=0, examples_position=0,
                             watermark_ms=0, impressions_seen_ms=0, clicks_seen_ms=0))
     batch.write()
@@ -255,7 +256,7 @@ def fill(path: Path) -> None:
     batch.add_pending((index, index, b"%d" % index, os.urandom(100)) for index in range(5_000))
     batch.add_early((b"%d" % index, (index, index, os.urandom(100))) for index in range(5_000))
     for start in range(0, 5_000, 500):
-        batch.add_chunk(Chunk(start, start + 499, 0, 0), [b"%d" % index for index in range(start, start + 500)])
+        batch.add_chunk(Chunk(start, start + 499, 0), [b"%d" % index for index in range(start, start + 500)])
     batch.set_meta(META)
     batch.write()
     state.close()

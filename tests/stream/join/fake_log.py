@@ -22,6 +22,7 @@ class FakeLog:
         self.topics: dict[str, list[Any]] = {
             name: [] for name in (names.impressions, names.clicks, names.examples, names.dead_letters)
         }
+        self.starts = dict.fromkeys((names.impressions, names.clicks, names.examples), 0)  # below is deleted
         self.committed: dict[str, tuple[int, str]] = {}
 
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes], ...] = ()) -> None:
@@ -108,6 +109,7 @@ class FakeConsumer:
 
     def seek(self, tp: Any, offset: int) -> None:
         assert tp == self._tp
+        assert offset >= self._log.starts[tp.topic], "out of range"
         self._position = offset
 
     async def position(self, tp: Any) -> int:
@@ -119,7 +121,7 @@ class FakeConsumer:
         return {tp: self._log.records(tp.topic, start, self._position)}
 
     async def beginning_offsets(self, tps: list[Any]) -> dict[Any, int]:
-        return dict.fromkeys(tps, 0)
+        return {tp: self._log.starts[tp.topic] for tp in tps}
 
     async def end_offsets(self, tps: list[Any]) -> dict[Any, int]:
         return {tp: len(self._log.topics[tp.topic]) for tp in tps}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ class DictState:
         self.path = Path()
         self.open = False
         self.ids: dict[bytes, Entry] = {}
-        self.payloads: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        self.payloads: dict[tuple[int, int], tuple[bytes, bytes, bool]] = {}
         self.early: dict[tuple[bytes, int, int], bytes] = {}
         self.chunks: dict[Chunk, list[bytes]] = {}
         self._meta: JoinMeta | None = None
@@ -36,10 +37,10 @@ class DictState:
     def packed_entries(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return [None if entry is None else _ENTRY.pack(*entry) for entry in self.entries(keys)]
 
-    def values(self, impressions: Sequence[tuple[int, int]]) -> list[bytes | None]:
-        return [self.payloads[place][1] if place in self.payloads else None for place in impressions]
+    def values(self, impressions: Sequence[tuple[int, int]]) -> list[tuple[bytes, bool] | None]:
+        return [self.payloads[place][1:] if place in self.payloads else None for place in impressions]
 
-    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes]]:
+    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes, bool]]:
         for time_ms, offset in sorted(self.payloads):
             if from_ms <= time_ms < until_ms:
                 yield time_ms, offset, *self.payloads[time_ms, offset]
@@ -70,8 +71,8 @@ class _Batch:
         rows = dict(impressions)
         self._changes.append(lambda: self._state.ids.update(rows))
 
-    def add_pending(self, impressions: Iterable[tuple[int, int, bytes, bytes]]) -> None:
-        rows = {(time_ms, offset): (key, value) for time_ms, offset, key, value in impressions}
+    def add_pending(self, impressions: Iterable[tuple[int, int, bytes, bytes]], *, labelled: bool = False) -> None:
+        rows = {(time_ms, offset): (key, value, labelled) for time_ms, offset, key, value in impressions}
         self._changes.append(lambda: self._state.payloads.update(rows))
 
     def drop_pending(self, impressions: Iterable[tuple[int, int]]) -> None:
@@ -106,6 +107,9 @@ class _Batch:
     def set_meta(self, meta: JoinMeta) -> None:
         self._changes.append(lambda: setattr(self._state, "_meta", meta))
 
+    def drop_meta(self) -> None:
+        self._changes.append(lambda: setattr(self._state, "_meta", None))
+
     def write(self) -> None:
         for change in self._changes:
             change()
@@ -126,3 +130,16 @@ class Disk:
 
     def destroy(self, path: Path) -> None:
         self._folders.pop(path, None)
+
+    def copy(self, path: Path, to: Path) -> None:
+        """A folder copied, as it is; nothing where there is none."""
+        if path in self._folders:
+            self.put(to, deepcopy(self._folders[path]))
+
+    def get(self, path: Path) -> DictState | None:
+        return self._folders.get(path)
+
+    def put(self, path: Path, state: DictState) -> None:
+        """A folder copied from elsewhere."""
+        state.open = False
+        self._folders[path] = state

@@ -1,8 +1,12 @@
-"""The join as a reader of the rules would write it, with endless memory; and the real one without Kafka and RocksDB."""
+"""The join as a reader of the rules would write it, with endless memory; and the real one without Kafka and RocksDB.
+
+Whether an impression is clicked is one question, for every label policy the same; which records say so is each policy's own.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from hashlib import blake2b
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +42,7 @@ class Partition:
 
     def step(self, runs: list[tuple[str, Events]], *, impressions_idle: bool = False, clicks_idle: bool = False) -> Plan:
         step = Step(self.settings, self.state, self.memory)
-        before = self.clicks, self.examples
+        before = self.examples
         for source, events in runs:
             if source == "impressions":
                 step.impressions(events)
@@ -50,11 +54,11 @@ class Partition:
         plan = step.close(self.allowed_ms, "clicks", 0)
         chunk = None
         if plan.new_ids:
-            chunk = Chunk(plan.first_offset, max(plan.remembered[key][0] for key in plan.new_ids), *before)
+            chunk = Chunk(plan.first_offset, max(plan.remembered[key][0] for key in plan.new_ids), before)
             self.memory.add_chunk(chunk)
         self._apply(plan, chunk)
-        for example in plan.examples:
-            self.example_of.setdefault(example[3], self.examples)
+        for source_offset in (*plan.left_out, *plan.left_out_fake, *(example[3] for example in plan.examples)):
+            self.example_of.setdefault(source_offset, self.examples)
             self.examples += 1
         return plan
 
@@ -63,7 +67,8 @@ class Partition:
         batch.drop_pending_before(plan.expired_from_ms, plan.expired_until_ms)
         batch.drop_pending(plan.dropped_pending)
         batch.remember(plan.remembered.items())
-        batch.add_pending((*place, *row) for place, row in plan.new_pending.items())
+        fake = self.settings.label_policy == "fnw"
+        batch.add_pending(((*place, *row) for place, row in plan.new_pending.items()), labelled=fake)
         batch.add_early(plan.new_early)
         batch.drop_early(plan.dropped_early)
         if chunk is not None:
@@ -80,15 +85,61 @@ class Partition:
         return self.memory.low_water(self.impressions, self.clicks, self.examples)
 
 
+class Wait:
+    """One label: when the click is there, or when none can come."""
+
+    @staticmethod
+    def came(oracle: Oracle, offset: int) -> None:
+        pass
+
+    @staticmethod
+    def clicked(oracle: Oracle, offset: int, click_ms: int) -> None:
+        assert offset not in oracle.firsts
+        oracle.firsts[offset] = click_ms
+
+    @staticmethod
+    def passed(oracle: Oracle, offset: int) -> None:
+        oracle.negative(offset)
+
+
+class FakeNegatives:
+    """A negative at once; when the click is there, a correction."""
+
+    @staticmethod
+    def came(oracle: Oracle, offset: int) -> None:
+        oracle.negative(offset)
+
+    @staticmethod
+    def clicked(oracle: Oracle, offset: int, click_ms: int) -> None:
+        assert offset not in oracle.corrections
+        oracle.corrections[offset] = click_ms
+
+    @staticmethod
+    def passed(oracle: Oracle, offset: int) -> None:
+        pass
+
+
+POLICIES: dict[str, Any] = {"wait": Wait, "fnw": FakeNegatives}
+
+
 class Oracle:
-    """The rules of the join, one record after another, nothing forgotten. It is told where the watermark went."""
+    """The rules of the join, one record after another, nothing forgotten. It is told where the watermark went.
+
+    `settings` may be changed for others that differ in policy and rate: an impression lives by the policy it came under, and a
+    negative is kept or not by the rate at the time.
+    """
 
     def __init__(self, settings: JoinSettings) -> None:
+        self.settings = settings
         self.window, self.skew, self.horizon = settings.window_ms, settings.negative_skew_ms, settings.dedupe_horizon_ms
         self.watermark_ms = NEVER_MS
         self.accepted: dict[int, Row] = {}  # by offset
         self.last: dict[bytes, int] = {}  # id → offset of the newest accepted one
-        self.labels: dict[int, int] = {}  # offset → time of its click, -1 for a negative
+        self.lives_by: dict[int, Any] = {}
+        self.labels: dict[int, int] = {}  # what is decided: offset → time of its click, -1 for none
+        self.firsts: dict[int, int] = {}  # and what is sent of it
+        self.corrections: dict[int, int] = {}
+        self.left_out: set[int] = set()
         self.waiting: dict[tuple[bytes, int], int] = {}  # early clicks: id and time → offset
         self.counts: Counter[str] = Counter()
         self.dead: set[tuple[str, int]] = set()
@@ -106,9 +157,12 @@ class Oracle:
             return
         self.counts["impressions"] += 1
         self.accepted[offset], self.last[key] = (key, time_ms), offset
+        self.lives_by[offset] = POLICIES[self.settings.label_policy]
+        self.lives_by[offset].came(self, offset)
         counting = sorted(time for who, time in self.waiting if who == key and self.counts_for(time, time_ms))
         if counting:
             self.labels[offset] = counting[0]
+            self.lives_by[offset].clicked(self, offset, counting[0])
             self.counts["matched_clicks"] += 1
             self.counts["duplicate_clicks"] += len(counting) - 1
             for time in counting:
@@ -128,6 +182,7 @@ class Oracle:
                 else:
                     self.counts["matched_clicks"] += 1
                     self.labels[place] = time_ms
+                    self.lives_by[place].clicked(self, place, time_ms)
                 return
         if time_ms + self.skew < self.watermark_ms:
             self.orphan(offset)
@@ -145,11 +200,20 @@ class Oracle:
         for offset, (_, time_ms) in self.accepted.items():
             if offset not in self.labels and time_ms + self.window < watermark_ms:
                 self.labels[offset] = -1
-                self.counts["negatives"] += 1
+                self.lives_by[offset].passed(self, offset)
         for (key, time_ms), offset in list(self.waiting.items()):
             if time_ms + self.skew < watermark_ms:
                 del self.waiting[key, time_ms]
                 self.orphan(offset)
+
+    def negative(self, offset: int) -> None:
+        share = int.from_bytes(blake2b(self.accepted[offset][0], digest_size=8).digest(), "big") / 2**64
+        assert offset not in self.firsts
+        if share < self.settings.negative_rate:
+            self.firsts[offset] = -1
+            self.counts["negatives"] += 1
+        else:
+            self.left_out.add(offset)
 
     def pending(self) -> set[int]:
         return self.accepted.keys() - self.labels.keys()

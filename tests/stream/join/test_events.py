@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from model.features import FeatureDecoder
 from stream.dead_letters import MAX_TEXT, REASONS, DeadLetter
 from stream.join.events import MAX_TIMESTAMP_MS, WATERMARK_HEADER, Events, _read_fast, _read_slow, read_run
+from stream.settings import JoinSettings
 from tests.corpus import CORPUS, SCHEMA, TIME_MS, Case, envelope
 
 MAX_FUTURE_MS = 3_600_000
@@ -130,7 +131,7 @@ def test_the_fast_path_never_says_otherwise(rows):
     records = [record(offset, key, value) for offset, (key, value) in enumerate(rows)]
     fast = _read_fast(records, MAX_FUTURE_MS)
     if fast is not None:
-        assert columns(fast) == columns(_read_slow(records, MAX_FUTURE_MS))
+        assert columns(fast) == columns(_read_slow(records, MAX_FUTURE_MS, MAX_FUTURE_MS))
 
 
 @given(st.lists(st.binary(max_size=30), max_size=4))
@@ -156,12 +157,39 @@ def test_watermark_records():
     marks = [(b"5", 5), (b"0", 0), (b"%d" % MAX_TIMESTAMP_MS, MAX_TIMESTAMP_MS)]
     for value in (b"", None):
         for mark, expected in marks:
-            events = read_run([neighbour(0), record(1, None, value, ((WATERMARK_HEADER, mark),))], MAX_FUTURE_MS)
+            events = read_run(
+                [neighbour(0), record(1, None, value, ((WATERMARK_HEADER, mark),))], MAX_FUTURE_MS, MAX_TIMESTAMP_MS
+            )
             assert (events.offsets, events.dead, events.watermark_ms) == ([0], [], expected)
     several = [record(index, None, b"", ((WATERMARK_HEADER, mark),)) for index, mark in enumerate((b"7", b"9", b"8"))]
     assert read_run(several, MAX_FUTURE_MS).watermark_ms == 9
     # With a value the record is an event like any other.
     assert read_run([record(0, b"a", envelope("a"), ((WATERMARK_HEADER, b"9"),))], MAX_FUTURE_MS).watermark_ms == -1
+
+
+def test_a_watermark_far_beyond_its_arrival_is_refused():
+    """It would make every impression that comes after it late, for good."""
+
+    def read(mark: bytes, bound_ms: int | None) -> Events:
+        return read_run([record(3, None, b"", ((WATERMARK_HEADER, mark),), arrival_ms=5_000)], 1_000, bound_ms)
+
+    for mark, bound_ms in [(b"6000", None), (b"7500", 2_500), (b"5", 0)]:
+        assert (read(mark, bound_ms).watermark_ms, read(mark, bound_ms).dead) == (int(mark), [])
+    for mark, bound_ms in [(b"6001", None), (b"7501", 2_500)]:
+        assert read(mark, bound_ms).watermark_ms == -1
+        [letter] = read(mark, bound_ms).dead
+        assert (letter.reason, letter.offset) == ("future_timestamp", 3)
+        assert mark.decode() in letter.message
+        assert "5000" in letter.message
+
+
+def test_an_event_as_far_ahead_as_is_allowed_can_be_settled():
+    """Whatever ends a stream sends a watermark beyond the last event's window: never refused where the event was not."""
+    settings = JoinSettings(max_future_ms=1_000, window_ms=60_000, lateness_ms=50)
+    last = record(0, b"a", envelope("a", time="6000"), arrival_ms=5_000)
+    mark = record(1, None, b"", ((WATERMARK_HEADER, b"%d" % (6_000 + 60_000 + 50)),), arrival_ms=5_000)
+    events = read_run([last, mark], settings.max_future_ms, settings.max_watermark_future_ms)
+    assert (events.times_ms, events.watermark_ms, events.dead) == ([6_000], 66_050, [])
 
 
 def test_a_dead_letter_is_little_larger_than_its_record():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.join_state import Chunk
-from stream.join.logic import NEVER_MS, Memory, watermark
+from stream.join.logic import CORRECTION, FAKE, FIRST, NEVER_MS, Memory, watermark
 from stream.settings import JoinSettings
 from tests.stream.join.oracle import Oracle, Partition, run_of
 
@@ -18,7 +18,7 @@ from tests.stream.join.oracle import Oracle, Partition, run_of
 END_MS = 10_000
 
 
-def join_settings(**changed: int) -> JoinSettings:
+def join_settings(**changed: Any) -> JoinSettings:
     return JoinSettings(**{"window_ms": 10, "lateness_ms": 3, "dedupe_horizon_ms": 8, "negative_skew_ms": 0, **changed})
 
 
@@ -27,6 +27,8 @@ SETTINGS = st.builds(
     dedupe_horizon_ms=st.sampled_from([0, 3, 8, 30]),
     negative_skew_ms=st.sampled_from([0, 0, 2, 12]),
     max_outputs=st.sampled_from([1, 2, 5, 10_000]),
+    label_policy=st.sampled_from(["wait", "fnw"]),
+    negative_rate=st.sampled_from([1.0, 1.0, 0.4]),
 )
 KEYS = st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f"])
 ROWS = st.lists(st.tuples(KEYS, st.integers(0, 60)), max_size=6)
@@ -39,7 +41,9 @@ class Checked:
 
     def __init__(self, chosen: JoinSettings) -> None:
         self.settings, self.real, self.oracle = chosen, Partition(chosen), Oracle(chosen)
-        self.labels: dict[int, int] = {}
+        self.firsts: dict[int, int] = {}
+        self.corrections: dict[int, int] = {}
+        self.left_out: set[int] = set()
         self.dead: set[tuple[str, int]] = set()
         self.counts: Counter[str] = Counter()
         self.low = (0, 0, 0)
@@ -62,19 +66,34 @@ class Checked:
         self.oracle.move(plan.watermark_ms)
         self._hold_against_the_oracle(plan)
         self._hold_low_water()
-        expired = [(time, offset) for _, _, time, offset, click in plan.examples if click < 0 and (time, offset) in earlier]
+        gone = earlier - self.real.state.payloads.keys()
+        expired = gone - {(time, offset) for _, _, time, offset, click, _ in plan.examples if click >= 0}
         if expired:  # as many as there is room for, and those of the same time as the last
-            room = max(self.settings.max_outputs - (len(plan.examples) - len(expired)), 1)
-            assert sum(time < max(expired)[0] for time, _ in expired) < room or self.settings.max_outputs < len(plan.examples)
+            own = sum(kind == FIRST and click < 0 for *_, click, kind in plan.examples) + len(plan.left_out) - len(expired)
+            others = [example for example in plan.examples if example[5] != FIRST or example[4] >= 0]
+            room = max(self.settings.max_outputs - len(others), 1)
+            assert sum(time < max(expired)[0] for time, _ in expired) < room or own > 0
         return plan
 
     def _hold_against_the_oracle(self, plan: Any) -> None:
-        for key, value, time_ms, offset, click_ms in plan.examples:
-            assert offset not in self.labels, "a second first label"
-            self.labels[offset] = click_ms
+        for offset in (*plan.left_out, *plan.left_out_fake):
+            assert offset not in self.left_out | self.firsts.keys(), "left out twice, or a label as well"
+            self.left_out.add(offset)
+        for key, value, time_ms, offset, click_ms, kind in plan.examples:
+            if kind == CORRECTION:
+                assert offset in self.firsts.keys() | self.left_out, "a correction of nothing"
+                assert offset not in self.corrections, "a second correction"
+                self.corrections[offset] = click_ms
+            else:
+                assert offset not in self.left_out | self.firsts.keys(), "a second first label"
+                self.firsts[offset] = click_ms
             assert (key, time_ms) == self.oracle.accepted[offset]
             assert value == b"%d" % offset
-        settled = [click_ms if click_ms >= 0 else time + self.settings.window_ms for _, _, time, _, click_ms in plan.examples]
+        window = {FIRST: self.settings.window_ms, FAKE: 0}
+        settled = [
+            max(click, time if kind != FIRST else 0) if click >= 0 else time + window[kind]
+            for _, _, time, _, click, kind in plan.examples
+        ]
         assert settled == sorted(settled)
         for letter in plan.dead:
             assert letter.message
@@ -82,7 +101,7 @@ class Checked:
             self.dead.add((letter.reason, letter.offset))
         self.counts.update(plan.counts)
         oracle, state = self.oracle, self.real.state
-        assert self.labels == oracle.labels
+        assert (self.firsts, self.corrections, self.left_out) == (oracle.firsts, oracle.corrections, oracle.left_out)
         assert self.dead == oracle.dead
         assert self.counts == oracle.counts
         assert {offset for _, offset in state.payloads} == oracle.pending()
@@ -107,7 +126,7 @@ class Checked:
                 assert offset >= impressions
                 assert self.real.example_of.get(offset, examples) >= examples
                 if self.oracle.last[key] == offset:
-                    assert self.real.state.ids[key] == (time_ms, offset, self.labels.get(offset, -1) >= 0)
+                    assert self.real.state.ids[key] == (time_ms, offset, self.oracle.labels.get(offset, -1) >= 0)
 
     def end(self) -> None:
         """A watermark record behind everything; as many steps as the cap needs."""
@@ -117,7 +136,7 @@ class Checked:
                 break
             self.step([], False, False)
         self.step([], False, False)
-        assert self.labels.keys() == self.oracle.accepted.keys()
+        assert self.firsts.keys() | self.left_out == self.oracle.accepted.keys()
         state = self.real.state
         assert (state.payloads, state.early, state.ids, state.chunks) == ({}, {}, {}, {})
         assert self.low == (self.real.impressions, self.real.clicks, self.real.examples)
@@ -166,13 +185,14 @@ def test_in_order_every_cut_gives_the_labels_of_the_window_rule(given_log, data)
             del left[source][:count]
         checked.step(runs, False, False)
     checked.end()
-    found = {checked.oracle.accepted[offset]: click >= 0 for offset, click in checked.labels.items()}
+    said = {**dict.fromkeys(checked.left_out, -1), **checked.firsts, **checked.corrections}
+    found = {checked.oracle.accepted[offset]: click >= 0 for offset, click in said.items()}
     assert found == expected
     assert checked.counts["late_impressions"] == checked.counts["late_clicks"] == 0
 
 
 def labels(plan: Any) -> list[tuple[bytes, int, int]]:
-    return [(key, time_ms, click_ms) for key, _, time_ms, _, click_ms in plan.examples]
+    return [(key, time_ms, click_ms) for key, _, time_ms, _, click_ms, _ in plan.examples]
 
 
 def test_the_edges_of_the_window():
@@ -222,12 +242,12 @@ def test_an_id_used_twice_in_one_step_holds_the_low_water_at_its_first_use():
 def test_chunks_of_one_first_offset_are_forgotten_each():
     # Two rebuilds of which one was given up may have cut the same offsets in two ways.
     memory = Memory()
-    for chunk in (Chunk(3, 5, 0, 1), Chunk(3, 7, 0, 1), Chunk(9, 6, 0, 4)):
+    for chunk in (Chunk(3, 5, 1), Chunk(3, 7, 1), Chunk(9, 6, 4)):
         memory.add_chunk(chunk)
     assert memory.low_water(20, 20, 20) == (3, 20, 1)
-    assert memory.due_chunks(6) == [Chunk(3, 5, 0, 1)]
+    assert memory.due_chunks(6) == [Chunk(3, 5, 1)]
     assert memory.low_water(20, 20, 20) == (3, 20, 1)
-    assert memory.due_chunks(100) == [Chunk(9, 6, 0, 4), Chunk(3, 7, 0, 1)]
+    assert memory.due_chunks(100) == [Chunk(9, 6, 4), Chunk(3, 7, 1)]
     assert memory.low_water(20, 20, 20) == (20, 20, 20)
 
 

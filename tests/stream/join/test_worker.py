@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import TopicPartition
 
+from deploy.demo.audit import Audit
 from deploy.demo.workers import Worker
 from deploy.settings import Settings
 from state.join_state import JoinState, StateOptions
 from stream.clients import aiokafka_options
+from stream.join.sampling import Sampling
 from stream.join.takeover import transactional_id
 from stream.topics import TopicNames
-from tests.stream.join.made_up import PATIENCE_S, join_settings, join_worker, made_up, send, settled, until
+from tests.stream.join.made_up import PATIENCE_S, end, join_settings, join_worker, made_up, send, settled, until
 
 pytestmark = pytest.mark.kafka
 
@@ -58,6 +61,40 @@ def test_each_impression_gets_its_label_once(topics, start):
         worker = start(settings)
         await send(settings, events.arriving)
         await settled(settings, events, worker)
+
+    asyncio.run(check())
+
+
+def test_fake_negatives_some_left_out_through_kill_9(topics, start):
+    """Each impression has a negative or is named as left out, each clicked one a correction besides; the disk is lost."""
+
+    async def check() -> None:
+        settings = join_settings(topics, label_policy="fnw", negative_rate=0.5)
+        events = made_up(3_000, seed=9)
+        worker = start(settings)
+        await asyncio.to_thread(worker.wait_ready)
+        await send(settings, events.part(0.0, 0.6))
+        await caught_up(settings, worker)
+        worker.kill()
+        shutil.rmtree(settings.state_dir)
+        worker.start()
+        await send(settings, events.part(0.6, 1.0))
+        await end(settings, events)
+        async with Audit(settings) as audit:
+            deadline = time.monotonic() + PATIENCE_S
+            while (await audit.read()).dead_letters != events.dead and time.monotonic() < deadline:
+                worker.check()
+                await asyncio.sleep(0.1)
+            ledger = await audit.read()
+        kept = {key for key in events.ids if Sampling(0.5).keeps(key)}
+        assert ledger.problems() == []
+        assert ledger.labels == Counter(dict.fromkeys(kept, 1))
+        assert ledger.left_out == len(events.ids) - len(kept)
+        assert set(ledger.positives) == events.positives
+        assert ledger.corrections == Counter(dict.fromkeys(events.positives, 1))
+        assert ledger.dead_letters == events.dead
+        metrics = worker.metrics()
+        assert not [value for (name, _), value in metrics.items() if name == "headrace_join_pending_impressions" and value]
 
     asyncio.run(check())
 

@@ -46,15 +46,22 @@ def headers(index: int, **changed: bytes | None) -> list[tuple[str, bytes]]:
     return [(name, each) for name, each in every.items() if each is not None]
 
 
-def record(offset: int, payload: bytes | None = None, *, partition: int = 0, **changed: bytes | None) -> Any:
-    """As aiokafka hands it over."""
+def record(
+    offset: int,
+    payload: bytes | None = None,
+    *,
+    partition: int = 0,
+    only: Sequence[tuple[str, bytes]] | None = None,
+    **changed: bytes | None,
+) -> Any:
+    """As aiokafka hands it over. `only` are its headers, in the place of an ordinary example's."""
     return SimpleNamespace(
         topic="examples",
         partition=partition,
         offset=offset,
         key=b"x%d" % offset,
         value=value(offset) if payload is None else payload,
-        headers=tuple(headers(offset, **changed)),
+        headers=tuple(headers(offset, **changed) if only is None else only),
     )
 
 

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stream.dead_letters import REASONS
+from stream.join.examples import plan_records
+from stream.join.logic import CORRECTION, FAKE, FIRST, Plan
 from stream.trainer.examples import ExampleDecoder, _BadHeader, _check, _columns
 from tests.stream.trainer.factory import FIRST_MS, SCHEMA, record, run, value
 
@@ -21,6 +23,11 @@ BAD = [
     (dict(weight=b"-1"), "out_of_range", "headers.weight"),
     (dict(weight=b"nan"), "out_of_range", "headers.weight"),
     (dict(weight=b"1e39"), "out_of_range", "headers.weight"),
+    (dict(rate=b"some"), "wrong_type", "headers.rate"),
+    (dict(rate=b"0"), "out_of_range", "headers.rate"),
+    (dict(rate=b"1.5"), "out_of_range", "headers.rate"),
+    (dict(rate=b"nan"), "out_of_range", "headers.rate"),
+    (dict(policy=b"hurry"), "wrong_type", "headers.policy"),
     (dict(impression_ms=None), "missing_field", "headers.impression_ms"),
     (dict(impression_ms=b"-5"), "wrong_type", "headers.impression_ms"),
     (dict(impression_ms=b""), "wrong_type", "headers.impression_ms"),
@@ -45,6 +52,32 @@ def test_columns_of_a_run():
     assert decoded.impression_ms.tolist() == [FIRST_MS + 10, FIRST_MS + 11, FIRST_MS + 13]
     assert np.array_equal(decoded.served, np.array([np.nan, 0.25, np.nan], np.float32), equal_nan=True)
     assert decoded.letters == []
+    assert (decoded.rates, decoded.fake, decoded.corrects) == (None, None, None)
+
+
+def test_policy_rate_and_kind_of_a_run_and_what_was_left_out():
+    """As the join writes them; what it left out is no example."""
+    examples = [
+        (b"x0", value(0), FIRST_MS, 7, -1, FAKE),
+        (b"x1", b"{", FIRST_MS, 8, -1, FIRST),
+        (b"x2", value(2), FIRST_MS, 9, FIRST_MS + 5, CORRECTION),
+        (b"x3", value(3), FIRST_MS, 10, FIRST_MS + 6, FIRST),
+    ]
+    plan = Plan(examples=examples, left_out=[1, 2], left_out_fake=[3])
+    records = [
+        record(offset, payload=payload or b"", only=headers)
+        for offset, (_, payload, headers) in enumerate(plan_records(plan, 0.25))
+    ]
+    decoded = ExampleDecoder(SCHEMA).decode(run(records))
+    assert decoded.offsets.tolist() == [2, 4, 5]
+    assert decoded.labels.tolist() == [0, 1, 1]
+    assert decoded.rates is not None
+    assert decoded.fake is not None
+    assert decoded.corrects is not None
+    assert decoded.rates.tolist() == [0.25] * 3
+    assert decoded.fake.tolist() == [True, True, False]
+    assert decoded.corrects.tolist() == [False, True, False]
+    assert [letter.offset for letter in decoded.letters] == [3]
 
 
 @pytest.mark.parametrize("many", [False, True], ids=["few", "many"])
@@ -63,7 +96,7 @@ def test_a_bad_record_is_set_aside_with_its_reason(fault, reason, path, many):
     names = [name for name, _ in letter.out_headers()]
     assert len(names) == len(set(names))  # else readers couldn't tell whose offset it is
     assert dict(letter.out_headers())["source_offset"] == b"1"
-    assert dict(letter.out_headers())["impression_offset"] == b"1"
+    assert dict(letter.out_headers())["original.source_offset"] == b"1"
     assert letter.message
 
 
@@ -80,7 +113,10 @@ JUNK = st.one_of(
 )
 
 
-@given(st.lists(st.fixed_dictionaries({}, optional={"label": JUNK, "weight": JUNK, "impression_ms": JUNK}), max_size=6))
+NAMES = ("label", "weight", "impression_ms", "rate", "policy")
+
+
+@given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, JUNK)), max_size=6))
 def test_columns_and_single_records_agree_on_what_is_bad(headers):
     def good(each):
         try:

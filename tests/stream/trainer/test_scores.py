@@ -16,7 +16,7 @@ from stream.trainer.scores import Scores, manifest_metrics
 from tests.stream.trainer.factory import columns
 
 
-def batch(labels, *, served=None, times=None, weights=None):
+def batch(labels, *, served=None, times=None, weights=None, rates=None, corrects=None):
     labels = np.asarray(labels, np.float32)
     return TrainingBatch(
         batch=columns(range(len(labels))).batch,
@@ -24,6 +24,8 @@ def batch(labels, *, served=None, times=None, weights=None):
         weights=None if weights is None else np.asarray(weights, np.float32),
         impression_ms=np.arange(len(labels)) if times is None else np.asarray(times),
         served=np.full(len(labels), np.nan, np.float32) if served is None else np.asarray(served, np.float32),
+        rates=None if rates is None else np.asarray(rates),
+        corrects=None if corrects is None else np.asarray(corrects),
     )
 
 
@@ -69,6 +71,38 @@ def test_beyond_the_exact_examples_the_auc_comes_from_bins(stream, monkeypatch):
     evaluation = counted.freeze().report()["progressive", "evaluation"]
     assert evaluation.examples == 10_000
     assert evaluation.auc == pytest.approx(auc(scores, labels), abs=1e-3)
+
+
+def test_negatives_left_out_count_as_if_they_were_there():
+    random = np.random.default_rng(4)
+    served = (random.random(40_000) * 0.4).astype(np.float32)
+    labels = random.random(40_000) < served
+    kept = labels | (random.random(40_000) < 0.2)
+    whole, tenth = (Scores(40_000, evaluation_from_ms=0) for _ in range(2))
+    whole.add(served, batch(labels, served=served))
+    tenth.add(served[kept], batch(labels[kept], served=served[kept], rates=np.full(kept.sum(), 0.2)))
+    expected, found = whole.freeze().report(), tenth.freeze().report()
+    for place, metrics in found.items():
+        assert metrics.examples == kept.sum()
+        assert metrics.calibration == pytest.approx(expected[place].calibration, abs=0.02)
+        assert metrics.log_loss == pytest.approx(expected[place].log_loss, abs=0.01)
+        assert metrics.normalised_entropy == pytest.approx(expected[place].normalised_entropy, abs=0.01)
+        assert metrics.auc == pytest.approx(expected[place].auc, abs=0.01)
+
+
+def test_corrections_leave_served_metrics_as_if_labels_had_been_known(stream):
+    scores, labels, served = stream
+    known, late = (Scores(20_000, evaluation_from_ms=0) for _ in range(2))
+    feed(known, scores, labels, served)
+    feed(late, scores, np.zeros(len(labels)), served)
+    clicked = labels > 0.5
+    late.add(scores[clicked], batch(labels[clicked], served=served[clicked], corrects=np.ones(clicked.sum(), bool)))
+    expected, found = known.freeze().report(), late.freeze().report()
+    for scope in ("window", "total", "evaluation"):
+        one, other = expected["served", scope], found["served", scope]
+        assert (one.examples, one.positives) == (other.examples, other.positives)
+        for name in ("log_loss", "auc", "normalised_entropy", "calibration"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-6), (scope, name)
 
 
 def test_what_is_frozen_stays(stream):

@@ -66,13 +66,14 @@ class Bench:
         return self.metrics.snapshots.labels(outcome)._value.get()
 
 
-def captured(examples=100, letters=0):
+def captured(examples=100, letters=0, negative_rate=1.0):
     return Captured(
         serving={"weights": torch.ones(3)},
         trainer={"examples_seen": torch.tensor(examples)},
         offsets={1: 7, 0: 5},
         watermark_ms=FIRST_MS,
         examples_seen=examples,
+        negative_rate=negative_rate,
         scores=Scores(100).freeze(),
         letters=letters,
         at_ms=123,
@@ -107,6 +108,8 @@ async def test_a_version_says_all_about_itself(bench):
     assert at.outcomes("promoted") == 1
     await at.publisher.publish(captured(200))
     assert [(each.version, each.parent) for each in at.registry.announced] == [(7, None), (8, 7)]
+    await at.publisher.publish(captured(300, negative_rate=0.1))
+    assert [at.store.manifest(version).negative_rate for version in (8, 9)] == [1.0, 0.1]
 
 
 async def test_a_store_that_fails_stops_nothing_and_announces_nothing(bench, monkeypatch, caplog):

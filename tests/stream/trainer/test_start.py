@@ -61,11 +61,11 @@ def test_nothing_yet(store):
 
 
 def test_the_newest_announced_version_is_restored(store):
-    one, two = write(store, 1, trained=20), write(store, 2, trained=30)
+    one, two = write(store, 1, trained=20), write(store, 2, trained=30, negative_rate=0.1)
     learner = Learner(SCHEMA, MODEL, device="cpu")
     start = go_on(learner, announced(one, two), store, SCHEMA, MODEL)
     assert (start.version, start.newest, start.offsets, start.examples_seen) == (2, 2, {0: 20}, 30)
-    assert learner.examples_seen == 30
+    assert (learner.examples_seen, learner.negative_rate) == (30, 0.1)
     serving = store.serving(2)
     assert all(torch.equal(tensor, serving[name]) for name, tensor in learner.serving_state().items())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -19,10 +21,13 @@ class FakeLearner:
 
     def __init__(self) -> None:
         self.examples_seen = 0
+        self.negative_rate = 1.0
         self.batches: list[list[int]] = []
+        self.weights: list[list[float] | None] = []
 
-    def learn(self, batch, labels, weights=None):
+    def learn(self, batch, labels, weights=None, fake=None):
         self.batches.append(batch.keys[:, 0].tolist())
+        self.weights.append(None if weights is None else np.round(np.asarray(weights, float), 6).tolist())
         self.examples_seen += len(batch)
         return np.full(len(batch), 0.5, np.float32)
 
@@ -85,6 +90,32 @@ def test_a_snapshot_holds_what_is_trained_and_not_what_waits():
     training.step(1.0)
     assert training.capture().offsets == {0: 30}
     assert captured.offsets == {0: 19}
+
+
+def rated(start, rates):
+    offsets = range(start, start + len(rates))
+    return replace(columns(offsets), rates=None if set(rates) == {1} else np.array(rates))
+
+
+def test_a_model_keeps_the_rate_of_its_first_example_and_weighs_negatives_of_other_rates():
+    learner = FakeLearner()
+    training = make(learner, rows=4)
+    for start, rates in ((0, [0.1] * 4), (4, [0.1, 0.1, 0.2, 0.05]), (8, [1] * 4)):
+        training.add(rated(start, rates))
+        assert training.step(0.0)
+    # Of 0 to 11 there are clicks of 0, 1, 7 and 8.
+    assert learner.weights == [None, [1, 1, 0.5, 1], [1, 0.1, 0.1, 0.1]]
+    assert training.capture().negative_rate == 0.1
+
+
+def test_a_model_of_all_negatives_takes_some_for_many():
+    learner = FakeLearner()
+    learner.examples_seen = 5  # restored
+    training = make(learner, rows=4)
+    training.add(rated(0, [0.25] * 4))
+    assert training.step(0.0)
+    assert learner.weights == [[1, 1, 4, 4]]
+    assert learner.negative_rate == 1
 
 
 def logs(count):

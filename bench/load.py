@@ -1,0 +1,314 @@
+"""Whether a join worker's memory stays flat: millions of events through a window full of pending impressions, some broken.
+
+    .venv/bin/python bench/load.py                       # 10 million events, 2 million pending; about 10 minutes, 10 GB of disk
+    .venv/bin/python bench/load.py --events 1000000      # a poisoned batch: 1 % malformed among 1 million
+    .venv/bin/python bench/load.py --events 300000       # quick, no claim
+
+A real Apache Kafka, an attribution window of an hour of event time, impressions of 300 bytes, CTR 3 %. Past the middle the
+broker stands still for a while (SIGSTOP): what the worker holds meanwhile shows in its memory. At the end every label and every
+dead letter is counted as a `read_committed` reader; exit code 1 unless they are exactly those of the events sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.structs import TopicPartition
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.common import report
+from deploy.demo.play import worker_environment
+from deploy.demo.workers import Worker
+from deploy.local_kafka import LocalKafka
+from deploy.partitions import partitions_of
+from deploy.settings import LocalKafkaSettings, Settings
+from stream.batches import BATCH_BYTES, send_batches
+from stream.settings import JoinSettings, KafkaSettings, TopicSettings
+from stream.topic_admin import create_topics
+from stream.topics import TopicNames
+
+PARTITIONS = 4
+WINDOW_MS = 3_600_000
+START_MS = 1_700_000_000_000
+IMPRESSION_BYTES = 300
+CTR = 0.03
+SLICE = 20_000  # impressions made and sent at a time
+AHEAD = 400_000  # records sent and not yet labelled or pending, at most: the log itself is no part of what is measured
+STOPPED_S = 8.0  # shorter than the transaction timeout: a longer stop ends the worker, as it should
+SAMPLE_S = 0.5
+PATIENCE_S = 120.0
+
+
+@dataclass(slots=True)
+class Sent:
+    """What was sent, and must come out."""
+
+    events: int = 0
+    impressions: int = 0
+    malformed: set[bytes] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Sample:
+    """The worker at one moment."""
+
+    at_s: float
+    rss_mb: float
+    state_mb: float
+    pending: int
+
+
+class Stream:
+    """Impressions and clicks in event-time order, a slice at a time."""
+
+    def __init__(self, events: int, pending: int, malformed: float, seed: int = 0) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._total = int(events / (1 + CTR))
+        self._spacing_ms = WINDOW_MS / pending
+        self._malformed = malformed
+        self._due: dict[int, list[tuple[bytes, int]]] = defaultdict(list)  # slice → clicks: id, time
+        self._pad = "x" * IMPRESSION_BYTES
+        self.sent = Sent()
+
+    def slices(self) -> Iterator[tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]]:
+        """(impressions, clicks) of each slice: key and value."""
+        for number, first in enumerate(range(0, self._total, SLICE)):
+            impressions = self._impressions(number, first, min(first + SLICE, self._total))
+            yield impressions, self._clicks(number)
+        for number in sorted(self._due):
+            yield [], self._clicks(number)
+
+    @property
+    def end_ms(self) -> int:
+        """A watermark behind everything."""
+        return START_MS + int(self._total * self._spacing_ms) + 3 * WINDOW_MS
+
+    def _impressions(self, number: int, first: int, until: int) -> list[tuple[bytes, bytes]]:
+        clicked = self._rng.random(until - first) < CTR
+        broken = self._rng.random(until - first) < self._malformed
+        delays = self._rng.integers(0, WINDOW_MS // 2, until - first)
+        rows = []
+        for at, index in enumerate(range(first, until)):
+            time_ms = START_MS + int(index * self._spacing_ms)
+            key = b"impression-%010d" % index
+            if broken[at]:
+                rows.append((key, b'{"impression_id":"%b","timestamp":' % key))
+                self.sent.malformed.add(key)
+                continue
+            body = f'{{"impression_id":"{key.decode()}","timestamp":{time_ms},"features":{{"user":"{index % 9973}","text":"'
+            rows.append((key, (body + self._pad[: IMPRESSION_BYTES - len(body) - 3] + '"}}').encode()))
+            self.sent.impressions += 1
+            if clicked[at]:
+                delay_ms = int(delays[at])
+                self._due[number + int(delay_ms / self._spacing_ms) // SLICE].append((key, time_ms + delay_ms))
+        self.sent.events += len(rows)
+        return rows
+
+    def _clicks(self, number: int) -> list[tuple[bytes, bytes]]:
+        due = sorted(self._due.pop(number, ()), key=lambda row: row[1])
+        self.sent.events += len(due)
+        return [(key, b'{"impression_id":"%b","timestamp":%d}' % (key, time_ms)) for key, time_ms in due]
+
+
+class Watch:
+    """Counts what comes out, and samples the worker."""
+
+    def __init__(self, settings: Settings, worker: Worker) -> None:
+        self._settings, self._worker, self._names = settings, worker, TopicNames.of(settings.topics)
+        self._began = time.monotonic()
+        self.labels = 0
+        self.dead: list[bytes] = []
+        self.samples: list[Sample] = []
+
+    async def count(self) -> None:
+        """Read `examples` and `dead-letters`, committed records alone, until cancelled."""
+        async with AIOKafkaConsumer(
+            bootstrap_servers=self._settings.kafka.bootstrap_servers,
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+            max_partition_fetch_bytes=8 << 20,
+        ) as consumer:
+            names = self._names
+            topics = (names.examples, names.dead_letters)
+            consumer.assign([TopicPartition(topic, number) for topic in topics for number in range(PARTITIONS)])
+            await consumer.seek_to_beginning()
+            while True:
+                for tp, records in (await consumer.getmany(timeout_ms=200, max_records=20_000)).items():
+                    if tp.topic == names.examples:
+                        self.labels += len(records)
+                    else:
+                        self.dead += [record.key for record in records]
+
+    async def sample(self) -> None:
+        """Look at the worker now and then, until cancelled."""
+        while True:
+            self._worker.check()
+            metrics = await asyncio.to_thread(self._worker.metrics)
+            pending = sum(value for (name, _), value in metrics.items() if name == "headrace_join_pending_impressions")
+            state_mb = await asyncio.to_thread(_folder_mb, self._settings.state_dir)
+            self.samples.append(Sample(time.monotonic() - self._began, _rss_mb(self._worker.pid), state_mb, int(pending)))
+            await asyncio.sleep(SAMPLE_S)
+
+    @property
+    def accounted(self) -> int:
+        """Impressions that are labelled, dead or pending, as last seen."""
+        return self.labels + len(self.dead) + (self.samples[-1].pending if self.samples else 0)
+
+
+def _rss_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def _folder_mb(folder: Path) -> float:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # compacted away meanwhile
+            continue
+    return total / (1 << 20)
+
+
+async def play(settings: Settings, stream: Stream, worker: Worker, kafka: LocalKafka, events: int) -> Watch:
+    """Send everything, at most AHEAD of what is accounted for, and wait for the end."""
+    names, watch = TopicNames.of(settings.topics), Watch(settings, worker)
+    background = [asyncio.ensure_future(watch.count()), asyncio.ensure_future(watch.sample())]
+    producer: Any = AIOKafkaProducer(
+        bootstrap_servers=settings.kafka.bootstrap_servers, max_batch_size=BATCH_BYTES, max_request_size=1 << 24
+    )
+    await producer.start()
+    told, stopped, sent = 0, False, 0
+
+    async def check() -> None:
+        for task in background:
+            if task.done():
+                task.result()
+        await asyncio.sleep(0.02)
+
+    async def send(topic: str, rows: list[tuple[bytes, bytes]]) -> None:
+        if not rows:
+            return
+        numbers = partitions_of([key for key, _ in rows], PARTITIONS)
+        for number in range(PARTITIONS):
+            mine = [(*rows[index], []) for index in np.flatnonzero(np.asarray(numbers) == number).tolist()]
+            for future in await send_batches(producer, topic, number, mine):
+                await future
+
+    for impressions, clicks in stream.slices():
+        await send(names.impressions, impressions)
+        await send(names.clicks, clicks)
+        sent += len(impressions)
+        while sent - watch.accounted > AHEAD:
+            await check()
+        if not stopped and stream.sent.events > 0.6 * events:
+            stopped = True
+            await _stand_still(kafka)
+        if stream.sent.events - told >= events / 20:
+            told = stream.sent.events
+            last = watch.samples[-1]
+            click.echo(
+                f"{told:>12,} events   {watch.labels:>12,} labels   {last.pending:>10,} pending   "
+                f"RSS {last.rss_mb:6.0f} MB   RocksDB {last.state_mb:6.0f} MB",
+                err=True,
+            )
+    for topic in (names.impressions, names.clicks):
+        for number in range(PARTITIONS):
+            mark = [("headrace-watermark", str(stream.end_ms).encode())]
+            await producer.send_and_wait(topic, b"", partition=number, headers=mark)
+    changed, seen = time.monotonic(), -1
+    while watch.labels < stream.sent.impressions or len(watch.dead) < len(stream.sent.malformed):
+        await check()
+        if watch.labels != seen:
+            changed, seen = time.monotonic(), watch.labels
+        if time.monotonic() - changed > PATIENCE_S:
+            break
+    await asyncio.sleep(2.0)  # what would come too much
+    for task in background:
+        task.cancel()
+    await asyncio.gather(*background, return_exceptions=True)
+    await producer.stop()
+    return watch
+
+
+async def _stand_still(kafka: LocalKafka) -> None:
+    """The broker answers nothing for a while."""
+    (pid,) = kafka.pids.values()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(STOPPED_S)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@click.command()
+@click.option("--events", default=10_000_000, show_default=True)
+@click.option("--pending", default=2_000_000, show_default=True, help="Impressions that a window holds.")
+@click.option("--malformed", default=0.01, show_default=True, help="Share of impressions that are broken JSON.")
+def main(events: int, pending: int, malformed: float) -> None:
+    """Measure and print; the last line is one JSON object."""
+    pending = min(pending, events // 5)
+    work = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
+    try:
+        with LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=1024)) as kafka:
+            settings = Settings(
+                kafka=KafkaSettings(bootstrap_servers=kafka.bootstrap_servers),
+                topics=TopicSettings(prefix="load-", partitions=PARTITIONS),
+                join=JoinSettings(window_ms=WINDOW_MS),
+                state_dir=work / "state",
+            )
+            create_topics(settings.kafka, settings.topics)
+            worker = Worker("join", worker_environment(settings), work / "join.log", cwd=work)
+            worker.start()
+            try:
+                worker.wait_ready()
+                stream = Stream(events, pending, malformed)
+                began = time.monotonic()
+                watch = asyncio.run(play(settings, stream, worker, kafka, events))
+                seconds = time.monotonic() - began
+            finally:
+                worker.ask_to_stop()
+                worker.wait_stopped()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    full = next(sample for sample in watch.samples if sample.pending >= 0.95 * max(s.pending for s in watch.samples))
+    after = [sample.rss_mb for sample in watch.samples if sample.at_s > full.at_s]
+    early, late = after[: len(after) // 2], after[len(after) // 2 :]
+    sent = stream.sent
+    exact = watch.labels == sent.impressions and sorted(watch.dead) == sorted(sent.malformed)
+    report(
+        value=round(max(late or [full.rss_mb])),
+        peer=round(max(early or [full.rss_mb])),
+        ratio=round(max(late) / max(early), 3) if early and late else None,
+        unit="MB of RSS at most, in the second half of the time with a full window, over the first half",
+        events=sent.events,
+        labels=watch.labels,
+        labels_expected=sent.impressions,
+        dead_letters=len(watch.dead),
+        malformed=len(sent.malformed),
+        exact=exact,
+        pending_most=max(sample.pending for sample in watch.samples),
+        rocksdb_mb_most=round(max(sample.state_mb for sample in watch.samples)),
+        events_per_s=round(sent.events / seconds),
+        broker_stopped_s=STOPPED_S,
+    )
+    sys.exit(not exact)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""`headrace dead-letters …`: look at records that couldn't be used, and feed them again after a fix."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import getpass
+import logging
+import socket
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from deploy.cli.common import echo_json, format_option
+from deploy.cli.times import MOMENT, clock
+
+if TYPE_CHECKING:
+    from deploy.settings import Settings
+    from stream.letter_log import Letter, Wanted
+    from stream.letter_replay import Replay
+    from stream.topics import TopicNames
+
+__all__ = ["dead_letters"]
+
+SHOWN = 60  # characters of a key or an error text in a line of a list
+
+T = TypeVar("T")
+
+
+@click.group("dead-letters")
+def dead_letters() -> None:
+    """Look at records that couldn't be used, and feed them again after a fix.
+
+    \b
+    Examples:
+      headrace dead-letters list                                    what there is, by source and reason
+      headrace dead-letters show 0/17                               one letter, whole
+      headrace dead-letters replay --reason late_impression --dry-run
+      headrace dead-letters replay --reason late_impression --since 2h
+    """
+
+
+def _wanted_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that choose letters, as `reasons`, `sources`, `since_ms` and `until_ms`."""
+    for option in (
+        click.option("--until", "until_ms", type=MOMENT, metavar="TIME", help="Arrived before then, as for --since."),
+        click.option(
+            "--since",
+            "since_ms",
+            type=MOMENT,
+            metavar="TIME",
+            help="Arrived then or later: a time (UTC), or how long ago, as 2h.",
+        ),
+        click.option(
+            "--source",
+            "sources",
+            multiple=True,
+            type=click.Choice(["impressions", "clicks", "examples", "score-requests"]),
+            help="From this topic (without the prefix); repeatable.",
+        ),
+        click.option("--reason", "reasons", multiple=True, metavar="CODE", help="With this reason code; repeatable."),
+    ):
+        function = option(function)
+    return function
+
+
+@dead_letters.command("list")
+@_wanted_options
+@click.option("--last", type=click.IntRange(min=0), default=20, show_default=True, help="Newest letters shown; 0: all.")
+@format_option
+def list_(
+    reasons: tuple[str, ...], sources: tuple[str, ...], since_ms: int | None, until_ms: int | None, last: int, output: str
+) -> None:
+    """Count the letters by source and reason, and list the newest. Never writes.
+
+    \b
+    Examples:
+      headrace dead-letters list
+      headrace dead-letters list --reason malformed_json --since 1h --last 100
+      headrace dead-letters list --source clicks --format json
+    """
+    from stream.letter_log import LetterLog
+
+    settings, names = _settings()
+    wanted = _wanted(names, reasons, sources, since_ms, until_ms)
+
+    async def read() -> tuple[deque[tuple[Letter, bool]], Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+        newest: deque[tuple[Letter, bool]] = deque(maxlen=last or None)
+        letters: Counter[tuple[str, str]] = Counter()
+        replayed: Counter[tuple[str, str]] = Counter()
+        async with LetterLog(settings.kafka, names) as log:
+            done = await log.replayed()
+            async for letter in log.letters(wanted):
+                what = letter.origin.topic, letter.reason
+                letters[what] += 1
+                replayed[what] += letter.origin in done
+                newest.append((letter, letter.origin in done))
+        return newest, letters, replayed
+
+    newest, letters, replayed = _run(settings, read())
+    shown = sorted(newest, key=lambda each: (each[0].arrived_ms, each[0].partition, each[0].offset))
+    totals = [
+        {"source": source, "reason": reason, "letters": count, "replayed": replayed[source, reason]}
+        for (source, reason), count in sorted(letters.items())
+    ]
+    if output == "json":
+        echo_json({"totals": totals, "letters": [_document(letter) | {"replayed": done} for letter, done in shown]})
+        return
+    for letter, done in shown:
+        key = "-" if letter.key is None else _short(letter.key)
+        click.echo(
+            f"{letter.place:>10}  {clock(letter.arrived_ms)}  {letter.reason:16}  {letter.origin!s:24}  key {key}  "
+            f"{_short(letter.error.encode())}{'  (replayed)' if done else ''}"
+        )
+    for total in totals:
+        click.echo(f"{total['letters']:>10,} {total['source']} {total['reason']}, {total['replayed']:,} of them replayed")
+    if not totals:
+        click.echo("no dead letters")
+
+
+@dead_letters.command()
+@click.argument("place", metavar="PARTITION/OFFSET")
+@click.option("--raw", is_flag=True, help="Only the record's value, byte for byte.")
+@format_option
+def show(place: str, raw: bool, output: str) -> None:
+    """Show one letter whole: why, from where, and key, headers and value as received.
+
+    \b
+    Examples:
+      headrace dead-letters show 0/17
+      headrace dead-letters show 0/17 --raw > record.json
+    """
+    from stream.letter_log import LetterLog
+
+    partition, offset = _place(place)
+    settings, names = _settings()
+
+    async def read() -> Letter:
+        async with LetterLog(settings.kafka, names) as log:
+            return await log.letter(partition, offset)
+
+    letter = _run(settings, read())
+    if raw:
+        sys.stdout.buffer.write(letter.value or b"")
+    elif output == "json":
+        echo_json(_document(letter) | _bytes("value", letter.value) | {"headers": [_header(*each) for each in letter.headers]})
+    else:
+        rows = [
+            ("place", f"{names.dead_letters} {letter.place}"),
+            ("arrived", clock(letter.arrived_ms)),
+            ("reason", letter.reason),
+            ("path", _text(letter.path.encode())),
+            ("error", _text(letter.error.encode())),
+            ("source", str(letter.origin)),
+            ("key", "-" if letter.key is None else _text(letter.key)),
+            *((f"header {_text(name.encode())}", _text(value or b"")) for name, value in letter.headers),
+            ("value", "-" if letter.value is None else _text(letter.value)),
+        ]
+        for name, value in rows:
+            click.echo(f"{name:8} {value}")
+
+
+@dead_letters.command()
+@click.argument("places", nargs=-1, metavar="[PARTITION/OFFSET]...")
+@_wanted_options
+@click.option("--all", "everything", is_flag=True, help="Every letter; needed where nothing else chooses.")
+@click.option("--dry-run", is_flag=True, help="Say what would be fed; write nothing.")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@format_option
+def replay(
+    places: tuple[str, ...],
+    reasons: tuple[str, ...],
+    sources: tuple[str, ...],
+    since_ms: int | None,
+    until_ms: int | None,
+    everything: bool,
+    dry_run: bool,
+    yes: bool,
+    output: str,
+) -> None:
+    """Feed records again, to the topic and partition they came from, bytes as received. No record is fed twice.
+
+    Repeat it, or kill it halfway and run it again: what was fed is remembered in the same transaction. A record that fails
+    again becomes a new letter, which can be replayed after the next fix. Exit code 1 when some could not be fed.
+
+    \b
+    Examples:
+      headrace dead-letters replay --reason late_impression --dry-run
+      headrace dead-letters replay --reason not_finite --source examples --since 2024-05-01T12:00:00Z
+      headrace dead-letters replay 0/17 3/4
+      headrace dead-letters replay --all --yes --format json
+    """
+    from stream.letter_replay import plan_replay, replay_letters
+
+    if not (places or reasons or sources or everything or since_ms is not None or until_ms is not None):
+        raise click.UsageError("expected PARTITION/OFFSET, --reason, --source, --since, --until or --all, found none of them.")
+    settings, names = _settings()
+    wanted = _wanted(names, reasons, sources, since_ms, until_ms, tuple(map(_normal, places)))
+    if dry_run or (not yes and sys.stdin.isatty()):
+        planned = _run(settings, plan_replay(settings.kafka, names, wanted))
+        if dry_run:
+            _show_replay(planned, names, output, dry_run=True)
+            return
+        click.confirm(f"Feed {planned.fed.total():,} records again ({_sum(planned.fed)})?", abort=True, err=True)
+    done = _run(settings, replay_letters(settings.kafka, names, wanted, who=_who()))
+    _show_replay(done, names, output, dry_run=False)
+    if done.too_large or done.foreign:
+        sys.exit(1)
+
+
+def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: bool) -> None:
+    if output == "json":
+        echo_json(
+            {
+                "fed": [
+                    {"source": source, "reason": reason, "records": count}
+                    for (source, reason), count in sorted(replay.fed.items())
+                ],
+                "done_before": replay.done_before.total(),
+                "foreign": [letter.place for letter in replay.foreign],
+                "too_large": [letter.place for letter in replay.too_large],
+                "dry_run": dry_run,
+            }
+        )
+    else:
+        for (source, reason), count in sorted(replay.fed.items()):
+            click.echo(f"{count:>10,} {source} {reason}")
+        click.echo(
+            f"{'would feed' if dry_run else 'fed'} {replay.fed.total():,} records again{' (dry run)' if dry_run else ''}"
+        )
+        if replay.done_before:
+            click.echo(
+                f"{replay.done_before.total():,} letters were replayed before, or are another letter of a record that was"
+            )
+    for letter in replay.foreign:
+        click.echo(
+            f"{letter.place}: expected a source with the prefix {names.prefix!r} and that partition, found {letter.origin}. It "
+            f"can't be fed; `headrace dead-letters show {letter.place} --raw` gives its bytes.",
+            err=True,
+        )
+    for letter in replay.too_large:
+        click.echo(
+            f"{letter.place}: {letter.origin.topic} refused it for its size ({letter.size:,} bytes, and a header that a replay "
+            "adds). Raise topics.max_message_bytes, `headrace topics create --mend`, and replay again.",
+            err=True,
+        )
+
+
+def _document(letter: Letter) -> dict[str, Any]:
+    return {
+        "place": letter.place,
+        "arrived_ms": letter.arrived_ms,
+        "reason": letter.reason,
+        "path": letter.path,
+        "error": letter.error,
+        "source": letter.origin._asdict(),
+        **_bytes("key", letter.key),
+    }
+
+
+def _header(name: str, value: bytes | None) -> dict[str, Any]:
+    return {"name": name, **_bytes("value", value)}
+
+
+def _bytes(name: str, data: bytes | None) -> dict[str, Any]:
+    """As text where it is UTF-8, else in base64 under another name."""
+    if data is None:
+        return {name: None}
+    try:
+        return {name: data.decode()}
+    except UnicodeDecodeError:
+        return {f"{name}_base64": base64.b64encode(data).decode()}
+
+
+def _text(data: bytes) -> str:
+    """For people: a line, control characters and what isn't UTF-8 escaped."""
+    text = data.decode(errors="backslashreplace")
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def _short(data: bytes) -> str:
+    line = _text(data)
+    return line if len(line) <= SHOWN else f"{line[: SHOWN - 1]}…"
+
+
+def _sum(counts: Counter[tuple[str, str]]) -> str:
+    return ", ".join(f"{count:,} {source} {reason}" for (source, reason), count in sorted(counts.items())) or "none"
+
+
+def _place(place: str) -> tuple[int, int]:
+    partition, slash, offset = place.partition("/")
+    if not (slash and partition.isascii() and partition.isdigit() and offset.isascii() and offset.isdigit()):
+        raise click.UsageError(
+            f"{place!r}: expected PARTITION/OFFSET such as 0/17, as `headrace dead-letters list` shows in its first column."
+        )
+    return int(partition), int(offset)
+
+
+def _normal(place: str) -> str:
+    partition, offset = _place(place)
+    return f"{partition}/{offset}"
+
+
+def _wanted(
+    names: TopicNames,
+    reasons: tuple[str, ...],
+    sources: tuple[str, ...],
+    since_ms: int | None,
+    until_ms: int | None,
+    places: tuple[str, ...] = (),
+) -> Wanted:
+    from stream.dead_letters import REASONS
+    from stream.letter_log import Wanted
+
+    for reason in reasons:
+        if reason not in REASONS:
+            raise click.UsageError(f"--reason {reason!r}: expected one of {', '.join(REASONS)}.")
+    full = frozenset(f"{names.prefix}{source}" for source in sources)
+    return Wanted(frozenset(reasons), full, frozenset(places), since_ms, until_ms)
+
+
+def _settings() -> tuple[Settings, TopicNames]:
+    from deploy.settings import load_settings
+    from stream.topics import TopicNames
+
+    # aiokafka logs every fencing as an error, and asyncio what its producer then leaves behind; here it is how one replay ends
+    # another, and is told in words of ours.
+    for name in ("aiokafka", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    settings = load_settings()
+    return settings, TopicNames.of(settings.topics)
+
+
+def _run(settings: Settings, doing: Coroutine[Any, Any, T]) -> T:
+    """Raises StreamError where Kafka can't be reached."""
+    from aiokafka.errors import KafkaError
+    from kafka.errors import KafkaError as AdminError
+
+    from stream.errors import StreamError
+
+    try:
+        return asyncio.run(doing)
+    except (KafkaError, AdminError, OSError) as error:
+        raise StreamError(
+            f"Kafka at {settings.kafka.bootstrap_servers}: expected an answer about dead letters, found {error!r}. Is it "
+            "running? `headrace kafka status`; another address: HEADRACE_KAFKA__BOOTSTRAP_SERVERS."
+        ) from error
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"

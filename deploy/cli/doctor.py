@@ -1,0 +1,72 @@
+"""`headrace doctor`: what is wrong with a running system, and what mends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import click
+
+from deploy.cli.common import echo_json, format_option
+
+__all__ = ["doctor"]
+
+
+@click.command()
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=20_000,
+    show_default=True,
+    help="Newest records read of each of impressions, clicks and dead-letters, over all partitions.",
+)
+@format_option
+def doctor(sample: int, output: str) -> None:
+    """Look for what is wrong with topics, producers and workers, and say what mends it. Never writes.
+
+    Exit code 0 when nothing was found, 1 when something was. What producers send is judged by a sample: the newest records.
+
+    \b
+    Examples:
+      headrace doctor
+      headrace doctor --sample 200000
+      headrace doctor --format json | jq -r '.findings[].cure'
+    """
+    from aiokafka.errors import KafkaError
+    from kafka.errors import KafkaError as AdminError
+
+    from deploy.doctor.examination import CHECKS, examine
+    from deploy.doctor.kafka_readings import read_everything
+    from deploy.settings import load_settings
+    from stream.errors import StreamError
+
+    settings = load_settings()
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what fails is told below
+    try:
+        readings = asyncio.run(read_everything(settings, sample=sample))
+    except (KafkaError, AdminError) as error:
+        raise StreamError(
+            f"Kafka at {settings.kafka.bootstrap_servers}: expected an answer to the doctor's questions, found {error!r}. Is "
+            "it well? `headrace kafka status` for a local one."
+        ) from error
+    findings = examine(readings)
+    sampled: dict[str, int] = {"impressions": 0, "clicks": 0, "dead-letters": len(readings.letters)}
+    for (topic, _), tail in readings.tails.items():
+        sampled[topic] += len(tail.offsets)
+    if output == "json":
+        document: dict[str, Any] = {"findings": findings, "checks": list(CHECKS), "sampled": sampled, "unread": readings.unread}
+        echo_json(document)
+    else:
+        for finding in findings:
+            click.echo(f"{finding.check}: {finding.what}")
+            for name in ("expected", "found", "cure"):
+                click.echo(f"  {name:8} {getattr(finding, name)}")
+        if not findings:
+            click.echo(f"Nothing found: {len(CHECKS)} checks.")
+        told = ", ".join(f"{count:,} {topic}" for topic, count in sampled.items())
+        click.echo(f"Sampled the newest of each topic: {told}.", err=True)
+        for reason in readings.unread:
+            click.echo(f"Could not read {reason}", err=True)
+    if findings:
+        click.get_current_context().exit(1)

@@ -1,0 +1,186 @@
+"""Checks of what producers send: where keys go, what clocks say, and how much of it can't be used. All over a sample."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from deploy.cli.times import duration
+from deploy.doctor.finding import Finding
+from deploy.doctor.readings import Readings, Tail
+from deploy.partitions import partitions_of
+
+__all__ = ["clocks", "dead_letters", "partitioner"]
+
+KEYS_SHOWN = 5
+# Clocks that NTP holds differ by milliseconds; a second is a clock that nobody holds.
+CLOCK_TOLERANCE_MS = 1_000
+# Fewer than these say nothing about a rate.
+MIN_RECORDS = 100
+# A click loses its impression now and then (a beacon that never arrived, a bot); beyond this something is wrong.
+MAX_ORPHANS = 0.05
+# Of any other reason: a producer that follows the contract sends none.
+MAX_UNUSABLE = 0.01
+# Share of clicks before their impressions, beyond what `join.negative_skew_ms` forgives.
+MAX_BACKWARD = 0.01
+
+_CURES = {
+    "orphan_click": "see `partitioner` and `clocks` above if they stand there; else impressions are lost on their way, or come "
+    "later than their clicks by more than join.negative_skew_ms allows",
+    "late_impression": "raise join.dedupe_horizon_ms or join.lateness_ms to what is late, then "
+    "`headrace dead-letters replay --reason late_impression`",
+    "future_timestamp": "set the producers' clocks (NTP), or make them send milliseconds, not microseconds",
+    "id_mismatch": "make the producers use `impression_id` as the record's key, the same bytes (docs/producers.md)",
+}
+
+
+def partitioner(readings: Readings) -> Iterator[Finding]:
+    """Keys in another partition than murmur2 gives them: their clicks and impressions don't meet."""
+    for topic in ("impressions", "clicks"):
+        count = readings.partitions.get(topic, 0)
+        total, wrong = 0, list[tuple[bytes, int]]()
+        for (name, number), tail in readings.tails.items():
+            if name == topic:
+                keys = [key for key in tail.keys if key is not None]
+                total += len(keys)
+                places = np.flatnonzero(partitions_of(keys, count) != number)
+                wrong.extend((keys[index], number) for index in places.tolist())
+        if wrong:
+            shown = [f"{_key(key)} in {number}" for key, number in dict(wrong).items()]
+            guess, cure = _guess(wrong, count)
+            yield Finding(
+                check="partitioner",
+                what=readings.topic(topic),
+                expected="every key in the partition that murmur2 gives it",
+                found=f"{len(wrong):,} of {total:,} sampled records ({len(shown):,} keys) elsewhere{guess}, such as "
+                f"{', '.join(shown[:KEYS_SHOWN])}",
+                cure=cure,
+            )
+
+
+def _guess(wrong: Sequence[tuple[bytes, int]], count: int) -> tuple[str, str]:
+    """Which partitioner put them there, if a known one explains all, and what to do."""
+    known: tuple[tuple[str, Callable[[bytes], int], str], ...] = (
+        (
+            "CRC32, librdkafka's default",
+            lambda key: zlib.crc32(key) % count,
+            "set `partitioner` to `murmur2_random` in that producer (librdkafka: confluent-kafka, rdkafka, .NET, PHP, Go)",
+        ),
+        (
+            "FNV-1a, sarama's default",
+            lambda key: _fnv1a(key, count),
+            "give that producer (sarama) a partitioner over murmur2, docs/producers.md has it in four lines",
+        ),
+    )
+    for name, place, cure in known:
+        # One partition in `count` is right by chance; a few records settle it.
+        if len(wrong) >= KEYS_SHOWN and all(place(key) == number for key, number in wrong):
+            return f" ({name})", f"{cure}. Records that are there stay unmatched"
+    return "", (
+        "find the producer of these keys and give it Kafka's murmur2 partitioner (docs/producers.md); none may choose the "
+        "partition itself. Records that are there stay unmatched"
+    )
+
+
+def _fnv1a(key: bytes, count: int) -> int:
+    """As sarama's hash partitioner: 32 bits, signed, remainder made positive."""
+    state = 0x811C9DC5
+    for byte in key:
+        state = ((state ^ byte) * 0x01000193) & 0xFFFFFFFF
+    signed = state - (1 << 32) if state >= 1 << 31 else state
+    return abs(signed) % count  # Go's remainder has the dividend's sign, and sarama drops that
+
+
+def _key(key: bytes) -> str:
+    return repr(key.decode(errors="backslashreplace")[:40])
+
+
+def clocks(readings: Readings) -> Iterator[Finding]:
+    """Event times that lie after their arrival, and clicks before their impressions."""
+    for topic in ("impressions", "clicks"):
+        tails = [tail for (name, _), tail in readings.tails.items() if name == topic]
+        ahead = np.concatenate([np.zeros(0, np.int64), *(_ahead(tail) for tail in tails)])
+        fast = ahead[ahead > CLOCK_TOLERANCE_MS]
+        if len(fast):
+            yield Finding(
+                check="clocks",
+                what=readings.topic(topic),
+                expected=f"event times at most {duration(CLOCK_TOLERANCE_MS)} after the arrival at the broker",
+                found=f"{len(fast):,} of {len(ahead):,} sampled events ahead, by up to {duration(float(fast.max()))}: they "
+                "carry the watermark ahead of all other events",
+                cure="set the producers' clocks (NTP), and the brokers'; look whether `timestamp` is milliseconds in UTC",
+            )
+    yield from _backward(readings)
+
+
+def _ahead(tail: Tail) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    known = tail.event_ms >= 0
+    return (tail.event_ms - tail.arrived_ms)[known]
+
+
+def _backward(readings: Readings) -> Iterator[Finding]:
+    """Clicks that lie before their impressions by event time, of the pairs that the sample has both of."""
+    skew, pairs, backward = readings.join_settings.negative_skew_ms, 0, list[int]()
+    for (name, number), clicks in readings.tails.items():
+        impressions = readings.tails.get(("impressions", number))
+        if name != "clicks" or impressions is None:
+            continue
+        times = {key: time for key, time in zip(impressions.keys, impressions.event_ms.tolist(), strict=True) if time >= 0}
+        for key, time in zip(clicks.keys, clicks.event_ms.tolist(), strict=True):
+            if time >= 0 and key in times:
+                pairs += 1
+                if time - times[key] < -skew:
+                    backward.append(times[key] - time)
+    if pairs >= MIN_RECORDS and len(backward) > MAX_BACKWARD * pairs:
+        yield Finding(
+            check="clocks",
+            what=f"{readings.topic('clicks')} against {readings.topic('impressions')}",
+            expected=f"clicks at most {duration(skew)} (join.negative_skew_ms) before their impressions",
+            found=f"{len(backward):,} of {pairs:,} sampled pairs the other way round, by up to {duration(max(backward))}: "
+            "those clicks never count",
+            cure="set the clocks of both producers (NTP); until then join.negative_skew_ms = "
+            f"{int(np.percentile(backward, 99)) + 1} takes 99 % of them",
+        )
+
+
+def dead_letters(readings: Readings) -> Iterator[Finding]:
+    """More of the sampled events became dead letters than a healthy stream has."""
+    letters = {(place, offset): reason for reason, place, offset in readings.letters}
+    for topic in ("impressions", "clicks"):
+        settled, found = 0, Counter[str]()
+        for (name, number), tail in readings.tails.items():
+            if name == topic:
+                offsets = tail.offsets[_settled(readings, name, number, tail)]
+                settled += len(offsets)
+                found.update(
+                    letters[(name, number), offset] for offset in offsets.tolist() if ((name, number), offset) in letters
+                )
+        for reason, count in sorted(found.items()):
+            limit = MAX_ORPHANS if reason == "orphan_click" else MAX_UNUSABLE
+            if settled >= MIN_RECORDS and count > limit * settled:
+                yield Finding(
+                    check="dead_letters",
+                    what=f"{readings.topic(topic)}: {reason}",
+                    expected=f"at most {limit:.0%} of the events",
+                    found=f"{count:,} of {settled:,} sampled and settled ({count / settled:.1%})",
+                    cure=_CURES.get(
+                        reason,
+                        f"`headrace dead-letters list --reason {reason}` says where and why; mend that producer "
+                        "(docs/events.md)",
+                    ),
+                )
+
+
+def _settled(readings: Readings, topic: str, number: int, tail: Tail) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which sampled events the join has read, and of clicks also waited for long enough to call them orphans."""
+    committed = readings.committed.get(number)
+    position = None if committed is None else getattr(committed, topic)
+    if committed is None or position is None:
+        return np.zeros(len(tail.offsets), bool)
+    read = tail.offsets < position
+    if topic == "clicks" and committed.progress is not None:
+        read &= tail.event_ms + readings.join_settings.negative_skew_ms < committed.progress.watermark_ms
+    return read

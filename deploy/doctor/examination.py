@@ -1,0 +1,31 @@
+"""All checks over one reading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from deploy.doctor import event_checks, progress_checks, topic_checks
+from deploy.doctor.finding import Finding
+from deploy.doctor.readings import Readings
+
+__all__ = ["CHECKS", "examine"]
+
+# In the order in which findings are told: what is first is often why the rest is. docs/operations.md lists them.
+CHECKS: dict[str, Callable[[Readings], Iterator[Finding]]] = {
+    "topics": topic_checks.topics,
+    "co_partitioning": topic_checks.co_partitioning,
+    "retention": topic_checks.retention,
+    "partitioner": event_checks.partitioner,
+    "clocks": event_checks.clocks,
+    "dead_letters": event_checks.dead_letters,
+    "lag": progress_checks.lag,
+    "deleted": progress_checks.deleted,
+    "low_water": progress_checks.low_water,
+    "watermark": progress_checks.watermark,
+    "open_transactions": progress_checks.open_transactions,
+}
+
+
+def examine(readings: Readings) -> list[Finding]:
+    """Every finding of every check, in the order of `CHECKS`."""
+    return [finding for check in CHECKS.values() for finding in check(readings)]

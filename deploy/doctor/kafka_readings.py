@@ -1,0 +1,330 @@
+"""Reads what the doctor looks at, from Kafka and the snapshot store. Never writes, commits nothing, joins no group.
+
+What is read of a topic is bounded: its newest records, `sample` of them over all partitions, and single records at offsets of
+interest (for their arrival).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import numpy as np
+from aiokafka.errors import KafkaError
+from aiokafka.structs import TopicPartition
+
+from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail, TrainerReading
+from deploy.settings import Settings
+from state.errors import SnapshotError
+from state.store import SnapshotStore
+from stream.clients import kafka_python_options
+from stream.errors import StreamError
+from stream.join.events import WATERMARK_HEADER
+from stream.join.progress import decode_progress
+from stream.letter_log import read_letter
+from stream.log_spans import Span, high_watermarks, read_spans, span_consumer
+from stream.offsets import committed_offsets
+from stream.registry_log import read_registry
+from stream.topic_admin import Found, differences, find_topics
+from stream.topic_contract import topic_contracts
+from stream.topics import TopicNames
+
+__all__ = ["read_everything"]
+
+# Whose logs are measured; by short name, which is also the attribute's of TopicNames, but for the dashes.
+MEASURED = ("impressions", "clicks", "examples", "score-requests", "dead-letters")
+STALL_S = 20.0  # without anything from a broker
+FIRST_S = 10.0  # for single records; where one takes longer its arrival stays unknown
+# A group's coordinator is made at the first question ever asked of a new cluster.
+COORDINATOR_S, RETRY_S = 10.0, 0.3
+
+
+class _Event(msgspec.Struct):
+    timestamp: int
+
+
+_decoder = msgspec.json.Decoder(_Event)
+
+
+async def read_everything(settings: Settings, *, sample: int) -> Readings:
+    """One moment of the system.
+
+    Args:
+        sample: records read from the end of each of impressions, clicks and dead-letters, over all partitions together.
+
+    Raises:
+        TopicError: Kafka can't be reached.
+    """
+    names = TopicNames.of(settings.topics)
+    found = await asyncio.to_thread(find_topics, settings.kafka, settings.topics)
+    shorts = {_full(names, short): short for short in MEASURED}
+    there = {shorts[name]: topic for name, topic in found.items() if name in shorts}
+    readings = Readings(
+        now_ms=time.time_ns() // 1_000_000,
+        join_settings=settings.join,
+        prefix=names.prefix,
+        differences=differences(topic_contracts(settings.topics), found),
+        partitions={short: topic.partitions for short, topic in there.items()},
+        configs={short: topic.configs for short, topic in there.items()},
+    )
+    reader = _Reader(settings, names, there)
+    try:
+        return await reader.read(readings, sample)
+    finally:
+        await reader.close()
+
+
+class _Reader:
+    """One consumer, and what it is asked for."""
+
+    def __init__(self, settings: Settings, names: TopicNames, there: Mapping[str, Found]) -> None:
+        self._settings, self._names = settings, names
+        self._places = [(short, number) for short, topic in there.items() for number in range(topic.partitions)]
+        self._consumer: Any = None
+        self._unread: list[str] = []
+
+    async def read(self, readings: Readings, sample: int) -> Readings:
+        self._consumer = span_consumer(self._settings.kafka)
+        await self._consumer.start()
+        logs = await self._logs()
+        offsets_retention_ms, members = await asyncio.to_thread(self._admin)
+        readings = replace(
+            readings,
+            logs=logs,
+            offsets_retention_ms=offsets_retention_ms,
+            members=members,
+            committed=await self._committed(),
+            scorer=await self._scorer(),
+            trainer=await self._trainer(),
+            tails=await self._tails(logs, sample),
+            letters=await self._letters(logs, sample),
+        )
+        arrivals = await self._first_records(logs, _offsets_of_interest(readings))
+        return replace(readings, arrivals=arrivals, open_since_ms=await self._open(logs), unread=self._unread)
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            await self._consumer.stop()
+
+    def _tp(self, place: Place) -> TopicPartition:
+        return TopicPartition(_full(self._names, place[0]), place[1])
+
+    async def _logs(self) -> dict[Place, LogReading]:
+        places = {self._tp(place): place for place in self._places}
+        if not places:
+            return {}
+        starts, stable = await self._consumer.beginning_offsets(list(places)), await self._consumer.end_offsets(list(places))
+        ends = await high_watermarks(self._settings.kafka, list(places))
+        return {place: LogReading(starts[tp], stable[tp], ends[tp]) for tp, place in places.items()}
+
+    def _admin(self) -> tuple[int | None, dict[str, int]]:
+        """How long brokers remember offsets, and how many members each group has (kafka-python: aiokafka can't decode them)."""
+        from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+        from kafka.errors import KafkaError as AdminError
+
+        admin = KafkaAdminClient(**kafka_python_options(self._settings.kafka))
+        try:
+            brokers = [str(broker["broker_id"]) for broker in admin.describe_cluster()["brokers"]]
+            try:
+                resource = ConfigResource(ConfigResourceType.BROKER, brokers[0])
+                configs = admin.describe_configs([resource], config_filter="all")["broker"][brokers[0]]
+                retention_ms = int(configs["offsets.retention.minutes"]["value"]) * 60_000
+            except (AdminError, KeyError) as error:
+                self._unread.append(f"the brokers' configuration: {error!r}")
+                retention_ms = None
+            return retention_ms, self._members(admin)
+        finally:
+            admin.close()
+
+    def _members(self, admin: Any) -> dict[str, int]:
+        from kafka.errors import KafkaError as AdminError
+
+        groups = {worker: self._group(worker) for worker in ("join", "trainer", "scorer")}
+        deadline = time.monotonic() + COORDINATOR_S
+        while True:
+            try:
+                described = admin.describe_groups(list(groups.values()))
+                return {worker: len(described[group]["members"]) for worker, group in groups.items()}
+            except AdminError as error:
+                if time.monotonic() > deadline:
+                    self._unread.append(f"who is in the consumer groups: {error!r}")
+                    return {}
+                time.sleep(RETRY_S)
+
+    def _group(self, worker: str) -> str:
+        return f"{self._names.prefix}{getattr(self._settings, worker).group}"
+
+    async def _offsets(self, worker: str, shorts: Iterable[str]) -> dict[Place, Any]:
+        places = {self._tp(place): place for place in self._places if place[0] in shorts}
+        if not places:
+            return {}
+        try:
+            found = await committed_offsets(self._settings.kafka, self._group(worker), list(places))
+        except KafkaError as error:
+            self._unread.append(f"what {self._group(worker)} has committed: {error!r}")
+            return {}
+        return {places[tp]: at for tp, at in found.items()}
+
+    async def _committed(self) -> dict[int, Committed]:
+        found = await self._offsets("join", ("impressions", "clicks"))
+        committed = {}
+        for number in {number for _, number in found}:
+            impressions, clicks = found.get(("impressions", number)), found.get(("clicks", number))
+            progress = None
+            if impressions is not None and impressions.metadata:
+                try:
+                    progress = decode_progress(impressions.metadata)
+                except msgspec.DecodeError:
+                    self._unread.append(f"the join's progress in partition {number}: {impressions.metadata[:80]!r}")
+            committed[number] = Committed(_offset(impressions), _offset(clicks), progress)
+        return committed
+
+    async def _scorer(self) -> dict[int, int]:
+        found = await self._offsets("scorer", ("score-requests",))
+        return {number: at.offset for (_, number), at in found.items()}
+
+    async def _trainer(self) -> TrainerReading | None:
+        """The newest version that is announced and there; a trainer goes on from one like it."""
+        try:
+            registry = await read_registry(self._settings.kafka, self._names)
+            if not registry.versions:
+                return None
+            store = SnapshotStore(self._settings.snapshots)
+            there = registry.versions.keys() & set(store.versions())
+            if not there:
+                self._unread.append(f"the trainer's offsets: none of the announced versions is in {store.url}")
+                return None
+            manifest = store.manifest(max(there))
+        except (StreamError, SnapshotError) as error:
+            self._unread.append(f"the trainer's offsets: {error}")
+            return None
+        return TrainerReading(manifest.version, {int(number): offset for number, offset in manifest.offsets.items()})
+
+    async def _newest(self, logs: Mapping[Place, LogReading], short: str, sample: int) -> dict[Place, tuple[int, list[Any]]]:
+        """The last records of a topic by partition, and the offset from which they were read."""
+        places = {self._tp(place): place for place in logs if place[0] == short}
+        share = max(sample // max(len(places), 1), 1)
+        spans = {
+            tp: (max(logs[place].start, logs[place].stable_end - share), logs[place].stable_end) for tp, place in places.items()
+        }
+        records: dict[Place, list[Any]] = defaultdict(list)
+        async for tp, run in read_spans(self._consumer, spans, stall_s=STALL_S):
+            records[places[tp]] += run
+        return {place: (spans[tp][0], records[place]) for tp, place in places.items()}
+
+    async def _tails(self, logs: Mapping[Place, LogReading], sample: int) -> dict[Place, Tail]:
+        tails = {}
+        for short in ("impressions", "clicks"):
+            for place, (first, records) in (await self._newest(logs, short, sample)).items():
+                events = [record for record in records if record.value or WATERMARK_HEADER not in dict(record.headers)]
+                tails[place] = Tail(
+                    first_offset=first,
+                    offsets=np.array([record.offset for record in events], np.int64),
+                    keys=[record.key for record in events],
+                    arrived_ms=np.array([record.timestamp for record in events], np.int64),
+                    event_ms=np.array([_event_ms(record.value) for record in events], np.int64),
+                )
+        return tails
+
+    async def _letters(self, logs: Mapping[Place, LogReading], sample: int) -> list[tuple[str, Place, int]]:
+        shorts = {_full(self._names, short): short for short in MEASURED}
+        letters = []
+        for _, records in (await self._newest(logs, "dead-letters", sample)).values():
+            for letter in filter(None, map(read_letter, records)):
+                short = shorts.get(letter.origin.topic)
+                if short is not None:
+                    letters.append((letter.reason, (short, letter.origin.partition), letter.origin.offset))
+        return letters
+
+    async def _first_records(
+        self, logs: Mapping[Place, LogReading], wanted: Mapping[Place, set[int]]
+    ) -> dict[tuple[str, int, int], int]:
+        """Arrival of the first record at or after each offset: a round for each partition's first, second, … offset."""
+        arrivals = {}
+        left = {place: sorted(offsets) for place, offsets in wanted.items()}
+        while left:
+            places = {self._tp(place): place for place in left}
+            for tp, record in (
+                await _first(self._consumer, {tp: (left[place][0], logs[place].stable_end) for tp, place in places.items()})
+            ).items():
+                arrivals[*places[tp], left[places[tp]][0]] = record.timestamp
+            left = {place: offsets[1:] for place, offsets in left.items() if offsets[1:]}
+        return arrivals
+
+    async def _open(self, logs: Mapping[Place, LogReading]) -> dict[Place, int]:
+        """Where committed readers stop before the end: when the transaction began that they stop at."""
+        stopped = {self._tp(place): place for place, log in logs.items() if log.stable_end < log.end}
+        if not stopped:
+            return {}
+        consumer = span_consumer(self._settings.kafka, committed=False)
+        await consumer.start()
+        try:
+            first = await _first(consumer, {tp: (logs[place].stable_end, logs[place].end) for tp, place in stopped.items()})
+        finally:
+            await consumer.stop()
+        return {stopped[tp]: record.timestamp for tp, record in first.items()}
+
+
+async def _first(consumer: Any, spans: Mapping[TopicPartition, Span]) -> dict[TopicPartition, Any]:
+    """The first record of each span; none where it holds only markers, or a broker doesn't answer in time."""
+    consumer.assign(list(spans))
+    for tp, (offset, _) in spans.items():
+        consumer.seek(tp, offset)
+    first: dict[TopicPartition, Any] = {}
+    left, deadline = set(spans), time.monotonic() + FIRST_S
+    while left and time.monotonic() < deadline:
+        for tp, records in (await consumer.getmany(*left, timeout_ms=200, max_records=len(left))).items():
+            first[tp] = records[0]
+        for tp in list(left):
+            if tp in first or await consumer.position(tp) >= spans[tp][1]:
+                left.remove(tp)
+                consumer.pause(tp)
+    return first
+
+
+def _offsets_of_interest(readings: Readings) -> dict[Place, set[int]]:
+    """Where the checks need to know a record's arrival; only offsets before the end, else there is nothing to wait for."""
+    wanted: dict[Place, set[int]] = defaultdict(set)
+
+    def add(topic: str, number: int, offset: int | None) -> None:
+        log = readings.logs.get((topic, number))
+        if log is not None:
+            at = log.start if offset is None else max(offset, log.start)
+            if at < log.stable_end:
+                wanted[topic, number].add(at)
+
+    for number in range(readings.partitions.get("impressions", 0)):
+        committed = readings.committed.get(number, Committed(None, None, None))
+        add("impressions", number, committed.impressions)
+        add("clicks", number, committed.clicks)
+        if committed.progress is not None:
+            add("impressions", number, committed.progress.impressions_low)
+            add("clicks", number, committed.progress.clicks_low)
+            add("examples", number, committed.progress.examples_low)
+    for number in range(readings.partitions.get("examples", 0)):
+        add("examples", number, None if readings.trainer is None else readings.trainer.offsets.get(number))
+    for number in range(readings.partitions.get("score-requests", 0)):
+        add("score-requests", number, readings.scorer.get(number))
+    return wanted
+
+
+def _full(names: TopicNames, short: str) -> str:
+    full = getattr(names, short.replace("-", "_"))
+    assert isinstance(full, str)
+    return full
+
+
+def _offset(committed: Any) -> int | None:
+    return None if committed is None else int(committed.offset)
+
+
+def _event_ms(value: bytes | None) -> int:
+    try:
+        return _decoder.decode(value or b"").timestamp
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return -1

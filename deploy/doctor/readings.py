@@ -1,0 +1,99 @@
+"""What the doctor looks at: one moment of a system, as plain data that tests can make up.
+
+Times are milliseconds since the epoch. Topics go by their short names (`impressions`), whatever their prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from stream.join.progress import Progress
+from stream.settings import JoinSettings
+from stream.topic_admin import Difference
+
+__all__ = ["Committed", "LogReading", "Place", "Readings", "Tail", "TrainerReading"]
+
+Place = tuple[str, int]  # short name of a topic, partition
+
+
+@dataclass(frozen=True, slots=True)
+class LogReading:
+    """Offsets of one partition: the first kept, the end for readers of committed records, and the end of all."""
+
+    start: int
+    stable_end: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tail:
+    """The last records of one partition, markers left out; all columns have one length.
+
+    first_offset  where reading began: every committed record from there to the end is in the columns
+    event_ms      -1 where the value has no event time; watermark records are left out
+    """
+
+    first_offset: int
+    offsets: npt.NDArray[np.int64]
+    keys: Sequence[bytes | None]
+    arrived_ms: npt.NDArray[np.int64]
+    event_ms: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What the join has committed for one partition number; None where it has committed nothing."""
+
+    impressions: int | None
+    clicks: int | None
+    progress: Progress | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerReading:
+    """The newest announced version that the store has: its number, and the next offset to train by partition."""
+
+    version: int
+    offsets: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readings:
+    """One moment. What could not be read is empty, and `unread` says why."""
+
+    now_ms: int
+    join_settings: JoinSettings
+    prefix: str = ""
+    differences: Sequence[Difference] = ()
+    partitions: Mapping[str, int] = field(default_factory=dict)
+    """Of the topics that are there."""
+    configs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    offsets_retention_ms: int | None = None
+    """How long the brokers remember what a group without members has committed."""
+    logs: Mapping[Place, LogReading] = field(default_factory=dict)
+    tails: Mapping[Place, Tail] = field(default_factory=dict)
+    """Of impressions and clicks."""
+    letters: Sequence[tuple[str, Place, int]] = ()
+    """Of the newest dead letters: reason, and topic, partition and offset of the record."""
+    committed: Mapping[int, Committed] = field(default_factory=dict)
+    members: Mapping[str, int] = field(default_factory=dict)
+    """Members of the groups `join`, `trainer` and `scorer`."""
+    trainer: TrainerReading | None = None
+    scorer: Mapping[int, int] = field(default_factory=dict)
+    """Committed offset of each partition of `score-requests`."""
+    arrivals: Mapping[tuple[str, int, int], int] = field(default_factory=dict)
+    """Arrival of the first committed record at or after an offset, by topic, partition and offset."""
+    open_since_ms: Mapping[Place, int] = field(default_factory=dict)
+    """Arrival of the first record of a transaction that is open, where one holds back readers."""
+    unread: Sequence[str] = ()
+
+    def arrived(self, topic: str, partition: int, offset: int) -> int | None:
+        return self.arrivals.get((topic, partition, offset))
+
+    def topic(self, short: str) -> str:
+        """The full name, for people."""
+        return f"{self.prefix}{short}"

@@ -1,0 +1,182 @@
+"""How near retention is to what a rebuild of the join's state needs: told once a minute, and with a warning when it is near.
+
+A partition's low-water offset in each of its three logs is the earliest that something pending or remembered still needs. Once
+retention has deleted it, a worker without local state can't take the partition over any more. A source that has stalled keeps
+impressions pending, and low water stays where it is while retention comes after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.structs import TopicPartition
+
+from stream.clients import aiokafka_options
+from stream.join.metrics import JoinMetrics
+from stream.settings import KafkaSettings
+from stream.topics import TopicNames
+
+__all__ = ["LowWater", "Margin", "RetentionWatch"]
+
+log = logging.getLogger(__name__)
+
+# Retention moves by segments, hours at a time as a rule; each look costs a fetch of one batch a log.
+LOOK_EVERY_S = 60.0
+# Warn when less than this share of the topic's retention is left: 1.4 days of the default 7.
+NEAR = 0.2
+# A look that finds no record in this time is made without it: behind low water there may be markers only.
+READ_S = 5.0
+
+LowWater = tuple[int, int, int]  # of impressions, clicks, examples
+
+
+@dataclass(frozen=True, slots=True)
+class Margin:
+    """One log of one partition: `offsets` from its start to the low water, `left_s` until retention by time reaches that.
+
+    `left_s` is infinite where nothing lies behind the low water, or retention by time is off; negative when the record is
+    overdue and its segment not deleted yet.
+    """
+
+    offsets: int
+    left_s: float
+    retention_s: float
+
+    @classmethod
+    def of(cls, *, low: int, start: int, arrival_ms: int | None, retention_ms: int, now_ms: float) -> Margin:
+        """`arrival_ms` of the first record at or behind `low`, None without one; `retention_ms` is -1 for no end."""
+        ends = arrival_ms is not None and retention_ms >= 0
+        left_s = (arrival_ms + retention_ms - now_ms) / 1000 if ends and arrival_ms is not None else float("inf")
+        return cls(low - start, left_s, retention_ms / 1000)
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, None when nothing is."""
+        if self.offsets < 0:
+            return (
+                f"retention has deleted {-self.offsets} offsets that a rebuild needs: only the state folder of this worker "
+                "still has what they said, so don't lose it"
+            )
+        if self.left_s < NEAR * self.retention_s:
+            left = f"in {self.left_s / 3600:.1f} h" if self.left_s > 0 else "any time now"
+            return f"retention reaches what a rebuild needs {left} (it is {self.retention_s / 3600:.1f} h)"
+        return None
+
+
+class RetentionWatch:
+    """Looks after every partition number that a worker owns.
+
+    Args:
+        low_water: the low-water offsets of the partition numbers owned now.
+    """
+
+    def __init__(
+        self, kafka: KafkaSettings, names: TopicNames, metrics: JoinMetrics, low_water: Callable[[], Mapping[int, LowWater]]
+    ) -> None:
+        self._kafka, self._metrics, self._low_water = kafka, metrics, low_water
+        self._topics = (names.impressions, names.clicks, names.examples)
+        self._arrivals: dict[TopicPartition, tuple[int, int | None]] = {}  # low water, and when that record came
+        self._near: set[TopicPartition] = set()
+
+    async def run(self) -> None:
+        """Look until cancelled. What goes wrong here is no reason for the join to end."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            try:
+                await self.look()
+            except Exception as error:
+                log.warning("could not look how near retention is, trying again in %.0f s: %r", LOOK_EVERY_S, error)
+
+    async def look(self) -> dict[TopicPartition, Margin]:
+        """Look once, set the metrics, and warn of what has become near since the last look."""
+        low = {
+            TopicPartition(topic, number): offset
+            for number, offsets in self._low_water().items()
+            for topic, offset in zip(self._topics, offsets, strict=True)
+        }
+        if not low:
+            return {}
+        retention_ms = await self._retention()
+        consumer = AIOKafkaConsumer(
+            **aiokafka_options(self._kafka),
+            enable_auto_commit=False,
+            auto_offset_reset="none",
+            max_partition_fetch_bytes=1,  # Kafka hands over one batch all the same
+        )
+        await consumer.start()
+        try:
+            starts = await consumer.beginning_offsets(list(low))
+            ends = await consumer.end_offsets(list(low))
+            await self._read_arrivals(consumer, {tp: max(offset, starts[tp]) for tp, offset in low.items()}, ends)
+        finally:
+            await consumer.stop()
+        owned = self._low_water()  # a partition may have gone meanwhile
+        margins = {
+            tp: Margin.of(
+                low=offset,
+                start=starts[tp],
+                arrival_ms=self._arrivals[tp][1],
+                retention_ms=retention_ms.get(tp.topic, -1),  # nothing where we may not ask
+                now_ms=time.time() * 1000,
+            )
+            for tp, offset in low.items()
+            if tp.partition in owned
+        }
+        self._tell(margins)
+        return margins
+
+    async def _retention(self) -> dict[str, int]:
+        """`retention.ms` of each topic, as the cluster has it."""
+        admin = AIOKafkaAdminClient(**aiokafka_options(self._kafka))
+        await admin.start()
+        try:
+            asked = [ConfigResource(ConfigResourceType.TOPIC, topic, {"retention.ms": ""}) for topic in self._topics]
+            answers = await admin.describe_configs(asked)
+        finally:
+            await admin.close()
+        return {
+            resource[3]: int(entry[1])
+            for answer in answers
+            for resource in answer.resources
+            for entry in resource[4]
+            if entry[0] == "retention.ms"
+        }
+
+    async def _read_arrivals(
+        self, consumer: Any, low: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]
+    ) -> None:
+        """When the first record at or behind each low water came; known already where low water has not moved."""
+        self._arrivals = {tp: known for tp, known in self._arrivals.items() if low.get(tp) == known[0] and known[1] is not None}
+        wanted = {tp for tp, offset in low.items() if tp not in self._arrivals and offset < ends[tp]}
+        self._arrivals.update({tp: (offset, None) for tp, offset in low.items() if tp not in self._arrivals})
+        if not wanted:
+            return
+        consumer.assign(list(wanted))
+        for tp in wanted:
+            consumer.seek(tp, low[tp])
+        deadline = time.monotonic() + READ_S
+        while wanted and time.monotonic() < deadline:
+            for tp, records in (await consumer.getmany(*wanted, timeout_ms=500, max_records=len(wanted))).items():
+                if records:
+                    self._arrivals[tp] = (low[tp], records[0].timestamp)
+                    wanted.discard(tp)
+                    consumer.pause(tp)
+
+    def _tell(self, margins: Mapping[TopicPartition, Margin]) -> None:
+        for tp, margin in margins.items():
+            self._metrics.observe_retention(tp.topic, tp.partition, margin.offsets, margin.left_s)
+            if margin.problem is not None and tp not in self._near:
+                log.warning(
+                    "%s, partition %d: %s. Raise `topics.retention_ms` (`headrace topics create --mend`), and find what holds "
+                    "the watermark back: `headrace doctor`.",
+                    *(tp.topic, tp.partition, margin.problem),
+                )
+        self._near = {tp for tp, margin in margins.items() if margin.problem is not None}

@@ -1,0 +1,81 @@
+"""Reading given stretches of several partitions, from an offset to an offset, with a consumer that belongs to no group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.structs import TopicPartition
+
+from stream.clients import aiokafka_options
+from stream.errors import StreamError
+from stream.settings import KafkaSettings
+
+__all__ = ["Span", "high_watermarks", "read_spans", "span_consumer"]
+
+Span = tuple[int, int]  # first offset, and the offset after the last
+
+POLL_MS = 200  # one wait for records
+
+
+def span_consumer(kafka: KafkaSettings, *, committed: bool = True) -> AIOKafkaConsumer:
+    """A consumer for `read_spans`, not started; `committed` says whether open and aborted transactions are passed over."""
+    return AIOKafkaConsumer(
+        **aiokafka_options(kafka),
+        group_id=None,
+        enable_auto_commit=False,
+        auto_offset_reset="none",
+        isolation_level="read_committed" if committed else "read_uncommitted",
+    )
+
+
+async def high_watermarks(kafka: KafkaSettings, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+    """The ends of all that is written, open transactions included: a `read_committed` consumer's ends stop before those."""
+    consumer = span_consumer(kafka, committed=False)
+    await consumer.start()
+    try:
+        return await consumer.end_offsets(list(partitions))
+    finally:
+        await consumer.stop()
+
+
+async def read_spans(
+    consumer: Any, spans: Mapping[TopicPartition, Span], *, stall_s: float
+) -> AsyncIterator[tuple[TopicPartition, list[Any]]]:
+    """Runs of records, in order of offset within a partition; partitions come as they are fetched.
+
+    Ends when the position of every partition is at its span's end, so also where markers or aborted records are last.
+
+    Raises:
+        StreamError: nothing moved for `stall_s`: a broker is away, or an open transaction stands before an end.
+        aiokafka.errors.KafkaError: as the consumer raises, such as for an offset that retention has deleted.
+    """
+    left = {tp: span for tp, span in spans.items() if span[0] < span[1]}
+    if not left:
+        return
+    # No await between these: a fetch must not begin without a position.
+    consumer.assign(list(left))
+    for tp, (first, _) in left.items():
+        consumer.seek(tp, first)
+    positions = {tp: first for tp, (first, _) in left.items()}
+    moved = time.monotonic()
+    while left:
+        for tp, records in (await consumer.getmany(*left, timeout_ms=POLL_MS)).items():
+            wanted = [record for record in records if record.offset < left[tp][1]]
+            if wanted:
+                yield tp, wanted
+        for tp in list(left):
+            position = await consumer.position(tp)
+            if position > positions[tp]:
+                positions[tp], moved = position, time.monotonic()
+            if position >= left[tp][1]:
+                del left[tp]
+                consumer.pause(tp)
+        if left and time.monotonic() - moved > stall_s:
+            tp = min(left)
+            raise StreamError(
+                f"{tp.topic}-{tp.partition}: expected to read up to offset {left[tp][1]}, found nothing more after "
+                f"{positions[tp]} for {stall_s:.0f} s. A transaction is open there, or a broker is away; try again."
+            )

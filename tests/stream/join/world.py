@@ -1,0 +1,284 @@
+"""A log, workers with a folder each that take its partition from one another, and the oracle that is told of commits alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from state.join_state import StateOptions
+from stream.errors import Abandoned
+from stream.join.events import WATERMARK_HEADER
+from stream.join.metrics import JoinMetrics
+from stream.join.partition import PartitionJoin, TakenOver
+from stream.join.progress import decode_progress
+from stream.join.takeover import Takeover, _Committed, _Rebuild
+from stream.settings import JoinSettings, KafkaSettings, TopicSettings
+from stream.topics import TopicNames
+from stream.transport import LogEnd, Run
+from tests.stream.join.fake_log import Crash, FakeConsumer, FakeLog, FakeProducer
+from tests.stream.join.oracle import Oracle
+
+__all__ = ["END_MS", "NAMES", "World", "time_of"]
+
+NAMES = TopicNames.of(TopicSettings())
+OPTIONS = StateOptions(8)
+END_MS = 100_000
+
+
+def time_of(record: Any) -> int:
+    """An event's own time."""
+    return int(record.value.split(b":")[-1][:-1])
+
+
+class World:
+    """The log, the workers' folders, the partition where one of them has it, and the oracle."""
+
+    def __init__(
+        self,
+        chosen: JoinSettings,
+        folder: Path,
+        destroy: Callable[[Path], None],
+        copy: Callable[[Path, Path], None] = lambda path, to: None,
+    ) -> None:
+        self.settings, self.folder, self.now_ms = chosen, folder, 0
+        self.lose = lambda worker: destroy(folder / worker / "partition-0")
+        self.copy = lambda worker, to: copy(folder / worker / "partition-0", folder / to / "partition-0")
+        self.log, self.oracle = FakeLog(NAMES), Oracle(chosen)
+        self.owner, self.partition = "", None
+        self.idle: set[str] = set()
+        self.metrics = JoinMetrics(CollectorRegistry())
+        self.audited = {NAMES.examples: 0, NAMES.dead_letters: 0}
+        self.firsts: dict[int, int] = {}
+        self.corrections: dict[int, int] = {}
+        self.left_out: set[int] = set()
+        self.dead: set[tuple[str, int]] = set()
+
+    def committed(self) -> _Committed:
+        if not self.log.committed:
+            return _Committed(0, 0, *self.log.starts.values(), None)
+        (impressions, metadata), (clicks, _) = (self.log.committed[topic] for topic in (NAMES.impressions, NAMES.clicks))
+        return _Committed(impressions, clicks, *self.log.starts.values(), decode_progress(metadata))
+
+    async def take(self, worker: str, still_ours: Callable[[], bool] = lambda: True) -> PartitionJoin:
+        """As `Takeover.take` does, with the fakes."""
+        committed = self.committed()
+        state = Takeover(
+            kafka=KafkaSettings(),
+            settings=self.settings,
+            names=NAMES,
+            group="g",
+            identity="i",
+            state_dir=self.folder / worker,
+            options=OPTIONS,
+        )._open(0, committed)
+        try:
+            consumer = FakeConsumer(self.log)
+            rebuild = _Rebuild(self.settings, NAMES, 0, "i", consumer, state, committed, still_ours)
+            memory, positions, pending = await rebuild.run()
+        except BaseException:
+            state.close()
+            raise
+        return PartitionJoin(
+            0,
+            settings=self.settings,
+            names=NAMES,
+            group="g",
+            identity="i",
+            taken=TakenOver(FakeProducer(self.log), state, memory, positions, pending),
+            log_end=self.log_end,
+            after_step=lambda partition: None,
+            fatal=lambda what, error: None,
+            metrics=self.metrics,
+        )
+
+    def log_end(self, topic: str) -> LogEnd | None:
+        end = len(self.log.topics[topic])
+        return LogEnd(end, 1 << 60, end) if topic in self.idle else None
+
+    def send(self, topic: str, rows: list[tuple[bytes, int] | None]) -> None:
+        """Events by id and how far their time is from now, and gaps."""
+        for row in rows:
+            if row is None:
+                self.log.gap(topic)
+            else:
+                time_ms = max(self.now_ms + row[1], 0)
+                self.log.append(topic, row[0], b'{"impression_id":"%b","timestamp":%d}' % (row[0], time_ms))
+
+    def is_open(self, worker: str) -> bool:
+        return self.partition is not None and self.owner == worker
+
+    async def own(self, worker: str) -> PartitionJoin:
+        if self.partition is None:
+            self.owner, self.partition = worker, await self.take(worker)
+        return self.partition
+
+    async def leave(self) -> None:
+        if self.partition is not None:
+            await self.partition.close()
+            self.partition = None
+
+    def runs(self, topic: str, start: int, counts: list[int]) -> list[Run]:
+        """The next records cut into runs of so many offsets."""
+        log, cut = self.log.topics[topic], []
+        for count in counts:
+            after = min(start + count, len(log))
+            if after > start:
+                cut.append(Run(topic, 0, start, after, len(log), self.log.records(topic, start, after)))
+            start = after
+        return cut
+
+    async def step(self, impressions: list[int], clicks: list[int], *, clicks_first: bool = False, crash: str = "") -> None:
+        partition = await self.own("a")
+        assert partition is not None
+        cut = [self.runs(NAMES.impressions, partition.positions.impressions, impressions)]
+        cut.append(self.runs(NAMES.clicks, partition.positions.clicks, clicks))
+        runs = [run for part in (reversed(cut) if clicks_first else cut) for run in part]
+        partition._producer.crash = crash
+        # A watermark that moved without settling anything was not committed; a crash takes it back.
+        partition._idle_since.update(dict.fromkeys(self.idle, float("-inf")))  # for long, where the position is at the end
+        self.oracle.settings = partition._settings
+        self.oracle.watermark_ms, before = partition.memory.watermark_ms, dict(self.log.committed)
+        try:
+            await partition._step(runs)
+        except Crash:
+            await self.leave()
+        if self.log.committed != before:
+            for run in runs:
+                judge = self.oracle.impression if run.topic == NAMES.impressions else self.oracle.click
+                for record in run.records:
+                    if record.value:
+                        judge(record.key, time_of(record), record.offset)
+        assert partition is not None
+        if self.log.committed != before:
+            self.oracle.move(self.committed().progress.watermark_ms)  # type: ignore[union-attr]
+        self.audit()
+
+    def audit(self) -> None:
+        """The log against the oracle."""
+        for record in self.log.records(NAMES.examples, self.audited[NAMES.examples]):
+            headers = dict(record.headers)
+            if record.key is None:
+                offsets = set(json.loads(record.value))
+                assert not offsets & (self.left_out | self.firsts.keys()), "left out twice, or a label as well"
+                self.left_out |= offsets
+                continue
+            offset, click_ms = int(headers["source_offset"]), int(headers.get("click_ms", b"-1"))
+            assert (headers["label"] == b"1") == (click_ms >= 0)
+            if headers["kind"] == b"correction":
+                assert offset in self.left_out | self.firsts.keys(), "a correction of nothing"
+                assert offset not in self.corrections, "a second correction"
+                self.corrections[offset] = click_ms
+            else:
+                assert offset not in self.left_out | self.firsts.keys(), "a second first label"
+                self.firsts[offset] = click_ms
+            source = self.log.topics[NAMES.impressions][offset]
+            assert (record.key, record.value) == (source.key, source.value)
+        for record in self.log.records(NAMES.dead_letters, self.audited[NAMES.dead_letters]):
+            headers = dict(record.headers)
+            letter = headers["reason"].decode(), int(headers["source_offset"])
+            assert letter not in self.dead, "said twice"
+            self.dead.add(letter)
+        for topic in self.audited:
+            self.audited[topic] = len(self.log.topics[topic])
+        oracle = self.oracle
+        assert (self.firsts, self.corrections, self.left_out) == (oracle.firsts, oracle.corrections, oracle.left_out)
+        for reason, offset in self.dead ^ oracle.dead:
+            click = self.log.topics[NAMES.clicks][offset]
+            assert reason == "orphan_click"
+            assert self.either_way(click.key, time_of(click), 1 << 60)
+
+    def either_way(self, key: bytes, click_ms: int, impressions_position: int) -> bool:
+        """Whether the log allows two answers for a click: it counts for a use of its id which is not the newest by then.
+
+        Read before the newer use it is a duplicate or late, read after it it waits: the log doesn't say which, so a rebuild
+        makes it wait. No impression that is still accepted can be matched by it; all that can come of it is a dead letter.
+        Where it made a label, and is the only one of its time, `examples` says so.
+        """
+        same = [r for r in self.log.records(NAMES.clicks) if r.value and (r.key, time_of(r)) == (key, click_ms)]
+        labels = self.oracle.labels
+        if len(same) == 1 and any(who == key and labels.get(o) == click_ms for o, (who, _) in self.oracle.accepted.items()):
+            return False
+        uses = sorted((o, time) for o, (who, time) in self.oracle.accepted.items() if who == key and o < impressions_position)
+        return any(self.oracle.counts_for(click_ms, time_ms) for _, time_ms in uses[:-1])
+
+    def told_apart(self, content: dict[str, Any]) -> dict[str, Any]:
+        """What is the same on every way: without the clicks for which there are two answers."""
+        position = content["positions"][0]
+        early = [(key, click) for key, click in content["early"] if not self.either_way(key, click[0], position)]
+        return {**content, "early": early}
+
+    def content(self, partition: PartitionJoin) -> dict[str, Any]:
+        """What decides the future: the same for every way to the same place in the log."""
+        state, memory = partition._state, partition.memory
+        bound = memory.watermark_ms - self.settings.window_ms - 2 * self.settings.dedupe_horizon_ms
+        keys = sorted({record.key for record in self.log.records(NAMES.impressions) if record.key})
+        entries = zip(keys, state.entries(keys), strict=True)
+        early = sorted(state.early_clicks())
+        assert early == sorted((key, click) for key, waiting in memory.early.items() for click in waiting.values())
+        assert partition.pending == state.count_pending()
+        return {
+            "positions": (partition.positions.impressions, partition.positions.clicks),
+            "event time": (memory.watermark_ms, memory.impressions_seen_ms, memory.clicks_seen_ms),
+            "ids": {key: entry for key, entry in entries if entry is not None and entry[0] >= bound},
+            "pending": list(state.pending_between(0, 1 << 60)),
+            "early": early,
+        }
+
+    async def give_up(self, worker: str, reads: int) -> None:
+        """A worker takes the partition, and loses it to the one that had it after so many fetches."""
+        owner, had = self.owner, self.partition is not None
+        await self.leave()
+        left = iter(range(reads))
+        with contextlib.suppress(Abandoned):
+            await (await self.take(worker, lambda: next(left, None) is not None)).close()
+        if had:
+            await self.own(owner)
+
+    async def move(self, to: str, given_up_after: list[int]) -> None:
+        """The partition goes to a worker, after rebuilds that were given up; what it has then is what a third one finds."""
+        before = None
+        if self.partition is not None and self.partition.memory.watermark_ms == self.oracle.watermark_ms:
+            before = self.content(self.partition)
+        await self.leave()
+        for reads in given_up_after:
+            await self.give_up(to, reads)
+        partition = await self.own(to)
+        self.lose("third")
+        third = await self.take("third")
+        there = self.content(partition)
+        assert partition.pending == len(self.oracle.pending())
+        assert self.told_apart(self.content(third)) == self.told_apart(there)
+        committed = self.committed().progress
+        if before is not None and committed is not None and before["event time"][0] == committed.watermark_ms:
+            assert self.told_apart(there) == self.told_apart(before)
+        assert self._low_water_holds(partition)
+        assert self._low_water_holds(third)
+        await third.close()
+
+    def _low_water_holds(self, partition: PartitionJoin) -> bool:
+        low = partition._progress(partition.positions)
+        pending = [offset for _, offset, *_ in partition._state.pending_between(0, 1 << 60)]
+        early = [click[1] for _, click in partition._state.early_clicks()]
+        return all(offset >= low.impressions_low for offset in pending) and all(offset >= low.clicks_low for offset in early)
+
+    async def end(self) -> None:
+        for topic in (NAMES.impressions, NAMES.clicks):
+            self.log.append(topic, None, b"", ((WATERMARK_HEADER, b"%d" % END_MS),))
+        await self.step([1 << 30], [1 << 30])
+        for _ in range(1_000):
+            if self.partition is not None and self.partition.memory.watermark_ms == END_MS:
+                break
+            await self.step([], [])
+        assert self.firsts.keys() | self.left_out == self.oracle.accepted.keys()
+        assert self.partition is not None
+        assert (self.partition.pending, self.partition.memory.early) == (0, {})
+        # What is settled is forgotten, also when nothing else happens.
+        await self.step([], [])
+        state = self.partition._state
+        assert list(state.all_chunks()) == []
+        assert state.entries(sorted(self.oracle.last)) == [None] * len(self.oracle.last)
