@@ -37,7 +37,7 @@ from deploy.demo.workers import Worker
 from deploy.local_kafka import LocalKafka
 from deploy.partitions import partitions_of
 from deploy.settings import LocalKafkaSettings, Settings
-from stream.batches import BATCH_BYTES, send_batches
+from stream.batches import BATCH_BYTES, Outgoing, send_batches
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topic_admin import create_topics
 from stream.topics import TopicNames
@@ -206,7 +206,7 @@ async def play(settings: Settings, stream: Stream, worker: Worker, kafka: LocalK
             return
         numbers = partitions_of([key for key, _ in rows], PARTITIONS)
         for number in range(PARTITIONS):
-            mine = [(*rows[index], []) for index in np.flatnonzero(np.asarray(numbers) == number).tolist()]
+            mine: list[Outgoing] = [(*rows[index], []) for index in np.flatnonzero(np.asarray(numbers) == number).tolist()]
             for future in await send_batches(producer, topic, number, mine):
                 await future
 
