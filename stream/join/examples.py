@@ -24,7 +24,7 @@ import msgspec
 from stream.batches import Outgoing
 from stream.join.logic import CORRECTION, FAKE, FIRST, Example, Plan
 
-__all__ = ["click_awaited", "example_records", "label_of", "left_out_of", "plan_records", "source_offset_of"]
+__all__ = ["click_awaited", "example_records", "label_of", "left_out_of", "plan_records", "record_count", "source_offset_of"]
 
 Headers = Mapping[str, bytes]
 
@@ -48,6 +48,12 @@ def plan_records(plan: Plan, negative_rate: float) -> Iterator[Outgoing]:
             value = msgspec.json.encode(offsets[start : start + _LEFT_OUT_AT_ONCE])
             yield None, value, [("kind", b"left_out"), *policy, *_rate(negative_rate)]
     yield from example_records(plan.examples, negative_rate)
+
+
+def record_count(plan: Plan) -> int:
+    """How many records `plan_records` gives."""
+    left_out = sum(-(-len(offsets) // _LEFT_OUT_AT_ONCE) for offsets in (plan.left_out, plan.left_out_fake))
+    return left_out + len(plan.examples)
 
 
 def example_records(examples: Iterable[Example], negative_rate: float = 1.0) -> Iterator[Outgoing]:

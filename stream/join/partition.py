@@ -18,7 +18,7 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from state.join_state import Chunk, JoinMeta, JoinState
 from stream.batches import send_batches
 from stream.join.events import read_run
-from stream.join.examples import plan_records
+from stream.join.examples import plan_records, record_count
 from stream.join.logic import Memory, Plan, Step, watermark
 from stream.join.metrics import JoinMetrics
 from stream.join.progress import Progress, encode_progress
@@ -203,7 +203,7 @@ class PartitionJoin:
         names, producer = self._names, self._producer
         began = time.perf_counter()
         await producer.begin_transaction()
-        labels = list(plan_records(plan, self._settings.negative_rate))
+        labels = plan_records(plan, self._settings.negative_rate)
         sends = await send_batches(producer, names.examples, self.number, labels)
         letters = ((letter.key, letter.value, letter.out_headers()) for letter in plan.dead)
         dead_sends = await send_batches(producer, names.dead_letters, self.number, letters)
@@ -213,7 +213,7 @@ class PartitionJoin:
             await future
         if written:
             # Nobody else writes there: the first batch's offset, its records and the others', and the transaction's marker.
-            after.examples = written[0].offset + len(labels) + 1
+            after.examples = written[0].offset + record_count(plan) + 1
         metadata = encode_progress(self._progress(after))
         await producer.send_offsets_to_transaction(
             {

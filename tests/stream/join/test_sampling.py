@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.join.examples import plan_records
+from stream.join.examples import plan_records, record_count
 from stream.join.logic import CORRECTION, FAKE, FIRST, Plan
 from stream.join.sampling import Sampling
 
@@ -60,6 +60,7 @@ def test_what_is_left_out_comes_first_and_in_records_that_the_topic_takes():
         left_out_fake=[7],
     )
     *named, (_, _, headers) = plan_records(plan, 0.1)
+    assert record_count(plan) == len(named) + 1
     assert dict(headers)["kind"] == b"correction"
     assert all(key is None and len(value) < 60_000 for key, value, _ in named)
     offsets = {}
