@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -18,7 +17,6 @@ from stream import letter_replay
 from stream.clients import aiokafka_options
 from stream.dead_letters import REPLAY_HEADER, DeadLetter
 from stream.errors import Fenced
-from stream.join.takeover import _Rebuild
 from stream.letter_log import Wanted
 from stream.letter_replay import Replay, plan_replay, replay_letters
 from stream.log_spans import read_spans, span_consumer
@@ -117,25 +115,6 @@ def test_as_received_to_where_it_came_from(scene: Scene) -> None:
         assert (await scene.replay()).fed.total() == 0
 
     asyncio.run(run())
-
-
-def test_a_rebuild_of_the_join_passes_over_a_replayed_example() -> None:
-    """Under `fnw` a replayed negative lies behind its correction: taken for news, it would be corrected again."""
-
-    def example(offset: int, **headers: bytes) -> Any:
-        full = {"source_offset": b"5", "impression_ms": b"1", "policy": b"fnw"} | headers
-        return SimpleNamespace(key=b"k", value=b"{}", offset=offset, headers=tuple(full.items()))
-
-    batch = SimpleNamespace(remember=lambda rows: None, write=lambda: None, drop_pending=lambda rows: None)
-    state = SimpleNamespace(entries=lambda keys: [None] * len(keys), batch=lambda: batch)
-    rebuild = SimpleNamespace(_resolved={}, _awaited=set(), _matched=set(), _state=state)
-    records = [
-        example(0, label=b"0", kind=b"first"),
-        example(1, label=b"1", kind=b"correction", click_ms=b"2"),
-        example(2, label=b"0", kind=b"replay", **{REPLAY_HEADER: b"dead-letters/0/0"}),
-    ]
-    _Rebuild._resolve(cast(Any, rebuild), records)
-    assert rebuild._resolved == {5: True}
 
 
 def test_repeated_and_by_parts(scene: Scene) -> None:

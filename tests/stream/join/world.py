@@ -11,6 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from state.join_state import StateOptions
+from stream.dead_letters import REPLAY_HEADER
 from stream.errors import Abandoned
 from stream.join.events import WATERMARK_HEADER
 from stream.join.metrics import JoinMetrics
@@ -109,6 +110,15 @@ class World:
                 time_ms = max(self.now_ms + row[1], 0)
                 self.log.append(topic, row[0], b'{"impression_id":"%b","timestamp":%d}' % (row[0], time_ms))
 
+    def replay(self, index: int) -> None:
+        """One of the labels is fed again, as `dead-letters replay` does with one that the trainer couldn't use."""
+        labels = [record for record in self.log.records(NAMES.examples) if record.key is not None]
+        if labels:
+            label = labels[index % len(labels)]
+            kept = [(name, value) for name, value in label.headers if name != REPLAY_HEADER]
+            headers = [(name, b"replay" if value == b"first" else value) for name, value in kept]
+            self.log.append(NAMES.examples, label.key, label.value, (*headers, (REPLAY_HEADER, b"dead-letters/0/0")))
+
     def is_open(self, worker: str) -> bool:
         return self.partition is not None and self.owner == worker
 
@@ -162,6 +172,8 @@ class World:
         """The log against the oracle."""
         for record in self.log.records(NAMES.examples, self.audited[NAMES.examples]):
             headers = dict(record.headers)
+            if REPLAY_HEADER in headers:
+                continue
             if record.key is None:
                 offsets = set(json.loads(record.value))
                 assert not offsets & (self.left_out | self.firsts.keys()), "left out twice, or a label as well"
