@@ -31,10 +31,11 @@ __all__ = ["Replay", "plan_replay", "replay_letters"]
 
 # In the header `kind` of a replayed example that was `first`: its label has gone out already, and each impression has one.
 KIND_FIRST, KIND_REPLAY = b"first", b"replay"
-# Letters and bytes in one transaction. It is open for well under a second; readers of the sources wait for so long.
+# Letters and bytes in one transaction. It is open for well under a second; readers of the sources wait for so long, and where a
+# replay is killed for the timeout (the broker looks every 10 s).
 MAX_LETTERS = 500
 MAX_BYTES = 8 << 20
-TRANSACTION_TIMEOUT_MS = 60_000
+TRANSACTION_TIMEOUT_MS = 15_000
 
 
 @dataclass(slots=True)

@@ -212,7 +212,7 @@ class PartitionJoin:
         for future in dead_sends:
             await future
         if written:
-            # Nobody else writes there: the first batch's offset, its records and the others', and the transaction's marker.
+            # Not beyond the end: the first batch's offset, all records and the marker; a replay's may lie between.
             after.examples = written[0].offset + record_count(plan) + 1
         metadata = encode_progress(self._progress(after))
         await producer.send_offsets_to_transaction(

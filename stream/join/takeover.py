@@ -1,10 +1,10 @@
 """Taking over a partition number: fence the old owner, read how far it came, bring the state there, and go on.
 
 The order matters. The producer starts first: that fences the old owner and settles its open transaction, so what is read after
-it cannot be overtaken by a commit in flight. Then the committed offsets with their metadata, then `examples` to its last stable
-offset. Then the sources are read again, silently, from where the local state stands (or from the low-water offsets when there
-is none) to the committed offsets: what `examples` holds is resolved, what the watermark has not passed is pending. Below the
-committed offsets nothing is ever said again.
+it cannot be overtaken by a commit in flight. Then the committed offsets with their metadata, then `examples` to its very end:
+labels behind a transaction that a replay of dead letters has open there are waited for. Then the sources are read again,
+silently, from where the local state stands (or from the low-water offsets when there is none) to the committed offsets: what
+`examples` holds is resolved, what the watermark has not passed is pending. Below the committed offsets nothing is said again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from stream.join.logic import NEVER_MS, Memory
 from stream.join.partition import Positions, TakenOver
 from stream.join.progress import Progress, decode_progress
 from stream.join.recovery import RebuildProgress
+from stream.log_spans import high_watermarks
 from stream.offsets import committed_offsets
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics import TopicNames
@@ -56,6 +57,7 @@ class _Committed:
     impressions_start: int  # of the log
     clicks_start: int
     examples_start: int
+    examples_end: int  # of all that is written, open transactions of others included
     progress: Progress | None  # None before the first transaction ever, and after the offsets were reset by hand
 
 
@@ -151,9 +153,10 @@ class Takeover:
         known = await committed_offsets(self._kafka, self._group, [impressions, clicks])
         examples = TopicPartition(self._names.examples, number)
         starts = await consumer.beginning_offsets([impressions, clicks, examples])
-        at = starts[impressions], starts[clicks], starts[examples]
+        end = (await high_watermarks(self._kafka, [examples]))[examples]
+        at = starts[impressions], starts[clicks], starts[examples], end
         if not known:
-            if await self._has_examples(consumer, number):
+            if await self._holds_records(consumer, examples, starts[examples], end):
                 # Brokers forget the offsets of a group without members after a week (offsets.retention.minutes).
                 raise PositionError(
                     f"group {self._group}, partition {number}: expected committed offsets, since {self._names.examples} holds "
@@ -191,10 +194,8 @@ class Takeover:
             ) from error
         return _Committed(known[impressions].offset, known[clicks].offset, *at, progress)
 
-    async def _has_examples(self, consumer: Any, number: int) -> bool:
-        """Whether any label was ever committed here; what a first transaction left when it was aborted doesn't count."""
-        tp = TopicPartition(self._names.examples, number)
-        start, end = (await consumer.beginning_offsets([tp]))[tp], (await consumer.end_offsets([tp]))[tp]
+    async def _holds_records(self, consumer: Any, tp: TopicPartition, start: int, end: int) -> bool:
+        """Whether any was ever committed there; what a first transaction left when it was aborted doesn't count."""
         if start == end:
             return False
         consumer.assign([tp])
@@ -285,11 +286,10 @@ class _Rebuild:
             self._from_watermark_ms = NEVER_MS
 
     async def run(self) -> tuple[Memory, Positions, int]:
-        names, number, committed = self._names, self._number, self._committed
+        names, committed = self._names, self._committed
         await self._check_start(names.impressions, self._from.impressions, committed.impressions)
         await self._check_start(names.clicks, self._from.clicks, committed.clicks)
-        examples = TopicPartition(names.examples, number)
-        examples_end = (await self._consumer.end_offsets([examples]))[examples]
+        examples_end = committed.examples_end
         # Without anything to read again, labels have nothing to say, and retention may have taken them.
         older = self._from.impressions < committed.impressions or self._from.clicks < committed.clicks
         labels_from = self._from.examples if older and committed.progress is not None else examples_end

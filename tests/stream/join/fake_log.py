@@ -122,6 +122,3 @@ class FakeConsumer:
 
     async def beginning_offsets(self, tps: list[Any]) -> dict[Any, int]:
         return {tp: self._log.starts[tp.topic] for tp in tps}
-
-    async def end_offsets(self, tps: list[Any]) -> dict[Any, int]:
-        return {tp: len(self._log.topics[tp.topic]) for tp in tps}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -11,28 +10,18 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import TopicPartition
-from prometheus_client import CollectorRegistry
 
 from deploy.settings import Settings
-from state.join_state import StateOptions
 from stream.clients import aiokafka_options
 from stream.join.events import WATERMARK_HEADER
-from stream.join.metrics import JoinMetrics
-from stream.join.partition import PartitionJoin
-from stream.join.takeover import Takeover
 from stream.offsets import committed_offsets
 from stream.topics import TopicNames
-from stream.transport import Run
+from tests.stream.join.one_partition import GROUP, Fatal, read, runs, take
 
 pytestmark = pytest.mark.kafka
 
-GROUP = "refused"
 LARGE = b'{"impression_id":"large","timestamp":1000,"features":{"text":"%s"}}' % (b"x" * 8_000)
 SMALL = b'{"impression_id":"small","timestamp":1000,"features":{}}'
-
-
-class Fatal(BaseException):
-    """In the place of the process' end."""
 
 
 async def limit_examples(settings: Settings, max_bytes: int) -> None:
@@ -41,49 +30,6 @@ async def limit_examples(settings: Settings, max_bytes: int) -> None:
     topic = TopicNames.of(settings.topics).examples
     await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"max.message.bytes": str(max_bytes)})])
     await admin.close()
-
-
-async def read(settings: Settings, topic: str) -> list[Any]:
-    """All committed records of partition 0."""
-    tp = TopicPartition(topic, 0)
-    options = aiokafka_options(settings.kafka)
-    async with AIOKafkaConsumer(**options, isolation_level="read_committed", auto_offset_reset="none") as consumer:
-        consumer.assign([tp])
-        end = (await consumer.end_offsets([tp]))[tp]
-        consumer.seek(tp, 0)
-        records: list[Any] = []
-        while await consumer.position(tp) < end:
-            records += (await consumer.getmany(tp, timeout_ms=200)).get(tp, [])
-        return records
-
-
-async def take(settings: Settings) -> PartitionJoin:
-    names = TopicNames.of(settings.topics)
-    taken = await Takeover(
-        kafka=settings.kafka,
-        settings=settings.join,
-        names=names,
-        group=names.prefix + GROUP,
-        identity="i",
-        state_dir=settings.state_dir,
-        options=StateOptions(8),
-    ).take(0, lambda: True)
-
-    def fatal(what: str, error: BaseException) -> None:
-        raise Fatal(what) from error
-
-    return PartitionJoin(
-        0,
-        settings=settings.join,
-        names=names,
-        group=names.prefix + GROUP,
-        identity="i",
-        taken=taken,
-        log_end=lambda topic: None,
-        after_step=lambda partition: None,
-        fatal=fatal,
-        metrics=JoinMetrics(CollectorRegistry()),
-    )
 
 
 def test_a_label_larger_than_examples_takes_commits_nothing(topics):
@@ -96,22 +42,22 @@ def test_a_label_larger_than_examples_takes_commits_nothing(topics):
                 await producer.send_and_wait(names.impressions, value, key=key, partition=0)
             for topic in (names.impressions, names.clicks):
                 await producer.send_and_wait(topic, b"", headers=mark, partition=0)
-        sources = {topic: await read(topics, topic) for topic in (names.impressions, names.clicks)}
-        runs = [Run(topic, 0, 0, len(records), len(records), records) for topic, records in sources.items()]
+        sources = (names.impressions, names.clicks)
+        arrived = await runs(topics, sources)
         await limit_examples(topics, 2_000)
         partition = await take(topics)
         with pytest.raises(Fatal) as ended:
-            await partition._step(runs)
+            await partition._step(arrived)
         assert isinstance(ended.value.__cause__, MessageSizeTooLargeError)
         # As after the process' end: the state is what it was, the transaction stays open and the next owner's start ends it.
         partition._state.close()
         places = [TopicPartition(topic, 0) for topic in sources]
-        assert await committed_offsets(topics.kafka, names.prefix + GROUP, places) == {}
+        assert await committed_offsets(topics.kafka, GROUP, places) == {}
         await limit_examples(topics, 100_000)
         again = await take(topics)
         assert (again.positions.impressions, again.positions.clicks, again.pending) == (0, 0, 0)
         assert await read(topics, names.examples) == []
-        await again._step(runs)
+        await again._step(arrived)
         # The two labels and the transaction's marker: what comes next comes there.
         async with AIOKafkaConsumer(**aiokafka_options(topics.kafka)) as consumer:
             examples = TopicPartition(names.examples, 0)

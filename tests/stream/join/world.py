@@ -60,10 +60,11 @@ class World:
         self.dead: set[tuple[str, int]] = set()
 
     def committed(self) -> _Committed:
+        at = *self.log.starts.values(), len(self.log.topics[NAMES.examples])
         if not self.log.committed:
-            return _Committed(0, 0, *self.log.starts.values(), None)
+            return _Committed(0, 0, *at, None)
         (impressions, metadata), (clicks, _) = (self.log.committed[topic] for topic in (NAMES.impressions, NAMES.clicks))
-        return _Committed(impressions, clicks, *self.log.starts.values(), decode_progress(metadata))
+        return _Committed(impressions, clicks, *at, decode_progress(metadata))
 
     async def take(self, worker: str, still_ours: Callable[[], bool] = lambda: True) -> PartitionJoin:
         """As `Takeover.take` does, with the fakes."""
