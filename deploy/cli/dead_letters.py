@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import getpass
-import logging
-import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import echo_json, format_option
+from deploy.cli.common import ask_kafka, echo_json, format_option, who
 from deploy.cli.times import MOMENT, clock
 
 if TYPE_CHECKING:
@@ -25,9 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["dead_letters"]
 
+ABOUT = "dead letters"
 SHOWN = 60  # characters of a key or an error text in a line of a list
-
-T = TypeVar("T")
 
 
 @click.group("dead-letters")
@@ -100,7 +95,7 @@ def list_(
                 newest.append((letter, letter.origin in done))
         return newest, letters, replayed
 
-    newest, letters, replayed = _run(settings, read())
+    newest, letters, replayed = ask_kafka(settings, read(), ABOUT)
     shown = sorted(newest, key=lambda each: (each[0].arrived_ms, each[0].partition, each[0].offset))
     totals = [
         {"source": source, "reason": reason, "letters": count, "replayed": replayed[source, reason]}
@@ -142,7 +137,7 @@ def show(place: str, raw: bool, output: str) -> None:
         async with LetterLog(settings.kafka, names) as log:
             return await log.letter(partition, offset)
 
-    letter = _run(settings, read())
+    letter = ask_kafka(settings, read(), ABOUT)
     if raw:
         sys.stdout.buffer.write(letter.value or b"")
     elif output == "json":
@@ -200,12 +195,12 @@ def replay(
     settings, names = _settings()
     wanted = _wanted(names, reasons, sources, since_ms, until_ms, tuple(map(_normal, places)))
     if dry_run or (not yes and sys.stdin.isatty()):
-        planned = _run(settings, plan_replay(settings.kafka, names, wanted))
+        planned = ask_kafka(settings, plan_replay(settings.kafka, names, wanted), ABOUT)
         if dry_run:
             _show_replay(planned, names, output, dry_run=True)
             return
         click.confirm(f"Feed {planned.fed.total():,} records again ({_sum(planned.fed)})?", abort=True, err=True)
-    done = _run(settings, replay_letters(settings.kafka, names, wanted, who=_who()))
+    done = ask_kafka(settings, replay_letters(settings.kafka, names, wanted, who=who()), ABOUT)
     _show_replay(done, names, output, dry_run=False)
     if done.too_large or done.foreign:
         sys.exit(1)
@@ -326,33 +321,5 @@ def _settings() -> tuple[Settings, TopicNames]:
     from deploy.settings import load_settings
     from stream.topics import TopicNames
 
-    # aiokafka logs every fencing as an error, and asyncio what its producer then leaves behind; here it is how one replay ends
-    # another, and is told in words of ours.
-    for name in ("aiokafka", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     settings = load_settings()
     return settings, TopicNames.of(settings.topics)
-
-
-def _run(settings: Settings, doing: Coroutine[Any, Any, T]) -> T:
-    """Raises StreamError where Kafka can't be reached."""
-    from aiokafka.errors import KafkaError
-    from kafka.errors import KafkaError as AdminError
-
-    from stream.errors import StreamError
-
-    try:
-        return asyncio.run(doing)
-    except (KafkaError, AdminError, OSError) as error:
-        raise StreamError(
-            f"Kafka at {settings.kafka.bootstrap_servers}: expected an answer about dead letters, found {error!r}. Is it "
-            "running? `headrace kafka status`; another address: HEADRACE_KAFKA__BOOTSTRAP_SERVERS."
-        ) from error
-
-
-def _who() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"

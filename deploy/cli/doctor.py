@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from typing import Any
 
 import click
 
-from deploy.cli.common import echo_json, format_option
+from deploy.cli.common import ask_kafka, echo_json, format_option
 
 __all__ = ["doctor"]
 
@@ -25,7 +23,8 @@ __all__ = ["doctor"]
 def doctor(sample: int, output: str) -> None:
     """Look for what is wrong with topics, producers and workers, and say what mends it. Never writes.
 
-    Exit code 0 when nothing was found, 1 when something was. What producers send is judged by a sample: the newest records.
+    Exit code 0 when all could be read and nothing was found, else 1. What producers send is judged by a sample: the newest
+    records.
 
     \b
     Examples:
@@ -33,23 +32,12 @@ def doctor(sample: int, output: str) -> None:
       headrace doctor --sample 200000
       headrace doctor --format json | jq -r '.findings[].cure'
     """
-    from aiokafka.errors import KafkaError
-    from kafka.errors import KafkaError as AdminError
-
     from deploy.doctor.examination import CHECKS, examine
     from deploy.doctor.kafka_readings import read_everything
     from deploy.settings import load_settings
-    from stream.errors import StreamError
 
     settings = load_settings()
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # what fails is told below
-    try:
-        readings = asyncio.run(read_everything(settings, sample=sample))
-    except (KafkaError, AdminError) as error:
-        raise StreamError(
-            f"Kafka at {settings.kafka.bootstrap_servers}: expected an answer to the doctor's questions, found {error!r}. Is "
-            "it well? `headrace kafka status` for a local one."
-        ) from error
+    readings = ask_kafka(settings, read_everything(settings, sample=sample), "topics and groups")
     findings = examine(readings)
     sampled: dict[str, int] = {"impressions": 0, "clicks": 0, "dead-letters": len(readings.letters)}
     for (topic, _), tail in readings.tails.items():
@@ -63,10 +51,11 @@ def doctor(sample: int, output: str) -> None:
             for name in ("expected", "found", "cure"):
                 click.echo(f"  {name:8} {getattr(finding, name)}")
         if not findings:
-            click.echo(f"Nothing found: {len(CHECKS)} checks.")
+            found = "Nothing found, but not all could be read" if readings.unread else "Nothing found"
+            click.echo(f"{found}: {len(CHECKS)} checks.")
         told = ", ".join(f"{count:,} {topic}" for topic, count in sampled.items())
         click.echo(f"Sampled the newest of each topic: {told}.", err=True)
         for reason in readings.unread:
             click.echo(f"Could not read {reason}", err=True)
-    if findings:
+    if findings or readings.unread:
         click.get_current_context().exit(1)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import getpass
-import logging
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -13,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from deploy.cli.common import echo_json, format_option
+from deploy.cli.common import ask_kafka, echo_json, format_option, who
 from deploy.cli.times import DURATION, TIME, duration
 
 if TYPE_CHECKING:
@@ -26,6 +22,8 @@ __all__ = ["snapshot"]
 
 # Not everyone confirmed: the rollback stands, but somebody may serve something else.
 EXIT_UNCONFIRMED = 3
+
+ABOUT = "the registry of versions"
 
 T = TypeVar("T")
 
@@ -59,7 +57,7 @@ def list_(last: int, output: str) -> None:
     from stream.registry_log import read_registry
 
     settings = _settings()
-    state = asyncio.run(read_registry(settings.kafka, _names(settings)))
+    state = ask_kafka(settings, read_registry(settings.kafka, _names(settings)), ABOUT)
     document = registry_json(state, set(SnapshotStore(settings.snapshots).versions()), last)
     if output == "json":
         echo_json(document)
@@ -84,7 +82,7 @@ def show(version: int, output: str) -> None:
     from stream.registry_log import read_registry
 
     settings = _settings()
-    state = asyncio.run(read_registry(settings.kafka, _names(settings)))
+    state = ask_kafka(settings, read_registry(settings.kafka, _names(settings)), ABOUT)
     record = state.versions.get(version)
     try:
         manifest = SnapshotStore(settings.snapshots).manifest(version)
@@ -211,7 +209,7 @@ def rollback(
     wanted: dict[str, Any] = {"to": to, "back_ms": back_ms, "before_ms": before_ms}
     reach = (settings.kafka, _names(settings), settings.scorer)
     if dry_run or (not yes and sys.stdin.isatty()):
-        plan = asyncio.run(plan_rollback(*reach, **wanted))
+        plan = ask_kafka(settings, plan_rollback(*reach, **wanted), ABOUT)
         if dry_run:
             if not unchecked:
                 _check_store(settings)(plan.version)
@@ -224,7 +222,8 @@ def rollback(
         wanted = {"to": plan.version, "back_ms": None, "before_ms": None}
         began = time.monotonic()
     check = None if unchecked else _check_store(settings)
-    done = asyncio.run(roll_back(*reach, who=_who(), reason=reason, timeout_ms=timeout_ms, check=check, began=began, **wanted))
+    doing = roll_back(*reach, who=who(), reason=reason, timeout_ms=timeout_ms, check=check, began=began, **wanted)
+    done = ask_kafka(settings, doing, ABOUT)
     _show_rollback(done, output)
     for beat in done.unconfirmed:
         click.echo(
@@ -316,8 +315,8 @@ def _rehearse(settings: Settings, version: int, reason: str, hold: bool | None, 
     from state.decisions import promote as decide
     from stream.registry_log import read_registry
 
-    state = asyncio.run(read_registry(settings.kafka, _names(settings)))
-    cause = Cause(_who(), time.time_ns() // 1_000_000, reason, "dry-run")
+    state = ask_kafka(settings, read_registry(settings.kafka, _names(settings)), ABOUT)
+    cause = Cause(who(), time.time_ns() // 1_000_000, reason, "dry-run")
     return decide(state, version, cause, hold=hold, hold_reason=hold_reason).outcome
 
 
@@ -325,13 +324,13 @@ def _write(settings: Settings, change: Callable[[RegistryWriter], Awaitable[T]])
     from stream.registry import RegistryWriter
 
     async def run() -> T:
-        writer = RegistryWriter(settings.kafka, _names(settings), who=_who())
+        writer = RegistryWriter(settings.kafka, _names(settings), who=who())
         try:
             return await change(writer)
         finally:
             await writer.close()
 
-    return asyncio.run(run())
+    return ask_kafka(settings, run(), ABOUT)
 
 
 def _check_store(settings: Settings) -> Callable[[int], None]:
@@ -355,8 +354,6 @@ def _check_store(settings: Settings) -> Callable[[int], None]:
 def _settings() -> Settings:
     from deploy.settings import load_settings
 
-    # aiokafka logs every fencing as an error; here it is how one writer waits for another.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     return load_settings()
 
 
@@ -364,14 +361,6 @@ def _names(settings: Settings) -> Any:
     from stream.topics import TopicNames
 
     return TopicNames.of(settings.topics)
-
-
-def _who() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"
 
 
 def _or_none(version: int | None) -> str:

@@ -11,14 +11,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
-from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail, TrainerReading
+from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail
 from deploy.settings import Settings
 from state.errors import SnapshotError
 from state.store import SnapshotStore
@@ -45,7 +45,9 @@ COORDINATOR_S, RETRY_S = 10.0, 0.3
 
 
 class _Event(msgspec.Struct):
-    timestamp: int
+    """Any time that 64 bits hold: what the join refuses is shown by how far it is off."""
+
+    timestamp: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 _decoder = msgspec.json.Decoder(_Event)
@@ -87,6 +89,7 @@ class _Reader:
         self._places = [(short, number) for short, topic in there.items() for number in range(topic.partitions)]
         self._consumer: Any = None
         self._unread: list[str] = []
+        self._unread_positions: set[str] = set()
 
     async def read(self, readings: Readings, sample: int) -> Readings:
         self._consumer = span_consumer(self._settings.kafka)
@@ -105,7 +108,13 @@ class _Reader:
             letters=await self._letters(logs, sample),
         )
         arrivals = await self._first_records(logs, _offsets_of_interest(readings))
-        return replace(readings, arrivals=arrivals, open_since_ms=await self._open(logs), unread=self._unread)
+        return replace(
+            readings,
+            arrivals=arrivals,
+            open_since_ms=await self._open(logs),
+            unread=self._unread,
+            unread_positions=self._unread_positions,
+        )
 
     async def close(self) -> None:
         if self._consumer is not None:
@@ -167,6 +176,7 @@ class _Reader:
             found = await committed_offsets(self._settings.kafka, self._group(worker), list(places))
         except KafkaError as error:
             self._unread.append(f"what {self._group(worker)} has committed: {error!r}")
+            self._unread_positions.add(worker)
             return {}
         return {places[tp]: at for tp, at in found.items()}
 
@@ -188,25 +198,25 @@ class _Reader:
         found = await self._offsets("scorer", ("score-requests",))
         return {number: at.offset for (_, number), at in found.items()}
 
-    async def _trainer(self) -> TrainerReading | None:
+    async def _trainer(self) -> dict[int, int]:
         """The newest version that is announced and there; a trainer goes on from one like it."""
         try:
             registry = await read_registry(self._settings.kafka, self._names)
             if not registry.versions:
-                return None
+                return {}
             store = SnapshotStore(self._settings.snapshots)
             there = registry.versions.keys() & set(store.versions())
             if not there:
-                self._unread.append(f"the trainer's offsets: none of the announced versions is in {store.url}")
-                return None
+                raise SnapshotError(f"none of the announced versions is in {store.url}")
             manifest = store.manifest(max(there))
-        except (StreamError, SnapshotError) as error:
-            self._unread.append(f"the trainer's offsets: {error}")
-            return None
-        return TrainerReading(manifest.version, {int(number): offset for number, offset in manifest.offsets.items()})
+        except (KafkaError, StreamError, SnapshotError) as error:
+            self._unread.append(f"the trainer's offsets: {repr(error) if isinstance(error, KafkaError) else error}")
+            self._unread_positions.add("trainer")
+            return {}
+        return {int(number): offset for number, offset in manifest.offsets.items()}
 
-    async def _newest(self, logs: Mapping[Place, LogReading], short: str, sample: int) -> dict[Place, tuple[int, list[Any]]]:
-        """The last records of a topic by partition, and the offset from which they were read."""
+    async def _newest(self, logs: Mapping[Place, LogReading], short: str, sample: int) -> dict[Place, list[Any]]:
+        """The last records of a topic by partition."""
         places = {self._tp(place): place for place in logs if place[0] == short}
         share = max(sample // max(len(places), 1), 1)
         spans = {
@@ -215,15 +225,14 @@ class _Reader:
         records: dict[Place, list[Any]] = defaultdict(list)
         async for tp, run in read_spans(self._consumer, spans, stall_s=STALL_S):
             records[places[tp]] += run
-        return {place: (spans[tp][0], records[place]) for tp, place in places.items()}
+        return {place: records[place] for place in places.values()}
 
     async def _tails(self, logs: Mapping[Place, LogReading], sample: int) -> dict[Place, Tail]:
         tails = {}
         for short in ("impressions", "clicks"):
-            for place, (first, records) in (await self._newest(logs, short, sample)).items():
+            for place, records in (await self._newest(logs, short, sample)).items():
                 events = [record for record in records if record.value or WATERMARK_HEADER not in dict(record.headers)]
                 tails[place] = Tail(
-                    first_offset=first,
                     offsets=np.array([record.offset for record in events], np.int64),
                     keys=[record.key for record in events],
                     arrived_ms=np.array([record.timestamp for record in events], np.int64),
@@ -234,7 +243,7 @@ class _Reader:
     async def _letters(self, logs: Mapping[Place, LogReading], sample: int) -> list[tuple[str, Place, int]]:
         shorts = {_full(self._names, short): short for short in MEASURED}
         letters = []
-        for _, records in (await self._newest(logs, "dead-letters", sample)).values():
+        for records in (await self._newest(logs, "dead-letters", sample)).values():
             for letter in filter(None, map(read_letter, records)):
                 short = shorts.get(letter.origin.topic)
                 if short is not None:
@@ -250,7 +259,9 @@ class _Reader:
         while left:
             places = {self._tp(place): place for place in left}
             for tp, record in (
-                await _first(self._consumer, {tp: (left[place][0], logs[place].stable_end) for tp, place in places.items()})
+                await self._first(
+                    self._consumer, {tp: (left[place][0], logs[place].stable_end) for tp, place in places.items()}
+                )
             ).items():
                 arrivals[*places[tp], left[places[tp]][0]] = record.timestamp
             left = {place: offsets[1:] for place, offsets in left.items() if offsets[1:]}
@@ -264,27 +275,30 @@ class _Reader:
         consumer = span_consumer(self._settings.kafka, committed=False)
         await consumer.start()
         try:
-            first = await _first(consumer, {tp: (logs[place].stable_end, logs[place].end) for tp, place in stopped.items()})
+            first = await self._first(
+                consumer, {tp: (logs[place].stable_end, logs[place].end) for tp, place in stopped.items()}
+            )
         finally:
             await consumer.stop()
         return {stopped[tp]: record.timestamp for tp, record in first.items()}
 
-
-async def _first(consumer: Any, spans: Mapping[TopicPartition, Span]) -> dict[TopicPartition, Any]:
-    """The first record of each span; none where it holds only markers, or a broker doesn't answer in time."""
-    consumer.assign(list(spans))
-    for tp, (offset, _) in spans.items():
-        consumer.seek(tp, offset)
-    first: dict[TopicPartition, Any] = {}
-    left, deadline = set(spans), time.monotonic() + FIRST_S
-    while left and time.monotonic() < deadline:
-        for tp, records in (await consumer.getmany(*left, timeout_ms=200, max_records=len(left))).items():
-            first[tp] = records[0]
-        for tp in list(left):
-            if tp in first or await consumer.position(tp) >= spans[tp][1]:
-                left.remove(tp)
-                consumer.pause(tp)
-    return first
+    async def _first(self, consumer: Any, spans: Mapping[TopicPartition, Span]) -> dict[TopicPartition, Any]:
+        """The first record of each span; none where it holds only markers, or a broker doesn't answer in time."""
+        consumer.assign(list(spans))
+        for tp, (offset, _) in spans.items():
+            consumer.seek(tp, offset)
+        first: dict[TopicPartition, Any] = {}
+        left, deadline = set(spans), time.monotonic() + FIRST_S
+        while left and time.monotonic() < deadline:
+            for tp, records in (await consumer.getmany(*left, timeout_ms=200, max_records=len(left))).items():
+                first[tp] = records[0]
+            for tp in list(left):
+                if tp in first or await consumer.position(tp) >= spans[tp][1]:
+                    left.remove(tp)
+                    consumer.pause(tp)
+        for tp in sorted(left):
+            self._unread.append(f"{tp.topic}-{tp.partition} from offset {spans[tp][0]}: no answer within {FIRST_S:.0f} s")
+        return first
 
 
 def _offsets_of_interest(readings: Readings) -> dict[Place, set[int]]:
@@ -307,7 +321,7 @@ def _offsets_of_interest(readings: Readings) -> dict[Place, set[int]]:
             add("clicks", number, committed.progress.clicks_low)
             add("examples", number, committed.progress.examples_low)
     for number in range(readings.partitions.get("examples", 0)):
-        add("examples", number, None if readings.trainer is None else readings.trainer.offsets.get(number))
+        add("examples", number, readings.trainer.get(number))
     for number in range(readings.partitions.get("score-requests", 0)):
         add("score-requests", number, readings.scorer.get(number))
     return wanted

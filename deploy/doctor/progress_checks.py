@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from deploy.cli.times import clock, duration
 from deploy.doctor.finding import Finding
 from deploy.doctor.readings import Readings
 from deploy.doctor.topic_checks import MEND
+from stream.join.events import MAX_TIMESTAMP_MS
 
 __all__ = ["deleted", "lag", "low_water", "open_transactions", "watermark"]
 
@@ -29,7 +32,7 @@ def _positions(readings: Readings) -> dict[str, tuple[str, Mapping[tuple[str, in
         for topic, position in (("impressions", committed.impressions), ("clicks", committed.clicks))
         if position is not None
     }
-    trainer = {} if readings.trainer is None else {("examples", number): at for number, at in readings.trainer.offsets.items()}
+    trainer = {("examples", number): at for number, at in readings.trainer.items()}
     scorer = {("score-requests", number): at for number, at in readings.scorer.items()}
     return {
         "join": ("headrace run join", join),
@@ -44,6 +47,8 @@ _READS = {"join": ("impressions", "clicks"), "trainer": ("examples",), "scorer":
 def lag(readings: Readings) -> Iterator[Finding]:
     """Records wait too long for the join, the trainer or the scorers."""
     for worker, (command, positions) in _positions(readings).items():
+        if worker in readings.unread_positions:
+            continue
         waiting, behind, oldest = list[str](), 0, readings.now_ms
         for (topic, number), log in readings.logs.items():
             if topic not in _READS[worker]:
@@ -55,19 +60,25 @@ def lag(readings: Readings) -> Iterator[Finding]:
                 behind += log.stable_end - position
                 oldest = min(oldest, arrived)
         if waiting:
-            members = readings.members.get(worker, 0)
+            members = readings.members.get(worker)
             yield Finding(
                 check="lag",
                 what=f"{worker}: {', '.join(waiting)}",
                 expected=f"no record waiting longer than {duration(MAX_WAIT_MS)}",
                 found=f"about {behind:,} records waiting, the oldest for {duration(readings.now_ms - oldest)}; "
-                f"{members} workers in the group",
-                cure=f"start one: `{command}`"
-                if not members
-                else f"look at its log and /metrics; if it is busy, start another: `{command}`"
-                if worker != "trainer"
-                else "look at its log and /metrics; a trainer that is busy needs more threads or a GPU, or a larger batch",
+                f"{'an unknown number of' if members is None else members} workers in the group",
+                cure=_lag_cure(worker, command, members),
             )
+
+
+def _lag_cure(worker: str, command: str, members: int | None) -> str:
+    if members == 0:
+        return f"start one: `{command}`"
+    if members is None:
+        return f"look whether one runs, else start it: `{command}`; if it runs, look at its log and /metrics"
+    if worker == "trainer":
+        return "look at its log and /metrics; a trainer that is busy needs more threads or a GPU, or a larger batch"
+    return f"look at its log and /metrics; if it is busy, start another: `{command}`"
 
 
 def deleted(readings: Readings) -> Iterator[Finding]:
@@ -169,11 +180,15 @@ def _newest(readings: Readings, topic: str, number: int) -> int:
 
 
 def _pending(readings: Readings, number: int, watermark_ms: int) -> int | None:
-    """End of the newest impression's window, where the watermark has not passed it."""
-    tail = readings.tails.get(("impressions", number))
-    if tail is None or not (tail.event_ms >= 0).any():
+    """End of the newest impression's window, where the watermark has not passed it. Not of one that the join refuses."""
+    tail, join = readings.tails.get(("impressions", number)), readings.join_settings
+    if tail is None:
         return None
-    until = int(tail.event_ms.max()) + readings.join_settings.window_ms
+    limit_ms = np.minimum(tail.arrived_ms + join.max_future_ms, MAX_TIMESTAMP_MS - join.window_ms)
+    accepted = tail.event_ms[(tail.event_ms >= 0) & (tail.event_ms <= limit_ms)]
+    if not len(accepted):
+        return None
+    until = int(accepted.max()) + join.window_ms
     return until if until >= watermark_ms else None
 
 

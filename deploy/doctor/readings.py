@@ -5,7 +5,7 @@ Times are milliseconds since the epoch. Topics go by their short names (`impress
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from stream.join.progress import Progress
 from stream.settings import JoinSettings
 from stream.topic_admin import Difference
 
-__all__ = ["Committed", "LogReading", "Place", "Readings", "Tail", "TrainerReading"]
+__all__ = ["Committed", "LogReading", "Place", "Readings", "Tail"]
 
 Place = tuple[str, int]  # short name of a topic, partition
 
@@ -33,11 +33,9 @@ class LogReading:
 class Tail:
     """The last records of one partition, markers left out; all columns have one length.
 
-    first_offset  where reading began: every committed record from there to the end is in the columns
-    event_ms      -1 where the value has no event time; watermark records are left out
+    `event_ms` is -1 where the value has no event time; watermark records are left out.
     """
 
-    first_offset: int
     offsets: npt.NDArray[np.int64]
     keys: Sequence[bytes | None]
     arrived_ms: npt.NDArray[np.int64]
@@ -51,14 +49,6 @@ class Committed:
     impressions: int | None
     clicks: int | None
     progress: Progress | None
-
-
-@dataclass(frozen=True, slots=True)
-class TrainerReading:
-    """The newest announced version that the store has: its number, and the next offset to train by partition."""
-
-    version: int
-    offsets: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +71,9 @@ class Readings:
     """Of the newest dead letters: reason, and topic, partition and offset of the record."""
     committed: Mapping[int, Committed] = field(default_factory=dict)
     members: Mapping[str, int] = field(default_factory=dict)
-    """Members of the groups `join`, `trainer` and `scorer`."""
-    trainer: TrainerReading | None = None
+    """Members of the groups `join`, `trainer` and `scorer`; empty where they could not be counted."""
+    trainer: Mapping[int, int] = field(default_factory=dict)
+    """Next offset of each partition of `examples`, by the newest announced version that the store has."""
     scorer: Mapping[int, int] = field(default_factory=dict)
     """Committed offset of each partition of `score-requests`."""
     arrivals: Mapping[tuple[str, int, int], int] = field(default_factory=dict)
@@ -90,6 +81,8 @@ class Readings:
     open_since_ms: Mapping[Place, int] = field(default_factory=dict)
     """Arrival of the first record of a transaction that is open, where one holds back readers."""
     unread: Sequence[str] = ()
+    unread_positions: Set[str] = frozenset()
+    """Of `join`, `trainer` and `scorer`: whose positions could not be read. An empty position of the others: never ran."""
 
     def arrived(self, topic: str, partition: int, offset: int) -> int | None:
         return self.arrivals.get((topic, partition, offset))

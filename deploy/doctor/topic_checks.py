@@ -88,7 +88,8 @@ def retention(readings: Readings) -> Iterator[Finding]:
             check="retention",
             what="brokers: offsets.retention.minutes",
             expected=f"at least the retention of {readings.topic('impressions')} ({_shown(impressions)}): where no join worker "
-            "runs for longer, its offsets are forgotten, and it would begin at the start of the log",
+            "runs for longer, its offsets are forgotten, and the next one stops when it takes over: it can't tell which "
+            "impressions have their label",
             found=duration(remembered),
             cure="raise offsets.retention.minutes in the brokers' server.properties, or lower topics.retention_ms and "
             f"`{MEND}`",

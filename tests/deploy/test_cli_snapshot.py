@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import shlex
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from deploy.cli import main
 from deploy.cli.times import DURATION, TIME, clock, duration
 from deploy.settings import Settings
 from state.manifest import Manifest
@@ -25,40 +20,9 @@ from stream.heartbeat import HeartbeatSender
 from stream.registry import RegistryWriter
 from stream.registry_reader import RegistryReader
 from stream.topics import TopicNames
+from tests.deploy.conftest import Run
 
 GATE = SnapshotSettings(gate_min_examples=0, good_after_ms=0)
-
-
-@dataclass
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Ran]
-
-
-@pytest.fixture
-def run(settings: Settings, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run the command line with this test's Kafka, topics and store."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HEADRACE_KAFKA__BOOTSTRAP_SERVERS", settings.kafka.bootstrap_servers)
-    monkeypatch.setenv("HEADRACE_TOPICS__PREFIX", settings.topics.prefix)
-    monkeypatch.setenv("HEADRACE_SNAPSHOTS__URL", settings.snapshots.url)
-
-    def run(command: str) -> Ran:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main(["snapshot", *shlex.split(command)])
-        out, err = capfd.readouterr()
-        return Ran(int(exit_.value.code or 0), out, err)
-
-    return run
 
 
 @pytest.fixture
@@ -116,15 +80,15 @@ def scorer(settings: Settings, worker: str, *, deaf: bool = False) -> Iterator[N
 
 
 def test_list_shows_what_there_is(run: Run, three: Settings) -> None:
-    document = run("list --format json").json
+    document = run("snapshot list --format json").json
     assert (document["champion"], document["held"], document["trainer_epoch"]) == (3, False, 1)
     assert [version["version"] for version in document["versions"]] == [1, 2, 3]
     assert [version["tags"] for version in document["versions"]] == [["good"], ["good"], ["champion"]]
     assert all(version["in_store"] and version["bytes"] > 0 for version in document["versions"])
-    assert [version["version"] for version in run("list --last 1 --format json").json["versions"]] == [3]
+    assert [version["version"] for version in run("snapshot list --last 1 --format json").json["versions"]] == [3]
 
     SnapshotStore(three.snapshots).delete(2)
-    text = run("list").out.splitlines()
+    text = run("snapshot list").out.splitlines()
     assert text[0].split()[:4] == ["version", "tags", "kind", "examples"]
     assert text[1].split()[:4] == ["3", "champion", "full", "1,234"] and "2023-11-14T22:13:20Z" in text[1]
     assert "promoted: window calibration 1.000 in [0.8, 1.25]" in text[1]
@@ -133,77 +97,77 @@ def test_list_shows_what_there_is(run: Run, three: Settings) -> None:
 
 
 def test_list_of_an_empty_registry(run: Run, topics: Settings) -> None:
-    ran = run("list")
+    ran = run("snapshot list")
     assert ran.code == 0 and "champion none since -, auto-promotion on" in ran.out
-    assert run("list --format json").json["versions"] == []
+    assert run("snapshot list --format json").json["versions"] == []
     assert not Path(topics.snapshots.url).exists()  # looking makes nothing
 
 
 def test_show(run: Run, three: Settings) -> None:
-    shown = run("show 2 --format json").json
+    shown = run("snapshot show 2 --format json").json
     assert shown["announced"]["tags"] == ["good"] and shown["manifest"]["examples_seen"] == 1_234
-    text = run("show 2").out
+    text = run("snapshot show 2").out
     assert "serving.safetensors" in text and "SHA-256" in text and "by trainer@test" in text
-    ran = run("show 9")
+    ran = run("snapshot show 9")
     assert ran.code == 1 and "version 9: expected a whole version in" in ran.err and ran.out == ""
     SnapshotStore(three.snapshots).delete(2)
-    assert "no: it can't be promoted" in run("show 2").out
+    assert "no: it can't be promoted" in run("snapshot show 2").out
 
 
 def test_verify(run: Run, three: Settings) -> None:
-    ran = run("verify 2")
+    ran = run("snapshot verify 2")
     assert ran.code == 0 and ran.out.startswith("version 2 is whole: 2 files, ") and ran.err == ""
     file = Path(three.snapshots.url) / "v0000000002" / "serving.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    ran = run("verify 2 --format json")
+    ran = run("snapshot verify 2 --format json")
     assert ran.code == 1 and ran.json["whole"] is False
     assert "serving.safetensors: expected SHA-256 " in ran.err and ran.json["problems"] == [ran.err.strip()]
 
 
 def test_promote_prints_what_undoes_it(run: Run, three: Settings) -> None:
-    dry = run("promote 1 --reason test --dry-run")
+    dry = run("snapshot promote 1 --reason test --dry-run")
     assert dry.out.splitlines()[0] == "champion: 3 → 1 (dry run: nothing was written)"
-    assert run("list --format json").json["champion"] == 3
-    ran = run("promote 1 --reason 'for a test' --hold 'pin it'")
+    assert run("snapshot list --format json").json["champion"] == 3
+    ran = run("snapshot promote 1 --reason 'for a test' --hold 'pin it'")
     undo = "headrace snapshot promote 3 --reason 'undo of 1' --resume"
     assert ran.out.splitlines() == ["champion: 3 → 1", "auto-promotion: held", f"undo: {undo}"]
-    document = run("list --format json").json
+    document = run("snapshot list --format json").json
     assert (document["champion"], document["hold_reason"], document["reason"]) == (1, "pin it", "for a test")
     assert "@" in document["who"]
-    undone = run(undo.removeprefix("headrace snapshot ") + " --format json").json
+    undone = run(undo.removeprefix("headrace ") + " --format json").json
     assert undone["to"] == 3 and undone["held"] is False
     assert undone["undo"] == "headrace snapshot promote 1 --reason 'undo of 3' --hold 'pin it'"
-    ran = run("promote 3 --reason again")
+    ran = run("snapshot promote 3 --reason again")
     assert ran.code == 1 and "Error: version 3: it is champion already, since" in ran.err
 
 
 def test_nobody_is_sent_to_a_version_that_is_not_whole(run: Run, three: Settings) -> None:
     (Path(three.snapshots.url) / "v0000000002" / "serving.safetensors").unlink()
     for command in ("promote 2 --reason x", "rollback --yes", "rollback --dry-run"):
-        ran = run(command)
+        ran = run(f"snapshot {command}")
         assert ran.code == 1 and "serving.safetensors: expected " in ran.err and "found no file" in ran.err
         assert ran.err.strip().endswith("Nothing was changed; --unchecked goes there all the same.")
-    assert run("list --format json").json["champion"] == 3
-    assert run("rollback --unchecked --format json").json["to"] == 2
+    assert run("snapshot list --format json").json["champion"] == 3
+    assert run("snapshot rollback --unchecked --format json").json["to"] == 2
 
 
 def test_rollback_confirmed_and_undone(run: Run, three: Settings) -> None:
     with scorer(three, "s1"), scorer(three, "s2"):
-        plan = run("rollback --dry-run --format json").json
+        plan = run("snapshot rollback --dry-run --format json").json
         assert plan == {"from": 3, "to": 2, "held_already": False, "live": ["s1", "s2"], "dry_run": True}
-        ran = run("rollback --reason 'CTR fell' --format json")
+        ran = run("snapshot rollback --reason 'CTR fell' --format json")
         assert ran.code == 0, ran.err
         done = ran.json
         assert (done["from"], done["to"], done["held"], done["unconfirmed"]) == (3, 2, True, [])
         assert sorted(each["worker"] for each in done["confirmed"]) == ["s1", "s2"]
         assert 0 < done["rollback_ms"] < 5_000
         assert done["undo"] == "headrace snapshot promote 3 --reason 'undo of 2' --resume"
-        assert run(done["undo"].removeprefix("headrace snapshot ")).code == 0
-        document = run("list --format json").json
+        assert run(done["undo"].removeprefix("headrace ")).code == 0
+        document = run("snapshot list --format json").json
         assert (document["champion"], document["held"], document["hold_reason"]) == (3, False, "")
-        text = run("rollback --to 1 --yes").out.splitlines()
+        text = run("snapshot rollback --to 1 --yes").out.splitlines()
         assert text[0] == "champion: 3 → 1, auto-promotion held until `headrace snapshot resume`"
         assert text[1].startswith("2 of 2 scorers confirmed (") and text[1].endswith(" after the command")
         assert text[2] == "undo: headrace snapshot promote 3 --reason 'undo of 1' --resume"
@@ -211,7 +175,7 @@ def test_rollback_confirmed_and_undone(run: Run, three: Settings) -> None:
 
 def test_rollback_that_someone_does_not_confirm(run: Run, three: Settings) -> None:
     with scorer(three, "s1"), scorer(three, "deaf", deaf=True):
-        ran = run("rollback --timeout 700ms --format json")
+        ran = run("snapshot rollback --timeout 700ms --format json")
     assert ran.code == 3
     assert [each["worker"] for each in ran.json["confirmed"]] == ["s1"]
     assert [each["worker"] for each in ran.json["unconfirmed"]] == ["deaf"]
@@ -220,30 +184,31 @@ def test_rollback_that_someone_does_not_confirm(run: Run, three: Settings) -> No
 
 
 def test_rollback_without_scorers_or_without_a_target(run: Run, three: Settings) -> None:
-    ran = run("rollback --back 0s")
+    ran = run("snapshot rollback --back 0s")
     assert ran.code == 1 and "expected one older than the champion, 3. --to can name: 2 (champion at " in ran.err
-    ran = run("rollback --to 1 --back 1m")
+    ran = run("snapshot rollback --to 1 --back 1m")
     assert ran.code == 1 and "expected one of --to, --back and --before, found several" in ran.err
-    ran = run("rollback --before 2001-01-01")
+    ran = run("snapshot rollback --before 2001-01-01")
     assert ran.code == 1 and "expected a champion at 2001-01-01T00:00:00Z, found none remembered" in ran.err
-    ran = run("rollback")
+    ran = run("snapshot rollback")
     assert ran.code == 0 and "no scorer is live: nobody had to confirm (" in ran.out
 
 
 def test_hold_and_resume(run: Run, three: Settings) -> None:
-    assert run("hold --reason sale").out.splitlines() == ["auto-promotion: held: sale", "undo: headrace snapshot resume"]
-    again = run("hold --reason other --format json").json
+    held = run("snapshot hold --reason sale").out.splitlines()
+    assert held == ["auto-promotion: held: sale", "undo: headrace snapshot resume"]
+    again = run("snapshot hold --reason other --format json").json
     assert again == {"held": True, "reason": "sale", "changed": False, "undo": None}
-    assert run("list").out.splitlines()[-1].endswith("auto-promotion held: sale")
-    assert run("resume").out.splitlines() == ["auto-promotion: on", "undo: headrace snapshot hold --reason sale"]
-    assert run("resume").out.splitlines() == ["auto-promotion: on (it was so already)"]
+    assert run("snapshot list").out.splitlines()[-1].endswith("auto-promotion held: sale")
+    assert run("snapshot resume").out.splitlines() == ["auto-promotion: on", "undo: headrace snapshot hold --reason sale"]
+    assert run("snapshot resume").out.splitlines() == ["auto-promotion: on (it was so already)"]
 
 
 def test_usage(run: Run) -> None:
-    assert run("rollback --back tomorrow").code == 2
-    ran = run("promote 1 --reason x --hold y --resume")
+    assert run("snapshot rollback --back tomorrow").code == 2
+    ran = run("snapshot promote 1 --reason x --hold y --resume")
     assert ran.code == 2 and "--hold and --resume: expected one of them, found both." in ran.err
-    ran = run("rollback --help")
+    ran = run("snapshot rollback --help")
     text = " ".join(ran.out.split())
     assert ran.code == 0 and "Exit code 3 when someone didn't confirm" in text and "headrace snapshot rollback --to 39" in text
 

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from deploy.doctor.event_checks import _fnv1a
 from deploy.doctor.examination import CHECKS, examine
 from deploy.doctor.finding import Finding
-from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail, TrainerReading
+from deploy.doctor.kafka_readings import _event_ms
+from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail
 from deploy.partitions import partitions_of
+from stream.join.events import MAX_TIMESTAMP_MS
 from stream.join.logic import NEVER_MS
 from stream.join.progress import Progress
 from stream.settings import JoinSettings
@@ -32,7 +34,6 @@ def tail(keys: Sequence[bytes], event_ms: Sequence[int], arrived_ms: Sequence[in
     arrived = [time + 50 for time in event_ms] if arrived_ms is None else arrived_ms
     offsets = np.arange(first, first + len(keys), dtype=np.int64)
     return Tail(
-        first_offset=first,
         offsets=offsets,
         keys=keys,
         arrived_ms=np.array(arrived, np.int64),
@@ -73,7 +74,7 @@ def healthy(**changed: Any) -> Readings:
                 tails=tails,
                 committed={number: Committed(200, 200, progress()) for number in (0, 1)},
                 members={"join": 1, "trainer": 1, "scorer": 1},
-                trainer=TrainerReading(7, {0: 200, 1: 200}),
+                trainer={0: 200, 1: 200},
                 scorer={0: 200, 1: 200},
                 arrivals={(topic, number, 50): NOW - 600_000 for topic, number in places},
             ),
@@ -166,6 +167,18 @@ def test_clocks_ahead() -> None:
     assert examine(healthy(tails={("impressions", 0): tail(ids(200, 0), arrived, arrived)})) == []
 
 
+@pytest.mark.parametrize(
+    ("timestamp", "found"),
+    [(77, 77), (2**62, 2**62), (2**62 + 1, -1), (2**63, -1), (2**64, -1), (10**40, -1), (-1, -1), (-(2**63) - 1, -1)],
+)
+def test_a_time_is_read_as_far_as_it_can_be_compared(timestamp: int, found: int) -> None:
+    read = np.array([_event_ms(b'{"timestamp":%d}' % timestamp)], np.int64)
+    assert read.tolist() == [found]
+    keys, times = ids(1, 0), [int(read[0])]
+    tails = {("impressions", 0): tail(keys, times, [NOW]), ("clicks", 0): tail(keys, times, [NOW])}
+    assert {each.check for each in examine(healthy(tails=tails))} <= {"clocks"}
+
+
 def test_clicks_before_their_impressions() -> None:
     keys, times = ids(200, 1), [NOW - 30_000] * 200
     tails = {("impressions", 1): tail(keys, times), ("clicks", 1): tail(keys, [time - 700 for time in times])}
@@ -208,9 +221,23 @@ def test_lag() -> None:
 
 def test_a_worker_that_never_ran() -> None:
     arrivals = {("examples", 0, 0): NOW - 90_000, ("score-requests", 1, 0): NOW - 90_000}
-    trainer, scorer = examine(healthy(trainer=None, scorer={0: 200}, members={}, arrivals=arrivals))
+    nobody = {"join": 0, "trainer": 0, "scorer": 0}
+    trainer, scorer = examine(healthy(trainer={}, scorer={0: 200}, members=nobody, arrivals=arrivals))
     assert trainer.what == "trainer: shop-examples-0" and trainer.cure == "start one: `headrace run trainer`"
     assert scorer.what == "scorer: shop-score-requests-1" and "about 200 records" in scorer.found
+
+
+def test_a_worker_whose_position_or_members_are_unknown() -> None:
+    """That is not one that never ran, nor one that nobody runs."""
+    arrivals = {("examples", 0, 0): NOW - 90_000, ("score-requests", 1, 0): NOW - 90_000}
+    unknown = healthy(trainer={}, scorer={0: 200}, members={}, arrivals=arrivals, unread_positions={"trainer"})
+    scorer = only(unknown)
+    assert scorer.what == "scorer: shop-score-requests-1"
+    assert scorer.found.endswith("; an unknown number of workers in the group")
+    assert scorer.cure.startswith("look whether one runs, else start it: `headrace run scorer`")
+    everything = {"join", "trainer", "scorer"}
+    behind = {("impressions", 0, 0): NOW - 90_000}
+    assert examine(healthy(committed={}, arrivals=arrivals | behind, scorer={}, unread_positions=everything)) == []
 
 
 def test_deleted_before_it_was_read() -> None:
@@ -260,6 +287,27 @@ def test_a_watermark_that_nothing_moves() -> None:
     assert examine(healthy(now_ms=NOW + 200_000)) == []
     passed = progress(watermark_ms=NOW + 60_000, impressions_seen_ms=NOW + 60_000, clicks_seen_ms=NOW + 60_000)
     assert examine(replace(later, committed={number: Committed(200, 200, passed) for number in (0, 1)})) == []
+
+
+@pytest.mark.parametrize(
+    "event_ms",
+    [
+        NOW * 1_000,  # microseconds: no date has so many years
+        MAX_TIMESTAMP_MS,
+        NOW - 30_000 + 50 + JoinSettings().max_future_ms + 1,  # a clock that is ahead by a little too much
+    ],
+)
+def test_a_watermark_waits_for_no_impression_that_the_join_refuses(event_ms: int) -> None:
+    """Everything that it accepted has its label; the refused one never gets one."""
+    arrived = [NOW - 30_000 + 50] * 201
+    tails = {("impressions", 0): tail(ids(201, 0), [NOW - 30_000] * 200 + [event_ms], arrived)}
+    passed = progress(watermark_ms=NOW + 60_000, impressions_seen_ms=NOW + 60_000, clicks_seen_ms=NOW + 60_000)
+    quiet = healthy(now_ms=NOW + 300_000, tails=tails, committed={0: Committed(201, 201, passed)})
+    assert [each.check for each in examine(quiet)] == ["clocks"]
+    # It doesn't hide the others either.
+    found = examine(replace(quiet, committed={0: Committed(201, 201, progress())}))
+    assert [each.check for each in found] == ["clocks", "watermark"]
+    assert found[1].expected.endswith("the newest impression, 2023-11-14T22:13:50Z")
 
 
 def test_open_transactions() -> None:
