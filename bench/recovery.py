@@ -12,7 +12,7 @@ over 4 partitions; then the worker is stopped and started again:
 - nothing: the folder is gone, everything is read again from the low-water offsets.
 
 Told are the seconds of taking over (the slowest partition, as the worker logs it) and those from the process' start until it is
-ready.
+ready. Each time as many impressions must be pending as before, else the benchmark ends with an error.
 """
 
 from __future__ import annotations
@@ -56,8 +56,14 @@ def settings_for(bootstrap_servers: str, pending: int, work: Path) -> Settings:
     )
 
 
-def wait_joined(worker: Worker, impressions: int, clicks: int) -> None:
-    """Until every event is accounted for."""
+def pending_of(worker: Worker) -> dict[str, int]:
+    """Impressions pending, by partition; of those that have said so."""
+    gauge = "headrace_join_pending_impressions"
+    return {labels[0]: round(value) for (name, labels), value in worker.metrics().items() if name == gauge}
+
+
+def wait_joined(worker: Worker, impressions: int, clicks: int) -> int:
+    """Until every event is accounted for; returns the impressions pending then."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         sums: Counter[str] = Counter()
@@ -65,15 +71,15 @@ def wait_joined(worker: Worker, impressions: int, clicks: int) -> None:
             sums[name] += round(value)
         read = sums["headrace_join_impressions_total"], sums["headrace_join_clicks_total"] + sums["headrace_join_early_clicks"]
         if read == (impressions, clicks):
-            return
+            return sums["headrace_join_pending_impressions"]
         worker.check()
         if time.monotonic() > deadline:
             raise SystemExit(f"expected {impressions} impressions and {clicks} clicks within {PATIENCE_S:.0f} s, found {read}")
         time.sleep(0.2)
 
 
-def started(worker: Worker) -> dict[str, float]:
-    """Start it, on core 0; how long it took until it was ready, and of that taking over."""
+def started(worker: Worker, pending: int | None = None) -> dict[str, float]:
+    """Start it, on core 0; how long it took until it was ready, and of that taking over. So many must be `pending` then."""
     logged = worker.log.stat().st_size if worker.log.exists() else 0
     began = time.monotonic()
     worker.start()
@@ -85,6 +91,12 @@ def started(worker: Worker) -> dict[str, float]:
         taken = [float(seconds) for seconds in TAKEN.findall(log.read())]
     if len(taken) != PARTITIONS:
         raise SystemExit(f"expected {PARTITIONS} partitions taken over, found {len(taken)} in {worker.log}")
+    if pending is not None:
+        while len(found := pending_of(worker)) < PARTITIONS:  # they say so with their first step
+            worker.check()
+            time.sleep(0.1)
+        if sum(found.values()) != pending:
+            raise SystemExit(f"expected {pending:,} impressions pending after the start, as before it, found {found}")
     return {"takeover_s": max(taken), "ready_s": round(ready_s, 2)}
 
 
@@ -95,19 +107,19 @@ def stop(worker: Worker) -> None:
         raise SystemExit(f"the worker ended with {worker.returncode}: {worker.log.read_text()[-2000:]}")
 
 
-def measure(bootstrap_servers: str, pending: int, work: Path) -> dict[str, object]:
+def measure(bootstrap_servers: str, impressions: int, work: Path) -> dict[str, object]:
     """Recovery of this many impressions, in each of the four ways."""
-    settings = settings_for(bootstrap_servers, pending, work)
-    events = asyncio.run(fill(settings, pending, ended=False))
-    worker = Worker("join", worker_environment(settings), work / f"{pending}.log", cwd=work)
-    found: dict[str, object] = {"impressions": pending}
+    settings = settings_for(bootstrap_servers, impressions, work)
+    events = asyncio.run(fill(settings, impressions, ended=False))
+    worker = Worker("join", worker_environment(settings), work / f"{impressions}.log", cwd=work)
+    found: dict[str, object] = {"impressions": impressions}
     try:
         started(worker)
-        wait_joined(worker, pending, events - pending)
+        pending = wait_joined(worker, impressions, events - impressions)
         worker.kill()
-        found["killed"] = started(worker)
+        found["killed"] = started(worker, pending)
         stop(worker)
-        found["clean"] = started(worker)
+        found["clean"] = started(worker, pending)
         stop(worker)
         files = [path for path in settings.state_dir.rglob("*") if path.is_file()]
         found["state_mb"] = round(sum(path.stat().st_size for path in files) / 2**20)
@@ -115,10 +127,10 @@ def measure(bootstrap_servers: str, pending: int, work: Path) -> dict[str, objec
         settings.state_dir.rename(copy)
         began = time.monotonic()
         shutil.copytree(copy, settings.state_dir)
-        found["copied"] = {"copy_s": round(time.monotonic() - began, 2), **started(worker)}
+        found["copied"] = {"copy_s": round(time.monotonic() - began, 2), **started(worker, pending)}
         stop(worker)
         shutil.rmtree(settings.state_dir)
-        found["nothing"] = started(worker)
+        found["nothing"] = started(worker, pending)
         found["peak_rss_mb"] = worker.peak_rss_mb()
         stop(worker)
     finally:

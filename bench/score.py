@@ -4,9 +4,9 @@
     .venv/bin/python bench/score.py --quick    # short stretches, no claim
 
 A real Apache Kafka, a join, a trainer and a scorer on this machine; a data set is replayed at 1,000 events a second, joined and
-learned all along, and a version is published and swapped in every 3 s. All but scorer and broker give way (niceness 10), as in
-the demo. Requests hold 50 candidates. A latency is the answer's LogAppendTime less the request's. The peer gets the same
-requests beside the same load.
+learned all along, and a version is published and swapped in every 3 s. Join, trainer and replay give way (niceness 10), as in
+the demo; scorer, broker and this process, which sends the requests, don't. Requests hold 50 candidates. A latency is the
+answer's LogAppendTime less the request's. The peer gets the same requests beside the same load.
 """
 
 from __future__ import annotations
