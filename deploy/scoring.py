@@ -167,7 +167,8 @@ class Scoring:
         while self._alive and not sampled.keys() <= self._answered.keys():
             self._news.clear()
             try:
-                await asyncio.wait_for(self._news.wait(), until - time.monotonic())
+                async with asyncio.timeout(until - time.monotonic()):
+                    await self._news.wait()
             except TimeoutError:
                 break
         self._alive = self._alive and any(name in self._answered for name in sampled)

@@ -164,7 +164,8 @@ class _Feeder:
             for answer in await asyncio.gather(*futures, return_exceptions=True):
                 if isinstance(answer, BaseException):
                     raise answer
-        await asyncio.wait_for(producer.commit_transaction(), TRANSACTION_TIMEOUT_MS / 1_000)
+        async with asyncio.timeout(TRANSACTION_TIMEOUT_MS / 1_000):
+            await producer.commit_transaction()
 
     def _headers(self, letter: Letter) -> list[Header]:
         """The original's own, and where the record comes from this time."""

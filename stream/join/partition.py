@@ -8,6 +8,7 @@ behind; a crash after it leaves a state that is a prefix of the committed log, w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,18 +127,16 @@ class PartitionJoin:
 
     async def _gather(self) -> list[Run]:
         """The next runs: what comes within `step_ms` of the first, or none after a tick without any."""
-        try:
-            runs = [await asyncio.wait_for(self._queue.get(), TICK_S)]
-        except TimeoutError:
-            return []
-        deadline = time.monotonic() + self._settings.step_ms / 1000
-        records = len(runs[0].records)
-        while records < MAX_STEP_RECORDS and (left := deadline - time.monotonic()) > 0:
-            try:
-                runs.append(await asyncio.wait_for(self._queue.get(), left))
-            except TimeoutError:
-                break
-            records += len(runs[-1].records)
+        runs: list[Run] = []
+        records = 0
+        # Not `wait_for`, which before Python 3.12 swallows a cancellation that comes together with what it waits for.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TICK_S) as limit:
+                while records < MAX_STEP_RECORDS:
+                    runs.append(await self._queue.get())
+                    records += len(runs[-1].records)
+                    if len(runs) == 1:
+                        limit.reschedule(asyncio.get_running_loop().time() + self._settings.step_ms / 1000)
         return runs
 
     async def _step(self, runs: list[Run]) -> None:
@@ -223,7 +222,8 @@ class PartitionJoin:
             self._group,
         )
         # A commit that hangs may or may not have happened: past the broker's own limit only starting again can tell.
-        await asyncio.wait_for(producer.commit_transaction(), self._settings.transaction_timeout_ms / 1000)
+        async with asyncio.timeout(self._settings.transaction_timeout_ms / 1000):
+            await producer.commit_transaction()
         self._metrics.commit_seconds.observe(time.perf_counter() - began)
 
     def low_water(self) -> tuple[int, int, int]:
@@ -255,9 +255,8 @@ class PartitionJoin:
         batch.drop_early(plan.dropped_early)
         if chunk is not None:
             batch.add_chunk(chunk, plan.new_ids)
-        before_ms = self._memory.watermark_ms - self._settings.window_ms - 2 * self._settings.dedupe_horizon_ms
         for forgotten in plan.forgotten:
-            batch.forget(forgotten, before_ms, plan.remembered)
+            batch.forget(forgotten, plan.forget_before_ms, plan.remembered)
         batch.set_meta(
             JoinMeta(
                 identity=self._identity,

@@ -237,7 +237,8 @@ class ScorerWorker:
                 if end is not None:
                     self._metrics.lag.labels(str(number)).set(max(end.offset - position, 0))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(swapper.changed.wait(), self._settings.heartbeat_ms / 1000)
+                async with asyncio.timeout(self._settings.heartbeat_ms / 1000):
+                    await swapper.changed.wait()
 
     async def _earlier_are_out(self) -> bool:
         """Wait for the answers to what was begun so far, at most a heartbeat's time.
