@@ -7,7 +7,7 @@ elsewhere is rebuilt (`stream/join/takeover.py`). One database a partition numbe
 | --- | --- | --- |
 | `ids` | impression id | event time, offset, clicked: every impression remembered, for dedupe and matching |
 | `payloads` | event time, offset | id, whether its first label is out, impression's bytes: the pending ones, as they expire |
-| `early` | id, click's event time, offset | the click's bytes: clicks whose impression has not come |
+| `early` | id, click's event time, offset | the click's record: clicks whose impression has not come |
 | `chunks` | first offset, largest event time, position | ids remembered by one step, so that forgetting needs no scan |
 | default | `meta` | identity, positions and watermark, written in one batch with the changes they stand for |
 """
@@ -37,7 +37,7 @@ from state.errors import JoinStateError
 __all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "StateBatch", "StateOptions"]
 
 # Part of the identity in `JoinMeta`: state that an older version wrote otherwise is thrown away, not misread.
-LAYOUT = 2
+LAYOUT = 3
 
 _ENTRY = struct.Struct("<qq?")  # event time, offset, clicked
 _ORDERED = struct.Struct(">QQ")  # event time, offset: big endian sorts as bytes as it does as numbers (both are >= 0)

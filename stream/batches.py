@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["BATCH_BYTES", "Outgoing", "send_batches"]
 
-Outgoing = tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes]]]  # key, value, headers
+Outgoing = tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]  # key, value, headers
 
 # Below Kafka's default limit of one batch (max.message.bytes, 1,048,588). A record larger than this travels alone.
 BATCH_BYTES = 900_000

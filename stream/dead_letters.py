@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 __all__ = ["ORIGINAL", "OUR_HEADERS", "REASONS", "REPLAY_HEADER", "DeadLetter", "Header"]
 
-Header = tuple[str, bytes]
+Header = tuple[str, bytes | None]
 
 # Characters of an error text and of a path. Both may quote an id or a field's name as large as the record itself, which must
 # still fit into `dead-letters`: twice this, at 4 bytes each, is far below the 64 KiB that the topic takes above its sources.

@@ -45,12 +45,12 @@ class Events:
         return len(self.keys)
 
 
-def read_run(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int | None = None) -> Events:
+def read_run(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int) -> Events:
     """Read the envelopes of one run (aiokafka ConsumerRecords of one partition, in order of offset).
 
     An event more than `max_future_ms` ahead of its own arrival (the record's Kafka timestamp) is a dead letter: judged
     against the record and not against the clock, so that a replay decides the same. So is a watermark record that is more than
-    `max_watermark_future_ms` (as for events when None) ahead: believed, it would make every later impression late.
+    `max_watermark_future_ms` ahead: believed, it would make every later impression late.
     """
     fast = _read_fast(records, max_future_ms)
     return fast if fast is not None else _read_slow(records, max_future_ms, max_watermark_future_ms)
@@ -80,11 +80,10 @@ def _read_fast(records: Sequence[Any], max_future_ms: int) -> Events | None:
     return Events(keys, times, [record.offset for record in records], values, list(records))
 
 
-def _read_slow(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int | None = None) -> Events:
+def _read_slow(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int) -> Events:
     events = Events()
-    mark_future_ms = max_future_ms if max_watermark_future_ms is None else max_watermark_future_ms
     for record in records:
-        verdict = _read_one(record, max_future_ms) if record.value else _read_mark(record, mark_future_ms)
+        verdict = _read_one(record, max_future_ms) if record.value else _read_mark(record, max_watermark_future_ms)
         if isinstance(verdict, DeadLetter):
             events.dead.append(verdict)
         elif isinstance(verdict, int):

@@ -30,8 +30,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from state.join_state import Chunk, Entry
-from stream.dead_letters import DeadLetter
+from stream.dead_letters import DeadLetter, Header
 from stream.join.events import Events
 from stream.join.sampling import Sampling
 from stream.settings import JoinSettings
@@ -47,6 +49,7 @@ __all__ = [
     "Plan",
     "Step",
     "StoredState",
+    "packed_click",
     "watermark",
 ]
 
@@ -70,7 +73,12 @@ class StoredState(Protocol):
     def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes, bool]]: ...
 
 
-EarlyClick = tuple[int, int, bytes]  # event time, offset, the record's value
+EarlyClick = tuple[int, int, bytes]  # event time, offset, the record as `packed_click` has it
+
+
+def packed_click(record: Any) -> bytes:
+    """What a click's dead letter will have of it, should no impression come: value and headers."""
+    return msgspec.msgpack.encode((record.value, record.headers))
 
 
 @dataclass(slots=True)
@@ -160,10 +168,10 @@ class Plan:
     new_early: list[tuple[bytes, EarlyClick]] = field(default_factory=list)
     dropped_early: list[tuple[bytes, EarlyClick]] = field(default_factory=list)
     forgotten: list[Chunk] = field(default_factory=list)
+    forget_before_ms: int = NEVER_MS  # ids of `forgotten` used again since then are kept
     expired_from_ms: int = 0
     expired_until_ms: int = 0
     watermark_ms: int = NEVER_MS
-    capped: bool = False  # more is due than one transaction takes: the watermark stopped short of where it could be
 
 
 def watermark(memory: Memory, *, impressions_idle: bool, clicks_idle: bool) -> int:
@@ -330,7 +338,7 @@ class Step:
         elif time_ms in self._memory.early.get(key, ()):
             self.plan.counts["duplicate_clicks"] += 1
         else:
-            click = (time_ms, offset, record.value)
+            click = (time_ms, offset, packed_click(record))
             self._memory.add_early(key, click)
             self.plan.new_early.append((key, click))
 
@@ -354,7 +362,7 @@ class Step:
     def close(self, watermark_ms: int, clicks_topic: str, partition: int) -> Plan:
         """Move the watermark to `watermark_ms` and expire what it settles, at most about `max_outputs` labels of it.
 
-        Where that is too much for one transaction the watermark stops at what has been expired, and `plan.capped` is set.
+        Where that is too much for one transaction the watermark stops at what has been expired.
         `clicks_topic` and `partition` say where an orphan came from.
         """
         plan, memory = self.plan, self._memory
@@ -365,7 +373,7 @@ class Step:
         dropped = set(plan.dropped_pending)
         for row in self._state.pending_between(start, until):
             if len(stored) >= room and row[0] != stored[-1][0]:
-                until, plan.capped = row[0], True  # everything before this time is settled, nothing at or after it
+                until = row[0]  # everything before this time is settled, nothing at or after it
                 break
             if (row[0], row[1]) not in dropped:
                 stored.append(row)
@@ -387,9 +395,11 @@ class Step:
         plan.watermark_ms = memory.watermark_ms = until + self._window
         for key, click in memory.due_early(memory.watermark_ms - self._skew):
             plan.dropped_early.append((key, click))
-            origin = (clicks_topic, partition, click[1], key, click[2])
+            value, headers = msgspec.msgpack.decode(click[2], type=tuple[bytes, tuple[Header, ...]])
+            origin = (clicks_topic, partition, click[1], key, value, headers)
             self._orphan(DeadLetter("orphan_click", "", "$.impression_id", *origin), click[0])
-        plan.forgotten = memory.due_chunks(memory.watermark_ms - self._window - 2 * self._horizon)
+        plan.forget_before_ms = memory.watermark_ms - self._window - 2 * self._horizon
+        plan.forgotten = memory.due_chunks(plan.forget_before_ms)
         return plan
 
     def _label_negative(self, expired: list[tuple[int, int, bytes, bytes, bool]]) -> None:

@@ -28,7 +28,7 @@ from stream.dead_letters import REPLAY_HEADER
 from stream.errors import Abandoned, PositionError
 from stream.join.events import read_run
 from stream.join.examples import click_awaited, label_of, left_out_of, source_offset_of
-from stream.join.logic import NEVER_MS, Memory
+from stream.join.logic import NEVER_MS, Memory, packed_click
 from stream.join.partition import Positions, TakenOver
 from stream.join.progress import Progress, decode_progress
 from stream.join.recovery import RebuildProgress
@@ -411,11 +411,11 @@ class _Rebuild:
         events = read_run(records, self._settings.max_future_ms, self._settings.max_watermark_future_ms)
         entries = self._state.entries(events.keys)
         batch = self._batch()
-        for key, time_ms, offset, value, entry in zip(
-            events.keys, events.times_ms, events.offsets, events.values, entries, strict=True
+        for key, time_ms, offset, record, entry in zip(
+            events.keys, events.times_ms, events.offsets, events.records, entries, strict=True
         ):
             if self._waits(key, time_ms, entry):
-                batch.add_early([(key, (time_ms, offset, value))])
+                batch.add_early([(key, (time_ms, offset, packed_click(record)))])
         batch.write()
 
     def _waits(self, key: bytes, click_ms: int, entry: Entry | None) -> bool:

@@ -122,8 +122,9 @@ class JoinWorker:
                 f"expected the same partitions of {self._names.impressions} and {self._names.clicks}, was assigned "
                 f"{sorted(ours)} and {sorted(clicks)}. Run `headrace topics check`."
             )
-        for number in sorted(self.partitions.keys() - ours):
-            await self.partitions.pop(number).close()
+        for number in sorted((self.partitions.keys() | self._rebuilds.keys()) - ours):
+            if number in self.partitions:
+                await self.partitions.pop(number).close()
             self._metrics.forget_partition(number)
         # A partition that stayed keeps its producer: had another worker owned it meanwhile, our next transaction is fenced.
         for partition in self.partitions.values():

@@ -120,7 +120,7 @@ def test_all_garbage_is_refused_by_the_join_and_nothing_else_is() -> None:
     reasons = set()
     for sends in arrivals(generate(simulation), simulation):
         for key, value, what in zip(sends.keys, sends.values, sends.what.tolist(), strict=True):
-            events = read_run([_Record(key, value)], max_future_ms=3_600_000)
+            events = read_run([_Record(key, value)], max_future_ms=3_600_000, max_watermark_future_ms=0)
             assert len(events.dead) == (what == BROKEN), (key, value)
             reasons |= {letter.reason for letter in events.dead}
     assert reasons == {"malformed_json", "wrong_type", "missing_field", "id_mismatch", "bad_utf8", "empty_value"}

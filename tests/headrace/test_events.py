@@ -125,7 +125,7 @@ def test_what_the_client_takes_the_pipeline_takes(name: str, when: int, value: A
         key, payload = encode_impression(name, when, {"f": value})
     except InvalidEvent:
         return
-    events = read_run([_Record(key, payload)], max_future_ms=10**9)
+    events = read_run([_Record(key, payload)], max_future_ms=10**9, max_watermark_future_ms=0)
     assert events.times_ms == [when]
     assert not events.dead
     kind = "list" if isinstance(value, list) else "numeric" if isinstance(value, float) else "categorical"

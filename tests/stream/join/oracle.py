@@ -74,7 +74,7 @@ class Partition:
         if chunk is not None:
             batch.add_chunk(chunk, plan.new_ids)
         for forgotten in plan.forgotten:
-            batch.forget(forgotten, self.forget_before_ms, plan.remembered)
+            batch.forget(forgotten, plan.forget_before_ms, plan.remembered)
         batch.write()
 
     @property

@@ -49,8 +49,8 @@ def test_a_bad_record_is_set_aside_wherever_it_stands(case):
         for place in range(count + 1):
             records = [neighbour(offset) for offset in range(count + 1)]
             records[place] = of(case, place)
-            events = read_run(records, MAX_FUTURE_MS)
-            assert columns(events) == columns(_read_slow(records, MAX_FUTURE_MS))
+            events = read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS)
+            assert columns(events) == columns(_read_slow(records, MAX_FUTURE_MS, MAX_FUTURE_MS))
             assert events.offsets == [offset for offset in range(count + 1) if offset != place]
             [letter] = events.dead
             assert (letter.reason, letter.path, letter.offset) == (case.reason, case.path, place)
@@ -64,8 +64,8 @@ def test_what_only_others_can_judge_is_passed_on(case):
     for place in range(4):
         records = [neighbour(offset) for offset in range(4)]
         records[place] = of(case, place)
-        events = read_run(records, MAX_FUTURE_MS)
-        assert columns(events) == columns(_read_slow(records, MAX_FUTURE_MS))
+        events = read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS)
+        assert columns(events) == columns(_read_slow(records, MAX_FUTURE_MS, MAX_FUTURE_MS))
         assert events.dead == []
         assert events.values == [each.value for each in records]
 
@@ -85,7 +85,7 @@ def test_the_trainer_judges_the_rest_wherever_it_stands(case):
 
 def test_the_whole_corpus_in_one_run():
     records = [of(case, offset) for offset, case in enumerate(CORPUS)]
-    events = read_run(records, MAX_FUTURE_MS)
+    events = read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS)
     assert [(letter.offset, letter.reason) for letter in events.dead] == [
         (offset, case.reason) for offset, case in enumerate(CORPUS) if case.judge == "envelope"
     ]
@@ -97,7 +97,7 @@ def test_the_fast_path_takes_ordinary_runs():
     records += [of(case, 50 + index) for index, case in enumerate(TRAINER) if case.name not in SLOW_BUT_GOOD]
     fast = _read_fast(records, MAX_FUTURE_MS)
     assert fast is not None
-    assert columns(fast) == columns(_read_slow(records, MAX_FUTURE_MS))
+    assert columns(fast) == columns(_read_slow(records, MAX_FUTURE_MS, MAX_FUTURE_MS))
 
 
 # Good JSON that isn't one object a line.
@@ -118,7 +118,7 @@ SLOW_BUT_GOOD = {"spread over lines", "carriage returns", "spaces around"}
 def test_records_that_only_balance_together_are_refused(values):
     records = [record(offset, key, value) for offset, (key, value) in enumerate(zip((b"a", b"b"), values, strict=True))]
     assert _read_fast(records, MAX_FUTURE_MS) is None
-    assert read_run(records, MAX_FUTURE_MS).dead
+    assert read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS).dead
 
 
 _A, _B = envelope("a", "{}", time="1"), envelope("b", "{}", time="1")
@@ -137,7 +137,7 @@ def test_the_fast_path_never_says_otherwise(rows):
 @given(st.lists(st.binary(max_size=30), max_size=4))
 def test_any_bytes_get_a_verdict(values):
     records = [record(offset, b"k", value) for offset, value in enumerate(values)]
-    events = read_run(records, MAX_FUTURE_MS)
+    events = read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS)
     assert sorted(events.offsets + [letter.offset for letter in events.dead]) == list(range(len(values)))
 
 
@@ -145,7 +145,7 @@ def test_the_future_is_judged_by_the_records_own_arrival():
     def verdict(arrival_ms: int, time_ms: int) -> list[str]:
         lone = record(0, b"a", envelope("a", time=str(time_ms)), arrival_ms=arrival_ms)
         among = [record(1, b"b", envelope("b", time="5"), arrival_ms=10**13), lone]
-        reasons = [[letter.reason for letter in read_run(run, 1_000).dead] for run in ([lone], among)]
+        reasons = [[letter.reason for letter in read_run(run, 1_000, 1_000).dead] for run in ([lone], among)]
         assert reasons[0] == reasons[1]
         return reasons[0]
 
@@ -162,20 +162,22 @@ def test_watermark_records():
             )
             assert (events.offsets, events.dead, events.watermark_ms) == ([0], [], expected)
     several = [record(index, None, b"", ((WATERMARK_HEADER, mark),)) for index, mark in enumerate((b"7", b"9", b"8"))]
-    assert read_run(several, MAX_FUTURE_MS).watermark_ms == 9
+    assert read_run(several, MAX_FUTURE_MS, MAX_FUTURE_MS).watermark_ms == 9
     # With a value the record is an event like any other.
-    assert read_run([record(0, b"a", envelope("a"), ((WATERMARK_HEADER, b"9"),))], MAX_FUTURE_MS).watermark_ms == -1
+    assert (
+        read_run([record(0, b"a", envelope("a"), ((WATERMARK_HEADER, b"9"),))], MAX_FUTURE_MS, MAX_FUTURE_MS).watermark_ms == -1
+    )
 
 
 def test_a_watermark_far_beyond_its_arrival_is_refused():
     """It would make every impression that comes after it late, for good."""
 
-    def read(mark: bytes, bound_ms: int | None) -> Events:
+    def read(mark: bytes, bound_ms: int) -> Events:
         return read_run([record(3, None, b"", ((WATERMARK_HEADER, mark),), arrival_ms=5_000)], 1_000, bound_ms)
 
-    for mark, bound_ms in [(b"6000", None), (b"7500", 2_500), (b"5", 0)]:
+    for mark, bound_ms in [(b"7500", 2_500), (b"5", 0)]:
         assert (read(mark, bound_ms).watermark_ms, read(mark, bound_ms).dead) == (int(mark), [])
-    for mark, bound_ms in [(b"6001", None), (b"7501", 2_500)]:
+    for mark, bound_ms in [(b"7501", 2_500), (b"5001", 0)]:
         assert read(mark, bound_ms).watermark_ms == -1
         [letter] = read(mark, bound_ms).dead
         assert (letter.reason, letter.offset) == ("future_timestamp", 3)
@@ -195,7 +197,7 @@ def test_an_event_as_far_ahead_as_is_allowed_can_be_settled():
 def test_a_dead_letter_is_little_larger_than_its_record():
     """`dead-letters` takes 64 KiB more than the sources do; a letter beyond that would stop the join for good."""
     for case in ENVELOPE:
-        [letter] = read_run([of(case)], MAX_FUTURE_MS).dead
+        [letter] = read_run([of(case)], MAX_FUTURE_MS, MAX_FUTURE_MS).dead
         ours = letter.out_headers()[: -len(case.headers) or None]
         assert sum(len(name) + len(value) for name, value in ours) < 10_000
 

@@ -62,16 +62,16 @@ class Checked:
             for row in zip(events.keys, events.times_ms, events.offsets, strict=True):
                 judge(*row)
         assert plan.watermark_ms == self.real.memory.watermark_ms >= was
-        assert plan.watermark_ms == self.real.allowed_ms or (plan.capped and plan.watermark_ms < self.real.allowed_ms)
         self.oracle.move(plan.watermark_ms)
         self._hold_against_the_oracle(plan)
         self._hold_low_water()
         gone = earlier - self.real.state.payloads.keys()
         expired = gone - {(time, offset) for _, _, time, offset, click, _ in plan.examples if click >= 0}
+        others = [example for example in plan.examples if example[5] != FIRST or example[4] >= 0]
+        room = max(self.settings.max_outputs - len(others), 1)
+        assert plan.watermark_ms == self.real.allowed_ms or (plan.watermark_ms < self.real.allowed_ms and len(expired) >= room)
         if expired:  # as many as there is room for, and those of the same time as the last
             own = sum(kind == FIRST and click < 0 for *_, click, kind in plan.examples) + len(plan.left_out) - len(expired)
-            others = [example for example in plan.examples if example[5] != FIRST or example[4] >= 0]
-            room = max(self.settings.max_outputs - len(others), 1)
             assert sum(time < max(expired)[0] for time, _ in expired) < room or own > 0
         return plan
 
@@ -268,7 +268,7 @@ def test_what_one_transaction_may_hold_caps_the_watermark():
     partition.step([("impressions", run_of(rows, 0))])
     marks = [("impressions", run_of([], 10, mark=END_MS)), ("clicks", run_of([], 0, mark=END_MS))]
     plans = [partition.step(marks)]
-    while plans[-1].capped:
+    while plans[-1].watermark_ms < END_MS:
         plans.append(partition.step([]))
     # Impressions of one time go together: the watermark can't stand between them.
     assert [len(plan.examples) for plan in plans] == [4, 4, 2]
@@ -311,11 +311,14 @@ def test_a_late_impression_says_why():
     assert labels(plan) == [(b"b", 82, -1)]
 
 
-def test_an_orphan_says_why_and_keeps_its_bytes():
+def test_an_orphan_says_why_and_keeps_its_bytes_and_headers():
     partition = Partition(join_settings())
-    partition.step([("clicks", run_of([(b"a", 50)], 0))])
+    clicks = run_of([(b"a", 50)], 0)
+    clicks.records[0].headers = (("traceparent", b"00-1"), ("none", None))
+    partition.step([("clicks", clicks)])
     plan = partition.step([("impressions", run_of([], 0, mark=51)), ("clicks", run_of([], 1, mark=51))])
     assert [(letter.reason, letter.path, letter.topic, letter.offset, letter.key, letter.value) for letter in plan.dead] == [
         ("orphan_click", "$.impression_id", "clicks", 0, b"a", b"0")
     ]
+    assert plan.dead[0].headers == clicks.records[0].headers
     assert "expected an impression with this id and 0 <= click - impression <= 10 ms" in plan.dead[0].message
