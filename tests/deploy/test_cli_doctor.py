@@ -143,6 +143,9 @@ def test_what_is_read_is_what_is_there(topics: Settings, monkeypatch: pytest.Mon
         )
         await join.commit_transaction()
         await join.begin_transaction()
+        await join.send_and_wait(names.examples, b"{}", b"a", partition=1)
+        await join.abort_transaction()
+        await join.begin_transaction()
         await join.send_and_wait(names.examples, b"{}", b"a", partition=0)
         try:
             return await read_everything(topics, sample=1_000)
@@ -161,6 +164,7 @@ def test_what_is_read_is_what_is_there(topics: Settings, monkeypatch: pytest.Mon
     log = readings.logs["examples", 0]
     assert (log.start, log.stable_end, log.end) == (0, 2, 3)
     assert readings.open_since_ms["examples", 0] == pytest.approx(now_ms, abs=30_000)
+    assert readings.logs["examples", 1].stable_end == 2  # nothing to read, and no arrival below
     tail = readings.tails["clicks", 1]
     assert (tail.offsets.tolist(), list(tail.keys), tail.event_ms.tolist()) == ([0, 2], [b"c", b"d"], [77, -1])
     assert readings.letters == [("orphan_click", ("clicks", 1), 0)]
