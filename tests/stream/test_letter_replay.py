@@ -17,7 +17,7 @@ from stream import letter_replay
 from stream.clients import aiokafka_options
 from stream.dead_letters import REPLAY_HEADER, DeadLetter
 from stream.errors import Fenced
-from stream.letter_log import Wanted
+from stream.letter_log import Origin, Wanted, receipt
 from stream.letter_replay import Replay, plan_replay, replay_letters
 from stream.log_spans import read_spans, span_consumer
 from stream.topics import TopicNames
@@ -189,26 +189,35 @@ def test_receipts_behind_another_writers_open_transaction_are_seen(scene: Scene)
     async def run() -> None:
         letters = scene.letters(4)
         await scene.write(*letters)
-        async with scene.producer(f"{scene.names.prefix}join") as join:
-            await join.begin_transaction()
+        topic, clicks = scene.names.dead_letters, scene.names.clicks
+        orphans = [DeadLetter("orphan_click", "", "$", clicks, number, 99, b"late", b"v") for number in (0, 1)]
+        async with scene.producer(f"{scene.names.prefix}join") as join, scene.producer() as earlier:
+
+            async def open_transaction(letters: list[DeadLetter]) -> None:
+                await join.begin_transaction()
+                for letter in letters:
+                    headers = letter.out_headers()
+                    await join.send_and_wait(topic, letter.value, letter.key, partition=letter.partition, headers=headers)
+
+            await open_transaction(orphans)
             for number in (0, 1):
-                letter = DeadLetter("orphan_click", "", "$", scene.names.clicks, number, 99, b"late", b"v")
-                await join.send_and_wait(
-                    scene.names.dead_letters, b"v", b"late", partition=number, headers=letter.out_headers()
-                )
+                origins = [Origin(each.topic, each.partition, each.offset) for each in letters if each.partition == number]
+                key, value, headers = receipt(origins, "an earlier replay")
+                await earlier.send_and_wait(topic, value, key, partition=number, headers=headers)
             replay = asyncio.ensure_future(scene.replay(Wanted(reasons={"late_impression"})))
             await asyncio.sleep(0.7)
             assert not replay.done(), "it can't know what lies behind"
             await join.commit_transaction()
-            assert (await replay).fed.total() == 4
-            await join.begin_transaction()
-            await join.send_and_wait(scene.names.dead_letters, b"v", b"x", partition=0)
-            # Its beginning lies after the receipts, so here the order is the other way round: what is read is enough.
-            second = asyncio.ensure_future(scene.replay(Wanted(reasons={"late_impression"})))
+            done = await replay
+            assert (done.fed.total(), done.done_before.total()) == (0, 4)
+            # What is aborted meanwhile is never fed.
+            await open_transaction([letter._replace(offset=100) for letter in orphans])
+            replay = asyncio.ensure_future(scene.replay())
             await asyncio.sleep(0.3)
             await join.abort_transaction()
-            assert (await second).fed.total() == 0
-        assert await scene.fed() == once(letters)
+            assert (await replay).fed == Counter({(clicks, "orphan_click"): 2})
+        assert (await scene.fed()).total() == 0
+        assert await scene.fed(clicks) == once(orphans)
 
     asyncio.run(run())
 
