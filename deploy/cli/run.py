@@ -33,7 +33,9 @@ def _common(function: Any) -> Any:
         "--nice",
         type=click.IntRange(0, 19),
         default=0,
-        help="Give way by so much to what else runs on this machine: 10 for a join or trainer beside a scorer.",
+        help="Give way by so much to what else runs on this machine: 10 for a join or trainer beside a scorer. Where Linux "
+        "shares cores out by session (autogroups), it counts against other sessions only for a worker that leads its own: a "
+        "service, a container, `setsid headrace run …`.",
     )(function)
     return click.option("--http-port", type=click.IntRange(0, 65_535), help="Instead of http.port; 0 takes a free one.")(
         function
