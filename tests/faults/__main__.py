@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -11,9 +14,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from tests.faults.code import code_now, commit_now
 from tests.faults.kinds import KINDS, kind_named
 from tests.faults.report import read_results, totals, write_table
-from tests.faults.run import Clusters, play
+from tests.faults.run import Clusters, Result, play
 
 RESULTS = Path(".headrace/faults.jsonl")
 PAGE = Path("docs/reliability.md")
@@ -25,42 +29,71 @@ PAGE = Path("docs/reliability.md")
 @click.option("--kind", "names", multiple=True, help="Only this kind; may be repeated.")
 @click.option("--results", default=RESULTS, show_default=True, type=click.Path(path_type=Path), help="Appended to.")
 @click.option("--list", "listing", is_flag=True, help="The kinds, and nothing else.")
-@click.option("--write-docs", is_flag=True, help=f"Put all results so far into {PAGE}.")
+@click.option("--write-docs", is_flag=True, help=f"Put all results of this code into {PAGE}.")
 def main(runs: int, seed: int, names: tuple[str, ...], results: Path, listing: bool, write_docs: bool) -> None:
-    """Hurt the join RUNS times and check its ledger each time. What is in the results' file already is not run again.
+    """Hurt the join RUNS times and check its ledger each time. What the results' file has of the same code is not run again.
 
-    Exit code 1 on any difference.
+    Results of other code stay in the file and count for nothing. Exit code 1 on any difference.
     """
     kinds = [kind_named(name) for name in names] or KINDS
     if listing:
         for kind in kinds:
             click.echo(kind.name)
         return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is open is closed
     results.parent.mkdir(parents=True, exist_ok=True)
-    done = {(result.kind, result.seed) for result in read_results(results)}
+    code = code_now()
+    done = {(result.kind, result.seed) for result in read_results(results) if result.code == code}
+    turns = [(kinds[number % len(kinds)], number) for number in range(seed, seed + runs)]
+    ran = failed = 0
     folder = Path(tempfile.mkdtemp(prefix="headrace-faults-"))
-    with Clusters(folder / "kafka") as clusters:
-        for index in range(runs):
-            kind, number = kinds[(seed + index) % len(kinds)], seed + index
-            if (kind.name, number) in done:
-                continue
-            result = play(kind, number, clusters, folder / "runs")
-            with results.open("ab") as file:
-                file.write(msgspec.json.encode(result) + b"\n")
-            recovery = "" if result.recovery_s is None else f", back in {result.recovery_s:.1f} s"
-            word = "FAILED" if result.problems else "exact"
-            click.echo(f"{number:5d}  {word}  {result.kind} ({result.seconds:.0f} s, {result.restarts} restarts{recovery})")
-            for problem in result.problems[:5]:
-                click.echo(f"         {problem}")
+    try:
+        with Clusters(folder / "kafka") as clusters:
+            for kind, number in turns:
+                if (kind.name, number) in done:
+                    continue
+                result = play(kind, number, clusters, folder / "runs", code=code)
+                if code_now() != code:
+                    raise click.ClickException("the code was changed during this run, which counts for nothing; start again")
+                with results.open("ab") as file:
+                    file.write(msgspec.json.encode(result) + b"\n")
+                ran, failed = ran + 1, failed + bool(result.problems)
+                _say(result)
+    finally:
+        _clean(folder, keep=failed > 0)
     found = read_results(results)
+    current = [result for result in found if result.code == code]
     if write_docs:
-        write_table(found, PAGE)
-    _show(found)
-    click.echo(totals(found))
-    sys.exit(any(result.problems for result in found))
+        write_table(current, PAGE, commit_now())
+    _show(current)
+    click.echo(totals(current))
+    click.echo(
+        f"{ran} of them now; code {code} (commit {commit_now()}); {len(found) - len(current)} of other code, not counted"
+    )
+    sys.exit(any(result.problems for result in current))
 
 
-def _show(found: list) -> None:  # type: ignore[type-arg]
+def _say(result: Result) -> None:
+    recovery = "" if result.recovery_s is None else f", back in {result.recovery_s:.1f} s"
+    word = "FAILED" if result.problems else "exact"
+    how = f"{result.policy}, rate {result.negative_rate:g}, {result.seconds:.0f} s, {result.restarts} restarts{recovery}"
+    click.echo(f"{result.seed:5d}  {word}  {result.kind} ({how})")
+    for problem in result.problems[:5]:
+        click.echo(f"         {problem}")
+
+
+def _clean(folder: Path, *, keep: bool) -> None:
+    """Remove what the runs left, and take down the small disks first, whatever ended them."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        if (place := line.split()[1]).startswith(f"{folder}/"):
+            subprocess.run(["umount", "-l", place], check=False)
+    if keep:
+        click.echo(f"the brokers' data and the failed runs are in {folder}")
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _show(found: list[Result]) -> None:
     shown = Table("fault", "runs", "problems", "recovery s, most")
     for name in dict.fromkeys(result.kind for result in found):
         runs = [result for result in found if result.kind == name]

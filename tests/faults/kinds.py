@@ -20,7 +20,7 @@ from aiokafka.structs import TopicPartition
 from stream.clients import aiokafka_options
 from stream.topics import TopicNames
 from tests.faults.network import Link
-from tests.faults.run import FaultWorker, Kind, Run
+from tests.faults.run import POLL_S, FaultWorker, Kind, Run, happens
 from tests.faults.worker import RECOVERY, REVOKE, STEPS, Fault
 from tests.stream.join.made_up import send
 
@@ -29,6 +29,8 @@ __all__ = ["KINDS", "kind_named"]
 KINDS: list[Kind] = []
 
 HOUR_MS = 3_600_000
+# How a log says that another has the transactional id now.
+FENCED = ("ProducerFenced", "InvalidProducerEpoch")
 
 
 def kind_named(name: str) -> Kind:
@@ -45,7 +47,7 @@ def _kind(name: str, **options: object) -> Callable[[Callable[[Run], Awaitable[N
 
 async def _ready(worker: FaultWorker) -> None:
     while not await asyncio.to_thread(worker.is_ready):
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(POLL_S)
 
 
 # Killed
@@ -60,7 +62,7 @@ async def _random_kills(run: Run) -> None:
             await run.pause(0.0, 0.8)
         else:
             await run.pause(0.3, 2.0)
-        worker.end()
+        await run.end(worker)
         run.start(worker)
         run.over()
 
@@ -77,7 +79,7 @@ async def _recovery(step: str, run: Run) -> None:
     # Early clicks wait only once enough is under way.
     await run.labels(300 if "clicks" in step else run.draw.randrange(1, 6))
     await run.pause(0.0, 0.5)
-    worker.end()
+    await run.end(worker)
     # With the disk lost, or of an older time, there is more to recover.
     shutil.rmtree(run.state_of("one"))
     run.start(worker, Fault(step=step, after=1 if "reading" in step else run.draw.randrange(1, 3)))
@@ -94,9 +96,9 @@ async def _revoke(step: str, run: Run) -> None:
     run.over()
 
 
-KINDS += [Kind(f"kill -9 {step}", partial(_step, step)) for step in STEPS]
-KINDS += [Kind(f"kill -9 {step}", partial(_recovery, step), static=True) for step in RECOVERY]
-KINDS += [Kind(f"kill -9 {step}", partial(_revoke, step), static=False) for step in REVOKE]
+KINDS += [Kind(f"kill -9 {step}", partial(_step, step), killed=1) for step in STEPS]
+KINDS += [Kind(f"kill -9 {step}", partial(_recovery, step), static=True, killed=1) for step in RECOVERY]
+KINDS += [Kind(f"kill -9 {step}", partial(_revoke, step), static=False, killed=1) for step in REVOKE]
 
 
 # Fenced, moved
@@ -104,17 +106,21 @@ KINDS += [Kind(f"kill -9 {step}", partial(_revoke, step), static=False) for step
 
 @_kind("stopped until fenced, then resumed", static=False)
 async def _zombie(run: Run) -> None:
+    run.hold()
     still = run.worker("still")
     await run.labels()
     await run.pause(0.0, 0.5)
-    still.wanted = False  # fenced, it may end by itself; its return would be another kind of fault
+    still.wanted = False  # fenced, it must end by itself; its return would be another kind of fault
     os.kill(still.pid, signal.SIGSTOP)
-    run.worker("other")
     run.over()
-    await run.labels(20)
+    await _ready(run.worker("other"))  # it has taken over
     os.kill(still.pid, signal.SIGCONT)
-    await run.pause(1.0, 3.0)
-    still.end(signal.SIGTERM)
+    run.go_on()  # what comes now it would like to label, too
+    async with happens("the one that was stopped ends"):
+        while still.returncode is None:
+            await asyncio.sleep(POLL_S)
+    log = still.log.read_text()
+    assert still.returncode == 1 and any(word in log for word in FENCED), f"ended with {still.returncode}, not fenced:\n{log}"
 
 
 @_kind("workers join and leave under load", static=False)
@@ -127,8 +133,8 @@ async def _comings_and_goings(run: Run) -> None:
             gone = run.draw.choice([worker for worker in run.workers.values() if worker.wanted])
             await run.pause(0.0, 1.5)
             if any(worker is not gone and worker.wanted for worker in run.workers.values()):
-                gone.end(run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
-    run.over()
+                await run.end(gone, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
+                run.over()
 
 
 @_kind("a partition goes to another worker and comes back", static=False)
@@ -138,7 +144,7 @@ async def _there_and_back(run: Run) -> None:
     second = run.worker("second")
     await _ready(second)
     await run.labels(run.draw.randrange(1, 30))
-    second.end(run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
+    await run.end(second, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
     run.over()
     await run.pause(1.0, 3.0)
     if run.draw.random() < 0.5:
@@ -153,7 +159,7 @@ async def _with_state(run: Run, change: Callable[[FaultWorker], Awaitable[None]]
     worker = run.worker()
     await run.labels(run.draw.randrange(1, 20))
     await run.pause(0.0, 0.8)
-    worker.end(run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
+    await run.end(worker, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
     await change(worker)
     run.start(worker, Fault(flush_s=0.2))
     run.over()
@@ -176,7 +182,7 @@ async def _older(run: Run) -> None:
         run.start(worker, Fault(flush_s=0.2))
         await run.labels(run.draw.randrange(1, 20))
         await run.pause(0.0, 0.5)
-        worker.end()
+        await run.end(worker)
         shutil.rmtree(run.state_of("one"))
         shutil.copytree(older, run.state_of("one"))
 
@@ -190,8 +196,8 @@ async def _of_another(run: Run) -> None:
     await run.labels()
     await _ready(two)
     await run.pause(0.3, 1.0)
-    one.end()
-    two.end()
+    await run.end(one)
+    await run.end(two)
     states = run.state_of("one"), run.state_of("two")
     aside = run.folder / "aside"
     states[0].rename(aside)
@@ -224,14 +230,14 @@ async def _stalled(run: Run) -> None:
     await send(run.settings, others[some:], over_s=1.0)
     await _ready(worker)
     await run.pause(0.5, 1.5)
-    worker.end()
+    await run.end(worker)
     shutil.rmtree(run.state_of("one"))
     run.start(worker)
     run.over()
     await send(run.settings, clicks[some:], over_s=1.0)
 
 
-@_kind("disk full")
+@_kind("disk full", crashes=(1, 10))
 async def _disk_full(run: Run) -> None:
     async with _small_disk(run.folder / "disk", size_mb=16) as disk:
         worker = run.worker("one", Fault(flush_s=0.1), state=disk / "state")
@@ -241,12 +247,12 @@ async def _disk_full(run: Run) -> None:
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(b"\0" * 65_536)
-        await run.died(worker)
+        await run.died(worker, 1)
         await run.pause(0.5, 3.0)
         filler.unlink()
         run.over()
         await run.labels()
-        worker.end(signal.SIGTERM)
+        await run.end(worker, signal.SIGTERM)
         shutil.copytree(disk / "state", run.state_of("one"))
     run.worker("one")
 
@@ -267,15 +273,15 @@ async def _small_disk(folder: Path, *, size_mb: int) -> AsyncIterator[Path]:
 # Brokers and the network
 
 
-@_kind("the broker refuses a record inside a transaction")
+@_kind("the broker refuses a record inside a transaction", crashes=(1, 10))
 async def _refused(run: Run) -> None:
     worker = run.worker()
     await run.labels()
     await _max_message_bytes(run, 200)  # less than any batch
-    await run.died(worker)
+    await run.died(worker, 1)
     await run.pause(0.0, 2.0)
-    await _max_message_bytes(run, 1_114_124)
     run.over()
+    await _max_message_bytes(run, 1_114_124)
 
 
 async def _max_message_bytes(run: Run, limit: int) -> None:
@@ -289,8 +295,8 @@ async def _max_message_bytes(run: Run, limit: int) -> None:
 
 
 async def _brokers_back(run: Run) -> None:
-    await asyncio.to_thread(run.kafka.start)
     run.over()
+    await asyncio.to_thread(run.kafka.start)
 
 
 @_kind("the broker killed and started again", cluster="alone")
@@ -332,37 +338,62 @@ async def _leader_moved(run: Run) -> None:
     run.worker()
     await run.labels()
     await run.pause(0.0, 1.0)
-    topic = TopicNames.of(run.settings.topics).examples
-    async with AIOKafkaConsumer(topic, **aiokafka_options(run.settings.kafka)) as consumer:
-        leader = consumer._client.cluster.leader_for_partition(TopicPartition(topic, run.draw.randrange(2)))
-    os.kill(run.kafka.pids[leader], signal.SIGTERM)
+    place = TopicPartition(TopicNames.of(run.settings.topics).examples, run.draw.randrange(2))
+    async with AIOKafkaConsumer(place.topic, **aiokafka_options(run.settings.kafka)) as consumer:
+        cluster = consumer._client.cluster
+        leader = cluster.leader_for_partition(place)
+        os.kill(run.kafka.pids[leader], signal.SIGTERM)
+        async with happens("another broker leads"):
+            while cluster.leader_for_partition(place) in (leader, None, -1):
+                await asyncio.sleep(POLL_S)
+                await consumer._client.force_metadata_update()
     run.over()
-    await run.pause(2.0, 4.0)
+    async with happens("the broker ends"):
+        while leader in run.kafka.pids:
+            await asyncio.sleep(POLL_S)
+    await run.pause(1.0, 3.0)
     await asyncio.to_thread(run.kafka.start)
 
 
 @_kind("network cut for longer than the session timeout", static=False)
 async def _cut(run: Run) -> None:
-    """The worker is cut off from its broker; another may take over meanwhile."""
+    """The worker is cut off from its broker until the group lets it go; another may take over meanwhile."""
     port = int(run.kafka.bootstrap_servers.rsplit(":", 1)[1])
     async with Link(port) as link:
         run.links = {str(port): link.port}
         worker = run.worker("one")
         await run.labels()
         await run.pause(0.0, 1.0)
+        members = await _members(run)
+        assert members
         link.cut()
         run.links = {}
-        if run.draw.random() < 0.5:
+        another = run.draw.random() < 0.5
+        if another:
             run.worker("two")
             run.over()
-        await run.pause(3.0, 6.0)
+        async with happens("the group lets the worker go"):
+            while members & await _members(run):
+                await asyncio.sleep(POLL_S)
+        await run.pause(0.5, 3.5)
         link.mend()
-        if run.fault_over is None:
+        if not another:
             run.over()
         await run.pause(0.5, 2.0)
         await run.labels()
-        if "two" in run.workers:
-            worker.end(signal.SIGTERM)  # its link ends with this block
-        else:
-            worker.end(signal.SIGTERM)
-            run.worker("one")
+        await run.end(worker, signal.SIGTERM)  # its link ends with this block
+        if not another:
+            run.start(worker)
+
+
+async def _members(run: Run) -> set[str]:
+    """Ids of the members of the join's group, by its coordinator."""
+    admin = AIOKafkaAdminClient(**aiokafka_options(run.settings.kafka))
+    await admin.start()
+    try:
+        names = TopicNames.of(run.settings.topics)
+        [answer] = await admin.describe_consumer_groups([f"{names.prefix}{run.settings.join.group}"])
+        [(_, _, _, _, _, members, *_)] = answer.groups
+        return {member[0] for member in members}
+    finally:
+        await admin.close()

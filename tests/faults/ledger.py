@@ -1,7 +1,8 @@
 """The ledger: what a `read_committed` reader finds in the topics, against what had to come of the events sent.
 
-Every record that came in must be accounted for: an impression by its one first label, as a duplicate of one before, or by a
-dead letter; a click by the positive that it made, as a duplicate, or by a dead letter.
+Every record that came in must be accounted for: an impression by its one first label, by name among those left out, as a
+duplicate of one before, or by a dead letter; a click by the positive that it made, as a duplicate, or by a dead letter. Under
+`fnw` the first label is a negative, and exactly where a click is in the window one correction follows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from aiokafka.structs import TopicPartition
 from deploy.settings import Settings
 from stream.clients import aiokafka_options
 from stream.join.events import WATERMARK_HEADER
+from stream.join.examples import left_out_of
+from stream.join.sampling import Sampling
 from stream.offsets import committed_offsets
 from stream.topics import TopicNames
 from tests.stream.join.made_up import Events
@@ -24,6 +27,7 @@ from tests.stream.join.made_up import Events
 __all__ = ["Ledger", "read_ledger"]
 
 Place = tuple[str, int, int]  # topic, partition, offset
+Id = tuple[int, bytes]  # partition, impression id
 
 
 @dataclass(slots=True)
@@ -44,7 +48,7 @@ class Ledger:
         names = TopicNames.of(self.settings.topics)
         impressions, clicks = self.records[names.impressions], self.records[names.clicks]
         dead = self._dead_letters({_place(record): record for record in (*impressions, *clicks)})
-        accepted: dict[tuple[int, bytes], Any] = {}  # the first of each id is the one that counts
+        accepted: dict[Id, Any] = {}  # the first of each id is the one that counts
         for record in impressions:
             if record.key is not None and _is_event(record):
                 accepted.setdefault((record.partition, record.key), record)
@@ -83,9 +87,9 @@ class Ledger:
             found[place] = headers["reason"].decode()
         return found
 
-    def _counting_clicks(self, clicks: list[Any], accepted: dict[tuple[int, bytes], Any]) -> dict[tuple[int, bytes], set[int]]:
+    def _counting_clicks(self, clicks: list[Any], accepted: dict[Id, Any]) -> dict[Id, set[int]]:
         """By impression, the times of its clicks that are in its window."""
-        times: dict[tuple[int, bytes], set[int]] = defaultdict(set)
+        times: dict[Id, set[int]] = defaultdict(set)
         for click in clicks:
             impression, time_ms = accepted.get((click.partition, click.key)), _time(click)
             if impression is not None and time_ms is not None and self._in_window(time_ms, impression):
@@ -96,7 +100,7 @@ class Ledger:
         join = self.settings.join
         return -join.negative_skew_ms <= click_ms - (_time(impression) or 0) <= join.window_ms
 
-    def _orphans(self, clicks: list[Any], accepted: dict[tuple[int, bytes], Any]) -> dict[Place, str]:
+    def _orphans(self, clicks: list[Any], accepted: dict[Id, Any]) -> dict[Place, str]:
         """Clicks of nobody, and beyond the window; of two the same the second is a duplicate."""
         orphans, seen = {}, set()
         for click in clicks:
@@ -111,40 +115,90 @@ class Ledger:
     def _labels(
         self,
         examples: list[Any],
-        accepted: dict[tuple[int, bytes], Any],
+        accepted: dict[Id, Any],
         events: Events,
-        times: dict[tuple[int, bytes], set[int]],
+        times: dict[Id, set[int]],
     ) -> None:
-        labels = Counter((example.partition, example.key) for example in examples)
         for key in events.ids - {key for _, key in accepted}:
             self._say("lost", f"impression {key!r} never reached the topic: the sender lost it")
-        for place in accepted.keys() - labels.keys():
-            self._say("lost", f"impression {place[1]!r} has no label")
-        for place, count in labels.items():
-            if count > 1:
-                self._say("doubled", f"impression {place[1]!r} has {count} labels")
-            if place not in accepted:
-                self._say("wrong", f"impression {place[1]!r} is labelled, but never came in")
+        by_offset = {(number, source.offset): (number, source.key) for (number, _), source in accepted.items()}
+        found: dict[Id, list[tuple[str, int]]] = defaultdict(list)  # what was said of each impression, and where
         for example in examples:
-            source = accepted.get((example.partition, example.key))
-            if source is not None:
-                self._label(example, source, example.key in events.positives, times[example.partition, example.key])
+            headers = {name: value.decode() for name, value in example.headers}
+            if example.key is None:
+                self._left_out(example, headers, by_offset, found)
+                continue
+            place = example.partition, example.key
+            kind = headers.get("kind", "")
+            found[place].append((kind, example.offset))
+            expected = self._expected(place[1], place[1] in events.positives)
+            if place in accepted and kind in expected:
+                self._label(example, accepted[place], headers, expected[kind], times[place])
+        for place in found.keys() - accepted.keys():
+            self._say("wrong", f"impression {place[1]!r} is labelled, but never came in")
+        for place in accepted:
+            self._whole(place[1], found[place], self._expected(place[1], place[1] in events.positives))
 
-    def _label(self, example: Any, source: Any, positive: bool, clicked_ms: set[int]) -> None:
-        headers = dict(example.headers)
-        found = {
-            name: headers.get(name, b"").decode() for name in ("label", "weight", "kind", "source_offset", "impression_ms")
-        }
-        expected = {
-            "label": "1" if positive else "0",
-            "weight": "1",
-            "kind": "first",
-            "source_offset": str(source.offset),
-            "impression_ms": str(_time(source)),
-        }
-        right_click = int(headers["click_ms"]) in clicked_ms if "click_ms" in headers else not positive
-        if found != expected or not right_click or example.value != source.value:
-            self._say("wrong", f"impression {example.key!r}: expected {expected}, found {found}, clicks {sorted(clicked_ms)}")
+    def _expected(self, key: bytes, positive: bool) -> dict[str, dict[str, str]]:
+        """What must be said of an impression, in order: kind → headers, but those of the record itself."""
+        join = self.settings.join
+        fake, kept = join.label_policy == "fnw", Sampling(join.negative_rate).keeps(key)
+        common = {"policy": "fnw"} if fake else {}
+        if join.negative_rate < 1:
+            common["rate"] = str(join.negative_rate)
+        expected = {}
+        if fake or not positive:
+            kind = "first" if kept else "left_out"
+            expected[kind] = {"kind": kind, **common, **({"label": "0", "weight": "1"} if kept else {})}
+        if positive:
+            kind = "correction" if fake else "first"
+            expected[kind] = {"kind": kind, **common, "label": "1", "weight": "1"}
+        return expected
+
+    def _left_out(
+        self,
+        record: Any,
+        headers: dict[str, str],
+        by_offset: dict[tuple[int, int], Id],
+        found: dict[Id, list[tuple[str, int]]],
+    ) -> None:
+        """A record that names impressions without a label: their offsets."""
+        for offset in left_out_of(record) or []:
+            place = by_offset.get((record.partition, offset))
+            if place is None:
+                self._say("wrong", f"offset {offset} of partition {record.partition} is left out, but is no impression's")
+                continue
+            found[place].append(("left_out", record.offset))
+            expected = self._expected(place[1], positive=False).get("left_out")
+            if expected is not None and headers != expected:
+                self._say("wrong", f"impression {place[1]!r}: expected to be left out by {expected}, found {headers}")
+
+    def _label(
+        self, example: Any, source: Any, headers: dict[str, str], expected: dict[str, str], clicked_ms: set[int]
+    ) -> None:
+        clicked = headers.pop("click_ms", None)
+        expected = {**expected, "source_offset": str(source.offset), "impression_ms": str(_time(source))}
+        right_click = clicked is None if expected["label"] == "0" else clicked is not None and int(clicked) in clicked_ms
+        if headers != expected or not right_click or example.value != source.value:
+            self._say(
+                "wrong",
+                f"impression {example.key!r}: expected {expected}, found {headers}, click {clicked} of {sorted(clicked_ms)}",
+            )
+
+    def _whole(self, key: bytes, found: list[tuple[str, int]], expected: dict[str, dict[str, str]]) -> None:
+        """Whether everything was said of an impression, once, and in order."""
+        counts = Counter(kind for kind, _ in found)
+        for kind in expected.keys() - counts.keys():
+            self._say("lost", f"impression {key!r} has nothing of kind {kind}")
+        for kind, count in counts.items():
+            if kind not in expected:
+                self._say("wrong", f"impression {key!r}: expected {list(expected)}, found {kind}")
+            elif count > 1:
+                self._say("doubled", f"impression {key!r} has {count} of kind {kind}")
+        if counts.keys() == expected.keys() and counts.total() == len(expected):
+            in_order = [kind for kind, _ in sorted(found, key=lambda row: row[1])]
+            if in_order != list(expected):
+                self._say("wrong", f"impression {key!r}: expected {list(expected)} in this order, found {in_order}")
 
 
 def _is_event(record: Any) -> bool:

@@ -39,8 +39,8 @@ def totals(results: list[Result]) -> str:
     )
 
 
-def table(results: list[Result]) -> str:
-    """A line a kind, as Markdown."""
+def table(results: list[Result], commit: str) -> str:
+    """A line a kind, as Markdown, and which code it is of."""
     by_kind: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_kind[result.kind].append(result)
@@ -53,12 +53,14 @@ def table(results: list[Result]) -> str:
         middle, most = (f"{median(times):.1f}", f"{max(times):.1f}") if times else ("", "")
         counts = [sum(getattr(run, count) for run in runs) for count in ("lost", "doubled", "wrong")]
         lines.append(f"| {kind} | {len(runs)} | {counts[0]} | {counts[1]} | {counts[2]} | {middle} | {most} |")
-    return "\n".join([*lines, "", totals(results) + "."])
+    fake, sampled = sum(run.policy == "fnw" for run in results), sum(run.negative_rate < 1 for run in results)
+    which = f"Label policy `fnw` in {fake} of them, half of the negatives left out in {sampled}. Code of commit {commit}."
+    return "\n".join([*lines, "", f"{totals(results)}. {which}"])
 
 
-def write_table(results: list[Result], page: Path) -> None:
+def write_table(results: list[Result], page: Path, commit: str) -> None:
     """Put the table between the page's two marks."""
     text = page.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}")
+    page.write_text(f"{before}{BEGIN}\n\n{table(results, commit)}\n\n{END}{after}")

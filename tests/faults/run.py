@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,15 @@ from tests.faults.ledger import Ledger, read_ledger
 from tests.faults.worker import Fault
 from tests.stream.join.made_up import Events, end, join_settings, made_up, send
 
-__all__ = ["Clusters", "Kind", "Result", "Run", "play"]
+__all__ = ["POLL_S", "Clusters", "FaultWorker", "Kind", "Result", "Run", "happens", "play", "variant"]
 
 IMPRESSIONS = 1_600  # 40 s of event time: four windows
 SEND_S = 4.0
 PATIENCE_S = 90.0
+FAULT_S = 30.0  # for a fault to happen
 POLL_S = 0.05
+END_S = 30.0  # a worker drains within 9 s by itself
+MAX_RESTARTS = 20
 
 
 class Result(msgspec.Struct):
@@ -50,11 +53,16 @@ class Result(msgspec.Struct):
     doubled: int
     wrong: int
     recovery_s: float | None
-    """From the end of the fault to the next committed transaction; None where it never stopped."""
+    """From the end of the fault until every partition of `examples` has a new transaction; None where one had no more."""
     restarts: int
+    """Of workers that ended without being asked to."""
     events: int
     seconds: float
     problems: list[str]
+    policy: str = "wait"
+    negative_rate: float = 1.0
+    code: str = ""
+    """What it is a result of; see `tests.faults.code`."""
 
 
 class Clusters:
@@ -90,7 +98,7 @@ class FaultWorker(Worker):
         super().__init__("join", env, log, cwd=cwd)
         self.program = [sys.executable, "-m", "tests.faults.worker"]
         self.wanted = False
-        self.restarts = 0
+        self.ended: list[int] = []  # exit codes of the ends that nobody asked for
 
     def arm(self, fault: Fault) -> None:
         self._env["FAULT"] = msgspec.json.encode(fault).decode()
@@ -100,12 +108,23 @@ class FaultWorker(Worker):
         self.wanted = True
 
     def end(self, number: int = signal.SIGKILL) -> None:
-        """End it, and leave it ended."""
+        """End it, and leave it ended; blocks."""
         self.wanted = False
         assert self._process is not None
-        if self._process.poll() is None:
-            self._process.send_signal(number)
-        self._process.wait()
+        self._process.send_signal(number)
+        code = self._process.wait(END_S)
+        if code not in (0, -number):
+            self.ended.append(code)
+
+
+@contextlib.asynccontextmanager
+async def happens(what: str) -> AsyncIterator[None]:
+    """A part of the fault that is waited for: without it the run is an error."""
+    try:
+        async with asyncio.timeout(FAULT_S):
+            yield
+    except TimeoutError as error:
+        raise AssertionError(f"the fault did not happen: not in {FAULT_S:.0f} s: {what}") from error
 
 
 class Run:
@@ -114,6 +133,7 @@ class Run:
     Attributes:
         draw: everything random comes from here, so that a seed says it all.
         kafka: the cluster.
+        everyone: all workers ever started, also those whose name another has now.
         fault_over: when the fault was over (monotonic); from then on recovery is timed.
     """
 
@@ -130,9 +150,13 @@ class Run:
         chosen = {"session_timeout_ms": 2_000, "instance_id": "one" if static else None, **join}
         self.settings = join_settings(base, **chosen)
         self.workers: dict[str, FaultWorker] = {}
+        self.everyone: list[FaultWorker] = []
         self.fault_over: float | None = None
         self.sent = False
-        self._committed: list[tuple[float, int]] = []  # when `examples` was seen to end where
+        self._second_half = asyncio.Event()
+        self._second_half.set()
+        self._ends: dict[int, int] = {}  # of `examples`, by partition, as last seen
+        self._committed: list[tuple[float, int]] = []  # when a partition of it was seen to have grown
 
     def state_of(self, name: str) -> Path:
         return self.folder / f"state-{name}"
@@ -144,6 +168,7 @@ class Run:
             settings = settings.model_copy(update={"join": settings.join.model_copy(update={"instance_id": name})})
         worker = FaultWorker(worker_environment(settings), self.folder / f"{name}.log", cwd=Path.cwd())
         self.workers[name] = worker
+        self.everyone.append(worker)
         self.start(worker, fault)
         return worker
 
@@ -153,23 +178,30 @@ class Run:
         worker.start()
         worker.arm(Fault(links=self.links))
 
-    async def died(self, worker: FaultWorker, patience_s: float = 30.0) -> None:
-        """Wait until the fault built in has happened: the supervisor has started it again."""
-        before = time.monotonic()
-        while not worker.restarts:
-            assert time.monotonic() - before < patience_s, "the fault did not happen"
-            await asyncio.sleep(POLL_S)
+    async def end(self, worker: FaultWorker, number: int = signal.SIGKILL) -> None:
+        """End a worker, and leave it ended."""
+        await asyncio.to_thread(worker.end, number)
+
+    async def died(self, worker: FaultWorker, code: int = -signal.SIGKILL) -> None:
+        """Wait until the fault built in has happened, and the supervisor has started the worker again."""
+        async with happens("the worker ends by the fault"):
+            while not worker.ended:
+                await asyncio.sleep(POLL_S)
+        assert worker.ended[0] == code, f"expected the fault to end the worker with {code}, found {worker.ended[0]}"
 
     async def labels(self, count: int = 1) -> None:
         """Wait until that many more labels or so are seen committed, or all is sent."""
-        began, have = time.monotonic(), self._end
-        while self._end < have + count and not self.sent:
+        began, have = time.monotonic(), sum(self._ends.values())
+        while sum(self._ends.values()) < have + count and not self.sent:
             assert time.monotonic() - began < PATIENCE_S, "no labels"
             await asyncio.sleep(POLL_S)
 
-    @property
-    def _end(self) -> int:
-        return self._committed[-1][1] if self._committed else 0
+    def hold(self) -> None:
+        """Keep back the second half of the stream until `go_on`: what is hurt by then has work left."""
+        self._second_half.clear()
+
+    def go_on(self) -> None:
+        self._second_half.set()
 
     async def pause(self, least_s: float, most_s: float) -> None:
         await asyncio.sleep(self.draw.uniform(least_s, most_s))
@@ -181,9 +213,12 @@ class Run:
     def recovery_s(self) -> float | None:
         if self.fault_over is None:
             return None
-        # What was committed before the fault may be seen a little later.
-        after = [when for when, _ in self._committed if when > self.fault_over + 3 * POLL_S]
-        return round(after[0] - self.fault_over, 2) if after else None
+        first: dict[int, float] = {}
+        for when, number in self._committed:
+            if when > self.fault_over + 3 * POLL_S:  # what was committed before may be seen a little later
+                first.setdefault(number, when)
+        complete = len(first) == self.settings.topics.partitions
+        return round(max(first.values()) - self.fault_over, 2) if complete else None
 
     # In the background
 
@@ -191,18 +226,19 @@ class Run:
         """Send the stream from the moment a worker is ready."""
         while not any([await asyncio.to_thread(worker.is_ready) for worker in list(self.workers.values())]):
             await asyncio.sleep(POLL_S)
-        await send(self.settings, self.events.arriving, over_s=SEND_S)
+        await send(self.settings, self.events.part(0.0, 0.5), over_s=SEND_S / 2)
+        await self._second_half.wait()
+        await send(self.settings, self.events.part(0.5, 1.0), over_s=SEND_S / 2)
         self.sent = True
 
     async def supervise(self) -> None:
         """Start again what ends by itself, as a supervisor would."""
         while True:
             for worker in self.workers.values():
-                if worker.wanted and worker.returncode is not None:
-                    worker.restarts += 1
-                    if worker.restarts > 60:
+                if worker.wanted and (code := worker.returncode) is not None:
+                    worker.ended.append(code)
+                    if len(worker.ended) > MAX_RESTARTS:
                         raise AssertionError(f"it ends again and again: {worker.log.read_text()[-3_000:]}")
-                    await asyncio.sleep(0.1)
                     worker.start()
             await asyncio.sleep(POLL_S)
 
@@ -215,10 +251,10 @@ class Run:
             with contextlib.suppress(KafkaError, TimeoutError, OSError):
                 async with AIOKafkaConsumer(**options, isolation_level="read_committed") as consumer:
                     while True:
-                        ends = await asyncio.wait_for(consumer.end_offsets(places), 5.0)
-                        end_now = sum(ends.values())
-                        if end_now != self._end:
-                            self._committed.append((time.monotonic(), end_now))
+                        for tp, end in (await asyncio.wait_for(consumer.end_offsets(places), 5.0)).items():
+                            if end > self._ends.get(tp.partition, 0):
+                                self._ends[tp.partition] = end
+                                self._committed.append((time.monotonic(), tp.partition))
                         await asyncio.sleep(POLL_S)
             await asyncio.sleep(POLL_S)
 
@@ -256,6 +292,9 @@ class Kind:
         play: makes it happen while the stream goes in; may be a stream of its own when `sends` is false.
         cluster: `shared`, `alone` or `three`.
         static: whether workers have an instance id; None draws.
+        sends: whether the stream is sent while it plays.
+        killed: how often a worker kills itself, exactly.
+        crashes: how often workers may end with 1, least and most: where the fault is one that a worker must not live on.
     """
 
     name: str
@@ -265,6 +304,21 @@ class Kind:
     sends: bool = True
     every_ms: int = 25
     join: tuple[tuple[str, object], ...] = ()
+    killed: int = 0
+    crashes: tuple[int, int] = (0, 0)
+
+    def unexpected(self, ended: list[int]) -> list[str]:
+        """What is wrong with the exit codes of workers that nobody asked to end."""
+        killed, crashed = ended.count(-signal.SIGKILL), ended.count(1)
+        least, most = self.crashes
+        if killed == self.killed and least <= crashed <= most and killed + crashed == len(ended):
+            return []
+        return [f"expected {self.killed} kills and {least} to {most} ends with 1, found workers that ended with {ended}"]
+
+
+def variant(seed: int) -> dict[str, object]:
+    """Every third run lives by `fnw`, every fifth leaves out half of the negatives."""
+    return {"label_policy": "fnw" if seed % 3 == 0 else "wait", "negative_rate": 0.5 if seed % 5 == 0 else 1.0}
 
 
 @contextlib.contextmanager
@@ -273,10 +327,9 @@ def _ended(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        for worker in run.workers.values():
+        for worker in run.everyone:
             if worker.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    worker.end()
+                worker.kill()
             worker.wait_stopped()
 
 
@@ -306,7 +359,7 @@ async def _play(kind: Kind, run: Run) -> Ledger:
         await asyncio.gather(*everything, return_exceptions=True)
 
 
-def play(kind: Kind, seed: int, clusters: Clusters, folder: Path) -> Result:
+def play(kind: Kind, seed: int, clusters: Clusters, folder: Path, *, code: str = "") -> Result:
     """One run of a kind; blocks. A run whose fault could not be made is an error, never a success."""
     kafka = clusters.get(kind.cluster)
     draw = random.Random(f"{kind.name} {seed}")
@@ -315,7 +368,7 @@ def play(kind: Kind, seed: int, clusters: Clusters, folder: Path) -> Result:
     work.mkdir(parents=True)
     static = draw.random() < 0.5 if kind.static is None else kind.static
     events = made_up(IMPRESSIONS, seed, every_ms=kind.every_ms)
-    run = Run(seed, kafka, work, static=static, events=events, **dict(kind.join))
+    run = Run(seed, kafka, work, static=static, events=events, **{**variant(seed), **dict(kind.join)})
     create_topics(run.settings.kafka, run.settings.topics)
     began = time.monotonic()
     with _ended(run):
@@ -325,6 +378,9 @@ def play(kind: Kind, seed: int, clusters: Clusters, folder: Path) -> Result:
         except Exception as error:
             traceback.print_exc()
             lost, doubled, wrong, problems = 0, 0, 0, [f"the run failed: {error!r}; see {work}"]
+    ended = [end for worker in run.everyone for end in worker.ended]
+    problems += kind.unexpected(ended)
+    join = run.settings.join
     result = Result(
         kind=kind.name,
         seed=seed,
@@ -332,10 +388,13 @@ def play(kind: Kind, seed: int, clusters: Clusters, folder: Path) -> Result:
         doubled=doubled,
         wrong=wrong,
         recovery_s=run.recovery_s(),
-        restarts=sum(worker.restarts for worker in run.workers.values()),
+        restarts=len(ended),
         events=len(events.arriving),
         seconds=round(time.monotonic() - began, 1),
         problems=problems[:20],
+        policy=join.label_policy,
+        negative_rate=join.negative_rate,
+        code=code,
     )
     if not problems:
         shutil.rmtree(work)

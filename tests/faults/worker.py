@@ -25,7 +25,7 @@ from stream.join.partition import PartitionJoin
 from stream.join.takeover import Takeover
 from stream.join.worker import JoinWorker
 
-__all__ = ["RECOVERY", "STEPS", "Fault"]
+__all__ = ["RECOVERY", "REVOKE", "STEPS", "Fault"]
 
 
 class Fault(msgspec.Struct, omit_defaults=True):

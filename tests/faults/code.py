@@ -1,0 +1,57 @@
+"""Which code a result is of: a hash over what a run of the harness loads from the repository, and the commit that has it.
+
+A change of anything else, such as the pages, leaves results valid.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from hashlib import blake2b
+from pathlib import Path
+
+__all__ = ["ROOT", "code_now", "commit_now", "deciding_files"]
+
+ROOT = Path(__file__).parents[2]
+# Of `model` only the settings are read, of `deploy/cli` only `run`; what else is imported on the way decides nothing here.
+DECIDING = (
+    "requirements.lock",
+    "state/*.py",
+    "stream/*.py",
+    "stream/join/*.py",
+    "model/schema.py",
+    "model/settings.py",
+    "deploy/*.py",
+    "deploy/cli/__init__.py",
+    "deploy/cli/run.py",
+    "deploy/demo/play.py",
+    "deploy/demo/workers.py",
+    "tests/faults/*.py",
+    "tests/stream/join/made_up.py",
+)
+TESTS = "tests/faults/test_*.py"
+
+
+def deciding_files() -> list[str]:
+    """Relative to the repository, sorted."""
+    found = {path for pattern in DECIDING for path in ROOT.glob(pattern)} - set(ROOT.glob(TESTS))
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def code_now() -> str:
+    """A hash over the names and bytes of these files as they are on the disk."""
+    whole = blake2b(digest_size=8)
+    for name in deciding_files():
+        content = (ROOT / name).read_bytes()
+        whole.update(f"{name} {len(content)}\n".encode() + content)
+    return whole.hexdigest()
+
+
+def commit_now() -> str:
+    """The last commit that changed one of them, "… and changes" where the disk has something else."""
+    paths = ["--", *(f":(glob){pattern}" for pattern in DECIDING), f":(exclude,glob){TESTS}"]
+    commit = _git("log", "-1", "--format=%h", *paths)
+    return f"{commit or 'none'}{' and changes' if _git('status', '--porcelain', *paths) else ''}"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
