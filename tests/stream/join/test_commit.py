@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +19,13 @@ from stream.join.partition import PartitionJoin, Positions, TakenOver
 from stream.join.progress import decode_progress
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics import TopicNames
-from stream.transport import Run
+from stream.transport import LogEnd, Run
 from tests.stream.join.fake_state import DictState
 
 NAMES = TopicNames.of(TopicSettings())
 SETTINGS = JoinSettings(window_ms=10, lateness_ms=0, dedupe_horizon_ms=0)
 NUMBER = 3
+LogEnds = Callable[[str], LogEnd | None]
 
 
 class Fatal(BaseException):
@@ -88,9 +90,9 @@ class Producer:
 
 
 class Bench:
-    """A partition over the fakes, and records to give it."""
+    """A partition over the fakes, and records to give it. `log_end` says how far a topic's log goes, None for unknown."""
 
-    def __init__(self, settings: JoinSettings = SETTINGS) -> None:
+    def __init__(self, settings: JoinSettings = SETTINGS, log_end: LogEnds = lambda topic: None) -> None:
         self.producer, self.state, self.fatal = Producer(), DictState(), []
         self.producer.state = self.state
         self.partition = PartitionJoin(
@@ -100,7 +102,7 @@ class Bench:
             group="the-group",
             identity="i",
             taken=TakenOver(self.producer, self.state, Memory(), Positions(0, 0, 0), 0),
-            log_end=lambda topic: None,
+            log_end=log_end,
             after_step=lambda partition: None,
             fatal=self._fatal,
             metrics=JoinMetrics(CollectorRegistry()),
@@ -250,8 +252,9 @@ def test_whoever_cancels_waits_for_the_commit_under_way():
         bench.producer.commit_ends = asyncio.Event()
         loop = asyncio.ensure_future(bench.partition.run())
         assert await bench.partition.put(bench.run(NAMES.impressions, [(b"a", 1)]))
-        while not bench.producer.said or bench.producer.said[-1] == "begin" or bench.producer.said[-1][0] != "commit":
-            await asyncio.sleep(0.005)
+        async with asyncio.timeout(10.0):
+            while not bench.producer.said or bench.producer.said[-1][0] != "commit":
+                await asyncio.sleep(0.005)
         loop.cancel()
         await asyncio.sleep(0.02)
         assert not loop.done()

@@ -38,9 +38,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_source_is_idle_only_at_the_end_and_for_long_enough(clock):
     async def check() -> None:
-        bench = Bench(CHOSEN)
         ends: dict[str, LogEnd] = {}
-        bench.partition._log_end = ends.get
+        bench = Bench(CHOSEN, ends.get)
         idle = bench.partition.is_idle
 
         def fetched(offset: int, highwater: int) -> None:
@@ -80,17 +79,18 @@ def test_a_source_is_idle_only_at_the_end_and_for_long_enough(clock):
 
 def test_an_idle_source_no_longer_holds_the_watermark_and_a_record_wakes_it(clock):
     async def check() -> None:
-        bench = Bench(CHOSEN)
+        fetched: set[str] = set()
+
+        def log_end(topic: str) -> LogEnd | None:
+            """Of what is fetched at all, the last fetch was just now, and nothing was left."""
+            at = bench.partition.positions.clicks
+            return LogEnd(at, int(clock.time() * 1000), at) if topic in fetched else None
+
+        bench = Bench(CHOSEN, log_end)
         memory = bench.partition.memory
-
-        def end(topic: str) -> LogEnd:
-            positions = bench.partition.positions
-            at = positions.impressions if topic == NAMES.impressions else positions.clicks
-            return LogEnd(at, int(clock.time() * 1000), at)
-
         await bench.step([(b"a", 50)], [(b"n", 10)])
         assert memory.watermark_ms == 10
-        bench.partition._log_end = lambda topic: end(topic) if topic == NAMES.clicks else None
+        fetched.add(NAMES.clicks)
         await bench.step([(b"b", 60)], [])
         clock.now_s += 1.0
         await bench.step([(b"c", 70)], [])

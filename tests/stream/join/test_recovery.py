@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -24,7 +25,7 @@ HOUR_MS = 3_600_000
 
 def test_progress_is_logged_every_few_seconds_and_told_to_metrics(monkeypatch, caplog):
     clock, registry = [100.0], CollectorRegistry()
-    monkeypatch.setattr(recovery.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(recovery, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     progress = RebuildProgress(3, JoinMetrics(registry).observe_rebuild)
     with caplog.at_level(logging.INFO, "stream.join.recovery"):
         progress.begin(4_000)
