@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import sys
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -82,21 +83,24 @@ def list_(
     settings, names = _settings()
     wanted = _wanted(names, reasons, sources, since_ms, until_ms)
 
-    async def read() -> tuple[deque[tuple[Letter, bool]], Counter[tuple[str, str]], Counter[tuple[str, str]]]:
-        newest: deque[tuple[Letter, bool]] = deque(maxlen=last or None)
-        letters: Counter[tuple[str, str]] = Counter()
-        replayed: Counter[tuple[str, str]] = Counter()
+    # By partition: partitions are read one after another, and only within one are letters in the order of their arrival.
+    newest: dict[int, deque[tuple[Letter, bool]]] = defaultdict(lambda: deque(maxlen=last or None))
+    letters: Counter[tuple[str, str]] = Counter()
+    replayed: Counter[tuple[str, str]] = Counter()
+
+    async def read() -> None:
         async with LetterLog(settings.kafka, names) as log:
             done = await log.replayed()
             async for letter in log.letters(wanted):
                 what = letter.origin.topic, letter.reason
                 letters[what] += 1
                 replayed[what] += letter.origin in done
-                newest.append((letter, letter.origin in done))
-        return newest, letters, replayed
+                newest[letter.partition].append((letter, letter.origin in done))
 
-    newest, letters, replayed = ask_kafka(settings, read(), ABOUT)
-    shown = sorted(newest, key=lambda each: (each[0].arrived_ms, each[0].partition, each[0].offset))
+    ask_kafka(settings, read(), ABOUT)
+    shown = sorted(itertools.chain(*newest.values()), key=lambda each: (each[0].arrived_ms, each[0].partition, each[0].offset))
+    if last:
+        shown = shown[-last:]
     totals = [
         {"source": source, "reason": reason, "letters": count, "replayed": replayed[source, reason]}
         for (source, reason), count in sorted(letters.items())

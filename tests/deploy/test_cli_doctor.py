@@ -204,6 +204,19 @@ def test_dead_letters(run: Run, topics: Settings) -> None:
     assert text.count("(replayed)") == 2 and "1 of them replayed" in text
 
 
+def test_the_newest_dead_letters_of_several_partitions(run: Run, topics: Settings) -> None:
+    names = TopicNames.of(topics.topics)
+    for offset in (0, 1):
+        for partition in (0, 1):
+            each = DeadLetter("malformed_json", "e", "$", names.clicks, partition, offset, b"k", b"{")
+            write(topics, [(names.dead_letters, partition, each.key, each.value, each.out_headers())])
+    places = {
+        last: [letter["place"] for letter in run(f"dead-letters list --last {last} --format json").json["letters"]]
+        for last in (2, 3, 0)
+    }
+    assert places == {2: ["0/1", "1/1"], 3: ["1/0", "0/1", "1/1"], 0: ["0/0", "1/0", "0/1", "1/1"]}
+
+
 def test_usage(run: Run) -> None:
     for command, told in (
         ("replay", "expected PARTITION/OFFSET, --reason, --source, --since, --until or --all, found none of them."),
