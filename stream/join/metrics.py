@@ -34,7 +34,10 @@ class JoinMetrics:
         )
         self.dead_letters = Counter("headrace_join_dead_letters", "Records refused.", ["reason"], registry=registry)
         self.pending = Gauge(
-            "headrace_join_pending_impressions", "Impressions without a label yet.", ["partition"], registry=registry
+            "headrace_join_pending_impressions",
+            "Impressions whose window is open and that have no click yet; under `fnw` their negatives are out already.",
+            ["partition"],
+            registry=registry,
         )
         self.early = Gauge("headrace_join_early_clicks", "Clicks without an impression yet.", ["partition"], registry=registry)
         self.watermark = Gauge(
@@ -117,8 +120,7 @@ class JoinMetrics:
         """Drop the series of a partition that went to another worker."""
         gauges = (self.pending, self.early, self.watermark, self.watermark_lag, self.rebuild_offsets, self.rebuild_read_offsets)
         for gauge in (*gauges, self.low_water_offsets, self.retention_left):
-            for labels in [labels for labels in gauge._metrics if labels[-1] == str(number)]:
-                gauge.remove(*labels)
+            gauge.remove_by_labels({"partition": str(number)})
 
     def observe_retention(self, topic: str, number: int, offsets: int, left_s: float) -> None:
         """How near retention is to the low water of one log."""

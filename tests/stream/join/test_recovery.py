@@ -42,6 +42,20 @@ def test_progress_is_logged_every_few_seconds_and_told_to_metrics(monkeypatch, c
     assert (progress.done, progress.total) == (0, 10)
 
 
+def test_a_partition_that_has_gone_takes_its_series_along():
+    registry = CollectorRegistry()
+    metrics = JoinMetrics(registry)
+    for number in (3, 33):
+        progress = RebuildProgress(number, metrics.observe_rebuild)
+        progress.begin(10)
+        for topic in ("impressions", "clicks"):
+            metrics.observe_retention(topic, number, 5, 60.0)
+    metrics.forget_partition(3)
+    left = [sample.labels for family in registry.collect() for sample in family.samples if "partition" in sample.labels]
+    assert {labels["partition"] for labels in left} == {"33"}
+    assert sorted(labels["topic"] for labels in left if "topic" in labels) == ["clicks", "clicks", "impressions", "impressions"]
+
+
 def test_readyz_says_how_far_it_is():
     progress = RebuildProgress(3)
     progress.begin(400)
