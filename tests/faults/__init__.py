@@ -4,5 +4,5 @@
     .venv/bin/python -m tests.faults --list
 
 `kinds.py` what can happen; `worker.py` a join worker that dies at a named step; `network.py` a link that can be cut;
-`ledger.py` the check; `run.py` one run; `report.py` the table in docs/reliability.md.
+`ledger.py` the check; `run.py` one run; `code.py` which code a result is of; `report.py` the table in docs/reliability.md.
 """

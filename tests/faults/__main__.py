@@ -84,7 +84,8 @@ def _say(result: Result) -> None:
 
 def _clean(folder: Path, *, keep: bool) -> None:
     """Remove what the runs left, and take down the small disks first, whatever ended them."""
-    for line in Path("/proc/mounts").read_text().splitlines():
+    mounts = Path("/proc/mounts")
+    for line in mounts.read_text().splitlines() if mounts.exists() else ():
         if (place := line.split()[1]).startswith(f"{folder}/"):
             subprocess.run(["umount", "-l", place], check=False)
     if keep:
