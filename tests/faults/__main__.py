@@ -40,7 +40,6 @@ def main(runs: int, seed: int, names: tuple[str, ...], results: Path, listing: b
         for kind in kinds:
             click.echo(kind.name)
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is open is closed
     results.parent.mkdir(parents=True, exist_ok=True)
     code = code_now()
     done = {(result.kind, result.seed) for result in read_results(results) if result.code == code}
@@ -104,4 +103,5 @@ def _show(found: list[Result]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is open is closed
     main()
