@@ -1,4 +1,8 @@
-"""Reading given stretches of several partitions, from an offset to an offset, with a consumer that belongs to no group."""
+"""Reading given stretches of several partitions, from an offset to an offset, with a consumer that belongs to no group.
+
+A stretch may end in transactions' markers and aborted records, which no reader is given: whether it has been read, the position
+tells.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,30 @@ from stream.clients import aiokafka_options
 from stream.errors import StreamError
 from stream.settings import KafkaSettings
 
-__all__ = ["Span", "high_watermarks", "read_spans", "span_consumer"]
+__all__ = ["Span", "first_records", "high_watermarks", "read_spans", "span_consumer"]
 
 Span = tuple[int, int]  # first offset, and the offset after the last
 
 POLL_MS = 200  # one wait for records
+FETCH_BYTES = 1 << 20  # Kafka's own default
 
 
-def span_consumer(kafka: KafkaSettings, *, committed: bool = True) -> AIOKafkaConsumer:
-    """A consumer for `read_spans`, not started; `committed` says whether open and aborted transactions are passed over."""
+def span_consumer(
+    kafka: KafkaSettings, *, committed: bool = True, max_partition_fetch_bytes: int = FETCH_BYTES
+) -> AIOKafkaConsumer:
+    """A consumer for the functions below, not started.
+
+    Args:
+        committed: whether open and aborted transactions are passed over.
+        max_partition_fetch_bytes: of one answer; Kafka hands over one batch all the same, also with 1.
+    """
     return AIOKafkaConsumer(
         **aiokafka_options(kafka),
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="none",
         isolation_level="read_committed" if committed else "read_uncommitted",
+        max_partition_fetch_bytes=max_partition_fetch_bytes,
     )
 
 
@@ -79,3 +92,25 @@ async def read_spans(
                 f"{tp.topic}-{tp.partition}: expected to read up to offset {left[tp][1]}, found nothing more after "
                 f"{positions[tp]} for {stall_s:.0f} s. A transaction is open there, or a broker is away; try again."
             )
+
+
+async def first_records(consumer: Any, spans: Mapping[TopicPartition, Span], *, within_s: float) -> dict[TopicPartition, Any]:
+    """The first record of each span; none where it holds markers only, or a broker doesn't answer in time."""
+    left = {tp: span for tp, span in spans.items() if span[0] < span[1]}
+    if not left:
+        return {}
+    # No await between these: a fetch must not begin without a position.
+    consumer.assign(list(left))
+    for tp, (offset, _) in left.items():
+        consumer.seek(tp, offset)
+    first: dict[TopicPartition, Any] = {}
+    deadline = time.monotonic() + within_s
+    while left and time.monotonic() < deadline:
+        for tp, records in (await consumer.getmany(*left, timeout_ms=POLL_MS, max_records=len(left))).items():
+            if records[0].offset < left[tp][1]:
+                first[tp] = records[0]
+        for tp in list(left):
+            if tp in first:
+                del left[tp]
+                consumer.pause(tp)
+    return first

@@ -10,8 +10,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
 
 from faust.types import TP
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
@@ -21,7 +21,7 @@ from stream.http import HttpServer
 from stream.settings import HttpSettings, KafkaSettings
 from stream.transport import RunApp
 
-__all__ = ["Watchdog", "build_app", "fatal", "new_registry", "serve"]
+__all__ = ["Watchdog", "Worker", "build_app", "fatal", "new_registry", "serve"]
 
 log = logging.getLogger(__name__)
 
@@ -104,29 +104,32 @@ class Watchdog:
                 fatal("watchdog", TimeoutError(f"no progress for {self._patience_s:.0f} s with records waiting"))
 
 
-async def serve(
-    app: RunApp,
-    *,
-    name: str,
-    http: HttpSettings,
-    registry: CollectorRegistry,
-    ready: Callable[[], str | None],
-    drain: Callable[[], Awaitable[None]],
-    watchdog: Watchdog | None = None,
-) -> None:
+class Worker(Protocol):
+    """What `serve` runs."""
+
+    app: RunApp
+
+    def ready(self) -> str | None:
+        """What it is still waiting for, None when nothing."""
+
+    async def drain(self) -> None:
+        """End what is under way, and close everything."""
+
+    def watchdog(self) -> Watchdog: ...
+
+
+async def serve(worker: Worker, *, name: str, http: HttpSettings, registry: CollectorRegistry) -> None:
     """Run a worker until SIGTERM or SIGINT, then drain it. Returns when all is closed; a crash ends the process with 1."""
-    stop = asyncio.Event()
+    app, stop = worker.app, asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     started = Gauge("headrace_worker_start_time_seconds", "When this worker started.", ["worker"], registry=registry)
     started.labels(name).set_to_current_time()
-    server = HttpServer(http, registry, healthy=lambda: "stopping" if stop.is_set() else None, ready=ready)
+    server = HttpServer(http, registry, healthy=lambda: "stopping" if stop.is_set() else None, ready=worker.ready)
     server.start()
     log.info("%s: http://%s:%d/metrics", name, http.host, server.port, extra={"http_port": server.port})
-    tasks = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(app._crashed.wait())]
-    if watchdog is not None:
-        tasks.append(asyncio.ensure_future(watchdog.run()))
+    tasks = [asyncio.ensure_future(waiting) for waiting in (stop.wait(), app._crashed.wait(), worker.watchdog().run())]
     try:
         starting = asyncio.ensure_future(app.start())
         await asyncio.wait([starting, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -139,7 +142,7 @@ async def serve(
         log.info("%s: draining", name)
         try:
             async with asyncio.timeout(DRAIN_S):
-                await drain()
+                await worker.drain()
                 with contextlib.suppress(asyncio.CancelledError):
                     await app.stop()
         except TimeoutError as error:

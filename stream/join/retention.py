@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.structs import TopicPartition
 
 from stream.clients import aiokafka_options
 from stream.join.metrics import JoinMetrics
+from stream.log_spans import first_records, span_consumer
 from stream.settings import KafkaSettings
 from stream.topics import TopicNames
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S = 60.0
 # Warn when less than this share of the topic's retention is left: 1.4 days of the default 7.
 NEAR = 0.2
-# A look that finds no record in this time is made without it: behind low water there may be markers only.
+# A look that has found no record by then is made without it.
 READ_S = 5.0
 
 LowWater = tuple[int, int, int]  # of impressions, clicks, examples
@@ -53,8 +53,9 @@ class Margin:
     @classmethod
     def of(cls, *, low: int, start: int, arrival_ms: int | None, retention_ms: int, now_ms: float) -> Margin:
         """`arrival_ms` of the first record at or behind `low`, None without one; `retention_ms` is -1 for no end."""
-        ends = arrival_ms is not None and retention_ms >= 0
-        left_s = (arrival_ms + retention_ms - now_ms) / 1000 if ends and arrival_ms is not None else float("inf")
+        left_s = float("inf")
+        if arrival_ms is not None and retention_ms >= 0:
+            left_s = (arrival_ms + retention_ms - now_ms) / 1000
         return cls(low - start, left_s, retention_ms / 1000)
 
     @property
@@ -83,7 +84,7 @@ class RetentionWatch:
     ) -> None:
         self._kafka, self._metrics, self._low_water = kafka, metrics, low_water
         self._topics = (names.impressions, names.clicks, names.examples)
-        self._arrivals: dict[TopicPartition, tuple[int, int | None]] = {}  # low water, and when that record came
+        self._arrivals: dict[TopicPartition, tuple[int, int]] = {}  # low water, and when that record came
         self._near: set[TopicPartition] = set()
 
     async def run(self) -> None:
@@ -105,17 +106,12 @@ class RetentionWatch:
         if not low:
             return {}
         retention_ms = await self._retention()
-        consumer = AIOKafkaConsumer(
-            **aiokafka_options(self._kafka),
-            enable_auto_commit=False,
-            auto_offset_reset="none",
-            max_partition_fetch_bytes=1,  # Kafka hands over one batch all the same
-        )
+        consumer = span_consumer(self._kafka, committed=False, max_partition_fetch_bytes=1)
         await consumer.start()
         try:
             starts = await consumer.beginning_offsets(list(low))
             ends = await consumer.end_offsets(list(low))
-            await self._read_arrivals(consumer, {tp: max(offset, starts[tp]) for tp, offset in low.items()}, ends)
+            arrivals = await self._read_arrivals(consumer, {tp: max(offset, starts[tp]) for tp, offset in low.items()}, ends)
         finally:
             await consumer.stop()
         owned = self._low_water()  # a partition may have gone meanwhile
@@ -123,7 +119,7 @@ class RetentionWatch:
             tp: Margin.of(
                 low=offset,
                 start=starts[tp],
-                arrival_ms=self._arrivals[tp][1],
+                arrival_ms=arrivals.get(tp),
                 retention_ms=retention_ms.get(tp.topic, -1),  # nothing where we may not ask
                 now_ms=time.time() * 1000,
             )
@@ -152,23 +148,13 @@ class RetentionWatch:
 
     async def _read_arrivals(
         self, consumer: Any, low: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]
-    ) -> None:
-        """When the first record at or behind each low water came; known already where low water has not moved."""
-        self._arrivals = {tp: known for tp, known in self._arrivals.items() if low.get(tp) == known[0] and known[1] is not None}
-        wanted = {tp for tp, offset in low.items() if tp not in self._arrivals and offset < ends[tp]}
-        self._arrivals.update({tp: (offset, None) for tp, offset in low.items() if tp not in self._arrivals})
-        if not wanted:
-            return
-        consumer.assign(list(wanted))
-        for tp in wanted:
-            consumer.seek(tp, low[tp])
-        deadline = time.monotonic() + READ_S
-        while wanted and time.monotonic() < deadline:
-            for tp, records in (await consumer.getmany(*wanted, timeout_ms=500, max_records=len(wanted))).items():
-                if records:
-                    self._arrivals[tp] = (low[tp], records[0].timestamp)
-                    wanted.discard(tp)
-                    consumer.pause(tp)
+    ) -> dict[TopicPartition, int]:
+        """When the first record at or behind each low water came, where there is one; not read again while low water stays."""
+        self._arrivals = {tp: known for tp, known in self._arrivals.items() if low.get(tp) == known[0]}
+        wanted = {tp: (offset, ends[tp]) for tp, offset in low.items() if tp not in self._arrivals}
+        first = await first_records(consumer, wanted, within_s=READ_S)
+        self._arrivals |= {tp: (low[tp], record.timestamp) for tp, record in first.items()}
+        return {tp: arrival_ms for tp, (_, arrival_ms) in self._arrivals.items()}
 
     def _tell(self, margins: Mapping[TopicPartition, Margin]) -> None:
         for tp, margin in margins.items():

@@ -267,14 +267,6 @@ async def run_join(
     worker = JoinWorker(kafka=kafka, settings=settings, names=names, cluster=cluster, state_dir=state_dir, registry=registry)
     watch = asyncio.ensure_future(worker.retention_watch().run())
     try:
-        await serve(
-            worker.app,
-            name="join",
-            http=http,
-            registry=registry,
-            ready=worker.ready,
-            drain=worker.drain,
-            watchdog=worker.watchdog(),
-        )
+        await serve(worker, name="join", http=http, registry=registry)
     finally:
         watch.cancel()

@@ -340,15 +340,7 @@ async def run_scorer(
         # A full collection looks at every object of torch, Arrow and Faust: 130 ms in which nobody is answered.
         gc.collect()
         gc.freeze()
-        await serve(
-            worker.app,
-            name="scorer",
-            http=http,
-            registry=registry,
-            ready=worker.ready,
-            drain=worker.drain,
-            watchdog=worker.watchdog(),
-        )
+        await serve(worker, name="scorer", http=http, registry=registry)
 
 
 async def _quietly(close: Callable[[], Awaitable[None]]) -> None:

@@ -25,6 +25,8 @@ Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Headers = dict[str, bytes]
 
+# The header of a record, without a key, that is no example.
+LEFT_OUT = ("kind", b"left_out")
 # 18 digits always fit an int64; epoch milliseconds have 13.
 MAX_DIGITS = 18
 # Weights are float32 in the model.
@@ -94,12 +96,9 @@ class ExampleDecoder:
 
         Records that name what was left out (`stream.join.examples`) are no examples and are passed over.
         """
-        records: Sequence[Any] = run.records
+        records: Sequence[Any] = [record for record in run.records if record.key is not None or LEFT_OUT not in record.headers]
         letters: list[DeadLetter] = []
         headers = [dict(record.headers) for record in records]
-        if any(each.get("kind") == b"left_out" for each in headers):
-            records = [record for record, each in zip(records, headers, strict=True) if each.get("kind") != b"left_out"]
-            headers = [dict(record.headers) for record in records]
         columns = _columns(headers)
         if columns is None:
             records, headers, letters = _sort_out(records, headers)

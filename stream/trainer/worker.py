@@ -273,15 +273,7 @@ async def run_trainer(
             metrics=metrics,
         )
         await worker.start()
-        await serve(
-            worker.app,
-            name="trainer",
-            http=http,
-            registry=prometheus,
-            ready=worker.ready,
-            drain=worker.drain,
-            watchdog=worker.watchdog(),
-        )
+        await serve(worker, name="trainer", http=http, registry=prometheus)
     finally:
         await follower.close()
         await registry.close()

@@ -64,10 +64,10 @@ def test_policy_rate_and_kind_of_a_run_and_what_was_left_out():
         (b"x3", value(3), FIRST_MS, 10, FIRST_MS + 6, FIRST),
     ]
     plan = Plan(examples=examples, left_out=[1, 2], left_out_fake=[3])
-    records = [
-        record(offset, payload=payload or b"", only=headers)
-        for offset, (_, payload, headers) in enumerate(plan_records(plan, 0.25))
-    ]
+    records = []
+    for offset, (key, payload, headers) in enumerate(plan_records(plan, 0.25)):
+        records.append(record(offset, payload=payload or b"", only=headers))
+        records[-1].key = key
     decoded = ExampleDecoder(SCHEMA).decode(run(records))
     assert decoded.offsets.tolist() == [2, 4, 5]
     assert decoded.labels.tolist() == [0, 1, 1]
