@@ -110,7 +110,7 @@ async def first_records(consumer: Any, spans: Mapping[TopicPartition, Span], *, 
             if records[0].offset < left[tp][1]:
                 first[tp] = records[0]
         for tp in list(left):
-            if tp in first:
+            if tp in first or await consumer.position(tp) >= left[tp][1]:
                 del left[tp]
                 consumer.pause(tp)
     return first
