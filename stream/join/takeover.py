@@ -28,7 +28,7 @@ from stream.dead_letters import REPLAY_HEADER
 from stream.errors import Abandoned, PositionError
 from stream.join.events import read_run
 from stream.join.examples import click_awaited, label_of, left_out_of, source_offset_of
-from stream.join.logic import NEVER_MS, Memory, packed_click
+from stream.join.logic import NEVER_MS, EarlyClick, Memory, packed_click
 from stream.join.partition import Positions, TakenOver
 from stream.join.progress import Progress, decode_progress
 from stream.join.recovery import RebuildProgress
@@ -306,8 +306,11 @@ class _Rebuild:
             self._impressions(records)
         async for records in self._read(names.clicks, self._from.clicks, committed.clicks):
             self._clicks(records)
-        self._settle(examples_end)
-        return self._memory(), Positions(committed.impressions, committed.clicks, examples_end), self._state.count_pending()
+        return (
+            self._memory(self._settle(examples_end)),
+            Positions(committed.impressions, committed.clicks, examples_end),
+            self._state.count_pending(),
+        )
 
     async def _check_start(self, topic: str, start: int, until: int) -> None:
         tp = TopicPartition(topic, self._number)
@@ -426,17 +429,21 @@ class _Rebuild:
         in_window = entry is not None and -settings.negative_skew_ms <= click_ms - entry[0] <= settings.window_ms
         return not in_window and click_ms + settings.negative_skew_ms >= self._watermark_ms
 
-    def _settle(self, examples_end: int) -> None:
-        """Drop what was settled since the older local state, and write the positions: the rebuild is done."""
+    def _settle(self, examples_end: int) -> list[tuple[bytes, EarlyClick]]:
+        """Drop what was settled since the older local state, and write the positions: the rebuild is done.
+
+        The clicks that still wait, in order of offset.
+        """
         batch, committed, window_ms = self._state.batch(), self._committed, self._settings.window_ms
         batch.drop_pending_before(self._from_watermark_ms - window_ms, self._watermark_ms - window_ms)
         early = list(self._state.early_clicks())
         entries = self._state.entries([key for key, _ in early])
-        seen: set[tuple[bytes, int]] = set()
+        waiting: dict[tuple[bytes, int], tuple[bytes, EarlyClick]] = {}
         for (key, click), entry in sorted(zip(early, entries, strict=True), key=lambda row: row[0][1][1]):
-            if not self._waits(key, click[0], entry) or (key, click[0]) in seen:
+            if not self._waits(key, click[0], entry) or (key, click[0]) in waiting:
                 batch.drop_early([(key, click)])
-            seen.add((key, click[0]))
+            else:
+                waiting[key, click[0]] = (key, click)
         progress = committed.progress
         batch.set_meta(
             JoinMeta(
@@ -450,14 +457,15 @@ class _Rebuild:
             )
         )
         batch.write()
+        return list(waiting.values())
 
-    def _memory(self) -> Memory:
+    def _memory(self, early: list[tuple[bytes, EarlyClick]]) -> Memory:
         progress = self._committed.progress
         memory = Memory()
         if progress is not None:
             memory.watermark_ms = progress.watermark_ms
             memory.impressions_seen_ms, memory.clicks_seen_ms = progress.impressions_seen_ms, progress.clicks_seen_ms
-        for key, click in sorted(self._state.early_clicks(), key=lambda row: row[1][1]):
+        for key, click in early:
             memory.add_early(key, click)
         for chunk in self._state.all_chunks():
             memory.add_chunk(chunk)
