@@ -10,6 +10,7 @@ elsewhere is rebuilt (`stream/join/takeover.py`). One database a partition numbe
 | `early` | id, click's event time, offset | the click's record: clicks whose impression has not come |
 | `chunks` | first offset, largest event time, position | ids remembered by one step, so that forgetting needs no scan |
 | default | `meta` | identity, positions and watermark, written in one batch with the changes they stand for |
+| default | `filler` | nothing, or bytes that fill the write buffer so that all families are flushed at one point |
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ carries from the moment it was shown. Under the `wait` policy positives arrive b
 order of arrival leaks the label into progressive scores; served ones know nothing of it. Both stand side by side.
 
 Both are of the stream as it was before negatives were left out: one that was sent at rate r counts 1 / r times. A correction
-(policy `fnw`) adds its click and takes back the negative of the same impression: exactly so for the served score, which is the
-same in both; for the progressive one at the score of the correction, the first not being kept.
+(policy `fnw`) adds its click and takes back one negative, whether or not that of its impression was sent: on average just what
+these count for, and at rate 1 exactly so for the served score, which is the same in both. The progressive one is taken back at
+the score of the correction, the first not being kept.
 
 Three scopes: `window` (the last examples), `total` (since this process started) and, where asked for, `evaluation` (since an
 event time: "the last 80 % of the stream").
