@@ -14,33 +14,46 @@ from aiokafka.structs import TopicPartition
 from deploy.settings import Settings
 from stream.clients import aiokafka_options
 from stream.join.examples import left_out_of
+from stream.letter_log import read_letter
 from stream.topics import TopicNames
 
-__all__ = ["Audit", "Ledger"]
+__all__ = ["Audit", "Ledger", "Place"]
+
+Place = tuple[int, int]  # partition, offset
 
 
 @dataclass(slots=True)
 class Ledger:
-    """What came in and what went out, by impression id."""
+    """What came in and what went out, by impression id; a place is a partition and an offset in it."""
 
-    impressions: Counter[bytes] = field(default_factory=Counter)
+    impressions: dict[Place, bytes] = field(default_factory=dict)
     labels: Counter[bytes] = field(default_factory=Counter)  # first labels
     corrections: Counter[bytes] = field(default_factory=Counter)
-    left_out: int = 0  # impressions named as negatives that `join.negative_rate` left out
-    positives: dict[bytes, tuple[int, int]] = field(default_factory=dict)  # id → partition and offset of its example
+    left_out: Counter[Place] = field(default_factory=Counter)  # impressions whose negatives `join.negative_rate` left out
+    positives: dict[bytes, Place] = field(default_factory=dict)  # id → place of its example
     clicked_at_ms: dict[bytes, int] = field(default_factory=dict)  # id → arrival of its first click
     clicks: int = 0
     dead_letters: Counter[str] = field(default_factory=Counter)
 
     def problems(self) -> list[str]:
-        """What is not exactly once; empty when every impression has one first label or was left out, nothing else has one."""
+        """What is not exactly once.
+
+        Empty when every impression has one first label or was left out, once, nothing else has one, and every correction is
+        the only one of an impression that has a click.
+        """
+        sent = dict.fromkeys(self.impressions.values())
+        settled = self.labels.copy()
+        for place, count in self.left_out.items():
+            settled[self.impressions.get(place, b"offset %d of partition %d" % place[::-1])] += count
         found = []
-        lost = [key for key in self.impressions if key not in self.labels]
-        doubled = [key for key, count in self.labels.items() if count > 1]
-        strangers = [key for key in self.labels if key not in self.impressions]
-        if len(lost) == self.left_out:
-            lost = []
-        for name, keys in (("without a label", lost), ("with two labels", doubled), ("labelled, but never sent", strangers)):
+        for name, keys in (
+            ("without a label", [key for key in sent if key not in settled]),
+            ("with two labels", [key for key, count in settled.items() if count > 1]),
+            ("labelled, but never sent", [key for key in settled if key not in sent]),
+            ("with two corrections", [key for key, count in self.corrections.items() if count > 1]),
+            ("corrected, but never labelled", [key for key in self.corrections if key not in settled]),
+            ("corrected, but never clicked", [key for key in self.corrections if key not in self.clicked_at_ms]),
+        ):
             if keys:
                 shown = ", ".join(key.decode(errors="replace") for key in keys[:5])
                 found.append(f"{len(keys)} impressions {name}: {shown}{', …' if len(keys) > 5 else ''}")
@@ -108,19 +121,21 @@ class Audit:
     def _add(self, tp: Any, records: list[Any]) -> None:
         ledger, names = self.ledger, self._names
         if tp.topic == names.impressions:
-            ledger.impressions.update(record.key for record in records if record.key is not None)
+            for record in records:
+                if record.key is not None:
+                    ledger.impressions[tp.partition, record.offset] = record.key
         elif tp.topic == names.clicks:
             for record in records:
                 if record.key is not None:
                     ledger.clicks += 1
                     ledger.clicked_at_ms.setdefault(record.key, record.timestamp)
         elif tp.topic == names.dead_letters:
-            ledger.dead_letters.update(dict(record.headers)["reason"].decode() for record in records)
+            ledger.dead_letters.update(letter.reason for letter in map(read_letter, records) if letter is not None)
         else:
             for record in records:
                 offsets = left_out_of(record)
                 if offsets is not None:
-                    ledger.left_out += len(offsets)
+                    ledger.left_out.update((tp.partition, offset) for offset in offsets)
                     continue
                 headers = dict(record.headers)
                 if headers["kind"] == b"first":

@@ -173,7 +173,7 @@ class _Run:
         self._seconds = 0.0
 
     async def stream(self) -> None:
-        """Replay everything, and wait until every impression has its label and the trainer has learned them all."""
+        """Replay everything, and wait until the join expects nothing more and the trainer has learned all that it wrote."""
         began = time.monotonic()
         sending = asyncio.ensure_future(self._replayer.run_async())
         limit_ms = live_limit_ms(self._settings.scorer)
@@ -192,11 +192,13 @@ class _Run:
                     sending.result()
                     ended = ended or time.monotonic()
                     self._ledger = await audit.read()
-                    settled = len(self._ledger.labels) + self._ledger.left_out
+                    written = self._ledger.labels.total() + self._ledger.corrections.total()
+                    # Figures of a look after every impression had its first label; what is pending then may be corrected.
+                    if self._seconds and not figures.pending and figures.learned + self._refused() >= written:
+                        break
+                    settled = len(self._ledger.labels) + len(self._ledger.left_out)
                     if not self._seconds and settled >= self._replayer.stats.impressions:
                         self._seconds = time.monotonic() - began
-                    if self._seconds and figures.learned + self._refused() >= len(self._ledger.labels):
-                        break
                     if time.monotonic() - ended > SETTLE_S:
                         self._view.say("[red]not everything was labelled and learned in time[/]")
                         break

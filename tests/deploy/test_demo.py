@@ -73,7 +73,7 @@ def of_demo(work: Path) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def demo(data: Path, work: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def demo(data: Path, work: Path, *options: str, **join: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "headrace", "demo", "--dataset", "movielens-100k", "--keep", str(work), *options]
     # A model that has seen some thousand examples is not calibrated yet; what is tested is the run.
     gate = {"GATE_CALIBRATION": "[0.01, 100.0]", "GATE_MARGIN": "100", "GATE_MIN_EXAMPLES": "1"}
@@ -81,6 +81,7 @@ def demo(data: Path, work: Path, *options: str) -> Iterator[subprocess.Popen[str
         **os.environ,
         "HEADRACE_DATA_DIR": str(data),
         **{f"HEADRACE_SNAPSHOTS__{name}": value for name, value in gate.items()},
+        **{f"HEADRACE_JOIN__{name.upper()}": value for name, value in join.items()},
     }
     running = subprocess.Popen(
         command,
@@ -107,10 +108,12 @@ def until(true: Callable[[], object], what: str, patience_s: float = PATIENCE_S)
         time.sleep(0.1)
 
 
-def test_one_run_counts_exactly_and_says_so_in_json(data, tmp_path):
+@pytest.mark.parametrize("policy", ["wait", "fnw"])
+def test_one_run_counts_exactly_and_says_so_in_json(data, tmp_path, policy):
+    """Under `fnw` each click is learned by a correction, which comes after the impression has had its label."""
     folder, count, clicks = data
     work = tmp_path / "work"
-    with demo(folder, work, "--fast", "--format", "json") as running:
+    with demo(folder, work, "--fast", "--format", "json", label_policy=policy) as running:
         out, err = running.communicate(timeout=200)
         assert running.returncode == 0, err
         assert of_demo(work) == []

@@ -95,7 +95,7 @@ def test_fake_negatives_some_left_out_through_kill_9(topics, start):
         kept = {key for key in events.ids if Sampling(0.5).keeps(key)}
         assert ledger.problems() == []
         assert ledger.labels == Counter(dict.fromkeys(kept, 1))
-        assert ledger.left_out == len(events.ids) - len(kept)
+        assert ledger.left_out.total() == len(events.ids) - len(kept)
         assert set(ledger.positives) == events.positives
         assert ledger.corrections == Counter(dict.fromkeys(events.positives, 1))
         assert ledger.dead_letters == events.dead
