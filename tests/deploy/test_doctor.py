@@ -119,6 +119,12 @@ def test_retention(changed: dict[str, Any], what: str, found: str) -> None:
     assert (finding.check, finding.what, finding.found) == ("retention", what, found)
 
 
+def test_brokers_that_forget_offsets_stop_the_join() -> None:
+    """As `Takeover` does: labels without committed offsets are no place to begin from."""
+    finding = only(healthy(configs=kept(impressions=-1, examples=-1)))
+    assert "its offsets are forgotten, and the next one stops when it takes over" in finding.expected
+
+
 def test_retention_that_is_just_enough() -> None:
     # window 60 s + 2 × horizon 600 s + lateness 5 s
     assert examine(healthy(configs=kept(clicks=1_265_000))) == []
