@@ -94,16 +94,18 @@ async def read_spans(
             )
 
 
-async def first_records(consumer: Any, spans: Mapping[TopicPartition, Span], *, within_s: float) -> dict[TopicPartition, Any]:
-    """The first record of each span; none where it holds markers only, or a broker doesn't answer in time."""
-    left = {tp: span for tp, span in spans.items() if span[0] < span[1]}
+async def first_records(
+    consumer: Any, spans: Mapping[TopicPartition, Span], *, within_s: float
+) -> dict[TopicPartition, Any | None]:
+    """The first record of each span, None where it holds markers only; without an entry where no broker answered in time."""
+    first: dict[TopicPartition, Any | None] = {tp: None for tp, span in spans.items() if span[0] >= span[1]}
+    left = {tp: span for tp, span in spans.items() if tp not in first}
     if not left:
-        return {}
+        return first
     # No await between these: a fetch must not begin without a position.
     consumer.assign(list(left))
     for tp, (offset, _) in left.items():
         consumer.seek(tp, offset)
-    first: dict[TopicPartition, Any] = {}
     deadline = time.monotonic() + within_s
     while left and time.monotonic() < deadline:
         for tp, records in (await consumer.getmany(*left, timeout_ms=POLL_MS, max_records=len(left))).items():
@@ -111,6 +113,7 @@ async def first_records(consumer: Any, spans: Mapping[TopicPartition, Span], *, 
                 first[tp] = records[0]
         for tp in list(left):
             if tp in first or await consumer.position(tp) >= left[tp][1]:
+                first.setdefault(tp)
                 del left[tp]
                 consumer.pause(tp)
     return first

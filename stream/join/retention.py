@@ -153,7 +153,7 @@ class RetentionWatch:
         self._arrivals = {tp: known for tp, known in self._arrivals.items() if low.get(tp) == known[0]}
         wanted = {tp: (offset, ends[tp]) for tp, offset in low.items() if tp not in self._arrivals}
         first = await first_records(consumer, wanted, within_s=READ_S)
-        self._arrivals |= {tp: (low[tp], record.timestamp) for tp, record in first.items()}
+        self._arrivals |= {tp: (low[tp], record.timestamp) for tp, record in first.items() if record is not None}
         return {tp: arrival_ms for tp, (_, arrival_ms) in self._arrivals.items()}
 
     def _tell(self, margins: Mapping[TopicPartition, Margin]) -> None:
