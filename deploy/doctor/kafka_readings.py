@@ -27,7 +27,7 @@ from stream.errors import StreamError
 from stream.join.events import WATERMARK_HEADER
 from stream.join.progress import decode_progress
 from stream.letter_log import read_letter
-from stream.log_spans import Span, high_watermarks, read_spans, span_consumer
+from stream.log_spans import Span, first_records, high_watermarks, read_spans, span_consumer
 from stream.offsets import committed_offsets
 from stream.registry_log import read_registry
 from stream.topic_admin import Found, differences, find_topics
@@ -284,21 +284,10 @@ class _Reader:
 
     async def _first(self, consumer: Any, spans: Mapping[TopicPartition, Span]) -> dict[TopicPartition, Any]:
         """The first record of each span; none where it holds only markers, or a broker doesn't answer in time."""
-        consumer.assign(list(spans))
-        for tp, (offset, _) in spans.items():
-            consumer.seek(tp, offset)
-        first: dict[TopicPartition, Any] = {}
-        left, deadline = set(spans), time.monotonic() + FIRST_S
-        while left and time.monotonic() < deadline:
-            for tp, records in (await consumer.getmany(*left, timeout_ms=200, max_records=len(left))).items():
-                first[tp] = records[0]
-            for tp in list(left):
-                if tp in first or await consumer.position(tp) >= spans[tp][1]:
-                    left.remove(tp)
-                    consumer.pause(tp)
-        for tp in sorted(left):
+        first = await first_records(consumer, spans, within_s=FIRST_S)
+        for tp in sorted(spans.keys() - first.keys()):
             self._unread.append(f"{tp.topic}-{tp.partition} from offset {spans[tp][0]}: no answer within {FIRST_S:.0f} s")
-        return first
+        return {tp: record for tp, record in first.items() if record is not None}
 
 
 def _offsets_of_interest(readings: Readings) -> dict[Place, set[int]]:
