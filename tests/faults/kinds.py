@@ -90,12 +90,14 @@ async def _recovery(step: str, run: Run) -> None:
 
 
 async def _revoke(step: str, run: Run) -> None:
+    run.hold()  # by the time that another has joined, all else would have been labelled
     first = run.worker("one", Fault(step=step, after=2))  # once when it joins, without partitions
     await run.labels()
     await run.pause(0.0, 0.5)
     run.worker("two")
     await run.died(first)
     run.over()
+    run.go_on()
 
 
 KINDS += [Kind(f"kill -9 {step}", partial(_step, step), killed=1) for step in STEPS]
@@ -135,19 +137,21 @@ async def _comings_and_goings(run: Run) -> None:
             gone = run.draw.choice([worker for worker in run.workers.values() if worker.wanted])
             await run.pause(0.0, 1.5)
             if any(worker is not gone and worker.wanted for worker in run.workers.values()):
-                await run.end(gone, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
                 run.over()
+                await run.end(gone, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
 
 
 @_kind("a partition goes to another worker and comes back", static=False)
 async def _there_and_back(run: Run) -> None:
+    run.hold()
     first = run.worker("first")
     await run.labels()
     second = run.worker("second")
     await _ready(second)
+    run.go_on()
     await run.labels(run.draw.randrange(1, 30))
-    await run.end(second, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
     run.over()
+    await run.end(second, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
     await run.pause(1.0, 3.0)
     if run.draw.random() < 0.5:
         run.start(second)

@@ -251,7 +251,10 @@ class Run:
             with contextlib.suppress(KafkaError, TimeoutError, OSError):
                 async with AIOKafkaConsumer(**options, isolation_level="read_committed") as consumer:
                     while True:
-                        for tp, end in (await asyncio.wait_for(consumer.end_offsets(places), 5.0)).items():
+                        # Not `wait_for`, which before Python 3.12 may swallow the cancellation that ends this.
+                        async with asyncio.timeout(5.0):
+                            ends = await consumer.end_offsets(places)
+                        for tp, end in ends.items():
                             if end > self._ends.get(tp.partition, 0):
                                 self._ends[tp.partition] = end
                                 self._committed.append((time.monotonic(), tp.partition))
