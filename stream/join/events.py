@@ -14,7 +14,7 @@ import msgspec
 
 from stream.dead_letters import DeadLetter
 
-__all__ = ["WATERMARK_HEADER", "Events", "read_run"]
+__all__ = ["MAX_TIMESTAMP_MS", "WATERMARK_HEADER", "Events", "read_run"]
 
 WATERMARK_HEADER = "headrace-watermark"
 MAX_TIMESTAMP_MS = 253_402_300_799_999  # the end of year 9999, the last that ISO 8601 writes in four digits
