@@ -137,8 +137,7 @@ async def _comings_and_goings(run: Run) -> None:
             gone = run.draw.choice([worker for worker in run.workers.values() if worker.wanted])
             await run.pause(0.0, 1.5)
             if any(worker is not gone and worker.wanted for worker in run.workers.values()):
-                run.over()
-                await run.end(gone, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
+                await run.leave(gone)
 
 
 @_kind("a partition goes to another worker and comes back", static=False)
@@ -150,8 +149,7 @@ async def _there_and_back(run: Run) -> None:
     await _ready(second)
     run.go_on()
     await run.labels(run.draw.randrange(1, 30))
-    run.over()
-    await run.end(second, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
+    await run.leave(second)
     await run.pause(1.0, 3.0)
     if run.draw.random() < 0.5:
         run.start(second)

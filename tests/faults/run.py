@@ -156,7 +156,7 @@ class Run:
         self._second_half = asyncio.Event()
         self._second_half.set()
         self._ends: dict[int, int] = {}  # of `examples`, by partition, as last seen
-        self._committed: list[tuple[float, int]] = []  # when a partition of it was seen to have grown
+        self._committed: list[tuple[float, float, int]] = []  # since when, and when, a partition of it was seen to have grown
 
     def state_of(self, name: str) -> Path:
         return self.folder / f"state-{name}"
@@ -181,6 +181,13 @@ class Run:
     async def end(self, worker: FaultWorker, number: int = signal.SIGKILL) -> None:
         """End a worker, and leave it ended."""
         await asyncio.to_thread(worker.end, number)
+
+    async def leave(self, worker: FaultWorker) -> None:
+        """End a worker while others stay, in order or not. Only what is killed leaves something to recover from."""
+        number = self.draw.choice([signal.SIGTERM, signal.SIGKILL])
+        await self.end(worker, number)
+        if number == signal.SIGKILL:
+            self.over()
 
     async def died(self, worker: FaultWorker, code: int = -signal.SIGKILL) -> None:
         """Wait until the fault built in has happened, and the supervisor has started the worker again."""
@@ -214,8 +221,8 @@ class Run:
         if self.fault_over is None:
             return None
         first: dict[int, float] = {}
-        for when, number in self._committed:
-            if when > self.fault_over + 3 * POLL_S:  # what was committed before may be seen a little later
+        for since, when, number in self._committed:
+            if since > self.fault_over:
                 first.setdefault(number, when)
         complete = len(first) == self.settings.topics.partitions
         return round(max(first.values()) - self.fault_over, 2) if complete else None
@@ -250,14 +257,17 @@ class Run:
         while True:
             with contextlib.suppress(KafkaError, TimeoutError, OSError):
                 async with AIOKafkaConsumer(**options, isolation_level="read_committed") as consumer:
+                    since = 0.0  # when the answer before was asked for
                     while True:
+                        asked = time.monotonic()
                         # Not `wait_for`, which before Python 3.12 may swallow the cancellation that ends this.
                         async with asyncio.timeout(5.0):
                             ends = await consumer.end_offsets(places)
                         for tp, end in ends.items():
                             if end > self._ends.get(tp.partition, 0):
                                 self._ends[tp.partition] = end
-                                self._committed.append((time.monotonic(), tp.partition))
+                                self._committed.append((since, time.monotonic(), tp.partition))
+                        since = asked
                         await asyncio.sleep(POLL_S)
             await asyncio.sleep(POLL_S)
 
