@@ -25,8 +25,10 @@ setup: .venv/.synced ## install uv if missing, then everything into .venv
 demo: setup ## the whole system on real impressions, about 3 minutes, with a rollback
 	$(BIN)/headrace demo
 
-test: setup ## every test, against a real Apache Kafka
-	$(BIN)/python -m pytest
+# Tests wait for processes more than they compute, so two at a time take little more than half the time.
+JOBS ?= 2
+test: setup ## every test, JOBS at a time, against a real Apache Kafka
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 check: setup ## lint, format, types, import direction, generated docs
 	$(BIN)/ruff check .

@@ -106,6 +106,8 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         # A copy: Faust's own set changes under our feet when the application pauses a partition, and a run that was fetched
         # but is not handed over would be lost until something else is fetched.
         wanted = set(active_partitions)
+        if not wanted:
+            return {}  # the last was paused since Faust looked; aiokafka would take none for all
         fetched = await super()._fetch_records(consumer, wanted, timeout, max_records)
         assignment = consumer._subscription.subscription.assignment
         runs: dict[TP, Run] = {}

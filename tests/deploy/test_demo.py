@@ -108,12 +108,10 @@ def until(true: Callable[[], object], what: str, patience_s: float = PATIENCE_S)
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("policy", ["wait", "fnw"])
-def test_one_run_counts_exactly_and_says_so_in_json(data, tmp_path, policy):
-    """Under `fnw` each click is learned by a correction, which comes after the impression has had its label."""
+def test_one_run_counts_exactly_and_says_so_in_json(data, tmp_path):
     folder, count, clicks = data
     work = tmp_path / "work"
-    with demo(folder, work, "--fast", "--format", "json", label_policy=policy) as running:
+    with demo(folder, work, "--fast", "--format", "json") as running:
         out, err = running.communicate(timeout=200)
         assert running.returncode == 0, err
         assert of_demo(work) == []

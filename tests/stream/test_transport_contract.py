@@ -343,6 +343,27 @@ def test_a_seek_drops_what_was_fetched_before_it(topics):
     asyncio.run(check())
 
 
+def test_the_last_partition_is_paused_as_a_fetch_begins(topics):
+    """Asked for no partition aiokafka takes records of all, which nobody would be handed."""
+
+    async def check() -> None:
+        async with probing(topics) as probe, producing(topics) as producer:
+            consumer = probe.app.consumer
+            await probe.until(lambda: consumer._active_partitions is not None)
+            consumer.pause_partitions(set(probe.wanted))
+            await asyncio.sleep(1.5)  # the fetch that was under way ends
+            await send(producer, probe.topic, 0, [b"0", b"1"])
+            thread = consumer._thread
+            await probe.until(lambda: bool(thread._ensure_consumer()._fetcher._records))
+            assert await thread.call_thread(thread._fetch_records, thread._ensure_consumer(), set(), 0.1) == {}
+            await send(producer, probe.topic, 0, [b"2"])
+            consumer.resume_partitions(set(probe.wanted))
+            await probe.until(lambda: probe.wanted[TP(probe.topic, 0)] == 3)
+            assert probe.keys(0) == [b"0", b"1", b"2"]
+
+    asyncio.run(check())
+
+
 def test_pausing_in_the_middle_of_traffic_loses_nothing(topics):
     """Also where a fetch is under way for the partition, or its run is fetched and not handed over yet."""
 
