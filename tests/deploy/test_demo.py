@@ -73,7 +73,7 @@ def of_demo(work: Path) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def demo(data: Path, work: Path, *options: str, **join: str) -> Iterator[subprocess.Popen[str]]:
+def demo(data: Path, work: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "headrace", "demo", "--dataset", "movielens-100k", "--keep", str(work), *options]
     # A model that has seen some thousand examples is not calibrated yet; what is tested is the run.
     gate = {"GATE_CALIBRATION": "[0.01, 100.0]", "GATE_MARGIN": "100", "GATE_MIN_EXAMPLES": "1"}
@@ -81,7 +81,6 @@ def demo(data: Path, work: Path, *options: str, **join: str) -> Iterator[subproc
         **os.environ,
         "HEADRACE_DATA_DIR": str(data),
         **{f"HEADRACE_SNAPSHOTS__{name}": value for name, value in gate.items()},
-        **{f"HEADRACE_JOIN__{name.upper()}": value for name, value in join.items()},
     }
     running = subprocess.Popen(
         command,
