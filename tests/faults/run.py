@@ -22,6 +22,7 @@ from aiokafka.structs import TopicPartition
 
 from deploy.demo.play import worker_environment
 from deploy.demo.workers import Worker
+from deploy.feed import Feed
 from deploy.local_kafka import LocalKafka
 from deploy.settings import LocalKafkaSettings, Settings
 from state.settings import SnapshotSettings
@@ -31,13 +32,14 @@ from stream.topic_admin import create_topics
 from stream.topics import TopicNames
 from tests.faults.ledger import Ledger, read_ledger
 from tests.faults.worker import Fault
-from tests.stream.join.made_up import Events, end, join_settings, made_up, send
+from tests.stream.join.made_up import Events, end, join_settings, made_up, send_by
 
 __all__ = ["POLL_S", "Clusters", "FaultWorker", "Kind", "Result", "Run", "happens", "play", "variant"]
 
 IMPRESSIONS = 1_600  # 40 s of event time: four windows
 SEND_S = 4.0
-PATIENCE_S = 90.0
+PATIENCE_S = 120.0
+SEND_PATIENCE_MS = 120_000
 FAULT_S = 30.0  # for a fault to happen
 POLL_S = 0.05
 END_S = 30.0  # a worker drains within 9 s by itself
@@ -230,12 +232,13 @@ class Run:
     # In the background
 
     async def send(self) -> None:
-        """Send the stream from the moment a worker is ready."""
+        """Send the stream from the moment a worker is ready, by a producer that outlasts every fault."""
         while not any([await asyncio.to_thread(worker.is_ready) for worker in list(self.workers.values())]):
             await asyncio.sleep(POLL_S)
-        await send(self.settings, self.events.part(0.0, 0.5), over_s=SEND_S / 2)
-        await self._second_half.wait()
-        await send(self.settings, self.events.part(0.5, 1.0), over_s=SEND_S / 2)
+        async with Feed(self.settings.kafka.model_copy(update={"request_timeout_ms": SEND_PATIENCE_MS})) as feed:
+            await send_by(feed, self.settings, self.events.part(0.0, 0.5), over_s=SEND_S / 2)
+            await self._second_half.wait()
+            await send_by(feed, self.settings, self.events.part(0.5, 1.0), over_s=SEND_S / 2)
         self.sent = True
 
     async def supervise(self) -> None:

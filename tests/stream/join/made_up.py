@@ -17,7 +17,7 @@ from deploy.feed import Feed
 from deploy.settings import Settings
 from stream.topics import TopicNames
 
-__all__ = ["FIRST_MS", "Events", "end", "join_settings", "join_worker", "made_up", "send", "settled", "until"]
+__all__ = ["FIRST_MS", "Events", "end", "join_settings", "join_worker", "made_up", "send", "send_by", "settled", "until"]
 
 FIRST_MS = 1_700_000_000_000
 WINDOW_MS = 10_000
@@ -87,17 +87,22 @@ def made_up(count: int, seed: int, *, every_ms: int = 25) -> Events:
 
 async def send(settings: Settings, arriving: list[tuple[str, bytes, bytes]], *, over_s: float = 0.0) -> None:
     """Send events in their order, evenly over some time."""
+    async with Feed(settings.kafka) as feed:
+        await send_by(feed, settings, arriving, over_s=over_s)
+
+
+async def send_by(feed: Feed, settings: Settings, arriving: list[tuple[str, bytes, bytes]], *, over_s: float = 0.0) -> None:
+    """`send`, by a feed that goes on after it."""
     names = TopicNames.of(settings.topics)
     topics = {"impressions": names.impressions, "clicks": names.clicks}
     step, began = 25 if over_s else 500, time.monotonic()
-    async with Feed(settings.kafka) as feed:
-        for start in range(0, len(arriving), step):
-            rows = arriving[start : start + step]
-            for source, topic in topics.items():
-                mine = [(key, value) for where, key, value in rows if where == source]
-                await feed.send(topic, [key for key, _ in mine], [value for _, value in mine])
-            await asyncio.sleep(max(0.0, began + over_s * start / len(arriving) - time.monotonic()))
-        await feed.flush()
+    for start in range(0, len(arriving), step):
+        rows = arriving[start : start + step]
+        for source, topic in topics.items():
+            mine = [(key, value) for where, key, value in rows if where == source]
+            await feed.send(topic, [key for key, _ in mine], [value for _, value in mine])
+        await asyncio.sleep(max(0.0, began + over_s * start / len(arriving) - time.monotonic()))
+    await feed.flush()
 
 
 async def end(settings: Settings, events: Events) -> None:
