@@ -197,12 +197,13 @@ async def _older(run: Run) -> None:
 async def _of_another(run: Run) -> None:
     """Each gets what the other had, also under the other partition's name."""
     one, two = run.worker("one", Fault(flush_s=0.2)), run.worker("two", Fault(flush_s=0.2))
+    states = run.state_of("one"), run.state_of("two")
     await run.labels()
-    await _ready(two)
+    while not all(any(folder.glob("partition-?")) for folder in states):  # the second to come may have taken both at first
+        await asyncio.sleep(POLL_S)
     await run.pause(0.3, 1.0)
     await run.end(one)
     await run.end(two)
-    states = run.state_of("one"), run.state_of("two")
     aside = run.folder / "aside"
     states[0].rename(aside)
     states[1].rename(states[0])
