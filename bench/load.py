@@ -1,6 +1,6 @@
 """Whether a join worker's memory stays flat: millions of events through a window full of pending impressions, some broken.
 
-    .venv/bin/python bench/load.py                       # 10 million events, 2 million pending; about 10 minutes, 10 GB of disk
+    .venv/bin/python bench/load.py                       # 10 million events, 2 million pending; about 5 minutes, 10 GB of disk
     .venv/bin/python bench/load.py --events 1000000      # a poisoned batch: 1 % malformed among 1 million
     .venv/bin/python bench/load.py --events 300000       # quick, no claim about memory
 
