@@ -1,8 +1,9 @@
 """What each scorer says of itself: which version it serves and how far it has read the registry.
 
-A heartbeat is one record on `scorers`, keyed by worker id; a tombstone says that the worker stopped by itself. A worker
-whose last heartbeat is older than the limit is taken for dead. Ages are told by the records' own timestamps (the broker's
-clock), so that a reader whose clock is off doesn't take the living for dead.
+A heartbeat is one record on `scorers`, keyed by worker id; a tombstone says that the worker stopped by itself. Each heartbeat
+carries the interval at which its worker sends them, and a worker whose last one is older than three of its own intervals
+(`live_limit_ms`) is taken for dead. Ages are told by the records' own timestamps (the broker's clock), so that a reader whose
+clock is off doesn't take the living for dead.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 
 from stream.clients import aiokafka_options
 from stream.errors import StreamError, TopicError
-from stream.settings import KafkaSettings, ScorerSettings
+from stream.settings import KafkaSettings
 from stream.topics import TopicNames
 
 __all__ = ["Confirmation", "Heartbeat", "HeartbeatReader", "HeartbeatSender", "live_limit_ms"]
@@ -25,6 +26,12 @@ __all__ = ["Confirmation", "Heartbeat", "HeartbeatReader", "HeartbeatSender", "l
 TAIL_RECORDS = 10_000
 # A fetch with nothing to bring is answered after this long; records are brought at once.
 FETCH_WAIT_MS = 100
+# Interval of a heartbeat that doesn't say: scorers of 0.1.0 left it out, and `scorer.heartbeat_ms` was this by default.
+DEFAULT_HEARTBEAT_MS = 1_000
+# Heartbeats that may be missing, and what a pause of the process or a new leader of the topic's partition may take besides.
+MISSED_BEATS, GRACE_MS = 3, 2_000
+# Characters of a reason, which quotes paths and errors: a heartbeat goes out every second.
+MAX_REASON = 300
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +40,9 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     `version` is the version that answers now, -1 for none. `registry_offset` is the registry reader's `position`: the next
     offset it has not applied. A scorer sends it only once what stands below it is in effect: a swap that is still loading
     must not be overtaken by a newer offset beside an old version, and must check that it is still wanted when it ends.
+
+    `fallback_of` is the champion that the worker could not read: it answers with another version meanwhile, or with none, and
+    `fallback_reason` says what was wrong with the champion. `heartbeat_ms` is the worker's own interval.
     """
 
     worker: str
@@ -42,6 +52,9 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     registry_offset: int
     at_ms: int
     stale: bool = False
+    heartbeat_ms: int = DEFAULT_HEARTBEAT_MS
+    fallback_of: int | None = None
+    fallback_reason: str = ""
 
 
 class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,18 +64,26 @@ class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
     after_ms: float
 
 
-def live_limit_ms(settings: ScorerSettings) -> int:
-    """A heartbeat older than this is a dead worker's: three missed ones, or the lease if that is longer."""
-    return max(3 * settings.heartbeat_ms, settings.lease_ms)
+def live_limit_ms(beat: Heartbeat) -> int:
+    """A worker whose last heartbeat, this one, is older than so much is dead: three intervals of its own and two seconds."""
+    return MISSED_BEATS * beat.heartbeat_ms + GRACE_MS
 
 
 class HeartbeatSender:
     """A scorer's own heartbeats. `send` when something changed, and every `scorer.heartbeat_ms` besides."""
 
-    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, worker: str, host: str | None = None) -> None:
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        names: TopicNames,
+        *,
+        worker: str,
+        host: str | None = None,
+        heartbeat_ms: int = DEFAULT_HEARTBEAT_MS,
+    ) -> None:
         self._kafka = kafka
         self._topic = names.scorers
-        self._worker = worker
+        self._worker, self._heartbeat_ms = worker, heartbeat_ms
         self._host = host or socket.gethostname()
         self._producer: Any = None
 
@@ -83,7 +104,16 @@ class HeartbeatSender:
             raise _unreachable(self._kafka, error) from error
         self._producer = producer
 
-    async def send(self, version: int, since_ms: int, registry_offset: int, *, stale: bool = False) -> None:
+    async def send(
+        self,
+        version: int,
+        since_ms: int,
+        registry_offset: int,
+        *,
+        stale: bool = False,
+        fallback_of: int | None = None,
+        fallback_reason: str = "",
+    ) -> None:
         """Say what is served now; returns when the brokers have it.
 
         Raises:
@@ -97,6 +127,9 @@ class HeartbeatSender:
             registry_offset=registry_offset,
             at_ms=_now_ms(),
             stale=stale,
+            heartbeat_ms=self._heartbeat_ms,
+            fallback_of=fallback_of,
+            fallback_reason=fallback_reason[:MAX_REASON],
         )
         await self._producer.send_and_wait(self._topic, key=self._worker.encode(), value=msgspec.json.encode(beat))
 
@@ -115,15 +148,14 @@ class HeartbeatReader:
     """All scorers' heartbeats. Looking writes nothing.
 
     ```python
-    async with HeartbeatReader(settings.kafka, names, limit_ms=live_limit_ms(settings.scorer)) as scorers:
+    async with HeartbeatReader(settings.kafka, names) as scorers:
         live = await scorers.live()
     ```
     """
 
-    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, limit_ms: int) -> None:
+    def __init__(self, kafka: KafkaSettings, names: TopicNames) -> None:
         self._kafka = kafka
         self._topic = names.scorers
-        self._limit_ms = limit_ms
         self._consumer: Any = None
         self._partitions: list[Any] = []
         self._last: dict[str, tuple[int, Heartbeat | None]] = {}  # worker → record timestamp, None for a clean stop
@@ -204,8 +236,9 @@ class HeartbeatReader:
             await self._poll(min(100, max(1, int(timeout_ms - elapsed_ms))))
 
     def _alive(self, now_ms: int) -> list[Heartbeat]:
-        beats = (beat for at_ms, beat in self._last.values() if beat is not None and now_ms - at_ms <= self._limit_ms)
-        return sorted(beats, key=lambda beat: beat.worker)
+        beats = [(at_ms, beat) for at_ms, beat in self._last.values() if beat is not None]
+        alive = (beat for at_ms, beat in beats if now_ms - at_ms <= live_limit_ms(beat))
+        return sorted(alive, key=lambda beat: beat.worker)
 
     async def _read_to(self, end: dict[Any, int]) -> None:
         while any([await self._consumer.position(each) < end[each] for each in self._partitions]):

@@ -11,10 +11,10 @@ from state.decisions import rollback_target
 from state.errors import Refused
 from state.registry import RegistryState
 from stream.errors import RegistryError
-from stream.heartbeat import Confirmation, Heartbeat, HeartbeatReader, live_limit_ms
+from stream.heartbeat import Confirmation, Heartbeat, HeartbeatReader
 from stream.registry import RegistryWriter
 from stream.registry_log import read_registry
-from stream.settings import KafkaSettings, ScorerSettings
+from stream.settings import KafkaSettings
 from stream.topics import TopicNames
 
 __all__ = ["Rollback", "RollbackPlan", "plan_rollback", "roll_back"]
@@ -50,7 +50,6 @@ class Rollback:
 async def plan_rollback(
     kafka: KafkaSettings,
     names: TopicNames,
-    scorer: ScorerSettings,
     *,
     to: int | None = None,
     back_ms: int | None = None,
@@ -66,7 +65,7 @@ async def plan_rollback(
     """
 
     async def look() -> list[Heartbeat]:
-        async with HeartbeatReader(kafka, names, limit_ms=live_limit_ms(scorer)) as scorers:
+        async with HeartbeatReader(kafka, names) as scorers:
             return await scorers.live()
 
     state, live = await asyncio.gather(read_registry(kafka, names), look())
@@ -78,7 +77,6 @@ async def plan_rollback(
 async def roll_back(
     kafka: KafkaSettings,
     names: TopicNames,
-    scorer: ScorerSettings,
     *,
     who: str,
     reason: str,
@@ -107,7 +105,7 @@ async def roll_back(
     began = time.monotonic() if began is None else began
     writer = RegistryWriter(kafka, names, who=who)
     try:
-        async with HeartbeatReader(kafka, names, limit_ms=live_limit_ms(scorer)) as scorers:
+        async with HeartbeatReader(kafka, names) as scorers:
             if check is not None:
                 # The target is looked up first so that it can be checked. What is found is then named, so that an
                 # automatic promotion in between can't move it.

@@ -207,7 +207,7 @@ def rollback(
     settings = _settings()
     began = time.monotonic()
     wanted: dict[str, Any] = {"to": to, "back_ms": back_ms, "before_ms": before_ms}
-    reach = (settings.kafka, _names(settings), settings.scorer)
+    reach = (settings.kafka, _names(settings))
     if dry_run or (not yes and sys.stdin.isatty()):
         plan = ask_kafka(settings, plan_rollback(*reach, **wanted), ABOUT)
         if dry_run:

@@ -20,7 +20,7 @@ from deploy.errors import DeployError
 from deploy.local_kafka import LocalKafka
 from deploy.replay import Replayer
 from deploy.settings import NOT_SETTINGS, LocalKafkaSettings, Settings
-from stream.heartbeat import HeartbeatReader, live_limit_ms
+from stream.heartbeat import HeartbeatReader
 from stream.operations import Rollback, roll_back
 from stream.registry import RegistryWriter
 from stream.registry_log import read_registry
@@ -176,9 +176,8 @@ class _Run:
         """Replay everything, and wait until the join expects nothing more and the trainer has learned all that it wrote."""
         began = time.monotonic()
         sending = asyncio.ensure_future(self._replayer.run_async())
-        limit_ms = live_limit_ms(self._settings.scorer)
         async with (
-            HeartbeatReader(self._settings.kafka, self._names, limit_ms=limit_ms) as scorers,
+            HeartbeatReader(self._settings.kafka, self._names) as scorers,
             Audit(self._settings) as audit,
         ):
             ended: float | None = None
@@ -267,9 +266,7 @@ class _Run:
     async def roll_back_and_undo(self) -> Rollback:
         """Roll back to the last good version, wait for the scorer, and undo it."""
         settings, names = self._settings, self._names
-        rolled = await roll_back(
-            settings.kafka, names, settings.scorer, who="demo", reason="to show that it works", timeout_ms=CONFIRM_MS
-        )
+        rolled = await roll_back(settings.kafka, names, who="demo", reason="to show that it works", timeout_ms=CONFIRM_MS)
         self._view.say(
             f"rolled back from version {rolled.previous} to {rolled.version} in {rolled.rollback_ms:.0f} ms, "
             f"{len(rolled.confirmed)} scorer confirmed; undo: {rolled.undo}"
@@ -278,7 +275,7 @@ class _Run:
             raise DeployError(f"rollback: {len(rolled.unconfirmed)} scorers did not confirm within {CONFIRM_MS} ms")
         writer = RegistryWriter(settings.kafka, names, who="demo")
         try:
-            async with HeartbeatReader(settings.kafka, names, limit_ms=live_limit_ms(settings.scorer)) as scorers:
+            async with HeartbeatReader(settings.kafka, names) as scorers:
                 written = await writer.promote(rolled.previous, "undo", hold=False)
                 _, missing = await scorers.wait_for_confirmations(
                     written.position, rolled.previous, CONFIRM_MS, now_ms=written.at_ms

@@ -316,7 +316,7 @@ async def run_scorer(
 
     metrics.watch_registry(registry_age_s)
     outbox = Outbox(kafka, cluster.partitions, scores=names.scores, dead_letters=names.dead_letters)
-    heartbeats = HeartbeatSender(kafka, names, worker=worker_id)
+    heartbeats = HeartbeatSender(kafka, names, worker=worker_id, heartbeat_ms=settings.heartbeat_ms)
     async with contextlib.AsyncExitStack() as stack:
         for start, close in ((outbox.start, outbox.close), (reader.start, reader.close), (heartbeats.start, heartbeats.close)):
             stack.push_async_callback(_quietly, close)

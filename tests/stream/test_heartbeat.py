@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import Any
 
+import msgspec
 import pytest
 
 from deploy.settings import Settings
@@ -16,11 +17,11 @@ from state.settings import SnapshotSettings
 from stream import heartbeat
 from stream.clients import aiokafka_options
 from stream.errors import RegistryError, StreamError, TopicError
-from stream.heartbeat import HeartbeatReader, HeartbeatSender, live_limit_ms
+from stream.heartbeat import Heartbeat, HeartbeatReader, HeartbeatSender, live_limit_ms
 from stream.operations import plan_rollback, roll_back
 from stream.registry import RegistryWriter
 from stream.registry_reader import RegistryReader
-from stream.settings import KafkaSettings, ScorerSettings, TopicSettings
+from stream.settings import KafkaSettings, TopicSettings
 from stream.topics import TopicNames
 
 pytestmark = pytest.mark.kafka
@@ -69,8 +70,8 @@ async def three_versions(settings: Settings) -> None:
     await writer.close()
 
 
-def reach(settings: Settings) -> tuple[KafkaSettings, TopicNames, ScorerSettings]:
-    return settings.kafka, TopicNames.of(settings.topics), settings.scorer
+def reach(settings: Settings) -> tuple[KafkaSettings, TopicNames]:
+    return settings.kafka, TopicNames.of(settings.topics)
 
 
 def test_every_live_scorer_confirms(topics: Settings) -> None:
@@ -112,7 +113,7 @@ def test_an_old_or_stale_heartbeat_confirms_nothing(topics: Settings) -> None:
         names = TopicNames.of(topics.topics)
         sender = HeartbeatSender(topics.kafka, names, worker="s1")
         await sender.start()
-        async with HeartbeatReader(topics.kafka, names, limit_ms=10_000) as scorers:
+        async with HeartbeatReader(topics.kafka, names) as scorers:
             for version, offset, stale in [(2, 9, False), (3, 10, False), (2, 10, True)]:
                 await sender.send(version, 0, offset, stale=stale)
                 confirmed, missing = await scorers.wait_for_confirmations(10, 2, 300)
@@ -133,7 +134,7 @@ def test_the_dead_and_those_who_said_goodbye_are_not_waited_for(topics: Settings
             await sender.start()
             await sender.send(3, 0, 1)
         await left.close()
-        async with HeartbeatReader(topics.kafka, names, limit_ms=60_000) as scorers:
+        async with HeartbeatReader(topics.kafka, names) as scorers:
             assert [beat.worker for beat in await scorers.live()] == ["silent"]
             assert await scorers.live(now_ms=time.time_ns() // 1_000_000 + 61_000) == []
             # A goodbye during the wait ends it.
@@ -146,13 +147,15 @@ def test_the_dead_and_those_who_said_goodbye_are_not_waited_for(topics: Settings
     asyncio.run(run())
 
 
-def test_a_scorer_that_dies_while_it_is_waited_for_stays_unconfirmed(topics: Settings) -> None:
+def test_a_scorer_that_dies_while_it_is_waited_for_stays_unconfirmed(topics: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "GRACE_MS", 0)
+
     async def run() -> None:
         names = TopicNames.of(topics.topics)
-        sender = HeartbeatSender(topics.kafka, names, worker="s1")
+        sender = HeartbeatSender(topics.kafka, names, worker="s1", heartbeat_ms=100)
         await sender.start()
         await sender.send(3, 0, 1)
-        async with HeartbeatReader(topics.kafka, names, limit_ms=300) as scorers:
+        async with HeartbeatReader(topics.kafka, names) as scorers:
             confirmed, missing = await scorers.wait_for_confirmations(9, 9, 800)
         assert confirmed == [] and [beat.worker for beat in missing] == ["s1"]
         await sender.close()
@@ -198,7 +201,7 @@ def test_foreign_and_malformed_heartbeats_are_passed_over(topics: Settings) -> N
         sender = HeartbeatSender(topics.kafka, names, worker="s2")
         await sender.start()
         await sender.send(1, 0, 1)
-        async with HeartbeatReader(topics.kafka, names, limit_ms=60_000) as scorers:
+        async with HeartbeatReader(topics.kafka, names) as scorers:
             assert [beat.worker for beat in await scorers.live()] == ["s2"]
         await sender.close()
 
@@ -213,7 +216,7 @@ def test_a_long_topic_is_read_from_near_its_end(topics: Settings, monkeypatch: p
         for offset in range(50):
             await sender.send(1, 0, offset)
         monkeypatch.setattr(heartbeat, "TAIL_RECORDS", 5)
-        async with HeartbeatReader(topics.kafka, names, limit_ms=60_000) as scorers:
+        async with HeartbeatReader(topics.kafka, names) as scorers:
             assert [beat.registry_offset for beat in await scorers.live()] == [49]
         await sender.close()
 
@@ -224,7 +227,7 @@ def test_what_is_not_there(settings: Settings) -> None:
     names = TopicNames.of(settings.topics)
 
     async def read(kafka: KafkaSettings) -> None:
-        async with HeartbeatReader(kafka, names, limit_ms=1):
+        async with HeartbeatReader(kafka, names):
             pass
 
     with pytest.raises(TopicError, match=rf"topic {names.scorers}: expected at .*found none.*`headrace topics create`"):
@@ -236,6 +239,37 @@ def test_what_is_not_there(settings: Settings) -> None:
             asyncio.run(attempt)
 
 
-def test_the_limit_is_the_longer_of_three_beats_and_the_lease() -> None:
-    assert live_limit_ms(ScorerSettings(heartbeat_ms=1_000, lease_ms=10_000)) == 10_000
-    assert live_limit_ms(ScorerSettings(heartbeat_ms=5_000, lease_ms=10_000)) == 15_000
+def test_a_scorer_lives_by_its_own_interval(topics: Settings) -> None:
+    """One that beats every 30 s isn't dead after 10, and one that beats ten times a second is missed sooner than that."""
+
+    async def run() -> None:
+        names = TopicNames.of(topics.topics)
+        senders = {
+            name: HeartbeatSender(topics.kafka, names, worker=name, heartbeat_ms=interval_ms)
+            for name, interval_ms in (("calm", 30_000), ("usual", 1_000), ("hasty", 100))
+        }
+        for sender in senders.values():
+            await sender.start()
+            await sender.send(1, 0, 1)
+        now_ms = time.time_ns() // 1_000_000
+        async with HeartbeatReader(topics.kafka, names) as scorers:
+            for later_ms, alive in (
+                (0, ["calm", "hasty", "usual"]),
+                (3_500, ["calm", "usual"]),
+                (10_000, ["calm"]),
+                (60_000, ["calm"]),
+                (100_000, []),
+            ):
+                assert [beat.worker for beat in await scorers.live(now_ms=now_ms + later_ms)] == alive
+        for sender in senders.values():
+            await sender.close()
+
+    asyncio.run(run())
+
+
+def test_a_heartbeat_that_does_not_say_its_interval_has_the_default() -> None:
+    """As scorers of 0.1.0 send it."""
+    old = b'{"worker":"s1","version":3,"since_ms":1,"host":"h","registry_offset":7,"at_ms":9,"stale":false}'
+    beat = msgspec.json.decode(old, type=Heartbeat)
+    assert (beat.heartbeat_ms, beat.fallback_of, live_limit_ms(beat)) == (1_000, None, 5_000)
+    assert live_limit_ms(msgspec.structs.replace(beat, heartbeat_ms=30_000)) == 92_000

@@ -19,7 +19,7 @@ from deploy.demo.workers import Worker, stop_workers
 from deploy.settings import Settings
 from headrace.scores import Answer, ScoreStream
 from stream.clients import aiokafka_options, kafka_python_options
-from stream.heartbeat import Heartbeat, HeartbeatReader, live_limit_ms
+from stream.heartbeat import Heartbeat, HeartbeatReader
 from stream.operations import roll_back
 from stream.registry import RegistryWriter
 from stream.scorer.start import max_message_bytes
@@ -75,8 +75,7 @@ class Scene:
 
     def heartbeats(self) -> list[Heartbeat]:
         async def read() -> list[Heartbeat]:
-            limit_ms = live_limit_ms(self.settings.scorer)
-            async with HeartbeatReader(self.settings.kafka, self.names, limit_ms=limit_ms) as reader:
+            async with HeartbeatReader(self.settings.kafka, self.names) as reader:
                 return await reader.live()
 
         return asyncio.run(read())
@@ -219,9 +218,7 @@ async def _promote(scene: Scene, version: int) -> int:
 
 
 async def _roll_back(scene: Scene) -> Any:
-    return await roll_back(
-        scene.settings.kafka, scene.names, scene.settings.scorer, who="test", reason="test", timeout_ms=15_000
-    )
+    return await roll_back(scene.settings.kafka, scene.names, who="test", reason="test", timeout_ms=15_000)
 
 
 def _dead_letters(scene: Scene) -> list[tuple[str, str]]:
