@@ -1,7 +1,8 @@
 """A stream whose true click probabilities are known.
 
-The truth is a logistic model over users, items, their segments, device, hour and price; with drift its weights turn while it
-runs.
+The truth is a logistic model over users, items, their segments, device, hour and price. What changes while a stream runs is
+asked for: weights that turn (drift), items that appear and fade, hours that are shorter than a clock's, a step in the
+click-through rate.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ __all__ = ["Batch", "Simulation", "TruthFile", "generate", "simulation_schema"]
 _BATCH = 4_096  # impressions generated at once
 _USERS, _ITEMS, _SEGMENTS, _CATEGORIES, _DEVICES = 20_000, 2_000, 8, 12, 4
 _ZIPF = 1.1  # popularity of users and items, as in click logs
+# Standard deviations of the true weights, by what they belong to.
+_SPREADS = {"user": 0.4, "item": 0.6, "device": 0.3, "hour": 0.2, "pair": 0.8, "price": 0.5}
+_PRICE = 0.01  # the lowest one, since its logarithm is read
+_CALIBRATED_ON = 20_000  # impressions from which the bias is solved: the mean probability is met within some 1 %
 
 Floats = npt.NDArray[np.float64]
 Int64s = npt.NDArray[np.int64]
@@ -39,12 +44,17 @@ class Simulation:
     Attributes:
         rate: impressions a second of event time.
         count: impressions.
-        ctr: mean true click probability, roughly, at the start.
+        ctr: mean true click probability over the stream, at the weights of its start (within about 2 %).
+        ctr_steps: (seconds after the start, mean true click probability from then on), by rising time.
         delay: distribution of click delays; `delay_ms` is its mean (uniform: half its largest value).
         shuffle_ms: an event is sent up to this much later than its time, drawn for each.
         duplicates: share of events that are sent twice.
         malformed: broken records sent in addition, as a share of the impressions.
         drift: quarter turns of the true weights towards unrelated ones in 100,000 impressions.
+        hour_ms: length of one value of the feature `hour` in event time; each of the 24 has an effect of its own.
+        new_items: items that appear in a second of event time, each with an effect of its own.
+        new_item_share: share of impressions that show one of these.
+        new_item_life_s: how old such an item is when it is shown, on average: it appears at its most popular, and fades.
         first_id: numbers impressions from here, so that runs on one topic don't collide.
         start_ms: event time of the first impression.
         seed: of everything drawn.
@@ -53,12 +63,17 @@ class Simulation:
     rate: float = 1_000.0
     count: int = 10_000
     ctr: float = 0.1
+    ctr_steps: tuple[tuple[float, float], ...] = ()
     delay: Literal["exponential", "lognormal", "uniform"] = "exponential"
     delay_ms: float = 5_000.0
     shuffle_ms: int = 0
     duplicates: float = 0.0
     malformed: float = 0.0
     drift: float = 0.0
+    hour_ms: int = 3_600_000
+    new_items: float = 0.0
+    new_item_share: float = 0.3
+    new_item_life_s: float = 60.0
     first_id: int = 0
     start_ms: int = 1_700_000_000_000
     seed: int = 0
@@ -74,6 +89,7 @@ class Batch:
     probabilities: Floats  # (N,) true
     clicked: npt.NDArray[np.bool_]  # (N,)
     click_times_ms: Int64s  # (N,), -1 without a click
+    item_ages_ms: Int64s  # (N,) since the item appeared; -1 for one that was always there
 
 
 def simulation_schema() -> FeatureSchema:
@@ -86,55 +102,72 @@ class Truth:
     """The logistic model behind the clicks."""
 
     def __init__(self, simulation: Simulation) -> None:
+        self._simulation = simulation
         rng = np.random.default_rng([simulation.seed, 1])
         self._weights = [self._draw(rng) for _ in range(2)]  # where drift begins, and what it turns to
-        self._drift = simulation.drift
-        self._bias = float(np.log(simulation.ctr / (1 - simulation.ctr))) - 0.6  # the weights' spread raises the mean
         self.segments = rng.integers(0, _SEGMENTS, _USERS)
-        self.categories = rng.integers(0, _CATEGORIES, _ITEMS)
+        categories = rng.integers(0, _CATEGORIES, _ITEMS)
+        # Items that appear later have numbers after the others'; their draws leave those of all other things as they are.
+        later = np.random.default_rng([simulation.seed, 4])
+        born = int(simulation.new_items * simulation.count / simulation.rate) + 1
+        self.categories = np.concatenate([categories, later.integers(0, _CATEGORIES, born)])
+        for weights in self._weights:
+            weights["item"] = np.concatenate([weights["item"], later.normal(0.0, _SPREADS["item"], born)])
+        steps = [ctr for _, ctr in ((0.0, simulation.ctr), *simulation.ctr_steps)]
+        self._biases = np.array([self._bias(ctr) for ctr in steps])
+        self._step_rows = np.array([seconds * simulation.rate for seconds, _ in simulation.ctr_steps])
 
     @staticmethod
     def _draw(rng: np.random.Generator) -> dict[str, Floats]:
         sizes = {"user": _USERS, "item": _ITEMS, "device": _DEVICES, "hour": 24, "pair": _SEGMENTS * _CATEGORIES, "price": 1}
-        spreads = {"user": 0.4, "item": 0.6, "device": 0.3, "hour": 0.2, "pair": 0.8, "price": 0.5}
-        return {name: rng.normal(0.0, spreads[name], size) for name, size in sizes.items()}
+        return {name: rng.normal(0.0, _SPREADS[name], size) for name, size in sizes.items()}
 
     def probabilities(self, columns: Columns, rows: Int64s) -> Floats:
         """True click probability of each row, (N,)."""
-        log_price = np.log(columns["price"].astype(np.float64))  # standard normal
-        here, there = (
+        here, there = (self._logits(columns, weights) for weights in self._weights)
+        angle = self._simulation.drift * np.pi / 2 * rows / 100_000
+        bias = self._biases[np.searchsorted(self._step_rows, rows, side="right")]
+        return _logistic(bias + np.cos(angle) * here + np.sin(angle) * there)
+
+    @staticmethod
+    def _logits(columns: Columns, weights: dict[str, Floats]) -> Floats:
+        """Log odds without a bias, (N,)."""
+        logits: Floats = (
             weights["user"][columns["user"]]
             + weights["item"][columns["item"]]
             + weights["device"][columns["device"]]
             + weights["hour"][columns["hour"]]
             + weights["pair"][columns["segment"].astype(np.int64) * _CATEGORIES + columns["category"].astype(np.int64)]
-            + weights["price"][0] * log_price
-            for weights in self._weights
+            + weights["price"][0] * np.log(columns["price"].astype(np.float64))  # of a standard normal logarithm
         )
-        angle = self._drift * np.pi / 2 * rows / 100_000
-        logits = self._bias + np.cos(angle) * here + np.sin(angle) * there
-        return 1.0 / (1.0 + np.exp(-logits))
+        return logits
+
+    def _bias(self, ctr: float) -> float:
+        """The bias under which a sample of the stream's impressions is clicked with probability `ctr` on average."""
+        rng = np.random.default_rng([self._simulation.seed, 5])
+        rows = np.sort(rng.integers(0, self._simulation.count, _CALIBRATED_ON))
+        columns, _ = _columns(self._simulation, self, rows, rng, np.random.default_rng([self._simulation.seed, 6]))
+        logits = self._logits(columns, self._weights[0])
+        low, high = -30.0, 30.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if _logistic(middle + logits).mean() < ctr else (low, middle)
+        return low
+
+
+def _logistic(logits: Floats) -> Floats:
+    probabilities: Floats = 1.0 / (1.0 + np.exp(-logits))
+    return probabilities
 
 
 def generate(simulation: Simulation) -> Iterator[Batch]:
     """Impressions in event-time order with their true probabilities and clicks."""
     truth = Truth(simulation)
-    rng = np.random.default_rng([simulation.seed, 2])
-    gap_ms = 1_000.0 / simulation.rate
+    rng, new_items = (np.random.default_rng([simulation.seed, number]) for number in (2, 7))
     for start in range(0, simulation.count, _BATCH):
         rows = np.arange(start, min(start + _BATCH, simulation.count), dtype=np.int64)
-        times_ms = simulation.start_ms + (rows * gap_ms).astype(np.int64)
-        users = (rng.zipf(_ZIPF, len(rows)) - 1) % _USERS
-        items = (rng.zipf(_ZIPF, len(rows)) - 1) % _ITEMS
-        columns: Columns = {
-            "user": users,
-            "segment": truth.segments[users],
-            "device": rng.integers(0, _DEVICES, len(rows)),
-            "hour": times_ms // 3_600_000 % 24,
-            "item": items,
-            "category": truth.categories[items],
-            "price": np.round(np.exp(rng.normal(0.0, 1.0, len(rows))), 2).clip(0.01),
-        }
+        times_ms = _times_ms(simulation, rows)
+        columns, ages_ms = _columns(simulation, truth, rows, rng, new_items)
         probabilities = truth.probabilities(columns, rows)
         clicked = rng.random(len(rows)) < probabilities
         yield Batch(
@@ -144,7 +177,41 @@ def generate(simulation: Simulation) -> Iterator[Batch]:
             probabilities=probabilities,
             clicked=clicked,
             click_times_ms=np.where(clicked, times_ms + _delays_ms(simulation, rng, len(rows)), -1),
+            item_ages_ms=ages_ms,
         )
+
+
+def _times_ms(simulation: Simulation, rows: Int64s) -> Int64s:
+    times_ms: Int64s = simulation.start_ms + (rows * (1_000.0 / simulation.rate)).astype(np.int64)
+    return times_ms
+
+
+def _columns(
+    simulation: Simulation, truth: Truth, rows: Int64s, rng: np.random.Generator, new_items: np.random.Generator
+) -> tuple[Columns, Int64s]:
+    """What is shown to whom, as numbers, and how old the item is (N,), -1 for one that was always there."""
+    times_ms = _times_ms(simulation, rows)
+    users = (rng.zipf(_ZIPF, len(rows)) - 1) % _USERS
+    items = (rng.zipf(_ZIPF, len(rows)) - 1) % _ITEMS
+    ages_ms = np.full(len(rows), -1, np.int64)
+    if simulation.new_items:
+        since_ms = times_ms - simulation.start_ms
+        drawn_ms = new_items.exponential(simulation.new_item_life_s * 1_000, len(rows))
+        number = ((since_ms - drawn_ms) * simulation.new_items / 1_000).astype(np.int64)
+        # What would have appeared before the stream began is one of the items that were always there.
+        new = (new_items.random(len(rows)) < simulation.new_item_share) & (drawn_ms <= since_ms)
+        items = np.where(new, _ITEMS + number, items)
+        ages_ms = np.where(new, since_ms - (number * 1_000 / simulation.new_items).astype(np.int64), ages_ms)
+    columns: Columns = {
+        "user": users,
+        "segment": truth.segments[users],
+        "device": rng.integers(0, _DEVICES, len(rows)),
+        "hour": times_ms // simulation.hour_ms % 24,
+        "item": items,
+        "category": truth.categories[items],
+        "price": np.round(np.exp(rng.normal(0.0, 1.0, len(rows))), 2).clip(_PRICE),
+    }
+    return columns, ages_ms
 
 
 def _features(columns: Columns) -> list[bytes]:
@@ -183,7 +250,8 @@ def _delays_ms(simulation: Simulation, rng: np.random.Generator, count: int) -> 
 class TruthFile:
     """The true probabilities by impression id, as Parquet (`.parquet`) or JSON lines (any other name).
 
-    Columns: `impression_id`, `timestamp`, `probability`, `clicked`, `click_timestamp` (null without a click).
+    Columns: `impression_id`, `timestamp`, `probability`, `clicked`, `click_timestamp` (null without a click), `item_age_ms`
+    (since the item appeared; null for one that was always there).
 
     Raises:
         DeployError: the file can't be written.
@@ -198,6 +266,7 @@ class TruthFile:
                 ("probability", pa.float64()),
                 ("clicked", pa.bool_()),
                 ("click_timestamp", pa.int64()),
+                ("item_age_ms", pa.int64()),
             ]
         )
         try:
@@ -216,6 +285,7 @@ class TruthFile:
             pa.array(batch.probabilities),
             pa.array(batch.clicked),
             clicks,
+            pa.array(batch.item_ages_ms, mask=batch.item_ages_ms < 0),
         ]
         table = pa.table(columns, schema=self._schema)
         if self._parquet is not None:

@@ -12,6 +12,26 @@ from deploy.cli.common import echo_json, format_option
 __all__ = ["simulate"]
 
 
+class CtrStep(click.ParamType):
+    """`SECONDS:CTR`, as two numbers."""
+
+    name = "seconds:ctr"
+
+    def convert(
+        self, value: str | tuple[float, float], param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, float]:
+        if isinstance(value, tuple):
+            return value
+        seconds, _, ctr = value.partition(":")
+        try:
+            step = float(seconds), float(ctr)
+        except ValueError:
+            step = -1.0, -1.0
+        if not (step[0] > 0 and 0 < step[1] < 1):
+            self.fail(f"expected SECONDS:CTR, as in 200:0.06, found {value!r}.", param, ctx)
+        return step
+
+
 @click.command()
 @click.option(
     "--rate", type=click.FloatRange(min=0, min_open=True), default=1_000.0, show_default=True, help="Impressions a second."
@@ -26,7 +46,15 @@ __all__ = ["simulate"]
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.1,
     show_default=True,
-    help="Mean click probability, roughly.",
+    help="Mean click probability.",
+)
+@click.option(
+    "--ctr-step",
+    "ctr_steps",
+    type=CtrStep(),
+    multiple=True,
+    metavar="SECONDS:CTR",
+    help="Another mean click probability from that many seconds of the stream on. May be repeated.",
 )
 @click.option(
     "--delay",
@@ -57,6 +85,34 @@ __all__ = ["simulate"]
     help="Quarter turns of the true weights in 100,000 impressions.",
 )
 @click.option(
+    "--new-items",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Items that appear in a second of the stream, most popular at first, then fading.",
+)
+@click.option(
+    "--new-item-share",
+    type=click.FloatRange(0, 1),
+    default=0.3,
+    show_default=True,
+    help="Share of impressions that show these.",
+)
+@click.option(
+    "--new-item-life",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds since it appeared at which such an item is shown, on average.",
+)
+@click.option(
+    "--hour-ms",
+    type=click.IntRange(min=1),
+    default=3_600_000,
+    show_default=True,
+    help="Length of a value of the feature hour: 60000 makes a new hour begin each minute.",
+)
+@click.option(
     "--truth",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the true probabilities there (.parquet, else JSON lines).",
@@ -75,12 +131,17 @@ def simulate(
     duration: float | None,
     at_once: bool,
     ctr: float,
+    ctr_steps: tuple[tuple[float, float], ...],
     delay: str,
     delay_ms: float,
     shuffle_ms: int,
     duplicates: float,
     malformed: float,
     drift: float,
+    new_items: float,
+    new_item_share: float,
+    new_item_life: float,
+    hour_ms: int,
     truth: Path | None,
     seed: int,
     first_id: int | None,
@@ -94,6 +155,8 @@ def simulate(
       headrace simulate --rate 500 --duration 60 --truth truth.parquet
       headrace simulate --max --count 1000000 --drift 0.5
       headrace simulate --rate 200 --count 20000 --shuffle-ms 3000 --duplicates 0.01 --malformed 0.001
+      headrace simulate --rate 300 --duration 600 --ctr 0.05 --delay lognormal --delay-ms 20000 --new-items 0.5 --hour-ms 60000
+      headrace simulate --rate 300 --duration 600 --ctr 0.03 --ctr-step 200:0.06 --ctr-step 400:0.03
 
     The features are those of `headrace data schema simulation`. Clicks later than join.window_ms after their impression
     don't count, so keep --delay-ms well below it.
@@ -111,12 +174,17 @@ def simulate(
         rate=rate,
         count=total,
         ctr=ctr,
+        ctr_steps=tuple(sorted(ctr_steps)),
         delay=delay,  # type: ignore[arg-type]  # click has checked it
         delay_ms=delay_ms,
         shuffle_ms=shuffle_ms,
         duplicates=duplicates,
         malformed=malformed,
         drift=drift,
+        hour_ms=hour_ms,
+        new_items=new_items,
+        new_item_share=new_item_share,
+        new_item_life_s=new_item_life,
         first_id=now_ms * 1_000 if first_id is None else first_id,
         # Sent at once, it must not lie in the future: the join refuses events far ahead of their arrival.
         start_ms=now_ms - round(total / rate * 1_000) if at_once else now_ms,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploy.arrivals import AGAIN, BROKEN, FIRST, arrivals
+from deploy.cli import cli
 from deploy.errors import DeployError
 from deploy.settings import Settings
 from deploy.simulate import Simulator
@@ -29,7 +32,7 @@ def truth_of(simulation: Simulation) -> tuple[np.ndarray, np.ndarray]:
 
 def test_clicks_happen_as_often_as_their_probabilities_say() -> None:
     probabilities, clicked = truth_of(Simulation(count=200_000, ctr=0.1))
-    assert 0.07 < probabilities.mean() < 0.13
+    assert abs(probabilities.mean() - 0.1) < 0.003
     assert probabilities.std() > 0.05  # there is something to learn
     order = np.argsort(probabilities)
     for part in np.array_split(order, 10):
@@ -50,6 +53,55 @@ def test_drift_turns_the_weights_and_no_drift_does_not() -> None:
     assert np.allclose(still[:100], turned[:100], rtol=0.02)
     late = slice(-5_000, None)
     assert abs(np.corrcoef(still[late], turned[late])[0, 1]) < 0.5  # a quarter turn: unrelated
+
+
+@pytest.mark.parametrize("ctr", [0.01, 0.05])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_click_through_rate_is_the_one_that_was_asked_for(ctr: float, seed: int) -> None:
+    stream = Simulation(count=60_000, rate=300, ctr=ctr, seed=seed, new_items=0.5, hour_ms=20_000)
+    probabilities, _ = truth_of(stream)
+    assert abs(probabilities.mean() / ctr - 1) < 0.05
+
+
+def test_the_click_through_rate_steps_when_it_was_asked_to_and_nothing_else_changes() -> None:
+    level = Simulation(count=60_000, rate=300, ctr=0.03)
+    still, _ = truth_of(level)
+    stepped, _ = truth_of(replace(level, ctr_steps=((100.0, 0.06), (150.0, 0.03))))
+    assert (stepped[:30_000] == still[:30_000]).all()
+    assert abs(stepped[30_000:45_000].mean() / still[30_000:45_000].mean() - 2) < 0.1
+    assert np.allclose(stepped[45_000:], still[45_000:])
+
+
+def test_new_items_appear_all_along_fade_and_have_effects_of_their_own() -> None:
+    stream = Simulation(count=90_000, rate=300, new_items=0.5, new_item_share=0.3, new_item_life_s=30)
+    batches = list(generate(stream))
+    ages_ms, probabilities = (np.concatenate([getattr(b, name) for b in batches]) for name in ("item_ages_ms", "probabilities"))
+    items = np.array([json.loads(features)["item_id"] for b in batches for features in b.features])
+    new = ages_ms >= 0
+    assert abs(new[30_000:].mean() - 0.3) < 0.02
+    assert abs(ages_ms[new][10_000:].mean() - 30_000) < 3_000  # within an item's second of appearance
+    # One appears every 2 s, in this order, and no impression shows one before its time.
+    first = {item: row for row, item in reversed(list(enumerate(items))) if new[row]}
+    assert len(first) > 130
+    assert not set(items[new]) & set(items[~new])
+    numbers = [int(item[1:]) for item in first]
+    assert max(numbers) - min(numbers) + 1 == pytest.approx(150, abs=3)
+    assert all(row >= 600 * (int(item[1:]) - 2_000) for item, row in first.items())
+    # The oldest are shown seldom; and between items the mean probability differs by more than their users explain.
+    assert (ages_ms[new] < 30_000).sum() > 1.5 * (ages_ms[new] >= 30_000).sum()
+    by_item = [probabilities[items == item].mean() for item in list(first)[::5]]
+    assert np.std(np.log(by_item)) > 0.3
+
+
+def test_an_hour_lasts_as_long_as_it_was_asked_to_and_has_an_effect_of_its_own() -> None:
+    stream = Simulation(count=90_000, rate=300, hour_ms=60_000, start_ms=1_700_000_040_000)
+    batches = list(generate(stream))
+    hours = np.array([json.loads(features)["hour"] for b in batches for features in b.features])
+    assert (np.diff(np.flatnonzero(np.diff(hours))) == 18_000).all()
+    assert len(set(hours.tolist())) == 5
+    log_odds = np.log(truth_of(stream)[0])
+    means = [log_odds[hours == hour].mean() for hour in sorted(set(hours.tolist()))]
+    assert np.std(means) > 0.05  # within an hour the mean is known to 0.01
 
 
 @pytest.mark.parametrize("delay", ["exponential", "lognormal", "uniform"])
@@ -140,6 +192,7 @@ def test_the_truth_file_has_a_row_an_impression(tmp_path: Path, suffix: str) -> 
     assert len(rows) == 5_000
     assert rows[0]["impression_id"] == "sim-0"
     assert rows[7]["probability"] == batches[0].probabilities[7]
+    assert all(row["item_age_ms"] is None for row in rows)
     clicked = [row for row in rows if row["clicked"]]
     assert all(row["click_timestamp"] >= row["timestamp"] for row in clicked)
     assert all(row["click_timestamp"] is None for row in rows if not row["clicked"])
@@ -177,3 +230,10 @@ def test_paced_streams_take_their_time(topics: Settings) -> None:
     assert 0.95 < stats.elapsed_s < 10
     assert seen == sorted(seen)
     assert len(seen) > 10
+
+
+@pytest.mark.parametrize("step", ["200", "200:", "0:0.06", "200:1.5", "x:0.06"])
+def test_a_step_that_cannot_be_read_says_what_was_expected(step: str) -> None:
+    result = CliRunner().invoke(cli, ["simulate", "--count", "10", "--ctr-step", step])
+    assert result.exit_code == 2
+    assert f"expected SECONDS:CTR, as in 200:0.06, found '{step}'" in result.output
