@@ -25,6 +25,8 @@ class TrainingBatch:
     weights: Float32Array | None
     impression_ms: Int64Array
     served: Float32Array
+    versions: Int64Array
+    id_hashes: Int64Array
     rates: Float64Array | None = None
     fake: BoolArray | None = None
     corrects: BoolArray | None = None
@@ -100,6 +102,8 @@ class BatchCutter:
             weights=None if (weights == 1).all() else weights,
             impression_ms=np.concatenate([run.impression_ms[start:stop] for run, start, stop in pieces]),
             served=np.concatenate([run.served[start:stop] for run, start, stop in pieces]),
+            versions=np.concatenate([run.versions[start:stop] for run, start, stop in pieces]),
+            id_hashes=np.concatenate([run.id_hashes[start:stop] for run, start, stop in pieces]),
             rates=_joined([(run.rates, start, stop) for run, start, stop in pieces], 1.0),
             fake=_joined([(run.fake, start, stop) for run, start, stop in pieces], False),
             corrects=_joined([(run.corrects, start, stop) for run, start, stop in pieces], False),

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from model.features import FeatureBatch, FeatureDecoder
+from model.hashing import hash_strings, space_seed
 from model.schema import FeatureSchema
 from stream.dead_letters import DeadLetter
 from stream.transport import Run
 
-__all__ = ["DecodedRun", "ExampleDecoder"]
+__all__ = ["DecodedRun", "ExampleDecoder", "hash_ids"]
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -29,6 +31,8 @@ Headers = dict[str, bytes]
 LEFT_OUT = ("kind", b"left_out")
 # 18 digits always fit an int64; epoch milliseconds have 13.
 MAX_DIGITS = 18
+# Space of the hashes of impression ids; another name would draw other samples.
+_ID_SPACE = "impression id"
 # Weights are float32 in the model.
 MAX_WEIGHT = float(np.finfo(np.float32).max)
 
@@ -42,6 +46,8 @@ class DecodedRun:
     weights        float32 (N,)  importance
     impression_ms  int64 (N,)    event time
     served         float32 (N,)  the score that the impression was shown with, NaN where absent
+    versions       int64 (N,)    the version of the model that gave that score, -1 where absent
+    id_hashes      int64 (N,)    hash of the impression id (`hash_ids`)
     rates          float64 (N,)  share of negatives that went out when this example did; None where all did
     fake           bool (N,)     of a stream in which every impression is a negative first; None where none is
     corrects       bool (N,)     takes back the negative that went out before; None where none does
@@ -56,6 +62,8 @@ class DecodedRun:
     weights: Float32Array
     impression_ms: Int64Array
     served: Float32Array
+    versions: Int64Array
+    id_hashes: Int64Array
     letters: list[DeadLetter]
     rates: Float64Array | None = None
     fake: BoolArray | None = None
@@ -118,11 +126,25 @@ class ExampleDecoder:
             weights=columns.weights[rows],
             impression_ms=columns.impression_ms[rows],
             served=decoded.served_score,
+            versions=decoded.served_version,
+            id_hashes=hash_ids([record.key for record in records])[rows],
             letters=letters,
             rates=None if columns.rates is None else columns.rates[rows],
             fake=None if columns.fake is None else columns.fake[rows],
             corrects=None if columns.corrects is None else columns.corrects[rows],
         )
+
+
+def hash_ids(ids: Sequence[bytes | None]) -> Int64Array:
+    """A 64-bit hash of each impression id, as int64 (N,): samples of impressions are drawn by it.
+
+    The same id has the same hash in every process, so a first label and its correction fall into the same sample. It is
+    another hash than the one by which the join leaves out negatives, so that such a sample isn't tilted by what was left out.
+    """
+    if not ids:
+        return np.empty(0, np.int64)
+    column = pa.array([b"" if each is None else each for each in ids], pa.binary())
+    return hash_strings(column, np.full(len(ids), space_seed(_ID_SPACE), np.uint64))
 
 
 def _columns(headers: list[Headers]) -> _Columns | None:

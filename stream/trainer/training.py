@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ from stream.trainer.examples import DecodedRun
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.scores import FrozenScores, Scores
 
-__all__ = ["Captured", "Learns", "Training"]
+__all__ = ["Captured", "Learns", "Observer", "Training"]
 
 
 class Learns(Protocol):
@@ -36,6 +37,19 @@ class Learns(Protocol):
     def serving_state(self) -> dict[str, torch.Tensor]: ...
 
     def trainer_state(self) -> dict[str, torch.Tensor]: ...
+
+
+class Observer(Protocol):
+    """Sees every batch that was learned."""
+
+    def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
+        """Called once a batch, in the training thread, right after the update.
+
+        Args:
+            batch: its columns; not to be written to.
+            scores: float32 (B,), the click probability of each example as the model gave it before the update.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +83,8 @@ class Training:
 
     A new model takes the share of negatives that its first example names for its own, and keeps it: where the stream's changes,
     negatives weigh more or less, and the model stays of one piece.
+
+    `observers` see each batch with the scores from before its update, one after the other.
     """
 
     def __init__(
@@ -80,8 +96,10 @@ class Training:
         *,
         max_batch_age_s: float,
         watermark_ms: int = 0,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self._learner, self._cutter, self._scores, self._metrics = learner, cutter, scores, metrics
+        self._observers = tuple(observers)
         self._max_batch_age_s = max_batch_age_s
         self._waiting_since: float | None = None
         self.batches = 0
@@ -135,6 +153,8 @@ class Training:
             self._learner.negative_rate = 1.0 if batch.rates is None else float(batch.rates[0])
         scores = self._learner.learn(batch.batch, batch.labels, self._weights(batch), batch.fake)
         self._scores.add(scores, batch)
+        for observer in self._observers:
+            observer.observe(batch, scores)
         self.watermark_ms = max(self.watermark_ms, int(batch.impression_ms.max()))
         self.batches += 1
         self._metrics.learned(batch, time.perf_counter() - began)

@@ -14,7 +14,7 @@ from model.features import FeatureBatch
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from stream.dead_letters import DeadLetter
-from stream.trainer.examples import DecodedRun
+from stream.trainer.examples import DecodedRun, hash_ids
 from stream.trainer.metrics import TrainerMetrics
 from stream.transport import Run
 
@@ -87,5 +87,7 @@ def columns(offsets: Iterable[int], *, partition: int = 0, after: int | None = N
         weights=np.ones(len(at), np.float32),
         impression_ms=at + FIRST_MS,
         served=np.full(len(at), np.nan, np.float32),
+        versions=at + 7,
+        id_hashes=hash_ids([b"x%d" % offset for offset in at.tolist()]),
         letters=[letter] * letters,
     )

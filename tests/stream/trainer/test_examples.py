@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from model.hashing import hash_bytes
 from stream.dead_letters import REASONS
 from stream.join.examples import plan_records
 from stream.join.logic import CORRECTION, FAKE, FIRST, Plan
-from stream.trainer.examples import ExampleDecoder, _BadHeader, _check, _columns
+from stream.join.sampling import Sampling
+from stream.trainer.examples import ExampleDecoder, _BadHeader, _check, _columns, hash_ids
 from tests.stream.trainer.factory import FIRST_MS, SCHEMA, record, run, value
 
 BAD = [
@@ -41,7 +43,7 @@ BAD = [
 def test_columns_of_a_run():
     records = [
         record(10),
-        record(11, value(11, score=0.25), weight=b"2.5"),
+        record(11, value(11, score=0.25, model_version=12), weight=b"2.5"),
         record(13, label=b"1"),
     ]
     decoded = ExampleDecoder(SCHEMA).decode(run(records, before=9, after=15))
@@ -51,6 +53,8 @@ def test_columns_of_a_run():
     assert decoded.weights.tolist() == [1, 2.5, 1]
     assert decoded.impression_ms.tolist() == [FIRST_MS + 10, FIRST_MS + 11, FIRST_MS + 13]
     assert np.array_equal(decoded.served, np.array([np.nan, 0.25, np.nan], np.float32), equal_nan=True)
+    assert decoded.versions.tolist() == [-1, 12, -1]
+    assert decoded.id_hashes.tolist() == [hash_bytes(b"x%d" % offset, "impression id") for offset in (10, 11, 13)]
     assert decoded.letters == []
     assert (decoded.rates, decoded.fake, decoded.corrects) == (None, None, None)
 
@@ -128,3 +132,13 @@ def test_columns_and_single_records_agree_on_what_is_bad(headers):
     verdicts = [good(each) for each in headers]
     assert (_columns(headers) is not None) == all(verdicts)
     assert _columns([each for each, fine in zip(headers, verdicts, strict=True) if fine]) is not None
+
+
+def test_a_sample_by_hash_of_the_id_is_even_and_knows_nothing_of_the_negatives_left_out():
+    ids = [b"i-%d" % number for number in range(40_000)]
+    sampled = hash_ids(ids) % 16 == 0
+    kept = np.array([Sampling(0.25).keeps(each) for each in ids])
+    assert sampled.mean() == pytest.approx(1 / 16, rel=0.06)  # 3 standard deviations
+    assert kept[sampled].mean() == pytest.approx(0.25, abs=0.026)
+    assert hash_ids([]).tolist() == []
+    assert hash_ids([b"", None, b"\xff"])[0] == hash_ids([None])[0]

@@ -10,7 +10,7 @@ import torch
 
 from model.learner import Learner
 from stream.trainer.batching import BatchCutter
-from stream.trainer.examples import ExampleDecoder
+from stream.trainer.examples import ExampleDecoder, hash_ids
 from stream.trainer.scores import Scores
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, columns, metrics, record, run
@@ -38,9 +38,11 @@ class FakeLearner:
         return {}
 
 
-def make(learner, *, rows=10, age_s=0.5, positions=None, watermark_ms=0):
+def make(learner, *, rows=10, age_s=0.5, positions=None, watermark_ms=0, observers=()):
     cutter = BatchCutter(rows, positions or {0: 0})
-    return Training(learner, cutter, Scores(100), metrics(), max_batch_age_s=age_s, watermark_ms=watermark_ms)
+    return Training(
+        learner, cutter, Scores(100), metrics(), max_batch_age_s=age_s, watermark_ms=watermark_ms, observers=observers
+    )
 
 
 def test_a_batch_closes_when_it_is_full_or_old():
@@ -90,6 +92,28 @@ def test_a_snapshot_holds_what_is_trained_and_not_what_waits():
     training.step(1.0)
     assert training.capture().offsets == {0: 30}
     assert captured.offsets == {0: 19}
+
+
+class Watching:
+    """Remembers which examples it was shown, and how many the learner had seen by then."""
+
+    def __init__(self, learner):
+        self._learner = learner
+        self.batches = []
+
+    def observe(self, batch, scores):
+        self.batches.append((batch.versions.tolist(), batch.id_hashes.tolist(), scores.tolist(), self._learner.examples_seen))
+
+
+def test_every_observer_sees_every_batch_once_with_the_scores_from_before_it():
+    learner = FakeLearner()
+    one, other = Watching(learner), Watching(learner)
+    training = make(learner, rows=2, observers=[one, other])
+    training.add(columns([3, 4, 8, 9]))
+    while training.step(0.0):
+        pass
+    hashes = [hash_ids([b"x%d" % offset for offset in pair]).tolist() for pair in ([3, 4], [8, 9])]
+    assert one.batches == other.batches == [([10, 11], hashes[0], [0.5, 0.5], 2), ([15, 16], hashes[1], [0.5, 0.5], 4)]
 
 
 def rated(start, rates):
