@@ -1,16 +1,17 @@
 """How good the scores are, as the labels come in.
 
 Progressive: the model's own score of each example, taken just before it learned it. Served: the score that the impression
-carries from the moment it was shown. Under the `wait` policy positives arrive before negatives, so with a long window the
-order of arrival leaks the label into progressive scores; served ones know nothing of it. Both stand side by side.
+carries from the moment it was shown. A progressive score is taken when the label arrives, after the model has learned what came
+between; a served one knows nothing of that. Both stand side by side.
 
-Both are of the stream as it was before negatives were left out: one that was sent at rate r counts 1 / r times. A correction
-(policy `fnw`) adds its click and takes back one negative, whether or not that of its impression was sent: on average just what
-these count for, and at rate 1 exactly so for the served score, which is the same in both. The progressive one is taken back at
-the score of the correction, the first not being kept.
+Both are of the stream as it was before negatives were left out: one that was sent at rate r counts 1 / r times. A correction to
+1 adds its click and takes back one negative, whether or not that of its impression was sent: on average just what these count
+for, and at rate 1 exactly so for the served score, which is the same in both. A correction to 0 adds a negative and takes back
+one click, which was sent at any rate. The progressive score is taken back at that of the correction, since the first label's
+isn't kept.
 
-Three scopes: `window` (the last examples), `total` (since this process started) and, where asked for, `evaluation` (since an
-event time: "the last 80 % of the stream").
+Three scopes: `window` (the last examples), `total` (since the model began) and, where asked for, `evaluation` (since an event
+time: "the last 80 % of the stream"). All travel with the versions, so that a restart goes on with them.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from model.metrics import Metrics, ProgressiveMetrics, auc
 from stream.trainer.batching import TrainingBatch
+from stream.trainer.kept import from_json, to_json
 
 __all__ = ["FrozenScores", "Kind", "Report", "Scope", "Scores", "manifest_metrics"]
 
@@ -36,13 +39,13 @@ Report = Mapping[tuple[Kind, Scope], Metrics]
 
 # Examples gathered before the sums are updated: a small batch would cost more to count than to gather.
 GATHERED = 4_096
-# Scores kept for an exact AUC over the evaluation: 20 MB. Beyond, it comes from 10,000 bins (within about 1e-4).
+# Scores kept for an exact AUC over the evaluation: 20 MB. Beyond, and after a restart, it comes from bins (within 1e-4).
 EXACT_EXAMPLES = 2_000_000
 _EXACT = np.dtype([("score", np.float32), ("weight", np.float32), ("label", np.bool_), ("corrects", np.bool_)])
 
 
 class _Evaluation:
-    """Metrics since an event time, with an exact AUC up to `EXACT_EXAMPLES`."""
+    """Metrics since an event time, with an exact AUC up to `EXACT_EXAMPLES` where no restart lies between."""
 
     def __init__(self) -> None:
         self._sums = ProgressiveMetrics(1)
@@ -69,6 +72,14 @@ class _Evaluation:
         new = self._rows[self._kept : after]
         new["score"], new["weight"], new["label"], new["corrects"] = scores, weights, labels > 0.5, corrects
         self._kept = after
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        return self._sums.state()
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Goes on from a version's sums; its single scores aren't kept, so the AUC comes from bins from then on."""
+        self._sums.restore(state)
+        self._all_kept = self._sums.total().examples == 0
 
     def frozen(self) -> _Evaluation:
         """As it stands now; cheap, since what is kept is only ever appended to."""
@@ -113,8 +124,9 @@ class Scores:
         kinds: tuple[Kind, Kind] = ("progressive", "served")
         self._lock = threading.Lock()
         self._from_ms = evaluation_from_ms
-        self._counted = {kind: ProgressiveMetrics(window) for kind in kinds}
-        self._evaluated = {} if evaluation_from_ms is None else {kind: _Evaluation() for kind in kinds}
+        self._window = window
+        self._counted: dict[Kind, ProgressiveMetrics] = {kind: ProgressiveMetrics(window) for kind in kinds}
+        self._evaluated: dict[Kind, _Evaluation] = {} if evaluation_from_ms is None else {kind: _Evaluation() for kind in kinds}
         self._gathered: list[tuple[npt.NDArray[np.float32], TrainingBatch]] = []
         self._rows = 0
 
@@ -134,6 +146,32 @@ class Scores:
                 {kind: copy.deepcopy(counted) for kind, counted in self._counted.items()},
                 {kind: evaluated.frozen() for kind, evaluated in self._evaluated.items()},
             )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything added so far, for `restore` (`stream.trainer.kept.Kept`)."""
+        with self._lock:
+            self._count()
+            parts = {(kind, "counted"): counted.state() for kind, counted in self._counted.items()}
+            parts |= {(kind, "evaluated"): evaluated.state() for kind, evaluated in self._evaluated.items()}
+        tensors = {
+            f"{kind}.{scope}.{name}": torch.from_numpy(array)
+            for (kind, scope), arrays in parts.items()
+            for name, array in arrays.items()
+        }
+        return {"evaluation_from_ms": to_json(self._from_ms), **tensors}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave. An evaluation since another event time begins anew."""
+        same_evaluation = from_json(state.get("evaluation_from_ms")) == self._from_ms
+        counted: dict[Kind, ProgressiveMetrics] = {kind: ProgressiveMetrics(self._window) for kind in self._counted}
+        evaluated: dict[Kind, _Evaluation] = {kind: _Evaluation() for kind in self._evaluated}
+        for kind, metrics in counted.items():
+            metrics.restore(_under(state, f"{kind}.counted."))
+        for kind, evaluation in evaluated.items():
+            if same_evaluation:
+                evaluation.restore(_under(state, f"{kind}.evaluated."))
+        with self._lock:
+            self._counted, self._evaluated = counted, evaluated
 
     def _count(self) -> None:
         if not self._gathered:
@@ -155,12 +193,19 @@ class Scores:
                 self._evaluated[kind].update(scores[there], labels[there], weights[there], corrects[there])
 
 
+def _under(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, npt.NDArray[Any]]:
+    return {name.removeprefix(prefix): tensor.numpy() for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def _counts(batch: TrainingBatch) -> npt.NDArray[np.float32]:
     """How often each example counts: its weight, and a negative besides for those that were left out."""
     weights = np.ones(len(batch), np.float32) if batch.weights is None else batch.weights
     if batch.rates is None:
         return weights
-    return np.where(batch.labels > 0.5, weights, weights / batch.rates).astype(np.float32)
+    sent_at_any_rate = batch.labels > 0.5
+    if batch.corrects is not None:
+        sent_at_any_rate |= batch.corrects
+    return np.where(sent_at_any_rate, weights, weights / batch.rates).astype(np.float32)
 
 
 _PREFIXES: dict[tuple[Kind, Scope], str] = {

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+import torch
 
 from model.errors import SnapshotMismatch
 from model.learner import Learner
@@ -21,6 +23,7 @@ from state.manifest import Manifest
 from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.errors import PositionError
+from stream.trainer.kept import kept_of
 
 __all__ = ["Start", "find_start", "first_positions", "go_on", "restore"]
 
@@ -40,10 +43,12 @@ class Start:
 
     manifest  of the version to restore; None begins a new model at the start of the log
     newest    largest version number ever announced: new ones lie above it
+    kept      what the version holds beside the model (`stream.trainer.kept`)
     """
 
     manifest: Manifest | None
     newest: int
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def version(self) -> int | None:
@@ -71,13 +76,13 @@ def go_on(
     while True:
         start = find_start(registry, store, schema, model, broken)
         try:
-            restore(learner, store, start)
+            kept = restore(learner, store, start)
         except SnapshotError as error:
             assert start.version is not None
             log.warning("passing over version %d: %s", start.version, error)
             broken.add(start.version)
         else:
-            return start
+            return replace(start, kept=kept)
 
 
 def find_start(
@@ -162,23 +167,25 @@ def _shown(value: object) -> str:
     return "nothing" if value is None else repr(value)
 
 
-def restore(learner: Learner, store: SnapshotStore, start: Start) -> None:
-    """Load weights and trainer state, hashes checked; nothing to do for a new model.
+def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, torch.Tensor]:
+    """Load weights and trainer state, hashes checked; nothing to do for a new model. Returns what lies beside the model.
 
     Raises:
         SnapshotError: a file is missing or not what the manifest says.
         SnapshotMismatch: the weights don't fit.
     """
     if start.manifest is None:
-        return
+        return {}
     version = start.manifest.version
-    learner.restore(store.serving(version), store.trainer(version))
+    trainer = store.trainer(version)
+    learner.restore(store.serving(version), trainer)
     learner.negative_rate = start.manifest.negative_rate
     if learner.examples_seen != start.manifest.examples_seen:
         raise SnapshotCorrupt(
             f"version {version}: expected {start.manifest.examples_seen} examples in its weights, as its manifest says, found "
             f"{learner.examples_seen}."
         )
+    return kept_of(trainer)
 
 
 def first_positions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 from model.features import FeatureBatch
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.examples import DecodedRun
+from stream.trainer.kept import Kept, restore_kept, state_of
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.scores import FrozenScores, Scores
 
@@ -84,7 +85,8 @@ class Training:
     A new model takes the share of negatives that its first example names for its own, and keeps it: where the stream's changes,
     negatives weigh more or less, and the model stays of one piece.
 
-    `observers` see each batch with the scores from before its update, one after the other.
+    `observers` see each batch with the scores from before its update, one after the other. The state of `kept`, by name, and of
+    the scores is in every snapshot.
     """
 
     def __init__(
@@ -97,9 +99,11 @@ class Training:
         max_batch_age_s: float,
         watermark_ms: int = 0,
         observers: Sequence[Observer] = (),
+        kept: Mapping[str, Kept] | None = None,
     ) -> None:
         self._learner, self._cutter, self._scores, self._metrics = learner, cutter, scores, metrics
         self._observers = tuple(observers)
+        self._kept: dict[str, Kept] = {"scores": scores, **(kept or {})}
         self._max_batch_age_s = max_batch_age_s
         self._waiting_since: float | None = None
         self.batches = 0
@@ -114,6 +118,10 @@ class Training:
     def examples_seen(self) -> int:
         """Examples in the weights, those before a restart included."""
         return self._learner.examples_seen
+
+    def restore(self, kept: Mapping[str, torch.Tensor]) -> None:
+        """Go on with what a version keeps beside the model (`stream.trainer.kept`); before the first batch."""
+        restore_kept(self._kept, kept)
 
     def add(self, run: DecodedRun) -> None:
         """Take a run; it is learned by `step`."""
@@ -175,7 +183,7 @@ class Training:
         began = time.perf_counter()
         captured = Captured(
             serving=self._learner.serving_state(),
-            trainer=self._learner.trainer_state(),
+            trainer={**self._learner.trainer_state(), **state_of(self._kept)},
             offsets=dict(self._cutter.positions),
             watermark_ms=self.watermark_ms,
             examples_seen=self._learner.examples_seen,

@@ -247,6 +247,7 @@ async def run_trainer(
             max_batch_age_s=settings.max_batch_age_ms / 1000,
             watermark_ms=start.watermark_ms,
         )
+        training.restore(start.kept)
         letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
         worker = TrainerWorker(
             kafka=kafka,

@@ -73,10 +73,14 @@ def test_the_window_is_the_last_examples(rows: list[tuple[float, float, int]], w
 
 
 @given(examples, st.data())
-def test_a_correction_takes_back_its_negative(rows: list[tuple[float, float, int]], data: st.DataObject) -> None:
-    """Every clicked one is counted as a negative first; in sum there is no trace of it."""
-    shown = [(p, 0.0, w, False) for p, _, w in rows]
-    late = data.draw(st.permutations([(p, 1.0, w, True) for p, y, w in rows if y]))
+def test_a_correction_takes_back_what_it_corrects(rows: list[tuple[float, float, int]], data: st.DataObject) -> None:
+    """Any may be counted with the other label first, and even back and forth; in sum there is no trace of it."""
+    shown, late = [], []
+    for p, y, w in rows:
+        first, *turns = data.draw(st.sampled_from([[y], [1 - y, y], [y, 1 - y, y]]))
+        shown.append((p, first, w, False))
+        late += [(p, turn, w, True) for turn in turns]
+    late = data.draw(st.permutations(late))
     metrics = ProgressiveMetrics(100)
     for row in [*shown, *late]:
         metrics.update(*([value] for value in row))
@@ -98,6 +102,61 @@ def test_a_window_that_begins_between_a_negative_and_its_correction() -> None:
     assert math.isnan(window.log_loss)
     assert math.isnan(window.auc)
     assert metrics.total().calibration == pytest.approx(0.3)
+
+
+def test_a_click_taken_back_is_a_negative() -> None:
+    metrics = ProgressiveMetrics(10)
+    metrics.update([0.2, 0.4, 0.6], [1, 0, 1])
+    metrics.update([0.6], [0], None, [True])
+    for found in (metrics.window(), metrics.total()):
+        assert (found.examples, found.positives, found.auc) == (3, 1, 0)
+        assert found.calibration == pytest.approx(1.2)
+
+
+@pytest.mark.parametrize("base", [-2, -7, -9.5], ids=["CTR 20 %", "CTR 0.2 %", "CTR 0.02 %"])
+def test_the_whole_streams_auc_is_close_at_any_click_rate(base: float) -> None:
+    """Of 10,000 equal bins of the score, the last streams would fill ten: the AUC of the last is then off by 0.04."""
+    rng = np.random.default_rng(1)
+    odds = rng.normal(size=400_000) + base
+    p = 1 / (1 + np.exp(-odds))
+    y = (rng.random(len(p)) < p).astype(float)
+    metrics = ProgressiveMetrics(10)
+    metrics.update(p, y)
+    assert metrics.total().auc == pytest.approx(auc(p, y), abs=1e-4)
+
+
+@given(examples, st.integers(1, 12), st.integers(1, 12), st.data())
+def test_what_is_saved_goes_on(rows: list[tuple[float, float, int]], window: int, other: int, data: st.DataObject) -> None:
+    corrects = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+    every = [(*row, back) for row, back in zip(rows, corrects, strict=True)]
+    at = data.draw(st.integers(0, len(rows)))
+    straight, stopped, resumed = ProgressiveMetrics(min(window, other)), ProgressiveMetrics(window), ProgressiveMetrics(other)
+    resumed.update([0.3], [1])  # what it held before doesn't matter
+    for row in every:
+        straight.update(*([value] for value in row))
+    for row in every[:at]:
+        stopped.update(*([value] for value in row))
+    saved = stopped.state()
+    stopped.update([0.9], [0])  # what was saved is a copy
+    resumed.restore(saved)
+    for row in every[at:]:
+        resumed.update(*([value] for value in row))
+    for name in Metrics.__dataclass_fields__:
+        assert same(getattr(resumed.total(), name), getattr(straight.total(), name)), name
+        if other <= window:
+            assert same(getattr(resumed.window(), name), getattr(straight.window(), name)), name
+
+
+def test_metrics_of_another_layout_are_refused_and_nothing_changes() -> None:
+    metrics = ProgressiveMetrics(5)
+    metrics.update([0.3], [1])
+    before = repr((metrics.total(), metrics.window()))
+    for change, found in (({"bins": np.zeros((2, 10_000))}, r"shape \(2, 10000\)"), ({"label": np.zeros(3)}, r"shape \(3,\)")):
+        with pytest.raises(ModelError, match=rf"saved metrics: {next(iter(change))}: expected shape .*, found {found}"):
+            metrics.restore({**ProgressiveMetrics(5).state(), **change})
+    with pytest.raises(ModelError, match=r"saved metrics: counts: expected shape \(2,\), found nothing"):
+        metrics.restore({})
+    assert repr((metrics.total(), metrics.window())) == before
 
 
 def test_the_whole_streams_auc_is_close() -> None:

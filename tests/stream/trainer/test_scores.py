@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from model.metrics import auc, measure
+from model.metrics import Metrics, auc, measure
 from state.gate import gate
 from state.settings import SnapshotSettings
 from stream.trainer import scores as module
@@ -105,6 +105,56 @@ def test_corrections_leave_served_metrics_as_if_labels_had_been_known(stream):
         assert (one.examples, one.positives) == (other.examples, other.positives)
         for name in ("log_loss", "auc", "normalised_entropy", "calibration"):
             assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-6), (scope, name)
+
+
+@pytest.mark.parametrize("rate", [None, 0.25])
+def test_clicks_taken_back_leave_served_metrics_as_if_they_had_been_none(stream, rate):
+    scores, labels, served = stream
+    known, late = (Scores(20_000, evaluation_from_ms=0) for _ in range(2))
+    wrong = labels.copy()
+    wrong[::10] = 1
+    taken_back = wrong > labels
+    rates = None if rate is None else np.full(len(labels), rate)
+    known.add(scores, batch(labels, served=served, weights=np.where(taken_back, rate or 1, 1), rates=rates))
+    late.add(scores, batch(wrong, served=served, rates=rates))
+    back = None if rate is None else rates[taken_back]
+    ones = np.ones(taken_back.sum(), bool)
+    late.add(scores[taken_back], batch(labels[taken_back], served=served[taken_back], corrects=ones, rates=back))
+    expected, found = known.freeze().report(), late.freeze().report()
+    for scope in ("window", "total", "evaluation"):
+        one, other = expected["served", scope], found["served", scope]
+        assert (one.examples, one.positives) == (other.examples, other.positives)
+        for name in ("log_loss", "auc", "normalised_entropy", "calibration"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name), rel=1e-6), (scope, name)
+
+
+def test_a_restart_goes_on_with_all_scopes(stream):
+    scores, labels, served = stream
+    straight, stopped, resumed = (Scores(3_000, evaluation_from_ms=500) for _ in range(3))
+    feed(straight, scores, labels, served)
+    half = 5_000
+    feed(stopped, scores[:half], labels[:half], served[:half])
+    resumed.restore(stopped.state())
+    for start in range(half, len(labels), 256):
+        part = slice(start, start + 256)
+        times = np.arange(len(labels))[part]
+        resumed.add(scores[part], batch(labels[part], served=served[part], times=times))
+    expected, found = straight.freeze().report(), resumed.freeze().report()
+    for place in expected:
+        for name in Metrics.__dataclass_fields__:
+            close = pytest.approx(getattr(expected[place], name), abs=1e-4 if place[1] == "evaluation" else 1e-9)
+            assert getattr(found[place], name) == close, (place, name)
+
+
+def test_an_evaluation_since_another_time_begins_anew(stream):
+    scores, labels, served = stream
+    before, after, without = Scores(100, evaluation_from_ms=500), Scores(100, evaluation_from_ms=600), Scores(100)
+    feed(before, scores, labels, served)
+    for each in (after, without):
+        each.restore(before.state())
+        assert each.freeze().report()["progressive", "total"].examples == 10_000
+    assert after.freeze().report()["progressive", "evaluation"].examples == 0
+    assert ("progressive", "evaluation") not in without.freeze().report()
 
 
 def test_what_is_frozen_stays(stream):
