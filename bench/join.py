@@ -1,12 +1,19 @@
-"""How many events a second one join worker labels on one core, against the same join as an ordinary Faust agent with tables.
+"""How many events a second one join worker labels on one core, beside a peer that does the same join.
 
-    .venv/bin/python bench/join.py            # about 3 minutes
-    .venv/bin/python bench/join.py --quick    # fewer events, no claim
+    .venv/bin/python bench/join.py                                         # about 3 minutes
+    .venv/bin/python bench/join.py --quick                                 # fewer events, no claim
+    .venv/bin/python bench/join.py --peer kafka-streams --impressions 2720000 --pairs 5   # about 12 minutes
 
 A real Apache Kafka runs on the other core. Impressions of 700 bytes and clicks (CTR 3 %) are in the log before a worker starts;
-event time is spaced so that the window holds over 200,000 pending impressions, and windows expire all along. Timed from the
-worker's being ready until a `read_committed` reader has counted every label. The peer gets fewer events, being slower; each
-is told in events a second.
+event time is spaced so that the window holds 300,000 pending impressions, and windows expire all along. A run is timed from the
+moment that its partitions are assigned and fetching begins until a `read_committed` reader has read every label. That reader
+compares each label with the log.
+
+The peers:
+
+- `faust`: an ordinary Faust agent with tables (`peer_faust_join.py`). It gets fewer events, being slower;
+- `kafka-streams`: the same join on the Processor API of Kafka Streams, exactly once (`kafka_streams/`, built by Maven). Both
+  read the same topics, in turns, `--pairs` times; the medians are reported.
 """
 
 from __future__ import annotations
@@ -15,23 +22,27 @@ import asyncio
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.structs import TopicPartition
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.common import report
+from bench.common import report, warn_if_busy
+from bench.peer_kafka_streams import KafkaStreamsPeer, pinned
 from deploy.demo.play import worker_environment
 from deploy.demo.workers import Worker
 from deploy.local_kafka import LocalKafka
@@ -47,6 +58,22 @@ SPACING_US = 200  # 5,000 impressions a second of event time: 300,000 in a windo
 CTR = 0.03
 START_MS = 1_700_000_000_000
 IMPRESSION_BYTES = 700
+
+
+@dataclass(slots=True)
+class Truth:
+    """What a log's labels must be: by partition and the impression's offset, whether it was clicked."""
+
+    events: int
+    clicked: list[bytearray]
+
+    @property
+    def impressions(self) -> int:
+        return sum(len(partition) for partition in self.clicked)
+
+    @property
+    def clicks(self) -> int:
+        return sum(sum(partition) for partition in self.clicked)
 
 
 def log_of(impressions: int, seed: int = 0, *, ended: bool = True) -> dict[str, list[list[tuple[bytes, bytes, list[Any]]]]]:
@@ -79,8 +106,8 @@ def log_of(impressions: int, seed: int = 0, *, ended: bool = True) -> dict[str, 
     return out
 
 
-async def fill(settings: Settings, impressions: int, *, ended: bool = True) -> int:
-    """Put a log into fresh topics; returns the events in it."""
+async def fill(settings: Settings, impressions: int, *, ended: bool = True) -> Truth:
+    """Put a log into fresh topics; returns what must become of it."""
     names = TopicNames.of(settings.topics)
     create_topics(settings.kafka, settings.topics)
     producer = AIOKafkaProducer(
@@ -96,11 +123,21 @@ async def fill(settings: Settings, impressions: int, *, ended: bool = True) -> i
                 for future in await send_batches(producer, topic, number, records[first : first + 20_000]):
                     await future
     await producer.stop()
-    return events
+    clicked = {key for records in logs["clicks"] for key, _, _ in records if key is not None}
+    by_partition = [bytearray(key in clicked for key, _, _ in part if key is not None) for part in logs["impressions"]]
+    return Truth(events, by_partition)
 
 
-async def count_labels(settings: Settings, expected: int, alive: Callable[[], None], patience_s: float) -> tuple[int, float]:
-    """Count `examples` as a read_committed reader until all are there; returns the count and when it was reached."""
+async def count_labels(
+    settings: Settings, truth: Truth, alive: Callable[[], None], patience_s: float
+) -> tuple[dict[str, int], float]:
+    """Read `examples` as a read_committed reader until every impression has its label, each held against the truth.
+
+    Returns the counts, and when the last label came.
+
+    Raises:
+        SystemExit: a label is wrong or came twice, or none comes any more.
+    """
     names = TopicNames.of(settings.topics)
     consumer = AIOKafkaConsumer(
         bootstrap_servers=settings.kafka.bootstrap_servers,
@@ -111,16 +148,37 @@ async def count_labels(settings: Settings, expected: int, alive: Callable[[], No
     await consumer.start()
     consumer.assign([TopicPartition(names.examples, number) for number in range(PARTITIONS)])
     await consumer.seek_to_beginning()
-    seen, changed = 0, time.monotonic()
-    while seen < expected:
-        for records in (await consumer.getmany(timeout_ms=200, max_records=20_000)).values():
-            seen += len(records)
+    unseen = 2
+    labels = [bytearray([unseen]) * len(partition) for partition in truth.clicked]
+    firsts = corrections = positives = 0
+    changed = time.monotonic()
+    while firsts < truth.impressions or positives < truth.clicks:
+        for tp, records in (await consumer.getmany(timeout_ms=200, max_records=20_000)).items():
+            known = labels[tp.partition]
+            for record in records:
+                headers = dict(record.headers)
+                label = headers["label"] == b"1"
+                positives += label
+                if "source_offset" not in headers:
+                    firsts += 1  # the Faust peer's: counted only
+                    continue
+                offset = int(headers["source_offset"])
+                if headers["kind"] == b"correction":
+                    corrections += 1
+                    right = known[offset] == 0 and label and truth.clicked[tp.partition][offset] == 1
+                else:
+                    firsts += 1
+                    right = known[offset] == unseen and label <= truth.clicked[tp.partition][offset]
+                if not right:
+                    raise SystemExit(f"partition {tp.partition}, offset {record.offset}: a wrong label, {headers}")
+                known[offset] = label
             changed = time.monotonic()
         alive()
         if time.monotonic() - changed > patience_s:
-            raise SystemExit(f"no label for {patience_s:.0f} s: {seen} of {expected}")
+            found = f"{firsts} of {truth.impressions} labels, {positives} of {truth.clicks} positive"
+            raise SystemExit(f"no label for {patience_s:.0f} s: {found}")
     await consumer.stop()
-    return seen, changed
+    return {"labels": firsts, "positives": positives, "corrections": corrections}, changed
 
 
 def usage(pid: int) -> dict[str, float]:
@@ -139,33 +197,91 @@ def settings_for(kind: str, bootstrap_servers: str, work: Path) -> Settings:
     )
 
 
-def measure_headrace(bootstrap_servers: str, impressions: int, work: Path) -> dict[str, float]:
-    """Events a second of one join worker on core 0."""
-    settings = settings_for("headrace", bootstrap_servers, work)
-    events = asyncio.run(fill(settings, impressions))
+async def empty_outputs(settings: Settings, application: str | None = None) -> None:
+    """Fresh `examples` and `dead-letters`; an application's changelog topics are deleted."""
+    names = TopicNames.of(settings.topics)
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
+    await admin.start()
+    try:
+        found = await admin.list_topics()
+        changelogs = [topic for topic in found if application and topic.startswith(f"{application}-")]
+        await admin.delete_topics([names.examples, names.dead_letters, *changelogs])
+        while {names.examples, names.dead_letters} & set(await admin.list_topics()):
+            await asyncio.sleep(0.1)
+    finally:
+        await admin.close()
+    create_topics(settings.kafka, settings.topics)
+
+
+@dataclass(slots=True)
+class Measured:
+    """One run."""
+
+    rate: float  # events a second
+    cpu_us: float  # of CPU an event, once it is ready
+    peak_rss_mb: float
+    counts: dict[str, int]
+
+    def __str__(self) -> str:
+        figures = f"{self.rate:>10,.0f} events/s   {self.cpu_us:5.1f} µs of CPU an event   {self.peak_rss_mb:6,.0f} MB"
+        return f"{figures}   {self.counts}"
+
+
+def measure_headrace(settings: Settings, truth: Truth, work: Path) -> Measured:
+    """One join worker on core 0."""
     worker = Worker("join", worker_environment(settings), work / "headrace.log", cwd=work)
-    worker.start()
-    os.sched_setaffinity(worker.pid, {0})  # before it has started a thread: all of them inherit it
+    with pinned(0):
+        worker.start()
     try:
         worker.wait_ready()  # partitions are taken over, and fetching begins
-        began, before = time.monotonic(), usage(worker.pid)["cpu_seconds"]
-        seen, done = asyncio.run(count_labels(settings, impressions, worker.check, patience_s=60))
-        used = usage(worker.pid)
+        return timed(settings, truth, worker.pid, worker.check)
     finally:
         worker.ask_to_stop()
         worker.wait_stopped()
-    return {
-        "rate": events / (done - began),
-        "labels": seen,
-        "cpu_us_per_event": (used["cpu_seconds"] - before) * 1e6 / events,
-        "peak_rss_mb": used["peak_rss_mb"],
-    }
+
+
+def measure_kafka_streams(settings: Settings, truth: Truth, work: Path, application: str) -> Measured:
+    """The Kafka Streams peer on core 0."""
+    peer = KafkaStreamsPeer(settings, application, work)
+    try:
+        peer.wait_ready()
+        return timed(settings, truth, peer.pid, peer.check)
+    finally:
+        peer.stop()
+
+
+def timed(settings: Settings, truth: Truth, pid: int, alive: Callable[[], None]) -> Measured:
+    """From now until every label is out."""
+    began, before = time.monotonic(), usage(pid)["cpu_seconds"]
+    counts, done = asyncio.run(count_labels(settings, truth, alive, patience_s=60))
+    used = usage(pid)
+    cpu_us = (used["cpu_seconds"] - before) * 1e6 / truth.events
+    return Measured(truth.events / (done - began), cpu_us, used["peak_rss_mb"], counts)
+
+
+def in_turns(bootstrap_servers: str, impressions: int, pairs: int, work: Path) -> tuple[list[Measured], list[Measured]]:
+    """Ours and Kafka Streams over the same log, the one first and then the other."""
+    settings = settings_for("join", bootstrap_servers, work)
+    truth = asyncio.run(fill(settings, impressions))
+    ours, theirs = [], []
+    for pair in range(pairs):
+        for kind in ("headrace", "kafka-streams") if pair % 2 == 0 else ("kafka-streams", "headrace"):
+            application = f"{kind}-{pair}"
+            if kind == "headrace":
+                join = settings.join.model_copy(update={"group": application})
+                own = settings.model_copy(update={"join": join, "state_dir": work / application})
+                ours.append(measured := measure_headrace(own, truth, work))
+            else:
+                theirs.append(measured := measure_kafka_streams(settings, truth, work, application))
+            click.echo(f"{kind:<14}{measured}")
+            asyncio.run(empty_outputs(settings, application))
+    return ours, theirs
 
 
 def measure_faust(bootstrap_servers: str, impressions: int, work: Path) -> dict[str, float]:
     """Events a second of the peer on core 0, from its first label: its start-up is not counted against it."""
     settings = settings_for("faust", bootstrap_servers, work)
-    events = asyncio.run(fill(settings, impressions))
+    truth = asyncio.run(fill(settings, impressions))
     env = {
         **os.environ,
         "PEER_BROKER": bootstrap_servers,
@@ -176,16 +292,15 @@ def measure_faust(bootstrap_servers: str, impressions: int, work: Path) -> dict[
         "PEER_STARTED": str(work / "faust.started"),
     }
     command = [sys.executable, str(Path(__file__).with_name("peer_faust_join.py")), "worker", "--without-web", "-l", "warn"]
-    with (work / "faust.log").open("ab") as stderr:
+    with (work / "faust.log").open("ab") as stderr, pinned(0):
         process = subprocess.Popen(command, env=env, stderr=stderr)
-    os.sched_setaffinity(process.pid, {0})
 
     def alive() -> None:
         if process.poll() is not None:
             raise SystemExit(f"the peer ended with {process.returncode}: {(work / 'faust.log').read_text()[-2000:]}")
 
     try:
-        seen, done = asyncio.run(count_labels(settings, impressions, alive, patience_s=90))
+        _, done = asyncio.run(count_labels(settings, truth, alive, patience_s=90))
         began = float((work / "faust.started").read_text())
         used = usage(process.pid)
     finally:
@@ -195,42 +310,55 @@ def measure_faust(bootstrap_servers: str, impressions: int, work: Path) -> dict[
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return {"rate": events / (done - began), "labels": seen, "peak_rss_mb": used["peak_rss_mb"]}
+    return {"rate": truth.events / (done - began), "peak_rss_mb": used["peak_rss_mb"]}
 
 
 @click.command()
 @click.option("--impressions", default=900_000, show_default=True)
-@click.option("--peer-impressions", default=30_000, show_default=True)
-@click.option("--quick", is_flag=True, help="60,000 impressions, 5,000 for the peer: no claim.")
-@click.option("--no-peer", is_flag=True)
-def main(impressions: int, peer_impressions: int, quick: bool, no_peer: bool) -> None:
+@click.option("--peer", type=click.Choice(["faust", "kafka-streams", "none"]), default="faust", show_default=True)
+@click.option("--peer-impressions", default=30_000, show_default=True, help="Of the Faust peer.")
+@click.option("--pairs", default=1, show_default=True, help="Runs of ours and of the Kafka Streams peer, in turns.")
+@click.option("--quick", is_flag=True, help="60,000 impressions, 5,000 for the Faust peer: no claim.")
+def main(impressions: int, peer: str, peer_impressions: int, pairs: int, quick: bool) -> None:
     """Measure and print; the last line is one JSON object."""
     if quick:
         impressions, peer_impressions = 60_000, 5_000
     work = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
     cores = os.sched_getaffinity(0)
+    warn_if_busy()
     os.sched_setaffinity(0, cores - {0} or cores)  # this process, and the Kafka it starts, leave core 0 to the worker
+    theirs: list[Measured] = []
+    peer_rate = peer_mb = None
     try:
         with LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=1024)) as kafka:
-            ours = measure_headrace(kafka.bootstrap_servers, impressions, work)
-            click.echo(
-                f"headrace  {ours['rate']:>10,.0f} events/s   {ours['cpu_us_per_event']:.1f} µs of CPU an event, "
-                f"{ours['peak_rss_mb']:.0f} MB"
-            )
-            peer = None if no_peer else measure_faust(kafka.bootstrap_servers, peer_impressions, work)
-            if peer is not None:
-                click.echo(f"faust     {peer['rate']:>10,.0f} events/s   {peer['peak_rss_mb']:.0f} MB")
+            if peer == "kafka-streams":
+                ours, theirs = in_turns(kafka.bootstrap_servers, impressions, pairs, work)
+                peer_rate = statistics.median(run.rate for run in theirs)
+                peer_mb = max(run.peak_rss_mb for run in theirs)
+            else:
+                settings = settings_for("headrace", kafka.bootstrap_servers, work)
+                ours = [measure_headrace(settings, asyncio.run(fill(settings, impressions)), work)]
+                click.echo(f"headrace      {ours[0]}")
+                if peer == "faust":
+                    faust = measure_faust(kafka.bootstrap_servers, peer_impressions, work)
+                    peer_rate, peer_mb = faust["rate"], faust["peak_rss_mb"]
+                    click.echo(f"faust         {peer_rate:>10,.0f} events/s   {peer_mb:,.0f} MB")
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.sched_setaffinity(0, cores)
+    rate = statistics.median(run.rate for run in ours)
     report(
-        value=round(ours["rate"]),
-        peer=peer and round(peer["rate"]),
-        ratio=peer and round(ours["rate"] / peer["rate"], 1),
+        value=round(rate),
+        peer=peer_rate and round(peer_rate),
+        peer_is=peer,
+        ratio=peer_rate and round(rate / peer_rate, 2),
         unit="events/s",
-        labels=ours["labels"],
-        cpu_us_per_event=round(ours["cpu_us_per_event"], 2),
-        peak_rss_mb=round(ours["peak_rss_mb"]),
+        **ours[-1].counts,
+        cpu_us_per_event=round(statistics.median(run.cpu_us for run in ours), 2),
+        peer_cpu_us_per_event=round(statistics.median(run.cpu_us for run in theirs), 2) if theirs else None,
+        peak_rss_mb=round(max(run.peak_rss_mb for run in ours)),
+        peer_peak_rss_mb=peer_mb and round(peer_mb),
+        pairs=len(ours),
         pending_in_window=min(WINDOW_MS * 1000 // SPACING_US, impressions),
         partitions=PARTITIONS,
     )

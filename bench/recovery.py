@@ -110,12 +110,12 @@ def stop(worker: Worker) -> None:
 def measure(bootstrap_servers: str, impressions: int, work: Path) -> dict[str, object]:
     """Recovery of this many impressions, in each of the four ways."""
     settings = settings_for(bootstrap_servers, impressions, work)
-    events = asyncio.run(fill(settings, impressions, ended=False))
+    clicks = asyncio.run(fill(settings, impressions, ended=False)).clicks
     worker = Worker("join", worker_environment(settings), work / f"{impressions}.log", cwd=work)
     found: dict[str, object] = {"impressions": impressions}
     try:
         started(worker)
-        pending = wait_joined(worker, impressions, events - impressions)
+        pending = wait_joined(worker, impressions, clicks)
         worker.kill()
         found["killed"] = started(worker, pending)
         stop(worker)

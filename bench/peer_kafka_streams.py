@@ -1,0 +1,126 @@
+"""The peer of `bench/join.py` on Kafka Streams: builds `bench/kafka_streams/` with Maven, once, and runs it.
+
+The build lives beside the broker's jars in the cache, in a folder named after the versions and the sources, so that it is made
+again when either changes; all that Maven needs is kept there too, and a second build of the same needs no network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deploy.java import find_java
+from deploy.kafka_jars import cache_root, kafka_version, read_lock
+from deploy.settings import LocalKafkaSettings, Settings
+from stream.topics import TopicNames
+
+__all__ = ["KafkaStreamsPeer", "build", "pinned"]
+
+SOURCES = Path(__file__).with_name("kafka_streams")
+# Bounded like a container's: the heap is what 64 MB of producer buffers and a few MB of records in each queue need; RocksDB is
+# outside of it. One core makes G1's threads overhead, and the parallel collector's too.
+JVM = ("-Xms384m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:+AlwaysPreTouch")
+START_S = 120.0
+
+
+def build() -> list[Path]:
+    """The peer's jar and all that it needs.
+
+    Raises:
+        SystemExit: no Maven, or the build failed.
+    """
+    versions = {f"{jar.group}:{jar.artifact}": jar.version for jar in read_lock()}
+    jackson = versions["com.fasterxml.jackson.core:jackson-core"]
+    sources = sorted(file for file in SOURCES.rglob("*") if file.suffix in (".java", ".xml"))
+    digest = hashlib.sha256(b"\0".join(file.read_bytes() for file in sources)).hexdigest()[:12]
+    work = cache_root(LocalKafkaSettings()).parent / "kafka-streams" / f"{kafka_version()}-{digest}"
+    if not (work / "built").exists():
+        maven = shutil.which("mvn")
+        if maven is None:
+            raise SystemExit("--peer kafka-streams: expected Maven, found no `mvn` on PATH. Install it.")
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(SOURCES, work, ignore=shutil.ignore_patterns("target"))
+        command = [maven, "--batch-mode", "--quiet", f"-Dkafka.version={kafka_version()}", f"-Djackson.version={jackson}"]
+        command += ["package", "dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={work}/target/lib"]
+        answer = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+        if answer.returncode:
+            raise SystemExit(f"--peer kafka-streams: Maven failed in {work}:\n{(answer.stdout + answer.stderr)[-3000:]}")
+        (work / "built").touch()
+    return [next((work / "target").glob("*.jar")), *sorted((work / "target/lib").glob("*.jar"))]
+
+
+@contextmanager
+def pinned(core: int) -> Iterator[None]:
+    """What is started inside inherits the core, threads and all."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+class KafkaStreamsPeer:
+    """One process of the peer, on core 0.
+
+    Args:
+        application: consumer group, and what its changelog topics' names begin with.
+    """
+
+    def __init__(self, settings: Settings, application: str, work: Path) -> None:
+        join, names = settings.join, TopicNames.of(settings.topics)
+        self.log, self._started = work / f"{application}.log", work / f"{application}.started"
+        env = {
+            **os.environ,
+            "PEER_BROKER": settings.kafka.bootstrap_servers,
+            "PEER_APPLICATION": application,
+            "PEER_IMPRESSIONS": names.impressions,
+            "PEER_CLICKS": names.clicks,
+            "PEER_EXAMPLES": names.examples,
+            "PEER_DEAD_LETTERS": names.dead_letters,
+            "PEER_STATE_DIR": str(work / f"{application}-state"),
+            "PEER_STARTED": str(self._started),
+            "PEER_WINDOW_MS": str(join.window_ms),
+            "PEER_HOLD_MS": str(join.window_ms),
+            "PEER_LATENESS_MS": str(join.lateness_ms),
+            "PEER_HORIZON_MS": str(join.dedupe_horizon_ms),
+            "PEER_MAX_FUTURE_MS": str(join.max_future_ms),
+        }
+        classpath = ":".join(str(jar) for jar in build())
+        jvm = os.environ.get("PEER_JVM", "").split() or JVM
+        command = [str(find_java(None)), *jvm, "-cp", classpath, "headrace.Join"]
+        with self.log.open("ab") as log, pinned(0):
+            self._process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def check(self) -> None:
+        """Raises SystemExit with the end of its log when it has ended."""
+        if self._process.poll() is not None:
+            raise SystemExit(f"the peer ended with {self._process.returncode}: {self.log.read_text()[-3000:]}")
+
+    def wait_ready(self) -> None:
+        """Until its partitions are assigned and it fetches."""
+        deadline = time.monotonic() + START_S
+        while not self._started.exists():
+            self.check()
+            if time.monotonic() > deadline:
+                raise SystemExit(f"the peer was not ready within {START_S:.0f} s: {self.log.read_text()[-3000:]}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
