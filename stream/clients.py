@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from stream import fetched
 from stream.errors import SecurityError
 from stream.settings import KafkaSettings
 
@@ -79,6 +80,7 @@ def ssl_context(settings: KafkaSettings) -> ssl.SSLContext | None:
 
 def aiokafka_options(settings: KafkaSettings) -> dict[str, Any]:
     """Keyword arguments for aiokafka's consumer, producer and admin client."""
+    fetched.install()
     return _options(settings)
 
 
@@ -91,6 +93,7 @@ def faust_options(settings: KafkaSettings) -> dict[str, Any]:
     """Keyword arguments for `faust.App`: broker URLs, client id, timeout in seconds, credentials."""
     import faust
 
+    fetched.install()
     options: dict[str, Any] = {
         "broker": [f"kafka://{server}" for server in bootstrap_list(settings)],
         "broker_client_id": settings.client_id,

@@ -15,7 +15,9 @@ This module leans on private methods of faust-streaming 0.15.3 and aiokafka 0.14
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,8 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from faust.types.transports import SchedulingStrategyT
 
+from stream.fetched import LogRecord
+
 __all__ = ["LogEnd", "Run", "RunApp", "RunSchema"]
 
 # Longest a broker holds back an empty fetch. It bounds how old `LogEnd.seen_at` can be on a quiet partition, and so how soon a
@@ -32,6 +36,15 @@ __all__ = ["LogEnd", "Run", "RunApp", "RunSchema"]
 FETCH_MAX_WAIT_MS = 250
 # Of one fetch of one partition: some 6,000 records of 700 bytes. Larger runs add latency and memory, no speed (measured).
 FETCH_MAX_BYTES = 4 * 1024 * 1024
+# Of one fetch of all partitions. aiokafka keeps a fetch until all of it is taken.
+FETCH_TOTAL_BYTES = 16 * 1024 * 1024
+# Of all runs that were handed over and are not let go of, in Faust's queue, in the application's, and in its hands; whatever
+# the backlog. One more fetch may come on top. It is a second of work of a join that does 60 MB/s, so it never runs dry.
+RUNS_MAX_BYTES = 64 * 1024 * 1024
+# How often it is looked whether runs were let go of, while there are too many.
+RUNS_WAIT_S = 0.02
+# Of a record beside its key and value: the named tuple, its numbers, and two `bytes` headers.
+RECORD_BYTES = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +59,37 @@ class Run:
     before: int  # fetch position before the first record
     after: int  # fetch position after the last one
     end: int  # end of the log (the last stable offset) when it was fetched
-    records: list[Any]  # aiokafka ConsumerRecord
+    records: list[LogRecord]
+    held: _Held | None = None  # counts its bytes for as long as the run is alive
+
+
+class RunBytes:
+    """Bytes of the runs that are alive. Taken in the consumer's thread, let go of wherever the last reference to a run goes."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+        self._let_go: deque[int] = deque()  # no lock: a run may go in the midst of anything, the garbage collector's work too
+
+    def take(self, records: list[LogRecord]) -> _Held:
+        size = sum(len(record.value or b"") + len(record.key or b"") for record in records) + RECORD_BYTES * len(records)
+        self._taken += size
+        return _Held(self._let_go, size)
+
+    @property
+    def alive(self) -> int:
+        while self._let_go:
+            self._taken -= self._let_go.popleft()
+        return self._taken
+
+
+class _Held:
+    __slots__ = ("_let_go", "_size")
+
+    def __init__(self, let_go: deque[int], size: int) -> None:
+        self._let_go, self._size = let_go, size
+
+    def __del__(self) -> None:
+        self._let_go.append(self._size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +134,7 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         super().__post_init__()
         # Next offset to hand over, by partition: only `seek_runs` and `_fetch_records` change it, both in this thread.
         self._handed: dict[TP, int] = {}
+        self.run_bytes = RunBytes()
 
     def _create_worker_consumer(self, transport: Any) -> Any:
         consumer = super()._create_worker_consumer(transport)
@@ -98,6 +142,7 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         consumer._isolation_level = "read_committed"
         consumer._fetch_max_wait_ms = FETCH_MAX_WAIT_MS
         consumer._max_partition_fetch_bytes = FETCH_MAX_BYTES
+        consumer._fetch_max_bytes = FETCH_TOTAL_BYTES
         return consumer
 
     async def _fetch_records(
@@ -108,6 +153,9 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         wanted = set(active_partitions)
         if not wanted:
             return {}  # the last was paused since Faust looked; aiokafka would take none for all
+        if self.run_bytes.alive >= RUNS_MAX_BYTES:
+            await asyncio.sleep(RUNS_WAIT_S)
+            return {}
         fetched = await super()._fetch_records(consumer, wanted, timeout, max_records)
         assignment = consumer._subscription.subscription.assignment
         runs: dict[TP, Run] = {}
@@ -122,7 +170,8 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
             if after > before:
                 self._handed[tp] = after
                 end = state.highwater if state.lso is None else state.lso
-                runs[tp] = Run(tp.topic, tp.partition, before, after, end or 0, fetched.get(tp, []))
+                records = fetched.get(tp, [])
+                runs[tp] = Run(tp.topic, tp.partition, before, after, end or 0, records, self.run_bytes.take(records))
         return runs
 
     async def seek_runs(self, offsets: Mapping[TP, int]) -> None:
@@ -177,6 +226,13 @@ class _Consumer(driver.Consumer):
         """What was fetched is delivered, also where its partition has been paused since: `getmany` would drop it."""
         runs, active = await super()._wait_next_records(timeout)
         return runs, None if active is None else {*active, *(runs or ())}
+
+    def on_buffer_drop(self, tp: TP) -> None:
+        """Faust's queue has room again: fetch the partition, but not one that the application has paused meanwhile."""
+        if tp in self._paused_partitions:
+            self._buffered_partitions.discard(tp)
+        else:
+            super().on_buffer_drop(tp)
 
     async def perform_seek(self) -> None:
         """Seek every assigned partition to the offset the application wants next, not to what is committed."""

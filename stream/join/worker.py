@@ -64,8 +64,8 @@ class JoinWorker:
             session_timeout_ms=settings.session_timeout_ms,
             instance_id=settings.instance_id,
         )
-        # maxsize counts runs; acks are off because a commit of Faust's would erase our offsets' metadata.
-        topic = self.app.topic(names.impressions, names.clicks, schema=RunSchema(), acks=False, maxsize=4)
+        # Acks are off because a commit of Faust's would erase our offsets' metadata.
+        topic = self.app.topic(names.impressions, names.clicks, schema=RunSchema(), acks=False)
         self.app.agent(topic, name="join")(self._consume)
         self.app.on_partitions_revoked.connect(self._on_revoked)
         self.app.on_rebalance_complete.connect(self._on_rebalance_complete)

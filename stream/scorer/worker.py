@@ -100,8 +100,8 @@ class ScorerWorker:
             session_timeout_ms=SESSION_TIMEOUT_MS,
             instance_id=settings.instance_id,
         )
-        # maxsize counts runs; acks are off since a position is committed here, when the answers are acknowledged.
-        runs = self.app.topic(self._topic, schema=RunSchema(), acks=False, maxsize=4)
+        # Acks are off since a position is committed here, when the answers are acknowledged.
+        runs = self.app.topic(self._topic, schema=RunSchema(), acks=False)
         self.app.agent(runs, name="scorer")(self._consume)
         self.app.on_partitions_revoked.connect(self._on_revoked)
         self.app.on_rebalance_complete.connect(self._on_rebalance_complete)

@@ -87,8 +87,8 @@ class TrainerWorker:
             session_timeout_ms=SESSION_TIMEOUT_MS,
             instance_id=INSTANCE_ID,
         )
-        # maxsize counts runs; acks are off since positions are ours.
-        runs = self.app.topic(topic, schema=RunSchema(), acks=False, maxsize=2)
+        # Acks are off since positions are ours.
+        runs = self.app.topic(topic, schema=RunSchema(), acks=False)
         self.app.agent(runs, name="trainer")(self._consume)
         self.app.on_partitions_revoked.connect(self._on_revoked)
         self.app.on_rebalance_complete.connect(self._on_rebalance_complete)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import random
 import time
@@ -29,11 +30,13 @@ from faust.types import TP, ConsumerMessage
 from faust.types.transports import SchedulingStrategyT
 
 from deploy.settings import Settings
+from stream import transport
 from stream.batches import BATCH_BYTES, send_batches
 from stream.clients import aiokafka_options
 from stream.runtime import build_app
+from stream.settings import KafkaSettings
 from stream.topics import TopicNames
-from stream.transport import FETCH_MAX_BYTES, FETCH_MAX_WAIT_MS, LogEnd, Run, RunApp, RunSchema
+from stream.transport import FETCH_MAX_BYTES, FETCH_MAX_WAIT_MS, FETCH_TOTAL_BYTES, LogEnd, Run, RunApp, RunSchema
 
 PATIENCE_S = 30.0
 
@@ -62,6 +65,7 @@ def test_versions_are_the_pinned_ones():
         (driver.Consumer._to_message, ["self", "tp", "record"]),
         (Consumer._wait_next_records, ["self", "timeout"]),
         (Consumer.perform_seek, ["self"]),
+        (Consumer.on_buffer_drop, ["self", "tp"]),
         (Consumer.pause_partitions, ["self", "tps"]),
         (Consumer.resume_partitions, ["self", "tps"]),
         (SchedulingStrategyT.iterate, ["self", "records"]),
@@ -88,7 +92,7 @@ def test_messages_take_their_fields_in_the_order_given_to_them():
 def test_the_consumer_gives_what_the_transport_replaced_to_its_fetcher():
     # `_create_worker_consumer` sets these on the consumer before its start makes the fetcher.
     source = inspect.getsource(AIOKafkaConsumer.start)
-    for name in ("isolation_level", "fetch_max_wait_ms", "max_partition_fetch_bytes"):
+    for name in ("isolation_level", "fetch_max_wait_ms", "max_partition_fetch_bytes", "fetch_max_bytes"):
         assert f"{name}=self._{name}" in source
         assert name in parameters(Fetcher.__init__)
 
@@ -113,6 +117,25 @@ def test_fetched_records_are_taken_and_positions_moved_in_one_step():
     source = inspect.getsource(driver.AIOKafkaConsumerThread._fetch_records)
     assert source.count("await ") == 1
     assert "return await fetcher.fetched_records(" in source
+
+
+def test_fetched_batches_are_kept_by_the_classes_that_are_replaced():
+    # `stream.fetched.install` puts its own in the place of these two names.
+    assert "self._records[tp] = FetchResult(" in inspect.getsource(Fetcher._proc_fetch_request)
+    assert "partition_records = PartitionRecords(" in inspect.getsource(Fetcher._proc_fetch_request)
+    assert "type(res_or_error) is FetchResult" in inspect.getsource(Fetcher.fetched_records)
+
+
+def test_what_waits_for_an_agent_is_a_few_runs():
+    """Faust drops `app.topic(maxsize=…)` and then queues 4,096 events; ours are runs of up to 4 MB."""
+
+    async def check() -> None:
+        kafka = KafkaSettings(bootstrap_servers="127.0.0.1:9")
+        app = build_app("g", kafka, next_offset=lambda tp: None, session_timeout_ms=6_000)
+        topic = app.topic("t", schema=RunSchema(), acks=False)
+        assert topic.clone(is_iterator=True).queue.maxsize == 4
+
+    asyncio.run(check())
 
 
 def test_faust_delivers_only_what_wait_next_records_calls_active():
@@ -152,8 +175,8 @@ class Probe:
         self.app: RunApp = build_app(
             self.group, settings.kafka, next_offset=lambda tp: self.wanted.get(tp), session_timeout_ms=6_000
         )
-        topic = self.app.topic(self.topic, schema=RunSchema(), acks=False, maxsize=4)
-        self.app.agent(topic, name="probe")(self._consume)
+        topic = self.app.topic(self.topic, schema=RunSchema(), acks=False)
+        self.agent = self.app.agent(topic, name="probe")(self._consume)
 
     async def _consume(self, stream: Any) -> None:
         async for run in stream:
@@ -254,6 +277,7 @@ def test_fetches_read_committed_and_wait_as_set(topics):
             assert fetcher._isolation_level == READ_COMMITTED
             assert fetcher._fetch_max_wait_ms == FETCH_MAX_WAIT_MS
             assert fetcher._max_partition_fetch_bytes == FETCH_MAX_BYTES
+            assert fetcher._fetch_max_bytes == FETCH_TOTAL_BYTES
             assert consumer._enable_auto_commit is False
 
     asyncio.run(check())
@@ -445,5 +469,91 @@ def test_faust_commits_nothing(topics):
         assert {place: (found[place].offset, found[place].metadata) for place in places} == {
             place: tuple(offset) for place, offset in ours.items()
         }
+
+    asyncio.run(check())
+
+
+def test_a_backlog_is_bounded_by_bytes(topics, monkeypatch):
+    """30 MB wait in the log for an agent that stands still: what is in memory stays below the bounds, and nothing is lost."""
+    monkeypatch.setattr(transport, "FETCH_MAX_BYTES", fetch := 200_000)
+    monkeypatch.setattr(transport, "FETCH_TOTAL_BYTES", 2 * fetch)
+    monkeypatch.setattr(transport, "RUNS_MAX_BYTES", most := 1_000_000)
+
+    async def check() -> None:
+        topic, value = TopicNames.of(topics.topics).impressions, b"v" * 20_000
+        keys = [b"%d" % index for index in range(750)]
+        async with producing(topics) as producer:
+            for number in (0, 1):
+                for start in range(0, len(keys), 5):
+                    rows = [(key, value, []) for key in keys[start : start + 5]]
+                    for future in await send_batches(producer, topic, number, rows):
+                        await future
+        async with probing(topics) as probe:
+            thread, held = probe.app.consumer._thread, [0]
+            go_on = asyncio.Event()
+
+            async def wait(run: Run) -> None:
+                await go_on.wait()
+                held.append(thread.run_bytes.alive)
+                seen[run.partition] += [record.key for record in run.records]
+                probe.runs.clear()
+
+            seen: dict[int, list[bytes]] = {0: [], 1: []}
+            probe.after_run = wait
+            await probe.until(lambda: bool(probe.runs))
+            for _ in range(20):
+                await asyncio.sleep(0.05)
+                held.append(thread.run_bytes.alive)
+            assert probe.runs  # it stands still
+            go_on.set()
+            await probe.until(lambda: all(probe.wanted[TP(topic, number)] == len(keys) for number in (0, 1)))
+            await probe.until(lambda: seen == {0: keys, 1: keys})
+            # A fetch has at least one batch of each partition, whatever its bound.
+            assert max(held) <= most + 2 * fetch + 2 * 5 * len(value)
+            assert max(held) >= fetch
+            await probe.until(lambda: thread.run_bytes.alive < fetch)  # what was let go of is counted off
+
+    asyncio.run(check())
+
+
+def test_a_partition_that_was_paused_stays_so_when_the_queue_has_room_again(topics):
+    async def check() -> None:
+        async with probing(topics) as probe:
+            consumer, tp = probe.app.consumer, TP(probe.topic, 0)
+            await probe.until(lambda: tp in consumer._get_active_partitions())
+            consumer.on_buffer_full(tp)
+            consumer.pause_partitions({tp})
+            consumer.on_buffer_drop(tp)
+            assert tp not in consumer._get_active_partitions()
+            consumer.resume_partitions({tp})
+            assert tp in consumer._get_active_partitions()
+
+    asyncio.run(check())
+
+
+def test_delivering_runs_makes_no_cycles(topics, monkeypatch):
+    """So that their bytes go when they are let go of, and the cyclic garbage collector may run seldom."""
+    monkeypatch.setattr(transport, "FETCH_MAX_BYTES", 20_000)
+
+    async def check() -> None:
+        topic, keys = TopicNames.of(topics.topics).impressions, [b"%d" % index for index in range(3_000)]
+        async with producing(topics) as producer:
+            for start in range(0, len(keys), 15):
+                rows = [(key, b"v" * 1_000, []) for key in keys[start : start + 15]]
+                for future in await send_batches(producer, topic, 0, rows):
+                    await future
+        async with probing(topics) as probe:
+            await probe.until(lambda: probe.wanted[TP(topic, 0)] > 500)
+            gc.collect()
+            gc.disable()
+            try:
+                before = len(probe.runs)
+                await probe.until(lambda: probe.wanted[TP(topic, 0)] == len(keys))
+                found, runs = gc.collect(), len(probe.runs) - before
+            finally:
+                gc.enable()
+            assert runs >= 50
+            assert found < 3 * runs  # not the runs, which are lists of tuples: what tasks of Faust and aiokafka leave
+            assert sum(len(run.records) for run in probe.runs) == len(keys)
 
     asyncio.run(check())
