@@ -6,8 +6,9 @@
 | click | `impression_id`, `timestamp` |
 | score request | `request_id`, `context` (features shared by all), `candidates` [{`id`, `features`}]; optional: `deadline_ms` |
 
-Ids are non-empty strings, times are integers in milliseconds since 1970-01-01 UTC, a feature is a string, a finite
-number, a list of strings or None. What breaks that raises InvalidEvent here, instead of ending in `dead-letters` later.
+Ids are non-empty strings. Times are integers in milliseconds since 1970-01-01 UTC, at most 40 years old (a time in seconds
+looks older). A feature is a string, a finite number, a list of strings or None. What breaks that raises InvalidEvent here,
+instead of ending in `dead-letters` later.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ WATERMARK_HEADER = "headrace-watermark"
 """Header of a watermark record: event time in ms as ASCII decimal digits."""
 
 _LATEST_MS = 253_402_300_799_999  # the end of the year 9999: beyond lie microseconds and garbage
+_MAX_AGE_MS = 40 * 365 * 86_400_000  # the join's own: before lie seconds (read as milliseconds, they are in January 1970)
 _INTEGERS = range(-(1 << 63), 1 << 64)  # what the pipeline reads without losing digits
 _MAX_VERSION = (1 << 63) - 1
 
@@ -112,13 +114,25 @@ def encode_request(
 def check_time(value: Any, path: str) -> int:
     """The time itself when it can be one. Raises InvalidEvent."""
     if not _is_integer(value) or not 0 <= value <= _LATEST_MS:
-        _refuse(
-            path,
-            "milliseconds since 1970-01-01 UTC as an integer, before the year 10000",
-            value,
-            "For a datetime, pass int(when.timestamp() * 1000)",
-        )
+        expected = "milliseconds since 1970-01-01 UTC as an integer, before the year 10000"
+        _refuse(path, expected, value, _unit_advice(value) or "For a datetime, pass int(when.timestamp() * 1000)")
+    if value < now_ms() - _MAX_AGE_MS:
+        expected = "milliseconds since 1970-01-01 UTC, at most 40 years ago"
+        _refuse(path, expected, value, _unit_advice(value) or "Events older than that are never joined")
     return int(value)
+
+
+def _unit_advice(value: Any) -> str:
+    """What to do about a time in another unit, by which unit makes it a time of the last or next 40 years."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        for unit, per_ms, how in (
+            ("seconds", 0.001, "multiply by 1000"),
+            ("microseconds", 1_000, "divide by 1000"),
+            ("nanoseconds", 1_000_000, "divide by 1,000,000"),
+        ):
+            if abs(value / per_ms - now_ms()) <= _MAX_AGE_MS:
+                return f"This looks like {unit}: {how}, and pass an integer"
+    return ""
 
 
 def _id(value: Any, path: str) -> str:

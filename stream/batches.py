@@ -11,12 +11,19 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["BATCH_BYTES", "Outgoing", "send_batches"]
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+
+__all__ = ["BATCH_BYTES", "Outgoing", "batch_bytes", "send_batches"]
 
 Outgoing = tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]  # key, value, headers
 
 # Below Kafka's default limit of one batch (max.message.bytes, 1,048,588). A record larger than this travels alone.
 BATCH_BYTES = 900_000
+
+
+def batch_bytes(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
+    """The most that a batch of this record alone takes, which is what a topic's `max.message.bytes` is about."""
+    return int(DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(headers)))
 
 
 async def send_batches(producer: Any, topic: str, partition: int, records: Iterable[Outgoing]) -> list[asyncio.Future[Any]]:

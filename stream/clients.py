@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from stream import fetched
+from stream import batch_reader, fetched
 from stream.errors import SecurityError
 from stream.settings import KafkaSettings
 
@@ -81,6 +81,7 @@ def ssl_context(settings: KafkaSettings) -> ssl.SSLContext | None:
 def aiokafka_options(settings: KafkaSettings) -> dict[str, Any]:
     """Keyword arguments for aiokafka's consumer, producer and admin client."""
     fetched.install()
+    batch_reader.install()
     return _options(settings)
 
 
@@ -94,6 +95,7 @@ def faust_options(settings: KafkaSettings) -> dict[str, Any]:
     import faust
 
     fetched.install()
+    batch_reader.install()
     options: dict[str, Any] = {
         "broker": [f"kafka://{server}" for server in bootstrap_list(settings)],
         "broker_client_id": settings.client_id,

@@ -16,7 +16,7 @@ from aiokafka.structs import TopicPartition
 
 from stream.batches import Outgoing
 from stream.cluster import describe_cluster
-from stream.dead_letters import ORIGINAL, OUR_HEADERS, Header
+from stream.dead_letters import ORIGINAL, OUR_HEADERS, SIZE_HEADER, WITHOUT_BYTES, Header
 from stream.errors import TopicError
 from stream.log_spans import Span, high_watermarks, read_spans, span_consumer
 from stream.settings import KafkaSettings
@@ -56,6 +56,13 @@ class Letter:
     key: bytes | None
     value: bytes | None
     headers: tuple[Header, ...]
+    source_size: int | None = None
+    """Bytes of the record, where the letter goes without them; None where it has them, or nobody knows."""
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether the letter has the record's bytes; without them only `origin` says where they are."""
+        return self.reason not in WITHOUT_BYTES
 
     @property
     def place(self) -> str:
@@ -81,6 +88,9 @@ def read_letter(record: Any) -> Letter | None:
     values = {name: (value or b"").decode(errors="replace") for name, value in ours}
     try:
         origin = Origin(values["source_topic"], int(values["source_partition"]), int(values["source_offset"]))
+        source_size = None
+        if values["reason"] == "too_large" and theirs and theirs[0][0] == SIZE_HEADER:
+            source_size, theirs = int(theirs[0][1] or b""), theirs[1:]
     except ValueError:
         return None
     return Letter(
@@ -94,6 +104,7 @@ def read_letter(record: Any) -> Letter | None:
         key=record.key,
         value=record.value,
         headers=tuple((name.removeprefix(ORIGINAL), value) for name, value in theirs),
+        source_size=source_size,
     )
 
 

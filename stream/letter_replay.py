@@ -49,6 +49,8 @@ class Replay:
     """Their source is no topic of this prefix, or has no such partition now; never fed."""
     too_large: list[Letter] = field(default_factory=list)
     """The source topic refused them: the header of a replay is what they are too large by. Not fed."""
+    without_bytes: list[Letter] = field(default_factory=list)
+    """Letters that don't have their record's bytes (`too_large`, `unreadable`); never fed."""
 
 
 async def plan_replay(kafka: KafkaSettings, names: TopicNames, wanted: Wanted) -> Replay:
@@ -102,6 +104,8 @@ async def _to_feed(log: LetterLog, wanted: Wanted, replay: Replay) -> AsyncItera
         origin = letter.origin
         if origin in done:
             replay.done_before[origin.topic, letter.reason] += 1
+        elif not letter.has_bytes:
+            replay.without_bytes.append(letter)
         elif not 0 <= origin.partition < log.sources.get(origin.topic, 0):
             replay.foreign.append(letter)
         else:

@@ -7,7 +7,8 @@
 | `trainer` | the trainer: the join can't know, so the label stands |
 | None | nobody: the record is good |
 
-Every record has an id of its own, so that its verdict can be found again whatever it is mixed with.
+Every record has an id of its own, so that its verdict can be found again whatever it is mixed with. Headers are as they are on
+the wire, where a name may be any bytes; `Case.headers_read` are as a consumer hands them over.
 """
 
 from __future__ import annotations
@@ -43,11 +44,15 @@ class Case:
     reason: str = ""
     path: str = ""
     key: bytes | None = b""
-    headers: tuple[tuple[str, bytes], ...] = ()
+    headers: tuple[tuple[bytes, bytes | None], ...] = ()
     source: Literal["impressions", "clicks"] = "impressions"
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def headers_read(self) -> tuple[tuple[str, bytes | None], ...]:
+        return tuple((name.decode(errors="backslashreplace"), content) for name, content in self.headers)
 
 
 def envelope(name: str, features: str = '{"user":"u"}', *, time: str = str(TIME_MS), rest: str = "") -> bytes:
@@ -61,8 +66,8 @@ def value_of_size(name: str, size: int) -> bytes:
     return bare[:-2] + b"x" * (size - len(bare)) + bare[-2:]
 
 
-def good(name: str, value: bytes, key: bytes | None = None) -> Case:
-    return Case(name, value, key=name.encode() if key is None else key)
+def good(name: str, value: bytes, key: bytes | None = None, **more: object) -> Case:
+    return Case(name, value, key=name.encode() if key is None else key, **more)  # type: ignore[arg-type]
 
 
 def bad(name: str, value: bytes | None, reason: str, path: str = "$", *, key: bytes | None = b"", **more: object) -> Case:
@@ -74,11 +79,23 @@ def feature(name: str, features: str, reason: str, path: str, *, rest: str = "")
 
 
 _HUGE_ID = "i" * (MAX_RECORD_BYTES // 2)
+# More than the topics take: a producer that compresses gets it in all the same.
+_BEYOND = 5_000_000
 
 CORPUS: tuple[Case, ...] = (
     # Not there, or not text.
     bad("empty value", b"", "empty_value"),
     bad("null value", None, "empty_value"),
+    bad("null key and value", None, "empty_value", key=None),
+    bad("null value under a huge key", None, "empty_value", key=b"k" * (MAX_RECORD_BYTES - 100)),
+    bad("null value with a header of a megabyte", None, "empty_value", headers=((b"h", b"x" * (MAX_RECORD_BYTES - 100)),)),
+    bad(
+        "null value with a header named by a megabyte", None, "empty_value", headers=((b"n" * (MAX_RECORD_BYTES - 100), None),)
+    ),
+    bad("null value with a header name not UTF-8", None, "empty_value", headers=((b"caf\xe9", b"1"), (b"\xff" * 300, None))),
+    bad("null value with many headers", None, "empty_value", headers=((b"", None),) * 50_000),
+    bad("five megabytes that aren't UTF-8", b"\xff" * _BEYOND, "bad_utf8"),
+    bad("five megabytes under another id", envelope("else", f'{{"user":"{"x" * _BEYOND}"}}'), "id_mismatch", "$.impression_id"),
     bad("bad utf-8", envelope("bad utf-8", '{"user":"?"}').replace(b"?", b"\xff"), "bad_utf8"),
     bad("bad utf-8 in the id", envelope("bad utf-8 in the id").replace(b"bad", b"b\xc3d"), "bad_utf8"),
     bad("a surrogate as utf-8", envelope("a surrogate as utf-8", '{"user":"?"}').replace(b"?", b"\xed\xa0\x80"), "bad_utf8"),
@@ -127,6 +144,9 @@ CORPUS: tuple[Case, ...] = (
     bad("time infinite", envelope("time infinite", time="1e999"), "out_of_range", "$.timestamp"),
     bad("time of thirty digits", envelope("time of thirty digits", time="1" * 30), "out_of_range", "$.timestamp"),
     bad("time in microseconds", envelope("time in microseconds", time=f"{TIME_MS}000"), "out_of_range", "$.timestamp"),
+    bad("time in nanoseconds", envelope("time in nanoseconds", time=f"{TIME_MS}000000"), "out_of_range", "$.timestamp"),
+    bad("time in seconds", envelope("time in seconds", time=f"{TIME_MS // 1_000}"), "out_of_range", "$.timestamp"),
+    bad("time zero", envelope("time zero", time="0"), "out_of_range", "$.timestamp"),
     # At odds with the record that carries it.
     bad("id not the key", envelope("another"), "id_mismatch", "$.impression_id"),
     bad("no key", envelope("no key"), "id_mismatch", "$.impression_id", key=None),
@@ -135,11 +155,12 @@ CORPUS: tuple[Case, ...] = (
     bad("far future", envelope("far future", time="253402300799999"), "future_timestamp", "$.timestamp"),
     bad("a huge id that is not the key", envelope(_HUGE_ID), "id_mismatch", "$.impression_id"),
     # Watermark records that are none.
-    bad("mark of words", b"", "out_of_range", headers=(("headrace-watermark", b"now"),)),
-    bad("mark empty", b"", "out_of_range", headers=(("headrace-watermark", b""),)),
-    bad("mark negative", b"", "out_of_range", headers=(("headrace-watermark", b"-1"),)),
-    bad("mark too late", b"", "out_of_range", headers=(("headrace-watermark", b"253402300800000"),)),
-    bad("mark of many digits", b"", "out_of_range", headers=(("headrace-watermark", b"9" * 6_000),)),
+    bad("mark of words", b"", "out_of_range", headers=((b"headrace-watermark", b"now"),)),
+    bad("mark empty", b"", "out_of_range", headers=((b"headrace-watermark", b""),)),
+    bad("mark negative", b"", "out_of_range", headers=((b"headrace-watermark", b"-1"),)),
+    bad("mark too late", b"", "out_of_range", headers=((b"headrace-watermark", b"253402300800000"),)),
+    bad("mark in seconds", b"", "out_of_range", headers=((b"headrace-watermark", b"1700000000"),)),
+    bad("mark of many digits", b"", "out_of_range", headers=((b"headrace-watermark", b"9" * 6_000),)),
     # A click for nobody: known only when its time has run out.
     Case(
         "nobody",
@@ -191,7 +212,11 @@ CORPUS: tuple[Case, ...] = (
     good("id of one byte 0", b'{"impression_id":"\\u0000","timestamp":%d,"features":{}}' % TIME_MS, b"\x00"),
     good("braces in a string", envelope("braces in a string", '{"user":"}{"}')),
     good("line break escaped", envelope("line break escaped", '{"user":"}\\n{"}')),
-    good("time zero", envelope("time zero", time="0")),
+    good("of the year 1990", envelope("of the year 1990", time="631152000000")),
+    good("a header name not UTF-8", envelope("a header name not UTF-8"), headers=((b"caf\xe9", b"1"), (b"\xff", None))),
+    good("a header of a megabyte", envelope("a header of a megabyte"), headers=((b"h", b"x" * (MAX_RECORD_BYTES - 200)),)),
+    good("five megabytes", value_of_size("five megabytes", _BEYOND)),
+    good("a key of five megabytes", envelope("k" * _BEYOND), b"k" * _BEYOND),
     good("served", envelope("served", rest=',"score":0.25,"model_version":3')),
     good("at the size limit", value_of_size("at the size limit", MAX_RECORD_BYTES)),
     good("a long id", envelope("i" * 20_000), b"i" * 20_000),

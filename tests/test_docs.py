@@ -58,9 +58,9 @@ def test_asyncapi_references_resolve() -> None:
 
 
 def test_what_the_client_sends_is_what_asyncapi_says() -> None:
-    _, impression = encode_impression("i", 5, {"a": "x", "b": 1.5, "c": ["d"], "e": None}, 0.5, 3)
-    _, click = encode_click("i", 6)
-    _, request = encode_request("r", {"u": "1"}, [("a", {"x": 1})], 9)
+    _, impression = encode_impression("i", 1_700_000_000_005, {"a": "x", "b": 1.5, "c": ["d"], "e": None}, 0.5, 3)
+    _, click = encode_click("i", 1_700_000_000_006)
+    _, request = encode_request("r", {"u": "1"}, [("a", {"x": 1})], 1_700_000_000_009)
     for name, value in (("impression", impression), ("click", click), ("scoreRequest", request)):
         jsonschema.validate(msgspec.json.decode(value), schema(name))
     with pytest.raises(jsonschema.ValidationError):

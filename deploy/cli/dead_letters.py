@@ -156,7 +156,7 @@ def show(place: str, raw: bool, output: str) -> None:
             ("source", str(letter.origin)),
             ("key", "-" if letter.key is None else _text(letter.key)),
             *((f"header {_text(name.encode())}", _text(value or b"")) for name, value in letter.headers),
-            ("value", "-" if letter.value is None else _text(letter.value)),
+            ("value", _value(letter)),
         ]
         for name, value in rows:
             click.echo(f"{name:8} {value}")
@@ -206,7 +206,7 @@ def replay(
         click.confirm(f"Feed {planned.fed.total():,} records again ({_sum(planned.fed)})?", abort=True, err=True)
     done = ask_kafka(settings, replay_letters(settings.kafka, names, wanted, who=who()), ABOUT)
     _show_replay(done, names, output, dry_run=False)
-    if done.too_large or done.foreign:
+    if done.too_large or done.foreign or done.without_bytes:
         sys.exit(1)
 
 
@@ -221,6 +221,7 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
                 "done_before": replay.done_before.total(),
                 "foreign": [letter.place for letter in replay.foreign],
                 "too_large": [letter.place for letter in replay.too_large],
+                "without_bytes": [letter.place for letter in replay.without_bytes],
                 "dry_run": dry_run,
             }
         )
@@ -247,6 +248,25 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
             err=True,
         )
 
+    for letter in replay.without_bytes:
+        click.echo(
+            f"{letter.place}: a letter {letter.reason} has no bytes to feed again. They are at {letter.origin} while retention "
+            f"keeps them: {_way_out(letter)}.",
+            err=True,
+        )
+
+
+def _way_out(letter: Letter) -> str:
+    if letter.reason == "too_large":
+        return "send that event again with fewer or shorter features, or raise topics.max_message_bytes first"
+    return "send these events again in smaller batches"
+
+
+def _value(letter: Letter) -> str:
+    if letter.source_size is not None:
+        return f"- (left out: {letter.source_size:,} bytes are at {letter.origin} while retention keeps them)"
+    return "-" if letter.value is None else _text(letter.value)
+
 
 def _document(letter: Letter) -> dict[str, Any]:
     return {
@@ -256,6 +276,7 @@ def _document(letter: Letter) -> dict[str, Any]:
         "path": letter.path,
         "error": letter.error,
         "source": letter.origin._asdict(),
+        "source_size": letter.source_size,
         **_bytes("key", letter.key),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +17,14 @@ from deploy.datasets.base import CHUNK_ROWS, Chunk, Int64s, Progress, draw_delay
 from deploy.datasets.encode import members, strings
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
+from stream.time_units import MAX_AGE_MS, unit_of, wrong_unit
 
 __all__ = ["Columns", "FileDataSet"]
 
 _UNITS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+_SHORT = {"seconds": "s", "milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
+# Time zones and clocks aside, a log is of the past.
+MAX_FUTURE_MS = 86_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +164,7 @@ class FileDataSet:
             raise DataSetError(
                 f"{self._path}, column {columns.timestamp}: expected a time in every row, found null or one before 1970."
             )
+        self._check_unit(table, times_ms)
         delays_ms = draw_delays(rows.astype(np.int64), seed=self._seed)
         clicks_ms = self._times_ms(table, columns.click_timestamp) if columns.click_timestamp else None
         if columns.clicked is not None:
@@ -175,6 +181,25 @@ class FileDataSet:
                     "before. Mend the file, or check --unit."
                 )
         return clicked, delays_ms
+
+    def _check_unit(self, table: pa.Table, times_ms: Int64s) -> None:
+        """Refuse times of which the join would make dead letters. `times_ms` never fall.
+
+        Raises:
+            DataSetError: a time is more than 40 years old or in the future; the message guesses the unit.
+        """
+        name, now_ms = self._columns.timestamp, time.time_ns() // 1_000_000
+        for time_ms in times_ms[:1].tolist() + times_ms[-1:].tolist():
+            if -MAX_AGE_MS <= time_ms - now_ms <= MAX_FUTURE_MS:
+                continue
+            where = f"{self._path}, column {name}: expected event times of the last 40 years"
+            if pa.types.is_timestamp(table.schema.field(name).type):
+                raise DataSetError(f"{where}, found {time_ms} ms since 1970. Fix the file.")
+            unit = self._columns.unit
+            value = time_ms * _UNITS_PER_SECOND[unit] // 1_000
+            guess = _SHORT.get(unit_of(value, now_ms) or "", unit)
+            found = f"found {value}{'' if guess == unit else wrong_unit(value, now_ms) or f', which is plausible in {guess}'}"
+            raise DataSetError(f"{where} in {unit}, {found}. {'Fix the file' if guess == unit else f'Pass --unit {guess}'}.")
 
     def _no_column(self, table: pa.Table, name: str, what: str) -> DataSetError:
         return DataSetError(

@@ -6,6 +6,7 @@ the last word: both use the same decoder, so they agree by construction where th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import msgspec
 
 from stream.dead_letters import DeadLetter
+from stream.time_units import MAX_AGE_MS, wrong_unit
 
 __all__ = ["MAX_TIMESTAMP_MS", "WATERMARK_HEADER", "Events", "read_run"]
 
@@ -26,7 +28,12 @@ class _Envelope(msgspec.Struct):
     timestamp: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIMESTAMP_MS)]
 
 
+class _AnyTime(msgspec.Struct):
+    timestamp: int
+
+
 _decoder = msgspec.json.Decoder(_Envelope)
+_any_time = msgspec.json.Decoder(_AnyTime).decode
 
 
 @dataclass(slots=True)
@@ -38,8 +45,11 @@ class Events:
     offsets: list[int] = field(default_factory=list)
     values: list[bytes] = field(default_factory=list)
     records: list[Any] = field(default_factory=list)
+    arrivals_ms: list[int] = field(default_factory=list)  # at the broker
     dead: list[DeadLetter] = field(default_factory=list)
     watermark_ms: int = -1  # the largest watermark record, -1 without one
+    front_ms: int | None = None  # how far the source has come with this run; `SourceClock` says it
+    ahead: int = 0  # events ahead of their arrival, by `SourceClock`
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -48,9 +58,10 @@ class Events:
 def read_run(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int) -> Events:
     """Read the envelopes of one run (aiokafka ConsumerRecords of one partition, in order of offset).
 
-    An event more than `max_future_ms` ahead of its own arrival (the record's Kafka timestamp) is a dead letter: judged
-    against the record and not against the clock, so that a replay decides the same. So is a watermark record that is more than
-    `max_watermark_future_ms` ahead: believed, it would make every later impression late.
+    An event more than `max_future_ms` ahead of its own arrival (the record's Kafka timestamp) is a dead letter: judged against
+    the record and not against the clock, so that a replay decides the same. So is a watermark record that is more than
+    `max_watermark_future_ms` ahead: believed, it would make every later impression late. And so are both when they lie more
+    than `MAX_AGE_MS` before their arrival: such a time is in seconds, or made up.
     """
     fast = _read_fast(records, max_future_ms)
     return fast if fast is not None else _read_slow(records, max_future_ms, max_watermark_future_ms)
@@ -75,9 +86,10 @@ def _read_fast(records: Sequence[Any], max_future_ms: int) -> Events | None:
     if [envelope.impression_id.encode() for envelope in envelopes] != keys:
         return None
     times = [envelope.timestamp for envelope in envelopes]
-    if records and max(times) - min(record.timestamp for record in records) > max_future_ms:
+    arrivals = [record.timestamp for record in records]
+    if records and (max(times) - min(arrivals) > max_future_ms or max(arrivals) - min(times) > MAX_AGE_MS):
         return None
-    return Events(keys, times, [record.offset for record in records], values, list(records))
+    return Events(keys, times, [record.offset for record in records], values, list(records), arrivals)
 
 
 def _read_slow(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int) -> Events:
@@ -93,6 +105,7 @@ def _read_slow(records: Sequence[Any], max_future_ms: int, max_watermark_future_
             events.times_ms.append(verdict.timestamp)
             events.offsets.append(record.offset)
             events.values.append(record.value)
+            events.arrivals_ms.append(record.timestamp)
             events.records.append(record)
     return events
 
@@ -104,6 +117,9 @@ def _read_mark(record: Any, max_future_ms: int) -> DeadLetter | int:
         return DeadLetter.of(record, "empty_value", "$", "expected a JSON object, found an empty value")
     if not (mark.isdigit() and len(mark) <= _MAX_DIGITS and int(mark) <= MAX_TIMESTAMP_MS):
         message = f"header {WATERMARK_HEADER}: expected milliseconds since the epoch, found {mark[:40]!r}"
+        return DeadLetter.of(record, "out_of_range", "$", message)
+    if record.timestamp - int(mark) > MAX_AGE_MS:
+        message = f"header {WATERMARK_HEADER}: {_too_old(int(mark), record.timestamp)}"
         return DeadLetter.of(record, "out_of_range", "$", message)
     if int(mark) - record.timestamp > max_future_ms:
         message = (
@@ -128,6 +144,8 @@ def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter:
         reason = "missing_field" if "missing required field" in text else "wrong_type"
         if any(mark in text for mark in ("Expected `int` >=", "Expected `int` <=", "length >=", "out of range")):
             reason = "out_of_range"
+        if reason == "out_of_range" and _path_in(text) == "$.timestamp":
+            text = _out_of_range(value, text, record.timestamp)
         return DeadLetter.of(record, reason, _path_in(text), text)
     except RecursionError:
         return DeadLetter.of(record, "malformed_json", "$", "expected JSON nested less than some 600 levels deep")
@@ -136,12 +154,28 @@ def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter:
     if envelope.impression_id.encode() != record.key:
         message = f"expected the record's key {record.key!r}, found {envelope.impression_id!r}"
         return DeadLetter.of(record, "id_mismatch", "$.impression_id", message)
+    if record.timestamp - envelope.timestamp > MAX_AGE_MS:
+        return DeadLetter.of(record, "out_of_range", "$.timestamp", _too_old(envelope.timestamp, record.timestamp))
     if envelope.timestamp - record.timestamp > max_future_ms:
         message = (
             f"expected at most {max_future_ms} ms after the record's arrival at {record.timestamp}, found {envelope.timestamp}"
         )
         return DeadLetter.of(record, "future_timestamp", "$.timestamp", message)
     return envelope
+
+
+def _too_old(time: int, arrival_ms: int) -> str:
+    expected = f"expected milliseconds since 1970, at most 40 years before the record's arrival at {arrival_ms}"
+    return f"{expected}, found {time}{wrong_unit(time, arrival_ms)}"
+
+
+def _out_of_range(value: bytes, text: str, arrival_ms: int) -> str:
+    """msgspec's message, and which unit the time is in where that can be guessed."""
+    with contextlib.suppress(msgspec.DecodeError):
+        found = _any_time(value).timestamp
+        said, _, path = text.partition(" - at ")
+        return f"{said}, found {found}{wrong_unit(found, arrival_ms)} - at {path}"
+    return text
 
 
 def _path_in(text: str) -> str:

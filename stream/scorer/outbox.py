@@ -14,6 +14,7 @@ from stream.batches import BATCH_BYTES, Outgoing, send_batches
 from stream.clients import aiokafka_options
 from stream.scorer.answers import Answers
 from stream.settings import KafkaSettings
+from stream.topic_limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit
 
 __all__ = ["Outbox"]
 
@@ -29,9 +30,11 @@ class Outbox:
         self._kafka, self._scores, self._dead_letters = kafka, scores, dead_letters
         self._numbers = {topic: list(range(count)) for topic, count in partitions.items()}
         self._place = DefaultPartitioner()
+        self._letter_bytes = DEFAULT_MAX_MESSAGE_BYTES
         self._producer: Any = None
 
     async def start(self) -> None:
+        self._letter_bytes = await letter_limit(self._kafka, self._dead_letters)
         self._producer = AIOKafkaProducer(
             **aiokafka_options(self._kafka),
             acks="all",
@@ -43,7 +46,7 @@ class Outbox:
 
     async def send(self, answers: Answers) -> list[asyncio.Future[Any]]:
         """Hand over. Returns a future for each batch: all of them done means that the brokers have everything."""
-        letters = ((letter.key, letter.value, letter.out_headers()) for letter in answers.dead)
+        letters = (letter.outgoing(self._letter_bytes) for letter in answers.dead)
         return [*await self._send(self._scores, answers.records), *await self._send(self._dead_letters, letters)]
 
     async def _send(self, topic: str, records: Iterable[Outgoing]) -> list[asyncio.Future[Any]]:

@@ -1,4 +1,4 @@
-"""What a scorer asks the cluster: where its partitions go on, and how large an answer may be."""
+"""What a scorer asks the cluster: where its partitions go on."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
 from stream.clients import aiokafka_options
 from stream.offsets import committed_offsets
 from stream.settings import KafkaSettings
 
-__all__ = ["choose_positions", "committed_positions", "max_message_bytes"]
+__all__ = ["choose_positions", "committed_positions"]
 
 log = logging.getLogger(__name__)
-
-DEFAULT_MAX_MESSAGE_BYTES = 1_048_588  # Kafka's own, for a scorer that may not read the topic's configuration
 
 
 async def committed_positions(kafka: KafkaSettings, group: str, topic: str, partitions: Sequence[int]) -> dict[int, int]:
@@ -63,22 +58,3 @@ def choose_positions(
                 *(topic, partition, at, start, ends[partition], positions[partition]),
             )
     return positions
-
-
-async def max_message_bytes(kafka: KafkaSettings, topic: str) -> int:
-    """The largest batch that a topic takes.
-
-    Asked for before anything is sent: a record refused by the broker would break the idempotent producer's sequence.
-    """
-    admin = AIOKafkaAdminClient(**aiokafka_options(kafka))
-    try:
-        await admin.start()
-        answers = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
-    finally:
-        await admin.close()
-    try:
-        entries = {entry[0]: entry[1] for answer in answers for resource in answer.resources for entry in resource[4]}
-        return int(entries["max.message.bytes"])
-    except (KafkaError, KeyError, IndexError, ValueError):
-        log.warning("%s: its max.message.bytes can't be read, taking Kafka's default", topic)
-        return DEFAULT_MAX_MESSAGE_BYTES

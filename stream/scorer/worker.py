@@ -37,9 +37,10 @@ from stream.scorer.intake import Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
 from stream.scorer.serving import load_version
-from stream.scorer.start import committed_positions, max_message_bytes
+from stream.scorer.start import committed_positions
 from stream.scorer.swap import Swapper
 from stream.settings import HttpSettings, KafkaSettings, ScorerSettings
+from stream.topic_limits import max_message_bytes
 from stream.topics import TopicNames
 from stream.transport import Run, RunSchema
 

@@ -17,6 +17,7 @@ from stream.batches import BATCH_BYTES, send_batches
 from stream.clients import aiokafka_options
 from stream.dead_letters import DeadLetter
 from stream.settings import KafkaSettings
+from stream.topic_limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit
 from stream.trainer.metrics import TrainerMetrics
 
 __all__ = ["LetterBox"]
@@ -42,6 +43,7 @@ class LetterBox:
         self._waiting: list[DeadLetter] = []
         self._arrived = asyncio.Event()
         self._progress = asyncio.Condition()
+        self._max_bytes = DEFAULT_MAX_MESSAGE_BYTES
         self._producer: Any = None
         self._task: asyncio.Task[None] | None = None
         self.written = 0
@@ -50,6 +52,7 @@ class LetterBox:
     async def start(self) -> None:
         from aiokafka import AIOKafkaProducer
 
+        self._max_bytes = await letter_limit(self._kafka, self._topic)
         self._producer = AIOKafkaProducer(
             **aiokafka_options(self._kafka),
             enable_idempotence=True,
@@ -91,7 +94,7 @@ class LetterBox:
             future
             for partition, group in by_partition.items()
             for future in await send_batches(
-                self._producer, self._topic, partition, ((each.key, each.value, each.out_headers()) for each in group)
+                self._producer, self._topic, partition, (each.outgoing(self._max_bytes) for each in group)
             )
         ]
         for future in futures:

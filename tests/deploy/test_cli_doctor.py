@@ -111,7 +111,7 @@ def test_what_is_read_is_what_is_there(topics: Settings, monkeypatch: pytest.Mon
     """Each number comes from where it should, markers and open transactions included; nobody waits where only markers are."""
     monkeypatch.setattr(kafka_readings, "FIRST_S", 60.0)  # beyond it, what was waited for is in `unread`
     names, now_ms = TopicNames.of(topics.topics), time.time_ns() // 1_000_000
-    _, click = encode_click("c", 77)
+    _, click = encode_click("c", 1_700_000_000_077)
     letter = DeadLetter("orphan_click", "e", "$", names.clicks, 1, 0, b"c", click)
     write(
         topics,

@@ -60,10 +60,13 @@ def test_murmur2_gives_what_kafka_publishes() -> None:
     assert signed == expected
 
 
+T = 1_700_000_000_000
+
+
 def test_events_arrive_keyed_placed_and_in_order(client: Client, topics: Settings) -> None:
     for number in range(50):
-        client.send_impression(f"imp-{number}", timestamp_ms=1_000 + number, features={"n": number})
-        client.send_click(f"imp-{number}", timestamp_ms=2_000 + number)
+        client.send_impression(f"imp-{number}", timestamp_ms=T + number, features={"n": number})
+        client.send_click(f"imp-{number}", timestamp_ms=T + 1_000 + number)
     client.flush()
     for name in ("impressions", "clicks"):
         found = records(topics, name)
@@ -86,8 +89,8 @@ def test_times_are_now_when_not_given(client: Client, topics: Settings) -> None:
 
 def test_a_watermark_goes_to_every_partition_of_both_topics_behind_the_rest(client: Client, topics: Settings) -> None:
     for number in range(20):
-        client.send_impression(f"i{number}", timestamp_ms=1, features={})
-        client.send_click(f"i{number}", timestamp_ms=1)
+        client.send_impression(f"i{number}", timestamp_ms=T, features={})
+        client.send_click(f"i{number}", timestamp_ms=T)
     client.send_watermark(1_700_000_000_000)
     client.flush()
     for name in ("impressions", "clicks"):
@@ -137,7 +140,7 @@ def test_flush_names_what_was_not_acknowledged(settings: Settings) -> None:
     # A record over the topic's limit and below the client's own: the broker refuses it.
     create_topics(settings.kafka, settings.topics.model_copy(update={"max_message_bytes": 2_000}))
     with Client(settings.kafka.bootstrap_servers, topic_prefix=settings.topics.prefix) as client:
-        client.send_impression("too-large", timestamp_ms=1, features={"f": "x" * 5_000})
+        client.send_impression("too-large", timestamp_ms=T, features={"f": "x" * 5_000})
         with pytest.raises(
             DeliveryError, match=r"1 records were not acknowledged:\n .*impressions, key 'too-large': "
         ) as caught:

@@ -10,19 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import headrace.events
 from headrace import InvalidEvent
 from headrace.events import encode_click, encode_impression, encode_request
 from model.features_reference import decode_impression
 from model.schema import FeatureSchema, FieldSpec
 from stream.join.events import read_run
+from stream.time_units import MAX_AGE_MS
+
+T = 1_700_000_000_000
 
 
 def test_impression_has_the_fields_of_the_contract() -> None:
-    key, value = encode_impression("imp-é", 17, {"u": "7", "n": 1, "x": 0.5, "tags": ["a", "b"], "none": None}, 0.25, 3)
+    key, value = encode_impression("imp-é", T, {"u": "7", "n": 1, "x": 0.5, "tags": ["a", "b"], "none": None}, 0.25, 3)
     assert key == "imp-é".encode()
     assert json.loads(value) == {
         "impression_id": "imp-é",
-        "timestamp": 17,
+        "timestamp": T,
         "features": {"u": "7", "n": 1, "x": 0.5, "tags": ["a", "b"], "none": None},
         "score": 0.25,
         "model_version": 3,
@@ -30,40 +34,40 @@ def test_impression_has_the_fields_of_the_contract() -> None:
 
 
 def test_click_and_request_have_the_fields_of_the_contract() -> None:
-    assert encode_click("i", 5) == (b"i", b'{"impression_id":"i","timestamp":5}')
-    key, value = encode_request("r", {"u": "1"}, [("a", {"x": 1}), ("b", {})], 99)
+    assert encode_click("i", T) == (b"i", b'{"impression_id":"i","timestamp":1700000000000}')
+    key, value = encode_request("r", {"u": "1"}, [("a", {"x": 1}), ("b", {})], T)
     assert key == b"r"
     assert json.loads(value) == {
         "request_id": "r",
         "context": {"u": "1"},
         "candidates": [{"id": "a", "features": {"x": 1}}, {"id": "b", "features": {}}],
-        "deadline_ms": 99,
+        "deadline_ms": T,
     }
 
 
 @pytest.mark.parametrize(
     ("arguments", "path", "message"),
     [
-        (("", 1, {}), "$.impression_id", "expected a non-empty string, found '' (str). For a number, pass str(number)."),
-        ((7, 1, {}), "$.impression_id", "expected a non-empty string, found 7 (int)"),
-        (("a\ud800", 1, {}), "$.impression_id", "text that UTF-8 can hold"),
+        (("", T, {}), "$.impression_id", "expected a non-empty string, found '' (str). For a number, pass str(number)."),
+        ((7, T, {}), "$.impression_id", "expected a non-empty string, found 7 (int)"),
+        (("a\ud800", T, {}), "$.impression_id", "text that UTF-8 can hold"),
         (("i", 1.5, {}), "$.timestamp", "milliseconds since 1970-01-01 UTC as an integer"),
         (("i", -1, {}), "$.timestamp", "found -1 (int). For a datetime, pass int(when.timestamp() * 1000)."),
         (("i", True, {}), "$.timestamp", "found True (bool)"),
         (("i", 10**15, {}), "$.timestamp", "before the year 10000"),
-        (("i", 1, None), "$.features", "a mapping of names to values, found None"),
-        (("i", 1, {3: "x"}), "$.features", "names that are non-empty strings, found 3"),
-        (("i", 1, {"f": math.nan}), "$.features.f", "a finite number, found nan (float). Pass None for a missing value."),
-        (("i", 1, {"f": math.inf}), "$.features.f", "a finite number"),
-        (("i", 1, {"f": {"a": 1}}), "$.features.f", "Features are flat: convert it before sending."),
-        (("i", 1, {"f": True}), "$.features.f", "a string, a number, a list of strings or None, found True"),
-        (("i", 1, {"f": b"x"}), "$.features.f", "found b'x' (bytes)"),
-        (("i", 1, {"f": 1 << 64}), "$.features.f", "an integer of at most 64 bits"),
-        (("i", 1, {"f": ["a", 1]}), "$.features.f[1]", "a string, found 1 (int). Lists hold strings only."),
-        (("i", 1, {"f": ["\udfff"]}), "$.features.f[0]", "half of a surrogate pair"),
-        (("i", 1, {}, 1.5), "$.score", "a probability between 0 and 1, found 1.5"),
-        (("i", 1, {}, math.nan), "$.score", "a probability between 0 and 1, found nan"),
-        (("i", 1, {}, 0.5, -1), "$.model_version", "a version number, 0 or more, found -1"),
+        (("i", T, None), "$.features", "a mapping of names to values, found None"),
+        (("i", T, {3: "x"}), "$.features", "names that are non-empty strings, found 3"),
+        (("i", T, {"f": math.nan}), "$.features.f", "a finite number, found nan (float). Pass None for a missing value."),
+        (("i", T, {"f": math.inf}), "$.features.f", "a finite number"),
+        (("i", T, {"f": {"a": 1}}), "$.features.f", "Features are flat: convert it before sending."),
+        (("i", T, {"f": True}), "$.features.f", "a string, a number, a list of strings or None, found True"),
+        (("i", T, {"f": b"x"}), "$.features.f", "found b'x' (bytes)"),
+        (("i", T, {"f": 1 << 64}), "$.features.f", "an integer of at most 64 bits"),
+        (("i", T, {"f": ["a", 1]}), "$.features.f[1]", "a string, found 1 (int). Lists hold strings only."),
+        (("i", T, {"f": ["\udfff"]}), "$.features.f[0]", "half of a surrogate pair"),
+        (("i", T, {}, 1.5), "$.score", "a probability between 0 and 1, found 1.5"),
+        (("i", T, {}, math.nan), "$.score", "a probability between 0 and 1, found nan"),
+        (("i", T, {}, 0.5, -1), "$.model_version", "a version number, 0 or more, found -1"),
     ],
 )
 def test_bad_impressions_are_refused_with_a_path(arguments: tuple[Any, ...], path: str, message: str) -> None:
@@ -92,9 +96,41 @@ def test_bad_requests_are_refused_with_a_path(arguments: tuple[Any, ...], path: 
     assert caught.value.path == path
 
 
+@pytest.mark.parametrize(
+    ("time", "advice"),
+    [
+        (1_700_000_000, "This looks like seconds: multiply by 1000, and pass an integer."),
+        (1_700_000_000.25, "This looks like seconds: multiply by 1000, and pass an integer."),
+        (1_700_000_000_000_000, "This looks like microseconds: divide by 1000, and pass an integer."),
+        (1_700_000_000_000_000_000, "This looks like nanoseconds: divide by 1,000,000, and pass an integer."),
+        (0, "Events older than that are never joined."),
+        (1e300, "For a datetime, pass"),
+        (math.nan, "For a datetime, pass"),
+    ],
+)
+def test_a_time_in_another_unit_is_refused_and_the_unit_named(time: Any, advice: str) -> None:
+    for encode in (
+        lambda: encode_impression("i", time, {}),
+        lambda: encode_click("i", time),
+        lambda: encode_request("r", {}, [("a", {})], time),
+    ):
+        with pytest.raises(InvalidEvent) as caught:
+            encode()
+        assert "expected milliseconds since 1970-01-01 UTC" in str(caught.value)
+        assert advice in str(caught.value)
+
+
+def test_client_and_join_have_one_rule_of_how_old_an_event_may_be() -> None:
+    assert headrace.events._MAX_AGE_MS == MAX_AGE_MS
+    oldest = headrace.events.now_ms() - MAX_AGE_MS + 60_000
+    assert encode_click("i", oldest)[0] == b"i"
+    with pytest.raises(InvalidEvent):
+        encode_click("i", oldest - 120_000)
+
+
 def test_a_long_value_is_not_shown_in_full() -> None:
     with pytest.raises(InvalidEvent) as caught:
-        encode_impression("i", 1, {"f": {"secret": "x" * 500}})
+        encode_impression("i", T, {"f": {"secret": "x" * 500}})
     assert len(str(caught.value)) < 300
 
 
@@ -116,10 +152,10 @@ class _Record:
     topic, partition, offset, headers = "impressions", 0, 0, ()
 
     def __init__(self, key: bytes, value: bytes) -> None:
-        self.key, self.value, self.timestamp = key, value, 1_000_000
+        self.key, self.value, self.timestamp = key, value, T
 
 
-@given(name=st.text(max_size=5), when=st.integers(-5, 10**6), value=_values)
+@given(name=st.text(max_size=5), when=st.integers(T - 10**13, T + 10**6) | st.integers(-5, 10**10), value=_values)
 def test_what_the_client_takes_the_pipeline_takes(name: str, when: int, value: Any) -> None:
     try:
         key, payload = encode_impression(name, when, {"f": value})

@@ -120,7 +120,9 @@ def test_replay_tells_what_it_sent(on_kafka: Settings, movielens_wheel: Path) ->
 
 @pytest.mark.kafka
 def test_replay_of_a_file_with_a_mapping(on_kafka: Settings) -> None:
-    Path("log.jsonl").write_text('{"at":5,"bought":1,"price":2.5,"sku":"a"}\n{"at":4,"bought":0,"price":1,"sku":"b"}\n')
+    Path("log.jsonl").write_text(
+        '{"at":1700000005,"bought":1,"price":2.5,"sku":"a"}\n{"at":1700000004,"bought":0,"price":1,"sku":"b"}\n'
+    )
     columns = ("--column", "timestamp=at", "--column", "clicked=bought", "--column", "item=sku", "--unit", "s")
     summary = told("replay", "jsonl", "--path", "log.jsonl", *columns)
     assert (summary["impressions"], summary["clicks"]) == (2, 1)

@@ -22,12 +22,21 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_events_of_the_contract_need_no_mapping(tmp_path: Path) -> None:
     rows = [
-        {"impression_id": "b", "timestamp": 2_000, "features": {"u": "x", "n": 1.5, "tags": ["p"]}, "clicked": True},
-        {"impression_id": "a", "timestamp": 1_000, "features": {"u": None, "n": 2, "tags": []}, "clicked": False},
+        {
+            "impression_id": "b",
+            "timestamp": 1_700_000_002_000,
+            "features": {"u": "x", "n": 1.5, "tags": ["p"]},
+            "clicked": True,
+        },
+        {"impression_id": "a", "timestamp": 1_700_000_001_000, "features": {"u": None, "n": 2, "tags": []}, "clicked": False},
     ]
     data_set = FileDataSet(write_lines(tmp_path / "log.jsonl", rows), "jsonl")
     (chunk,) = data_set.chunks()
-    assert (chunk.ids, chunk.timestamps_ms.tolist(), chunk.clicked.tolist()) == (["a", "b"], [1_000, 2_000], [False, True])
+    assert (chunk.ids, chunk.timestamps_ms.tolist(), chunk.clicked.tolist()) == (
+        ["a", "b"],
+        [1_700_000_001_000, 1_700_000_002_000],
+        [False, True],
+    )
     assert [json.loads(features) for features in chunk.features] == [rows[1]["features"], rows[0]["features"]]
     assert {field.name: field.kind for field in data_set.schema().fields} == {
         "u": "categorical",
@@ -58,6 +67,9 @@ def test_columns_are_mapped_and_the_candidates_own_are_split_off(tmp_path: Path)
     assert json.loads(chunk.candidates[0]) == {"sku": 8, "price": 2.5}
 
 
+T = 1_700_000_000_000
+
+
 @pytest.mark.parametrize(
     ("unit", "value"),
     [("s", 1_650_812_741.436), ("ms", 1_650_812_741_436), ("us", 1_650_812_741_436_000), ("ns", 1_650_812_741_436 * 10**6)],
@@ -77,8 +89,8 @@ def test_units_of_time(tmp_path: Path, unit: str, value: float) -> None:
             r"expected a column 'timestamp' \(one of the mapped columns\), found ts, f\. .*--column",
         ),
         ([{"timestamp": 1, "f": 1}], Columns(), r"expected a column 'clicked'"),
-        ([{"timestamp": 1, "clicked": 0}], Columns(), r"expected features beside clicked, timestamp, found none"),
-        ([{"timestamp": 1, "clicked": 0, "f": 1}], Columns(item="sku"), r"expected a column 'sku' \(item or candidate\)"),
+        ([{"timestamp": T, "clicked": 0}], Columns(), r"expected features beside clicked, timestamp, found none"),
+        ([{"timestamp": T, "clicked": 0, "f": 1}], Columns(item="sku"), r"expected a column 'sku' \(item or candidate\)"),
         (
             [{"timestamp": "noon", "clicked": 0, "f": 1}],
             Columns(),
@@ -91,11 +103,28 @@ def test_units_of_time(tmp_path: Path, unit: str, value: float) -> None:
         ),
         ([{"timestamp": 1, "clicked": 0, "f": 1}], Columns(unit="h"), r"unit: expected one of s, ms, us, ns, found 'h'"),
         (
-            [{"timestamp": 9, "clicked": 1, "at": 5, "f": 1}],
+            [{"timestamp": 1_700_000_000_009, "clicked": 1, "at": 1_700_000_000_005, "f": 1}],
             Columns(click_timestamp="at"),
             r"column at: expected clicks at or after their impressions, found one before.*--unit",
         ),
-        ([{"timestamp": 1, "clicked": 0, "f": {"a": 1}}], Columns(), r"column of type struct"),
+        ([{"timestamp": T, "clicked": 0, "f": {"a": 1}}], Columns(), r"column of type struct"),
+        (
+            [{"timestamp": 1_700_000_000, "clicked": 0, "f": 1}],
+            Columns(),
+            r"column timestamp: expected event times of the last 40 years in ms, found 1700000000, which looks like seconds\. "
+            r"Pass --unit s\.",
+        ),
+        (
+            [{"timestamp": T * 1_000, "clicked": 0, "f": 1}],
+            Columns(),
+            r"in ms, found 1700000000000000, which looks like microseconds\. Pass --unit us\.",
+        ),
+        ([{"timestamp": T, "clicked": 0, "f": 1}], Columns(unit="s"), r"in s, found 1700000000000, .* Pass --unit ms\."),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1}, {"timestamp": 5, "clicked": 0, "f": 1}],
+            Columns(),
+            r"found 5\. Fix the file",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, rows: list[dict[str, Any]], columns: Columns, message: str) -> None:

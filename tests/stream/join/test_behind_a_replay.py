@@ -22,9 +22,11 @@ def test_labels_behind_an_open_transaction_are_not_given_again(topics, tmp_path,
     async def run() -> None:
         replay = AIOKafkaProducer(**aiokafka_options(topics.kafka), transactional_id=f"{names.prefix}replay")
         async with AIOKafkaProducer(**aiokafka_options(topics.kafka)) as producer, replay:
-            value = b'{"impression_id":"a","timestamp":1000,"features":{}}'
+            value = b'{"impression_id":"a","timestamp":1700000001000,"features":{}}'
             await producer.send_and_wait(names.impressions, value, key=b"a", partition=0)
-            await producer.send_and_wait(names.clicks, b'{"impression_id":"a","timestamp":1500}', key=b"a", partition=0)
+            await producer.send_and_wait(
+                names.clicks, b'{"impression_id":"a","timestamp":1700000001500}', key=b"a", partition=0
+            )
             first = await take(topics)
             await replay.begin_transaction()
             headers = [(REPLAY_HEADER, b"dead-letters/0/0")]
@@ -37,7 +39,7 @@ def test_labels_behind_an_open_transaction_are_not_given_again(topics, tmp_path,
             await asyncio.wait([taking], timeout=1.0)
             await (replay.commit_transaction() if how == "commit" else replay.abort_transaction())
             second = await taking
-            assert (second.pending, second._state.entries([b"a"])) == (0, [(1000, 0, True)])
+            assert (second.pending, second._state.entries([b"a"])) == (0, [(1_700_000_001_000, 0, True)])
             await second.close()
 
     asyncio.run(run())

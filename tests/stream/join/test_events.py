@@ -6,14 +6,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.consumer import fetcher
+from aiokafka.structs import TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
 
 from model.features import FeatureDecoder
+from stream import batch_reader
+from stream.batches import batch_bytes
 from stream.dead_letters import MAX_TEXT, REASONS, DeadLetter
 from stream.join.events import MAX_TIMESTAMP_MS, WATERMARK_HEADER, Events, _read_fast, _read_slow, read_run
-from stream.settings import JoinSettings
+from stream.settings import JoinSettings, TopicSettings
+from stream.time_units import MAX_AGE_MS
+from stream.topic_contract import OUTPUT_MARGIN_BYTES
 from tests.corpus import CORPUS, SCHEMA, TIME_MS, Case, envelope
+from tests.raw_batches import CODECS, raw_batch, raw_records
+
+batch_reader.install()
 
 MAX_FUTURE_MS = 3_600_000
 
@@ -23,7 +32,11 @@ TRAINER = [case for case in PASSED_ON if case.source == "impressions"]
 
 
 def record(
-    offset: int, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes], ...] = (), arrival_ms: int = TIME_MS
+    offset: int,
+    key: bytes | None,
+    value: bytes | None,
+    headers: tuple[tuple[str, bytes | None], ...] = (),
+    arrival_ms: int = TIME_MS,
 ) -> Any:
     """As aiokafka hands it over."""
     return SimpleNamespace(
@@ -32,7 +45,7 @@ def record(
 
 
 def of(case: Case, offset: int = 0) -> Any:
-    return record(offset, case.key, case.value, case.headers)
+    return record(offset, case.key, case.value, case.headers_read)
 
 
 def neighbour(offset: int) -> Any:
@@ -40,7 +53,16 @@ def neighbour(offset: int) -> Any:
 
 
 def columns(events: Events) -> tuple[Any, ...]:
-    return events.keys, events.times_ms, events.offsets, events.values, events.records, events.dead, events.watermark_ms
+    return (
+        events.keys,
+        events.times_ms,
+        events.offsets,
+        events.values,
+        events.records,
+        events.arrivals_ms,
+        events.dead,
+        events.watermark_ms,
+    )
 
 
 @pytest.mark.parametrize("case", ENVELOPE, ids=str)
@@ -54,7 +76,7 @@ def test_a_bad_record_is_set_aside_wherever_it_stands(case):
             assert events.offsets == [offset for offset in range(count + 1) if offset != place]
             [letter] = events.dead
             assert (letter.reason, letter.path, letter.offset) == (case.reason, case.path, place)
-            assert (letter.key, letter.value, letter.headers) == (case.key, case.value, case.headers)
+            assert (letter.key, letter.value, letter.headers) == (case.key, case.value, case.headers_read)
             assert letter.reason in REASONS
             assert letter.message
 
@@ -121,7 +143,7 @@ def test_records_that_only_balance_together_are_refused(values):
     assert read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS).dead
 
 
-_A, _B = envelope("a", "{}", time="1"), envelope("b", "{}", time="1")
+_A, _B = envelope("a", "{}"), envelope("b", "{}")
 PIECES = st.sampled_from([b"", b" ", b"\n", b"{", b"}", b"[", b"]", b",", b'"', b'"x":', b"{}", _A, _B, _A[:-1], _A[1:], b"\r"])
 VALUES = st.one_of(st.none(), st.just(_A), st.just(_B), st.lists(PIECES, max_size=4).map(b"".join))
 
@@ -144,7 +166,7 @@ def test_any_bytes_get_a_verdict(values):
 def test_the_future_is_judged_by_the_records_own_arrival():
     def verdict(arrival_ms: int, time_ms: int) -> list[str]:
         lone = record(0, b"a", envelope("a", time=str(time_ms)), arrival_ms=arrival_ms)
-        among = [record(1, b"b", envelope("b", time="5"), arrival_ms=10**13), lone]
+        among = [record(1, b"b", envelope("b", time="5"), arrival_ms=10**12), lone]
         reasons = [[letter.reason for letter in read_run(run, 1_000, 1_000).dead] for run in ([lone], among)]
         assert reasons[0] == reasons[1]
         return reasons[0]
@@ -154,15 +176,18 @@ def test_the_future_is_judged_by_the_records_own_arrival():
 
 
 def test_watermark_records():
-    marks = [(b"5", 5), (b"0", 0), (b"%d" % MAX_TIMESTAMP_MS, MAX_TIMESTAMP_MS)]
+    marks = [(b"%d" % mark, mark) for mark in (TIME_MS - MAX_AGE_MS, TIME_MS, MAX_TIMESTAMP_MS)]
     for value in (b"", None):
         for mark, expected in marks:
             events = read_run(
                 [neighbour(0), record(1, None, value, ((WATERMARK_HEADER, mark),))], MAX_FUTURE_MS, MAX_TIMESTAMP_MS
             )
             assert (events.offsets, events.dead, events.watermark_ms) == ([0], [], expected)
-    several = [record(index, None, b"", ((WATERMARK_HEADER, mark),)) for index, mark in enumerate((b"7", b"9", b"8"))]
-    assert read_run(several, MAX_FUTURE_MS, MAX_FUTURE_MS).watermark_ms == 9
+    several = [
+        record(index, None, b"", ((WATERMARK_HEADER, mark),))
+        for index, mark in enumerate((b"1700000000007", b"1700000000009", b"8"))
+    ]
+    assert read_run(several, MAX_FUTURE_MS, MAX_FUTURE_MS).watermark_ms == 1_700_000_000_009
     # With a value the record is an event like any other.
     assert (
         read_run([record(0, b"a", envelope("a"), ((WATERMARK_HEADER, b"9"),))], MAX_FUTURE_MS, MAX_FUTURE_MS).watermark_ms == -1
@@ -194,12 +219,73 @@ def test_an_event_as_far_ahead_as_is_allowed_can_be_settled():
     assert (events.times_ms, events.watermark_ms, events.dead) == ([6_000], 66_050, [])
 
 
-def test_a_dead_letter_is_little_larger_than_its_record():
-    """`dead-letters` takes 64 KiB more than the sources do; a letter beyond that would stop the join for good."""
+def test_a_dead_letter_fits_whatever_its_record_is():
+    """A letter beyond what `dead-letters` takes would stop the join for good."""
+    limit = TopicSettings().max_message_bytes + OUTPUT_MARGIN_BYTES
     for case in ENVELOPE:
         [letter] = read_run([of(case)], MAX_FUTURE_MS, MAX_FUTURE_MS).dead
-        ours = letter.out_headers()[: -len(case.headers) or None]
-        assert sum(len(name) + len(value) for name, value in ours) < 10_000
+        key, value, headers = letter.outgoing(limit)
+        assert batch_bytes(key, value, headers) <= limit
+        if batch_bytes(case.key, case.value, case.headers_read) <= TopicSettings().max_message_bytes:
+            # What fits into a source fits whole: ours add less than the 64 KiB that the topic has beyond its sources.
+            assert (key, value) == (case.key, case.value)
+        else:
+            assert dict(headers)["reason"] == b"too_large"
+            assert value is None
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_corpus_as_it_lies_in_the_log(codec):
+    """In batches of any client's, compressed too, header names and all: every record gets the verdict that it gets alone."""
+    for start in range(0, len(CORPUS), 10):
+        cases = CORPUS[start : start + 10]
+        body = raw_records([(case.key, case.value, case.headers) for case in cases])
+        batch = raw_batch(body, len(cases), codec, base=start, time_ms=TIME_MS)
+        tp = TopicPartition("impressions", 0)
+        read = list(fetcher.PartitionRecords(tp, fetcher.MemoryRecords(batch), [], start, None, None, True, 1))
+        assert [(each.key, each.value, each.headers) for each in read] == [
+            (case.key, case.value, case.headers_read) for case in cases
+        ]
+        events = read_run(read, MAX_FUTURE_MS, MAX_FUTURE_MS)
+        assert columns(events) == columns(_read_slow(read, MAX_FUTURE_MS, MAX_FUTURE_MS))
+        assert [(letter.offset, letter.reason) for letter in events.dead] == [
+            (offset, case.reason) for offset, case in enumerate(cases, start) if case.judge == "envelope"
+        ]
+
+
+def test_a_batch_that_cannot_be_read_is_one_dead_letter():
+    batch = raw_batch(b"\x01\x02\x03", 7, "zstd", base=3, time_ms=TIME_MS)
+    records = list(
+        fetcher.PartitionRecords(TopicPartition("clicks", 1), fetcher.MemoryRecords(batch), [], 3, None, None, True, 1)
+    )
+    events = read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS)
+    assert len(events) == 0
+    [letter] = events.dead
+    assert (letter.reason, letter.topic, letter.partition, letter.offset) == ("unreadable", "clicks", 1, 3)
+    assert "offsets 3 to 9 can't be read" in letter.message
+
+
+@pytest.mark.parametrize(
+    ("time", "unit"),
+    [(TIME_MS // 1_000, "seconds"), (TIME_MS * 1_000, "microseconds"), (TIME_MS * 1_000_000, "nanoseconds"), (7, None)],
+)
+def test_a_time_in_another_unit_is_named(time, unit):
+    [letter] = read_run([record(0, b"a", envelope("a", time=str(time)))], MAX_FUTURE_MS, MAX_FUTURE_MS).dead
+    assert (letter.reason, letter.path) == ("out_of_range", "$.timestamp")
+    assert f"found {time}" in letter.message
+    assert ("looks like" in letter.message) == (unit is not None)
+    assert unit is None or f"found {time}, which looks like {unit}" in letter.message
+
+
+def test_how_old_an_event_may_be_is_judged_by_its_arrival():
+    """So that a replay decides the same; a log of 39 years ago can be replayed, among events of today too."""
+
+    def verdicts(age_ms: int) -> list[str]:
+        old = record(0, b"a", envelope("a", time=str(TIME_MS - age_ms)))
+        return [letter.reason for letter in read_run([neighbour(1), old, neighbour(2)], MAX_FUTURE_MS, MAX_FUTURE_MS).dead]
+
+    assert verdicts(MAX_AGE_MS) == []
+    assert verdicts(MAX_AGE_MS + 1) == ["out_of_range"]
 
 
 def test_the_headers_of_a_dead_letter():

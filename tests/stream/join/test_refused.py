@@ -20,8 +20,8 @@ from tests.stream.join.one_partition import GROUP, Fatal, read, runs, take
 
 pytestmark = pytest.mark.kafka
 
-LARGE = b'{"impression_id":"large","timestamp":1000,"features":{"text":"%s"}}' % (b"x" * 8_000)
-SMALL = b'{"impression_id":"small","timestamp":1000,"features":{}}'
+LARGE = b'{"impression_id":"large","timestamp":1700000001000,"features":{"text":"%s"}}' % (b"x" * 8_000)
+SMALL = b'{"impression_id":"small","timestamp":1700000001000,"features":{}}'
 
 
 async def limit_examples(settings: Settings, max_bytes: int) -> None:
@@ -34,7 +34,7 @@ async def limit_examples(settings: Settings, max_bytes: int) -> None:
 
 def test_a_label_larger_than_examples_takes_commits_nothing(topics):
     names = TopicNames.of(topics.topics)
-    mark = [(WATERMARK_HEADER, b"10000000")]
+    mark = [(WATERMARK_HEADER, b"1700010000000")]
 
     async def check() -> None:
         async with AIOKafkaProducer(**aiokafka_options(topics.kafka)) as producer:

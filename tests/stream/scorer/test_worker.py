@@ -22,7 +22,7 @@ from stream.clients import aiokafka_options, kafka_python_options
 from stream.heartbeat import Heartbeat, HeartbeatReader
 from stream.operations import roll_back
 from stream.registry import RegistryWriter
-from stream.scorer.start import max_message_bytes
+from stream.topic_limits import max_message_bytes
 from stream.topics import TopicNames
 from tests.stream.scorer.factory import publish, request
 
