@@ -49,7 +49,8 @@ class Client:
     ```
 
     `bootstrap_servers` is `host:port`, several in a list or separated by commas. `topic_prefix` is the pipeline's own
-    setting of that name. Further options are kafka-python's (`security_protocol`, `sasl_mechanism`,
+    setting of that name. `source` names this producer: impressions and clicks carry it in a header of that name, by which
+    `headrace doctor` names who sends what is wrong. Further options are kafka-python's (`security_protocol`, `sasl_mechanism`,
     `sasl_plain_username`, `sasl_plain_password`, `ssl_cafile`, `client_id`, `request_timeout_ms`, …) and go to every
     connection. Records are keyed by id, placed by murmur2, sent in batches by an idempotent producer and acknowledged by
     all in-sync replicas. Sending returns at once; `flush`, and leaving the `with` block, wait and raise what failed.
@@ -59,7 +60,13 @@ class Client:
     """
 
     def __init__(
-        self, bootstrap_servers: str | list[str], *, topic_prefix: str = "", linger_ms: int = _LINGER_MS, **options: Any
+        self,
+        bootstrap_servers: str | list[str],
+        *,
+        topic_prefix: str = "",
+        source: str | None = None,
+        linger_ms: int = _LINGER_MS,
+        **options: Any,
     ) -> None:
         servers = bootstrap_servers.split(",") if isinstance(bootstrap_servers, str) else list(bootstrap_servers)
         self._options = {"bootstrap_servers": servers, **options}
@@ -67,6 +74,7 @@ class Client:
         self._clicks = f"{topic_prefix}clicks"
         self._requests = f"{topic_prefix}score-requests"
         self._scores = f"{topic_prefix}scores"
+        self._headers: list[Header] = [] if source is None else [("source", source.encode())]
         self._state = threading.Condition()
         self._outstanding = 0
         self._failed = 0
@@ -96,12 +104,12 @@ class Client:
         """
         when = now_ms() if timestamp_ms is None else timestamp_ms
         key, value = encode_impression(impression_id, when, features, score, model_version)
-        self._send(self._events, self._impressions, key, value)
+        self._send(self._events, self._impressions, key, value, self._headers)
 
     def send_click(self, impression_id: str, *, timestamp_ms: int | None = None) -> None:
         """What was shown as `impression_id` was clicked at `timestamp_ms` (now when None). Raises as `send_impression`."""
         key, value = encode_click(impression_id, now_ms() if timestamp_ms is None else timestamp_ms)
-        self._send(self._events, self._clicks, key, value)
+        self._send(self._events, self._clicks, key, value, self._headers)
 
     def send_watermark(self, watermark_ms: int) -> None:
         """Promise that no event older than this comes any more, to every partition of impressions and clicks.

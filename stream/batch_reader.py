@@ -38,8 +38,8 @@ UNREADABLE_HEADER = "headrace-unreadable"
 # What one batch may expand to. 64 times Kafka's default limit of a batch (1 MiB): text compresses 3 to 10 times, the most
 # repetitive events some 30 times. A worker holds a few batches at once, so this also bounds its memory.
 MAX_EXPANDED_BYTES = 64 << 20
-# Records of one batch, which become objects at once: some 200 bytes each beside what they hold. A batch of so many of the smallest
-# events (60 bytes) would be 30 MB.
+# Records of one batch, which become objects at once: some 200 bytes each beside what they hold. So many of the smallest events
+# (60 bytes) are a batch of 30 MB.
 MAX_RECORDS = 500_000
 
 _LENGTH = struct.Struct(">i")  # of a batch without its first 12 bytes, at 8

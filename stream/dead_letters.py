@@ -35,7 +35,7 @@ REASONS = {
     "not_finite": "a feature is NaN or infinite, or a number too large for a float",
     "nested": "a feature is an object or a list of other things than strings",
     "too_large": "the record, or its example, is larger than the topic takes; its bytes are where it came from",
-    "unreadable": "a batch that can't be decompressed or parsed, or holds more than 64 MiB or 500,000 records; `error` names its offsets",
+    "unreadable": "a batch that can't be decompressed or parsed, or is too large once decompressed; `error` names its offsets",
 }
 # Letters with these reasons have no bytes of the record.
 WITHOUT_BYTES = frozenset(("too_large", "unreadable"))

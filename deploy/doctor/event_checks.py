@@ -5,15 +5,18 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from deploy.cli.times import duration
 from deploy.doctor.finding import Finding
+from deploy.doctor.producers import Sent, who_sent
 from deploy.doctor.readings import Readings, Tail
 from deploy.partitions import partitions_of
+from stream.time_units import unit_of
 
-__all__ = ["clocks", "dead_letters", "partitioner"]
+__all__ = ["clocks", "dead_letters", "partitioner", "time_units"]
 
 KEYS_SHOWN = 5
 # Clocks that NTP holds differ by milliseconds; a second is a clock that nobody holds.
@@ -32,7 +35,13 @@ _CURES = {
     "later than their clicks by more than join.negative_skew_ms allows",
     "late_impression": "raise join.dedupe_horizon_ms or join.lateness_ms to what is late, then "
     "`headrace dead-letters replay --reason late_impression`",
-    "future_timestamp": "set the producers' clocks (NTP), or make them send milliseconds, not microseconds",
+    "future_timestamp": "set the producers' clocks (NTP); `clocks` above says who they are where it stands there",
+    "out_of_range": "see `time_units` above if it stands there; else `headrace dead-letters list --reason out_of_range` says"
+    " what is wrong, and where",
+    "too_large": "send fewer or shorter features, or raise topics.max_message_bytes, run `headrace topics create --mend` and "
+    "restart the workers; `headrace dead-letters list --reason too_large` says which events they are",
+    "unreadable": "find the producer of these batches: its compression is broken, or they expand to more than 64 MiB; "
+    "`headrace dead-letters list --reason unreadable` says where they are",
     "id_mismatch": "make the producers use `impression_id` as the record's key, the same bytes (docs/producers.md)",
 }
 
@@ -98,27 +107,67 @@ def _key(key: bytes) -> str:
     return repr(key.decode(errors="backslashreplace")[:40])
 
 
+def time_units(readings: Readings) -> Iterator[Finding]:
+    """Event times in seconds, microseconds or nanoseconds, or further from their arrival than any unit explains."""
+    for topic in ("impressions", "clicks"):
+        rows = [row for row in _events(readings, topic) if row.event_ms >= 0]
+        found: dict[str | None, list[_Event]] = {}
+        for row in rows:
+            found.setdefault(row.unit, []).append(row)
+        right = found.pop("milliseconds", [])
+        for unit, wrong in found.items():
+            looks = f"look like {unit}" if unit else "are more than 40 years off, in any unit"
+            yield Finding(
+                check="time_units",
+                what=readings.topic(topic),
+                expected="event times in milliseconds since 1970, at most 40 years before the arrival at the broker",
+                found=f"{len(wrong):,} of {len(rows):,} sampled events have times that {looks}, such as {wrong[0].event_ms}: "
+                f"they are dead letters. They come from {who_sent([row.sent for row in wrong], [row.sent for row in right])}",
+                cure="make that producer send `timestamp` as integer milliseconds (docs/producers.md)",
+            )
+
+
 def clocks(readings: Readings) -> Iterator[Finding]:
     """Event times that lie after their arrival, and clicks before their impressions."""
     for topic in ("impressions", "clicks"):
-        tails = [tail for (name, _), tail in readings.tails.items() if name == topic]
-        ahead = np.concatenate([np.zeros(0, np.int64), *(_ahead(tail) for tail in tails)])
-        fast = ahead[ahead > CLOCK_TOLERANCE_MS]
-        if len(fast):
+        rows = [row for row in _events(readings, topic) if row.event_ms >= 0 and row.unit == "milliseconds"]
+        fast = [row for row in rows if row.ahead_ms > CLOCK_TOLERANCE_MS]
+        if fast:
+            others = [row.sent for row in rows if row.ahead_ms <= CLOCK_TOLERANCE_MS]
+            refused = sum(row.ahead_ms > readings.join_settings.max_future_ms for row in fast)
             yield Finding(
                 check="clocks",
                 what=readings.topic(topic),
                 expected=f"event times at most {duration(CLOCK_TOLERANCE_MS)} after the arrival at the broker",
-                found=f"{len(fast):,} of {len(ahead):,} sampled events ahead, by up to {duration(float(fast.max()))}: they "
-                "carry the watermark ahead of all other events",
-                cure="set the producers' clocks (NTP), and the brokers'; look whether `timestamp` is milliseconds in UTC",
+                found=f"{len(fast):,} of {len(rows):,} sampled events ahead, by up to "
+                f"{duration(float(max(row.ahead_ms for row in fast)))}"
+                f"{f', {refused:,} of them dead letters (join.max_future_ms)' if refused else ''}: their labels wait until the "
+                f"watermark is there. They come from {who_sent([row.sent for row in fast], others)}",
+                cure="set that producer's clock (NTP)"
+                if others
+                else "set the brokers' clocks (NTP), or the producers': every event is ahead",
             )
     yield from _backward(readings)
 
 
-def _ahead(tail: Tail) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    known = tail.event_ms >= 0
-    return (tail.event_ms - tail.arrived_ms)[known]
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """One sampled event; `unit` is that of its time, None where it is in none."""
+
+    event_ms: int
+    ahead_ms: int
+    unit: str | None
+    sent: Sent
+
+
+def _events(readings: Readings, topic: str) -> Iterator[_Event]:
+    for (name, number), tail in readings.tails.items():
+        if name == topic:
+            headers = tail.headers or [()] * len(tail.keys)
+            columns = (tail.offsets.tolist(), tail.keys, tail.arrived_ms.tolist(), tail.event_ms.tolist(), headers)
+            for offset, key, arrived_ms, event_ms, each in zip(*columns, strict=True):
+                sent = Sent(number, offset, key, each)
+                yield _Event(event_ms, event_ms - arrived_ms, unit_of(event_ms, arrived_ms), sent)
 
 
 def _backward(readings: Readings) -> Iterator[Finding]:

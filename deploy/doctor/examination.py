@@ -16,6 +16,7 @@ CHECKS: dict[str, Callable[[Readings], Iterator[Finding]]] = {
     "co_partitioning": topic_checks.co_partitioning,
     "retention": topic_checks.retention,
     "partitioner": event_checks.partitioner,
+    "time_units": event_checks.time_units,
     "clocks": event_checks.clocks,
     "dead_letters": event_checks.dead_letters,
     "lag": progress_checks.lag,

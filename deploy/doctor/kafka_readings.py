@@ -237,6 +237,7 @@ class _Reader:
                     keys=[record.key for record in events],
                     arrived_ms=np.array([record.timestamp for record in events], np.int64),
                     event_ms=np.array([_event_ms(record.value) for record in events], np.int64),
+                    headers=[record.headers for record in events],
                 )
         return tails
 

@@ -40,6 +40,8 @@ class Tail:
     keys: Sequence[bytes | None]
     arrived_ms: npt.NDArray[np.int64]
     event_ms: npt.NDArray[np.int64]
+    headers: Sequence[Sequence[tuple[str, bytes | None]]] = ()
+    """Of each record; empty where nobody looked."""
 
 
 @dataclass(frozen=True, slots=True)

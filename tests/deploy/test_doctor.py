@@ -173,6 +173,42 @@ def test_clocks_ahead() -> None:
     assert examine(healthy(tails={("impressions", 0): tail(ids(200, 0), arrived, arrived)})) == []
 
 
+def test_who_is_ahead_is_named_by_what_only_these_events_have() -> None:
+    wrong = [b"app-%d" % index for index in range(100)]
+    wrong = [key for key, place in zip(wrong, partitions_of(wrong, 2).tolist(), strict=True) if place == 0][:9]
+    keys, times, arrived = [*ids(191, 0), *wrong], [NOW - 40_000] * 191 + [NOW + 7_200_000] * 9, [NOW - 40_000] * 200
+    headers = [[("source", b"web"), ("v", b"1")]] * 191 + [[("source", b"app"), ("v", b"1"), ("x", None)]] * 9
+    sampled = replace(tail(keys, times, arrived), headers=headers)
+    found = only(healthy(tails={("clicks", 0): sampled}))
+    assert "9 of 200 sampled events ahead, by up to 2.01 h, 9 of them dead letters (join.max_future_ms)" in found.found
+    shown = ", ".join(f"'{key.decode()}' at 0/{191 + index}" for index, key in enumerate(wrong[:3]))
+    assert found.found.endswith(f"They come from header source = 'app', ids that begin with 'app-'; such as {shown}")
+    assert "set that producer's clock" in found.cure
+    # Nobody stands out where all are ahead: then it is the brokers' clock, or everybody's.
+    found = only(healthy(tails={("clicks", 0): replace(tail(keys, [NOW] * 200, arrived), headers=headers)}))
+    assert "200 of 200" in found.found
+    assert "set the brokers' clocks" in found.cure
+
+
+@pytest.mark.parametrize(
+    ("time", "looks"),
+    [
+        (NOW // 1_000, "look like seconds"),
+        (NOW * 1_000, "look like microseconds"),
+        (NOW * 1_000_000, "look like nanoseconds"),
+        (77, "are more than 40 years off, in any unit"),
+    ],
+)
+def test_times_in_another_unit(time: int, looks: str) -> None:
+    times, arrived = [NOW - 40_000] * 195 + [time] * 5, [NOW - 40_000] * 200
+    headers = [[("source", b"web")]] * 195 + [[("source", b"job")]] * 5
+    found = only(healthy(tails={("impressions", 1): replace(tail(ids(200, 1), times, arrived), headers=headers)}))
+    assert (found.check, found.what) == ("time_units", "shop-impressions")
+    assert found.found.startswith(f"5 of 200 sampled events have times that {looks}, such as {time}: they are dead letters.")
+    assert "They come from header source = 'job'; such as" in found.found
+    assert "integer milliseconds" in found.cure
+
+
 @pytest.mark.parametrize(
     ("timestamp", "found"),
     [(77, 77), (2**62, 2**62), (2**62 + 1, -1), (2**63, -1), (2**64, -1), (10**40, -1), (-1, -1), (-(2**63) - 1, -1)],
@@ -182,7 +218,7 @@ def test_a_time_is_read_as_far_as_it_can_be_compared(timestamp: int, found: int)
     assert read.tolist() == [found]
     keys, times = ids(1, 0), [int(read[0])]
     tails = {("impressions", 0): tail(keys, times, [NOW]), ("clicks", 0): tail(keys, times, [NOW])}
-    assert {each.check for each in examine(healthy(tails=tails))} <= {"clocks"}
+    assert {each.check for each in examine(healthy(tails=tails))} <= {"time_units"}
 
 
 def test_clicks_before_their_impressions() -> None:
@@ -309,10 +345,11 @@ def test_a_watermark_waits_for_no_impression_that_the_join_refuses(event_ms: int
     tails = {("impressions", 0): tail(ids(201, 0), [NOW - 30_000] * 200 + [event_ms], arrived)}
     passed = progress(watermark_ms=NOW + 60_000, impressions_seen_ms=NOW + 60_000, clicks_seen_ms=NOW + 60_000)
     quiet = healthy(now_ms=NOW + 300_000, tails=tails, committed={0: Committed(201, 201, passed)})
-    assert [each.check for each in examine(quiet)] == ["clocks"]
+    check = "time_units" if event_ms > NOW * 100 else "clocks"
+    assert only(quiet).check == check
     # It doesn't hide the others either.
     found = examine(replace(quiet, committed={0: Committed(201, 201, progress())}))
-    assert [each.check for each in found] == ["clocks", "watermark"]
+    assert [each.check for each in found] == [check, "watermark"]
     assert found[1].expected.endswith("the newest impression, 2023-11-14T22:13:50Z")
 
 

@@ -79,6 +79,14 @@ def test_events_arrive_keyed_placed_and_in_order(client: Client, topics: Setting
             assert times == sorted(times)
 
 
+def test_a_client_may_name_itself_in_a_header(topics: Settings) -> None:
+    with Client(topics.kafka.bootstrap_servers, topic_prefix=topics.topics.prefix, source="caf\u00e9") as client:
+        client.send_impression("i", features={})
+        client.send_click("i")
+    for name in ("impressions", "clicks"):
+        assert [list(record.headers) for record in records(topics, name)] == [[("source", "caf\u00e9".encode())]]
+
+
 def test_times_are_now_when_not_given(client: Client, topics: Settings) -> None:
     before = headrace.client.now_ms()
     client.send_impression("i", features={})
