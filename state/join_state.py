@@ -7,6 +7,7 @@ elsewhere is rebuilt (`stream/join/takeover.py`). One database a partition numbe
 | --- | --- | --- |
 | `ids` | impression id | event time, offset, clicked: every impression remembered, for dedupe and matching |
 | `payloads` | event time, offset | id, whether its first label is out, impression's bytes: the pending ones, as they expire |
+| `held` | event time, offset of an impression | time of its click: clicks that wait for their impression's label |
 | `early` | id, click's event time, offset | the click's record: clicks whose impression has not come |
 | `chunks` | first offset, largest event time, position | ids remembered by one step, so that forgetting needs no scan |
 | default | `meta` | identity, positions and watermark, written in one batch with the changes they stand for |
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -35,20 +36,23 @@ from rocksdict import (
 
 from state.errors import JoinStateError
 
-__all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "StateBatch", "StateOptions"]
+__all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "Pending", "Place", "StateBatch", "StateOptions"]
 
-# Part of the identity in `JoinMeta`: state that an older version wrote otherwise is thrown away, not misread.
-LAYOUT = 3
+# Of this table. Layout 3 (version 0.1.0) has no `held`, and no `layout` in its meta but in its identity; it is read as it is.
+LAYOUT = 4
 
 _ENTRY = struct.Struct("<qq?")  # event time, offset, clicked
 _ORDERED = struct.Struct(">QQ")  # event time, offset: big endian sorts as bytes as it does as numbers (both are >= 0)
 _CHUNK = struct.Struct(">QQQ")  # first offset, largest event time, examples position
-_U32 = struct.Struct("<I")  # length of an id; its top bit says that the first label is out (an id is far below 2 GiB)
+_TIME = struct.Struct("<q")
+# Length of an id (far below 2 GiB). Its top bit says that the first label is out; only version 0.1.0 wrote it.
+_U32 = struct.Struct("<I")
 _LABELLED = 1 << 31
 _LENGTH = _LABELLED - 1
 
 Entry = tuple[int, int, bool]  # event time ms, offset, clicked
-Pending = tuple[int, int, bytes, bytes, bool]  # event time ms, offset, id, value, whether its first label is out
+Place = tuple[int, int]  # an impression's event time and offset
+Pending = tuple[int, int, bytes, bytes, bool]  # event time ms, offset, id, value, whether 0.1.0 has sent its first label
 
 
 class Chunk(msgspec.Struct, frozen=True, order=True):
@@ -62,11 +66,13 @@ class Chunk(msgspec.Struct, frozen=True, order=True):
 class JoinMeta(msgspec.Struct, frozen=True, kw_only=True):
     """Up to where the state reflects the log."""
 
-    identity: str  # cluster id, topic ids, partition, layout: state of another log is thrown away
+    identity: str  # cluster id, topic ids, partition: state of another log is thrown away
+    layout: int = 3  # of the table above; meta of layout 3 doesn't say
     impressions_position: int
     clicks_position: int
     examples_position: int
     watermark_ms: int
+    cut: int = 0  # labels are out below (watermark, cut), by (event time + hold, offset)
     impressions_seen_ms: int  # each source's own watermark
     clicks_seen_ms: int
 
@@ -113,7 +119,7 @@ class StateBatch:
             put(key, pack(time_ms, offset, clicked), family)
 
     def add_pending(self, impressions: Iterable[tuple[int, int, bytes, bytes]], *, labelled: bool = False) -> None:
-        """Add (event time, offset, id, value). `labelled`: their first label is out, and they wait for a click only."""
+        """Add (event time, offset, id, value). `labelled`: version 0.1.0 has sent their first label, as a fake negative."""
         put, pack, length, family = self._batch.put, _ORDERED.pack, _U32.pack, self._state.payloads_family
         mark = _LABELLED if labelled else 0
         for time_ms, offset, key, value in impressions:
@@ -129,6 +135,15 @@ class StateBatch:
             begin, end = _ORDERED.pack(max(from_ms, 0), 0), _ORDERED.pack(until_ms, 0)
             self._batch.delete_range(begin, end, self._state.payloads_family)
 
+    def hold(self, clicks: Iterable[tuple[Place, int]]) -> None:
+        """Keep the time of a click for an impression whose label waits, by the impression's (event time, offset)."""
+        for (time_ms, offset), click_ms in clicks:
+            self._batch.put(_ORDERED.pack(time_ms, offset), _TIME.pack(click_ms), self._state.held_family)
+
+    def drop_held(self, impressions: Iterable[Place]) -> None:
+        for time_ms, offset in impressions:
+            self._batch.delete(_ORDERED.pack(time_ms, offset), self._state.held_family)
+
     def add_early(self, clicks: Iterable[tuple[bytes, tuple[int, int, bytes]]]) -> None:
         for key, (time_ms, offset, value) in clicks:
             self._batch.put(key + _ORDERED.pack(time_ms, offset), value, self._state.early_family)
@@ -141,8 +156,8 @@ class StateBatch:
         name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.examples_position)
         self._batch.put(name, msgspec.msgpack.encode(keys), self._state.chunks_family)
 
-    def forget(self, chunk: Chunk, before_ms: int, changed: Mapping[bytes, Entry]) -> None:
-        """Forget a chunk's ids, but not one that was used again by an impression of `before_ms` or later.
+    def forget(self, chunk: Chunk, before_ms: Callable[[int], int], changed: Mapping[bytes, Entry]) -> None:
+        """Forget a chunk's ids, but not one that was used again by an impression of `before_ms(its offset)` or later.
 
         `changed` is what this batch remembers: the state doesn't show it yet.
         """
@@ -151,7 +166,7 @@ class StateBatch:
         keys = msgspec.msgpack.decode(packed, type=list[bytes]) if packed else []
         for key, stored in zip(keys, self._state.entries(keys), strict=True):
             entry = changed.get(key, stored)
-            if entry is not None and entry[0] < before_ms:
+            if entry is not None and entry[0] < before_ms(entry[1]):
                 self._batch.delete(key, self._state.ids_family)
         self._batch.delete(name, self._state.chunks_family)
 
@@ -169,8 +184,8 @@ class StateBatch:
 # As large as the write buffer of the family that the positions are in.
 _FILLER = bytes(1 << 20)
 _HANDLES = (
-    *("ids", "payloads", "early", "chunks", "db"),
-    *("ids_family", "payloads_family", "early_family", "chunks_family", "meta_family"),
+    *("ids", "payloads", "held_clicks", "early", "chunks", "db"),
+    *("ids_family", "payloads_family", "held_family", "early_family", "chunks_family", "meta_family"),
 )
 
 
@@ -187,6 +202,7 @@ class JoinState:
         families = {
             "ids": options.family(write_buffer_mb=16, bloom=True),
             "payloads": options.family(write_buffer_mb=64, block_kb=16),  # read in order, some 20 to a block
+            "held": options.family(write_buffer_mb=1),
             "early": options.family(write_buffer_mb=1),
             "chunks": options.family(write_buffer_mb=4),
         }
@@ -200,9 +216,11 @@ class JoinState:
         self.write_options = WriteOptions()
         self.write_options.disable_wal = True
         self.ids, self.payloads = self.db.get_column_family("ids"), self.db.get_column_family("payloads")
+        self.held_clicks = self.db.get_column_family("held")
         self.early, self.chunks = self.db.get_column_family("early"), self.db.get_column_family("chunks")
         self.ids_family = self.db.get_column_family_handle("ids")
         self.payloads_family = self.db.get_column_family_handle("payloads")
+        self.held_family = self.db.get_column_family_handle("held")
         self.early_family = self.db.get_column_family_handle("early")
         self.chunks_family = self.db.get_column_family_handle("chunks")
         self.meta_family = self.db.get_column_family_handle("default")
@@ -226,28 +244,51 @@ class JoinState:
         """Event time, offset and whether clicked, of each id; None where it is not remembered."""
         return [None if packed is None else _ENTRY.unpack(packed) for packed in self.packed_entries(keys)]
 
-    def values(self, impressions: Sequence[tuple[int, int]]) -> list[tuple[bytes, bool] | None]:
-        """Of pending impressions by (event time, offset): the bytes, and whether their first label is out."""
+    def pending(self, impressions: Sequence[Place]) -> list[Pending | None]:
+        """Pending impressions by (event time, offset), None where one isn't pending any more."""
         if not impressions:
             return []
         found = self.payloads.get([_ORDERED.pack(time_ms, offset) for time_ms, offset in impressions])
-        return [None if row is None else _unpacked(row) for row in found]
+        return [None if row is None else _unpacked(place, row) for place, row in zip(impressions, found, strict=True)]
 
-    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[Pending]:
-        """Pending impressions with `from_ms <= event time < until_ms`, in order of (event time, offset)."""
-        if until_ms <= max(from_ms, 0):
+    def pending_between(self, begin: Place, end: Place) -> Iterator[Pending]:
+        """Pending impressions with `begin <= (event time, offset) < end`, in that order."""
+        if end <= begin:
             return
-        read = ReadOptions()
-        read.set_iterate_upper_bound(_ORDERED.pack(until_ms, 0))
-        read.set_readahead_size(1 << 20)
+        read = self._range(end)
         unpack, length = _ORDERED.unpack, _U32.unpack_from
-        key = start = _ORDERED.pack(max(from_ms, 0), 0)
+        key = start = _ORDERED.pack(*begin)
         for key, row in self.payloads.items(from_key=start, read_opt=read):
             time_ms, offset = unpack(key)
             size = length(row)[0]
             cut = 4 + (size & _LENGTH)
             yield time_ms, offset, row[4:cut], row[cut:], size >= _LABELLED
         self._check_end(self.payloads, key)
+
+    @staticmethod
+    def _range(end: Place) -> ReadOptions:
+        read = ReadOptions()
+        read.set_iterate_upper_bound(_ORDERED.pack(*end))
+        read.set_readahead_size(1 << 20)
+        return read
+
+    def held(self, impressions: Sequence[Place]) -> list[int | None]:
+        """The times of the clicks that wait for the labels of these impressions, None without one."""
+        if not impressions:
+            return []
+        found = self.held_clicks.get([_ORDERED.pack(time_ms, offset) for time_ms, offset in impressions])
+        return [None if packed is None else _TIME.unpack(packed)[0] for packed in found]
+
+    def held_between(self, begin: Place, end: Place) -> dict[Place, int]:
+        """The same by impression, of all with `begin <= (event time, offset) < end`."""
+        if end <= begin:
+            return {}
+        held: dict[Place, int] = {}
+        key = start = _ORDERED.pack(*begin)
+        for key, packed in self.held_clicks.items(from_key=start, read_opt=self._range(end)):
+            held[_ORDERED.unpack(key)] = _TIME.unpack(packed)[0]
+        self._check_end(self.held_clicks, key)
+        return held
 
     def early_clicks(self) -> Iterator[tuple[bytes, tuple[int, int, bytes]]]:
         """Every early click: id and (event time, offset, bytes)."""
@@ -264,13 +305,12 @@ class JoinState:
             yield Chunk(*_CHUNK.unpack(key))
         self._check_end(self.chunks, key)
 
-    def count_pending(self) -> int:
-        """Pending impressions, counted by a scan: for recovery and checks, not for the hot path."""
-        count, key = 0, b""
-        for key in self.payloads.keys():  # noqa: B007, SIM118
-            count += 1
+    def pending_places(self) -> Iterator[Place]:
+        """Event time and offset of all pending impressions, by a scan: for recovery and checks, not for the hot path."""
+        key = b""
+        for key in self.payloads.keys():  # noqa: SIM118
+            yield _ORDERED.unpack(key)
         self._check_end(self.payloads, key)
-        return count
 
     @staticmethod
     def _check_end(family: Rdict, last: bytes) -> None:
@@ -305,6 +345,7 @@ class JoinState:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _unpacked(row: bytes) -> tuple[bytes, bool]:
+def _unpacked(place: Place, row: bytes) -> Pending:
     size = _U32.unpack_from(row)[0]
-    return row[4 + (size & _LENGTH) :], size >= _LABELLED
+    cut = 4 + (size & _LENGTH)
+    return *place, row[4:cut], row[cut:], size >= _LABELLED

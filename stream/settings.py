@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 __all__ = ["HttpSettings", "JoinSettings", "KafkaSettings", "ScorerSettings", "TopicSettings", "TrainerSettings"]
 
@@ -68,6 +68,7 @@ class JoinSettings(_Frozen):
     ```toml
     [join]
     window_ms = 1_800_000   # a click counts when 0 <= t_click - t_impression <= window
+    hold_ms = 10_000        # labels leave 10 s after their impressions; later clicks correct them
     lateness_ms = 60_000    # how far out of order events may come
     dedupe_horizon_ms = 3_600_000
     negative_rate = 0.1     # one negative in ten goes out; scores are corrected for it
@@ -78,10 +79,11 @@ class JoinSettings(_Frozen):
     window_ms: int = Field(default=60_000, ge=1, description="Attribution window, event time.")
     lateness_ms: int = Field(default=5_000, ge=0, description="The watermark is the largest event time less this.")
     negative_skew_ms: int = Field(default=0, ge=0, description="How far a click's time may lie before its impression's.")
-    label_policy: Literal["wait", "fnw"] = Field(
-        default="wait",
-        description="wait: one label, a negative when no click can come any more. fnw: a negative at once, a correction when "
-        "the click comes, importance weights in the trainer (fake negative weighted).",
+    hold_ms: int = Field(
+        default=10_000,
+        ge=0,
+        description="An impression's label leaves this long after it, event time (at most the window): positive if its click "
+        "is there by then, else negative. A later click leaves as a correction.",
     )
     negative_rate: float = Field(
         default=1.0, gt=0, le=1, description="Share of negatives that go out, by a hash of the id; scores are corrected for it."
@@ -109,6 +111,28 @@ class JoinSettings(_Frozen):
         description="Stable name of this worker in its group (a pod's): back within the session timeout, it goes on at once.",
     )
     cache_mb: int = Field(default=64, ge=8, description="Block cache that all partitions of a worker share.")
+
+    accept_partitions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of partitions to go on with after it was changed under records that are still pending, whose "
+        "clicks may be in other partitions now.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_policies(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "label_policy" in values:
+            raise ValueError(
+                "label_policy was replaced by hold_ms. In the place of `wait` set hold_ms to window_ms (labels are never taken "
+                "back), in the place of `fnw` set it to 0 (negatives at once); most need only the default. Remove label_policy."
+            )
+        return values
+
+    @property
+    def held_ms(self) -> int:
+        """The hold in force: no label waits for longer than the window."""
+        return min(self.hold_ms, self.window_ms)
 
     @property
     def max_watermark_future_ms(self) -> int:

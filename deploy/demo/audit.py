@@ -138,6 +138,8 @@ class Audit:
                     ledger.left_out.update((tp.partition, offset) for offset in offsets)
                     continue
                 headers = dict(record.headers)
+                if headers["kind"] == b"matched":
+                    continue  # the join's own note of a click that waits for a label
                 if headers["kind"] == b"first":
                     ledger.labels[record.key] += 1
                 elif headers["kind"] == b"correction":

@@ -7,53 +7,55 @@
 | `kind` | `first`, or `correction` of a label that went out before |
 | `impression_ms`, `click_ms` | event times; `click_ms` only where there is a click |
 | `source_offset` | the impression's offset in `impressions`: which record this labels, also where an id is used twice |
-| `policy` | `fnw` where the impression lives by that; absent under `wait` |
 | `rate` | share of negatives that went out when this did; absent where all did |
 
-A record without a key is none of these: its `kind` is `left_out`, and its value a JSON array of the `source_offset`s whose
-negatives were left out, with `policy` and `rate` as above. So what `examples` holds accounts for every impression.
+A record without a key is none of these. By its `kind` it is
+
+- `left_out`: a JSON array of the `source_offset`s whose negatives were left out, with `rate` as above. So what `examples` holds
+  accounts for every impression;
+- `matched`: a JSON array of [`source_offset`, `impression_ms`, `click_ms`], one for each click that was matched and waits for
+  its impression's first label. A rebuild reads there what was decided, instead of guessing it from the clicks: a click that
+  came to nothing before a late impression of its id arrived looks just like one that waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 
 from stream.batches import Outgoing
-from stream.join.logic import CORRECTION, FAKE, FIRST, Example, Plan
+from stream.join.logic import CORRECTION, FIRST, Example, Plan
 
-__all__ = ["click_awaited", "example_records", "label_of", "left_out_of", "plan_records", "record_count", "source_offset_of"]
+__all__ = ["Matched", "example_records", "left_out_of", "matched_of", "plan_records", "record_count"]
 
-Headers = Mapping[str, bytes]
+Matched = tuple[int, int, int]  # source offset, event time of the impression, event time of its click
 
-_FNW = ("policy", b"fnw")
 _NEGATIVE, _POSITIVE = (("label", b"0"), ("weight", b"1")), (("label", b"1"), ("weight", b"1"))
-_KINDS = {
-    FIRST: (("kind", b"first"),),
-    FAKE: (("kind", b"first"), _FNW),
-    CORRECTION: (("kind", b"correction"), _FNW),
-}
-# Offsets in one record: 20 bytes each at most, far below the smallest limit of the topic (64 KiB).
-_LEFT_OUT_AT_ONCE = 2_000
+_KINDS = {FIRST: (("kind", b"first"),), CORRECTION: (("kind", b"correction"),)}
+_LEFT_OUT, _MATCHED = ("kind", b"left_out"), ("kind", b"matched")
+# Of one record: 20 and at most 60 bytes each, below the smallest limit of the topic (64 KiB).
+_LEFT_OUT_AT_ONCE, _MATCHED_AT_ONCE = 2_000, 1_000
 
 _decode_offsets = msgspec.json.Decoder(list[int]).decode
+_decode_matched = msgspec.json.Decoder(list[Matched]).decode
 
 
 def plan_records(plan: Plan, negative_rate: float) -> Iterator[Outgoing]:
     """All that a step writes to `examples`. What was left out comes first: a correction of it may be among the others."""
-    for offsets, policy in ((plan.left_out, ()), (plan.left_out_fake, (_FNW,))):
-        for start in range(0, len(offsets), _LEFT_OUT_AT_ONCE):
-            value = msgspec.json.encode(offsets[start : start + _LEFT_OUT_AT_ONCE])
-            yield None, value, [("kind", b"left_out"), *policy, *_rate(negative_rate)]
+    for start in range(0, len(plan.left_out), _LEFT_OUT_AT_ONCE):
+        value = msgspec.json.encode(plan.left_out[start : start + _LEFT_OUT_AT_ONCE])
+        yield None, value, [_LEFT_OUT, *_rate(negative_rate)]
+    matched = [(offset, time_ms, click_ms) for (time_ms, offset), click_ms in plan.held.items()]
+    for start in range(0, len(matched), _MATCHED_AT_ONCE):
+        yield None, msgspec.json.encode(matched[start : start + _MATCHED_AT_ONCE]), [_MATCHED]
     yield from example_records(plan.examples, negative_rate)
 
 
 def record_count(plan: Plan) -> int:
     """How many records `plan_records` gives."""
-    left_out = sum(-(-len(offsets) // _LEFT_OUT_AT_ONCE) for offsets in (plan.left_out, plan.left_out_fake))
-    return left_out + len(plan.examples)
+    return -(-len(plan.left_out) // _LEFT_OUT_AT_ONCE) - (-len(plan.held) // _MATCHED_AT_ONCE) + len(plan.examples)
 
 
 def example_records(examples: Iterable[Example], negative_rate: float = 1.0) -> Iterator[Outgoing]:
@@ -73,21 +75,11 @@ def _rate(negative_rate: float) -> tuple[tuple[str, bytes], ...]:
     return () if negative_rate >= 1 else (("rate", repr(negative_rate).encode()),)
 
 
-def label_of(headers: Headers) -> bool:
-    """Whether an example is positive."""
-    return headers["label"] == b"1"
-
-
-def source_offset_of(headers: Headers) -> int:
-    """The offset in `impressions` of the record that an example labels."""
-    return int(headers["source_offset"])
-
-
 def left_out_of(record: Any) -> list[int] | None:
     """The offsets in `impressions` whose negatives were left out, by a record (ConsumerRecord) of that kind, else None."""
-    return _decode_offsets(record.value) if record.key is None else None
+    return _decode_offsets(record.value) if record.key is None and _LEFT_OUT in record.headers else None
 
 
-def click_awaited(headers: Headers) -> bool:
-    """Whether a correction may follow: this is a negative of policy `fnw`, sent or left out."""
-    return headers.get("policy") == b"fnw" and headers["kind"] != b"correction"
+def matched_of(record: Any) -> list[Matched] | None:
+    """The clicks that wait for their impressions' labels, by a record (ConsumerRecord) of that kind, else None."""
+    return _decode_matched(record.value) if record.key is None and _MATCHED in record.headers else None

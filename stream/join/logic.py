@@ -1,51 +1,46 @@
 """The decisions of the join, pure: a state and one step's events in; labels, dead letters and state changes out.
 
-Times are event times in ms. With W the watermark, `window`, `horizon` and `skew` from the settings:
+Times are event times in ms. With W the watermark, and `window`, `hold`, `horizon` and `skew` from the settings that an
+impression was read under (`terms.py`):
 
 - a click counts for its impression when -skew <= t_click - t_impression <= window;
-- an impression is negative once t_impression + window < W; a click without one is an orphan once t_click + skew < W;
+- the first label leaves when t_impression + hold < W, in the order of impressions: positive if a click that has been read by
+  then has t_click <= t_impression + hold, else negative. So the moment at which a label comes says nothing about the label;
+- a later click is a correction. One that was read before the first label waits for it. With hold = window there is none;
+- a click without an impression is an orphan once t_click + skew < W;
 - an impression older than W - window - horizon is late;
 - an impression is a duplicate of the remembered one with its id when it is at most `horizon` newer. The rule looks at the two
   records alone, not at W, so that a rebuild, which knows only today's W, decides as it was decided then;
 - ids are remembered until W - window - 2 * horizon: the oldest that an impression which isn't late can be a duplicate of.
 
-What goes out, and when, is the label policy's, and an impression lives to its end by the policy under which it came:
-
-- `wait`: one label, positive when the click is matched, negative when the watermark passes the window;
-- `fnw`: a negative at once (a fake one, as long as a click may come), and when the click is matched a correction. A click that
-  was there before the impression makes the same two: the importance weights (`model/fake_negatives.py`) stand for a stream in
-  which every impression was a negative first.
-
 Of negatives only those that `Sampling` keeps go out; the offsets of the others do, so that every impression is accounted for.
 
-A step takes its runs as they came, and only then moves the watermark and expires: how a log was cut into steps never changes a
-label that the watermark has not yet settled.
+A step takes its runs as they came, and only then moves the watermark, labels and expires: how a log was cut into steps never
+changes a label that the watermark has not yet settled.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
 
-from state.join_state import Chunk, Entry
+from state.join_state import Chunk, Entry, Pending
 from stream.dead_letters import DeadLetter, Header
 from stream.join.events import Events
+from stream.join.memory import EarlyClick, Memory
 from stream.join.sampling import Sampling
+from stream.join.terms import NEVER_MS, Terms
 from stream.settings import JoinSettings
 
 __all__ = [
     "CORRECTION",
-    "FAKE",
     "FIRST",
-    "NEVER_MS",
-    "EarlyClick",
     "Example",
-    "Memory",
+    "Place",
     "Plan",
     "Step",
     "StoredState",
@@ -53,15 +48,15 @@ __all__ = [
     "watermark",
 ]
 
-# Before the first event of a source. Event times are >= 0, and so is every watermark after the first event.
-NEVER_MS = -(1 << 62)
+FIRST = "first"
+CORRECTION = "correction"  # of a negative that went out before
 
-FIRST = "first"  # the only label
-FAKE = "fake"  # a negative that a correction may follow
-CORRECTION = "correction"
-
-# id, value, impression time, source offset, click time (-1: negative), one of the three above
+# id, value, impression time, source offset, click time (-1: negative), one of the two above
 Example = tuple[bytes, bytes, int, int, int, str]
+Place = tuple[int, int]  # an impression's event time and offset
+
+# Bytes of impressions labelled in one transaction: what `max_outputs` of 1.6 kB come to.
+MAX_OUTPUT_BYTES = 32 << 20
 
 
 class StoredState(Protocol):
@@ -69,11 +64,10 @@ class StoredState(Protocol):
 
     def entries(self, keys: list[bytes]) -> list[Entry | None]: ...
     def packed_entries(self, keys: list[bytes]) -> list[bytes | None]: ...
-    def values(self, impressions: list[tuple[int, int]]) -> list[tuple[bytes, bool] | None]: ...
-    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes, bool]]: ...
-
-
-EarlyClick = tuple[int, int, bytes]  # event time, offset, the record as `packed_click` has it
+    def pending(self, places: list[Place]) -> list[Pending | None]: ...
+    def pending_between(self, begin: Place, end: Place) -> Iterator[Pending]: ...
+    def held(self, places: list[Place]) -> list[int | None]: ...
+    def held_between(self, begin: Place, end: Place) -> dict[Place, int]: ...
 
 
 def packed_click(record: Any) -> bytes:
@@ -82,94 +76,28 @@ def packed_click(record: Any) -> bytes:
 
 
 @dataclass(slots=True)
-class Memory:
-    """The part of a partition's state that is small enough to stand in memory; RocksDB has it too.
-
-    Early clicks are those whose impression has not come, by id and event time; a chunk is what one step remembered. Both come
-    in order of offset, and dictionaries keep that order, so the first of each is the low-water mark.
-    """
-
-    watermark_ms: int = NEVER_MS
-    impressions_seen_ms: int = NEVER_MS
-    clicks_seen_ms: int = NEVER_MS
-    early: dict[bytes, dict[int, EarlyClick]] = field(default_factory=dict)
-    _early_offsets: dict[int, None] = field(default_factory=dict)
-    _early_due: list[tuple[int, int, bytes]] = field(default_factory=list)  # a heap; clicks matched since stay in it
-    _chunks: dict[Chunk, None] = field(default_factory=dict)
-    _chunks_due: list[tuple[int, Chunk]] = field(default_factory=list)  # a heap by largest event time
-
-    @property
-    def early_clicks(self) -> int:
-        return len(self._early_offsets)
-
-    def add_early(self, key: bytes, click: EarlyClick) -> None:
-        self.early.setdefault(key, {})[click[0]] = click
-        self._early_offsets[click[1]] = None
-        heapq.heappush(self._early_due, (click[0], click[1], key))
-
-    def drop_early(self, key: bytes, clicks: Iterable[EarlyClick]) -> None:
-        waiting = self.early[key]
-        for time_ms, offset, _ in clicks:
-            del waiting[time_ms], self._early_offsets[offset]
-        if not waiting:
-            del self.early[key]
-
-    def due_early(self, before_ms: int) -> Iterator[tuple[bytes, EarlyClick]]:
-        """Take out the early clicks whose time is before `before_ms`."""
-        while self._early_due and self._early_due[0][0] < before_ms:
-            time_ms, offset, key = heapq.heappop(self._early_due)
-            click = self.early.get(key, {}).get(time_ms)
-            if click is not None and click[1] == offset:
-                self.drop_early(key, [click])
-                yield key, click
-
-    def add_chunk(self, chunk: Chunk) -> None:
-        self._chunks[chunk] = None
-        heapq.heappush(self._chunks_due, (chunk.max_time_ms, chunk))
-
-    def due_chunks(self, before_ms: int) -> list[Chunk]:
-        """Take out the chunks whose every id may be forgotten."""
-        due = []
-        while self._chunks_due and self._chunks_due[0][0] < before_ms:
-            due.append(heapq.heappop(self._chunks_due)[1])
-            del self._chunks[due[-1]]
-        return due
-
-    def low_water(self, impressions: int, clicks: int, examples: int) -> tuple[int, int, int]:
-        """The earliest offsets that what is remembered still needs, given the positions now."""
-        for chunk in self._chunks:
-            impressions, examples = min(impressions, chunk.first_offset), min(examples, chunk.examples_position)
-            break
-        for offset in self._early_offsets:
-            clicks = min(clicks, offset)
-            break
-        return impressions, clicks, examples
-
-
-@dataclass(slots=True)
 class Plan:
     """What one step decided: what goes out in its transaction, and what changes in the state after it.
 
-    Negatives left out are told by their impressions' offsets, those that a correction may follow apart. `settled` counts
-    impressions that are pending no more.
+    Negatives left out are named by their impressions' offsets. `settled` counts first labels, those left out included.
     """
 
     examples: list[Example] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
-    left_out_fake: list[int] = field(default_factory=list)
+    held: dict[Place, int] = field(default_factory=dict)  # impressions whose label waits, and the time of their click
+    dropped_held: list[Place] = field(default_factory=list)
     settled: int = 0
     dead: list[DeadLetter] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     remembered: dict[bytes, Entry] = field(default_factory=dict)
     new_ids: list[bytes] = field(default_factory=list)
     first_offset: int = -1  # of the first impression remembered
-    new_pending: dict[tuple[int, int], tuple[bytes, bytes]] = field(default_factory=dict)
-    dropped_pending: list[tuple[int, int]] = field(default_factory=list)
+    new_pending: dict[Place, tuple[bytes, bytes]] = field(default_factory=dict)
+    dropped_pending: list[Place] = field(default_factory=list)
     new_early: list[tuple[bytes, EarlyClick]] = field(default_factory=list)
     dropped_early: list[tuple[bytes, EarlyClick]] = field(default_factory=list)
     forgotten: list[Chunk] = field(default_factory=list)
-    forget_before_ms: int = NEVER_MS  # ids of `forgotten` used again since then are kept
-    expired_from_ms: int = 0
+    forget_before_ms: Callable[[int], int] = field(default=lambda offset: NEVER_MS)  # by offset; newer uses of ids are kept
     expired_until_ms: int = 0
     watermark_ms: int = NEVER_MS
 
@@ -194,21 +122,15 @@ class Step:
     """
 
     def __init__(self, settings: JoinSettings, state: StoredState, memory: Memory) -> None:
-        self._window, self._horizon, self._skew = (
-            settings.window_ms,
-            settings.dedupe_horizon_ms,
-            settings.negative_skew_ms,
-        )
         self._lateness, self._max_outputs = settings.lateness_ms, settings.max_outputs
-        self._fake = settings.label_policy == "fnw"
         self._sampling = Sampling(settings.negative_rate)
         self._state, self._memory = state, memory
+        self._history, self._terms = memory.history, memory.history.current
         self.plan = Plan(watermark_ms=memory.watermark_ms)
-        self._late_before = memory.watermark_ms - self._window - self._horizon
-        self._forget_before = self._late_before - self._horizon
+        self._late_before = self._history.late_before(memory.watermark_ms)
 
     def impressions(self, events: Events) -> None:
-        """Remember a run's impressions; those with an early click in the window are labelled at once."""
+        """Remember a run's impressions; early clicks that count for one wait for its label."""
         plan, memory = self.plan, self._memory
         plan.dead.extend(events.dead)
         self._see("impressions", events)
@@ -229,8 +151,6 @@ class Step:
             places = zip(events.times_ms, events.offsets, strict=True)
             plan.new_pending.update(zip(places, zip(events.keys, events.values, strict=True), strict=True))
             plan.counts["impressions"] += len(events)
-            if self._fake:
-                self._fakes(zip(events.keys, events.values, events.times_ms, events.offsets, strict=True))
             for key in fresh.keys() & memory.early.keys():
                 self._match_early(key)
         else:
@@ -246,7 +166,7 @@ class Step:
                 message = f"expected an event time of at least {bound}, found {time_ms}"
                 plan.dead.append(DeadLetter.of(events.records[index], "late_impression", "$.timestamp", message))
                 plan.counts["late_impressions"] += 1
-            elif known is not None and time_ms <= known[0] + self._horizon:
+            elif known is not None and time_ms <= known[0] + self._terms_of(known[1]).horizon_ms:
                 plan.counts["duplicate_impressions"] += 1
             else:
                 plan.counts["impressions"] += 1
@@ -254,33 +174,22 @@ class Step:
                 plan.new_ids.append(key)
                 plan.remembered[key] = (time_ms, offset, False)
                 plan.new_pending[time_ms, offset] = (key, events.values[index])
-                if self._fake:
-                    self._fakes([(key, events.values[index], time_ms, offset)])
                 if key in self._memory.early:
                     self._match_early(key)
+
+    def _terms_of(self, offset: int) -> Terms:
+        return self._terms if offset >= self._terms.impressions_from else self._history.of(offset)
 
     def _new_from(self, offset: int) -> None:
         # Not from `remembered`: an id used twice in a step has only its later offset there.
         if self.plan.first_offset < 0:
             self.plan.first_offset = offset
 
-    def _fakes(self, impressions: Iterable[tuple[bytes, bytes, int, int]]) -> None:
-        """A negative of each: id, value, event time, offset."""
-        plan, keeps = self.plan, self._sampling.keeps
-        out: list[Example] = []
-        for key, value, time_ms, offset in impressions:
-            if keeps(key):
-                out.append((key, value, time_ms, offset, -1, FAKE))
-            else:
-                plan.left_out_fake.append(offset)
-        plan.examples.extend(out)
-        plan.counts["negatives"] += len(out)
-
     def _match_early(self, key: bytes) -> None:
-        """Label a new impression by the earliest early click that counts; the others in its window are duplicates of it."""
+        """The earliest early click that counts for a new impression waits for its label; the others are duplicates."""
         time_ms, offset, _ = self.plan.remembered[key]
         waiting = self._memory.early[key]
-        counting = sorted(click for click in waiting.values() if -self._skew <= click[0] - time_ms <= self._window)
+        counting = sorted(click for click in waiting.values() if self._terms.counts(click[0], time_ms))
         if not counting:
             return
         self._memory.drop_early(key, counting)
@@ -288,52 +197,69 @@ class Step:
         self.plan.counts["matched_clicks"] += 1
         self.plan.counts["duplicate_clicks"] += len(counting) - 1
         self.plan.remembered[key] = (time_ms, offset, True)
-        _, value = self.plan.new_pending.pop((time_ms, offset))
-        self.plan.examples.append((key, value, time_ms, offset, counting[0][0], CORRECTION if self._fake else FIRST))
-        self.plan.settled += 1
+        self.plan.held[time_ms, offset] = counting[0][0]
 
     def clicks(self, events: Events) -> None:
-        """Match a run's clicks: a click in the window of a pending impression makes it positive."""
-        plan = self.plan
+        """Match a run's clicks: one in the window of its impression waits for the first label, or corrects it."""
+        plan, memory = self.plan, self._memory
         plan.dead.extend(events.dead)
         self._see("clicks", events)
         entries = self._state.entries(events.keys)
-        matched: list[tuple[bytes, int, int, int]] = []
+        matched: list[tuple[Place, int]] = []  # of impressions whose first label is out, or says itself whether it is
+        repeated: list[tuple[Place, int]] = []  # of impressions whose label waits
         for index, (key, time_ms, offset) in enumerate(zip(events.keys, events.times_ms, events.offsets, strict=True)):
             plan.counts["clicks"] += 1
             entry = plan.remembered.get(key) or entries[index]
-            in_window = entry is not None and -self._skew <= time_ms - entry[0] <= self._window
-            if entry is None or not in_window or entry[0] < self._forget_before:
+            if entry is None:
                 self._keep_early(events.records[index], key, time_ms, offset)
-            elif entry[2]:
+                continue
+            terms, place = self._terms_of(entry[1]), entry[:2]
+            if not terms.counts(time_ms, entry[0]) or entry[0] < self._late_before - terms.horizon_ms:
+                self._keep_early(events.records[index], key, time_ms, offset)
+                continue
+            is_out = memory.first_is_out(*place, terms) and place not in plan.new_pending
+            if entry[2]:
                 plan.counts["duplicate_clicks"] += 1
-            elif entry[0] + self._window < plan.watermark_ms:
+                if not is_out:
+                    repeated.append((place, time_ms))
+            elif entry[0] + terms.window_ms < plan.watermark_ms or (is_out and terms.hold_ms >= terms.window_ms):
                 plan.counts["late_clicks"] += 1
             else:
                 plan.counts["matched_clicks"] += 1
-                plan.remembered[key] = (entry[0], entry[1], True)
-                matched.append((key, entry[0], entry[1], time_ms))
-        self._label_positive(matched)
+                plan.remembered[key] = (*place, True)
+                if is_out or terms.legacy:
+                    matched.append((place, time_ms))
+                else:
+                    plan.held[place] = time_ms
+        self._match_stored(matched)
+        self._match_sooner(repeated)
 
-    def _label_positive(self, matched: list[tuple[bytes, int, int, int]]) -> None:
+    def _match_stored(self, matched: list[tuple[Place, int]]) -> None:
+        """Correct the labels that are out. Impressions of version 0.1.0 say themselves whether theirs is."""
         plan = self.plan
-        stored = [(time_ms, offset) for _, time_ms, offset, _ in matched if (time_ms, offset) not in plan.new_pending]
-        values = dict(zip(stored, self._state.values(stored), strict=True))
-        plan.dropped_pending.extend(stored)
-        plan.settled += len(matched)
-        for key, time_ms, offset, click_ms in matched:
-            new = plan.new_pending.pop((time_ms, offset), None)
-            found = (new[1], self._fake) if new is not None else values[time_ms, offset]
-            if found is None:
+        for (place, click_ms), row in zip(matched, self._state.pending([place for place, _ in matched]), strict=True):
+            if row is None:
                 raise RuntimeError(
-                    f"impression {key!r} at offset {offset} is pending but its bytes are not in the state: "
+                    f"impression at offset {place[1]} (event time {place[0]}) is pending but its bytes are not in the state: "
                     "the state folder is damaged. Stop the worker, delete it and start again; it is rebuilt from the log."
                 )
-            value, labelled = found
-            plan.examples.append((key, value, time_ms, offset, click_ms, CORRECTION if labelled else FIRST))
+            time_ms, offset, key, value, labelled = row
+            if labelled or self._memory.first_is_out(time_ms, offset, self._terms_of(offset)):
+                plan.examples.append((key, value, time_ms, offset, click_ms, CORRECTION))
+                plan.dropped_pending.append(place)
+            else:
+                plan.held[place] = click_ms
+
+    def _match_sooner(self, repeated: list[tuple[Place, int]]) -> None:
+        """Of several clicks for an impression whose label waits, the earliest counts."""
+        stored = self._state.held([place for place, _ in repeated]) if repeated else []
+        for (place, click_ms), held_ms in zip(repeated, stored, strict=True):
+            held_ms = self.plan.held.get(place, held_ms)
+            if held_ms is not None and click_ms < held_ms:
+                self.plan.held[place] = click_ms
 
     def _keep_early(self, record: Any, key: bytes, time_ms: int, offset: int) -> None:
-        if time_ms + self._skew < self._memory.watermark_ms:
+        if time_ms + self._history.max_skew_ms < self._memory.watermark_ms:
             self._orphan(DeadLetter.of(record, "orphan_click", "$.impression_id", ""), time_ms)
         elif time_ms in self._memory.early.get(key, ()):
             self.plan.counts["duplicate_clicks"] += 1
@@ -344,8 +270,8 @@ class Step:
 
     def _orphan(self, letter: DeadLetter, time_ms: int) -> None:
         message = (
-            f"expected an impression with this id and {-self._skew} <= click - impression <= {self._window} ms, "
-            f"found none by watermark {self._memory.watermark_ms} for the click at {time_ms}"
+            f"expected an impression with this id and {-self._terms.skew_ms} <= click - impression <= "
+            f"{self._terms.window_ms} ms, found none by watermark {self._memory.watermark_ms} for the click at {time_ms}"
         )
         self.plan.dead.append(letter._replace(message=message))
         self.plan.counts["orphan_clicks"] += 1
@@ -360,59 +286,129 @@ class Step:
             self._memory.clicks_seen_ms = max(self._memory.clicks_seen_ms, seen)
 
     def close(self, watermark_ms: int, clicks_topic: str, partition: int) -> Plan:
-        """Move the watermark to `watermark_ms` and expire what it settles, at most about `max_outputs` labels of it.
+        """Move the watermark to `watermark_ms`, label what is due by it and expire what it settles.
 
-        Where that is too much for one transaction the watermark stops at what has been expired.
+        Where that is more than about `max_outputs` labels the watermark stops at the first that is left for the next step.
         `clicks_topic` and `partition` say where an orphan came from.
         """
         plan, memory = self.plan, self._memory
-        start = memory.watermark_ms - self._window
-        until = max(watermark_ms, memory.watermark_ms) - self._window
-        stored: list[tuple[int, int, bytes, bytes, bool]] = []
-        room = max(self._max_outputs - len(plan.examples), 1)
-        dropped = set(plan.dropped_pending)
-        for row in self._state.pending_between(start, until):
-            if len(stored) >= room and row[0] != stored[-1][0]:
-                until = row[0]  # everything before this time is settled, nothing at or after it
-                break
-            if (row[0], row[1]) not in dropped:
-                stored.append(row)
-        # Of this step's own impressions also those that came late, before what earlier steps have expired.
-        due = [place for place in plan.new_pending if place[0] < until]
-        own = [(*place, *plan.new_pending.pop(place), self._fake) for place in due]
-        self._label_negative(own)
-        self._label_negative(stored)
+        until = max((watermark_ms, 0), (memory.watermark_ms, memory.cut))
+        stored, until = self._stored_due(until)
+        hold_ms = self._terms.hold_ms
+        own = sorted(place for place in plan.new_pending if (place[0] + hold_ms, place[1]) < until)
+        held = self._held_due(until) if stored else {}
+        memory.watermark_ms, memory.cut = until
+        plan.watermark_ms = memory.watermark_ms
+        self._label(stored, held)
+        self._label_own(own)
         # In the order in which real time would have labelled them: a step of a fast replay spans hours, and a model that
-        # learns all of its positives before all of its negatives learns little (docs/experiments.md). The sort is stable: a
-        # correction stays behind its negative also where a skewed click lies before the impression.
-        window = self._window
-        plan.examples.sort(
-            key=lambda example: (
-                (example[4] if example[4] >= 0 else example[2] + window) if example[5] == FIRST else max(example[4], example[2])
-            )
-        )
-        plan.expired_from_ms, plan.expired_until_ms = start, until
-        plan.watermark_ms = memory.watermark_ms = until + self._window
-        for key, click in memory.due_early(memory.watermark_ms - self._skew):
+        # learns all of its corrections before all of its negatives learns little (docs/experiments.md). The sort is stable: a
+        # correction stays behind its negative.
+        if len(self._history.terms) == 1:
+            plan.examples.sort(key=lambda example: max(example[2] + hold_ms, example[4] if example[5] == CORRECTION else 0))
+        else:
+            plan.examples.sort(key=self._leaves_ms)
+        plan.expired_until_ms = plan.watermark_ms - self._history.max_window_ms
+        for key, click in memory.due_early(plan.watermark_ms - self._history.max_skew_ms):
             plan.dropped_early.append((key, click))
             value, headers = msgspec.msgpack.decode(click[2], type=tuple[bytes, tuple[Header, ...]])
             origin = (clicks_topic, partition, click[1], key, value, headers)
             self._orphan(DeadLetter("orphan_click", "", "$.impression_id", *origin), click[0])
-        plan.forget_before_ms = memory.watermark_ms - self._window - 2 * self._horizon
-        plan.forgotten = memory.due_chunks(plan.forget_before_ms)
+        late_before = self._history.late_before(plan.watermark_ms)
+        plan.forget_before_ms = lambda offset: late_before - self._terms_of(offset).horizon_ms
+        plan.forgotten = memory.due_chunks(late_before)
         return plan
 
-    def _label_negative(self, expired: list[tuple[int, int, bytes, bytes, bool]]) -> None:
-        """Of what the watermark has passed: those whose first label isn't out become negatives."""
-        plan, keeps = self.plan, self._sampling.keeps
-        plan.settled += len(expired)
-        if self._sampling.rate < 1:
-            every, expired = expired, []
-            for row in every:
-                if row[4] or keeps(row[2]):
-                    expired.append(row)
+    def _leaves_ms(self, example: Example) -> int:
+        due_ms = example[2] + self._terms_of(example[3]).hold_ms
+        return max(due_ms, example[4]) if example[5] == CORRECTION else due_ms
+
+    def _ranges(self, until: Place) -> Iterator[tuple[Terms, Place, Place]]:
+        """Of each terms the pending impressions that are due from where labels are out up to `until`."""
+        memory = self._memory
+        for terms in self._history.terms:
+            begin = max(memory.watermark_ms - terms.hold_ms, 0), memory.cut if memory.watermark_ms >= terms.hold_ms else 0
+            yield terms, begin, (until[0] - terms.hold_ms, until[1])
+
+    def _stored_due(self, until: Place) -> tuple[list[Pending], Place]:
+        """The stored impressions whose first label is due, in order, and up to where (due time, offset) that is all of them."""
+        room = max(self._max_outputs - len(self.plan.examples), 1)
+        due: list[Pending] = []
+        several = len(self._history.terms) > 1
+        for terms, begin, end in self._ranges(until):
+            count = size = 0
+            for row in self._state.pending_between(begin, end):
+                if several and self._terms_of(row[1]) is not terms:
+                    continue
+                if count >= room or size > MAX_OUTPUT_BYTES:
+                    until = min(until, (row[0] + terms.hold_ms, row[1]))
+                    break
+                count, size = count + 1, size + len(row[3])
+                due.append(row)
+        if several:
+            by_due = sorted((row[0] + self._terms_of(row[1]).hold_ms, row[1], index) for index, row in enumerate(due))
+            if len(by_due) > room:
+                until = min(until, by_due[room][:2])
+            due = [due[index] for *place, index in by_due if tuple(place) < until]
+        return due, until
+
+    def _held_due(self, until: Place) -> dict[Place, int]:
+        held: dict[Place, int] = {}
+        for _, begin, end in self._ranges(until):
+            held.update(self._state.held_between(begin, end))
+        return held
+
+    def _label(self, rows: Iterable[Pending], clicks: dict[Place, int]) -> None:
+        """The first labels of stored impressions, and the corrections that waited for them."""
+        plan, keeps, rate = self.plan, self._sampling.keeps, self._sampling.rate
+        out, negatives = plan.examples, 0
+        for time_ms, offset, key, value, labelled in rows:
+            if labelled:
+                continue
+            plan.settled += 1
+            place = time_ms, offset
+            click_ms = plan.held.pop(place, -1)  # this step's is the earlier one, where the state has one as well
+            if click_ms < 0:
+                click_ms = clicks.get(place, -1)
+            if click_ms < 0:
+                if rate >= 1 or keeps(key):
+                    out.append((key, value, time_ms, offset, -1, FIRST))
+                    negatives += 1
                 else:
-                    plan.left_out.append(row[1])
-        out = [(key, value, time_ms, offset, -1, FIRST) for time_ms, offset, key, value, labelled in expired if not labelled]
-        plan.examples.extend(out)
-        plan.counts["negatives"] += len(out)
+                    plan.left_out.append(offset)
+                continue
+            plan.dropped_pending.append(place)
+            plan.dropped_held.append(place)
+            negatives += self._label_clicked(key, value, time_ms, offset, click_ms)
+        plan.counts["negatives"] += negatives
+
+    def _label_own(self, places: Iterable[Place]) -> None:
+        """The same of this step's impressions; those that a later click may correct stay pending."""
+        plan, keeps, window_ms = self.plan, self._sampling.keeps, self._terms.window_ms
+        for place in places:
+            plan.settled += 1
+            key, value = plan.new_pending[place]
+            click_ms = plan.held.pop(place, -1)
+            if click_ms >= 0:
+                plan.counts["negatives"] += self._label_clicked(key, value, *place, click_ms)
+            elif keeps(key):
+                plan.examples.append((key, value, *place, -1, FIRST))
+                plan.counts["negatives"] += 1
+            else:
+                plan.left_out.append(place[1])
+            if click_ms >= 0 or place[0] + window_ms < plan.watermark_ms:
+                del plan.new_pending[place]
+
+    def _label_clicked(self, key: bytes, value: bytes, time_ms: int, offset: int, click_ms: int) -> int:
+        """One whose click is there: positive, or a negative and its correction; how many negatives went out."""
+        plan = self.plan
+        if click_ms <= time_ms + self._terms_of(offset).hold_ms:
+            plan.examples.append((key, value, time_ms, offset, click_ms, FIRST))
+            return 0
+        kept = self._sampling.keeps(key)
+        if kept:
+            plan.examples.append((key, value, time_ms, offset, -1, FIRST))
+        else:
+            plan.left_out.append(offset)
+        plan.examples.append((key, value, time_ms, offset, click_ms, CORRECTION))
+        return int(kept)

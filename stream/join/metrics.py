@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from stream.join.logic import NEVER_MS, Plan
+from stream.join.logic import CORRECTION, Plan
 from stream.join.recovery import RebuildProgress
+from stream.join.terms import NEVER_MS
 
 if TYPE_CHECKING:
     from stream.join.partition import PartitionJoin
@@ -32,10 +33,15 @@ class JoinMetrics:
         self.left_out = Counter(
             "headrace_join_left_out", "Negatives left out of `examples` by join.negative_rate.", registry=registry
         )
+        self.corrections = Counter(
+            "headrace_join_corrections",
+            "Labels corrected by a click that came after the hold; they count among the examples with label 1, too.",
+            registry=registry,
+        )
         self.dead_letters = Counter("headrace_join_dead_letters", "Records refused.", ["reason"], registry=registry)
         self.pending = Gauge(
             "headrace_join_pending_impressions",
-            "Impressions whose window is open and that have no click yet; under `fnw` their negatives are out already.",
+            "Impressions whose first label is not out yet.",
             ["partition"],
             registry=registry,
         )
@@ -99,9 +105,11 @@ class JoinMetrics:
             self.examples.labels("1").inc(positives)
         if counts["negatives"]:
             self.examples.labels("0").inc(counts["negatives"])
-        left_out = len(plan.left_out) + len(plan.left_out_fake)
-        if left_out:
-            self.left_out.inc(left_out)
+        corrections = sum(example[5] == CORRECTION for example in plan.examples) if positives else 0
+        if corrections:
+            self.corrections.inc(corrections)
+        if plan.left_out:
+            self.left_out.inc(len(plan.left_out))
         for letter in plan.dead:
             self.dead_letters.labels(letter.reason).inc()
         self._clicks_seen += counts["clicks"]

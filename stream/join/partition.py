@@ -16,11 +16,12 @@ from typing import Any
 
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
-from state.join_state import Chunk, JoinMeta, JoinState
+from state.join_state import LAYOUT, Chunk, JoinMeta, JoinState
 from stream.batches import send_batches
 from stream.join.events import read_run
 from stream.join.examples import plan_records, record_count
-from stream.join.logic import Memory, Plan, Step, watermark
+from stream.join.logic import Plan, Step, watermark
+from stream.join.memory import Memory
 from stream.join.metrics import JoinMetrics
 from stream.join.progress import Progress, encode_progress
 from stream.settings import JoinSettings
@@ -61,6 +62,7 @@ class PartitionJoin:
     """Owns a partition number from the end of taking over until it is revoked.
 
     Args:
+        partitions: of the topics, committed with the progress.
         log_end: the end of a source's partition by the last fetch, by topic name.
         fatal: called when a transaction fails; must not return. Nothing decided may be used after that.
     """
@@ -73,6 +75,7 @@ class PartitionJoin:
         names: TopicNames,
         group: str,
         identity: str,
+        partitions: int,
         taken: TakenOver,
         log_end: Callable[[str], LogEnd | None],
         after_step: Callable[[PartitionJoin], None],
@@ -81,6 +84,7 @@ class PartitionJoin:
     ) -> None:
         self.number = number
         self._settings, self._names, self._group, self._identity = settings, names, group, identity
+        self._partitions = partitions
         self._producer, self._state, self._memory = taken.producer, taken.state, taken.memory
         self._log_end, self._after_step, self._fatal, self._metrics = log_end, after_step, fatal, metrics
         self.positions, self.pending, self.steps = taken.positions, taken.pending, 0
@@ -141,7 +145,10 @@ class PartitionJoin:
 
     async def _step(self, runs: list[Run]) -> None:
         began = time.perf_counter()
-        step = Step(self._settings, self._state, self._memory)
+        memory = self._memory
+        # What the step decides by is what it commits, so terms go before it and not after.
+        memory.history = memory.history.pruned(*self.low_water()[:2])
+        step = Step(self._settings, self._state, memory)
         after = Positions(self.positions.impressions, self.positions.clicks, self.positions.examples)
         for run in runs:
             events = read_run(run.records, self._settings.max_future_ms, self._settings.max_watermark_future_ms)
@@ -154,13 +161,13 @@ class PartitionJoin:
                 step.clicks(events)
                 after.clicks = run.after
         allowed = watermark(
-            self._memory,
+            memory,
             impressions_idle=self._idle(self._names.impressions, after.impressions),
             clicks_idle=self._idle(self._names.clicks, after.clicks),
         )
         plan = step.close(allowed, self._names.clicks, self.number)
         self._metrics.decide_seconds.observe(time.perf_counter() - began)
-        if runs or plan.settled or plan.dead or plan.forgotten:
+        if runs or plan.settled or plan.examples or plan.dead or plan.forgotten:
             chunk = self._chunk(plan)
             try:
                 await self._commit(plan, after)
@@ -235,22 +242,27 @@ class PartitionJoin:
         impressions_low, clicks_low, examples_low = memory.low_water(after.impressions, after.clicks, after.examples)
         return Progress(
             watermark_ms=memory.watermark_ms,
+            cut=memory.cut,
             impressions_seen_ms=memory.impressions_seen_ms,
             clicks_seen_ms=memory.clicks_seen_ms,
             impressions_low=impressions_low,
             clicks_low=clicks_low,
             examples_low=examples_low,
+            terms=memory.history.terms,
+            partitions=self._partitions,
         )
 
     def _apply(self, plan: Plan, after: Positions, chunk: Chunk | None) -> None:
         """Bring the state to where the committed log now is, in one write."""
         began = time.perf_counter()
-        batch = self._state.batch()
-        batch.drop_pending_before(plan.expired_from_ms, plan.expired_until_ms)
+        memory, batch = self._memory, self._state.batch()
+        batch.drop_pending_before(memory.expired_ms, plan.expired_until_ms)
+        memory.expired_ms = max(memory.expired_ms, plan.expired_until_ms)
         batch.drop_pending(plan.dropped_pending)
         batch.remember(plan.remembered.items())
-        labelled = self._settings.label_policy == "fnw"
-        batch.add_pending(((*place, *row) for place, row in plan.new_pending.items()), labelled=labelled)
+        batch.add_pending((*place, *row) for place, row in plan.new_pending.items())
+        batch.drop_held(plan.dropped_held)
+        batch.hold(plan.held.items())
         batch.add_early(plan.new_early)
         batch.drop_early(plan.dropped_early)
         if chunk is not None:
@@ -260,12 +272,14 @@ class PartitionJoin:
         batch.set_meta(
             JoinMeta(
                 identity=self._identity,
+                layout=LAYOUT,
                 impressions_position=after.impressions,
                 clicks_position=after.clicks,
                 examples_position=after.examples,
-                watermark_ms=self._memory.watermark_ms,
-                impressions_seen_ms=self._memory.impressions_seen_ms,
-                clicks_seen_ms=self._memory.clicks_seen_ms,
+                watermark_ms=memory.watermark_ms,
+                cut=memory.cut,
+                impressions_seen_ms=memory.impressions_seen_ms,
+                clicks_seen_ms=memory.clicks_seen_ms,
             )
         )
         batch.write()

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import msgspec
 
+from stream.join.terms import Terms
+
 __all__ = ["Progress", "decode_progress", "encode_progress"]
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
+class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Kept with both sources' committed offsets, in the transaction that commits them.
+
+    First labels are out up to (watermark, cut): of an impression exactly when (event time + hold, offset) lies below. The cut
+    is above 0 only where more impressions of one time are due than one transaction takes.
 
     A low-water offset is the earliest one that a pending or remembered record still needs. Names are short because a broker
     takes 4,096 bytes of metadata at most, and people read it with Kafka's own tools.
@@ -20,6 +25,9 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     impressions_low: int = msgspec.field(name="il")
     clicks_low: int = msgspec.field(name="cl")
     examples_low: int = msgspec.field(name="el")
+    cut: int = msgspec.field(name="x", default=0)
+    terms: tuple[Terms, ...] = msgspec.field(name="t", default=())  # () in progress that version 0.1.0 committed
+    partitions: int = msgspec.field(name="n", default=0)  # of the topics when this was committed; 0 where it isn't known
 
 
 def encode_progress(progress: Progress) -> str:

@@ -11,15 +11,15 @@ from typing import Any
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
-from state.join_state import LAYOUT, StateOptions
+from state.join_state import StateOptions
 from stream.cluster import Cluster, describe_cluster
 from stream.errors import Abandoned, TopicError
-from stream.join.logic import NEVER_MS
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin
 from stream.join.recovery import RebuildProgress, told
 from stream.join.retention import RetentionWatch
 from stream.join.takeover import Takeover
+from stream.join.terms import NEVER_MS
 from stream.runtime import Watchdog, build_app, fatal, new_registry, serve
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings
 from stream.topics import TopicNames
@@ -158,7 +158,7 @@ class JoinWorker:
         cluster, names = self._cluster, self._names
         topics = (names.impressions, names.clicks, names.examples)
         ids = (cluster.topic_ids[topic] for topic in topics)
-        identity = "/".join([cluster.cluster_id, *ids, str(number), f"layout {LAYOUT}"])
+        identity = "/".join([cluster.cluster_id, *ids, str(number)])
         takeover = Takeover(
             kafka=self._kafka,
             settings=self._settings,
@@ -177,6 +177,7 @@ class JoinWorker:
             names=names,
             group=self._group,
             identity=identity,
+            partitions=cluster.partitions[names.impressions],
             taken=taken,
             log_end=lambda topic: self._log_end(TP(topic, number)),
             after_step=self._balance_sources,

@@ -27,8 +27,8 @@ Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Headers = dict[str, bytes]
 
-# The header of a record, without a key, that is no example.
-LEFT_OUT = ("kind", b"left_out")
+# The headers of records, without a key, that are no examples (`stream.join.examples`).
+NO_EXAMPLES = (("kind", b"left_out"), ("kind", b"matched"))
 # 18 digits always fit an int64; epoch milliseconds have 13.
 MAX_DIGITS = 18
 # Space of the hashes of impression ids; another name would draw other samples.
@@ -102,9 +102,9 @@ class ExampleDecoder:
     def decode(self, run: Run) -> DecodedRun:
         """Columns of a run. Bad records become dead letters (reason codes of `stream.dead_letters`), never errors.
 
-        Records that name what was left out (`stream.join.examples`) are no examples and are passed over.
+        Records of the join's own bookkeeping (`stream.join.examples`) are no examples and are passed over.
         """
-        records: Sequence[Any] = [record for record in run.records if record.key is not None or LEFT_OUT not in record.headers]
+        records: Sequence[Any] = [record for record in run.records if record.key is not None or not _is_bookkeeping(record)]
         letters: list[DeadLetter] = []
         headers = [dict(record.headers) for record in records]
         columns = _columns(headers)
@@ -145,6 +145,10 @@ def hash_ids(ids: Sequence[bytes | None]) -> Int64Array:
         return np.empty(0, np.int64)
     column = pa.array([b"" if each is None else each for each in ids], pa.binary())
     return hash_strings(column, np.full(len(ids), space_seed(_ID_SPACE), np.uint64))
+
+
+def _is_bookkeeping(record: Any) -> bool:
+    return any(header in record.headers for header in NO_EXAMPLES)
 
 
 def _columns(headers: list[Headers]) -> _Columns | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from state.errors import JoinStateError
-from state.join_state import _ENTRY, Chunk, Entry, JoinMeta
+from state.join_state import _ENTRY, Chunk, Entry, JoinMeta, Pending, Place
 
 __all__ = ["DictState", "Disk"]
 
@@ -21,6 +21,7 @@ class DictState:
         self.open = False
         self.ids: dict[bytes, Entry] = {}
         self.payloads: dict[tuple[int, int], tuple[bytes, bytes, bool]] = {}
+        self.held_clicks: dict[Place, int] = {}
         self.early: dict[tuple[bytes, int, int], bytes] = {}
         self.chunks: dict[Chunk, list[bytes]] = {}
         self._meta: JoinMeta | None = None
@@ -37,13 +38,19 @@ class DictState:
     def packed_entries(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return [None if entry is None else _ENTRY.pack(*entry) for entry in self.entries(keys)]
 
-    def values(self, impressions: Sequence[tuple[int, int]]) -> list[tuple[bytes, bool] | None]:
-        return [self.payloads[place][1:] if place in self.payloads else None for place in impressions]
+    def pending(self, places: Sequence[Place]) -> list[Pending | None]:
+        return [(*place, *self.payloads[place]) if place in self.payloads else None for place in places]
 
-    def pending_between(self, from_ms: int, until_ms: int) -> Iterator[tuple[int, int, bytes, bytes, bool]]:
-        for time_ms, offset in sorted(self.payloads):
-            if from_ms <= time_ms < until_ms:
-                yield time_ms, offset, *self.payloads[time_ms, offset]
+    def pending_between(self, begin: Place, end: Place) -> Iterator[Pending]:
+        for place in sorted(self.payloads):
+            if begin <= place < end:
+                yield (*place, *self.payloads[place])
+
+    def held(self, places: Sequence[Place]) -> list[int | None]:
+        return [self.held_clicks.get(place) for place in places]
+
+    def held_between(self, begin: Place, end: Place) -> dict[Place, int]:
+        return {place: click_ms for place, click_ms in self.held_clicks.items() if begin <= place < end}
 
     def early_clicks(self) -> Iterator[tuple[bytes, tuple[int, int, bytes]]]:
         for (key, time_ms, offset), value in sorted(self.early.items()):
@@ -52,8 +59,8 @@ class DictState:
     def all_chunks(self) -> Iterator[Chunk]:
         yield from sorted(self.chunks)
 
-    def count_pending(self) -> int:
-        return len(self.payloads)
+    def pending_places(self) -> Iterator[Place]:
+        yield from sorted(self.payloads)
 
     def flush(self) -> None:
         pass
@@ -86,6 +93,14 @@ class _Batch:
 
         self._changes.append(drop)
 
+    def hold(self, clicks: Iterable[tuple[Place, int]]) -> None:
+        rows = dict(clicks)
+        self._changes.append(lambda: self._state.held_clicks.update(rows))
+
+    def drop_held(self, places: Iterable[Place]) -> None:
+        for place in places:
+            self._changes.append(lambda place=place: self._state.held_clicks.pop(place, None))
+
     def add_early(self, clicks: Iterable[tuple[bytes, tuple[int, int, bytes]]]) -> None:
         rows = {(key, time_ms, offset): value for key, (time_ms, offset, value) in clicks}
         self._changes.append(lambda: self._state.early.update(rows))
@@ -97,10 +112,10 @@ class _Batch:
     def add_chunk(self, chunk: Chunk, keys: Sequence[bytes]) -> None:
         self._changes.append(lambda: self._state.chunks.update({chunk: list(keys)}))
 
-    def forget(self, chunk: Chunk, before_ms: int, changed: Mapping[bytes, Entry]) -> None:
+    def forget(self, chunk: Chunk, before_ms: Callable[[int], int], changed: Mapping[bytes, Entry]) -> None:
         for key in self._state.chunks.get(chunk, []):
             entry = changed.get(key, self._state.ids.get(key))
-            if entry is not None and entry[0] < before_ms:
+            if entry is not None and entry[0] < before_ms(entry[1]):
                 self._changes.append(lambda key=key: self._state.ids.pop(key, None))
         self._changes.append(lambda: self._state.chunks.pop(chunk, None))
 

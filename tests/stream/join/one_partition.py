@@ -62,6 +62,7 @@ async def take(settings: Settings) -> PartitionJoin:
         names=names,
         group=GROUP,
         identity="i",
+        partitions=1,
         taken=taken,
         log_end=lambda topic: None,
         after_step=lambda partition: None,

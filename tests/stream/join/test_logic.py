@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.join_state import Chunk
-from stream.join.logic import CORRECTION, FAKE, FIRST, NEVER_MS, Memory, watermark
+from stream.join import logic
+from stream.join.logic import CORRECTION, FIRST, watermark
+from stream.join.memory import Memory
+from stream.join.terms import NEVER_MS, History
 from stream.settings import JoinSettings
 from tests.stream.join.oracle import Oracle, Partition, run_of
 
@@ -27,8 +30,17 @@ SETTINGS = st.builds(
     dedupe_horizon_ms=st.sampled_from([0, 3, 8, 30]),
     negative_skew_ms=st.sampled_from([0, 0, 2, 12]),
     max_outputs=st.sampled_from([1, 2, 5, 10_000]),
-    label_policy=st.sampled_from(["wait", "fnw"]),
+    hold_ms=st.sampled_from([0, 3, 10]),
     negative_rate=st.sampled_from([1.0, 1.0, 0.4]),
+)
+CHANGED = st.builds(
+    join_settings,
+    window_ms=st.sampled_from([4, 10, 25]),
+    dedupe_horizon_ms=st.sampled_from([0, 3, 8, 30]),
+    negative_skew_ms=st.sampled_from([0, 2, 12]),
+    max_outputs=st.sampled_from([1, 2, 10_000]),
+    hold_ms=st.sampled_from([0, 3, 10, 25]),
+    negative_rate=st.sampled_from([1.0, 0.4]),
 )
 KEYS = st.sampled_from([b"a", b"b", b"c", b"d", b"e", b"f"])
 ROWS = st.lists(st.tuples(KEYS, st.integers(0, 60)), max_size=6)
@@ -54,29 +66,31 @@ class Checked:
         for source, rows, mark in runs:
             cut.append((source, run_of(rows, offsets[source], mark=mark)))
             offsets[source] += len(rows)
-        was = self.real.memory.watermark_ms
-        earlier = self.real.state.payloads.keys() - set()
+        memory = self.real.memory
+        was = memory.watermark_ms, memory.cut
+        self.oracle.change(self.real.settings, memory.history.pruned(*self.real.low_water()[:2]))
         plan = self.real.step(cut, impressions_idle=impressions_idle, clicks_idle=clicks_idle)
         for source, events in cut:
             judge = self.oracle.impression if source == "impressions" else self.oracle.click
             for row in zip(events.keys, events.times_ms, events.offsets, strict=True):
                 judge(*row)
-        assert plan.watermark_ms == self.real.memory.watermark_ms >= was
-        self.oracle.move(plan.watermark_ms)
+        assert plan.watermark_ms == memory.watermark_ms
+        assert (memory.watermark_ms, memory.cut) >= was
+        self.oracle.move(memory.watermark_ms, memory.cut)
         self._hold_against_the_oracle(plan)
         self._hold_low_water()
-        gone = earlier - self.real.state.payloads.keys()
-        expired = gone - {(time, offset) for _, _, time, offset, click, _ in plan.examples if click >= 0}
-        others = [example for example in plan.examples if example[5] != FIRST or example[4] >= 0]
-        room = max(self.settings.max_outputs - len(others), 1)
-        assert plan.watermark_ms == self.real.allowed_ms or (plan.watermark_ms < self.real.allowed_ms and len(expired) >= room)
-        if expired:  # as many as there is room for, and those of the same time as the last
-            own = sum(kind == FIRST and click < 0 for *_, click, kind in plan.examples) + len(plan.left_out) - len(expired)
-            assert sum(time < max(expired)[0] for time, _ in expired) < room or own > 0
+        mine = {offset for source, events in cut if source == "impressions" for offset in events.offsets}
+        stored = [*plan.left_out, *(offset for _, _, _, offset, _, kind in plan.examples if kind == FIRST)]
+        stored = [offset for offset in stored if offset not in mine]
+        assert len(stored) <= self.real.settings.max_outputs
+        # Short of where it may go only because the transaction is full.
+        if (memory.watermark_ms, memory.cut) < (self.real.allowed_ms, 0):
+            corrections = sum(kind == CORRECTION for *_, kind in plan.examples)
+            assert len(stored) >= max(self.real.settings.max_outputs - corrections, 1)
         return plan
 
     def _hold_against_the_oracle(self, plan: Any) -> None:
-        for offset in (*plan.left_out, *plan.left_out_fake):
+        for offset in plan.left_out:
             assert offset not in self.left_out | self.firsts.keys(), "left out twice, or a label as well"
             self.left_out.add(offset)
         for key, value, time_ms, offset, click_ms, kind in plan.examples:
@@ -89,12 +103,12 @@ class Checked:
                 self.firsts[offset] = click_ms
             assert (key, time_ms) == self.oracle.accepted[offset]
             assert value == b"%d" % offset
-        window = {FIRST: self.settings.window_ms, FAKE: 0}
-        settled = [
-            max(click, time if kind != FIRST else 0) if click >= 0 else time + window[kind]
-            for _, _, time, _, click, kind in plan.examples
-        ]
-        assert settled == sorted(settled)
+        leaves = []  # when real time would have sent it
+        for _, _, time_ms, offset, click_ms, kind in plan.examples:
+            chosen = self.oracle.lives_by[offset]
+            due_ms = time_ms + min(chosen.hold_ms, chosen.window_ms)
+            leaves.append(max(due_ms, click_ms) if kind == CORRECTION else due_ms)
+        assert leaves == sorted(leaves)
         for letter in plan.dead:
             assert letter.message
             assert (letter.reason, letter.offset) not in self.dead, "said twice"
@@ -104,7 +118,14 @@ class Checked:
         assert (self.firsts, self.corrections, self.left_out) == (oracle.firsts, oracle.corrections, oracle.left_out)
         assert self.dead == oracle.dead
         assert self.counts == oracle.counts
-        assert {offset for _, offset in state.payloads} == oracle.pending()
+        stored = {offset for _, offset in state.payloads}
+        assert oracle.open() <= stored
+        longest_ms = self.real.memory.history.max_window_ms  # what is expired is deleted by that at the latest
+        assert all(time_ms >= self.real.memory.watermark_ms - longest_ms for time_ms, _ in state.payloads)
+        assert not any(offset in oracle.clicks and oracle.is_out(offset) for offset in stored)
+        assert {offset: click for (_, offset), click in state.held_clicks.items()} == {
+            offset: click for offset, click in oracle.clicks.items() if not oracle.is_out(offset)
+        }
         assert {(key, time, offset) for (key, time), offset in oracle.waiting.items()} == state.early.keys()
         waiting = [(key, click) for key, clicks in self.real.memory.early.items() for click in clicks.values()]
         assert {(key, time, offset) for key, (time, offset, _) in waiting} == state.early.keys()
@@ -122,11 +143,11 @@ class Checked:
         assert all(offset >= impressions for _, offset in self.real.state.payloads)
         assert all(offset >= clicks for _, _, offset in self.real.state.early)
         for offset, (key, time_ms) in self.oracle.accepted.items():
-            if time_ms >= self.real.forget_before_ms:
+            if self.oracle.remembered(offset):
                 assert offset >= impressions
                 assert self.real.example_of.get(offset, examples) >= examples
                 if self.oracle.last[key] == offset:
-                    assert self.real.state.ids[key] == (time_ms, offset, self.oracle.labels.get(offset, -1) >= 0)
+                    assert self.real.state.ids[key] == (time_ms, offset, offset in self.oracle.clicks)
 
     def end(self) -> None:
         """A watermark record behind everything; as many steps as the cap needs."""
@@ -138,7 +159,7 @@ class Checked:
         self.step([], False, False)
         assert self.firsts.keys() | self.left_out == self.oracle.accepted.keys()
         state = self.real.state
-        assert (state.payloads, state.early, state.ids, state.chunks) == ({}, {}, {}, {})
+        assert (state.payloads, state.held_clicks, state.early, state.ids, state.chunks) == ({}, {}, {}, {}, {})
         assert self.low == (self.real.impressions, self.real.clicks, self.real.examples)
 
 
@@ -148,6 +169,19 @@ def test_any_log_cut_anyhow(chosen, steps):
     checked = Checked(chosen)
     for runs, impressions_idle, clicks_idle in steps:
         checked.step(runs, impressions_idle, clicks_idle)
+    checked.end()
+
+
+@settings(max_examples=200, deadline=None)
+@given(SETTINGS, st.lists(st.tuples(st.one_of(st.none(), CHANGED), STEPS), max_size=4))
+def test_settings_change_in_the_middle(chosen, lives):
+    """What was read before goes on under its own settings; nobody is labelled twice, and nobody never."""
+    checked = Checked(chosen)
+    for changed, steps in lives:
+        if changed is not None:
+            checked.real.change(changed)
+        for runs, impressions_idle, clicks_idle in steps:
+            checked.step(runs, impressions_idle, clicks_idle)
     checked.end()
 
 
@@ -195,12 +229,77 @@ def labels(plan: Any) -> list[tuple[bytes, int, int]]:
     return [(key, time_ms, click_ms) for key, _, time_ms, _, click_ms, _ in plan.examples]
 
 
+def moved(partition: Partition, mark: int) -> Any:
+    """A step in which both sources say that they are this far."""
+    marks = [("impressions", run_of([], partition.impressions, mark=mark)), ("clicks", run_of([], partition.clicks, mark=mark))]
+    return partition.step(marks)
+
+
+def test_a_label_leaves_when_its_hold_is_over_and_a_later_click_corrects_it():
+    partition = Partition(join_settings(hold_ms=4))
+    partition.step([("impressions", run_of([(b"early", 20), (b"late", 21), (b"never", 22)], 0))])
+    assert labels(partition.step([("clicks", run_of([(b"early", 24)], 0))])) == []  # no label before its time
+    assert labels(moved(partition, 24)) == []
+    assert labels(moved(partition, 25)) == [(b"early", 20, 24)]
+    assert labels(moved(partition, 27)) == [(b"late", 21, -1), (b"never", 22, -1)]
+    plan = partition.step([("clicks", run_of([(b"late", 30), (b"late", 29)], 1))])
+    assert [(key, click, kind) for key, _, _, _, click, kind in plan.examples] == [(b"late", 30, CORRECTION)]
+
+
+def test_a_click_beyond_the_hold_that_was_read_before_the_label_corrects_it_at_once():
+    partition = Partition(join_settings(hold_ms=4))
+    partition.step([("impressions", run_of([(b"a", 20)], 0)), ("clicks", run_of([(b"a", 25)], 0))])
+    plan = moved(partition, 25)
+    assert [(click, kind) for _, _, _, _, click, kind in plan.examples] == [(-1, FIRST), (25, CORRECTION)]
+    assert labels(partition.step([("clicks", run_of([(b"a", 22)], 1))])) == []  # a duplicate by now
+
+
+def test_of_several_clicks_the_earliest_decides_also_when_it_comes_last():
+    partition = Partition(join_settings(hold_ms=4))
+    partition.step([("impressions", run_of([(b"a", 20)], 0)), ("clicks", run_of([(b"a", 25)], 0))])
+    partition.step([("clicks", run_of([(b"a", 23), (b"a", 24)], 1))])
+    assert labels(moved(partition, 25)) == [(b"a", 20, 23)]
+
+
+def test_a_hold_as_long_as_the_window_never_corrects():
+    partition = Partition(join_settings(max_outputs=1))
+    partition.step([("impressions", run_of([(b"a", 20), (b"b", 20)], 0))])
+    assert labels(moved(partition, 31)) == [(b"a", 20, -1)]
+    assert partition.memory.watermark_ms == 30  # b is left for the next step, and a click of a could come still
+    plan = partition.step([("clicks", run_of([(b"a", 29)], 0))])
+    assert labels(plan) == [(b"b", 20, -1)]
+    assert plan.counts["late_clicks"] == 1
+
+
+def test_impressions_pending_keep_the_window_that_they_came_under():
+    partition = Partition(join_settings())
+    partition.step([("impressions", run_of([(b"old", 20)], 0))])
+    partition.change(join_settings(window_ms=3))
+    partition.step([("impressions", run_of([(b"new", 20)], 1)), ("clicks", run_of([(b"old", 29), (b"new", 29)], 0))])
+    assert labels(moved(partition, 24)) == [(b"new", 20, -1)]
+    assert labels(moved(partition, 31)) == [(b"old", 20, 29)]
+
+
+def test_a_longer_horizon_counts_from_the_change_on():
+    partition = Partition(join_settings(dedupe_horizon_ms=0))
+    partition.step([("impressions", run_of([(b"a", 20)], 0))])
+    moved(partition, 60)
+    assert partition.state.ids == {}  # forgotten
+    partition.change(join_settings(dedupe_horizon_ms=500))
+    plan = partition.step([("impressions", run_of([(b"a", 20)], 1))])
+    assert plan.counts["late_impressions"] == 1  # not a second first label
+
+
 def test_the_edges_of_the_window():
     for skew, delay, positive in [(0, 0, True), (0, -1, False), (0, 10, True), (0, 11, False), (2, -2, True), (2, -3, False)]:
         for click_first in (False, True):
             partition = Partition(join_settings(negative_skew_ms=skew))
             runs = [("impressions", run_of([(b"a", 20)], 0)), ("clicks", run_of([(b"a", 20 + delay)], 0))]
             plans = [partition.step([run]) for run in (reversed(runs) if click_first else runs)]
+            plans.append(moved(partition, 31))
+            if not positive:
+                assert [label for plan in plans for label in labels(plan)] == [(b"a", 20, -1)]
+                continue
             assert [label for plan in plans for label in labels(plan)] == ([(b"a", 20, 20 + delay)] if positive else [])
 
 
@@ -217,8 +316,8 @@ def test_the_first_of_several_early_clicks_counts():
     partition = Partition(join_settings())
     partition.step([("clicks", run_of([(b"a", 27), (b"a", 22), (b"a", 22), (b"a", 99)], 0))])
     plan = partition.step([("impressions", run_of([(b"a", 20)], 0))])
-    assert labels(plan) == [(b"a", 20, 22)]
     assert plan.counts == {"impressions": 1, "matched_clicks": 1, "duplicate_clicks": 1, "negatives": 0}
+    assert labels(moved(partition, 31)) == [(b"a", 20, 22)]
     assert partition.state.early.keys() == {(b"a", 99, 3)}
 
 
@@ -229,7 +328,8 @@ def test_an_id_used_again_in_the_step_that_forgets_it():
     plan = partition.step([("impressions", run_of([(b"a", 200)], 1)), ("clicks", run_of([], 0, mark=150))])
     assert [chunk.first_offset for chunk in plan.forgotten] == [0]
     assert partition.state.ids == {b"a": (200, 1, False)}
-    assert labels(partition.step([("clicks", run_of([(b"a", 201)], 0))])) == [(b"a", 200, 201)]
+    partition.step([("clicks", run_of([(b"a", 201)], 0))])
+    assert labels(moved(partition, 300)) == [(b"a", 200, 201)]
 
 
 def test_an_id_used_twice_in_one_step_holds_the_low_water_at_its_first_use():
@@ -239,9 +339,13 @@ def test_an_id_used_twice_in_one_step_holds_the_low_water_at_its_first_use():
     assert partition.low_water() == (0, 0, 0)
 
 
+def no_horizon() -> History:
+    return History().with_settings(join_settings(dedupe_horizon_ms=0), impressions=0, clicks=0, watermark_ms=NEVER_MS)
+
+
 def test_chunks_of_one_first_offset_are_forgotten_each():
     # Two rebuilds of which one was given up may have cut the same offsets in two ways.
-    memory = Memory()
+    memory = Memory(no_horizon())
     for chunk in (Chunk(3, 5, 1), Chunk(3, 7, 1), Chunk(9, 6, 4)):
         memory.add_chunk(chunk)
     assert memory.low_water(20, 20, 20) == (3, 20, 1)
@@ -270,9 +374,23 @@ def test_what_one_transaction_may_hold_caps_the_watermark():
     plans = [partition.step(marks)]
     while plans[-1].watermark_ms < END_MS:
         plans.append(partition.step([]))
-    # Impressions of one time go together: the watermark can't stand between them.
-    assert [len(plan.examples) for plan in plans] == [4, 4, 2]
-    assert [plan.watermark_ms for plan in plans] == [112, 114, END_MS]
+    assert [len(plan.examples) for plan in plans] == [3, 3, 3, 1]
+    assert [plan.watermark_ms for plan in plans] == [111, 113, 114, END_MS]
+
+
+def test_what_is_due_at_one_instant_is_cut_too():
+    partition = Partition(join_settings(max_outputs=3))
+    partition.step([("impressions", run_of([(b"%d" % index, 100) for index in range(8)], 0))])
+    plans = [moved(partition, END_MS), partition.step([]), partition.step([])]
+    assert [[example[3] for example in plan.examples] for plan in plans] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [plan.watermark_ms for plan in plans] == [110, 110, END_MS]
+
+
+def test_a_transaction_is_cut_by_bytes_too(monkeypatch):
+    monkeypatch.setattr(logic, "MAX_OUTPUT_BYTES", 2)
+    partition = Partition(join_settings())
+    partition.step([("impressions", run_of([(b"%d" % index, 100) for index in range(8)], 0))])  # values of one byte
+    assert [len(plan.examples) for plan in (moved(partition, END_MS), partition.step([]), partition.step([]))] == [3, 3, 2]
 
 
 def test_a_run_without_events_says_nothing_of_event_time():
@@ -297,7 +415,7 @@ def test_a_run_without_events_says_nothing_of_event_time():
     ],
 )
 def test_the_watermark(was, impressions, clicks, idle, expected):
-    memory = Memory(watermark_ms=was, impressions_seen_ms=impressions, clicks_seen_ms=clicks)
+    memory = Memory(no_horizon(), watermark_ms=was, impressions_seen_ms=impressions, clicks_seen_ms=clicks)
     assert watermark(memory, impressions_idle="i" in idle, clicks_idle="c" in idle) == expected
 
 

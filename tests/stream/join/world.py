@@ -17,7 +17,8 @@ from stream.join.events import WATERMARK_HEADER
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, TakenOver
 from stream.join.progress import decode_progress
-from stream.join.takeover import Takeover, _Committed, _Rebuild
+from stream.join.rebuild import Committed, Rebuild
+from stream.join.takeover import Takeover
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topics import TopicNames
 from stream.transport import LogEnd, Run
@@ -59,12 +60,12 @@ class World:
         self.left_out: set[int] = set()
         self.dead: set[tuple[str, int]] = set()
 
-    def committed(self) -> _Committed:
+    def committed(self) -> Committed:
         at = *self.log.starts.values(), len(self.log.topics[NAMES.examples])
         if not self.log.committed:
-            return _Committed(0, 0, *at, None)
+            return Committed(0, 0, *at, None)
         (impressions, metadata), (clicks, _) = (self.log.committed[topic] for topic in (NAMES.impressions, NAMES.clicks))
-        return _Committed(impressions, clicks, *at, decode_progress(metadata))
+        return Committed(impressions, clicks, *at, decode_progress(metadata))
 
     async def take(self, worker: str, still_ours: Callable[[], bool] = lambda: True) -> PartitionJoin:
         """As `Takeover.take` does, with the fakes."""
@@ -80,7 +81,7 @@ class World:
         )._open(0, committed)
         try:
             consumer = FakeConsumer(self.log)
-            rebuild = _Rebuild(self.settings, NAMES, 0, "i", consumer, state, committed, still_ours)
+            rebuild = Rebuild(self.settings, NAMES, 0, "i", consumer, state, committed, still_ours)
             memory, positions, pending = await rebuild.run()
         except BaseException:
             state.close()
@@ -91,6 +92,7 @@ class World:
             names=NAMES,
             group="g",
             identity="i",
+            partitions=1,
             taken=TakenOver(FakeProducer(self.log), state, memory, positions, pending),
             log_end=self.log_end,
             after_step=lambda partition: None,
@@ -152,8 +154,9 @@ class World:
         partition._producer.crash = crash
         # A watermark that moved without settling anything was not committed; a crash takes it back.
         partition._idle_since.update(dict.fromkeys(self.idle, float("-inf")))  # for long, where the position is at the end
-        self.oracle.settings = partition._settings
-        self.oracle.watermark_ms, before = partition.memory.watermark_ms, dict(self.log.committed)
+        memory = partition.memory
+        self.oracle.watermark_ms, before = memory.watermark_ms, dict(self.log.committed)
+        self.oracle.change(partition._settings, memory.history.pruned(*partition.low_water()[:2]))
         try:
             await partition._step(runs)
         except Crash:
@@ -166,7 +169,9 @@ class World:
                         judge(record.key, time_of(record), record.offset)
         assert partition is not None
         if self.log.committed != before:
-            self.oracle.move(self.committed().progress.watermark_ms)  # type: ignore[union-attr]
+            progress = self.committed().progress
+            assert progress is not None
+            self.oracle.move(progress.watermark_ms, progress.cut)
         self.audit()
 
     def audit(self) -> None:
@@ -174,6 +179,12 @@ class World:
         for record in self.log.records(NAMES.examples, self.audited[NAMES.examples]):
             headers = dict(record.headers)
             if REPLAY_HEADER in headers:
+                continue
+            if headers["kind"] == b"matched":
+                assert record.key is None
+                for offset, time_ms, click_ms in json.loads(record.value):
+                    assert self.oracle.accepted[offset][1] == time_ms
+                    assert self.oracle.counts_for(click_ms, offset)
                 continue
             if record.key is None:
                 offsets = set(json.loads(record.value))
@@ -213,11 +224,11 @@ class World:
         Where it made a label, and is the only one of its time, `examples` says so.
         """
         same = [r for r in self.log.records(NAMES.clicks) if r.value and (r.key, time_of(r)) == (key, click_ms)]
-        labels = self.oracle.labels
-        if len(same) == 1 and any(who == key and labels.get(o) == click_ms for o, (who, _) in self.oracle.accepted.items()):
+        clicks = self.oracle.clicks
+        if len(same) == 1 and any(who == key and clicks.get(o) == click_ms for o, (who, _) in self.oracle.accepted.items()):
             return False
-        uses = sorted((o, time) for o, (who, time) in self.oracle.accepted.items() if who == key and o < impressions_position)
-        return any(self.oracle.counts_for(click_ms, time_ms) for _, time_ms in uses[:-1])
+        uses = sorted(o for o, (who, _) in self.oracle.accepted.items() if who == key and o < impressions_position)
+        return any(self.oracle.counts_for(click_ms, offset) for offset in uses[:-1])
 
     def told_apart(self, content: dict[str, Any]) -> dict[str, Any]:
         """What is the same on every way: without the clicks for which there are two answers."""
@@ -228,17 +239,29 @@ class World:
     def content(self, partition: PartitionJoin) -> dict[str, Any]:
         """What decides the future: the same for every way to the same place in the log."""
         state, memory = partition._state, partition.memory
-        bound = memory.watermark_ms - self.settings.window_ms - 2 * self.settings.dedupe_horizon_ms
+        history = memory.history.pruned(*partition.low_water()[:2])
+        late_ms = history.late_before(memory.watermark_ms)
         keys = sorted({record.key for record in self.log.records(NAMES.impressions) if record.key})
         entries = zip(keys, state.entries(keys), strict=True)
         early = sorted(state.early_clicks())
         assert early == sorted((key, click) for key, waiting in memory.early.items() for click in waiting.values())
-        assert partition.pending == state.count_pending()
+        rows = [  # without those that wait to be deleted
+            row
+            for row in state.pending_between((0, 0), (1 << 60, 0))
+            if row[0] + history.of(row[1]).window_ms >= memory.watermark_ms
+        ]
+        pending = [row for row in rows if not memory.first_is_out(row[0], row[1], history.of(row[1]))]
+        assert partition.pending == len(pending)
         return {
             "positions": (partition.positions.impressions, partition.positions.clicks),
-            "event time": (memory.watermark_ms, memory.impressions_seen_ms, memory.clicks_seen_ms),
-            "ids": {key: entry for key, entry in entries if entry is not None and entry[0] >= bound},
-            "pending": list(state.pending_between(0, 1 << 60)),
+            "event time": (memory.watermark_ms, memory.impressions_seen_ms, memory.clicks_seen_ms, memory.cut),
+            "ids": {
+                key: entry
+                for key, entry in entries
+                if entry is not None and entry[0] >= late_ms - history.of(entry[1]).horizon_ms
+            },
+            "pending": rows,
+            "held": state.held_between((0, 0), (1 << 60, 0)),
             "early": early,
         }
 
@@ -275,7 +298,7 @@ class World:
 
     def _low_water_holds(self, partition: PartitionJoin) -> bool:
         low = partition._progress(partition.positions)
-        pending = [offset for _, offset, *_ in partition._state.pending_between(0, 1 << 60)]
+        pending = [offset for _, offset, *_ in partition._state.pending_between((0, 0), (1 << 60, 0))]
         early = [click[1] for _, click in partition._state.early_clicks()]
         return all(offset >= low.impressions_low for offset in pending) and all(offset >= low.clicks_low for offset in early)
 
@@ -294,4 +317,5 @@ class World:
         await self.step([], [])
         state = self.partition._state
         assert list(state.all_chunks()) == []
+        assert (list(state.pending_places()), state.held_between((0, 0), (1 << 60, 0))) == ([], {})
         assert state.entries(sorted(self.oracle.last)) == [None] * len(self.oracle.last)

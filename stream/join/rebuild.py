@@ -1,0 +1,349 @@
+"""Bringing a partition's state from where it stands to the committed offsets: the log is read again, nothing is written to it.
+
+First `examples`: which impressions have their label, and which clicks wait for one. Then the sources: an impression that
+nothing in `examples` accounts for is pending, or came late; a click that nothing accounts for waits for its impression. Each
+record is decided under the settings that it was decided under then (`terms.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from aiokafka.structs import TopicPartition
+
+from state.join_state import LAYOUT, Chunk, Entry, JoinMeta, JoinState, Place, StateBatch
+from stream.dead_letters import REPLAY_HEADER
+from stream.errors import Abandoned, PositionError
+from stream.join.events import Events, read_run
+from stream.join.examples import left_out_of, matched_of
+from stream.join.logic import packed_click
+from stream.join.memory import EarlyClick, Memory
+from stream.join.partition import Positions
+from stream.join.progress import Progress
+from stream.join.recovery import RebuildProgress
+from stream.join.terms import NEVER_MS, History, Terms
+from stream.settings import JoinSettings
+from stream.topics import TopicNames
+
+__all__ = ["Committed", "Rebuild"]
+
+log = logging.getLogger(__name__)
+
+_END = (1 << 63, 0)  # behind every impression
+
+
+@dataclass(slots=True)
+class Committed:
+    """What the join's group has committed for a partition number, and where the logs begin and end."""
+
+    impressions: int
+    clicks: int
+    impressions_start: int  # of the log
+    clicks_start: int
+    examples_start: int
+    examples_end: int  # of all that is written, open transactions of others included
+    progress: Progress | None  # None before the first transaction ever, and after the offsets were reset by hand
+
+
+class Rebuild:
+    """Brings a state from where it stands to the committed offsets.
+
+    The first thing written takes the positions away, the last one puts the new ones there: what an unfinished rebuild leaves
+    stands for no position of the log, and is thrown away when it is opened again.
+    """
+
+    def __init__(
+        self,
+        settings: JoinSettings,
+        names: TopicNames,
+        number: int,
+        identity: str,
+        consumer: Any,
+        state: JoinState,
+        committed: Committed,
+        still_ours: Callable[[], bool],
+        progress: RebuildProgress | None = None,
+    ) -> None:
+        self._told = progress or RebuildProgress(number)
+        self._settings, self._names, self._number, self._identity = settings, names, number, identity
+        self._consumer, self._state, self._committed, self._still_ours = consumer, state, committed, still_ours
+        self._resolved: dict[int, bool] = {}  # source offset → clicked
+        self._held: dict[Place, int] = {}  # by what `examples` says: the earliest click that waits for a label
+        self._matched: set[tuple[bytes, int]] = set()  # clicks that are accounted for by it: id and event time
+        self._foreign = 0  # records in `examples` that the join has not written
+        self.impressions_read = self.clicks_read = 0
+        last = committed.progress
+        self._watermark_ms, self._cut = (last.watermark_ms, last.cut) if last else (NEVER_MS, 0)
+        self._history = self._terms_then()
+        meta = state.meta()
+        if meta is not None:
+            self._from = Positions(meta.impressions_position, meta.clicks_position, meta.examples_position)
+        elif last is not None:
+            self._from = Positions(last.impressions_low, last.clicks_low, last.examples_low)
+        else:
+            self._from = Positions(committed.impressions, committed.clicks, 0)
+
+    def _terms_then(self) -> History:
+        """What all below the committed offsets was decided under. Version 0.1.0 did not say: then it was today's settings."""
+        last = self._committed.progress
+        if last is None:
+            return History().with_settings(self._settings, impressions=0, clicks=0, watermark_ms=NEVER_MS)
+        if not last.terms:
+            return History((Terms.of(self._settings, impressions=0, clicks=0, late_floor_ms=NEVER_MS, legacy=True),))
+        return History(last.terms)
+
+    async def run(self) -> tuple[Memory, Positions, int]:
+        names, committed = self._names, self._committed
+        await self._check_start(names.impressions, self._from.impressions, committed.impressions)
+        await self._check_start(names.clicks, self._from.clicks, committed.clicks)
+        examples_end = committed.examples_end
+        # Without anything to read again, labels have nothing to say, and retention may have taken them.
+        older = self._from.impressions < committed.impressions or self._from.clicks < committed.clicks
+        labels_from = self._from.examples if older and committed.progress is not None else examples_end
+        await self._check_start(names.examples, labels_from, examples_end)
+        spans = (
+            (labels_from, examples_end),
+            (self._from.impressions, committed.impressions),
+            (self._from.clicks, committed.clicks),
+        )
+        self._told.begin(sum(max(until - start, 0) for start, until in spans))
+        async for records in self._read(names.examples, labels_from, examples_end):
+            self._resolve(records)
+        if self._foreign:
+            log.warning(
+                "%s, partition %d: passed over %d records that the join has not written",
+                names.examples,
+                self._number,
+                self._foreign,
+            )
+        async for records in self._read(names.impressions, self._from.impressions, committed.impressions):
+            self._impressions(records)
+        self._hold()
+        async for records in self._read(names.clicks, self._from.clicks, committed.clicks):
+            self._clicks(records)
+        return (
+            self._memory(self._settle(examples_end)),
+            Positions(committed.impressions, committed.clicks, examples_end),
+            self._count_pending(),
+        )
+
+    async def _check_start(self, topic: str, start: int, until: int) -> None:
+        tp = TopicPartition(topic, self._number)
+        first = (await self._consumer.beginning_offsets([tp]))[tp]
+        if start < min(first, until):
+            raise PositionError(
+                f"{topic}, partition {self._number}: rebuilding needs offsets from {start}, found the log starting at {first}. "
+                f"Retention of {topic} is shorter than what is pending: raise `topics.retention_ms`. The state folder of the "
+                "worker that had this partition last, put in `state_dir`, still allows to go on. Without it, what is pending "
+                "can't be told from what has its label: resetting the offsets of both sources with Kafka's consumer-groups "
+                "tool gives up the former (offsets beyond it) or repeats the latter (offsets before it)."
+            )
+
+    async def _read(self, topic: str, start: int, until: int) -> AsyncIterator[list[Any]]:
+        """Committed records of `start <= offset < until`, as they are fetched."""
+        if start >= until:
+            return
+        tp = TopicPartition(topic, self._number)
+        self._consumer.assign([tp])
+        self._consumer.seek(tp, start)
+        position = start
+        while position < until:
+            if not self._still_ours():
+                raise Abandoned(f"partition {self._number} went to another worker while its state was rebuilt")
+            fetched = await self._consumer.getmany(tp, timeout_ms=500)
+            records = [record for record in fetched.get(tp, ()) if record.offset < until]
+            if records:
+                yield records
+            before, position = position, min(await self._consumer.position(tp), until)
+            self._told.advance(position - before)
+
+    def _batch(self) -> StateBatch:
+        batch = self._state.batch()
+        batch.drop_meta()
+        return batch
+
+    def _first_is_out(self, place: Place) -> bool:
+        """Whether the committed watermark has passed the hold of an impression."""
+        return (place[0] + self._history.of(place[1]).hold_ms, place[1]) < (self._watermark_ms, self._cut)
+
+    def _resolve(self, records: list[Any]) -> None:
+        """Note which impressions have their label, and mark those of the local state that were clicked since."""
+        clicked: list[tuple[bytes, int, int]] = []
+        for record in records:
+            headers = dict(record.headers)
+            if REPLAY_HEADER in headers:
+                continue  # written before, as the record that became a dead letter; a correction may have followed
+            try:
+                left_out, matched = left_out_of(record), matched_of(record)
+                if left_out is not None:
+                    self._resolved.update(dict.fromkeys(left_out, False))
+                elif matched is not None:
+                    for offset, time_ms, click_ms in matched:
+                        place = time_ms, offset
+                        self._held[place] = min(click_ms, self._held.get(place, click_ms))
+                else:
+                    row = self._label(record.key, headers)
+                    clicked += [] if row is None else [row]
+            except (KeyError, TypeError, ValueError):
+                self._foreign += 1
+        entries = self._state.entries([key for key, _, _ in clicked])
+        known = [row for row, entry in zip(clicked, entries, strict=True) if entry is not None and entry[:2] == row[1:]]
+        batch = self._batch()
+        batch.remember((key, (time_ms, offset, True)) for key, time_ms, offset in known)
+        batch.drop_pending((time_ms, offset) for _, time_ms, offset in clicked)
+        batch.write()
+
+    def _label(self, key: bytes | None, headers: dict[str, bytes]) -> tuple[bytes, int, int] | None:
+        """Note one label; id, event time and offset of a clicked impression.
+
+        Raises:
+            KeyError, TypeError, ValueError: the record isn't one of the join's.
+        """
+        kind, label = headers["kind"], headers["label"]
+        if key is None or kind not in (b"first", b"correction") or label not in (b"0", b"1"):
+            raise ValueError(kind)
+        offset, time_ms = int(headers["source_offset"]), int(headers["impression_ms"])
+        if label == b"0":
+            if kind == b"first":
+                self._resolved[offset] = False
+            return None  # a correction to 0 is somebody else's, and its impression stays clicked
+        self._matched.add((key, int(headers["click_ms"])))
+        self._resolved[offset] = True
+        return key, time_ms, offset
+
+    def _by_terms(self, records: list[Any], of: Callable[[int], Terms]) -> Iterator[tuple[Terms, Events]]:
+        """The events of a run, apart by the settings that they were read under then."""
+        settings = self._settings
+        for terms, group in groupby(records, key=lambda record: of(record.offset)):
+            yield terms, read_run(list(group), terms.max_future_ms, settings.max_watermark_future_ms)
+
+    def _impressions(self, records: list[Any]) -> None:
+        """Remember what was accepted then: labelled since, or pending at the committed watermark. The rest came late."""
+        self.impressions_read += len(records)
+        for terms, events in self._by_terms(records, self._history.of):
+            self._accept(terms, events)
+
+    def _accept(self, terms: Terms, events: Events) -> None:
+        stored = self._state.entries(events.keys)
+        remembered: dict[bytes, Entry] = {}
+        pending: list[tuple[int, int, bytes, bytes]] = []
+        labelled: list[tuple[int, int, bytes, bytes]] = []  # by version 0.1.0, before the watermark had passed them
+        first_offset = -1  # not from `remembered`: an id used twice has only its later offset there
+        for index, (key, time_ms, offset) in enumerate(zip(events.keys, events.times_ms, events.offsets, strict=True)):
+            known = remembered.get(key) or stored[index]
+            if known is not None and time_ms <= known[0] + self._history.of(known[1]).horizon_ms:
+                continue
+            clicked, is_out = self._resolved.get(offset), self._first_is_out((time_ms, offset))
+            if clicked is None and (is_out or time_ms < terms.late_floor_ms):
+                continue
+            remembered[key] = (time_ms, offset, bool(clicked))
+            first_offset = offset if first_offset < 0 else first_offset
+            if not clicked and time_ms + terms.window_ms >= self._watermark_ms:
+                rows = pending if clicked is None or is_out else labelled
+                rows.append((time_ms, offset, key, events.values[index]))
+        if remembered:
+            batch = self._batch()
+            batch.remember(remembered.items())
+            batch.add_pending(pending)
+            batch.add_pending(labelled, labelled=True)
+            latest = max(time_ms for time_ms, _, _ in remembered.values())
+            batch.add_chunk(Chunk(first_offset, latest, self._from.examples), list(remembered))
+            batch.write()
+
+    def _hold(self) -> None:
+        """Keep the clicks that wait for a label; the impressions of these are clicked."""
+        places = [place for place in self._held if not self._first_is_out(place)]
+        rows, stored = self._state.pending(places), self._state.held(places)
+        batch = self._batch()
+        waiting = [(place, row, held) for place, row, held in zip(places, rows, stored, strict=True) if row is not None]
+        entries = self._state.entries([row[2] for _, row, _ in waiting])
+        for (place, row, held_ms), entry in zip(waiting, entries, strict=True):
+            click_ms = self._held[place]
+            self._matched.add((row[2], click_ms))
+            batch.hold([(place, click_ms if held_ms is None else min(click_ms, held_ms))])
+            if entry is not None and entry[:2] == place:
+                batch.remember([(row[2], (*place, True))])
+        batch.write()
+
+    def _clicks(self, records: list[Any]) -> None:
+        """Keep the clicks that still wait for their impression; the others have been accounted for."""
+        self.clicks_read += len(records)
+        batch = self._batch()
+        for _, events in self._by_terms(records, self._history.of_click):
+            entries = self._state.entries(events.keys)
+            for key, time_ms, offset, record, entry in zip(
+                events.keys, events.times_ms, events.offsets, events.records, entries, strict=True
+            ):
+                if self._waits(key, time_ms, entry):
+                    batch.add_early([(key, (time_ms, offset, packed_click(record)))])
+        batch.write()
+
+    def _waits(self, key: bytes, click_ms: int, entry: Entry | None) -> bool:
+        """Whether a click is not accounted for yet. One that labelled an id's earlier use is outside the newer use's window."""
+        if (key, click_ms) in self._matched:
+            return False
+        in_window = entry is not None and self._history.of(entry[1]).counts(click_ms, entry[0])
+        return not in_window and click_ms + self._history.max_skew_ms >= self._watermark_ms
+
+    def _settle(self, examples_end: int) -> list[tuple[bytes, EarlyClick]]:
+        """Drop what was settled since the older local state, and write the positions: the rebuild is done.
+
+        The clicks that still wait for their impression, in order of offset.
+        """
+        batch, committed = self._state.batch(), self._committed
+        batch.drop_pending_before(0, self._watermark_ms - self._history.max_window_ms)
+        labelled = [place for place in self._state.held_between((0, 0), _END) if self._first_is_out(place)]
+        batch.drop_held(labelled)
+        batch.drop_pending(labelled)
+        early = list(self._state.early_clicks())
+        entries = self._state.entries([key for key, _ in early])
+        waiting: dict[tuple[bytes, int], tuple[bytes, EarlyClick]] = {}
+        for (key, click), entry in sorted(zip(early, entries, strict=True), key=lambda row: row[0][1][1]):
+            if not self._waits(key, click[0], entry) or (key, click[0]) in waiting:
+                batch.drop_early([(key, click)])
+            else:
+                waiting[key, click[0]] = (key, click)
+        progress = committed.progress
+        batch.set_meta(
+            JoinMeta(
+                identity=self._identity,
+                layout=LAYOUT,
+                impressions_position=committed.impressions,
+                clicks_position=committed.clicks,
+                examples_position=examples_end,
+                watermark_ms=self._watermark_ms,
+                cut=self._cut,
+                impressions_seen_ms=progress.impressions_seen_ms if progress else NEVER_MS,
+                clicks_seen_ms=progress.clicks_seen_ms if progress else NEVER_MS,
+            )
+        )
+        batch.write()
+        return list(waiting.values())
+
+    def _count_pending(self) -> int:
+        """Impressions whose first label is not out yet."""
+        if any(terms.legacy for terms in self._history.terms):
+            rows = self._state.pending_between((0, 0), _END)
+            return sum(not labelled and not self._first_is_out((time_ms, offset)) for time_ms, offset, _, _, labelled in rows)
+        return sum(not self._first_is_out(place) for place in self._state.pending_places())
+
+    def _memory(self, early: list[tuple[bytes, EarlyClick]]) -> Memory:
+        """The memory to go on with. What is read from here on comes under the settings of today."""
+        committed, progress = self._committed, self._committed.progress
+        history = self._history.with_settings(
+            self._settings, impressions=committed.impressions, clicks=committed.clicks, watermark_ms=self._watermark_ms
+        )
+        memory = Memory(history)
+        if progress is not None:
+            memory.watermark_ms, memory.cut = progress.watermark_ms, progress.cut
+            memory.impressions_seen_ms, memory.clicks_seen_ms = progress.impressions_seen_ms, progress.clicks_seen_ms
+            memory.expired_ms = max(self._watermark_ms - history.max_window_ms, 0)  # from here on rows come that live longer
+        for key, click in early:
+            memory.add_early(key, click)
+        for chunk in self._state.all_chunks():
+            memory.add_chunk(chunk)
+        return memory

@@ -1,0 +1,146 @@
+"""The settings that records were decided under, by offset: they travel with the committed progress.
+
+A record is decided under the settings of the worker that reads it first, and it keeps them: an impression its window, hold,
+dedupe horizon and skew, a record of either source the bound on times ahead of its arrival. So a worker that starts with other
+settings changes nothing for what is pending, and a rebuild decides each record as it was decided then.
+
+```python
+history = History().with_settings(settings, impressions=0, clicks=0, watermark_ms=NEVER_MS)
+history.of(1_234).window_ms       # of the impression at offset 1,234
+history.late_before(watermark)    # impressions before this time are late from now on
+```
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from stream.errors import PositionError
+from stream.settings import JoinSettings
+
+__all__ = ["MAX_CHANGES", "NEVER_MS", "History", "Terms"]
+
+# Before the first event of a source. Event times are >= 0, and so is every watermark after the first event.
+NEVER_MS = -(1 << 62)
+
+# Terms kept at once. Each takes at most some 110 bytes of the 4,096 that a broker takes as an offset's metadata.
+MAX_CHANGES = 24
+
+
+class Terms(msgspec.Struct, frozen=True, array_like=True):
+    """One set of settings, and the offsets from which it holds. Short and without names, as it stands in every commit.
+
+    `late_floor_ms`: impressions before this time were late when these terms began, and stay late: their ids may be forgotten.
+    `legacy`: of version 0.1.0, which kept no terms; a pending impression itself says then whether its first label is out.
+    """
+
+    impressions_from: int
+    clicks_from: int
+    window_ms: int
+    hold_ms: int
+    horizon_ms: int
+    skew_ms: int
+    max_future_ms: int
+    late_floor_ms: int = NEVER_MS
+    legacy: bool = False
+
+    @classmethod
+    def of(cls, settings: JoinSettings, *, impressions: int, clicks: int, late_floor_ms: int, legacy: bool = False) -> Terms:
+        return cls(
+            impressions,
+            clicks,
+            settings.window_ms,
+            settings.window_ms if legacy else settings.held_ms,
+            settings.dedupe_horizon_ms,
+            settings.negative_skew_ms,
+            settings.max_future_ms,
+            late_floor_ms,
+            legacy,
+        )
+
+    def counts(self, click_ms: int, impression_ms: int) -> bool:
+        """Whether a click at this time lies in the attribution window of an impression."""
+        return -self.skew_ms <= click_ms - impression_ms <= self.window_ms
+
+    def same_settings(self, other: Terms) -> bool:
+        return msgspec.structs.astuple(self)[2:7] == msgspec.structs.astuple(other)[2:7] and self.legacy == other.legacy
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The terms of everything that is pending or remembered, the oldest first; the last ones are in force."""
+
+    terms: tuple[Terms, ...] = ()
+
+    @property
+    def current(self) -> Terms:
+        return self.terms[-1]
+
+    @property
+    def max_late_ms(self) -> int:
+        """How far behind the watermark an impression is late."""
+        return max(terms.window_ms + terms.horizon_ms for terms in self.terms)
+
+    @property
+    def max_window_ms(self) -> int:
+        return max(terms.window_ms for terms in self.terms)
+
+    @property
+    def max_skew_ms(self) -> int:
+        return max(terms.skew_ms for terms in self.terms)
+
+    def of(self, offset: int) -> Terms:
+        """The terms of the impression at this offset."""
+        for terms in reversed(self.terms):
+            if offset >= terms.impressions_from:
+                return terms
+        return self.terms[0]
+
+    def of_click(self, offset: int) -> Terms:
+        """The terms of the click at this offset."""
+        for terms in reversed(self.terms):
+            if offset >= terms.clicks_from:
+                return terms
+        return self.terms[0]
+
+    def late_before(self, watermark_ms: int) -> int:
+        """Impressions before this time are late. It never falls, whatever the settings change to.
+
+        While terms with a longer window or horizon are there, theirs count: what is pending under them is still remembered.
+        """
+        return max(self.current.late_floor_ms, watermark_ms - self.max_late_ms)
+
+    def with_settings(self, settings: JoinSettings, *, impressions: int, clicks: int, watermark_ms: int) -> History:
+        """The history when these settings come into force for what is read from these offsets on.
+
+        Raises:
+            PositionError: settings have changed more often than the committed progress has room for.
+        """
+        if not self.terms:
+            return History((Terms.of(settings, impressions=impressions, clicks=clicks, late_floor_ms=NEVER_MS),))
+        floor_ms = self.late_before(watermark_ms)
+        terms = Terms.of(settings, impressions=impressions, clicks=clicks, late_floor_ms=floor_ms)
+        if terms.same_settings(self.current):
+            return self
+        # Terms that nothing was read under leave no trace.
+        kept = [each for each in self.terms if each.impressions_from < impressions or each.clicks_from < clicks]
+        if len(kept) >= MAX_CHANGES:
+            raise PositionError(
+                f"join: expected at most {MAX_CHANGES} changes of window_ms, hold_ms, dedupe_horizon_ms, negative_skew_ms and "
+                f"max_future_ms while impressions of before are still remembered, found {len(kept)}. Put the previous settings "
+                "back until they are forgotten (window + 2 dedupe horizons of event time), then change them again."
+            )
+        return History((*kept, terms))
+
+    def pruned(self, impressions_low: int, clicks_low: int) -> History:
+        """Without the terms of records below both low-water offsets: nothing needs them any more."""
+        first = 0
+        while (
+            first + 1 < len(self.terms)
+            and self.terms[first + 1].impressions_from <= impressions_low
+            and self.terms[first + 1].clicks_from <= clicks_low
+        ):
+            first += 1
+        return self if not first else History(self.terms[first:])
