@@ -267,6 +267,7 @@ class JoinState:
 
     @staticmethod
     def _range(end: Place) -> ReadOptions:
+        """Options of a scan that ends there. Keep them until it has: the iterator points into their memory."""
         read = ReadOptions()
         read.set_iterate_upper_bound(_ORDERED.pack(*end))
         read.set_readahead_size(1 << 20)
@@ -284,8 +285,9 @@ class JoinState:
         if end <= begin:
             return {}
         held: dict[Place, int] = {}
+        read = self._range(end)
         key = start = _ORDERED.pack(*begin)
-        for key, packed in self.held_clicks.items(from_key=start, read_opt=self._range(end)):
+        for key, packed in self.held_clicks.items(from_key=start, read_opt=read):
             held[_ORDERED.unpack(key)] = _TIME.unpack(packed)[0]
         self._check_end(self.held_clicks, key)
         return held

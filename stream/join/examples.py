@@ -35,8 +35,8 @@ Matched = tuple[int, int, int]  # source offset, event time of the impression, e
 _NEGATIVE, _POSITIVE = (("label", b"0"), ("weight", b"1")), (("label", b"1"), ("weight", b"1"))
 _KINDS = {FIRST: (("kind", b"first"),), CORRECTION: (("kind", b"correction"),)}
 _LEFT_OUT, _MATCHED = ("kind", b"left_out"), ("kind", b"matched")
-# Of one record: 20 and at most 60 bytes each, below the smallest limit of the topic (64 KiB).
-_LEFT_OUT_AT_ONCE, _MATCHED_AT_ONCE = 2_000, 1_000
+# Of one record: at most 20 and 66 bytes each, below the smallest limit of the topic (64 KiB).
+_LEFT_OUT_AT_ONCE, _MATCHED_AT_ONCE = 2_000, 900
 
 _decode_offsets = msgspec.json.Decoder(list[int]).decode
 _decode_matched = msgspec.json.Decoder(list[Matched]).decode

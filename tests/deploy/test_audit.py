@@ -14,7 +14,7 @@ from deploy.settings import Settings
 from stream.batches import Outgoing
 from stream.dead_letters import DeadLetter
 from stream.join.examples import plan_records
-from stream.join.logic import CORRECTION, FAKE, FIRST, Example, Plan
+from stream.join.logic import CORRECTION, FIRST, Example, Plan
 from stream.letter_log import Origin, receipt
 
 
@@ -85,8 +85,8 @@ def test_what_is_lost_is_named_and_nothing_makes_up_for_it(change: Callable[[Pla
 
 
 def test_corrections() -> None:
-    fakes = [example(b"a", 0, FAKE), example(b"b", 1, FAKE)]
-    good = [*fakes, example(b"b", 1, CORRECTION, 7), example(b"c", 2, CORRECTION, 8)]
+    negatives = [example(b"a", 0), example(b"b", 1)]
+    good = [*negatives, example(b"b", 1, CORRECTION, 7), example(b"c", 2, CORRECTION, 8)]
     for more, problem in (
         ([], []),
         ([example(b"b", 1, CORRECTION, 7)], ["1 impressions with two corrections: b"]),
@@ -94,7 +94,7 @@ def test_corrections() -> None:
         ([example(b"x", 9, CORRECTION, 7)], ["1 impressions corrected, but never labelled: x"]),
     ):
         topics = Topics().sent(b"a", b"b", b"c", clicked=[b"b", b"c", b"x"])
-        topics.written(Plan(examples=[*good, *more], left_out_fake=[2]), 0.5)
+        topics.written(Plan(examples=[*good, *more], left_out=[2], held={(5, 3): 9}), 0.5)
         assert topics.ledger.problems() == problem
         assert topics.ledger.labels == {b"a": 1, b"b": 1}
 

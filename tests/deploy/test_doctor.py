@@ -20,8 +20,8 @@ from deploy.doctor.kafka_readings import _event_ms
 from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail
 from deploy.partitions import partitions_of
 from stream.join.events import MAX_TIMESTAMP_MS
-from stream.join.logic import NEVER_MS
 from stream.join.progress import Progress
+from stream.join.terms import NEVER_MS
 from stream.settings import JoinSettings
 from stream.topic_admin import Difference
 

@@ -20,7 +20,7 @@ import msgspec
 from aiokafka import AIOKafkaProducer
 
 from state.join_state import JoinState
-from stream.join import partition, takeover
+from stream.join import partition, rebuild, takeover
 from stream.join.partition import PartitionJoin
 from stream.join.takeover import Takeover
 from stream.join.worker import JoinWorker
@@ -52,12 +52,12 @@ STEPS: dict[str, tuple[type, str, str]] = {
 RECOVERY: dict[str, tuple[type, str, str]] = {
     "taking over: producer started": (Takeover, "_committed", "before"),
     "taking over: offsets read": (Takeover, "_open", "before"),
-    "taking over: state opened": (takeover._Rebuild, "run", "before"),
-    "recovery: labels being read": (takeover._Rebuild, "_resolve", "after"),
-    "recovery: impressions being read": (takeover._Rebuild, "_impressions", "after"),
-    "recovery: clicks being read": (takeover._Rebuild, "_clicks", "after"),
-    "recovery: before settling": (takeover._Rebuild, "_settle", "before"),
-    "recovery: settled": (takeover._Rebuild, "_settle", "after"),
+    "taking over: state opened": (rebuild.Rebuild, "run", "before"),
+    "recovery: labels being read": (rebuild.Rebuild, "_resolve", "after"),
+    "recovery: impressions being read": (rebuild.Rebuild, "_impressions", "after"),
+    "recovery: clicks being read": (rebuild.Rebuild, "_clicks", "after"),
+    "recovery: before settling": (rebuild.Rebuild, "_settle", "before"),
+    "recovery: settled": (rebuild.Rebuild, "_settle", "after"),
     "taking over: done": (Takeover, "take", "after"),
 }
 REVOKE: dict[str, tuple[type, str, str]] = {

@@ -16,6 +16,7 @@ from state.errors import JoinStateError
 from state.join_state import Chunk, JoinMeta, JoinState, StateOptions
 
 OPTIONS = StateOptions(8)
+ALL = (1 << 60, 0)
 META = JoinMeta(
     identity="cluster/a/b/c/0",
     impressions_position=7,
@@ -39,6 +40,7 @@ def test_everything_is_read_back_after_closing(state):
     batch.remember([(b"a", (5, 0, False)), ("é🎬".encode(), (1 << 47, 1 << 62, True)), (b"\x00", (0, 2, False))])
     batch.add_pending([(5, 0, b"a", b"value of a"), (0, 2, b"\x00", b"\xff" * 300_000)])
     batch.add_pending([(1 << 47, 1 << 62, "é🎬".encode(), b"")], labelled=True)
+    batch.hold([((5, 0), 7), ((1 << 47, 1 << 62), 1 << 48)])
     batch.add_early([(b"a", (9, 4, b"click")), (b"a", (8, 5, b"")), (b"\x00\xff" * 20, (9, 6, b"c"))])
     batch.add_chunk(Chunk(0, 5, 2), [b"a", b"\x00"])
     batch.set_meta(META)
@@ -51,20 +53,24 @@ def test_everything_is_read_back_after_closing(state):
         assert state.entries([b"a", b"nobody", "é🎬".encode(), b"\x00"]) == [
             *((5, 0, False), None, (1 << 47, 1 << 62, True), (0, 2, False)),
         ]
-        assert state.values([(5, 0), (5, 1), (1 << 47, 1 << 62), (0, 2)]) == [
-            *((b"value of a", False), None, (b"", True), (b"\xff" * 300_000, False)),
+        assert state.pending([(5, 0), (5, 1), (1 << 47, 1 << 62), (0, 2)]) == [
+            (5, 0, b"a", b"value of a", False),
+            None,
+            (1 << 47, 1 << 62, "é🎬".encode(), b"", True),
+            (0, 2, b"\x00", b"\xff" * 300_000, False),
         ]
+        assert state.held([(5, 0), (0, 2), (1 << 47, 1 << 62)]) == [7, None, 1 << 48]
         assert sorted(state.early_clicks()) == [
             (b"\x00\xff" * 20, (9, 6, b"c")),
             (b"a", (8, 5, b"")),
             (b"a", (9, 4, b"click")),
         ]
         assert list(state.all_chunks()) == [Chunk(0, 5, 2)]
-        assert [(*row[:3], row[4]) for row in state.pending_between(0, 1 << 60)] == [
+        assert [(*row[:3], row[4]) for row in state.pending_between((0, 0), ALL)] == [
             *((0, 2, b"\x00", False), (5, 0, b"a", False), (1 << 47, 1 << 62, "é🎬".encode(), True)),
         ]
-        assert state.count_pending() == 3
-        assert state.entries([]) == state.values([]) == []
+        assert len(list(state.pending_places())) == 3
+        assert state.entries([]) == state.pending([]) == state.held([]) == []
 
 
 def test_nothing_is_seen_before_the_batch_is_written(state):
@@ -72,18 +78,19 @@ def test_nothing_is_seen_before_the_batch_is_written(state):
     batch.remember([(b"a", (5, 0, False))])
     batch.add_pending([(5, 0, b"a", b"v")])
     batch.set_meta(META)
-    assert (state.entries([b"a"]), state.count_pending(), state.meta()) == ([None], 0, None)
+    assert (state.entries([b"a"]), list(state.pending_places()), state.meta()) == ([None], [], None)
     batch.write()
-    assert (state.entries([b"a"]), state.count_pending(), state.meta()) == ([(5, 0, False)], 1, META)
+    assert (state.entries([b"a"]), list(state.pending_places()), state.meta()) == ([(5, 0, False)], [(5, 0)], META)
 
 
 PLACES = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3)), unique=True, max_size=20)
+BOUNDS = st.tuples(st.integers(0, 310), st.integers(0, 4))
 DROPS = st.lists(st.one_of(st.tuples(st.integers(-50, 320), st.integers(-50, 320)), PLACES), max_size=6)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(PLACES, DROPS, PLACES, st.integers(-10, 310), st.integers(-10, 310))
-def test_pending_is_dropped_by_range_and_by_place(state, first, drops, later, from_ms, until_ms):
+@given(PLACES, DROPS, PLACES, BOUNDS, BOUNDS)
+def test_pending_is_dropped_by_range_and_by_place(state, first, drops, later, begin, end):
     """Against a set; what a batch adds after a drop stays, as in a step that expires and remembers."""
     batch, expected = state.batch(), set(first)
     batch.drop_pending_before(0, 1 << 60)  # of the example before
@@ -100,11 +107,25 @@ def test_pending_is_dropped_by_range_and_by_place(state, first, drops, later, fr
         batch.add_pending((*place, b"k", b"v%d-%d" % place) for place in later)
         expected |= set(later)
         batch.write()
-    between = [(time_ms, offset) for time_ms, offset, *_ in state.pending_between(from_ms, until_ms)]
-    assert between == sorted(place for place in expected if from_ms <= place[0] < until_ms)
-    assert state.count_pending() == len(expected)
+    between = [(time_ms, offset) for time_ms, offset, *_ in state.pending_between(begin, end)]
+    assert between == sorted(place for place in expected if begin <= place < end)
+    assert list(state.pending_places()) == sorted(expected)
     asked = sorted(set(first) | set(later))
-    assert state.values(asked) == [(b"v%d-%d" % place, False) if place in expected else None for place in asked]
+    found = [(*place, b"k", b"v%d-%d" % place, False) if place in expected else None for place in asked]
+    assert state.pending(asked) == found
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(PLACES, PLACES, BOUNDS, BOUNDS)
+def test_clicks_are_held_by_place(state, first, drops, begin, end):
+    batch = state.batch()
+    batch.drop_held(state.held_between((0, 0), ALL))  # of the example before
+    batch.hold((place, place[0] + 3) for place in first)
+    batch.drop_held(drops)
+    batch.write()
+    expected = {place: place[0] + 3 for place in first if place not in drops}
+    assert state.held_between(begin, end) == {place: ms for place, ms in expected.items() if begin <= place < end}
+    assert state.held(first) == [expected.get(place) for place in first]
 
 
 def test_early_clicks_are_dropped_one_by_one(state):
@@ -129,12 +150,12 @@ def test_forgetting_spares_an_id_that_was_used_again(state):
     batch = state.batch()
     changed = {b"now": (130, 11, False), b"gone": (20, 3, True)}
     batch.remember(changed.items())
-    batch.forget(old, 100, changed)
+    batch.forget(old, lambda offset: 100, changed)
     batch.write()
     assert state.entries([b"once", b"twice", b"now", b"gone"]) == [None, (120, 10, False), (130, 11, False), None]
     assert list(state.all_chunks()) == [again]
     batch = state.batch()
-    batch.forget(again, 121, {})
+    batch.forget(again, lambda offset: 121, {})
     batch.write()
     assert state.entries([b"twice"]) == [None]
     assert list(state.all_chunks()) == []
@@ -182,7 +203,7 @@ os._exit(1)
         assert 1_000 < position < 3_000, "this must end before everything was written, and after something was"
         keys = [b"%d" % index for index in range(3_000)]
         assert [entry is not None for entry in state.entries(keys)] == [index < position for index in range(3_000)]
-        assert [offset for _, offset, *_ in state.pending_between(0, 10**6)] == list(range(position))
+        assert [offset for _, offset, *_ in state.pending_between((0, 0), (10**6, 0))] == list(range(position))
         assert len(list(state.early_clicks())) == position
         assert [chunk.first_offset for chunk in state.all_chunks()] == list(range(position))
     finally:
@@ -221,7 +242,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert meta is not None
         assert meta.impressions_position == 700
         assert sum(entry is not None for entry in state.entries([b"%d" % index for index in range(701)])) == 700
-        assert state.count_pending() == len(list(state.early_clicks())) == len(list(state.all_chunks())) == 700
+        assert len(list(state.pending_places())) == len(list(state.early_clicks())) == len(list(state.all_chunks())) == 700
     finally:
         state.close()
 
@@ -270,9 +291,9 @@ def read_all(path: Path) -> list[int]:
         keys, rows = [b"%d" % index for index in range(5_000)], [(index, index) for index in range(5_000)]
         return [
             sum(entry is not None for entry in state.entries(keys)),
-            sum(value is not None for value in state.values(rows)),
-            state.count_pending(),
-            sum(1 for _ in state.pending_between(0, 10**6)),
+            sum(value is not None for value in state.pending(rows)),
+            len(list(state.pending_places())),
+            sum(1 for _ in state.pending_between((0, 0), (10**6, 0))),
             sum(1 for _ in state.early_clicks()),
             sum(1 for _ in state.all_chunks()),
         ]

@@ -13,10 +13,11 @@ from aiokafka.structs import TopicPartition
 from prometheus_client import CollectorRegistry
 
 from stream.join.events import WATERMARK_HEADER
-from stream.join.logic import NEVER_MS, Memory
+from stream.join.memory import Memory
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, Positions, TakenOver
 from stream.join.progress import decode_progress
+from stream.join.terms import NEVER_MS, History
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics import TopicNames
 from stream.transport import LogEnd, Run
@@ -26,6 +27,10 @@ NAMES = TopicNames.of(TopicSettings())
 SETTINGS = JoinSettings(window_ms=10, lateness_ms=0, dedupe_horizon_ms=0)
 NUMBER = 3
 LogEnds = Callable[[str], LogEnd | None]
+
+
+def fresh(settings: JoinSettings) -> Memory:
+    return Memory(History().with_settings(settings, impressions=0, clicks=0, watermark_ms=NEVER_MS))
 
 
 class Fatal(BaseException):
@@ -101,7 +106,8 @@ class Bench:
             names=NAMES,
             group="the-group",
             identity="i",
-            taken=TakenOver(self.producer, self.state, Memory(), Positions(0, 0, 0), 0),
+            partitions=4,
+            taken=TakenOver(self.producer, self.state, fresh(settings), Positions(0, 0, 0), 0),
             log_end=log_end,
             after_step=lambda partition: None,
             fatal=self._fatal,

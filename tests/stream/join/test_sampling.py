@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stream.join.examples import plan_records, record_count
-from stream.join.logic import CORRECTION, FAKE, FIRST, Plan
+from stream.join.logic import CORRECTION, FIRST, Plan
 from stream.join.sampling import Sampling
 
 
@@ -37,8 +37,7 @@ PLACE = {"impression_ms": b"5", "source_offset": b"7"}
 BY_KIND = {
     (FIRST, -1): {"label": b"0", "weight": b"1", "kind": b"first", **PLACE},
     (FIRST, 9): {"label": b"1", "weight": b"1", "kind": b"first", **PLACE, "click_ms": b"9"},
-    (FAKE, -1): {"label": b"0", "weight": b"1", "kind": b"first", "policy": b"fnw", **PLACE},
-    (CORRECTION, 9): {"label": b"1", "weight": b"1", "kind": b"correction", "policy": b"fnw", **PLACE, "click_ms": b"9"},
+    (CORRECTION, 9): {"label": b"1", "weight": b"1", "kind": b"correction", **PLACE, "click_ms": b"9"},
 }
 
 
@@ -52,20 +51,25 @@ def test_headers_of_each_kind(kind, click_ms):
         assert len(headers) == len(dict(headers))
 
 
-def test_what_is_left_out_comes_first_and_in_records_that_the_topic_takes():
+def test_bookkeeping_comes_first_and_in_records_that_the_topic_takes():
     large = 1 << 60
     plan = Plan(
         examples=[(b"i", b"{}", 5, 7, 9, CORRECTION)],
         left_out=list(range(large, large + 4_500)),
-        left_out_fake=[7],
+        held={(large - offset, large + offset): large for offset in range(2_500)},
     )
     *named, (_, _, headers) = plan_records(plan, 0.1)
     assert record_count(plan) == len(named) + 1
     assert dict(headers)["kind"] == b"correction"
     assert all(key is None and len(value) < 60_000 for key, value, _ in named)
-    offsets = {}
+    offsets: list[int] = []
+    matched: list[list[int]] = []
     for _, value, headers in named:
-        assert dict(headers)["kind"] == b"left_out"
-        assert dict(headers)["rate"] == b"0.1"
-        offsets.setdefault(dict(headers).get("policy"), []).extend(json.loads(value))
-    assert offsets == {None: plan.left_out, b"fnw": plan.left_out_fake}
+        assert value is not None
+        if dict(headers) == {"kind": b"matched"}:
+            matched += json.loads(value)
+        else:
+            assert dict(headers) == {"kind": b"left_out", "rate": b"0.1"}
+            offsets += json.loads(value)
+    assert offsets == plan.left_out
+    assert matched == [[offset, time_ms, click_ms] for (time_ms, offset), click_ms in plan.held.items()]

@@ -71,11 +71,11 @@ def test_each_impression_gets_its_label_once(topics, start):
     asyncio.run(check())
 
 
-def test_fake_negatives_some_left_out_through_kill_9(topics, start):
+def test_labels_at_once_some_left_out_through_kill_9(topics, start):
     """Each impression has a negative or is named as left out, each clicked one a correction besides; the disk is lost."""
 
     async def check() -> None:
-        settings = join_settings(topics, label_policy="fnw", negative_rate=0.5)
+        settings = join_settings(topics, hold_ms=0, negative_rate=0.5)
         events = made_up(3_000, seed=9)
         worker = start(settings)
         await asyncio.to_thread(worker.wait_ready)

@@ -1,4 +1,4 @@
-"""What label policies and left-out negatives do to calibration: against the simulator's true probabilities."""
+"""What left-out negatives do to calibration: against the simulator's true probabilities."""
 
 from __future__ import annotations
 
@@ -38,25 +38,6 @@ def chain(tmp_path):
         each.close()
 
 
-# 40 s of impressions; clicks come up to 19 s later, and only after 20 s is a negative sure.
-LATE = Simulation(count=40_000, rate=1_000, ctr=0.2, delay="uniform", delay_ms=9_500)
-
-
-def test_fake_negatives_are_calibrated_while_waiting_is_not_yet(chain):
-    """In the last quarter, when most of what waiting has seen for sure are clicks."""
-    fnw = chain(window_ms=20_000, label_policy="fnw")
-    unweighted = chain(window_ms=20_000, label_policy="fnw", without=("policy",))
-    assert float(chain(window_ms=20_000).play(LATE, measured_from=0.75)) > 1.3
-    assert float(fnw.play(LATE, measured_from=0.75)) == pytest.approx(1, abs=0.03)
-    # Without the weights a probability p is learned as p / (1 + p).
-    assert float(unweighted.play(LATE, measured_from=0.75)) == pytest.approx(1 / 1.2, abs=0.05)
-    # The trainer's own figures say the same: a correction takes back its negative, and is no further example.
-    window = fnw.report()["progressive", "window"]
-    assert window.calibration == pytest.approx(1, abs=0.04)
-    assert window.examples == 20_000 - window.positives
-    assert unweighted.report()["progressive", "window"].calibration == pytest.approx(1 / 1.2, abs=0.05)
-
-
 # One stretch's calibration has a standard deviation of 0.008 over seeds (docs/experiments.md): 3 is one within a percent.
 SHORT = Simulation(count=200_000, rate=4_000, ctr=0.2, delay="uniform", delay_ms=950, seed=3)
 
@@ -77,9 +58,3 @@ def test_with_one_negative_in_ten_scores_are_calibrated_within_one_percent(chain
     )
     assert captured.negative_rate == 0.1
     assert served == tenth.learner.predict(batch)[0] == pytest.approx(raw / (raw + (1 - raw) / 0.1), rel=1e-5)
-
-
-def test_fake_negatives_of_which_one_in_five_goes_out(chain):
-    both = chain(window_ms=2_000, label_policy="fnw", negative_rate=0.2)
-    simulation = Simulation(count=80_000, rate=4_000, ctr=0.2, delay="uniform", delay_ms=950)
-    assert float(both.play(simulation, measured_from=1 / 2)) == pytest.approx(1, abs=0.04)

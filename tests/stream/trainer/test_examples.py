@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model.hashing import hash_bytes
 from stream.dead_letters import REASONS
 from stream.join.examples import plan_records
-from stream.join.logic import CORRECTION, FAKE, FIRST, Plan
+from stream.join.logic import CORRECTION, FIRST, Plan
 from stream.join.sampling import Sampling
 from stream.trainer.examples import ExampleDecoder, _BadHeader, _check, _columns, hash_ids
 from tests.stream.trainer.factory import FIRST_MS, SCHEMA, record, run, value
@@ -59,15 +59,15 @@ def test_columns_of_a_run():
     assert (decoded.rates, decoded.fake, decoded.corrects) == (None, None, None)
 
 
-def test_policy_rate_and_kind_of_a_run_and_what_was_left_out():
-    """As the join writes them; what it left out is no example."""
+def test_rate_and_kind_of_a_run_and_what_was_left_out():
+    """As the join writes them; its own bookkeeping is no example."""
     examples = [
-        (b"x0", value(0), FIRST_MS, 7, -1, FAKE),
+        (b"x0", value(0), FIRST_MS, 7, -1, FIRST),
         (b"x1", b"{", FIRST_MS, 8, -1, FIRST),
         (b"x2", value(2), FIRST_MS, 9, FIRST_MS + 5, CORRECTION),
         (b"x3", value(3), FIRST_MS, 10, FIRST_MS + 6, FIRST),
     ]
-    plan = Plan(examples=examples, left_out=[1, 2], left_out_fake=[3])
+    plan = Plan(examples=examples, left_out=[1, 2], held={(3, 3): 4})
     records = []
     for offset, (key, payload, headers) in enumerate(plan_records(plan, 0.25)):
         records.append(record(offset, payload=payload or b"", only=headers))
@@ -76,10 +76,8 @@ def test_policy_rate_and_kind_of_a_run_and_what_was_left_out():
     assert decoded.offsets.tolist() == [2, 4, 5]
     assert decoded.labels.tolist() == [0, 1, 1]
     assert decoded.rates is not None
-    assert decoded.fake is not None
     assert decoded.corrects is not None
     assert decoded.rates.tolist() == [0.25] * 3
-    assert decoded.fake.tolist() == [True, True, False]
     assert decoded.corrects.tolist() == [False, True, False]
     assert [letter.offset for letter in decoded.letters] == [3]
 
