@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from aiokafka.structs import TopicPartition
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
@@ -16,10 +17,12 @@ from stream.cluster import Cluster, describe_cluster
 from stream.errors import Abandoned, TopicError
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin
+from stream.join.partition_count import check_partition_count
 from stream.join.recovery import RebuildProgress, told
 from stream.join.retention import RetentionWatch
 from stream.join.takeover import Takeover
 from stream.join.terms import NEVER_MS
+from stream.offsets import committed_offsets
 from stream.runtime import Watchdog, build_app, fatal, new_registry, serve
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings
 from stream.topics import TopicNames
@@ -257,13 +260,17 @@ async def run_join(
     """Run a join worker until it is told to stop.
 
     Raises:
-        TopicError: topics are missing, or not co-partitioned.
+        TopicError: topics are missing, or not co-partitioned, or have another number of partitions than what is pending.
     """
     topics = (names.impressions, names.clicks, names.examples)
     cluster = await describe_cluster(kafka, (*topics, names.dead_letters))
     if len({cluster.partitions[topic] for topic in topics}) != 1:
         found = ", ".join(f"{topic} {cluster.partitions[topic]}" for topic in topics)
         raise TopicError(f"expected the same number of partitions, found {found}. Run `headrace topics check`.")
+    partitions = cluster.partitions[names.impressions]
+    sources = [TopicPartition(topic, number) for topic in (names.impressions, names.clicks) for number in range(partitions)]
+    committed = await committed_offsets(kafka, f"{names.prefix}{settings.group}", sources)
+    check_partition_count(committed, names, partitions, settings.accept_partitions)
     registry = new_registry()
     worker = JoinWorker(kafka=kafka, settings=settings, names=names, cluster=cluster, state_dir=state_dir, registry=registry)
     watch = asyncio.ensure_future(worker.retention_watch().run())

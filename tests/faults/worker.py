@@ -20,7 +20,7 @@ import msgspec
 from aiokafka import AIOKafkaProducer
 
 from state.join_state import JoinState
-from stream.join import partition, rebuild, takeover
+from stream.join import partition, rebuild
 from stream.join.partition import PartitionJoin
 from stream.join.takeover import Takeover
 from stream.join.worker import JoinWorker

@@ -1,0 +1,54 @@
+"""Refusing to go on after the number of partitions was changed under records that are still needed.
+
+Kafka places a key by its hash and the number of partitions. With another number, clicks of pending impressions go to partitions
+that don't know these, and a repeated impression to one that doesn't remember its id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
+
+from stream.errors import TopicError
+from stream.join.progress import decode_progress
+from stream.topics import TopicNames
+
+__all__ = ["check_partition_count"]
+
+
+def check_partition_count(
+    committed: Mapping[TopicPartition, OffsetAndMetadata], names: TopicNames, partitions: int, accepted: int | None
+) -> None:
+    """Look at what the join's group has committed under another number of partitions.
+
+    Args:
+        committed: offsets and metadata of both sources, of every partition that has any.
+        partitions: of the topics now.
+        accepted: `join.accept_partitions`.
+
+    Raises:
+        TopicError: a partition still needs records of before; the message says what to do.
+    """
+    if accepted == partitions:
+        return
+    for tp, impressions in sorted(committed.items()):
+        clicks = committed.get(TopicPartition(names.clicks, tp.partition))
+        if tp.topic != names.impressions or clicks is None or not impressions.metadata:
+            continue
+        try:
+            progress = decode_progress(impressions.metadata)
+        except msgspec.DecodeError:
+            continue  # taking that partition over says what is wrong
+        settled = (progress.impressions_low, progress.clicks_low) == (impressions.offset, clicks.offset)
+        if progress.partitions in (0, partitions) or settled:
+            continue
+        raise TopicError(
+            f"{names.impressions}, {names.clicks}: expected {progress.partitions} partitions, as when partition {tp.partition} "
+            f"was joined last, found {partitions}. Impressions of before are pending or remembered, and Kafka now places their "
+            "clicks elsewhere. Before you add partitions, stop the producers and send watermark records beyond the window and "
+            "twice the dedupe horizon: everything is settled and forgotten then. To go on without that, with some clicks lost "
+            f"and some repeated ids labelled twice, set HEADRACE_JOIN__ACCEPT_PARTITIONS={partitions}. "
+            "See docs/join.md, More partitions."
+        )
