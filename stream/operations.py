@@ -17,7 +17,7 @@ from stream.registry_log import read_registry
 from stream.settings import KafkaSettings
 from stream.topics import TopicNames
 
-__all__ = ["Rollback", "RollbackPlan", "plan_rollback", "roll_back"]
+__all__ = ["Rollback", "RollbackPlan", "look", "plan_rollback", "roll_back"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,21 @@ class Rollback:
     undo: str
 
 
+async def look(kafka: KafkaSettings, names: TopicNames) -> tuple[RegistryState, list[Heartbeat]]:
+    """The registry, and what every live scorer says of itself. Writes nothing.
+
+    Raises:
+        RegistryError: Kafka can't be reached.
+    """
+
+    async def live() -> list[Heartbeat]:
+        async with HeartbeatReader(kafka, names) as scorers:
+            return await scorers.live()
+
+    state, beats = await asyncio.gather(read_registry(kafka, names), live())
+    return state, beats
+
+
 async def plan_rollback(
     kafka: KafkaSettings,
     names: TopicNames,
@@ -63,12 +78,7 @@ async def plan_rollback(
     Raises:
         RegistryError: there is no such version, or Kafka can't be reached.
     """
-
-    async def look() -> list[Heartbeat]:
-        async with HeartbeatReader(kafka, names) as scorers:
-            return await scorers.live()
-
-    state, live = await asyncio.gather(read_registry(kafka, names), look())
+    state, live = await look(kafka, names)
     version = _target(state, to, back_ms, before_ms)
     assert state.champion.version is not None
     return RollbackPlan(state.champion.version, version, state.champion.hold, live)

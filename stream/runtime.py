@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn, Protocol
 
 from faust.types import TP
@@ -139,8 +139,20 @@ class Worker(Protocol):
     def watchdog(self) -> Watchdog: ...
 
 
-async def serve(worker: Worker, *, name: str, http: HttpSettings, registry: CollectorRegistry) -> None:
-    """Run a worker until SIGTERM or SIGINT, then drain it. Returns when all is closed; a crash ends the process with 1."""
+async def serve(
+    worker: Worker,
+    *,
+    name: str,
+    http: HttpSettings,
+    registry: CollectorRegistry,
+    first: Callable[[], Awaitable[None]] | None = None,
+) -> None:
+    """Run a worker until SIGTERM or SIGINT, then drain it. Returns when all is closed; a crash ends the process with 1.
+
+    Args:
+        first: what must be done before the worker joins its group; `/metrics` and `/healthz` answer already. It is cancelled
+            when the worker is stopped meanwhile.
+    """
     app, stop = worker.app, asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -153,7 +165,7 @@ async def serve(worker: Worker, *, name: str, http: HttpSettings, registry: Coll
     tasks = [asyncio.ensure_future(waiting) for waiting in (stop.wait(), app._crashed.wait(), worker.watchdog().run())]
     collector = asyncio.ensure_future(tame_collector(worker.ready))
     try:
-        starting = asyncio.ensure_future(app.start())
+        starting = asyncio.ensure_future(_start(app, first))
         await asyncio.wait([starting, *tasks], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
@@ -164,9 +176,13 @@ async def serve(worker: Worker, *, name: str, http: HttpSettings, registry: Coll
         log.info("%s: draining", name)
         try:
             async with asyncio.timeout(DRAIN_S):
+                if not app.started:
+                    starting.cancel()
+                    await asyncio.wait([starting])
                 await worker.drain()
                 with contextlib.suppress(asyncio.CancelledError):
-                    await app.stop()
+                    if app.started:
+                        await app.stop()
         except TimeoutError as error:
             fatal(f"{name}: did not drain within {DRAIN_S:.0f} s", error)
     finally:
@@ -174,3 +190,9 @@ async def serve(worker: Worker, *, name: str, http: HttpSettings, registry: Coll
             task.cancel()
         server.stop()
     log.info("%s: stopped", name)
+
+
+async def _start(app: RunApp, first: Callable[[], Awaitable[None]] | None) -> None:
+    if first is not None:
+        await first()
+    await app.start()

@@ -181,6 +181,12 @@ class ScorerSettings(_Frozen):
         default=1, ge=0, description="Threads of torch; 0 lets it choose. One request is too little work to share."
     )
     max_candidates: int = Field(default=2_000, ge=1, description="Of one request; more get an error answer.")
+    no_model_after_ms: int = Field(
+        default=500,
+        ge=0,
+        description="While no scorer has a version, a request waits so long for one and is then answered `no_model`; one with "
+        "an earlier `deadline_ms` is answered shortly before that.",
+    )
     heartbeat_ms: int = Field(default=1_000, ge=100)
     lease_ms: int = Field(default=10_000, ge=500, description="Without the registry's end for this long, answers say `stale`.")
     instance_id: str | None = Field(

@@ -45,20 +45,21 @@ def snapshot() -> None:
 @click.option("--last", type=click.IntRange(min=0), default=20, show_default=True, help="Newest versions shown; 0: all.")
 @format_option
 def list_(last: int, output: str) -> None:
-    """List the announced versions, newest first.
+    """List the announced versions, newest first, and what each live scorer answers with.
 
     \b
     Examples:
       headrace snapshot list
       headrace snapshot list --last 0 --format json
     """
-    from deploy.cli.snapshot_view import print_versions, registry_json
+    from deploy.cli.snapshot_view import beat_json, print_versions, registry_json
     from state.store import SnapshotStore
-    from stream.registry_log import read_registry
+    from stream.operations import look
 
     settings = _settings()
-    state = ask_kafka(settings, read_registry(settings.kafka, _names(settings)), ABOUT)
+    state, live = ask_kafka(settings, look(settings.kafka, _names(settings)), ABOUT)
     document = registry_json(state, set(SnapshotStore(settings.snapshots).versions()), last)
+    document["scorers"] = [beat_json(beat) for beat in live]
     if output == "json":
         echo_json(document)
     else:
@@ -226,10 +227,13 @@ def rollback(
     done = ask_kafka(settings, doing, ABOUT)
     _show_rollback(done, output)
     for beat in done.unconfirmed:
+        why = ", stale" if beat.stale else ""
+        if beat.fallback_of is not None:
+            why += f", since it can't read version {beat.fallback_of} ({beat.fallback_reason})"
         click.echo(
             f"scorer {beat.worker} on {beat.host}: expected version {done.version} within {duration(timeout_ms)}, found "
-            f"version {beat.version} at registry offset {beat.registry_offset}{', stale' if beat.stale else ''}. "
-            "The rollback stands; look at that scorer's log, or stop it.",
+            f"version {beat.version} at registry offset {beat.registry_offset}{why}. The rollback stands; look at that "
+            "scorer's log, or stop it.",
             err=True,
         )
     if done.unconfirmed:
@@ -283,6 +287,8 @@ def _show_plan(previous: int, version: int, held: bool, live: list[Heartbeat], o
 
 
 def _show_rollback(done: Rollback, output: str) -> None:
+    from deploy.cli.snapshot_view import beat_json
+
     if output == "json":
         echo_json(
             {
@@ -290,10 +296,7 @@ def _show_rollback(done: Rollback, output: str) -> None:
                 "to": done.version,
                 "held": done.held,
                 "confirmed": [{"worker": each.worker, "after_ms": each.after_ms} for each in done.confirmed],
-                "unconfirmed": [
-                    {"worker": beat.worker, "host": beat.host, "version": beat.version, "stale": beat.stale}
-                    for beat in done.unconfirmed
-                ],
+                "unconfirmed": [beat_json(beat) for beat in done.unconfirmed],
                 "rollback_ms": done.rollback_ms,
                 "undo": done.undo,
             }

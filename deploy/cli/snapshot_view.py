@@ -10,8 +10,9 @@ from typing import Any
 from deploy.cli.times import clock
 from state.manifest import Manifest, finite_or_null
 from state.registry import RegistryState, VersionRecord
+from stream.heartbeat import Heartbeat
 
-__all__ = ["print_pairs", "print_versions", "registry_json", "version_json"]
+__all__ = ["beat_json", "print_pairs", "print_versions", "registry_json", "version_json"]
 
 # Width of a table that goes to a file or a pipe: wide enough that no column is cut.
 PIPE_COLUMNS = 400
@@ -59,6 +60,18 @@ def version_json(record: VersionRecord, state: RegistryState, in_store: bool) ->
     }
 
 
+def beat_json(beat: Heartbeat) -> dict[str, Any]:
+    """What one scorer says of itself; `version` is null while it has none."""
+    return {
+        "worker": beat.worker,
+        "host": beat.host,
+        "version": None if beat.version < 0 else beat.version,
+        "stale": beat.stale,
+        "fallback_of": beat.fallback_of,
+        "fallback_reason": beat.fallback_reason,
+    }
+
+
 def print_versions(document: dict[str, Any]) -> None:
     """The table of `headrace snapshot list`, newest first."""
     from rich.table import Table
@@ -88,6 +101,12 @@ def print_versions(document: dict[str, Any]) -> None:
     held = f"auto-promotion held: {document['hold_reason']}" if document["held"] else "auto-promotion on"
     champion = "none" if document["champion"] is None else document["champion"]
     console.print(f"champion {champion} since {clock(document['since_ms'])}, {held}")
+    for beat in document["scorers"]:
+        version = "no version" if beat["version"] is None else f"version {beat['version']}"
+        told = f"scorer {beat['worker']} on {beat['host']}: {version}{', stale' if beat['stale'] else ''}"
+        if beat["fallback_of"] is not None:
+            told += f"; it can't read version {beat['fallback_of']}: {beat['fallback_reason']}"
+        console.print(told)
 
 
 def print_pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:

@@ -4,6 +4,7 @@ intake    runs of requests → batches for one forward pass
 decode    requests → hashed features, quick also when there are few
 serving   one version, ready to answer
 swap      which version answers: follows what the registry names
+waiting   requests while no scorer has a version
 answers   a batch of requests → a record each on `scores`
 outbox    sends them
 start     where partitions go on

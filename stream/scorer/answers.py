@@ -28,7 +28,7 @@ EVENT_TYPE = "headrace.scores.v1"
 
 # Why a request wasn't scored, besides what can be wrong with its JSON. docs/scoring.md lists them.
 ANSWER_REASONS = {
-    "no_model": "there is no champion yet",
+    "no_model": "no scorer has a version",
     "id_mismatch": "`request_id` is not the record's key",
     "deadline_exceeded": "`deadline_ms` had passed before the request's turn came",
     "too_many_candidates": "more candidates than `scorer.max_candidates`",
@@ -113,7 +113,11 @@ def answer_requests(
     """
     writer = _Writer(served, worker, max_bytes, now_ms(), stale=stale)
     if served is None:
-        problem = Problem("no_model", "$", "expected a champion to score with, found none yet. Is the trainer running?")
+        problem = Problem(
+            "no_model",
+            "$",
+            "expected a version to score with, found none. Does a trainer run, can scorers read the store? `headrace doctor`",
+        )
         for record in records:
             writer.refuse(record, problem)
         return writer.answers

@@ -44,6 +44,14 @@ class ScorerMetrics:
             buckets=_SECONDS,
         )
         self.model_version = Gauge("headrace_scorer_model_version", "Version that answers.", registry=registry)
+        self.champion_version = Gauge(
+            "headrace_scorer_champion_version", "Version that the registry names as champion, -1 for none.", registry=registry
+        )
+        self.fallback = Gauge(
+            "headrace_scorer_fallback",
+            "1 while the champion can't be read: an older version answers, or none.",
+            registry=registry,
+        )
         self.snapshot_age = Gauge("headrace_scorer_snapshot_age_seconds", "Age of the version that answers.", registry=registry)
         self.registry_age = Gauge(
             "headrace_scorer_registry_age_seconds", "Since the registry was last read to its end.", registry=registry

@@ -10,6 +10,7 @@ from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.errors import SnapshotCorrupt
+from state.registry import VersionRecord
 from state.store import SnapshotStore
 from stream.scorer.decode import RequestDecoder
 
@@ -29,15 +30,25 @@ class Served:
     predictor: Predictor
 
 
-def load_version(store: SnapshotStore, version: int, *, device: str) -> Served:
+def load_version(store: SnapshotStore, version: int, *, device: str, announced: VersionRecord | None = None) -> Served:
     """Read a version and make it ready to answer; blocks.
 
     Features, model and share of negatives are the manifest's own: a scorer serves what was trained, whatever its settings say.
+
+    Args:
+        announced: what the registry says of it. The same number in another store, or after the topic `snapshots` was made
+            anew, is another version.
 
     Raises:
         SnapshotError: the version is missing or isn't what its manifest says.
     """
     manifest = store.manifest(version)
+    if announced is not None and (announced.created_at_ms, announced.epoch) != (manifest.created_at_ms, manifest.epoch):
+        raise SnapshotCorrupt(
+            f"version {version}: expected the one announced (created at {announced.created_at_ms}, epoch {announced.epoch}), "
+            f"found another of that number in {store.url} (created at {manifest.created_at_ms}, epoch {manifest.epoch}). "
+            "Is snapshots.url the trainer's?"
+        )
     try:
         schema = FeatureSchema.model_validate(manifest.features)
         settings = ModelSettings.model_validate(manifest.model)
@@ -47,7 +58,7 @@ def load_version(store: SnapshotStore, version: int, *, device: str) -> Served:
     except (ModelError, ValueError) as error:
         raise SnapshotCorrupt(
             f"version {version}: expected weights of the model that its manifest names, found: {error}. "
-            "Roll back with `headrace snapshot rollback`; this scorer goes on with the version that it has."
+            "Update this scorer where the version was made by a newer trainer, or roll back: `headrace snapshot rollback`."
         ) from error
     predictor.predict(decoder.requests(_WARM_UP).batch)
     created_at_ms = manifest.created_at_ms or int(time.time() * 1000)

@@ -5,7 +5,9 @@ Which version is wanted comes from the registry, and may change while another is
 - one that is kept ready is served at once, whatever is loading: going back waits for no download;
 - when versions come faster than they load, the one being loaded is served on the way to the one wanted, so that a scorer
   always moves on;
-- a version that can't be loaded changes nothing. It is tried again, at growing intervals, for as long as it is wanted.
+- a champion that can't be loaded is tried again, at growing intervals, for as long as it is wanted. Meanwhile the version that
+  answers goes on. Where there is none, or where a rollback went back over it, the newest older version that is tagged good is
+  loaded in the champion's place. `fallback` says so to everybody: heartbeats, metrics, the log.
 
 Everything here runs on the event loop; only `load` runs in threads.
 """
@@ -13,10 +15,12 @@ Everything here runs on the event loop; only `load` runs in threads.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import NamedTuple
 
 from state.decisions import rollback_target
 from state.errors import Refused
@@ -24,13 +28,22 @@ from state.registry import RegistryState
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.serving import Served
 
-__all__ = ["Swapper"]
+__all__ = ["Fallback", "Swapper"]
 
 log = logging.getLogger(__name__)
 
 # First and longest wait until a version that could not be loaded is tried again: a store that was out of reach is found again
 # soon, a broken version costs next to nothing.
 RETRY_S, MAX_RETRY_S = 0.5, 10.0
+# Good versions that are tried in an unreadable champion's place. Where the newest few are all broken, the store is.
+MAX_FALLBACKS = 5
+
+
+class Fallback(NamedTuple):
+    """The champion that can't be read, and why."""
+
+    of: int
+    reason: str
 
 
 class Swapper:
@@ -48,18 +61,22 @@ class Swapper:
         self.applied = 0
         """Registry offset below which everything is in effect: a heartbeat's `registry_offset`."""
         self.changed = asyncio.Event()
-        """Set when any of the three changes; cleared by who says so to others."""
+        """Set when any of these changes; cleared by who says so to others."""
+        self.fallback: Fallback | None = None
+        """Set from a failure to load the champion until a champion answers."""
+        self.has_version = asyncio.Event()
         self._registry = RegistryState()
         self._wanted: int | None = None
         self._position = 0
         self._ready: OrderedDict[int, Served] = OrderedDict()  # in the order last served
         self._loading: dict[int, asyncio.Task[None]] = {}
-        self._failed: tuple[int, int, float] | None = None  # version, failures in a row, not before (monotonic)
+        self._failed: dict[int, tuple[int, float]] = {}  # version → failures in a row, not before (monotonic)
 
     def want(self, registry: RegistryState, position: int) -> None:
         """News: the registry as of an offset. A registry without a champion leaves the version that answers alone."""
         self._registry, self._position = registry, position
         self._wanted = registry.champion.version
+        self._metrics.champion_version.set(-1 if self._wanted is None else self._wanted)
         self._settle()
 
     async def tried(self) -> None:
@@ -80,15 +97,51 @@ class Swapper:
         """Do what can be done at once towards the version wanted; else see to it that it is being loaded."""
         wanted = self._wanted
         if wanted is None or wanted == self._version:
+            self._set_fallback(None)
             if self.applied != self._position:
                 self.applied = self._position
                 self.changed.set()
         elif wanted in self._ready:
             self._swap(self._ready[wanted])
         elif wanted not in self._loading and not any(map(self._is_on_the_way, self._loading)):
-            if self._failed is not None and self._failed[0] == wanted and time.monotonic() < self._failed[2]:
-                return  # a timer comes back
-            self._loading[wanted] = asyncio.ensure_future(self._load(wanted))
+            self._load_soon(wanted)
+            self._fall_back()
+
+    def _load_soon(self, version: int) -> bool:
+        """Begin to load a version, unless it has failed a moment ago: then a timer comes back."""
+        if time.monotonic() < self._failed.get(version, (0, 0.0))[1]:
+            return False
+        self._loading[version] = asyncio.ensure_future(self._load(version))
+        return True
+
+    def _fall_back(self) -> None:
+        """Where nothing that may answer does, and the champion can't be read: the newest good version before it."""
+        for version in self._fallbacks():
+            if version in self._ready:
+                self._swap(self._ready[version])
+                return
+            if version in self._loading or self._load_soon(version):
+                return
+
+    def _fallbacks(self) -> list[int]:
+        """Versions that may answer in the champion's place, the newest first; none while none is needed."""
+        champion, wanted = self._registry.champion, self._wanted
+        if self.fallback is None or wanted is None:
+            return []
+        if self.current is not None and not champion.was_rolled_back(self._version):
+            return []
+        good = (
+            version
+            for version, record in self._registry.versions.items()
+            if version < wanted and record.good_at_ms is not None and not champion.was_rolled_back(version)
+        )
+        return heapq.nlargest(MAX_FALLBACKS, good)
+
+    def _set_fallback(self, fallback: Fallback | None) -> None:
+        self._metrics.fallback.set(fallback is not None)
+        if fallback != self.fallback:
+            self.fallback = fallback
+            self.changed.set()
 
     @property
     def _version(self) -> int:
@@ -111,7 +164,11 @@ class Swapper:
         self._metrics.swaps.inc()
         self._metrics.serving(served.version, served.created_at_ms)
         self.changed.set()
-        log.info("serving version %d", served.version)
+        self.has_version.set()
+        if self.fallback is not None and served.version != self._wanted:
+            log.error("serving version %d in place of the champion, version %d: %s", served.version, *self.fallback)
+        else:
+            log.info("serving version %d", served.version)
         self._settle()
 
     def _forget(self) -> None:
@@ -133,19 +190,23 @@ class Swapper:
             self._note_failure(version, error)
         else:
             del self._loading[version]
-            self._failed = None
+            self._failed.pop(version, None)
             self._metrics.swap_seconds.observe(time.perf_counter() - began)
-            if version == self._wanted or self._is_on_the_way(version):
+            if version == self._wanted or self._is_on_the_way(version) or version in self._fallbacks():
                 self._swap(served)
                 return
         self._settle()
 
     def _note_failure(self, version: int, error: Exception) -> None:
-        failures = self._failed[1] + 1 if self._failed is not None and self._failed[0] == version else 1
+        failures = self._failed.get(version, (0, 0.0))[0] + 1
         wait_s = min(RETRY_S * 2 ** (failures - 1), MAX_RETRY_S)
-        self._failed = (version, failures, time.monotonic() + wait_s)
         self._metrics.swap_failures.inc()
         name = "no version" if self.current is None else f"version {self._version}"
         log.error("version %d can't be served, going on with %s, trying again in %g s: %s", version, name, wait_s, error)
+        if version == self._wanted:
+            self._set_fallback(Fallback(version, f"{error}"))
+        kept = {self._wanted, *self._fallbacks()}
+        self._failed = {each: failed for each, failed in self._failed.items() if each in kept}
+        self._failed[version] = (failures, time.monotonic() + wait_s)
         # A little later than `not before`, so that the timer finds it passed.
         asyncio.get_running_loop().call_later(wait_s + 0.01, self._settle)

@@ -2,6 +2,9 @@
 
     Faust ── runs ──▶ intake ── batches ──▶ scoring (a thread) ── answers ──▶ outbox ──▶ acknowledged ──▶ committed
 
+A scorer joins its group only once it has a version: until then it takes no request from those that could score it
+(`stream.scorer.waiting` says what becomes of requests while nobody has one).
+
 Requests that wait are scored together in one forward pass. While answers are on their way to the brokers the next requests are
 scored. A position is committed only when everything before it is acknowledged, so a crash means that some requests are
 answered twice, never that one isn't.
@@ -33,12 +36,13 @@ from stream.heartbeat import HeartbeatSender
 from stream.registry_reader import RegistryReader
 from stream.runtime import Watchdog, build_app, fatal, new_registry, serve
 from stream.scorer.answers import Answers, answer_requests
-from stream.scorer.intake import Batch, Intake
+from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
-from stream.scorer.serving import load_version
+from stream.scorer.serving import Served, load_version
 from stream.scorer.start import committed_positions
 from stream.scorer.swap import Swapper
+from stream.scorer.waiting import WaitingRoom
 from stream.settings import HttpSettings, KafkaSettings, ScorerSettings
 from stream.topic_limits import max_message_bytes
 from stream.topics import TopicNames
@@ -80,11 +84,12 @@ class ScorerWorker:
         worker_id: str,
         max_bytes: int,
     ) -> None:
-        self._kafka, self._settings, self._topic = kafka, settings, names.score_requests
+        self._kafka, self._settings, self._names, self._topic = kafka, settings, names, names.score_requests
         self._swapper, self._stale, self._outbox, self._heartbeats = swapper, stale, outbox, heartbeats
         self._metrics, self._worker_id, self._max_bytes = metrics, worker_id, max_bytes
         self._group = f"{names.prefix}{settings.group}"
         self._standing = "joining the group"
+        self._joins = False
         self._intake = Intake()
         self._arrived, self._room, self._done = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._scored: asyncio.Queue[tuple[Batch, Answers]] = asyncio.Queue(SCORED_WAITING)
@@ -113,6 +118,42 @@ class ScorerWorker:
             task = asyncio.ensure_future(work)
             task.add_done_callback(_ended)
             self._tasks.append(task)
+
+    async def wait_for_a_version(self, request_partitions: int) -> None:
+        """Return when there is a version to answer with; `serve` then starts the app, which joins the group."""
+        room = WaitingRoom(
+            self._kafka,
+            self._names,
+            group=self._group,
+            partitions=request_partitions,
+            worker=self._worker_id,
+            patience_ms=self._settings.no_model_after_ms,
+            refuse=self._refuse,
+        )
+        # Where a version is there and quick to load, the room would only open to be closed again.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.no_model_after_ms / 1000):
+                await self._swapper.tried()
+        if not self._swapper.has_version.is_set():
+            waiting = asyncio.ensure_future(room.run())
+            waiting.add_done_callback(_ended)
+            try:
+                await self._swapper.has_version.wait()
+            finally:
+                waiting.cancel()
+                await asyncio.wait([waiting])
+        # A full collection looks at every object of torch, Arrow and Faust: 130 ms in which nobody is answered.
+        gc.collect()
+        gc.freeze()
+        self._joins = True
+
+    async def _refuse(self, records: list[Any]) -> None:
+        """Answer `no_model`."""
+        for start in range(0, len(records), MAX_REQUESTS):
+            part = records[start : start + MAX_REQUESTS]
+            for future in await self._outbox.send(await self._score(part)):
+                await future
+            self._metrics.acknowledged(part)
 
     # Positions
 
@@ -230,7 +271,8 @@ class ScorerWorker:
             if swapper.since_ms == told[1] or await self._earlier_are_out():
                 told = now
             try:
-                await self._heartbeats.send(*told, stale=self._stale())
+                of, reason = swapper.fallback or (None, "")
+                await self._heartbeats.send(*told, stale=self._stale(), fallback_of=of, fallback_reason=reason)
             except KafkaError as error:
                 log.warning("a heartbeat did not get through: %r", error)
             for number, position in self._answered.items():
@@ -256,10 +298,15 @@ class ScorerWorker:
 
     def ready(self) -> str | None:
         """None when requests are answered with scores, else what is missing."""
-        return self._standing or (None if self._swapper.current is not None else "no champion yet")
+        if self._swapper.current is None:
+            fallback = self._swapper.fallback
+            return "no champion yet" if fallback is None else f"version {fallback.of}, the champion: {fallback.reason}"
+        return self._standing or None
 
     def watchdog(self) -> Watchdog:
         def waiting() -> bool:
+            if not self._joins:
+                return False
             if self._standing or self._under_way or not self._intake.empty:
                 return True
             ends = ((self.app.consumer.log_end(TP(self._topic, at)), to) for at, to in self._intake.expected.items())
@@ -309,8 +356,12 @@ async def run_scorer(
     registry = new_registry()
     metrics = ScorerMetrics(registry)
     store = SnapshotStore(snapshots)
-    swapper = Swapper(lambda version: load_version(store, version, device=settings.device), metrics, keep=snapshots.keep_ready)
     reader = RegistryReader(kafka, names, on_change=lambda state: swapper.want(state, reader.position))
+
+    def load(version: int) -> Served:
+        return load_version(store, version, device=settings.device, announced=reader.state.versions.get(version))
+
+    swapper = Swapper(load, metrics, keep=snapshots.keep_ready)
 
     def registry_age_s() -> float:
         return float("inf") if reader.caught_up_at is None else time.monotonic() - reader.caught_up_at
@@ -323,8 +374,6 @@ async def run_scorer(
             stack.push_async_callback(_quietly, close)
             await start()
         stack.push_async_callback(swapper.close)
-        # A scorer that took partitions while it reads the champion would tell people that there is none.
-        await swapper.tried()
         worker = ScorerWorker(
             kafka=kafka,
             settings=settings,
@@ -338,10 +387,8 @@ async def run_scorer(
             max_bytes=await max_message_bytes(kafka, names.scores),
         )
         worker.start()
-        # A full collection looks at every object of torch, Arrow and Faust: 130 ms in which nobody is answered.
-        gc.collect()
-        gc.freeze()
-        await serve(worker, name="scorer", http=http, registry=registry)
+        first = partial(worker.wait_for_a_version, cluster.partitions[names.score_requests])
+        await serve(worker, name="scorer", http=http, registry=registry, first=first)
 
 
 async def _quietly(close: Callable[[], Awaitable[None]]) -> None:

@@ -96,6 +96,19 @@ def test_list_shows_what_there_is(run: Run, three: Settings) -> None:
     assert text[-1].startswith("champion 3 since ") and text[-1].endswith(", auto-promotion on")
 
 
+def test_list_shows_what_scorers_say(run: Run, three: Settings) -> None:
+    async def say() -> None:
+        sender = HeartbeatSender(three.kafka, TopicNames.of(three.topics), worker="s1", host="h1")
+        await sender.start()
+        await sender.send(2, 0, 1, fallback_of=3, fallback_reason="a broken file")
+        await sender._producer.stop()  # no goodbye
+
+    asyncio.run(say())
+    (told,) = run("snapshot list --format json").json["scorers"]
+    assert (told["worker"], told["version"], told["fallback_of"], told["fallback_reason"]) == ("s1", 2, 3, "a broken file")
+    assert run("snapshot list").out.splitlines()[-1] == "scorer s1 on h1: version 2; it can't read version 3: a broken file"
+
+
 def test_list_of_an_empty_registry(run: Run, topics: Settings) -> None:
     ran = run("snapshot list")
     assert ran.code == 0 and "champion none since -, auto-promotion on" in ran.out

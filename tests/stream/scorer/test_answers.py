@@ -143,7 +143,7 @@ def test_messages_say_what_was_expected_and_found() -> None:
     assert error_of(request("r", candidates=11))["error"]["message"] == "expected at most 10 candidates, found 11"
     assert error_of(request("r", deadline_ms=7))["error"]["message"] == "expected to be scored by 7, it is 5000"
     assert error_of(request("r"), version=None)["error"]["message"] == (
-        "expected a champion to score with, found none yet. Is the trainer running?"
+        "expected a version to score with, found none. Does a trainer run, can scorers read the store? `headrace doctor`"
     )
 
 

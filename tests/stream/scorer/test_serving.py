@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from state.errors import SnapshotCorrupt
 from state.manifest import Manifest
+from state.registry import VersionRecord
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.scorer.serving import load_version
@@ -27,3 +29,13 @@ def test_a_rate_that_is_none_is_refused(tmp_path):
     store.write(Manifest(version=1, negative_rate=0.0), weights(200), None)
     with pytest.raises(SnapshotCorrupt, match="negative_rate"):
         load_version(store, 1, device="cpu")
+
+
+def test_the_same_number_in_another_store_is_another_version(tmp_path):
+    store = SnapshotStore(SnapshotSettings(url=str(tmp_path)))
+    features, model = SCHEMA.model_dump(mode="json"), MODEL.model_dump(mode="json")
+    made = store.write(Manifest(version=7, epoch=1, created_at_ms=5, features=features, model=model), weights(7), None)
+    announced = VersionRecord.of(made, now_ms=9, who="t", gate="")
+    assert load_version(store, 7, device="cpu", announced=announced).version == 7
+    with pytest.raises(SnapshotCorrupt, match=r"version 7: expected the one announced .* Is snapshots\.url the trainer's\?"):
+        load_version(store, 7, device="cpu", announced=msgspec.structs.replace(announced, created_at_ms=6))

@@ -74,6 +74,9 @@ class Serving:
         self.want(version, **more)
         await self.until(lambda: self.version == version)
 
+    def gauge(self, name: str) -> float | None:
+        return self.prometheus.get_sample_value(f"headrace_scorer_{name}")
+
     def count(self, name: str) -> float:
         return self.prometheus.get_sample_value(f"headrace_scorer_{name}_total") or 0.0
 
@@ -217,6 +220,72 @@ def test_a_broken_version_leaves_the_old_one_and_is_tried_again(
     assert (
         caplog.messages[0] == "version 2 can't be served, going on with version 1, trying again in 0.01 s: version 2 is broken"
     )
+
+
+def test_a_start_with_an_unreadable_champion_falls_back_to_the_newest_good_version(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(swap, "RETRY_S", 0.01)
+    monkeypatch.setattr(swap, "MAX_RETRY_S", 0.02)
+
+    async def run() -> None:
+        it = Serving()
+        it.store.broken |= {5, 9}
+        it.want(9, good=[1, 2, 3, 5, 7], rolled_back=[(5, 7)])
+        await it.until(lambda: it.version == 3)
+        assert it.swapper.fallback == (9, "version 9 is broken") and it.gauge("fallback") == 1
+        assert (it.gauge("champion_version"), it.gauge("model_version")) == (9, 3)
+        assert it.swapper.applied == 0, "what the registry asks for is not in effect"
+        assert not {1, 2, 7} & set(it.store.asked), "7 was rolled back from, and one that answers is enough"
+        it.store.broken.clear()
+        await it.until(lambda: it.version == 9)
+        assert it.swapper.fallback is None and it.gauge("fallback") == 0 and it.swapper.applied == 10
+
+    asyncio.run(run())
+    assert "serving version 3 in place of the champion, version 9: version 9 is broken" in caplog.messages
+
+
+def test_a_version_that_was_rolled_back_from_does_not_go_on_where_the_target_is_broken() -> None:
+    async def run() -> None:
+        it = Serving()
+        await it.serve(4)
+        it.store.broken.add(3)
+        it.want(3, rolled_back=[(3, 4)], good=[1, 2, 3])
+        await it.until(lambda: it.version == 2)
+        assert it.swapper.fallback == (3, "version 3 is broken")
+        await it.swapper.close()
+
+    asyncio.run(run())
+
+
+def test_a_store_out_of_reach_is_not_asked_for_every_good_version() -> None:
+    async def run() -> None:
+        it = Serving()
+        it.store.broken |= set(range(101))
+        it.want(100, good=range(100))
+        await it.until(lambda: it.count("swap_failures") >= 1 + swap.MAX_FALLBACKS)
+        await asyncio.sleep(0.05)
+        assert it.version is None and it.swapper.fallback == (100, "version 100 is broken")
+        assert set(it.store.asked) == {100, *range(95, 100)} and not it.swapper.has_version.is_set()
+        it.store.broken.clear()
+        await it.until(lambda: it.version == 100)
+        assert it.swapper.has_version.is_set()
+
+    asyncio.run(run())
+
+
+def test_without_a_good_version_nothing_answers_in_the_champions_place() -> None:
+    async def run() -> None:
+        it = Serving()
+        it.store.broken.add(2)
+        it.want(2)
+        await it.until(lambda: it.count("swap_failures") == 1)
+        assert it.version is None and it.swapper.fallback == (2, "version 2 is broken")
+        it.want(3)  # the next champion is tried at once
+        await it.until(lambda: it.version == 3)
+        assert it.swapper.fallback is None
+
+    asyncio.run(run())
 
 
 def test_news_need_not_wait_for_a_broken_version() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from deploy.demo.play import worker_environment
 from deploy.demo.workers import Worker, stop_workers
 from deploy.settings import Settings
 from headrace.scores import Answer, ScoreStream
+from state.settings import SnapshotSettings
 from stream.clients import aiokafka_options, kafka_python_options
 from stream.heartbeat import Heartbeat, HeartbeatReader
 from stream.operations import roll_back
@@ -45,8 +47,11 @@ class Scene:
         self.producer = stack.enter_context(closing(KafkaProducer(**options)))
         self.answers: list[Answer] = []
 
-    def scorer(self, *, ready: bool = True, **scorer: Any) -> Worker:
-        settings = self.settings.model_copy(update={"scorer": self.settings.scorer.model_copy(update=scorer)})
+    def scorer(self, *, ready: bool = True, url: str | None = None, **scorer: Any) -> Worker:
+        store = SnapshotSettings(url=url or self.settings.snapshots.url)
+        settings = self.settings.model_copy(
+            update={"scorer": self.settings.scorer.model_copy(update=scorer), "snapshots": store}
+        )
         log = self.folder / f"scorer-{len(self.workers)}.log"
         worker = Worker("scorer", worker_environment(settings), log, cwd=self.folder)
         self.workers.append(worker)
@@ -137,16 +142,16 @@ def test_from_the_first_request_to_a_clean_stop(scene: Scene) -> None:
     assert scene.answer_to("beside").model_version == 2
     (beat,) = scene.heartbeats()
     assert beat.version == 2 and beat.registry_offset < position, "what was asked for is not in effect"
+    assert beat.fallback_of == 3 and "SHA-256" in beat.fallback_reason and beat.heartbeat_ms == 200
     weights.write_bytes(damaged)
-    scene.until(lambda: [beat.version for beat in scene.heartbeats()] == [3])
+    scene.until(lambda: [(beat.version, beat.fallback_of) for beat in scene.heartbeats()] == [(3, None)])
 
     rolled = asyncio.run(_roll_back(scene))
     assert (rolled.previous, rolled.version, len(rolled.confirmed), rolled.unconfirmed) == (3, 2, 1, [])
     scene.ask("back")
     assert scene.answer_to("back").model_version == 2
 
-    outcomes = {labels[0]: count for (name, labels), count in worker.metrics().items() if name.endswith("requests_total")}
-    assert outcomes == {
+    assert requests_of(worker) == {
         "no_model": 1,
         "scored": 4,
         "malformed_json": 1,
@@ -162,18 +167,80 @@ def test_from_the_first_request_to_a_clean_stop(scene: Scene) -> None:
     assert sum(offset or 0 for offset in scene.committed().values()) == 9, "every request is behind us"
 
 
+def test_a_scorer_without_a_version_takes_no_request_from_one_that_has_one(scene: Scene) -> None:
+    """It starts beside a healthy one, and its store lacks every version; once it can read one it takes its share."""
+    asyncio.run(publish(scene.settings, 1))
+    scene.scorer(heartbeat_ms=200)
+    elsewhere = scene.folder / "elsewhere"
+    second = scene.scorer(ready=False, heartbeat_ms=200, instance_id="second", url=str(elsewhere))
+    scene.until(lambda: any(beat.worker == "second" and beat.fallback_of == 1 for beat in scene.heartbeats()))
+    names = [f"r{index}" for index in range(100)]
+    scene.ask(*names)
+    scene.until(lambda: {answer.request_id for answer in scene.answers} >= set(names))
+    assert [answer for answer in scene.answers if answer.error is not None] == []
+    assert not second.is_ready() and requests_of(second) == {}
+    (beat,) = [beat for beat in scene.heartbeats() if beat.worker == "second"]
+    assert beat.version == -1 and "expected a whole version" in beat.fallback_reason
+    assert second.metrics()["headrace_scorer_fallback", ()] == 1
+
+    shutil.copytree(scene.settings.snapshots.url, elsewhere, dirs_exist_ok=True)
+    second.wait_ready(PATIENCE_S)
+
+    def asked_again() -> bool:
+        names.append(f"r{len(names)}")
+        scene.ask(names[-1])
+        return requests_of(second).get("scored", 0) > 5
+
+    scene.until(asked_again)
+    assert all(answer.error is None for answer in scene.answers)
+
+
+def test_a_start_with_an_unreadable_champion_answers_with_an_older_good_version(scene: Scene) -> None:
+    asyncio.run(publish(scene.settings, 1, 2, 3))
+    (manifest,) = Path(scene.settings.snapshots.url).glob("*3/manifest.json")
+    told = manifest.read_text()
+    manifest.write_text(told.replace('"kind": "full"', '"kind": "of a newer format"'))
+    worker = scene.scorer(heartbeat_ms=200)
+    scene.ask("first")
+    assert scene.answer_to("first").model_version == 2
+    scene.until(lambda: [(beat.version, beat.fallback_of) for beat in scene.heartbeats()] == [(2, 3)])
+    assert "expected a manifest" in scene.heartbeats()[0].fallback_reason
+    manifest.write_text(told)
+    scene.until(lambda: [(beat.version, beat.fallback_of) for beat in scene.heartbeats()] == [(3, None)])
+    assert worker.metrics()["headrace_scorer_fallback", ()] == 0
+
+
+def test_while_nobody_has_a_version_requests_wait_for_a_bounded_time(scene: Scene) -> None:
+    """Two scorers without one: each request is answered by one of them, in time; a version that comes is answered with."""
+    workers = [scene.scorer(ready=False, heartbeat_ms=200, instance_id=name, no_model_after_ms=300) for name in ("a", "b")]
+    scene.until(lambda: [beat.version for beat in scene.heartbeats()] == [-1, -1])
+    names = [f"r{index}" for index in range(50)]
+    scene.ask(*names)
+    scene.until(lambda: {answer.request_id for answer in scene.answers} >= set(names))
+    reasons = {answer.error.reason for answer in scene.answers if answer.error is not None}
+    assert reasons == {"no_model"} and len(scene.answers) == len(names), "by one of the two"
+    assert sum(requests_of(worker).get("no_model", 0) for worker in workers) == len(names)
+    asyncio.run(publish(scene.settings, 1))
+    for worker in workers:
+        worker.wait_ready(PATIENCE_S)
+    scene.ask("late")
+    assert scene.answer_to("late").model_version == 1
+    scene.until(lambda: sum(offset or 0 for offset in scene.committed().values()) == len(names) + 1)
+    assert len(scene.answers) == len(names) + 1, "what was answered is committed, and isn't answered again"
+
+
 def test_a_scorer_killed_and_restarted_answers_every_request(scene: Scene) -> None:
     asyncio.run(publish(scene.settings, 1))
     first = scene.scorer(instance_id="one")
     names = [f"r{index}" for index in range(4_000)]
-    scene.ask(*names[:3_000], candidates=60)
+    scene.ask(*names[:3_000], candidates=300)
     scene.until(lambda: len(scene.answers) > 0)
     first.kill()
     assert sum(offset or 0 for offset in scene.committed().values()) < 3_000, "the test must kill it at work"
-    scene.ask(*names[3_000:], candidates=60)
+    scene.ask(*names[3_000:], candidates=300)
     scene.scorer(instance_id="one")
     scene.until(lambda: {answer.request_id for answer in scene.answers} >= set(names))
-    assert all(answer.error is None and len(answer.scores) == 60 for answer in scene.answers)
+    assert all(answer.error is None and len(answer.scores) == 300 for answer in scene.answers)
     again = Counter(answer.request_id for answer in scene.answers)
     assert sum(count > 1 for count in again.values()) < 2_500, "what was committed is not answered again"
 
@@ -195,10 +262,7 @@ def test_partitions_move_without_a_request_lost(scene: Scene) -> None:
     ask_on(lambda: len(scene.answers) > 20)
     second = scene.scorer(ready=False)
 
-    def requests_of(worker: Worker) -> float:
-        return worker.metrics().get(("headrace_scorer_requests_total", ("scored",)), 0.0)
-
-    ask_on(lambda: requests_of(second) > 20)
+    ask_on(lambda: requests_of(second).get("scored", 0) > 20)
     second.ask_to_stop()
     ask_on(lambda: second.returncode is not None)
     assert second.returncode == 0
@@ -207,6 +271,11 @@ def test_partitions_move_without_a_request_lost(scene: Scene) -> None:
     scene.until(lambda: {answer.request_id for answer in scene.answers} >= set(names))
     repeated = len(scene.answers) - len(names)
     assert repeated <= 0.05 * len(names) + 10, "answers under way are committed before partitions go"
+
+
+def requests_of(worker: Worker) -> dict[str, float]:
+    """Requests that it answered, by outcome."""
+    return {labels[0]: count for (name, labels), count in worker.metrics().items() if name == "headrace_scorer_requests_total"}
 
 
 async def _promote(scene: Scene, version: int) -> int:
