@@ -111,14 +111,32 @@ class Client:
         key, value = encode_click(impression_id, now_ms() if timestamp_ms is None else timestamp_ms)
         self._send(self._events, self._clicks, key, value, self._headers)
 
-    def send_watermark(self, watermark_ms: int) -> None:
-        """Promise that no event older than this comes any more, to every partition of impressions and clicks.
+    def send_watermark(self, watermark_ms: int | None = None, *, lateness_ms: int = 0) -> None:
+        """Promise that no older event comes any more, to every partition of impressions and clicks.
 
-        A producer of a sparse stream sends it on a timer; whatever ends a stream sends one beyond the last window, so that
-        the last impressions get their labels. It comes after everything that this client has sent before. Raises as
-        `send_impression`.
+        Without a watermark the join waits for the next event, and so do the labels. A producer of a sparse stream calls
+        `send_watermark(lateness_ms=…)` on a timer (`headrace watermarks` does the same); whatever ends a stream sends a
+        watermark beyond the last window, so that the last impressions get their labels. It comes after everything that this
+        client has sent before.
+
+        Args:
+            watermark_ms: ms since 1970-01-01 UTC; now less `lateness_ms` when None.
+            lateness_ms: longest time from an event to its arrival in Kafka; only without a `watermark_ms`.
+
+        Raises:
+            InvalidEvent: the watermark or the lateness is no such time; nothing was sent.
+            DeliveryError: the topic is missing, or too much is outstanding for too long.
         """
-        header = (WATERMARK_HEADER, str(check_time(watermark_ms, "watermark_ms")).encode())
+        if watermark_ms is None:
+            when = check_time(now_ms() - check_time(lateness_ms, "lateness_ms"), "lateness_ms")
+        elif lateness_ms:
+            raise InvalidEvent(
+                f"lateness_ms: expected none beside watermark_ms, found {lateness_ms}. Subtract it, or leave watermark_ms out.",
+                path="lateness_ms",
+            )
+        else:
+            when = check_time(watermark_ms, "watermark_ms")
+        header = (WATERMARK_HEADER, str(when).encode())
         for topic in (self._impressions, self._clicks):
             for partition in sorted(self._partitions(topic)):
                 self._send(self._events, topic, None, b"", [header], partition)

@@ -24,6 +24,7 @@ COMMANDS = {
     "simulate": "deploy.cli.simulate:simulate",
     "snapshot": "deploy.cli.snapshot:snapshot",
     "topics": "deploy.cli.topics:topics",
+    "watermarks": "deploy.cli.watermarks:watermarks",
 }
 
 

@@ -16,8 +16,9 @@ __all__ = ["deleted", "lag", "low_water", "open_transactions", "watermark"]
 
 # A record that has waited this long for a worker. All of them work in seconds; a restart takes some ten.
 MAX_WAIT_MS = 60_000
-# Without any event for this long a watermark that holds back labels is stuck, and not only between two events.
-STUCK_MS = 300_000
+# Without any event for this long a watermark that holds back labels stands still: the partition is quiet. Events of a stream
+# that isn't sparse come every second.
+QUIET_MS = 60_000
 # Share of the retention that the oldest record still needed may have used up: the rest is the time left to act.
 NEAR_RETENTION = 0.8
 # A transaction of the join ends after 15 s, by itself or by the broker (join.transaction_timeout_ms).
@@ -160,16 +161,16 @@ def watermark(readings: Readings) -> Iterator[Finding]:
                 found=f"{readings.topic(slow)} stands at {_time(seen[slow])}, {readings.topic(other)} is "
                 f"{duration(held_ms) if seen[slow] >= 0 else 'far'} ahead: labels wait for {readings.topic(slow)}",
                 cure=f"look whether the producers of {readings.topic(slow)} run, and whether their clock is right; where it is "
-                "sparse, send watermark records on a timer (docs/events.md)",
+                "sparse, run `headrace watermarks` beside it",
             )
-        elif pending and newest and quiet_ms > STUCK_MS:
+        elif pending and newest and quiet_ms > QUIET_MS:
             yield Finding(
                 check="watermark",
                 what=what,
                 expected=f"a watermark that passes the window of the newest impression, {_time(pending)}",
-                found=f"no event for {duration(quiet_ms)}: impressions of the last window stay without a label",
-                cure="send a watermark record to every partition of both topics, and on a timer where streams are sparse "
-                "(docs/events.md; `Client.send_watermark`)",
+                found=f"a quiet partition, no event for {duration(quiet_ms)}: impressions of the last window have no label",
+                cure="where streams are sparse, run `headrace watermarks` beside them (or call `Client.send_watermark` on a "
+                "timer); else look whether the producers run",
             )
 
 

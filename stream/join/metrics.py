@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -55,6 +56,12 @@ class JoinMetrics:
             ["partition"],
             registry=registry,
         )
+        self.watermark_age = Gauge(
+            "headrace_join_watermark_age_seconds",
+            "Since the watermark last moved, while impressions wait for it; 0 while none waits.",
+            ["partition"],
+            registry=registry,
+        )
         self.click_coverage = Gauge(
             "headrace_join_click_coverage_ratio", "Clicks matched to an impression, of all clicks so far.", registry=registry
         )
@@ -90,6 +97,7 @@ class JoinMetrics:
             registry=registry,
         )
         self._clicks_seen = self._clicks_matched = 0
+        self._moved: dict[int, tuple[int, float]] = {}  # by partition: its watermark, and since when (monotonic)
 
     def observe(self, partition: PartitionJoin, plan: Plan) -> None:
         """Add up one step."""
@@ -123,11 +131,22 @@ class JoinMetrics:
         if memory.watermark_ms > NEVER_MS:
             self.watermark.labels(number).set(memory.watermark_ms / 1000)
             self.watermark_lag.labels(number).set((newest - memory.watermark_ms) / 1000)
+        self.watermark_age.labels(number).set(self._standing_s(partition, time.monotonic()))
+
+    def _standing_s(self, partition: PartitionJoin, now_s: float) -> float:
+        """Seconds for which impressions have waited and the watermark has not moved. Steps without records ask too."""
+        mark_ms = partition.memory.watermark_ms
+        last_ms, since_s = self._moved.get(partition.number, (mark_ms, now_s))
+        if mark_ms != last_ms or not partition.pending:
+            since_s = now_s
+        self._moved[partition.number] = (mark_ms, since_s)
+        return now_s - since_s
 
     def forget_partition(self, number: int) -> None:
         """Drop the series of a partition that went to another worker."""
-        gauges = (self.pending, self.early, self.watermark, self.watermark_lag, self.rebuild_offsets, self.rebuild_read_offsets)
-        for gauge in (*gauges, self.low_water_offsets, self.retention_left):
+        self._moved.pop(number, None)
+        gauges = (self.pending, self.early, self.watermark, self.watermark_lag, self.watermark_age)
+        for gauge in (*gauges, self.rebuild_offsets, self.rebuild_read_offsets, self.low_water_offsets, self.retention_left):
             gauge.remove_by_labels({"partition": str(number)})
 
     def observe_retention(self, topic: str, number: int, offsets: int, left_s: float) -> None:

@@ -325,8 +325,8 @@ def test_a_watermark_that_nothing_moves() -> None:
     later = healthy(now_ms=NOW + 300_000)
     found = examine(later)
     assert [each.check for each in found] == ["watermark", "watermark"]
-    assert "no event for 5.33 m" in found[0].found and "watermark record" in found[0].cure
-    assert examine(healthy(now_ms=NOW + 200_000)) == []
+    assert "a quiet partition, no event for 5.33 m" in found[0].found and "`headrace watermarks`" in found[0].cure
+    assert examine(healthy(now_ms=NOW + 30_000)) == []
     passed = progress(watermark_ms=NOW + 60_000, impressions_seen_ms=NOW + 60_000, clicks_seen_ms=NOW + 60_000)
     assert examine(replace(later, committed={number: Committed(200, 200, passed) for number in (0, 1)})) == []
 

@@ -109,6 +109,15 @@ def test_a_watermark_goes_to_every_partition_of_both_topics_behind_the_rest(clie
             assert list(last.headers) == [("headrace-watermark", b"1700000000000")]
 
 
+def test_a_watermark_without_a_time_is_now_less_the_lateness(client: Client, topics: Settings) -> None:
+    before = headrace.client.now_ms()
+    client.send_watermark(lateness_ms=60_000)
+    client.flush()
+    after = headrace.client.now_ms()
+    told = [int(dict(record.headers)["headrace-watermark"]) for record in records(topics, "clicks")]
+    assert len(told) == 2 and all(before - 60_000 <= each <= after - 60_000 for each in told)
+
+
 def test_raw_records_pass_unchanged(client: Client, topics: Settings) -> None:
     client.send_raw(f"{topics.topics.prefix}clicks", b"k", b"not json", [("h", b"1")])
     client.flush()
@@ -121,6 +130,11 @@ def test_a_bad_event_sends_nothing(client: Client, topics: Settings) -> None:
         client.send_impression("i", features={"f": float("nan")})
     with pytest.raises(InvalidEvent, match=r"watermark_ms: expected milliseconds"):
         client.send_watermark(-1)
+    for lateness_ms in (-1, 1 << 62):  # in the future, and before 1970
+        with pytest.raises(InvalidEvent, match=r"lateness_ms: expected milliseconds"):
+            client.send_watermark(lateness_ms=lateness_ms)
+    with pytest.raises(InvalidEvent, match=r"lateness_ms: expected none beside watermark_ms"):
+        client.send_watermark(5, lateness_ms=5)
     client.flush()
     assert records(topics, "impressions") == []
 
