@@ -8,6 +8,7 @@
 | `batching` | columns → batches, and how far the log is trained |
 | `training` | learn batch after batch; what a snapshot holds |
 | `scores` | how good the scores are: progressive, served, over a stretch of event time |
+| `skew` | served scores computed again from the impressions' features |
 | `snapshots` | when and how versions are written and announced |
 | `start` | which version to go on from, and where in the log |
 """

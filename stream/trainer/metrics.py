@@ -67,6 +67,24 @@ class TrainerMetrics:
         self.snapshot_time = Gauge(
             "headrace_trainer_snapshot_timestamp_seconds", "When the newest version was captured.", registry=registry
         )
+        self.skew_checked = Counter(
+            "headrace_trainer_skew_checked", "Served scores that were computed again.", registry=registry
+        )
+        self.skew_failures = Counter(
+            "headrace_trainer_skew_failures", "Versions that could not be read for that.", registry=registry
+        )
+        self.skew_examples = Gauge(
+            "headrace_trainer_skew_examples", "Served scores that the figures of skew are of.", registry=registry
+        )
+        self.skew_mean = Gauge(
+            "headrace_trainer_skew_logit_mean", "Mean difference of served and recomputed logits, in size.", registry=registry
+        )
+        self.skew_p99 = Gauge("headrace_trainer_skew_logit_p99", "99th percentile of that difference.", registry=registry)
+        self.skew_share = Gauge(
+            "headrace_trainer_skew_ratio",
+            "Served scores whose logit differs by more than 0.02, of all compared.",
+            registry=registry,
+        )
         self.promoted_version = Gauge(
             "headrace_trainer_promoted_version", "Last version that was promoted at its announcement.", registry=registry
         )
@@ -92,6 +110,13 @@ class TrainerMetrics:
             for (gauge_kind, field), gauge in self.scores.items():
                 if gauge_kind == kind:
                     gauge.labels(scope).set(getattr(metrics, field))
+
+    def skewed(self, examples: int, mean: float, p99: float, share: float) -> None:
+        """Show how far served scores are from recomputed ones."""
+        self.skew_examples.set(examples)
+        self.skew_mean.set(mean)
+        self.skew_p99.set(p99)
+        self.skew_share.set(share)
 
     def announced(self, manifest: Manifest, *, promoted: bool) -> None:
         """A version is in the registry."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from model.schema import FeatureSchema
@@ -42,6 +42,8 @@ class Publisher:
     Every version is a full one. It is announced only once the store has all of it, and written only once every dead letter
     of the examples behind its offsets is. What fails is logged and counted, and the next interval tries anew with a number
     of its own; training goes on, since an older model serves better than none. Only being fenced is an end.
+
+    `more_metrics` are asked for with each version and stand in its manifest beside those of its scores.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class Publisher:
         epoch: int,
         start: Start,
         metrics: TrainerMetrics,
+        more_metrics: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._store, self._registry, self._letters, self._settings = store, registry, letters, settings
         self._schema, self._model, self._epoch, self._metrics = schema, model, epoch, metrics
+        self._more_metrics = more_metrics
         self._parent = start.version
         self._last_number = start.newest
         self._published = start.examples_seen
@@ -128,7 +132,7 @@ class Publisher:
             watermark_ms=captured.watermark_ms,
             examples_seen=captured.examples_seen,
             negative_rate=captured.negative_rate,
-            metrics=manifest_metrics(report),
+            metrics={**manifest_metrics(report), **self._more_metrics()},
             schema_hash=self._schema.fingerprint(),
             features=self._schema.model_dump(mode="json"),
             model=self._model.model_dump(mode="json"),

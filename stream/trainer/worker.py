@@ -17,6 +17,7 @@ from typing import Any
 from faust.types import TP
 
 from model.learner import Learner
+from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.registry import RegistryState
@@ -36,6 +37,7 @@ from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
 from stream.trainer.scores import Scores
+from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher
 from stream.trainer.start import first_positions, go_on
 from stream.trainer.training import Training
@@ -239,6 +241,11 @@ async def run_trainer(
         prometheus = new_registry()
         metrics = TrainerMetrics(prometheus)
         scores = Scores(settings.metrics_window, settings.evaluation_from_ms)
+
+        def reference(version: int) -> Predictor:
+            return load_reference(store, version, schema, announced=follower.state.versions.get(version))
+
+        skew = SkewCheck(reference, metrics)
         training = Training(
             learner,
             BatchCutter(model.batch_rows, positions),
@@ -246,6 +253,7 @@ async def run_trainer(
             metrics,
             max_batch_age_s=settings.max_batch_age_ms / 1000,
             watermark_ms=start.watermark_ms,
+            observers=(skew,),
         )
         training.restore(start.kept)
         letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
@@ -267,6 +275,7 @@ async def run_trainer(
                 epoch=epoch,
                 start=start,
                 metrics=metrics,
+                more_metrics=skew.manifest_metrics,
             ),
             letters=letters,
             registry=registry,
@@ -274,7 +283,11 @@ async def run_trainer(
             metrics=metrics,
         )
         await worker.start()
-        await serve(worker, name="trainer", http=http, registry=prometheus)
+        checking = asyncio.ensure_future(skew.run())
+        try:
+            await serve(worker, name="trainer", http=http, registry=prometheus)
+        finally:
+            checking.cancel()
     finally:
         await follower.close()
         await registry.close()
