@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from deploy.doctor import event_checks, progress_checks, topic_checks
+from deploy.doctor import event_checks, model_checks, progress_checks, topic_checks
 from deploy.doctor.finding import Finding
 from deploy.doctor.readings import Readings
 
@@ -24,6 +24,12 @@ CHECKS: dict[str, Callable[[Readings], Iterator[Finding]]] = {
     "low_water": progress_checks.low_water,
     "watermark": progress_checks.watermark,
     "open_transactions": progress_checks.open_transactions,
+    "publishing": model_checks.publishing,
+    "scorers": model_checks.scorers,
+    "skew": model_checks.skew,
+    "calibration": model_checks.calibration,
+    "champion": model_checks.champion,
+    "hold": model_checks.hold,
 }
 
 

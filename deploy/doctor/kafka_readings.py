@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -21,9 +21,11 @@ from aiokafka.structs import TopicPartition
 from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail
 from deploy.settings import Settings
 from state.errors import SnapshotError
+from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.clients import kafka_python_options
 from stream.errors import StreamError
+from stream.heartbeat import Heartbeat, HeartbeatReader
 from stream.join.events import WATERMARK_HEADER
 from stream.join.progress import decode_progress
 from stream.letter_log import read_letter
@@ -69,12 +71,13 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
     readings = Readings(
         now_ms=time.time_ns() // 1_000_000,
         join_settings=settings.join,
+        snapshots=settings.snapshots,
         prefix=names.prefix,
         differences=differences(topic_contracts(settings.topics), found),
         partitions={short: topic.partitions for short, topic in there.items()},
         configs={short: topic.configs for short, topic in there.items()},
     )
-    reader = _Reader(settings, names, there)
+    reader = _Reader(settings, names, there, set(found))
     try:
         return await reader.read(readings, sample)
     finally:
@@ -84,8 +87,8 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
 class _Reader:
     """One consumer, and what it is asked for."""
 
-    def __init__(self, settings: Settings, names: TopicNames, there: Mapping[str, Found]) -> None:
-        self._settings, self._names = settings, names
+    def __init__(self, settings: Settings, names: TopicNames, there: Mapping[str, Found], every: Set[str]) -> None:
+        self._settings, self._names, self._all = settings, names, every
         self._places = [(short, number) for short, topic in there.items() for number in range(topic.partitions)]
         self._consumer: Any = None
         self._unread: list[str] = []
@@ -96,6 +99,7 @@ class _Reader:
         await self._consumer.start()
         logs = await self._logs()
         offsets_retention_ms, members = await asyncio.to_thread(self._admin)
+        registry = await self._registry()
         readings = replace(
             readings,
             logs=logs,
@@ -103,7 +107,9 @@ class _Reader:
             members=members,
             committed=await self._committed(),
             scorer=await self._scorer(),
-            trainer=await self._trainer(),
+            registry=registry or RegistryState(),
+            scorers=await self._scorers(),
+            trainer={} if registry is None else self._trainer(registry),
             tails=await self._tails(logs, sample),
             letters=await self._letters(logs, sample),
         )
@@ -198,22 +204,42 @@ class _Reader:
         found = await self._offsets("scorer", ("score-requests",))
         return {number: at.offset for (_, number), at in found.items()}
 
-    async def _trainer(self) -> dict[int, int]:
-        """The newest version that is announced and there; a trainer goes on from one like it."""
+    async def _registry(self) -> RegistryState | None:
         try:
-            registry = await read_registry(self._settings.kafka, self._names)
-            if not registry.versions:
-                return {}
+            return await read_registry(self._settings.kafka, self._names)
+        except (KafkaError, StreamError) as error:
+            self._not_read("the registry of versions", error)
+            self._unread_positions.add("trainer")
+            return None
+
+    async def _scorers(self) -> list[Heartbeat]:
+        if self._names.scorers not in self._all:
+            return []
+        try:
+            async with HeartbeatReader(self._settings.kafka, self._names) as scorers:
+                return await scorers.live()
+        except (KafkaError, StreamError) as error:
+            self._not_read("the scorers' heartbeats", error)
+            return []
+
+    def _trainer(self, registry: RegistryState) -> dict[int, int]:
+        """The newest version that is announced and there; a trainer goes on from one like it."""
+        if not registry.versions:
+            return {}
+        try:
             store = SnapshotStore(self._settings.snapshots)
             there = registry.versions.keys() & set(store.versions())
             if not there:
                 raise SnapshotError(f"none of the announced versions is in {store.url}")
             manifest = store.manifest(max(there))
-        except (KafkaError, StreamError, SnapshotError) as error:
-            self._unread.append(f"the trainer's offsets: {repr(error) if isinstance(error, KafkaError) else error}")
+        except SnapshotError as error:
+            self._not_read("the trainer's offsets", error)
             self._unread_positions.add("trainer")
             return {}
         return {int(number): offset for number, offset in manifest.offsets.items()}
+
+    def _not_read(self, what: str, error: Exception) -> None:
+        self._unread.append(f"{what}: {repr(error) if isinstance(error, KafkaError) else error}")
 
     async def _newest(self, logs: Mapping[Place, LogReading], short: str, sample: int) -> dict[Place, list[Any]]:
         """The last records of a topic by partition."""

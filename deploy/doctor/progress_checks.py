@@ -8,6 +8,7 @@ import numpy as np
 
 from deploy.cli.times import clock, duration
 from deploy.doctor.finding import Finding
+from deploy.doctor.model_checks import publishes_nothing
 from deploy.doctor.readings import Readings
 from deploy.doctor.topic_checks import MEND
 from stream.join.events import MAX_TIMESTAMP_MS
@@ -48,15 +49,17 @@ _READS = {"join": ("impressions", "clicks"), "trainer": ("examples",), "scorer":
 def lag(readings: Readings) -> Iterator[Finding]:
     """Records wait too long for the join, the trainer or the scorers."""
     for worker, (command, positions) in _positions(readings).items():
-        if worker in readings.unread_positions:
-            continue
+        if worker in readings.unread_positions or (worker == "trainer" and publishes_nothing(readings) is not None):
+            continue  # unknown; or told by `publishing`, since the trainer's position is that of its newest version
+        # A version stands for the trainer's progress, and is that old at least.
+        limit_ms = MAX_WAIT_MS + (2 * readings.snapshots.interval_ms if worker == "trainer" else 0)
         waiting, behind, oldest = list[str](), 0, readings.now_ms
         for (topic, number), log in readings.logs.items():
             if topic not in _READS[worker]:
                 continue
             position = positions.get((topic, number), log.start)
             arrived = readings.arrived(topic, number, max(position, log.start))
-            if position < log.stable_end and arrived is not None and readings.now_ms - arrived > MAX_WAIT_MS:
+            if position < log.stable_end and arrived is not None and readings.now_ms - arrived > limit_ms:
                 waiting.append(f"{readings.topic(topic)}-{number}")
                 behind += log.stable_end - position
                 oldest = min(oldest, arrived)
@@ -65,7 +68,7 @@ def lag(readings: Readings) -> Iterator[Finding]:
             yield Finding(
                 check="lag",
                 what=f"{worker}: {', '.join(waiting)}",
-                expected=f"no record waiting longer than {duration(MAX_WAIT_MS)}",
+                expected=f"no record waiting longer than {duration(limit_ms)}",
                 found=f"about {behind:,} records waiting, the oldest for {duration(readings.now_ms - oldest)}; "
                 f"{'an unknown number of' if members is None else members} workers in the group",
                 cure=_lag_cure(worker, command, members),

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from state.registry import RegistryState
+from state.settings import SnapshotSettings
+from stream.heartbeat import Heartbeat
 from stream.join.progress import Progress
 from stream.settings import JoinSettings
 from stream.topic_admin import Difference
@@ -59,6 +62,7 @@ class Readings:
 
     now_ms: int
     join_settings: JoinSettings
+    snapshots: SnapshotSettings = field(default_factory=SnapshotSettings)
     prefix: str = ""
     differences: Sequence[Difference] = ()
     partitions: Mapping[str, int] = field(default_factory=dict)
@@ -78,6 +82,9 @@ class Readings:
     """Next offset of each partition of `examples`, by the newest announced version that the store has."""
     scorer: Mapping[int, int] = field(default_factory=dict)
     """Committed offset of each partition of `score-requests`."""
+    registry: RegistryState = field(default_factory=RegistryState)
+    scorers: Sequence[Heartbeat] = ()
+    """What every live scorer says of itself."""
     arrivals: Mapping[tuple[str, int, int], int] = field(default_factory=dict)
     """Arrival of the first committed record at or after an offset, by topic, partition and offset."""
     open_since_ms: Mapping[Place, int] = field(default_factory=dict)

@@ -1,0 +1,170 @@
+"""Checks of models and of those who make and serve them: champion, predictions against clicks, skew, scorers, publishing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from deploy.cli.times import clock, duration
+from deploy.doctor.finding import Finding
+from deploy.doctor.readings import Readings
+from state.registry import VersionRecord
+
+__all__ = ["calibration", "champion", "hold", "publishes_nothing", "publishing", "scorers", "skew"]
+
+# A champion is replaced with nearly every version: one in some is held back by chance, twenty in a row are not.
+MAX_VERSIONS_SINCE = 20
+MAX_CHAMPION_AGE_MS = 600_000
+# Who stops promotion by hand looks at it again within the hour; later it was forgotten.
+MAX_HOLD_MS = 3_600_000
+# Versions that may be missing, and at least a minute: a version of a large model takes its time.
+MISSED_VERSIONS, MIN_SILENCE_MS = 5, 60_000
+# Fewer served impressions than these say little of a mean, and fewer compared scores little of a share.
+MIN_SERVED, MIN_COMPARED = 1_000, 100
+# Of compared scores whose logit differs by more than 0.02. Where both sides agree there is none.
+MAX_SKEWED = 0.01
+
+
+def _newest(readings: Readings) -> VersionRecord | None:
+    versions = readings.registry.versions
+    return versions[max(versions)] if versions else None
+
+
+def champion(readings: Readings) -> Iterator[Finding]:
+    """New versions stay candidates, one after the other, while the trainer goes on learning."""
+    state, newest = readings.registry, _newest(readings)
+    served = state.champion_record
+    if newest is None or state.champion.hold or not readings.snapshots.auto_promote:
+        return
+    if served is None:
+        if readings.now_ms - min(record.announced_at_ms for record in state.versions.values()) > MAX_CHAMPION_AGE_MS:
+            yield Finding(
+                check="champion",
+                what="no champion",
+                expected=f"a champion within {duration(MAX_CHAMPION_AGE_MS)} of the first version",
+                found=f"{len(state.versions)} versions announced, none promoted; the newest, {newest.version}: {newest.gate}",
+                cure="`headrace snapshot list` says why each version stays a candidate",
+            )
+        return
+    since = sum(version > served.version for version in state.versions)
+    age_ms = newest.announced_at_ms - state.champion.at_ms
+    if newest.examples_seen <= served.examples_seen or (since < MAX_VERSIONS_SINCE and age_ms < MAX_CHAMPION_AGE_MS):
+        return
+    yield Finding(
+        check="champion",
+        what=f"champion {served.version}",
+        expected=f"another champion within {MAX_VERSIONS_SINCE} versions and {duration(MAX_CHAMPION_AGE_MS)}, while examples "
+        "are learned",
+        found=f"champion since {clock(state.champion.at_ms)}; {since} versions have been announced since, of "
+        f"{newest.examples_seen - served.examples_seen:,} more examples. The newest, {newest.version}: {newest.gate}",
+        cure="see what the gate says of the newest versions (`headrace snapshot list`); where they are right and the champion "
+        f"isn't, `headrace snapshot promote {newest.version} --reason …`",
+    )
+
+
+def hold(readings: Readings) -> Iterator[Finding]:
+    """Auto-promotion was stopped by hand and never let go on."""
+    alias = readings.registry.champion
+    if alias.hold and readings.now_ms - alias.hold_at_ms > MAX_HOLD_MS:
+        yield Finding(
+            check="hold",
+            what=f"champion {alias.version}",
+            expected=f"auto-promotion held for at most {duration(MAX_HOLD_MS)}",
+            found=f"held since {clock(alias.hold_at_ms)} by {alias.hold_who}: {alias.hold_reason}",
+            cure="`headrace snapshot resume` lets it go on with the next version that passes the gate",
+        )
+
+
+def calibration(readings: Readings) -> Iterator[Finding]:
+    """What was served is too high or too low against the labels that came."""
+    newest = _newest(readings)
+    if newest is None:
+        return
+    count, value = newest.metrics.get("served_examples", 0), newest.metrics.get("served_calibration", math.nan)
+    low, high = readings.snapshots.gate_calibration
+    if count >= MIN_SERVED and not math.isnan(value) and not low <= value <= high:
+        yield Finding(
+            check="calibration",
+            what=f"scores served, as of version {newest.version}",
+            expected=f"predicted over actual clicks between {low:g} and {high:g}",
+            found=f"{value:.3g} over the last {count:,.0f} impressions with a score",
+            cure="see `skew` and `champion` where they stand here; else go back (`headrace snapshot rollback`) and look "
+            "whether clicks are missing or come twice",
+        )
+
+
+def skew(readings: Readings) -> Iterator[Finding]:
+    """Impressions carry other features than those that they were scored with."""
+    newest = _newest(readings)
+    if newest is None:
+        return
+    count, share = newest.metrics.get("skew_examples", 0), newest.metrics.get("skew_share", 0.0)
+    if count >= MIN_COMPARED and share > MAX_SKEWED:
+        yield Finding(
+            check="skew",
+            what="score requests against impressions",
+            expected="served scores that the same version computes again from the impressions' features",
+            found=f"{share:.1%} of {count:,.0f} differ by more than 0.02 in the logit, on average by "
+            f"{newest.metrics.get('skew_logit_mean', math.nan):.3g}, 99 % of them by at most "
+            f"{newest.metrics.get('skew_logit_p99', math.nan):.3g}",
+            cure="compare the features of a request with those of its impression: the same names, units, defaults, and values "
+            "as of the request's time; and `score` and `model_version` as the answer had them, not rounded",
+        )
+
+
+def scorers(readings: Readings) -> Iterator[Finding]:
+    """A scorer that can't read the champion, or the registry."""
+    for beat in readings.scorers:
+        what = f"scorer {beat.worker} on {beat.host}"
+        if beat.fallback_of is not None:
+            answers = (
+                "it has no version and takes no requests" if beat.version < 0 else f"it answers with version {beat.version}"
+            )
+            yield Finding(
+                check="scorers",
+                what=what,
+                expected=f"the champion, version {beat.fallback_of}",
+                found=f"{answers}, since it can't read the champion: {beat.fallback_reason}",
+                cure=f"`headrace snapshot verify {beat.fallback_of}` says whether the version is whole; if it is, look at that "
+                "scorer's snapshots.url and credentials; if it isn't, `headrace snapshot rollback`",
+            )
+        if beat.stale:
+            yield Finding(
+                check="scorers",
+                what=what,
+                expected="the registry read to its end within scorer.lease_ms",
+                found=f"it has read the registry up to offset {beat.registry_offset} only: the champion may be another",
+                cure="look at that scorer's log and at its way to Kafka",
+            )
+
+
+def publishes_nothing(readings: Readings) -> VersionRecord | None:
+    """The newest version, where a trainer runs and has announced none for too long though examples have come since."""
+    newest = _newest(readings)
+    if newest is None or not readings.members.get("trainer") or "trainer" in readings.unread_positions:
+        return None
+    limit_ms = max(MISSED_VERSIONS * readings.snapshots.interval_ms, MIN_SILENCE_MS)
+    if readings.now_ms - newest.announced_at_ms <= limit_ms:
+        return None
+    for (topic, number), log in readings.logs.items():
+        position = readings.trainer.get(number)
+        if topic != "examples" or position is None or position >= log.stable_end:
+            continue
+        arrived = readings.arrived(topic, number, max(position, log.start))
+        if arrived is not None and readings.now_ms - arrived > limit_ms:
+            return newest
+    return None
+
+
+def publishing(readings: Readings) -> Iterator[Finding]:
+    """A trainer runs and publishes nothing, though there is something new to learn."""
+    newest = publishes_nothing(readings)
+    if newest is not None:
+        yield Finding(
+            check="publishing",
+            what=f"trainer, newest version {newest.version}",
+            expected=f"a version every {duration(readings.snapshots.interval_ms)} (snapshots.interval_ms) while examples come",
+            found=f"the last one was announced {duration(readings.now_ms - newest.announced_at_ms)} ago, by {newest.who}",
+            cure="look at the trainer's log, and whether headrace_trainer_snapshots_total counts failed ones: a full disk, a "
+            "store or a registry out of reach; else it learns more slowly than examples come",
+        )
