@@ -27,8 +27,8 @@ __all__ = ["Batch", "Simulation", "TruthFile", "generate", "simulation_schema"]
 _BATCH = 4_096  # impressions generated at once
 _USERS, _ITEMS, _SEGMENTS, _CATEGORIES, _DEVICES = 20_000, 2_000, 8, 12, 4
 _ZIPF = 1.1  # popularity of users and items, as in click logs
-# Standard deviations of the true weights, by what they belong to.
-_SPREADS = {"user": 0.4, "item": 0.6, "device": 0.3, "hour": 0.2, "pair": 0.8, "price": 0.5}
+# Standard deviations of the true weights, by what they belong to; the hours' is `hour_effect`.
+_SPREADS = {"user": 0.4, "item": 0.6, "device": 0.3, "hour": 1.0, "pair": 0.8, "price": 0.5}
 _PRICE = 0.01  # the lowest one, since its logarithm is read
 _CALIBRATED_ON = 20_000  # impressions from which the bias is solved: the mean probability is met within some 1 %
 
@@ -52,6 +52,7 @@ class Simulation:
         malformed: broken records sent in addition, as a share of the impressions.
         drift: quarter turns of the true weights towards unrelated ones in 100,000 impressions.
         hour_ms: length of one value of the feature `hour` in event time; each of the 24 has an effect of its own.
+        hour_effect: standard deviation of these effects on the log odds.
         new_items: items that appear in a second of event time, each with an effect of its own.
         new_item_share: share of impressions that show one of these.
         new_item_life_s: how old such an item is when it is shown, on average: it appears at its most popular, and fades.
@@ -71,6 +72,7 @@ class Simulation:
     malformed: float = 0.0
     drift: float = 0.0
     hour_ms: int = 3_600_000
+    hour_effect: float = 0.2
     new_items: float = 0.0
     new_item_share: float = 0.3
     new_item_life_s: float = 60.0
@@ -105,6 +107,8 @@ class Truth:
         self._simulation = simulation
         rng = np.random.default_rng([simulation.seed, 1])
         self._weights = [self._draw(rng) for _ in range(2)]  # where drift begins, and what it turns to
+        for weights in self._weights:
+            weights["hour"] = weights["hour"] * simulation.hour_effect
         self.segments = rng.integers(0, _SEGMENTS, _USERS)
         categories = rng.integers(0, _CATEGORIES, _ITEMS)
         # Items that appear later have numbers after the others'; their draws leave those of all other things as they are.
@@ -121,6 +125,11 @@ class Truth:
     def _draw(rng: np.random.Generator) -> dict[str, Floats]:
         sizes = {"user": _USERS, "item": _ITEMS, "device": _DEVICES, "hour": 24, "pair": _SEGMENTS * _CATEGORIES, "price": 1}
         return {name: rng.normal(0.0, _SPREADS[name], size) for name, size in sizes.items()}
+
+    @property
+    def hour_effects(self) -> Floats:
+        """What each hour adds to the log odds at the start, (24,)."""
+        return self._weights[0]["hour"]
 
     def probabilities(self, columns: Columns, rows: Int64s) -> Floats:
         """True click probability of each row, (N,)."""

@@ -1,0 +1,176 @@
+"""Is the model right while it learns? Predictions as served, against probabilities that are known, at the speed of life.
+
+    .venv/bin/python bench/real_time.py                                   # 10 minutes at real speed, window 60 s
+    .venv/bin/python bench/real_time.py --accelerated --seeds 0,1,2,3     # by event time, without Kafka: 1 minute a seed
+    .venv/bin/python bench/real_time.py --accelerated --window-s 600 --minutes 30
+    .venv/bin/python bench/real_time.py --accelerated --ctr 0.03 --ctr-step 200:0.06 --ctr-step 400:0.03
+    .venv/bin/python bench/real_time.py --accelerated --saturate          # begin with a model that says 0.998 to everything
+
+A simulated stream of 300 impressions a second from an empty start: CTR 5 %, click delays lognormal with a mean of 20 s, a new
+item every 2 s, a new value of the feature `hour` each minute. A real Apache Kafka, join, trainer and scorer; each impression is
+scored when it is shown, as by a service. Measured from one minute after the first labels on:
+
+- in_band_share: stretches of 30 s in which mean prediction over mean true probability is within 0.9 and 1.1;
+- new_items_in_band_share: pools of 2,000 impressions of items under 60 s old in which that is within 0.7 and 1.4;
+- ne_lost_share: share of (1 - normalised entropy) lost to a learner that knows each label at once;
+- champion_age_max_s: greatest age of the version that answered;
+- one_class_promoted: promoted versions that had seen clicks only, or none;
+- ideal_in_band_share: in_band_share of an observer that knows everything but the hour's effect and sees each click at once.
+
+The true probability is that of a click within the attribution window. With --accelerated the learner is driven by event time
+with the join's, the trainer's and the snapshots' own delays; there is no gate in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.common import report, warn_if_busy
+from bench.delay_exact import Stream, held, play, simulated
+from bench.real_time_figures import SETTLED_MS, Served, figures, ideal_in_band, mean_of, stretches, within_window
+from bench.real_time_live import LiveRun, run_live
+from deploy.cli.simulate import CtrStep
+from deploy.demo.play import worker_environment
+from deploy.local_kafka import LocalKafka
+from deploy.settings import LocalKafkaSettings, Settings
+from deploy.simulation import Simulation, simulation_schema
+from stream.topic_admin import create_topics
+
+COMMIT_MS = 200  # from a label's time to the trainer: a step of the join and a transaction
+SWAP_MS = 400  # from a version's capture until it answers
+
+
+def run_settings(window_ms: int, base: Settings) -> Settings:
+    """The defaults, with the simulator's features and topics of two partitions."""
+    return base.model_copy(
+        update={
+            "topics": base.topics.model_copy(update={"partitions": 2, "request_partitions": 2}),
+            "join": base.join.model_copy(update={"window_ms": window_ms}),
+            "trainer": base.trainer.model_copy(update={"threads": 1}),
+            "features": simulation_schema(),
+        }
+    )
+
+
+def live(simulation: Simulation, settings: Settings) -> tuple[LiveRun, Simulation]:
+    """One run at real speed."""
+    work = Path(tempfile.mkdtemp(prefix="headrace-real-time-"))
+    try:
+        with LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=768)) as kafka:
+            settings = settings.model_copy(
+                update={
+                    "kafka": settings.kafka.model_copy(update={"bootstrap_servers": kafka.bootstrap_servers}),
+                    "snapshots": settings.snapshots.model_copy(update={"url": str(work / "snapshots")}),
+                    "state_dir": work / "state",
+                }
+            )
+            create_topics(settings.kafka, settings.topics)
+            return asyncio.run(run_live(simulation, settings, worker_environment(settings), work))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def accelerated(simulation: Simulation, settings: Settings, *, saturate: bool) -> tuple[Stream, Served]:
+    """One run by event time."""
+    stream = simulated(simulation)
+    join, hold = settings.join, settings.join.held_ms
+    labels = held(stream, join.window_ms, hold, lateness_ms=join.lateness_ms, commit_ms=COMMIT_MS)
+    interval_ms = settings.snapshots.interval_ms
+    scores, captured_ms = play(
+        stream,
+        labels,
+        settings.model,
+        batch_age_ms=settings.trainer.max_batch_age_ms,
+        serve_every_ms=interval_ms,
+        serve_late_ms=SWAP_MS,
+        saturate=saturate,
+    )
+    return stream, Served(scores, captured_ms, simulation.start_ms + hold + join.lateness_ms)
+
+
+@click.command()
+@click.option("--window-s", default=60.0, show_default=True, help="Attribution window.")
+@click.option("--minutes", default=10.0, show_default=True, help="Of stream.")
+@click.option("--seeds", default="0", show_default=True, help="Separated by commas; one run each.")
+@click.option("--accelerated", "fast", is_flag=True, help="By event time, without Kafka.")
+@click.option("--hold-ms", type=int, help="Instead of the default of join.hold_ms.")
+@click.option("--lateness-ms", type=int, help="Instead of the default of join.lateness_ms.")
+@click.option("--interval-ms", type=int, help="Instead of the default of snapshots.interval_ms.")
+@click.option("--ctr", default=0.05, show_default=True)
+@click.option("--ctr-step", "ctr_steps", type=CtrStep(), multiple=True, metavar="SECONDS:CTR")
+@click.option("--hour-effect", default=0.2, show_default=True, help="Standard deviation of an hour's effect on the log odds.")
+@click.option("--saturate", is_flag=True, help="Begin with logits of 6 everywhere (with --accelerated).")
+@click.option("--no-reference", is_flag=True, help="Leave out ne_lost_share.")
+def main(
+    window_s: float,
+    minutes: float,
+    seeds: str,
+    fast: bool,
+    hold_ms: int | None,
+    lateness_ms: int | None,
+    interval_ms: int | None,
+    ctr: float,
+    ctr_steps: tuple[tuple[float, float], ...],
+    hour_effect: float,
+    saturate: bool,
+    no_reference: bool,
+) -> None:
+    """Measure and print; the last line is one JSON object."""
+    if saturate and not fast:
+        raise click.UsageError("--saturate: expected together with --accelerated, found without. Add it.")
+    torch.set_num_threads(1)
+    warn_if_busy()
+    settings = run_settings(int(window_s * 1_000), Settings())
+    changed = {name: value for name, value in (("hold_ms", hold_ms), ("lateness_ms", lateness_ms)) if value is not None}
+    settings = settings.model_copy(update={"join": settings.join.model_copy(update=changed)})
+    if interval_ms is not None:
+        snapshots = settings.snapshots.model_copy(update={"interval_ms": interval_ms})
+        settings = settings.model_copy(update={"snapshots": snapshots})
+    rows = []
+    for seed in (int(each) for each in seeds.split(",")):
+        simulation = Simulation(
+            rate=300.0,
+            count=round(minutes * 60 * 300),
+            ctr=ctr,
+            ctr_steps=tuple(sorted(ctr_steps)),
+            delay="lognormal",
+            delay_ms=20_000.0,
+            hour_ms=60_000,
+            hour_effect=hour_effect,
+            new_items=0.5,
+            seed=seed,
+        )
+        more: dict[str, float] = {}
+        if fast:
+            stream, served = accelerated(simulation, settings, saturate=saturate)
+        else:
+            run, simulation = live(simulation, settings)
+            stream, served = run.stream, run.served
+            more = {"one_class_promoted": run.one_class_promoted, "versions": run.versions, "machine_busy": run.busy}
+            for version, reason in sorted(run.gate.items())[-3:]:
+                click.echo(f"version {version}: {reason}", err=True)
+        measured = figures(stream, simulation, served, settings.join.window_ms, settings.model, reference=not no_reference)
+        from_ms = served.first_labels_ms + SETTLED_MS
+        measured["ideal_in_band_share"] = ideal_in_band(stream, simulation, from_ms)
+        truth = stream.probabilities * within_window(simulation, settings.join.window_ms)
+        ratios = stretches(stream, served.scores, truth, from_ms)
+        click.echo(f"seed {seed}: {measured | more}\n  {np.round(ratios, 2).tolist()}")
+        if saturate:
+            after = stretches(stream, served.scores, truth, served.first_labels_ms + 120_000)
+            measured["ratio_after_two_minutes"] = round(float(after[0]), 3)
+        rows.append(measured | more)
+    report(benchmark="real_time", **mean_of(rows), seeds=len(rows), accelerated=fast, window_s=window_s, minutes=minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What `bench/real_time.py` measures, of scores as served on a stream whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.delay_exact import Floats, Stream, at_once, play
+from deploy.simulation import Simulation, Truth
+from model.settings import ModelSettings
+
+__all__ = ["Served", "figures", "ideal_in_band", "stretches", "within_window"]
+
+STRETCH_MS = 30_000
+YOUNG_MS = 60_000
+POOL = 2_000  # impressions of young items: some 100 clicks at a CTR of 5 %
+BAND = (0.9, 1.1)
+YOUNG_BAND = (0.7, 1.4)
+SETTLED_MS = 60_000  # after the first labels
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Scores of a stream's N impressions as served.
+
+    scores         (N,), NaN where an impression was shown without one
+    champion_ms    (N,), event time at which the version that answered was captured; -1 without a score
+    first_labels_ms  event time at which the first labels were out
+    """
+
+    scores: npt.NDArray[np.float32]
+    champion_ms: npt.NDArray[np.int64]
+    first_labels_ms: int
+
+
+def within_window(simulation: Simulation, window_ms: int) -> float:
+    """Share of all clicks that come within the window (lognormal delays): only these are clicks to a model."""
+    if simulation.delay != "lognormal":
+        raise ValueError(f"delay: expected lognormal, found {simulation.delay}")
+    return float(_lognormal_cdf(np.array([float(window_ms)]), simulation.delay_ms)[0])
+
+
+def _lognormal_cdf(delays_ms: Floats, mean_ms: float) -> Floats:
+    z = (np.log(np.maximum(delays_ms, 1e-9)) - (math.log(mean_ms) - 0.5)) / math.sqrt(2)
+    return np.array([0.5 * (1 + math.erf(each)) for each in z.tolist()])
+
+
+def figures(
+    stream: Stream, simulation: Simulation, served: Served, window_ms: int, model: ModelSettings, *, reference: bool = True
+) -> dict[str, float]:
+    """The figures from one minute after the first labels on. A stretch without scores is out of band.
+
+    Args:
+        reference: train the learner that knows each label at once beside it, for `ne_lost_share`.
+    """
+    truth = stream.probabilities * within_window(simulation, window_ms)
+    measured = stream.shown_ms >= served.first_labels_ms + SETTLED_MS
+    scored = measured & ~np.isnan(served.scores)
+    ratios = stretches(stream, served.scores, truth, served.first_labels_ms + SETTLED_MS)
+    young = np.flatnonzero(scored & (stream.ages_ms >= 0) & (stream.ages_ms < YOUNG_MS))
+    pools = [rows for rows in np.split(young, np.arange(POOL, len(young), POOL)) if len(rows) == POOL]
+    young_ratios = np.array([served.scores[rows].mean() / truth[rows].mean() for rows in pools])
+    answered = measured & (served.champion_ms >= 0)
+    ages_ms = stream.shown_ms[answered] - served.champion_ms[answered]
+    told = {
+        "in_band_share": _share(ratios, BAND),
+        "new_items_in_band_share": _share(young_ratios, YOUNG_BAND),
+        "champion_age_max_s": round(float(ages_ms.max()) / 1_000, 1) if len(ages_ms) else math.inf,
+        "stretches": len(ratios),
+        "new_items_pools": len(young_ratios),
+        "ratio_lowest": _rounded(np.nanmin(ratios)) if np.isfinite(ratios).any() else math.nan,
+        "ratio_highest": _rounded(np.nanmax(ratios)) if np.isfinite(ratios).any() else math.nan,
+        "ratio_spread": _rounded(np.nanstd(ratios)) if np.isfinite(ratios).any() else math.nan,
+        "scored_share": _rounded(scored.sum() / max(1, measured.sum())),
+    }
+    if reference:
+        known, _ = play(stream, at_once(stream, window_ms), model)
+        best, ours = (1 - normalised_entropy(scores[scored], truth[scored]) for scores in (known, served.scores))
+        told["ne_lost_share"] = _rounded(1 - ours / best)
+        told["reference_ne"] = _rounded(1 - best)
+    return told
+
+
+def stretches(stream: Stream, scores: npt.NDArray[np.float32], truth: Floats, from_ms: int) -> Floats:
+    """Mean prediction over mean truth of each whole stretch of 30 s from a time on; NaN for one without scores."""
+    ends_ms = np.arange(from_ms, int(stream.shown_ms[-1]) + 1, STRETCH_MS)
+    cuts = np.searchsorted(stream.shown_ms, ends_ms)
+    ratios = []
+    for start, stop in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+        scored = ~np.isnan(scores[start:stop])
+        ratio = scores[start:stop][scored].mean() / truth[start:stop][scored].mean() if scored.any() else np.nan
+        ratios.append(ratio)
+    return np.array(ratios)
+
+
+def normalised_entropy(scores: npt.NDArray[np.float32], truth: Floats) -> float:
+    """Expected log loss under the truth over that of always saying the mean: no label's luck is in it."""
+    p = np.clip(scores.astype(np.float64), 1e-7, 1 - 1e-7)
+    mean = truth.mean()
+    loss = -(truth * np.log(p) + (1 - truth) * np.log1p(-p)).mean()
+    return float(loss / -(mean * np.log(mean) + (1 - mean) * np.log1p(-mean)))
+
+
+def ideal_in_band(stream: Stream, simulation: Simulation, from_ms: int) -> float:
+    """The share of stretches in band of an observer that knows all but the hour's effect: no learner can do better.
+
+    It knows every true weight but that of the hour, from which distribution this one is drawn, and that of the delays. It sees
+    each click in the moment in which it happens, and answers each second by its posterior mean.
+    """
+    hours = stream.shown_ms // simulation.hour_ms
+    effects = Truth(simulation).hour_effects[hours % 24]
+    known = stream.probabilities / np.exp(effects)
+    grid = np.linspace(-1.0, 1.0, 401)
+    prior = -0.5 * (grid / simulation.hour_effect) ** 2
+    delays_ms = np.arange(0, simulation.hour_ms + 1_000, 50)
+    arrived = _lognormal_cdf(delays_ms.astype(np.float64), simulation.delay_ms)
+    scores = np.empty(len(stream), np.float32)
+    for hour in np.unique(hours).tolist():
+        rows = np.flatnonzero(hours == hour)
+        shown_ms, clicked_ms, odds = stream.shown_ms[rows], stream.clicked_ms[rows], known[rows]
+        seconds = (shown_ms - shown_ms[0]) // 1_000
+        for second in np.unique(seconds).tolist():
+            at = np.flatnonzero(seconds == second)
+            now_ms, before = int(shown_ms[at[0]]), slice(0, int(at[0]))
+            expected = (odds[before] * np.interp(now_ms - shown_ms[before], delays_ms, arrived)).sum()
+            clicks = ((clicked_ms[before] >= 0) & (clicked_ms[before] <= now_ms)).sum()
+            weights = prior + clicks * grid - np.exp(grid) * expected  # Poisson: clicks are rare
+            weights = np.exp(weights - weights.max())
+            scores[rows[at]] = odds[at] * (weights @ np.exp(grid)) / weights.sum()
+    return _share(stretches(stream, scores, stream.probabilities, from_ms), BAND)
+
+
+def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of several seeds: means, but the largest age."""
+    return {
+        name: max(row[name] for row in rows) if name == "champion_age_max_s" else _rounded(np.mean([row[name] for row in rows]))
+        for name in rows[0]
+    }
+
+
+def _share(ratios: Floats, band: tuple[float, float]) -> float:
+    return _rounded(np.mean((ratios >= band[0]) & (ratios <= band[1]))) if len(ratios) else math.nan
+
+
+def _rounded(value: float | np.floating) -> float:
+    return round(float(value), 4)

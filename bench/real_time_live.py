@@ -1,0 +1,322 @@
+"""The pipeline of `bench/real_time.py` at the speed of life: a service asks for a score, shows, and sends what it showed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from aiokafka import AIOKafkaConsumer
+from aiokafka.structs import TopicPartition
+
+from bench.delay_exact import Stream, simulated
+from bench.real_time_figures import Served
+from deploy.arrivals import arrivals
+from deploy.demo.workers import Worker
+from deploy.feed import Feed
+from deploy.settings import Settings
+from deploy.simulation import Simulation, generate
+from state.store import SnapshotStore
+from stream.clients import aiokafka_options
+from stream.registry_log import read_registry
+from stream.topics import TopicNames
+
+__all__ = ["LiveRun", "run_live"]
+
+AHEAD_MS = 8_000  # and 33 s for a million impressions: longest time that drawing a stream takes
+TICK_S = 0.01
+ANSWER_S = 0.5  # a service waits at most this long, then shows without a score
+SAY_S = 30.0
+
+
+class _Score(msgspec.Struct):
+    id: str
+    score: float
+
+
+class _Answer(msgspec.Struct):
+    request_id: str
+    scores: list[_Score] = []
+    model_version: int | None = None
+
+
+@dataclass(slots=True)
+class LiveRun:
+    """What a run came to. `promoted_seen`: clicks and other impressions learned by each version that was ever promoted."""
+
+    stream: Stream
+    served: Served
+    versions: int
+    promoted_seen: dict[int, tuple[int, int]]
+    gate: dict[int, str]
+    busy: float
+
+    @property
+    def one_class_promoted(self) -> int:
+        """Versions that were promoted and had seen one class only."""
+        return sum(min(seen) == 0 for seen in self.promoted_seen.values())
+
+
+@dataclass(slots=True)
+class _Asked:
+    rows: list[int]
+    until_s: float
+
+
+@dataclass(slots=True)
+class _Service:
+    """Asks for scores and sends impressions; one request for all impressions of a tick."""
+
+    feed: Feed
+    names: TopicNames
+    keys: list[bytes]
+    values: list[bytes]
+    scores: npt.NDArray[np.float32]
+    versions: npt.NDArray[np.int64]
+    asked: dict[str, _Asked] = field(default_factory=dict)
+    sent: set[str] = field(default_factory=set)
+    alive: bool = False
+    number: int = 0
+
+    async def show(self, rows: list[int]) -> None:
+        """Impressions whose time has come."""
+        self.number += 1
+        name = f"tick-{self.number}"
+        candidates = b",".join(b'{"id":"%d","features":%b}' % (row, _features(self.values[row])) for row in rows)
+        deadline_ms = time.time_ns() // 1_000_000 + int(ANSWER_S * 1_000)
+        request = b'{"request_id":"%b","context":{},"candidates":[%b],"deadline_ms":%d}' % (
+            name.encode(),
+            candidates,
+            deadline_ms,
+        )
+        await self.feed.send(self.names.score_requests, [name.encode()], [request])
+        if self.alive:
+            self.asked[name] = _Asked(rows, time.monotonic() + ANSWER_S)
+        else:  # before the first version nobody waits
+            await self.send(rows)
+
+    async def answered(self, answer: _Answer) -> None:
+        if answer.model_version is None:
+            return
+        self.alive = True
+        asked = self.asked.pop(answer.request_id, None)
+        if asked is None:
+            return
+        for scored in answer.scores:
+            self.scores[int(scored.id)], self.versions[int(scored.id)] = scored.score, answer.model_version
+        await self.send(asked.rows)
+
+    async def give_up(self) -> None:
+        """Show without a score what was asked for too long ago."""
+        now_s = time.monotonic()
+        for name in [name for name, asked in self.asked.items() if asked.until_s < now_s]:
+            await self.send(self.asked.pop(name).rows)
+
+    async def send(self, rows: list[int]) -> None:
+        values: list[bytes | None] = []
+        for row in rows:
+            value = self.values[row]
+            if self.versions[row] >= 0:
+                score = msgspec.json.encode(float(self.scores[row]))
+                value = b'%b,"score":%b,"model_version":%d}' % (value[:-1], score, int(self.versions[row]))
+            values.append(value)
+        await self.feed.send(self.names.impressions, [self.keys[row] for row in rows], values)
+
+
+def _features(impression: bytes) -> bytes:
+    """The features of an encoded impression, which end it."""
+    return impression[impression.index(b'"features":') + len(b'"features":') : -1]
+
+
+async def run_live(simulation: Simulation, settings: Settings, env: dict[str, str], work: Path) -> tuple[LiveRun, Simulation]:
+    """Start the workers, send the stream as it happens, score each impression when it is shown.
+
+    Returns:
+        The run, and the simulation with the time at which it began.
+    """
+    workers = [Worker(kind, env, work / f"{kind}.log", cwd=work) for kind in ("join", "trainer", "scorer")]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers[:2]:  # a scorer is ready once there is a version
+            await asyncio.to_thread(worker.wait_ready, 120.0)
+        # Drawing the stream takes a few seconds; it begins when it is there.
+        simulation = replace(simulation, start_ms=time.time_ns() // 1_000_000 + AHEAD_MS + simulation.count // 30)
+        return await _stream(simulation, settings, workers), simulation
+    finally:
+        for worker in workers:
+            worker.ask_to_stop()
+        for worker in workers:
+            await asyncio.to_thread(worker.wait_stopped)
+
+
+async def _stream(simulation: Simulation, settings: Settings, workers: list[Worker]) -> LiveRun:
+    names = TopicNames.of(settings.topics)
+    stream = simulated(simulation)
+    sends = list(arrivals(generate(simulation), simulation))
+    times_ms = np.concatenate([each.times_ms for each in sends])
+    is_click = np.concatenate([each.is_click for each in sends])
+    keys = [key for each in sends for key in each.keys]
+    values = [value or b"" for each in sends for value in each.values]
+    # Impressions are numbered as the stream's rows.
+    shown = np.flatnonzero(~is_click).tolist()
+    order = {keys[at]: at for at in shown}
+    row_at = [order[b"sim-%d" % (simulation.first_id + row)] for row in range(len(stream))]
+    row_of = {at: row for row, at in enumerate(row_at)}
+    scores = np.full(len(stream), np.nan, np.float32)
+    versions = np.full(len(stream), -1, np.int64)
+    busy = _Busy()
+    async with AsyncExitStack() as stack:
+        feed = await stack.enter_async_context(Feed(settings.kafka))
+        service = _Service(
+            feed,
+            names,
+            [keys[at] for at in row_at],
+            [values[at] for at in row_at],
+            scores,
+            versions,
+        )
+        reader = await _answers(settings, names, feed, stack)
+        ahead_s = simulation.start_ms / 1_000 - time.time()
+        if ahead_s < 0:
+            raise SystemExit(
+                f"the stream was drawn {-ahead_s:.0f} s too late for its first impression; the machine is too busy"
+            )
+        await asyncio.sleep(ahead_s)
+        position, said_s = 0, time.monotonic()
+        last_ms = int(stream.shown_ms[-1])
+        while position < len(times_ms) and times_ms[position] <= last_ms:
+            now_ms = time.time_ns() // 1_000_000
+            stop = int(np.searchsorted(times_ms, now_ms, side="right"))
+            if stop > position:
+                due = np.arange(position, stop)
+                rows = [row_of[at] for at in due[~is_click[due]].tolist()]
+                clicks = due[is_click[due]].tolist()
+                if rows:
+                    await service.show(rows)
+                await feed.send(names.clicks, [keys[at] for at in clicks], [values[at] for at in clicks])
+                position = stop
+            while not reader.empty():
+                await service.answered(reader.get_nowait())
+            await service.give_up()
+            if time.monotonic() - said_s > SAY_S:
+                said_s = time.monotonic()
+                for worker in workers:
+                    worker.check()
+                _say(stream, scores, versions, now_ms)
+            await asyncio.sleep(TICK_S)
+        await feed.flush()
+    state = await read_registry(settings.kafka, names)
+    promoted = {version for version, record in state.versions.items() if record.champion_at_ms}
+    promoted |= set(versions[versions >= 0].tolist())
+    created_ms = {version: record.created_at_ms for version, record in state.versions.items()}
+    seen = await _seen(settings, names, sorted(promoted))
+    join = settings.join
+    return LiveRun(
+        stream=stream,
+        served=Served(
+            scores,
+            np.array([created_ms.get(version, -1) for version in versions.tolist()]),
+            simulation.start_ms + join.held_ms + join.lateness_ms,
+        ),
+        versions=len(state.versions),
+        promoted_seen=seen,
+        gate={version: record.gate for version, record in state.versions.items()},
+        busy=busy.share(),
+    )
+
+
+async def _answers(settings: Settings, names: TopicNames, feed: Feed, stack: AsyncExitStack) -> asyncio.Queue[_Answer]:
+    """A queue that answers arrive in."""
+    places = [TopicPartition(names.scores, number) for number in range(await feed.partitions(names.scores))]
+    consumer: Any = AIOKafkaConsumer(**aiokafka_options(settings.kafka), enable_auto_commit=False, fetch_max_wait_ms=100)
+    await consumer.start()
+    stack.push_async_callback(consumer.stop)
+    consumer.assign(places)
+    await consumer.seek_to_end(*places)
+    for place in places:
+        await consumer.position(place)
+    queue: asyncio.Queue[_Answer] = asyncio.Queue()
+    decode = msgspec.json.Decoder(_Answer).decode
+
+    async def read() -> None:
+        async for record in consumer:
+            queue.put_nowait(decode(record.value))
+
+    task = asyncio.create_task(read())
+
+    async def end() -> None:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    stack.push_async_callback(end)
+    return queue
+
+
+async def _seen(settings: Settings, names: TopicNames, versions: list[int]) -> dict[int, tuple[int, int]]:
+    """Clicks and other first labels in the log up to each version's offsets."""
+    consumer: Any = AIOKafkaConsumer(
+        **aiokafka_options(settings.kafka), enable_auto_commit=False, isolation_level="read_committed"
+    )
+    await consumer.start()
+    labels: dict[int, list[tuple[int, bool]]] = {}
+    try:
+        places = [TopicPartition(names.examples, number) for number in range(settings.topics.partitions)]
+        consumer.assign(places)
+        ends = await consumer.end_offsets(places)
+        await consumer.seek_to_beginning(*places)
+        while any([await consumer.position(place) < ends[place] for place in places]):
+            for place, records in (await consumer.getmany(timeout_ms=200)).items():
+                kept = labels.setdefault(place.partition, [])
+                for record in records:
+                    label = dict(record.headers).get("label")
+                    if label is not None:
+                        kept.append((record.offset, label == b"1"))
+    finally:
+        await consumer.stop()
+    store = SnapshotStore(settings.snapshots)
+    seen = {}
+    for version in versions:
+        offsets = store.manifest(version).offsets
+        below = [clicked for part, kept in labels.items() for offset, clicked in kept if offset < offsets.get(str(part), 0)]
+        seen[version] = (sum(below), len(below) - sum(below))
+    return seen
+
+
+def _say(stream: Stream, scores: npt.NDArray[np.float32], versions: npt.NDArray[np.int64], now_ms: int) -> None:
+    stop = int(np.searchsorted(stream.shown_ms, now_ms - 1_000))
+    start = int(np.searchsorted(stream.shown_ms, now_ms - 1_000 - int(SAY_S * 1_000)))
+    there = start + np.flatnonzero(~np.isnan(scores[start:stop]))
+    second = (now_ms - int(stream.shown_ms[0])) // 1_000
+    if not len(there):
+        print(f"{second:5d} s  no scores yet", flush=True)
+        return
+    ratio = scores[there].mean() / stream.probabilities[there].mean()
+    print(f"{second:5d} s  predictions over truth {ratio:6.3f}  version {versions[there[-1]]}", flush=True)
+
+
+class _Busy:
+    """How busy the machine was between two looks, in all."""
+
+    def __init__(self) -> None:
+        self._began = self._ticks()
+
+    @staticmethod
+    def _ticks() -> tuple[int, int]:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0, os.cpu_count() or 1
+        fields = [int(each) for each in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        return fields[3] + fields[4], sum(fields)
+
+    def share(self) -> float:
+        idle, total = self._ticks()
+        return round(1 - (idle - self._began[0]) / max(1, total - self._began[1]), 3)
