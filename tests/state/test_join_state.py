@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rocksdict import AccessType, Rdict
 
 from state.errors import JoinStateError
 from state.join_state import Chunk, JoinMeta, JoinState, StateOptions
@@ -354,3 +358,23 @@ def test_meta_that_cannot_be_read_is_none(state):
     assert state.meta() is None
     state.db[b"meta"] = b'{"identity":"x"}'
     assert state.meta() is None
+
+
+def test_a_database_of_layout_3_is_opened_as_it_is(tmp_path):
+    """Version 0.1.0 had no family `held`, and its meta said no layout."""
+    old = {name: OPTIONS.family(write_buffer_mb=1) for name in ("ids", "payloads", "early", "chunks")}
+    database = Rdict(str(tmp_path / "old"), OPTIONS.database(), old, AccessType.read_write())
+    meta = json.loads(msgspec.json.encode(META))
+    del meta["layout"], meta["cut"]
+    database[b"meta"] = json.dumps(meta).encode()
+    database.get_column_family("ids")[b"a"] = struct.pack("<qq?", 5, 0, True)
+    database.close()
+    opened = JoinState(tmp_path / "old", OPTIONS)
+    assert opened.meta() == META
+    assert opened.meta().layout == 3
+    assert opened.entries([b"a"]) == [(5, 0, True)]
+    batch = opened.batch()
+    batch.hold([((5, 0), 7)])
+    batch.write()
+    assert opened.held([(5, 0)]) == [7]
+    opened.close()

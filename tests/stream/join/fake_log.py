@@ -24,12 +24,13 @@ class FakeLog:
         }
         self.starts = dict.fromkeys((names.impressions, names.clicks, names.examples), 0)  # below is deleted
         self.committed: dict[str, tuple[int, str]] = {}
+        self.now_ms = 10**12  # when a record arrives
 
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes], ...] = ()) -> None:
         log = self.topics[topic]
         log.append(
             SimpleNamespace(
-                topic=topic, partition=0, offset=len(log), key=key, value=value, headers=tuple(headers), timestamp=10**12
+                topic=topic, partition=0, offset=len(log), key=key, value=value, headers=tuple(headers), timestamp=self.now_ms
             )
         )
 

@@ -95,6 +95,8 @@ async def live(world: World, actions: list[Any]) -> None:
             await world.move(*rest)
         elif name == "give up":
             await world.give_up(*rest)
+        elif name == "arrival":
+            world.log.now_ms = rest[0]
         elif name == "settings":  # of whoever takes the partition next
             world.settings = world.settings.model_copy(update=rest[0])
         elif not world.is_open(rest[0]):
@@ -187,13 +189,50 @@ KNOWN = {
         ("lose", "a"),
         ("move", "a", []),
     ],
+    # What was late stays late: its id may be forgotten, so that nobody could tell a repeated one.
     "a window that grows over what is gone": [
-        ("impressions", [(b"0", 1)]),
+        ("impressions", [(b"1", 60)]),
+        ("clicks", [(b"9", 60)]),
         ("step", [9], [9], False, ""),
-        ("settings", {"window_ms": 25, "dedupe_horizon_ms": 40}),
+        ("settings", {"window_ms": 100, "hold_ms": 100}),
         ("move", "b", []),
-        ("impressions", [(b"0", 1), (b"1", 30)]),
-        ("clicks", [(b"1", 30), (b"0", 20)]),
+        ("impressions", [(b"0", 30)]),
+        ("step", [9], [9], False, ""),
+        ("lose", "a"),
+        ("move", "a", []),
+    ],
+    "a window that shrinks under what is pending": [
+        ("impressions", [(b"0", 60), (b"1", 60)]),
+        ("clicks", [(b"9", 60)]),
+        ("step", [9], [9], False, ""),
+        ("settings", {"window_ms": 2, "hold_ms": 1}),
+        ("move", "b", []),
+        ("impressions", [(b"2", 66)]),
+        ("clicks", [(b"0", 66)]),
+        ("step", [9], [9], False, ""),
+        ("lose", "a"),
+        ("move", "a", []),
+    ],
+    # The horizon of the first use counts: it may have been forgotten by that.
+    "a longer horizon, and an id used again": [
+        ("impressions", [(b"0", 20)]),
+        ("step", [9], [9], False, ""),
+        ("settings", {"dedupe_horizon_ms": 40}),
+        ("move", "b", []),
+        ("impressions", [(b"0", 30)]),
+        ("step", [9], [9], False, ""),
+        ("lose", "a"),
+        ("move", "a", []),
+    ],
+    "a shorter bound on times ahead, under what was accepted": [
+        ("arrival", 0),
+        ("impressions", [(b"0", 50)]),
+        ("clicks", [(b"0", 52), (b"1", 53)]),
+        ("step", [9], [9], False, ""),
+        ("settings", {"max_future_ms": 0}),
+        ("move", "b", []),
+        ("arrival", 10**12),
+        ("impressions", [(b"2", 60)]),
         ("step", [9], [9], False, ""),
         ("lose", "a"),
         ("move", "a", []),
