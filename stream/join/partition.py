@@ -250,6 +250,7 @@ class PartitionJoin:
             examples_low=examples_low,
             terms=memory.history.terms,
             partitions=self._partitions,
+            identity=self._identity,
         )
 
     def _apply(self, plan: Plan, after: Positions, chunk: Chunk | None) -> None:

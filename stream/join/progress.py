@@ -27,6 +27,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     examples_low: int = msgspec.field(name="el")
     cut: int = msgspec.field(name="x", default=0)
     terms: tuple[Terms, ...] = msgspec.field(name="t", default=())  # () in progress that version 0.1.0 committed
+    identity: str = msgspec.field(name="o", default="")  # of cluster and topics; "" in progress of version 0.1.0
     partitions: int = msgspec.field(name="n", default=0)  # of the topics when this was committed; 0 where it isn't known
 
 

@@ -154,7 +154,8 @@ class Takeover:
         if len(known) != 2:
             raise PositionError(
                 f"group {self._group}, partition {number}: expected committed offsets of impressions and clicks, found only "
-                f"{', '.join(tp.topic for tp in known)}. Reset both with Kafka's consumer-groups tool."
+                f"{', '.join(tp.topic for tp in known)}: the other topic was deleted and made anew, which takes its offsets "
+                "away, or they were reset alone. To begin anew, reset those of both topics with Kafka's consumer-groups tool."
             )
         ends = await consumer.end_offsets([impressions, clicks])
         for tp, offset in known.items():
@@ -178,7 +179,20 @@ class Takeover:
                 f"found {metadata[:80]!r}. Something else commits in this group: give the join another `join.group`, or reset "
                 "the offsets of both topics with Kafka's consumer-groups tool to begin anew from there."
             ) from error
+        if progress is not None and progress.identity not in ("", self._identity):
+            raise PositionError(
+                f"group {self._group}, partition {number}: expected the topics that its progress is of, found others of the "
+                f"same names: {self._made_anew(progress.identity)}. What has its label can't be told from what is pending. To "
+                "begin anew, reset the offsets of impressions and clicks with Kafka's consumer-groups tool: to the ends of "
+                "their logs, where no impression may be labelled a second time."
+            )
         return Committed(known[impressions].offset, known[clicks].offset, *at, progress)
+
+    def _made_anew(self, then: str) -> str:
+        """What has changed since an identity of before (`JoinWorker._take`)."""
+        names = ("the cluster", self._names.impressions, self._names.clicks, self._names.examples)
+        pairs = zip(names, then.split("/"), self._identity.split("/"), strict=False)
+        return ", ".join(f"{name} was made anew (id {new}, before {old})" for name, old, new in pairs if old != new)
 
     async def _holds_records(self, consumer: Any, tp: TopicPartition, start: int, end: int) -> bool:
         """Whether any was ever committed there; what a first transaction left when it was aborted doesn't count."""
