@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import faust
+from aiokafka.errors import NoOffsetForPartitionError
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from faust.types.transports import SchedulingStrategyT
@@ -45,6 +46,9 @@ RUNS_MAX_BYTES = 64 * 1024 * 1024
 RUNS_WAIT_S = 0.02
 # Of a record beside its key and value: the named tuple, its numbers, and two `bytes` headers.
 RECORD_BYTES = 300
+# From an assignment to the seek lies a takeover, which may rebuild for minutes. Behind it the seek follows at once, so errors
+# without any success for so long come from a partition that nobody seeks.
+SEEK_PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,7 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         super().__post_init__()
         # Next offset to hand over, by partition: only `seek_runs` and `_fetch_records` change it, both in this thread.
         self._handed: dict[TP, int] = {}
+        self._unsought_since: float | None = None
         self.run_bytes = RunBytes()
 
     def _create_worker_consumer(self, transport: Any) -> Any:
@@ -156,7 +161,18 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         if self.run_bytes.alive >= RUNS_MAX_BYTES:
             await asyncio.sleep(RUNS_WAIT_S)
             return {}
-        fetched = await super()._fetch_records(consumer, wanted, timeout, max_records)
+        try:
+            fetched = await super()._fetch_records(consumer, wanted, timeout, max_records)
+        except NoOffsetForPartitionError:
+            # The fetcher looked at an assignment before its partitions were sought, and their group has committed nothing yet.
+            now = time.monotonic()
+            if self._unsought_since is None:
+                self._unsought_since = now
+            if now - self._unsought_since > SEEK_PATIENCE_S:
+                raise
+            await asyncio.sleep(RUNS_WAIT_S)
+            return {}
+        self._unsought_since = None
         assignment = consumer._subscription.subscription.assignment
         runs: dict[TP, Run] = {}
         if assignment is None or not assignment.active:

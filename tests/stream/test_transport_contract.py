@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 import faust
@@ -23,6 +24,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.consumer.fetcher import READ_COMMITTED, Fetcher
 from aiokafka.consumer.subscription_state import Assignment, Subscription, SubscriptionState, TopicPartitionState
+from aiokafka.errors import NoOffsetForPartitionError
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.transport.consumer import Consumer
 from faust.transport.drivers import aiokafka as driver
@@ -36,7 +38,16 @@ from stream.clients import aiokafka_options
 from stream.runtime import build_app
 from stream.settings import KafkaSettings
 from stream.topics import TopicNames
-from stream.transport import FETCH_MAX_BYTES, FETCH_MAX_WAIT_MS, FETCH_TOTAL_BYTES, LogEnd, Run, RunApp, RunSchema
+from stream.transport import (
+    FETCH_MAX_BYTES,
+    FETCH_MAX_WAIT_MS,
+    FETCH_TOTAL_BYTES,
+    LogEnd,
+    Run,
+    RunApp,
+    RunSchema,
+    _ConsumerThread,
+)
 
 PATIENCE_S = 30.0
 
@@ -386,6 +397,21 @@ def test_the_last_partition_is_paused_as_a_fetch_begins(topics):
             assert probe.keys(0) == [b"0", b"1", b"2"]
 
     asyncio.run(check())
+
+
+def test_a_partition_that_is_not_sought_yet_is_no_error(monkeypatch):
+    """A group that has committed nothing rebalances: aiokafka asks for a position before the seek, and finds none."""
+
+    async def nothing_committed(*arguments: object) -> dict[TP, list[object]]:
+        raise NoOffsetForPartitionError(TP("impressions", 1))
+
+    monkeypatch.setattr(driver.AIOKafkaConsumerThread, "_fetch_records", nothing_committed)
+    thread = object.__new__(_ConsumerThread)
+    thread.run_bytes, thread._unsought_since = SimpleNamespace(alive=0), None
+    assert asyncio.run(thread._fetch_records(None, {TP("impressions", 1)})) == {}
+    thread._unsought_since -= transport.SEEK_PATIENCE_S + 1
+    with pytest.raises(NoOffsetForPartitionError):
+        asyncio.run(thread._fetch_records(None, {TP("impressions", 1)}))
 
 
 def test_pausing_in_the_middle_of_traffic_loses_nothing(topics):
