@@ -48,10 +48,10 @@ bench: setup ## every benchmark, one JSON line each, about 20 minutes; load at a
 	@for run in train.py join.py score.py recovery.py "load.py --events 1000000"; do \
 	echo "== $$run"; $(BIN)/python bench/$$run || exit 1; done
 
-RUNS ?= 34
+RUNS ?= 61
 SEED ?= 1
-faults: setup ## hurt the join RUNS times from SEED on (kills, brokers, disks, networks), check its ledger each time
-	$(BIN)/python -m tests.faults --runs $(RUNS) --seed $(SEED) --write-docs
+faults: setup ## hurt the join RUNS times from SEED on (kills, brokers, disks, networks, clocks), check its ledger each time
+	$(BIN)/python -m tests.faults --runs $(RUNS) --seed $(SEED) --jobs $(JOBS) --write-docs
 
 lock: ## resolve requirements.lock again from pyproject.toml
 	$(UV) pip compile pyproject.toml --extra worker --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock

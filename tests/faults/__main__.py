@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -14,23 +16,25 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from tests.faults.clusters import Clusters
 from tests.faults.code import code_now, commit_now
 from tests.faults.kinds import KINDS, kind_named
 from tests.faults.report import read_results, totals, write_table
-from tests.faults.run import Clusters, Result, play
+from tests.faults.run import Result, play
 
 RESULTS = Path(".headrace/faults.jsonl")
 PAGE = Path("docs/reliability.md")
 
 
 @click.command()
-@click.option("--runs", default=34, show_default=True, help="The kinds take turns.")
+@click.option("--runs", default=61, show_default=True, help="The kinds take turns.")
 @click.option("--seed", default=1, show_default=True, help="Of the first run; each run has the next one.")
 @click.option("--kind", "names", multiple=True, help="Only this kind; may be repeated.")
+@click.option("--jobs", default=1, show_default=True, help="Runs at once; clusters that are hurt have one at a time.")
 @click.option("--results", default=RESULTS, show_default=True, type=click.Path(path_type=Path), help="Appended to.")
 @click.option("--list", "listing", is_flag=True, help="The kinds, and nothing else.")
 @click.option("--write-docs", is_flag=True, help=f"Put all results of this code into {PAGE}.")
-def main(runs: int, seed: int, names: tuple[str, ...], results: Path, listing: bool, write_docs: bool) -> None:
+def main(runs: int, seed: int, names: tuple[str, ...], jobs: int, results: Path, listing: bool, write_docs: bool) -> None:
     """Hurt the join RUNS times and check its ledger each time. What the results' file has of the same code is not run again.
 
     Results of other code stay in the file and count for nothing. Exit code 1 on any difference.
@@ -44,22 +48,42 @@ def main(runs: int, seed: int, names: tuple[str, ...], results: Path, listing: b
     code = code_now()
     done = {(result.kind, result.seed) for result in read_results(results) if result.code == code}
     turns = [(kinds[number % len(kinds)], number) for number in range(seed, seed + runs)]
-    ran = failed = 0
+    turns = [(kind, number) for kind, number in turns if (kind.name, number) not in done]
+    made: list[Result] = []
     folder = Path(tempfile.mkdtemp(prefix="headrace-faults-"))
+    lock = threading.Lock()
     try:
         with Clusters(folder / "kafka") as clusters:
-            for kind, number in turns:
-                if (kind.name, number) in done:
-                    continue
-                result = play(kind, number, clusters, folder / "runs", code=code)
-                if code_now() != code:
-                    raise click.ClickException("the code was changed during this run, which counts for nothing; start again")
-                with results.open("ab") as file:
-                    file.write(msgspec.json.encode(result) + b"\n")
-                ran, failed = ran + 1, failed + bool(result.problems)
-                _say(result)
+
+            def work() -> None:
+                while True:
+                    with lock:
+                        if not turns:
+                            return
+                        # One whose cluster nobody uses, if there is one.
+                        place = next((at for at, (kind, _) in enumerate(turns) if not clusters.busy(kind.cluster)), 0)
+                        kind, number = turns.pop(place)
+                    result = play(kind, number, clusters, folder / "runs", code=code)
+                    with lock:
+                        if code_now() != code:
+                            turns.clear()
+                            raise click.ClickException(
+                                "the code was changed during a run, which counts for nothing; start again"
+                            )
+                        with results.open("ab") as file:
+                            file.write(msgspec.json.encode(result) + b"\n")
+                        made.append(result)
+                        _say(result)
+
+            with ThreadPoolExecutor(jobs) as pool:
+                try:
+                    for outcome in [pool.submit(work) for _ in range(jobs)]:
+                        outcome.result()
+                except BaseException:
+                    turns.clear()  # what runs comes to its end, and no more begins
+                    raise
     finally:
-        _clean(folder, keep=failed > 0)
+        _clean(folder, keep=any(result.problems for result in made))
     found = read_results(results)
     current = [result for result in found if result.code == code]
     if write_docs:
@@ -67,16 +91,18 @@ def main(runs: int, seed: int, names: tuple[str, ...], results: Path, listing: b
     _show(current)
     click.echo(totals(current))
     click.echo(
-        f"{ran} of them now; code {code} (commit {commit_now()}); {len(found) - len(current)} of other code, not counted"
+        f"{len(made)} of them now; code {code} (commit {commit_now()}); {len(found) - len(current)} of other code, not counted"
     )
     sys.exit(any(result.problems for result in current))
 
 
 def _say(result: Result) -> None:
     recovery = "" if result.recovery_s is None else f", back in {result.recovery_s:.1f} s"
-    word = "FAILED" if result.problems else "exact"
-    how = f"{result.policy}, rate {result.negative_rate:g}, {result.seconds:.0f} s, {result.restarts} restarts{recovery}"
-    click.echo(f"{result.seed:5d}  {word}  {result.kind} ({how})")
+    word = "FAILED" if result.problems else "skipped" if result.skipped else "exact"
+    how = (
+        f"hold {result.hold_ms} ms, rate {result.negative_rate:g}, {result.seconds:.0f} s, {result.restarts} restarts{recovery}"
+    )
+    click.echo(f"{result.seed:5d}  {word}  {result.kind} ({result.skipped or how})")
     for problem in result.problems[:5]:
         click.echo(f"         {problem}")
 

@@ -26,7 +26,7 @@ DECIDING = (
     "deploy/demo/play.py",
     "deploy/demo/workers.py",
     "tests/faults/*.py",
-    "tests/stream/join/made_up.py",
+    "tests/faults/kinds/*.py",
 )
 TESTS = "tests/faults/test_*.py"
 

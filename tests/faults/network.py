@@ -1,4 +1,4 @@
-"""A link between a worker and a broker that can be cut: bytes stop, nobody is told."""
+"""A link between a worker and a broker that can be cut, and that can lose single answers: bytes stop, nobody is told."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import asyncio
 import contextlib
 from types import TracebackType
 
-__all__ = ["Link"]
+__all__ = ["ADD_OFFSETS", "END_TRANSACTION", "INIT_PRODUCER", "PRODUCE", "TRANSACTION_OFFSETS", "Link"]
 
-CHUNK_BYTES = 1 << 16
+# Kafka's numbers of the requests whose answers are worth losing.
+PRODUCE, INIT_PRODUCER, ADD_OFFSETS, END_TRANSACTION, TRANSACTION_OFFSETS = 0, 22, 25, 26, 28
+
+SIZE_BYTES = 4  # before every request and answer
 
 
 class Link:
-    """Forwards TCP connections on a free port of loopback to `port`; an async context manager."""
+    """Forwards Kafka connections on a free port of loopback to `port`; an async context manager.
+
+    Attributes:
+        lost: how many answers were lost.
+    """
 
     def __init__(self, port: int) -> None:
         self._to = port
@@ -21,6 +28,8 @@ class Link:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
+        self._lose: tuple[int, int, bool] = (-1, 0, False)
+        self.lost = 0
 
     async def __aenter__(self) -> Link:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -46,10 +55,19 @@ class Link:
         """From now on no byte passes in either direction, and new connections get no answer."""
         self._open.clear()
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """What was under way is lost with its connections, as when a router forgets them; new ones pass."""
         self._drop()
         self._open.set()
+
+    def lose(self, request: int, *, times: int, silently: bool) -> None:
+        """Lose the next answers to a kind of request, which the broker has carried out.
+
+        Args:
+            request: Kafka's number of it.
+            silently: the connection stays open and says no more; else it is closed.
+        """
+        self._lose = request, times, silently
 
     def _drop(self) -> None:
         for writer in self._writers:
@@ -67,17 +85,37 @@ class Link:
             writer.close()
             return
         self._writers.add(there_writer)
-        for source, sink in ((reader, there_writer), (there_reader, writer)):
-            task = asyncio.ensure_future(self._pass_on(source, sink))
+        asked: dict[bytes, int] = {}  # correlation id → which request
+        for source, sink, answers in ((reader, there_writer, False), (there_reader, writer, True)):
+            task = asyncio.ensure_future(self._pass_on(source, sink, asked, answers=answers))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _pass_on(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await source.read(CHUNK_BYTES):
+    async def _pass_on(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, asked: dict[bytes, int], *, answers: bool
+    ) -> None:
+        """Pass on frames: a request begins with its number (2 bytes), its version (2) and its id (4), an answer with the id."""
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                size = await source.readexactly(SIZE_BYTES)
+                frame = await source.readexactly(int.from_bytes(size, "big"))
+                if not answers:
+                    asked[frame[4:8]] = int.from_bytes(frame[:2], "big")
+                elif self._loses(asked.pop(frame[:4], -1)):
+                    if not self._lose[2]:
+                        break
+                    await asyncio.Event().wait()  # until this task is cancelled
                 await self._open.wait()
                 if sink.is_closing():
                     return
-                sink.write(data)
+                sink.write(size + frame)
                 await sink.drain()
         sink.close()
+
+    def _loses(self, request: int) -> bool:
+        wanted, times, silently = self._lose
+        if request != wanted or not times:
+            return False
+        self._lose = wanted, times - 1, silently
+        self.lost += 1
+        return True

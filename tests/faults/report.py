@@ -9,6 +9,7 @@ from statistics import median
 import msgspec
 
 from tests.faults.run import Result
+from tests.faults.stream import WINDOW_MS
 
 __all__ = ["read_results", "table", "totals", "write_table"]
 
@@ -29,13 +30,15 @@ def read_results(path: Path) -> list[Result]:
 
 
 def totals(results: list[Result]) -> str:
-    """The last line: everything added up."""
+    """The last line: everything added up. What couldn't be made here is no run."""
+    results, skipped = [result for result in results if not result.skipped], sum(bool(result.skipped) for result in results)
     failed = sum(bool(result.problems) for result in results)
     kinds = len({result.kind for result in results})
     return (
         f"{len(results)} runs of {kinds} kinds, {sum(result.events for result in results)} events: "
         f"{sum(result.lost for result in results)} lost, {sum(result.doubled for result in results)} doubled, "
         f"{sum(result.wrong for result in results)} wrong, {failed} runs with problems"
+        + (f", {skipped} skipped" if skipped else "")
     )
 
 
@@ -43,6 +46,8 @@ def table(results: list[Result], commit: str) -> str:
     """A line a kind, as Markdown, and which code it is of."""
     by_kind: dict[str, list[Result]] = defaultdict(list)
     for result in results:
+        if result.skipped:
+            continue
         by_kind[result.kind].append(result)
     lines = [
         "| fault | runs | lost | doubled | wrong | recovery s, median | most |",
@@ -53,9 +58,15 @@ def table(results: list[Result], commit: str) -> str:
         middle, most = (f"{median(times):.1f}", f"{max(times):.1f}") if times else ("", "")
         counts = [sum(getattr(run, count) for run in runs) for count in ("lost", "doubled", "wrong")]
         lines.append(f"| {kind} | {len(runs)} | {counts[0]} | {counts[1]} | {counts[2]} | {middle} | {most} |")
-    fake, sampled = sum(run.policy == "fnw" for run in results), sum(run.negative_rate < 1 for run in results)
-    which = f"Label policy `fnw` in {fake} of them, half of the negatives left out in {sampled}. Code of commit {commit}."
-    return "\n".join([*lines, "", f"{totals(results)}. {which}"])
+    made = [result for result in results if not result.skipped]
+    window, none = sum(result.hold_ms >= WINDOW_MS for result in made), sum(not result.hold_ms for result in made)
+    sampled = sum(run.negative_rate < 1 for run in made)
+    which = (
+        f"The hold was the whole window in {window} of them, 0 in {none}, 300 ms or 3 s in the others; a part of the negatives "
+        f"was left out in {sampled}. Code of commit {commit}."
+    )
+    missing = [f"Skipped: {reason}." for reason in sorted({result.skipped for result in results if result.skipped})]
+    return "\n".join([*lines, "", " ".join([f"{totals(results)}. {which}", *missing])])
 
 
 def write_table(results: list[Result], page: Path, commit: str) -> None:

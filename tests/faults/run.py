@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +24,31 @@ from aiokafka.structs import TopicPartition
 
 from deploy.demo.play import worker_environment
 from deploy.demo.workers import Worker
-from deploy.feed import Feed
 from deploy.local_kafka import LocalKafka
-from deploy.settings import LocalKafkaSettings, Settings
+from deploy.settings import Settings
 from state.settings import SnapshotSettings
 from stream.clients import aiokafka_options
-from stream.settings import KafkaSettings, TopicSettings
+from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topic_admin import create_topics
 from stream.topics import TopicNames
-from tests.faults.ledger import Ledger, read_ledger
+from tests.faults.clusters import Clusters, Skipped
+from tests.faults.ledger import FOREVER_MS, Ledger, Life
+from tests.faults.logs import Logs
+from tests.faults.nursery import Nursery
+from tests.faults.sender import Sender
+from tests.faults.stream import HORIZON_MS, LATENESS_MS, MAX_FUTURE_MS, WINDOW_MS, Sent, Stream, ordinary
 from tests.faults.worker import Fault
-from tests.stream.join.made_up import Events, end, join_settings, made_up, send_by
 
-__all__ = ["POLL_S", "Clusters", "FaultWorker", "Kind", "Result", "Run", "happens", "play", "variant"]
+__all__ = ["POLL_S", "FaultWorker", "Kind", "Result", "Run", "happens", "play", "variant"]
 
-IMPRESSIONS = 1_600  # 40 s of event time: four windows
-SEND_S = 4.0
 PATIENCE_S = 120.0
-SEND_PATIENCE_MS = 120_000
-FAULT_S = 30.0  # for a fault to happen
-POLL_S = 0.05
+FAULT_S = 40.0  # for a fault to happen
+POLL_S = 0.2
 END_S = 30.0  # a worker drains within 9 s by itself
 MAX_RESTARTS = 20
+NURSERY = Nursery()
+
+Maker = Callable[[int, int, int], Stream]
 
 
 class Result(msgspec.Struct):
@@ -61,52 +66,39 @@ class Result(msgspec.Struct):
     events: int
     seconds: float
     problems: list[str]
-    policy: str = "wait"
+    hold_ms: int = 0
     negative_rate: float = 1.0
+    skipped: str = ""
+    """Why the fault can't be made on this machine; such a run counts for nothing."""
     code: str = ""
     """What it is a result of; see `tests.faults.code`."""
-
-
-class Clusters:
-    """Kafka clusters, each started when it is first asked for: `shared`, `alone` to be hurt, and `three` brokers."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._running: dict[str, LocalKafka] = {}
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Clusters:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def adopt(self, name: str, kafka: LocalKafka) -> None:
-        """Use one that runs already."""
-        self._running[name] = kafka
-
-    def get(self, name: str) -> LocalKafka:
-        if name not in self._running:
-            settings = LocalKafkaSettings(dir=self._folder / name, start_timeout_ms=120_000, heap_mb=384)
-            kafka = LocalKafka(settings, brokers=3 if name == "three" else 1)
-            self._running[name] = self._stack.enter_context(kafka)
-        return self._running[name]
 
 
 class FaultWorker(Worker):
     """A join worker with a fault built in until it is started again."""
 
-    def __init__(self, env: dict[str, str], log: Path, *, cwd: Path) -> None:
+    def __init__(self, env: dict[str, str], log: Path, *, cwd: Path, before: Sequence[str] = ()) -> None:
         super().__init__("join", env, log, cwd=cwd)
-        self.program = [sys.executable, "-m", "tests.faults.worker"]
+        self.program = [*before, sys.executable, "-m", "tests.faults.worker"]
+        # What strace or the loader must have to do with is executed; the others are forked.
+        self._forked = not before and "LD_PRELOAD" not in env
         self.wanted = False
         self.ended: list[int] = []  # exit codes of the ends that nobody asked for
 
     def arm(self, fault: Fault) -> None:
         self._env["FAULT"] = msgspec.json.encode(fault).decode()
 
+    def settings(self, settings: Settings) -> None:
+        """From its next start on."""
+        self._env = worker_environment(settings) | {"FAULT": self._env.get("FAULT", "{}")}
+
     def start(self) -> None:
-        super().start()
+        if self._forked:
+            self.wait_stopped()
+            arguments = ["run", self.kind, "--leash", "--http-port", str(self.port)]
+            self._process = NURSERY.start(arguments, self._env, self._cwd, self.log)  # type: ignore[assignment]
+        else:
+            super().start()
         self.wanted = True
 
     def end(self, number: int = signal.SIGKILL) -> None:
@@ -135,13 +127,20 @@ class Run:
     Attributes:
         draw: everything random comes from here, so that a seed says it all.
         kafka: the cluster.
+        logs: what the topics hold.
+        lives: the settings that the stream was joined under so far.
         everyone: all workers ever started, also those whose name another has now.
         fault_over: when the fault was over (monotonic); from then on recovery is timed.
     """
 
-    def __init__(self, seed: int, kafka: LocalKafka, folder: Path, *, static: bool, events: Events, **join: object) -> None:
-        self.draw, self.kafka, self.folder, self.events = random.Random(seed), kafka, folder, events
+    def __init__(
+        self, seed: int, kafka: LocalKafka, folder: Path, *, static: bool, stream: Stream, clusters: Clusters, **join: object
+    ) -> None:
+        self.draw, self.kafka, self.folder, self.stream = random.Random(seed), kafka, folder, stream
+        self.clusters = clusters
         self.links: dict[str, int] = {}
+        self.before: tuple[str, ...] = ()  # what the command of a worker begins with
+        self.environment: dict[str, str] = {}  # of workers, besides the settings
         replicas = kafka.brokers
         base = Settings(
             kafka=KafkaSettings(bootstrap_servers=kafka.bootstrap_servers),
@@ -149,8 +148,14 @@ class Run:
             snapshots=SnapshotSettings(url=str(folder / "snapshots")),
             state_dir=folder / "state",
         )
-        chosen = {"session_timeout_ms": 2_000, "instance_id": "one" if static else None, **join}
-        self.settings = join_settings(base, **chosen)
+        self.settings = base.model_copy(update={"join": _join(base.join, static=static, **join)})
+        self.logs = Logs(
+            kafka.bootstrap_servers,
+            prefix=self.settings.topics.prefix,
+            group=self.settings.join.group,
+            partitions=self.settings.topics.partitions,
+        )
+        self.lives = [life(self.settings.join)]
         self.workers: dict[str, FaultWorker] = {}
         self.everyone: list[FaultWorker] = []
         self.fault_over: float | None = None
@@ -163,12 +168,15 @@ class Run:
     def state_of(self, name: str) -> Path:
         return self.folder / f"state-{name}"
 
-    def worker(self, name: str = "one", fault: Fault | None = None, *, state: Path | None = None) -> FaultWorker:
+    def worker(
+        self, name: str = "one", fault: Fault | None = None, *, state: Path | None = None, instance: str = ""
+    ) -> FaultWorker:
         """Start a worker; with a fault that it has until its next start."""
         settings = self.settings.model_copy(update={"state_dir": state or self.state_of(name)})
         if self.settings.join.instance_id is not None:
-            settings = settings.model_copy(update={"join": settings.join.model_copy(update={"instance_id": name})})
-        worker = FaultWorker(worker_environment(settings), self.folder / f"{name}.log", cwd=Path.cwd())
+            settings = _with_join(settings, instance_id=instance or name)
+        env = worker_environment(settings) | self.environment
+        worker = FaultWorker(env, self.folder / f"{name}.log", cwd=Path.cwd(), before=self.before)
         self.workers[name] = worker
         self.everyone.append(worker)
         self.start(worker, fault)
@@ -205,8 +213,30 @@ class Run:
             assert time.monotonic() - began < PATIENCE_S, "no labels"
             await asyncio.sleep(POLL_S)
 
+    async def change(self, worker: FaultWorker, **join: object) -> None:
+        """Other settings for a worker that has ended, the only one: from what it has committed on."""
+        await asyncio.sleep(0.5)  # a commit that the kill came upon is through by then
+        committed, ends = await asyncio.to_thread(lambda: (self.logs.committed(), self.logs.ends("examples")))
+        self.settings = _with_join(self.settings, **join)
+        name = worker.log.stem
+        settings = _with_join(self.settings, instance_id=self.settings.join.instance_id and name)
+        worker.settings(settings.model_copy(update={"state_dir": self.state_of(name)}))
+        since = {number: committed.get(("impressions", number), 0) for number in ends}
+        self.lives.append(replace(life(self.settings.join), impressions_from=since, examples_from=ends))
+
+    async def refused(self, pattern: str, *workers: FaultWorker) -> None:
+        """Wait until each worker has refused to go on for a second time, and leave it ended."""
+        for worker in workers:
+            async with happens(f"the worker ends, and says {pattern!r}"):
+                while worker.ended.count(1) < 2:
+                    await asyncio.sleep(POLL_S)
+            worker.wanted = False
+            worker.kill()
+            log = worker.log.read_text(errors="replace")
+            assert re.search(pattern, log), f"expected the worker to say {pattern!r}, found:\n{log[-3_000:]}"
+
     def hold(self) -> None:
-        """Keep back the second half of the stream until `go_on`: what is hurt by then has work left."""
+        """Keep back the second half of the stream's last phase until `go_on`: what is hurt by then has work left."""
         self._second_half.clear()
 
     def go_on(self) -> None:
@@ -235,10 +265,18 @@ class Run:
         """Send the stream from the moment a worker is ready, by a producer that outlasts every fault."""
         while not any([await asyncio.to_thread(worker.is_ready) for worker in list(self.workers.values())]):
             await asyncio.sleep(POLL_S)
-        async with Feed(self.settings.kafka.model_copy(update={"request_timeout_ms": SEND_PATIENCE_MS})) as feed:
-            await send_by(feed, self.settings, self.events.part(0.0, 0.5), over_s=SEND_S / 2)
-            await self._second_half.wait()
-            await send_by(feed, self.settings, self.events.part(0.5, 1.0), over_s=SEND_S / 2)
+        async with Sender(self.settings) as sender:
+            for number, phase in enumerate(self.stream.phases):
+                half = len(phase.rows) // 2
+                await sender.send(phase.rows[:half], over_s=phase.over_s / 2)
+                if phase is self.stream.phases[-1]:
+                    await self._second_half.wait()
+                await sender.send(phase.rows[half:], over_s=phase.over_s / 2)
+                await asyncio.sleep(phase.pause_s)
+                if phase.watermark_ms >= 0:
+                    await sender.watermark(phase.watermark_ms)
+                    sent = [row for done in self.stream.phases[: number + 1] for row in done.rows]
+                    await self.complete(sent, phase.watermark_ms)
         self.sent = True
 
     async def supervise(self) -> None:
@@ -274,28 +312,36 @@ class Run:
                         await asyncio.sleep(POLL_S)
             await asyncio.sleep(POLL_S)
 
+    async def ledger(self, sent: list[Sent] | None = None, until_ms: int = FOREVER_MS) -> Ledger:
+        """What is there now, held against what was sent."""
+        found = await asyncio.to_thread(self.logs.read)
+        return Ledger(self.lives, found, self.stream.rows if sent is None else sent, until_ms=until_ms)
+
+    async def complete(self, sent: list[Sent] | None = None, until_ms: int = FOREVER_MS) -> Ledger:
+        """Wait until nothing is missing of what the watermark settles, or there is something wrong."""
+        ends = time.monotonic() + PATIENCE_S
+        while (ledger := await self.ledger(sent, until_ms)).lost and not ledger.doubled and not ledger.wrong:
+            if time.monotonic() > ends:
+                break
+            await asyncio.sleep(0.3)
+        return ledger
+
     async def settle(self) -> Ledger:
         """End the stream, wait for what is missing, stop the workers cleanly, and check."""
-        await end(self.settings, self.events)
-        until = time.monotonic() + PATIENCE_S
-        ledger = await read_ledger(self.settings)
-        ledger.check(self.events)
-        while ledger.lost and not ledger.doubled and not ledger.wrong and time.monotonic() < until:
-            await asyncio.sleep(0.3)
-            ledger = await read_ledger(self.settings)
-            ledger.check(self.events)
+        async with Sender(self.settings) as sender:
+            await sender.watermark(self.stream.last_ms + 2 * max(life.window_ms for life in self.lives))
+        began = time.monotonic()
+        problems = (await self.complete()).problems
         for worker in self.workers.values():
             if worker.wanted:
-                while not await asyncio.to_thread(worker.is_ready) and time.monotonic() < until:
+                while not await asyncio.to_thread(worker.is_ready) and time.monotonic() < began + PATIENCE_S:
                     await asyncio.sleep(POLL_S)  # one that is starting has no handler for SIGTERM yet
                 worker.wanted = False
                 worker.ask_to_stop()
                 await asyncio.to_thread(worker.wait_stopped)
                 if worker.returncode:
-                    ledger.problems.append(f"asked to stop, {worker.log.name} ended with {worker.returncode}")
-        problems = ledger.problems
-        ledger = await read_ledger(self.settings)
-        ledger.check(self.events)
+                    problems.append(f"asked to stop, {worker.log.name} ended with {worker.returncode}")
+        ledger = await self.ledger()
         ledger.problems = [*problems, *(problem for problem in ledger.problems if problem not in problems)]
         return ledger
 
@@ -305,10 +351,12 @@ class Kind:
     """A kind of fault.
 
     Args:
-        play: makes it happen while the stream goes in; may be a stream of its own when `sends` is false.
-        cluster: `shared`, `alone` or `three`.
+        play: makes it happen while the stream goes in; may send the stream by itself when `sends` is false.
+        cluster: `shared`, `alone`, `three` or `clock`.
         static: whether workers have an instance id; None draws.
+        stream: makes it from a seed, the hold and the skew.
         sends: whether the stream is sent while it plays.
+        settles: whether everything must be there in the end; else the join has refused to go on, and nothing may be wrong.
         killed: how often a worker kills itself, exactly.
         crashes: how often workers may end with 1, least and most: where the fault is one that a worker must not live on.
     """
@@ -317,8 +365,9 @@ class Kind:
     play: Callable[[Run], Awaitable[None]]
     cluster: str = "shared"
     static: bool | None = None
+    stream: Maker = ordinary
     sends: bool = True
-    every_ms: int = 25
+    settles: bool = True
     join: tuple[tuple[str, object], ...] = ()
     killed: int = 0
     crashes: tuple[int, int] = (0, 0)
@@ -332,9 +381,41 @@ class Kind:
         return [f"expected {self.killed} kills and {least} to {most} ends with 1, found workers that ended with {ended}"]
 
 
-def variant(seed: int) -> dict[str, object]:
-    """Every third run lives by `fnw`, every fifth leaves out half of the negatives."""
-    return {"label_policy": "fnw" if seed % 3 == 0 else "wait", "negative_rate": 0.5 if seed % 5 == 0 else 1.0}
+def variant(name: str, seed: int) -> dict[str, Any]:
+    """The holds, rates and skews that runs mix."""
+    draw = random.Random(f"variant of {name} {seed}")
+    return {
+        "hold_ms": draw.choice([0, 300, 3_000, WINDOW_MS]),
+        "negative_rate": draw.choice([1.0, 1.0, 0.5, 0.1]),
+        "negative_skew_ms": draw.choice([0, 0, 300]),
+    }
+
+
+def life(join: JoinSettings) -> Life:
+    """Settings as the ledger knows them, from the beginning."""
+    hold_ms = min(join.hold_ms, join.window_ms)
+    return Life(join.window_ms, hold_ms, join.dedupe_horizon_ms, join.negative_skew_ms, join.negative_rate)
+
+
+def _with_join(settings: Settings, **join: object) -> Settings:
+    return settings.model_copy(update={"join": settings.join.model_copy(update=join)})
+
+
+def _join(join: JoinSettings, *, static: bool, **chosen: object) -> JoinSettings:
+    """Small steps, forgetting on the way, no idling, and short sessions."""
+    update = {
+        "window_ms": WINDOW_MS,
+        "lateness_ms": LATENESS_MS,
+        "dedupe_horizon_ms": HORIZON_MS,
+        "max_future_ms": MAX_FUTURE_MS,
+        "max_ahead_ms": 5_000,
+        "idle_timeout_ms": 600_000,
+        "step_ms": 10,
+        "max_outputs": 100,
+        "session_timeout_ms": 2_000,
+        "instance_id": "one" if static else None,
+    }
+    return join.model_copy(update={**update, **chosen})
 
 
 @contextlib.contextmanager
@@ -345,6 +426,7 @@ def _ended(run: Run) -> Iterator[None]:
     finally:
         for worker in run.everyone:
             if worker.returncode is None:
+                os.kill(worker.pid, signal.SIGCONT)
                 worker.kill()
             worker.wait_stopped()
 
@@ -357,6 +439,10 @@ async def _play(kind: Kind, run: Run) -> Ledger:
             sending = asyncio.ensure_future(run.send())
             background.append(sending)
         await kind.play(run)
+        if not kind.settles:
+            ledger = await run.ledger()
+            ledger.lost, ledger.problems = 0, [problem for problem in ledger.problems if not problem.startswith("lost")]
+            return ledger
         if kind.sends:
             await sending
         return await run.settle()
@@ -377,41 +463,55 @@ async def _play(kind: Kind, run: Run) -> Ledger:
 
 def play(kind: Kind, seed: int, clusters: Clusters, folder: Path, *, code: str = "") -> Result:
     """One run of a kind; blocks. A run whose fault could not be made is an error, never a success."""
-    kafka = clusters.get(kind.cluster)
-    draw = random.Random(f"{kind.name} {seed}")
-    slug = "".join(letter if letter.isalnum() else "-" for letter in kind.name)
-    work = folder / f"{slug}-{seed}-{draw.randrange(1 << 24):06x}"
-    work.mkdir(parents=True)
-    static = draw.random() < 0.5 if kind.static is None else kind.static
-    events = made_up(IMPRESSIONS, seed, every_ms=kind.every_ms)
-    run = Run(seed, kafka, work, static=static, events=events, **{**variant(seed), **dict(kind.join)})
-    create_topics(run.settings.kafka, run.settings.topics)
-    began = time.monotonic()
-    with _ended(run):
-        try:
-            ledger = asyncio.run(_play(kind, run))
-            lost, doubled, wrong, problems = ledger.lost, ledger.doubled, ledger.wrong, ledger.problems
-        except Exception as error:
-            traceback.print_exc()
-            lost, doubled, wrong, problems = 0, 0, 0, [f"the run failed: {error!r}; see {work}"]
-    ended = [end for worker in run.everyone for end in worker.ended]
-    problems += kind.unexpected(ended)
-    join = run.settings.join
+    chosen = {**variant(kind.name, seed), **dict(kind.join)}
     result = Result(
         kind=kind.name,
         seed=seed,
-        lost=lost,
-        doubled=doubled,
-        wrong=wrong,
-        recovery_s=run.recovery_s(),
-        restarts=len(ended),
-        events=len(events.arriving),
-        seconds=round(time.monotonic() - began, 1),
-        problems=problems[:20],
-        policy=join.label_policy,
-        negative_rate=join.negative_rate,
+        lost=0,
+        doubled=0,
+        wrong=0,
+        recovery_s=None,
+        restarts=0,
+        events=0,
+        seconds=0.0,
+        problems=[],
+        hold_ms=chosen["hold_ms"],
+        negative_rate=chosen["negative_rate"],
         code=code,
     )
-    if not problems:
-        shutil.rmtree(work)
+    try:
+        with clusters.use(kind.cluster) as kafka:
+            _play_on(kafka, kind, seed, clusters, folder, chosen, result)
+    except Skipped as reason:
+        result.skipped = str(reason)
     return result
+
+
+def _play_on(
+    kafka: LocalKafka, kind: Kind, seed: int, clusters: Clusters, folder: Path, chosen: dict[str, Any], result: Result
+) -> None:
+    draw = random.Random(f"{kind.name} {seed}")
+    slug = "".join(letter if letter.isalnum() else "-" for letter in kind.name)[:60]
+    work = folder / f"{slug}-{seed}-{draw.randrange(1 << 24):06x}"
+    work.mkdir(parents=True)
+    static = draw.random() < 0.5 if kind.static is None else kind.static
+    stream = kind.stream(seed, min(chosen["hold_ms"], chosen.get("window_ms", WINDOW_MS)), chosen["negative_skew_ms"])
+    run = Run(seed, kafka, work, static=static, stream=stream, clusters=clusters, **chosen)
+    create_topics(run.settings.kafka, run.settings.topics)
+    began = time.monotonic()
+    with _ended(run), run.logs:
+        try:
+            ledger = asyncio.run(_play(kind, run))
+            result.lost, result.doubled, result.wrong = ledger.lost, ledger.doubled, ledger.wrong
+            result.problems = ledger.problems[:20]
+        except Skipped:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            result.problems = [f"the run failed: {error!r}; see {work}"]
+    ended = [end for worker in run.everyone for end in worker.ended]
+    result.problems += kind.unexpected(ended)
+    result.recovery_s, result.restarts = run.recovery_s(), len(ended)
+    result.events, result.seconds = len(stream.rows), round(time.monotonic() - began, 1)
+    if not result.problems:
+        shutil.rmtree(work)

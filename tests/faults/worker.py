@@ -1,6 +1,9 @@
 """`headrace run …` with a fault built in, told by the environment variable FAULT (JSON). The product's code is as it is.
 
 {"step": "in the commit", "after": 7}     SIGKILL to itself when that step is reached for the 7th time
+… "signal": 15}                           another signal than SIGKILL
+… "memory_group": "/sys/fs/…/cgroup.procs"}  join this control group, and take memory until its limit ends the process
+{"open_files": 64}                        no more files may be open
 {"flush_s": 0.2}                          the state is flushed this often, not every 30 s
 {"links": {"9092": 40123}}                connections to a port go to another one instead (`network.Link`)
 """
@@ -10,18 +13,21 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import resource
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from aiokafka import AIOKafkaProducer
 
 from state.join_state import JoinState
-from stream.join import partition, rebuild
+from stream.join import partition
 from stream.join.partition import PartitionJoin
+from stream.join.rebuild import Rebuild
 from stream.join.takeover import Takeover
 from stream.join.worker import JoinWorker
 
@@ -33,6 +39,9 @@ class Fault(msgspec.Struct, omit_defaults=True):
 
     step: str = ""
     after: int = 1
+    signal: int = signal.SIGKILL
+    memory_group: str = ""
+    open_files: int = 0
     flush_s: float = 0.0
     links: dict[str, int] = {}
 
@@ -52,12 +61,12 @@ STEPS: dict[str, tuple[type, str, str]] = {
 RECOVERY: dict[str, tuple[type, str, str]] = {
     "taking over: producer started": (Takeover, "_committed", "before"),
     "taking over: offsets read": (Takeover, "_open", "before"),
-    "taking over: state opened": (rebuild.Rebuild, "run", "before"),
-    "recovery: labels being read": (rebuild.Rebuild, "_resolve", "after"),
-    "recovery: impressions being read": (rebuild.Rebuild, "_impressions", "after"),
-    "recovery: clicks being read": (rebuild.Rebuild, "_clicks", "after"),
-    "recovery: before settling": (rebuild.Rebuild, "_settle", "before"),
-    "recovery: settled": (rebuild.Rebuild, "_settle", "after"),
+    "taking over: state opened": (Rebuild, "run", "before"),
+    "recovery: labels being read": (Rebuild, "_resolve", "after"),
+    "recovery: impressions being read": (Rebuild, "_impressions", "after"),
+    "recovery: clicks being read": (Rebuild, "_clicks", "after"),
+    "recovery: before settling": (Rebuild, "_settle", "before"),
+    "recovery: settled": (Rebuild, "_settle", "after"),
     "taking over: done": (Takeover, "take", "after"),
 }
 REVOKE: dict[str, tuple[type, str, str]] = {
@@ -66,8 +75,14 @@ REVOKE: dict[str, tuple[type, str, str]] = {
 }
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _die(fault: Fault) -> None:
+    if not fault.memory_group:
+        os.kill(os.getpid(), fault.signal)
+        return
+    Path(fault.memory_group).write_text(str(os.getpid()))
+    held = []
+    while True:
+        held.append(b"x" * (1 << 20))
 
 
 def _arm(fault: Fault) -> None:
@@ -87,15 +102,15 @@ def _arm(fault: Fault) -> None:
         async def hurt(*args: Any, **kwargs: Any) -> Any:
             now = reached()
             if now and when == "before":
-                _die()
+                _die(fault)
             if now and when == "amid":
                 task = asyncio.ensure_future(original(*args, **kwargs))
                 await asyncio.sleep(fault.after % 5 / 1000)  # until the request is on its way, or answered
-                _die()
+                _die(fault)
                 return await task
             result = await original(*args, **kwargs)
             if now:
-                _die()
+                _die(fault)
             return result
 
     else:
@@ -104,12 +119,12 @@ def _arm(fault: Fault) -> None:
         def hurt(*args: Any, **kwargs: Any) -> Any:
             now = reached()
             if now and when == "before":
-                _die()
+                _die(fault)
             if now and when == "amid":
-                threading.Timer(fault.after % 5 / 1000, _die).start()
+                threading.Timer(fault.after % 5 / 1000, _die, (fault,)).start()
             result = original(*args, **kwargs)
             if now and when == "after":
-                _die()
+                _die(fault)
             return result
 
     setattr(place, method, hurt)
@@ -128,6 +143,8 @@ def _relink(links: dict[str, int]) -> None:
 
 def main() -> Any:
     fault = msgspec.json.decode(os.environ.get("FAULT", "{}"), type=Fault)
+    if fault.open_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fault.open_files, fault.open_files))
     if fault.step:
         _arm(fault)
     if fault.flush_s:

@@ -1,0 +1,22 @@
+"""Every kind of fault. Each hurts the join while events come in; what it must not hurt is the ledger."""
+
+from __future__ import annotations
+
+from tests.faults.kinds import brokers, clocks, killed, logs, records, state, workers
+from tests.faults.run import Kind
+
+__all__ = ["KINDS", "kind_named"]
+
+KINDS: list[Kind] = [
+    *killed.KINDS,
+    *workers.KINDS,
+    *state.KINDS,
+    *brokers.KINDS,
+    *logs.KINDS,
+    *records.KINDS,
+    *clocks.KINDS,
+]
+
+
+def kind_named(name: str) -> Kind:
+    return next(kind for kind in KINDS if kind.name == name)

@@ -1,0 +1,121 @@
+"""Logs that lose what is needed: topics made anew, records deleted. The join must refuse to go on rather than guess."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+
+from stream.topic_admin import create_topics
+from tests.faults.kinds.base import ask, kinds, names_of, ready
+from tests.faults.run import POLL_S, Kind, Run, happens
+from tests.faults.sender import Sender
+
+__all__ = ["KINDS"]
+
+KINDS: list[Kind] = []
+kind = kinds(KINDS)
+
+REFUSES = {"settles": False, "sends": False, "static": True, "crashes": (2, 10)}
+
+
+async def _half(run: Run) -> None:
+    """The first half of the stream, joined as far as it goes, and the worker ended; what is there now is looked at."""
+    worker, rows = run.worker(), run.stream.rows
+    await ready(worker)
+    async with Sender(run.settings) as sender:
+        await sender.send(rows[: len(rows) // 2], over_s=1.0)
+    async with happens("the first half is read"):
+        while await asyncio.to_thread(run.logs.behind):
+            await asyncio.sleep(POLL_S)
+    await run.end(worker, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
+    await run.ledger()
+
+
+async def _refused_without_a_word(run: Run, pattern: str) -> None:
+    """The worker, started again, ends each time and writes nothing."""
+    before = await asyncio.to_thread(run.logs.written)
+    worker = run.workers["one"]
+    run.start(worker)
+    await run.refused(pattern, worker)
+    after = await asyncio.to_thread(run.logs.written)
+    assert after == before, f"expected nothing more in examples and dead-letters, found records beyond {before} up to {after}"
+
+
+async def _anew(run: Run, topic: str) -> None:
+    await _half(run)
+    if run.draw.random() < 0.5:
+        shutil.rmtree(run.state_of("one"))
+    await ask(run, lambda admin: admin.delete(topic))
+    async with happens("the topic is gone"):
+        while topic in await ask(run, lambda admin: admin.topics()):
+            await asyncio.sleep(POLL_S)
+    await asyncio.to_thread(create_topics, run.settings.kafka, run.settings.topics)
+    run.logs.forget(topic)
+    rows = run.stream.rows
+    if run.draw.random() < 0.5:  # the new log may be as long as the old one was
+        async with Sender(run.settings) as sender:
+            await sender.send(rows[len(rows) // 2 :], over_s=0.5)
+    await _refused_without_a_word(run, "was (deleted and )?made anew")
+
+
+for _topic in ("impressions", "clicks", "examples"):
+
+    @kind(f"topic {_topic} deleted and made again", **REFUSES)
+    async def _deleted(run: Run, topic: str = _topic) -> None:
+        await _anew(run, getattr(names_of(run), topic))
+
+
+@kind("records deleted before they were read", **REFUSES)
+async def _truncated(run: Run) -> None:
+    await _half(run)
+    await _rest(run)
+    ends, topic = await asyncio.to_thread(run.logs.ends, "impressions"), names_of(run).impressions
+    await ask(run, lambda admin: admin.truncate(topic, {number: end - 1 for number, end in ends.items()}))
+    await _refused_without_a_word(run, "were deleted before they were read")
+
+
+@kind("behind by more than the retention", **REFUSES)
+async def _behind(run: Run) -> None:
+    """Retention itself deletes what a worker that stands still has not read."""
+    await _half(run)
+    await _rest(run)
+    topic = names_of(run).impressions
+    await ask(run, lambda admin: admin.configure(topic, retention_ms=1_000, segment_ms=1_000))
+    async with happens("retention deletes"):
+        while not await asyncio.to_thread(run.logs.deleted, "impressions"):
+            await asyncio.sleep(0.5)
+    await _refused_without_a_word(run, "were deleted before they were read")
+
+
+@kind("records deleted that a rebuild needs, and the disk lost", **REFUSES)
+async def _needed(run: Run) -> None:
+    await _half(run)
+    shutil.rmtree(run.state_of("one"))
+    committed = await asyncio.to_thread(run.logs.committed)
+    source = run.draw.choice(["impressions", "examples"])
+    ends = await asyncio.to_thread(run.logs.ends, source)
+    before = {number: committed[source, number] if source == "impressions" else end for number, end in ends.items()}
+    topic = getattr(names_of(run), source)
+    await ask(run, lambda admin: admin.truncate(topic, before))
+    await _refused_without_a_word(run, "rebuilding needs offsets from")
+
+
+@kind("records deleted that were read, and the disk kept", static=True, sends=False)
+async def _read(run: Run) -> None:
+    """What is on the disk is enough to go on."""
+    await _half(run)
+    committed = await asyncio.to_thread(run.logs.committed)
+    for source in ("impressions", "clicks"):
+        topic = getattr(names_of(run), source)
+        before = {number: committed[source, number] for number in range(2)}
+        await ask(run, lambda admin, topic=topic, before=before: admin.truncate(topic, before))  # type: ignore[misc]
+    run.start(run.workers["one"])
+    run.over()
+    await _rest(run)
+
+
+async def _rest(run: Run) -> None:
+    rows = run.stream.rows
+    async with Sender(run.settings) as sender:
+        await sender.send(rows[len(rows) // 2 :], over_s=1.0)

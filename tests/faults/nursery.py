@@ -1,0 +1,170 @@
+"""Starts join workers by a fork of a process that has imported everything: a start costs a tenth of the CPU that way.
+
+A worker is a process of its own in every respect: its environment, session, leash and log are as if it had been executed.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+__all__ = ["Child", "Nursery"]
+
+MOST_BYTES = 1 << 16
+
+
+class Child:
+    """A forked worker, with what `deploy.demo.workers.Worker` uses of `subprocess.Popen`."""
+
+    def __init__(self, pid: int, stdin: BinaryIO) -> None:
+        self.pid, self.stdin = pid, stdin
+        self.returncode: int | None = None
+        self._ended = threading.Event()
+
+    def ended(self, code: int) -> None:
+        self.returncode = code
+        self._ended.set()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self._ended.wait(timeout):
+            raise subprocess.TimeoutExpired("worker", timeout or 0.0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Nursery:
+    """The process that forks; started with the first child, ended with this one. May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._children: dict[int, Child] = {}
+        self._orphans: dict[int, int] = {}  # ended before they were known
+
+    def start(self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Child:
+        """Start a worker with these arguments; its stderr is appended to the log."""
+        reading, writing = os.pipe()
+        with self._lock:
+            if self._socket is None:
+                self._begin()
+            assert self._socket is not None
+            order = msgspec.json.encode([list(arguments), dict(env), str(cwd), str(log)])
+            descriptors = array.array("i", [reading])
+            self._socket.sendmsg([order], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+            os.close(reading)
+            self._born.wait()
+            self._born.clear()
+            child = self._children[self._newest] = Child(self._newest, os.fdopen(writing, "wb"))
+            if child.pid in self._orphans:
+                child.ended(self._orphans.pop(child.pid))
+            return child
+
+    def _begin(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket, self._born, self._newest = ours, threading.Event(), 0
+        subprocess.Popen([sys.executable, "-m", "tests.faults.nursery", str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        theirs.close()
+        threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
+
+    def _listen(self, ours: socket.socket) -> None:
+        while news := ours.recv(MOST_BYTES):
+            pid, code = msgspec.json.decode(news)
+            if code is None:
+                self._newest = pid
+                self._born.set()
+            elif pid in self._children:
+                self._children.pop(pid).ended(code)
+            else:
+                self._orphans[pid] = code
+
+
+def _serve(orders: socket.socket) -> None:
+    """Fork for each order, and say who was born and who has ended; ends when nobody can give orders any more."""
+
+    def reap(number: int, frame: Any) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                with contextlib.suppress(OSError):
+                    orders.send(msgspec.json.encode([pid, os.waitstatus_to_exitcode(status)]))
+
+    signal.signal(signal.SIGCHLD, reap)
+    while True:
+        order, ancillary, _, _ = orders.recvmsg(MOST_BYTES, socket.CMSG_SPACE(4))
+        if not order:
+            return
+        [(_, _, data)] = ancillary
+        stdin = array.array("i", data)[0]
+        arguments, env, cwd, log = msgspec.json.decode(order)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # born before it ends
+        pid = os.fork()
+        if not pid:
+            orders.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+            _live(arguments, env, cwd, log, stdin)
+        os.close(stdin)
+        orders.send(msgspec.json.encode([pid, None]))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+
+
+def _live(arguments: list[str], env: dict[str, str], cwd: str, log: str, stdin: int) -> None:
+    """The child's life; never returns."""
+    code: Any = 1
+    try:
+        os.setsid()
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(env)
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        sys.stdin = os.fdopen(0)
+        file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.dup2(file, 2)
+        os.close(file)
+        sys.argv = ["worker", *arguments]
+        from tests.faults.worker import main
+
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+if __name__ == "__main__":
+    import deploy.cli.run  # noqa: F401
+    import stream.join.worker  # noqa: F401
+    import tests.faults.worker  # noqa: F401
+
+    gc.freeze()
+    _serve(socket.socket(fileno=int(sys.argv[1])))
