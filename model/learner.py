@@ -10,11 +10,11 @@ from model.adam import Adam
 from model.batch import FeatureBatch, Float32Array
 from model.embedding import EmbeddingTable, take
 from model.errors import ModelError
-from model.fake_negatives import fake_negative_weights
 from model.network import choose_device, dense_model, embed, scatter_back, to_elements
 from model.sampling import probabilities
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
+from model.slopes import slopes
 
 __all__ = ["Learner"]
 
@@ -65,13 +65,13 @@ class Learner:
         batch: FeatureBatch,
         labels: npt.ArrayLike,
         weights: npt.ArrayLike | None = None,
-        fake: npt.ArrayLike | None = None,
+        corrects: npt.ArrayLike | None = None,
     ) -> Float32Array:
         """One update from B examples; returns their scores before it, float32 (B,).
 
-        labels   (B,), 0 to 1
-        weights  (B,), 0 or more: importance of each example's loss; 1 when None
-        fake     (B,) bool: examples of a stream in which every impression is a negative first (`model.fake_negatives`)
+        labels    (B,), 0 to 1
+        weights   (B,), 0 or more: importance of each example's loss; 1 when None
+        corrects  (B,) bool: labels that take back an earlier one, which was the other (`model.slopes`); none does when None
         """
         target = self._checked("labels", labels, len(batch), 1.0)
         weight = None if weights is None else self._checked("weights", weights, len(batch), np.inf)
@@ -83,12 +83,10 @@ class Learner:
         forward = self._dense.forward(*embed(elements, gathered.place, gathered.embedding, gathered.first_order))
         scores = torch.sigmoid(forward.logits)
         told = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
-        slope = scores - target  # of the log loss by the logit
+        taken_back = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
+        slope = slopes(scores, target, taken_back, self.negative_rate)
         if weight is not None:
             slope.mul_(weight)
-        if fake is not None:
-            mask = torch.from_numpy(np.asarray(fake, np.bool_)).to(self.device)
-            slope.mul_(fake_negative_weights(target, scores, told, self.negative_rate).masked_fill_(~mask, 1))
         gradient = self._dense.backward(forward, slope)
         row_gradient, first_order_gradient = scatter_back(elements, gathered.place, len(gathered.distinct), gradient, slope)
         self._require_finite(forward.logits, self._dense.gradients, row_gradient, first_order_gradient)

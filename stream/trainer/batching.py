@@ -28,7 +28,6 @@ class TrainingBatch:
     versions: Int64Array
     id_hashes: Int64Array
     rates: Float64Array | None = None
-    fake: BoolArray | None = None
     corrects: BoolArray | None = None
 
     def __len__(self) -> int:
@@ -105,7 +104,6 @@ class BatchCutter:
             versions=np.concatenate([run.versions[start:stop] for run, start, stop in pieces]),
             id_hashes=np.concatenate([run.id_hashes[start:stop] for run, start, stop in pieces]),
             rates=_joined([(run.rates, start, stop) for run, start, stop in pieces], 1.0),
-            fake=_joined([(run.fake, start, stop) for run, start, stop in pieces], False),
             corrects=_joined([(run.corrects, start, stop) for run, start, stop in pieces], False),
         )
 

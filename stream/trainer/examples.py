@@ -49,8 +49,7 @@ class DecodedRun:
     versions       int64 (N,)    the version of the model that gave that score, -1 where absent
     id_hashes      int64 (N,)    hash of the impression id (`hash_ids`)
     rates          float64 (N,)  share of negatives that went out when this example did; None where all did
-    fake           bool (N,)     of a stream in which every impression is a negative first; None where none is
-    corrects       bool (N,)     takes back the negative that went out before; None where none does
+    corrects       bool (N,)     takes back the label that went out before, which was the other one; None where none does
     after          the partition's position after the run, beyond bad records and transaction markers too
     """
 
@@ -66,7 +65,6 @@ class DecodedRun:
     id_hashes: Int64Array
     letters: list[DeadLetter]
     rates: Float64Array | None = None
-    fake: BoolArray | None = None
     corrects: BoolArray | None = None
 
     def __len__(self) -> int:
@@ -80,7 +78,6 @@ class _Columns(NamedTuple):
     weights: Float32Array
     impression_ms: Int64Array
     rates: Float64Array | None
-    fake: BoolArray | None
     corrects: BoolArray | None
 
 
@@ -130,7 +127,6 @@ class ExampleDecoder:
             id_hashes=hash_ids([record.key for record in records])[rows],
             letters=letters,
             rates=None if columns.rates is None else columns.rates[rows],
-            fake=None if columns.fake is None else columns.fake[rows],
             corrects=None if columns.corrects is None else columns.corrects[rows],
         )
 
@@ -161,9 +157,9 @@ def _columns(headers: list[Headers]) -> _Columns | None:
         weights = np.ones(len(headers)) if set(weighed) <= {b"1"} else np.array([float(each) for each in weighed])
         if not set(labels) <= {b"0", b"1"} or not all(map(bytes.isdigit, times)):
             return None
-        rated, policies = [each.get("rate") for each in headers], [each.get("policy") for each in headers]
+        rated = [each.get("rate") for each in headers]
         rate_of = {each: 1.0 if each is None else float(each) for each in set(rated)}
-        if not all(0 < rate <= 1 for rate in rate_of.values()) or not set(policies) <= {None, b"fnw"}:
+        if not all(0 < rate <= 1 for rate in rate_of.values()):
             return None
     except (KeyError, TypeError, ValueError):  # TypeError: Kafka knows headers without a value
         return None
@@ -179,7 +175,6 @@ def _columns(headers: list[Headers]) -> _Columns | None:
         weights.astype(np.float32),
         milliseconds,
         rates=np.array([rate_of[each] for each in rated]) if rate_of.keys() - {None} else None,
-        fake=np.array([each is not None for each in policies]) if b"fnw" in policies else None,
         corrects=np.array(corrects) if any(corrects) else None,
     )
 
@@ -211,15 +206,13 @@ def _check(headers: Headers) -> None:
         raise _BadHeader("wrong_type", "weight", f"expected a number, found {_shown(headers['weight'])}") from error
     if not 0 <= weight <= MAX_WEIGHT:
         raise _BadHeader("out_of_range", "weight", f"expected a finite number, 0 or more, found {weight}")
-    rate, policy = headers.get("rate"), headers.get("policy")
+    rate = headers.get("rate")
     try:
         kept = 1.0 if rate is None else float(rate)
     except ValueError as error:
         raise _BadHeader("wrong_type", "rate", f"expected a number, found {_shown(headers['rate'])}") from error
     if not 0 < kept <= 1:
         raise _BadHeader("out_of_range", "rate", f"expected a number above 0 and at most 1, found {kept}")
-    if policy not in (None, b"fnw"):
-        raise _BadHeader("wrong_type", "policy", f"expected fnw or none, found {_shown(headers['policy'])}")
     time_ms = headers["impression_ms"]
     if not time_ms.isdigit():
         raise _BadHeader("wrong_type", "impression_ms", f"expected epoch milliseconds, found {_shown(time_ms)}")

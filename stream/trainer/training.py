@@ -32,7 +32,7 @@ class Learns(Protocol):
         batch: FeatureBatch,
         labels: npt.ArrayLike,
         weights: npt.ArrayLike | None = None,
-        fake: npt.ArrayLike | None = None,
+        corrects: npt.ArrayLike | None = None,
     ) -> npt.NDArray[np.float32]: ...
 
     def serving_state(self) -> dict[str, torch.Tensor]: ...
@@ -82,8 +82,8 @@ class Training:
     A batch closes at `rows` of the cutter, or when it has waited `max_batch_age_s` for more. That clock runs only while
     there is nothing to learn, so under load batches are cut by count alone and don't depend on how records were fetched.
 
-    A new model takes the share of negatives that its first example names for its own, and keeps it: where the stream's changes,
-    negatives weigh more or less, and the model stays of one piece.
+    A new model takes the share of negatives that its first example names (the first that is no correction) for its own, and
+    keeps it: where the stream's changes, negatives weigh more or less, and the model stays of one piece.
 
     `observers` see each batch with the scores from before its update, one after the other. The state of `kept`, by name, and of
     the scores is in every snapshot.
@@ -158,8 +158,8 @@ class Training:
     def _learn(self, batch: TrainingBatch) -> None:
         began = time.perf_counter()
         if not self._learner.examples_seen:
-            self._learner.negative_rate = 1.0 if batch.rates is None else float(batch.rates[0])
-        scores = self._learner.learn(batch.batch, batch.labels, self._weights(batch), batch.fake)
+            self._learner.negative_rate = _first_rate(batch)
+        scores = self._learner.learn(batch.batch, batch.labels, self._weights(batch), batch.corrects)
         self._scores.add(scores, batch)
         for observer in self._observers:
             observer.observe(batch, scores)
@@ -168,12 +168,18 @@ class Training:
         self._metrics.learned(batch, time.perf_counter() - began)
 
     def _weights(self, batch: TrainingBatch) -> npt.NDArray[np.float32] | None:
-        """Importance of each example's loss, so that negatives count at the model's own rate; None where all is 1."""
+        """Importance of each example's loss, so that negatives count at the model's own rate; None where all is 1.
+
+        What a correction takes back is counted at the model's own rate already (`model.slopes`).
+        """
         rate = self._learner.negative_rate
         if batch.rates is None and rate == 1:
             return batch.weights
         rates = np.ones(len(batch)) if batch.rates is None else batch.rates
-        factors = np.where(batch.labels > 0.5, 1.0, rate / rates).astype(np.float32)
+        as_it_is = batch.labels > 0.5
+        if batch.corrects is not None:
+            as_it_is |= batch.corrects
+        factors = np.where(as_it_is, 1.0, rate / rates).astype(np.float32)
         if (factors == 1).all():
             return batch.weights
         return factors if batch.weights is None else factors * batch.weights
@@ -194,3 +200,11 @@ class Training:
         )
         self._metrics.snapshot_seconds.labels("capture").observe(time.perf_counter() - began)
         return captured
+
+
+def _first_rate(batch: TrainingBatch) -> float:
+    """The share of negatives that the first label names; of corrections only where there is nothing else."""
+    if batch.rates is None:
+        return 1.0
+    first = 0 if batch.corrects is None else int(np.argmin(batch.corrects))
+    return float(batch.rates[first])

@@ -68,10 +68,12 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 # A plain autograd DeepFM over the same rows: what the hand-written passes must equal.
 
 
-def autograd_step(learner: Learner, batch: FeatureBatch, labels: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def autograd_step(
+    learner: Learner, batch: FeatureBatch, labels: np.ndarray, weights: np.ndarray, corrects: np.ndarray
+) -> dict[str, Any]:
     serving, trainer = learner.serving_state(), learner.trainer_state()
     row_of = {key: row for row, key in enumerate(serving["keys"].tolist())}
-    leaves = {name: value.clone().requires_grad_() for name, value in serving.items() if name != "keys"}
+    leaves = {name: value.double().requires_grad_() for name, value in serving.items() if name != "keys"}
 
     def pooled(table: torch.Tensor) -> torch.Tensor:
         out = []
@@ -89,14 +91,16 @@ def autograd_step(learner: Learner, batch: FeatureBatch, labels: np.ndarray, wei
         hidden = hidden.relu() if layer < 2 else hidden
     pairs = sum((embedded[:, i] * embedded[:, j]).sum(1) for i in range(embedded.shape[1]) for j in range(i))
     logits = hidden.squeeze(1) + linear.sum(1) + pairs + leaves["bias"]
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(
-        logits, torch.from_numpy(labels), torch.from_numpy(weights), reduction="sum"
-    )
+    clicked, target = torch.nn.functional.softplus(-logits), torch.from_numpy(labels)
+    not_clicked = torch.nn.functional.softplus(logits)
+    known = target * clicked + (1 - target) * not_clicked
+    corrected = (2 * target - 1) * (clicked - learner.negative_rate * not_clicked)  # the new label's less the old one's
+    loss = (torch.where(torch.from_numpy(corrects), corrected, known) * torch.from_numpy(weights)).sum()
     loss.backward()
     out: dict[str, Any] = {"scores": torch.sigmoid(logits).detach().numpy()}
     for name in ("embedding", "first_order"):
         gradient = leaves[name].grad
-        total = trainer[f"adagrad.{name}"] + gradient**2
+        total = trainer[f"adagrad.{name}"].double() + gradient**2
         out[name] = serving[name] - learner.settings.row_learning_rate * gradient / total.sqrt()
     dense = {name: leaf for name, leaf in leaves.items() if name not in ("embedding", "first_order")}
     for leaf in dense.values():
@@ -105,20 +109,24 @@ def autograd_step(learner: Learner, batch: FeatureBatch, labels: np.ndarray, wei
     return out | {name: leaf.detach() for name, leaf in dense.items()}
 
 
-def test_a_step_equals_autograds() -> None:
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_a_step_equals_autograds(rate: float) -> None:
+    """In float64, first labels and corrections both ways."""
     batch, labels = records(60)
-    weights = np.random.default_rng(1).uniform(0, 3, 60).astype(np.float32)
+    rng = np.random.default_rng(1)
+    weights, corrects = rng.uniform(0, 3, 60).astype(np.float32), rng.random(60) < 0.4
     learner = Learner(SCHEMA, SETTINGS.model_copy(update={"init_std": 0.3}), device="cpu")
+    learner.negative_rate = rate
     learner.learn(batch, labels, np.zeros(60, np.float32))  # makes the rows, changes nothing
     learner._adam.state()["step"].zero_()
-    expected = autograd_step(learner, batch, labels, weights)
-    np.testing.assert_allclose(learner.learn(batch, labels, weights), expected.pop("scores"), rtol=1e-5)
+    expected = autograd_step(learner, batch, labels, weights, corrects)
+    scores = learner.learn(batch, labels, weights, corrects)
+    np.testing.assert_allclose(scores / (scores + (1 - scores) * rate), expected.pop("scores"), rtol=1e-5)
     serving = learner.serving_state()
     for name, value in expected.items():
-        torch.testing.assert_close(serving[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(serving[name].double(), value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@devices
 def test_it_learns(device: str) -> None:
     batch, labels = records(6000)
     learner = Learner(SCHEMA, SETTINGS.model_copy(update={"row_learning_rate": 0.1}), device=device)

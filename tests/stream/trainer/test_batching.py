@@ -99,19 +99,17 @@ def test_letters_count_as_soon_as_the_position_reaches_into_their_run():
     assert cutter.letters == 3
 
 
-def test_rates_and_policies_of_runs_with_and_without():
+def test_rates_and_corrections_of_runs_with_and_without():
     cutter = BatchCutter(3, {0: 0})
-    rated = replace(columns([2, 3]), rates=np.array([0.5, 0.25]), fake=np.array([True, False]))
+    rated = replace(columns([2, 3]), rates=np.array([0.5, 0.25]))
     for each in (columns([0, 1]), rated, replace(columns([4, 5]), corrects=np.array([True, False]))):
         cutter.add(each)
     first, second = cutter.cut(), cutter.cut()
     assert first.rates is not None
-    assert first.fake is not None
-    assert (first.rates.tolist(), first.fake.tolist(), first.corrects) == ([1, 1, 0.5], [False, False, True], None)
+    assert (first.rates.tolist(), first.corrects) == ([1, 1, 0.5], None)
     assert second.rates is not None
-    assert second.fake is not None
     assert second.corrects is not None
-    assert (second.rates.tolist(), second.fake.tolist()) == ([0.25, 1, 1], [False] * 3)
+    assert second.rates.tolist() == [0.25, 1, 1]
     assert second.corrects.tolist() == [False, True, False]
 
 

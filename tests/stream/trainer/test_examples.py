@@ -29,7 +29,6 @@ BAD = [
     (dict(rate=b"0"), "out_of_range", "headers.rate"),
     (dict(rate=b"1.5"), "out_of_range", "headers.rate"),
     (dict(rate=b"nan"), "out_of_range", "headers.rate"),
-    (dict(policy=b"hurry"), "wrong_type", "headers.policy"),
     (dict(impression_ms=None), "missing_field", "headers.impression_ms"),
     (dict(impression_ms=b"-5"), "wrong_type", "headers.impression_ms"),
     (dict(impression_ms=b""), "wrong_type", "headers.impression_ms"),
@@ -56,7 +55,7 @@ def test_columns_of_a_run():
     assert decoded.versions.tolist() == [-1, 12, -1]
     assert decoded.id_hashes.tolist() == [hash_bytes(b"x%d" % offset, "impression id") for offset in (10, 11, 13)]
     assert decoded.letters == []
-    assert (decoded.rates, decoded.fake, decoded.corrects) == (None, None, None)
+    assert (decoded.rates, decoded.corrects) == (None, None)
 
 
 def test_rate_and_kind_of_a_run_and_what_was_left_out():
@@ -115,7 +114,7 @@ JUNK = st.one_of(
 )
 
 
-NAMES = ("label", "weight", "impression_ms", "rate", "policy")
+NAMES = ("label", "weight", "impression_ms", "rate", "kind")
 
 
 @given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, JUNK)), max_size=6))

@@ -26,7 +26,7 @@ class FakeLearner:
         self.batches: list[list[int]] = []
         self.weights: list[list[float] | None] = []
 
-    def learn(self, batch, labels, weights=None, fake=None):
+    def learn(self, batch, labels, weights=None, corrects=None):
         self.batches.append(batch.keys[:, 0].tolist())
         self.weights.append(None if weights is None else np.round(np.asarray(weights, float), 6).tolist())
         self.examples_seen += len(batch)
@@ -131,6 +131,22 @@ def test_a_model_keeps_the_rate_of_its_first_example_and_weighs_negatives_of_oth
     # Of 0 to 11 there are clicks of 0, 1, 7 and 8.
     assert learner.weights == [None, [1, 1, 0.5, 1], [1, 0.1, 0.1, 0.1]]
     assert training.capture().negative_rate == 0.1
+
+
+def test_corrections_weigh_what_they_say_at_any_rate_and_do_not_choose_the_models():
+    learner = FakeLearner()
+    training = make(learner, rows=4)
+    corrected = rated(0, [1, 0.1, 0.2, 0.05])
+    corrected.labels[:] = [0, 0, 0, 1]
+    training.add(replace(corrected, corrects=np.array([True, False, True, True])))
+    assert training.step(0.0)
+    assert training.capture().negative_rate == 0.1
+    assert learner.weights == [None]
+    training.add(
+        replace(rated(4, [0.2, 0.2, 0.05, 0.05]), labels=np.zeros(4, np.float32), corrects=np.array([True, False] * 2))
+    )
+    assert training.step(0.0)
+    assert learner.weights[1] == [1, 0.5, 1, 2]
 
 
 def test_a_model_of_all_negatives_takes_some_for_many():
