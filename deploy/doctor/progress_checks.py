@@ -170,8 +170,8 @@ def watermark(readings: Readings) -> Iterator[Finding]:
             yield Finding(
                 check="watermark",
                 what=what,
-                expected=f"a watermark that passes the window of the newest impression, {_time(pending)}",
-                found=f"a quiet partition, no event for {duration(quiet_ms)}: impressions of the last window have no label",
+                expected=f"a watermark that passes the hold of the newest impression, {_time(pending)}",
+                found=f"a quiet partition, no event for {duration(quiet_ms)}: its last impressions have no label",
                 cure="where streams are sparse, run `headrace watermarks` beside them (or call `Client.send_watermark` on a "
                 "timer); else look whether the producers run",
             )
@@ -184,7 +184,7 @@ def _newest(readings: Readings, topic: str, number: int) -> int:
 
 
 def _pending(readings: Readings, number: int, watermark_ms: int) -> int | None:
-    """End of the newest impression's window, where the watermark has not passed it. Not of one that the join refuses."""
+    """When the newest impression's label is due, where the watermark has not passed that. Not of one that the join refuses."""
     tail, join = readings.tails.get(("impressions", number)), readings.join_settings
     if tail is None:
         return None
@@ -192,7 +192,7 @@ def _pending(readings: Readings, number: int, watermark_ms: int) -> int | None:
     accepted = tail.event_ms[(tail.event_ms >= 0) & (tail.event_ms <= limit_ms)]
     if not len(accepted):
         return None
-    until = int(accepted.max()) + join.window_ms
+    until = int(accepted.max()) + join.held_ms
     return until if until >= watermark_ms else None
 
 
