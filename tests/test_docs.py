@@ -14,6 +14,7 @@ import yaml
 from deploy.docs import pages
 from headrace.events import encode_click, encode_impression, encode_request
 from stream.dead_letters import REASONS, DeadLetter
+from stream.heartbeat import Heartbeat
 from stream.join.examples import plan_records
 from stream.join.logic import CORRECTION, FIRST, Plan
 from stream.settings import TopicSettings
@@ -79,6 +80,12 @@ def test_headers_are_what_asyncapi_says() -> None:
                 jsonschema.validate(msgspec.json.decode(value or b""), schema(name))
     letter = DeadLetter("orphan_click", "text", "$", "clicks", 0, 3, b"k", b"v")
     jsonschema.validate({name: value.decode() for name, value in letter.out_headers()}, schema("deadLetterHeaders"))
+
+
+def test_heartbeats_are_what_asyncapi_says() -> None:
+    beat = Heartbeat(worker="w", version=-1, since_ms=0, host="h", registry_offset=4, at_ms=9, fallback_of=3)
+    jsonschema.validate(msgspec.to_builtins(beat), schema("heartbeat"))
+    assert ASYNCAPI["components"]["schemas"]["heartbeat"]["properties"].keys() == set(Heartbeat.__struct_fields__)
 
 
 def test_every_reason_code_is_documented() -> None:
