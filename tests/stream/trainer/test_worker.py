@@ -115,15 +115,22 @@ async def until_version(process: Process, version: int) -> None:
     await until(lambda: process.metric("snapshot_version") >= version, process)
 
 
-async def send(settings: Settings, numbers: range, *, partitions: int = 1, bad: Callable[[int], bool] = lambda index: False):
-    """Examples straight into `examples`, each in the partition of its number."""
+async def send(
+    settings: Settings,
+    numbers: range,
+    *,
+    partitions: int = 1,
+    bad: Callable[[int], bool] = lambda index: False,
+    **served: float,
+):
+    """Examples straight into `examples`, each in the partition of its number; `served` stands in each impression."""
     from aiokafka import AIOKafkaProducer
 
     producer = AIOKafkaProducer(**aiokafka_options(settings.kafka), max_batch_size=BATCH_BYTES)
     await producer.start()
     for partition in range(partitions):
         mine = [index for index in numbers if index % partitions == partition]
-        records = [(b"x%d" % index, b"{" if bad(index) else value(index), headers(index)) for index in mine]
+        records = [(b"x%d" % index, b"{" if bad(index) else value(index, **served), headers(index)) for index in mine]
         for future in await send_batches(producer, TopicNames.of(settings.topics).examples, partition, records):
             await future
     await producer.stop()
@@ -201,10 +208,12 @@ async def test_killed_and_replaced_each_example_counts_once_and_each_bad_one_is_
     assert second.answer("/readyz") == "ok\n"
     third = start(topics)  # nobody told the second one to stop: it is put out
     await until(lambda: third.answer("/readyz") == "ok\n", third)
-    await send(topics, range(4_000, total), partitions=2, bad=bad)
+    # Shown with scores that no version ever gave.
+    await send(topics, range(4_000, total), partitions=2, bad=bad, score=0.999, model_version=1)
     assert await asyncio.to_thread(second.process.wait, PATIENCE_S) == 1
     store = SnapshotStore(topics.snapshots)
     await until(lambda: store.manifest(store.versions()[-1]).examples_seen >= good, third)
+    await until(lambda: third.metric("skew_examples") > 100 and third.metric("skew_ratio") > 0.5, third)
     third.stop()
 
     manifest = store.manifest(await newest(topics))
