@@ -204,7 +204,7 @@ class Swapper:
         name = "no version" if self.current is None else f"version {self._version}"
         log.error("version %d can't be served, going on with %s, trying again in %g s: %s", version, name, wait_s, error)
         if version == self._wanted:
-            self._set_fallback(Fallback(version, f"{error}"))
+            self._set_fallback(Fallback(version, " ".join(f"{error}".split()) or repr(error)))
         kept = {self._wanted, *self._fallbacks()}
         self._failed = {each: failed for each, failed in self._failed.items() if each in kept}
         self._failed[version] = (failures, time.monotonic() + wait_s)
