@@ -156,6 +156,8 @@ async def count_labels(
         for tp, records in (await consumer.getmany(timeout_ms=200, max_records=20_000)).items():
             known = labels[tp.partition]
             for record in records:
+                if record.key is None:
+                    continue  # a note of the join to itself
                 headers = dict(record.headers)
                 label = headers["label"] == b"1"
                 positives += label
@@ -182,10 +184,11 @@ async def count_labels(
 
 
 def usage(pid: int) -> dict[str, float]:
-    """CPU seconds and peak memory of a process so far."""
+    """CPU seconds, memory and peak memory of a process so far."""
     ticks = sum(int(part) for part in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])
-    peak = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), "peak_rss_mb": int(peak.split()[1]) / 1024}
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    memory = {"rss_mb": int(status["VmRSS"].split()[0]) / 1024, "peak_rss_mb": int(status["VmHWM"].split()[0]) / 1024}
+    return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), **memory}
 
 
 def settings_for(kind: str, bootstrap_servers: str, work: Path) -> Settings:
