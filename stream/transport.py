@@ -42,8 +42,9 @@ FETCH_TOTAL_BYTES = 16 * 1024 * 1024
 # Of all runs that were handed over and are not let go of, in Faust's queue, in the application's, and in its hands; whatever
 # the backlog. One more fetch may come on top. It is a second of work of a join that does 60 MB/s, so it never runs dry.
 RUNS_MAX_BYTES = 64 * 1024 * 1024
-# How often it is looked whether runs were let go of, while there are too many.
-RUNS_WAIT_S = 0.02
+# How often it is looked whether runs were let go of, while there are too many; and after how long without any that goes the
+# next fetch is handed over all the same. A partition that holds a run and waits for its next one must not wait for ever.
+RUNS_WAIT_S, RUNS_PATIENCE_S = 0.02, 1.0
 # Of a record beside its key and value: the named tuple, its numbers, and two `bytes` headers.
 RECORD_BYTES = 300
 # From an assignment to the seek lies a takeover, which may rebuild for minutes. Behind it the seek follows at once, so errors
@@ -71,12 +72,19 @@ class RunBytes:
     """Bytes of the runs that are alive. Taken in the consumer's thread, let go of wherever the last reference to a run goes."""
 
     def __init__(self) -> None:
-        self._taken = 0
+        self._taken, self._moved_at = 0, time.monotonic()
         self._let_go: deque[int] = deque()  # no lock: a run may go in the midst of anything, the garbage collector's work too
+
+    def have_room(self) -> bool:
+        """Whether more may be taken."""
+        before, alive = self._taken, self.alive
+        if alive != before:
+            self._moved_at = time.monotonic()
+        return alive < RUNS_MAX_BYTES or time.monotonic() - self._moved_at > RUNS_PATIENCE_S
 
     def take(self, records: list[LogRecord]) -> _Held:
         size = sum(len(record.value or b"") + len(record.key or b"") for record in records) + RECORD_BYTES * len(records)
-        self._taken += size
+        self._taken, self._moved_at = self._taken + size, time.monotonic()
         return _Held(self._let_go, size)
 
     @property
@@ -158,7 +166,7 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         wanted = set(active_partitions)
         if not wanted:
             return {}  # the last was paused since Faust looked; aiokafka would take none for all
-        if self.run_bytes.alive >= RUNS_MAX_BYTES:
+        if not self.run_bytes.have_room():
             await asyncio.sleep(RUNS_WAIT_S)
             return {}
         try:

@@ -314,8 +314,9 @@ class Step:
             value, headers = msgspec.msgpack.decode(click[2], type=tuple[bytes, tuple[Header, ...]])
             origin = (clicks_topic, partition, click[1], key, value, headers)
             self._orphan(DeadLetter("orphan_click", "", "$.impression_id", *origin), click[0])
-        late_before = self._history.late_before(plan.watermark_ms)
-        plan.forget_before_ms = lambda offset: late_before - self._terms_of(offset).horizon_ms
+        late_before, terms_of = self._history.late_before(plan.watermark_ms), self._history.of
+        # Without `self`, which has the plan: a cycle would keep all of a step until Python looks for cycles, which is seldom.
+        plan.forget_before_ms = lambda offset: late_before - terms_of(offset).horizon_ms
         plan.forgotten = memory.due_chunks(late_before)
         return plan
 
