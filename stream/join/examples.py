@@ -27,8 +27,9 @@ import msgspec
 
 from stream.batches import Outgoing
 from stream.join.logic import CORRECTION, FIRST, Example, Plan
+from stream.packed import pack_header, varint
 
-__all__ = ["Matched", "example_records", "left_out_of", "matched_of", "plan_records", "record_count"]
+__all__ = ["Matched", "example_records", "left_out_of", "matched_of", "packed_plan", "plan_records", "record_count"]
 
 Matched = tuple[int, int, int]  # source offset, event time of the impression, event time of its click
 
@@ -69,6 +70,37 @@ def example_records(examples: Iterable[Example], negative_rate: float = 1.0) -> 
             yield key, value, [*negatives[kind], *places]
         else:
             yield key, value, [*positives[kind], *places, ("click_ms", b"%d" % click_ms)]
+
+
+def packed_plan(plan: Plan, negative_rate: float) -> Iterator[Outgoing]:
+    """`plan_records` with the headers of examples packed: all but three numbers of them are the same in every example."""
+    notes, examples = Plan(left_out=plan.left_out, held=plan.held), plan.examples
+    yield from plan_records(notes, negative_rate)
+    rate = _rate(negative_rate)
+    negative, positive = (
+        {kind: _same([*label, *headers, *rate], numbers) for kind, headers in _KINDS.items()}
+        for label, numbers in ((_NEGATIVE, 2), (_POSITIVE, 3))
+    )
+    for key, value, time_ms, offset, click_ms, kind in examples:
+        at, source = b"%d" % time_ms, b"%d" % offset
+        places = varint[len(at)] + at + _SOURCE_OFFSET + varint[len(source)] + source
+        if click_ms < 0:
+            yield key, value, negative[kind] + places
+        else:
+            yield key, value, positive[kind] + places + pack_header("click_ms", b"%d" % click_ms)
+
+
+def _same(headers: list[tuple[str, bytes]], numbers: int) -> bytes:
+    """The start of an example's packed headers, up to the value of `impression_ms`; so many numbers follow."""
+    packed = b"".join([pack_header(name, value) for name, value in headers])
+    return varint[len(headers) + numbers] + packed + _name("impression_ms")
+
+
+def _name(header: str) -> bytes:
+    return varint[len(header)] + header.encode()
+
+
+_SOURCE_OFFSET = _name("source_offset")
 
 
 def _rate(negative_rate: float) -> tuple[tuple[str, bytes], ...]:

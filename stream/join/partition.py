@@ -19,7 +19,7 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from state.join_state import LAYOUT, Chunk, JoinMeta, JoinState
 from stream.batches import send_batches
 from stream.join.events import read_run
-from stream.join.examples import plan_records, record_count
+from stream.join.examples import packed_plan, record_count
 from stream.join.logic import Plan, Step, watermark
 from stream.join.memory import Memory
 from stream.join.metrics import JoinMetrics
@@ -121,8 +121,8 @@ class PartitionJoin:
     async def run(self) -> None:
         """Step until cancelled. Cancelling while a transaction is being committed lets that end first."""
         while True:
-            runs = await self._gather()
-            step = asyncio.ensure_future(self._step(runs))
+            # No name for the runs here: they would be held, and their bytes counted, until the next ones come.
+            step = asyncio.ensure_future(self._step(await self._gather()))
             try:
                 await asyncio.shield(step)
             except asyncio.CancelledError:
@@ -209,7 +209,7 @@ class PartitionJoin:
         names, producer = self._names, self._producer
         began = time.perf_counter()
         await producer.begin_transaction()
-        labels = plan_records(plan, self._settings.negative_rate)
+        labels = packed_plan(plan, self._settings.negative_rate)
         sends = await send_batches(producer, names.examples, self.number, labels)
         letters = ((letter.key, letter.value, letter.out_headers()) for letter in plan.dead)
         dead_sends = await send_batches(producer, names.dead_letters, self.number, letters)
