@@ -44,8 +44,9 @@ log = logging.getLogger(__name__)
 ROWS_S, TAKEN_AT_ONCE = 100, 16
 # Rows that wait for their version: 40 s of the above, some 2 MB at 40 fields.
 MAX_WAITING = 4_000
-# How often waiting rows are looked at, and how often another version may be read.
-EVERY_S, RELOAD_S = 1.0, 60.0
+# How often waiting rows are looked at, and another version may be read: once a minute, large ones so seldom that reading takes
+# at most a hundredth of the time (40 MB of weights: 0.8 s of CPU).
+EVERY_S, RELOAD_S, RELOAD_SHARE = 1.0, 60.0, 0.01
 # Weights beyond this are not read: they would stand in the trainer's memory three times while they are made ready.
 MAX_BYTES = 1 << 30
 # Compared rows that the figures are of, and for how long they count.
@@ -94,7 +95,7 @@ class SkewCheck:
         self._allowed, self._since_s = 0.0, time.monotonic()
         self._reference: tuple[int, Predictor] | None = None
         self._unreadable: set[int] = set()
-        self._loaded_s = -RELOAD_S
+        self._loads_from_s = 0.0
         self._compared: deque[tuple[float, npt.NDArray[np.float64]]] = deque()
         self._told = False
 
@@ -140,7 +141,7 @@ class SkewCheck:
             np.concatenate([each.versions for each in taken]),
             np.concatenate([each.served for each in taken]),
         )
-        if now_s - self._loaded_s >= RELOAD_S:
+        if now_s >= self._loads_from_s:
             self._choose(rows, now_s)
         left = np.ones(len(rows.served), np.bool_)
         if self._reference is not None:
@@ -188,16 +189,18 @@ class SkewCheck:
         if not counts:
             return
         [(version, _)] = counts.most_common(1)
-        self._loaded_s = now_s
+        self._loads_from_s = now_s + RELOAD_S
         if self._reference is not None and self._reference[0] == version:
             return
         self._reference = None
+        began = time.monotonic()
         try:
             self._reference = (version, self._load(version))
         except (SnapshotError, ModelError, ValueError) as error:
             self._unreadable.add(version)
             self._metrics.skew_failures.inc()
             log.warning("scores of version %d can't be computed again: %s", version, error)
+        self._loads_from_s = now_s + max(RELOAD_S, (time.monotonic() - began) / RELOAD_SHARE)
 
     def _forget(self, now_s: float) -> None:
         """Keep the newest `WINDOW` rows, of the last `KEEP_S`."""

@@ -192,6 +192,29 @@ def test_one_version_is_read_at_a_time_and_the_one_that_is_served_follows(store:
     assert check.manifest_metrics()["skew_examples"] == 120 and check.manifest_metrics()["skew_share"] == 0
 
 
+def test_a_version_that_takes_long_to_read_is_read_seldom(store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=50.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    asked_for: list[int] = []
+
+    def load(version: int) -> Any:
+        asked_for.append(version)
+        clock.now += 3.0
+        return load_reference(store, version, SCHEMA)
+
+    check = SkewCheck(load, metrics())
+    shown = [features(index) for index in range(40)]
+    decoder = ExampleDecoder(SCHEMA)
+    first, second = (examples(decoder, shown, asked(store, version, shown)) for version in (1, 2))
+    observe(check, first)
+    check.check(1_000.0)
+    observe(check, second)
+    check.check(1_000.0 + 3 * 100 - 1)
+    assert asked_for == [1]
+    check.check(1_000.0 + 3 * 100)
+    assert asked_for == [1, 2]
+
+
 def test_a_version_that_cannot_be_read_is_passed_over(store: SnapshotStore, caplog: pytest.LogCaptureFixture) -> None:
     shown = [features(index) for index in range(40)]
     answers = {index: (0.5, 9 if index < 30 else 1) for index in range(40)}
