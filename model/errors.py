@@ -2,12 +2,13 @@
 
 ModelError
 ├── FeatureError       a record's features can't be used
-└── SnapshotMismatch   weights don't fit the schema or the model they are loaded into
+├── SnapshotMismatch   weights don't fit the schema or the model they are loaded into
+└── UpdateNotFinite    learning a batch would leave the model with numbers that aren't finite
 """
 
 from __future__ import annotations
 
-__all__ = ["FeatureError", "ModelError", "SnapshotMismatch"]
+__all__ = ["FeatureError", "ModelError", "SnapshotMismatch", "UpdateNotFinite"]
 
 
 class ModelError(Exception):
@@ -25,3 +26,7 @@ class FeatureError(ModelError):
 
 class SnapshotMismatch(ModelError):
     """Weights don't fit the schema or the model they are loaded into."""
+
+
+class UpdateNotFinite(ModelError):
+    """Learning a batch would leave the model with numbers that aren't finite, or so large that the next ones wouldn't be."""

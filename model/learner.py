@@ -9,7 +9,7 @@ import torch
 from model.adam import Adam
 from model.batch import FeatureBatch, Float32Array
 from model.embedding import EmbeddingTable, take
-from model.errors import ModelError
+from model.errors import ModelError, UpdateNotFinite
 from model.network import choose_device, dense_model, embed, scatter_back, to_elements
 from model.sampling import probabilities
 from model.schema import FeatureSchema
@@ -17,6 +17,11 @@ from model.settings import ModelSettings
 from model.slopes import slopes
 
 __all__ = ["Learner"]
+
+
+# Optimizers add up squares of gradients in float32, which ends at 3e38: with steps below this they stay finite for a million of
+# the worst ones. The largest weight and the smallest rate that the trainer takes are far below (`stream.trainer.examples`).
+_LARGEST_NORM = 1e16
 
 
 class Learner:
@@ -32,8 +37,9 @@ class Learner:
 
     `negative_rate` is the share of negatives in what it learns; scores that leave it are corrected to probabilities by it.
 
-    For one thread. Raises ModelError for labels, weights or batches it can't use, before anything changes, and for a
-    step that isn't finite, before any weight changes.
+    For one thread. Raises ModelError for labels, weights or batches it can't use, before anything changes. Raises
+    UpdateNotFinite for a batch whose update wouldn't be finite, before any weight or optimizer state changes; features that are
+    new in such a batch keep the row that they got.
     """
 
     def __init__(self, schema: FeatureSchema, settings: ModelSettings, *, device: str = "auto") -> None:
@@ -89,7 +95,7 @@ class Learner:
             slope.mul_(weight)
         gradient = self._dense.backward(forward, slope)
         row_gradient, first_order_gradient = scatter_back(elements, gathered.place, len(gathered.distinct), gradient, slope)
-        self._require_finite(forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
+        self._require_finite(len(batch), forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
         self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
         self._adam.step()
         self.examples_seen += len(batch)
@@ -135,13 +141,16 @@ class Learner:
             raise ModelError(f"{name}: expected {wanted}, found {array[wrong[0]]} in row {wrong[0]}")
         return torch.from_numpy(np.require(array, np.float32, ("C", "W"))).to(self.device)
 
-    def _require_finite(self, *tensors: torch.Tensor) -> None:
-        """Norms, since a gradient whose square overflows would spoil the optimizers' state as well."""
+    def _require_finite(self, batch: int, *tensors: torch.Tensor) -> None:
         norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
-        if not torch.isfinite(norms).all():
+        if not (norms < _LARGEST_NORM).all():  # nor is NaN
             names = ("logits", "dense gradient", "rows' gradient", "first-order gradient")
             found = ", ".join(f"{name} {norm:g}" for name, norm in zip(names, norms.tolist(), strict=True))
+            if torch.isfinite(self._dense.parameters).all():
+                raise UpdateNotFinite(
+                    f"update of {batch} examples: expected norms below {_LARGEST_NORM:g}, found {found}; nothing was written"
+                )
             raise ModelError(
-                f"learning diverged after {self.examples_seen} examples (norms: {found}); nothing was written. "
-                "Go back to an earlier snapshot, and lower model.row_learning_rate or model.dense_learning_rate"
+                f"the model's weights aren't finite after {self.examples_seen} examples (norms: {found}); nothing was written. "
+                "Go back to an earlier version, and lower model.row_learning_rate or model.dense_learning_rate"
             )

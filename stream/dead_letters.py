@@ -33,6 +33,7 @@ REASONS = {
     "late_impression": "the impression is older than watermark - window - dedupe horizon",
     "orphan_click": "no impression came for the click before its time ran out, or its time is outside the window",
     "not_finite": "a feature is NaN or infinite, or a number too large for a float",
+    "not_finite_update": "learning the example would leave the model with numbers that are not finite, or beyond all bounds",
     "nested": "a feature is an object or a list of other things than strings",
     "too_large": "the record, or its example, is larger than the topic takes; its bytes are where it came from",
     "unreadable": "a batch that can't be decompressed or parsed, or is too large once decompressed; `error` names its offsets",

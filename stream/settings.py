@@ -86,7 +86,10 @@ class JoinSettings(_Frozen):
         "is there by then, else negative. A later click leaves as a correction.",
     )
     negative_rate: float = Field(
-        default=1.0, gt=0, le=1, description="Share of negatives that go out, by a hash of the id; scores are corrected for it."
+        default=1.0,
+        ge=1e-4,  # a negative weighs up to its inverse in the trainer, which takes no smaller rate
+        le=1,
+        description="Share of negatives that go out, by a hash of the id; scores are corrected for it.",
     )
     dedupe_horizon_ms: int = Field(
         default=600_000, ge=0, description="An id is remembered this long after its window; older impressions are late."

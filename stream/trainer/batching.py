@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,33 @@ class TrainingBatch:
     labels: Float32Array
     weights: Float32Array | None
     impression_ms: Int64Array
+    reached_ms: Int64Array
     served: Float32Array
     versions: Int64Array
     id_hashes: Int64Array
+    records: Sequence[Any]
     rates: Float64Array | None = None
     corrects: BoolArray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def slice(self, start: int, stop: int) -> TrainingBatch:
+        """Examples `start` to `stop`; shares memory."""
+        part = slice(start, stop)
+        return TrainingBatch(
+            batch=self.batch.slice(start, stop),
+            labels=self.labels[part],
+            weights=None if self.weights is None else self.weights[part],
+            impression_ms=self.impression_ms[part],
+            reached_ms=self.reached_ms[part],
+            served=self.served[part],
+            versions=self.versions[part],
+            id_hashes=self.id_hashes[part],
+            records=self.records[part],
+            rates=None if self.rates is None else self.rates[part],
+            corrects=None if self.corrects is None else self.corrects[part],
+        )
 
 
 @dataclass(slots=True)
@@ -100,9 +119,11 @@ class BatchCutter:
             labels=np.concatenate([run.labels[start:stop] for run, start, stop in pieces]),
             weights=None if (weights == 1).all() else weights,
             impression_ms=np.concatenate([run.impression_ms[start:stop] for run, start, stop in pieces]),
+            reached_ms=np.concatenate([run.reached_ms[start:stop] for run, start, stop in pieces]),
             served=np.concatenate([run.served[start:stop] for run, start, stop in pieces]),
             versions=np.concatenate([run.versions[start:stop] for run, start, stop in pieces]),
             id_hashes=np.concatenate([run.id_hashes[start:stop] for run, start, stop in pieces]),
+            records=[record for run, start, stop in pieces for record in run.records[start:stop]],
             rates=_joined([(run.rates, start, stop) for run, start, stop in pieces], 1.0),
             corrects=_joined([(run.corrects, start, stop) for run, start, stop in pieces], False),
         )

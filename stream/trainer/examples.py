@@ -17,6 +17,7 @@ from model.features import FeatureBatch, FeatureDecoder
 from model.hashing import hash_strings, space_seed
 from model.schema import FeatureSchema
 from stream.dead_letters import DeadLetter
+from stream.join.events import MAX_TIMESTAMP_MS
 from stream.transport import Run
 
 __all__ = ["DecodedRun", "ExampleDecoder", "hash_ids"]
@@ -29,12 +30,17 @@ Headers = dict[str, bytes]
 
 # The headers of records, without a key, that are no examples (`stream.join.examples`).
 NO_EXAMPLES = (("kind", b"left_out"), ("kind", b"matched"))
-# 18 digits always fit an int64; epoch milliseconds have 13.
+# 18 digits always fit an int64. Milliseconds up to the end of year 9999, which the join takes (`stream.join.events`), have 15.
 MAX_DIGITS = 18
+# What an example may be; one without the header counts as `first`.
+KINDS = frozenset((b"first", b"correction", b"replay"))
 # Space of the hashes of impression ids; another name would draw other samples.
 _ID_SPACE = "impression id"
-# Weights are float32 in the model.
-MAX_WEIGHT = float(np.finfo(np.float32).max)
+# An example of this weight counts as so many. Adagrad keeps the squares: a row that has seen one of weight 10,000 learns as one
+# that has seen a hundred million examples from then on, hardly at all.
+MAX_WEIGHT = 10_000.0
+# A negative sent at this rate may weigh 10,000 as well, for the same reason; `join.negative_rate` has the same bound.
+MIN_RATE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +51,13 @@ class DecodedRun:
     labels         float32 (N,)  1 clicked, 0 not
     weights        float32 (N,)  importance
     impression_ms  int64 (N,)    event time
+    reached_ms     int64 (N,)    event time, but none after the example's arrival: what a watermark may go by
     served         float32 (N,)  the score that the impression was shown with, NaN where absent
     versions       int64 (N,)    the version of the model that gave that score, -1 where absent
     id_hashes      int64 (N,)    hash of the impression id (`hash_ids`)
     rates          float64 (N,)  share of negatives that went out when this example did; None where all did
     corrects       bool (N,)     takes back the label that went out before, which was the other one; None where none does
+    records        the examples as they were read, N of them
     after          the partition's position after the run, beyond bad records and transaction markers too
     """
 
@@ -60,10 +68,12 @@ class DecodedRun:
     labels: Float32Array
     weights: Float32Array
     impression_ms: Int64Array
+    reached_ms: Int64Array
     served: Float32Array
     versions: Int64Array
     id_hashes: Int64Array
     letters: list[DeadLetter]
+    records: Sequence[Any]
     rates: Float64Array | None = None
     corrects: BoolArray | None = None
 
@@ -85,9 +95,9 @@ class _BadHeader(Exception):
     """A header that is missing or isn't what the contract says."""
 
     def __init__(self, reason: str, name: str, message: str) -> None:
-        super().__init__(f"header {name}: {message}")
+        super().__init__(f"{name}: {message}" if name == "key" else f"header {name}: {message}")
         self.reason = reason
-        self.path = f"headers.{name}"
+        self.path = name if name == "key" else f"headers.{name}"
 
 
 class ExampleDecoder:
@@ -103,8 +113,8 @@ class ExampleDecoder:
         """
         records: Sequence[Any] = [record for record in run.records if record.key is not None or not _is_bookkeeping(record)]
         letters: list[DeadLetter] = []
-        headers = [dict(record.headers) for record in records]
-        columns = _columns(headers)
+        headers: list[Headers] = [dict(record.headers) for record in records]
+        columns = None if any(record.key is None for record in records) else _columns(headers)
         if columns is None:
             records, headers, letters = _sort_out(records, headers)
             columns = _columns(headers)
@@ -114,6 +124,7 @@ class ExampleDecoder:
         letters.sort(key=lambda letter: letter.offset)
         rows = decoded.rows
         offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
+        arrivals = np.fromiter((record.timestamp for record in records), np.int64, len(records))
         return DecodedRun(
             partition=run.partition,
             after=run.after,
@@ -122,10 +133,12 @@ class ExampleDecoder:
             labels=columns.labels[rows],
             weights=columns.weights[rows],
             impression_ms=columns.impression_ms[rows],
+            reached_ms=np.minimum(columns.impression_ms, arrivals)[rows],
             served=decoded.served_score,
             versions=decoded.served_version,
             id_hashes=hash_ids([record.key for record in records])[rows],
             letters=letters,
+            records=records if len(rows) == len(records) else [records[row] for row in rows.tolist()],
             rates=None if columns.rates is None else columns.rates[rows],
             corrects=None if columns.corrects is None else columns.corrects[rows],
         )
@@ -159,7 +172,7 @@ def _columns(headers: list[Headers]) -> _Columns | None:
             return None
         rated = [each.get("rate") for each in headers]
         rate_of = {each: 1.0 if each is None else float(each) for each in set(rated)}
-        if not all(0 < rate <= 1 for rate in rate_of.values()):
+        if not all(MIN_RATE <= rate <= 1 for rate in rate_of.values()):
             return None
     except (KeyError, TypeError, ValueError):  # TypeError: Kafka knows headers without a value
         return None
@@ -168,8 +181,13 @@ def _columns(headers: list[Headers]) -> _Columns | None:
     if not ((weights >= 0) & (weights <= MAX_WEIGHT)).all():
         return None
     milliseconds = np.array(times, dtype="S").astype(np.int64) if times else np.empty(0, np.int64)
+    if len(milliseconds) and milliseconds.max() > MAX_TIMESTAMP_MS:
+        return None
     clicked = np.array([label == b"1" for label in labels], np.float32)
-    corrects = [each.get("kind") == b"correction" for each in headers]
+    kinds = [each.get("kind", b"first") for each in headers]
+    if not set(kinds) <= KINDS:
+        return None
+    corrects = [kind == b"correction" for kind in kinds]
     return _Columns(
         clicked,
         weights.astype(np.float32),
@@ -184,6 +202,8 @@ def _sort_out(records: Sequence[Any], headers: list[Headers]) -> tuple[list[Any]
     good, kept, letters = [], [], []
     for record, each in zip(records, headers, strict=True):
         try:
+            if record.key is None:
+                raise _BadHeader("missing_field", "key", "expected the impression id as the record's key, found none")
             _check(each)
         except _BadHeader as error:
             letters.append(DeadLetter.of(record, error.reason, error.path, str(error)))
@@ -205,21 +225,26 @@ def _check(headers: Headers) -> None:
     except ValueError as error:
         raise _BadHeader("wrong_type", "weight", f"expected a number, found {_shown(headers['weight'])}") from error
     if not 0 <= weight <= MAX_WEIGHT:
-        raise _BadHeader("out_of_range", "weight", f"expected a finite number, 0 or more, found {weight}")
+        raise _BadHeader("out_of_range", "weight", f"expected a number from 0 to {MAX_WEIGHT:,.0f}, found {weight}")
     rate = headers.get("rate")
     try:
         kept = 1.0 if rate is None else float(rate)
     except ValueError as error:
         raise _BadHeader("wrong_type", "rate", f"expected a number, found {_shown(headers['rate'])}") from error
-    if not 0 < kept <= 1:
-        raise _BadHeader("out_of_range", "rate", f"expected a number above 0 and at most 1, found {kept}")
+    if not MIN_RATE <= kept <= 1:
+        raise _BadHeader("out_of_range", "rate", f"expected a number from {MIN_RATE} to 1, found {kept}")
+    if headers.get("kind", b"first") not in KINDS:
+        raise _BadHeader("wrong_type", "kind", f"expected first, correction or replay, found {_shown(headers['kind'])}")
     time_ms = headers["impression_ms"]
     if not time_ms.isdigit():
         raise _BadHeader("wrong_type", "impression_ms", f"expected epoch milliseconds, found {_shown(time_ms)}")
-    if len(time_ms) > MAX_DIGITS:
-        raise _BadHeader("out_of_range", "impression_ms", f"expected epoch milliseconds, found {_shown(time_ms)}")
+    if len(time_ms) > MAX_DIGITS or int(time_ms) > MAX_TIMESTAMP_MS:
+        wanted = f"expected epoch milliseconds, at most {MAX_TIMESTAMP_MS} (the year 9999)"
+        raise _BadHeader("out_of_range", "impression_ms", f"{wanted}, found {_shown(time_ms)}")
 
 
-def _shown(value: bytes) -> str:
+def _shown(value: bytes | None) -> str:
     """A header's value for a message, kept short."""
+    if value is None:
+        return "a header without a value"
     return repr(value if len(value) <= 40 else value[:40] + b"...")

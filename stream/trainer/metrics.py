@@ -21,6 +21,11 @@ class TrainerMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.examples = Counter("headrace_trainer_examples", "Examples learned.", ["label"], registry=registry)
         self.batches = Counter("headrace_trainer_batches", "Updates of the model.", registry=registry)
+        self.not_finite_batches = Counter(
+            "headrace_trainer_not_finite_batches",
+            "Batches whose update was not finite, so that examples of them were set aside.",
+            registry=registry,
+        )
         self.dead_letters = Counter("headrace_trainer_dead_letters", "Examples refused.", ["reason"], registry=registry)
         self.learn_seconds = Histogram(
             "headrace_trainer_learn_seconds", "Scoring and learning one batch.", registry=registry, buckets=_SECONDS

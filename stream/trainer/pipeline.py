@@ -40,7 +40,8 @@ class Pipeline:
     """Runs `Training` in threads. Must be built on the event loop.
 
     Args:
-        letters: called on the event loop with a run's dead letters, before the run is trained.
+        letters: called on the event loop with a run's dead letters before the run is trained, and with those of examples that
+            were set aside in training before the next capture is answered.
         fatal: called in a thread when it fails; must not return. Nothing is ever lost with a thread that died quietly.
         threads: of torch, in the training thread; 0 lets torch choose.
     """
@@ -126,6 +127,8 @@ class Pipeline:
             self._answer_captures()
             now = time.monotonic()
             if training.step(now, more_at_hand=not self._decoded.empty()):
+                if letters := training.take_set_aside():
+                    self._loop.call_soon_threadsafe(self._letters, letters)
                 continue
             due = training.due_in_s(now)
             try:

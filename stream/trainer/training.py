@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from model.errors import UpdateNotFinite
 from model.features import FeatureBatch
+from stream.dead_letters import DeadLetter
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.examples import DecodedRun
 from stream.trainer.kept import Kept, restore_kept, state_of
@@ -19,6 +22,9 @@ from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.scores import FrozenScores, Scores
 
 __all__ = ["Captured", "Learns", "Observer", "Training"]
+
+
+log = logging.getLogger(__name__)
 
 
 class Learns(Protocol):
@@ -85,6 +91,9 @@ class Training:
     A new model takes the share of negatives that its first example names (the first that is no correction) for its own, and
     keeps it: where the stream's changes, negatives weigh more or less, and the model stays of one piece.
 
+    A batch whose update isn't finite changes nothing. It is learned in halves, and these in halves, so that only examples that
+    can't be learned alone are set aside: `take_set_aside` gives their dead letters.
+
     `observers` see each batch with the scores from before its update, one after the other. The state of `kept`, by name, and of
     the scores is in every snapshot.
     """
@@ -106,6 +115,7 @@ class Training:
         self._kept: dict[str, Kept] = {"scores": scores, **(kept or {})}
         self._max_batch_age_s = max_batch_age_s
         self._waiting_since: float | None = None
+        self._set_aside: list[DeadLetter] = []
         self.batches = 0
         self.watermark_ms = watermark_ms
 
@@ -155,16 +165,40 @@ class Training:
             return None
         return max(0.0, self._waiting_since + self._max_batch_age_s - now_s)
 
+    def take_set_aside(self) -> list[DeadLetter]:
+        """Dead letters of examples set aside since the last call. To be handed over before the next capture."""
+        letters, self._set_aside = self._set_aside, []
+        return letters
+
     def _learn(self, batch: TrainingBatch) -> None:
-        began = time.perf_counter()
+        before = len(self._set_aside)
         if not self._learner.examples_seen:
             self._learner.negative_rate = _first_rate(batch)
-        scores = self._learner.learn(batch.batch, batch.labels, self._weights(batch), batch.corrects)
+        self._learn_or_halve(batch)
+        self.batches += 1
+        letters = self._set_aside[before:]
+        if letters:
+            self._metrics.not_finite_batches.inc()
+            places = ", ".join(f"{letter.topic} partition {letter.partition} offset {letter.offset}" for letter in letters)
+            log.error("an update of %d examples was not finite; set aside, the others are learned: %s", len(batch), places)
+
+    def _learn_or_halve(self, batch: TrainingBatch) -> None:
+        """Learn a batch. Where its update isn't finite, learn its halves, and set aside what fails alone."""
+        began = time.perf_counter()
+        try:
+            scores = self._learner.learn(batch.batch, batch.labels, self._weights(batch), batch.corrects)
+        except UpdateNotFinite as error:
+            if len(batch) == 1:
+                self._set_aside.append(DeadLetter.of(batch.records[0], "not_finite_update", "$", str(error)))
+                return
+            half = len(batch) // 2
+            self._learn_or_halve(batch.slice(0, half))
+            self._learn_or_halve(batch.slice(half, len(batch)))
+            return
         self._scores.add(scores, batch)
         for observer in self._observers:
             observer.observe(batch, scores)
-        self.watermark_ms = max(self.watermark_ms, int(batch.impression_ms.max()))
-        self.batches += 1
+        self.watermark_ms = max(self.watermark_ms, int(batch.reached_ms.max()))
         self._metrics.learned(batch, time.perf_counter() - began)
 
     def _weights(self, batch: TrainingBatch) -> npt.NDArray[np.float32] | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.batch import FeatureBatch
-from model.errors import ModelError, SnapshotMismatch
+from model.errors import ModelError, SnapshotMismatch, UpdateNotFinite
 from model.features import FeatureDecoder
 from model.learner import Learner
 from model.metrics import auc
@@ -245,19 +245,39 @@ def test_a_step_that_isnt_finite_writes_nothing(name: str) -> None:
     serving, trainer = learner.serving_state(), learner.trainer_state()
     serving[name].view(-1)[0] = math.inf
     learner.restore(serving, trainer)
-    with pytest.raises(ModelError, match=r"learning diverged after 100 examples .*nothing was written"):
+    expected = UpdateNotFinite if name == "embedding" else ModelError  # a row is the fault of its examples alone
+    with pytest.raises(expected, match=r"nothing was written") as raised:
         learner.learn(batch, labels)
+    assert type(raised.value) is expected
     assert_same(snapshot(learner), {**serving, **trainer})
 
 
-def test_a_weight_that_would_overflow_writes_nothing() -> None:
+@pytest.mark.parametrize("weight", [1e17, 1e30])
+def test_a_weight_that_would_overflow_writes_nothing(weight: float) -> None:
     batch, labels = records(10)
     learner = Learner(SCHEMA, SETTINGS, device="cpu")
     learner.learn(batch, labels)
     before = snapshot(learner)
-    with pytest.raises(ModelError, match="learning diverged"):
-        learner.learn(batch, labels, np.full(10, 1e30))
+    with pytest.raises(
+        UpdateNotFinite, match=r"update of 10 examples: expected norms below 1e\+16, found .*nothing was written"
+    ):
+        learner.learn(batch, labels, np.full(10, weight))
     assert_same(snapshot(learner), before)
+
+
+@pytest.mark.parametrize("buckets", ["log", "linear", "scaled"])
+@pytest.mark.parametrize("value", [1e38, -1e38, 1.7e308, 5e-324])
+def test_absurd_numbers_as_features_are_learned_and_leave_the_model_finite(buckets: str, value: float) -> None:
+    schema = FeatureSchema(
+        fields=(FieldSpec(name="user"), FieldSpec(name="x", kind="numeric", buckets=buckets)), embedding_dim=4
+    )
+    payload = msgspec.json.encode({"features": {"user": "a", "x": value}})
+    batch = FeatureDecoder(schema).impressions([payload] * 64).batch
+    learner = Learner(schema, SETTINGS, device="cpu")
+    for _ in range(30):
+        learner.learn(batch, np.arange(64) % 2, np.full(64, 1e4))
+    assert all(torch.isfinite(tensor).all() for tensor in snapshot(learner).values())
+    assert np.isfinite(learner.predict(batch)).all()
 
 
 def test_a_snapshot_of_another_model_is_refused() -> None:

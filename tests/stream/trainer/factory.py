@@ -21,6 +21,7 @@ from stream.transport import Run
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="item")), embedding_dim=4)
 MODEL = ModelSettings(hidden=(8,), batch_rows=32, initial_rows=16)
 FIRST_MS = 1_650_000_000_000
+ARRIVED_MS = FIRST_MS + 3_600_000
 
 
 def metrics() -> TrainerMetrics:
@@ -59,6 +60,7 @@ def record(
         topic="examples",
         partition=partition,
         offset=offset,
+        timestamp=ARRIVED_MS,
         key=b"x%d" % offset,
         value=value(offset) if payload is None else payload,
         headers=tuple(headers(offset, **changed) if only is None else only),
@@ -86,8 +88,10 @@ def columns(offsets: Iterable[int], *, partition: int = 0, after: int | None = N
         labels=(at % 7 < 2).astype(np.float32),
         weights=np.ones(len(at), np.float32),
         impression_ms=at + FIRST_MS,
+        reached_ms=at + FIRST_MS,
         served=np.full(len(at), np.nan, np.float32),
         versions=at + 7,
         id_hashes=hash_ids([b"x%d" % offset for offset in at.tolist()]),
         letters=[letter] * letters,
+        records=[record(offset, partition=partition) for offset in at.tolist()],
     )

@@ -94,7 +94,11 @@ class Chain:
         records = []
         for offset, (key, value, headers) in enumerate(plan_records(plan, self._join.negative_rate), self._offset):
             kept = tuple(header for header in headers if header[0] not in self._without)
-            records.append(SimpleNamespace(topic="examples", partition=0, offset=offset, key=key, value=value, headers=kept))
+            records.append(
+                SimpleNamespace(
+                    topic="examples", partition=0, offset=offset, timestamp=until_ms, key=key, value=value, headers=kept
+                )
+            )
         run = Run("examples", 0, self._offset, self._offset + len(records), self._offset + len(records), records)
         self._offset = run.after
         decoded = self._examples.decode(run)

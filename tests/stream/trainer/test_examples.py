@@ -13,7 +13,7 @@ from stream.join.examples import plan_records
 from stream.join.logic import CORRECTION, FIRST, Plan
 from stream.join.sampling import Sampling
 from stream.trainer.examples import ExampleDecoder, _BadHeader, _check, _columns, hash_ids
-from tests.stream.trainer.factory import FIRST_MS, SCHEMA, record, run, value
+from tests.stream.trainer.factory import ARRIVED_MS, FIRST_MS, SCHEMA, record, run, value
 
 BAD = [
     (dict(label=None), "missing_field", "headers.label"),
@@ -25,6 +25,15 @@ BAD = [
     (dict(weight=b"-1"), "out_of_range", "headers.weight"),
     (dict(weight=b"nan"), "out_of_range", "headers.weight"),
     (dict(weight=b"1e39"), "out_of_range", "headers.weight"),
+    (dict(weight=b"1e20"), "out_of_range", "headers.weight"),
+    (dict(weight=b"10001"), "out_of_range", "headers.weight"),
+    (dict(weight=b"inf"), "out_of_range", "headers.weight"),
+    (dict(rate=b"1e-40"), "out_of_range", "headers.rate"),
+    (dict(rate=b"9e-5"), "out_of_range", "headers.rate"),
+    (dict(kind=b"guess"), "wrong_type", "headers.kind"),
+    (dict(kind=b""), "wrong_type", "headers.kind"),
+    (dict(impression_ms=b"253402300800000"), "out_of_range", "headers.impression_ms"),
+    (dict(impression_ms=b"9" * 18), "out_of_range", "headers.impression_ms"),
     (dict(rate=b"some"), "wrong_type", "headers.rate"),
     (dict(rate=b"0"), "out_of_range", "headers.rate"),
     (dict(rate=b"1.5"), "out_of_range", "headers.rate"),
@@ -99,6 +108,38 @@ def test_a_bad_record_is_set_aside_with_its_reason(fault, reason, path, many):
     assert dict(letter.out_headers())["source_offset"] == b"1"
     assert dict(letter.out_headers())["original.source_offset"] == b"1"
     assert letter.message
+
+
+def test_records_that_are_odd_in_other_ways_break_nothing():
+    names = [("\udcff\udcfe", b"x"), ("", b""), ("weight", None)]
+    headers = [[*dict(record(offset).headers).items()] for offset in range(4)]
+    odd = [
+        record(0, only=[*headers[0], *names[:2]]),
+        record(1, only=[*headers[1], names[2]]),  # the last one counts
+        record(2, only=[]),
+        record(3),
+        record(4, b"{" * 5_000),
+        record(5),
+    ]
+    odd[3].key = None
+    odd[5].value = None
+    decoded = ExampleDecoder(SCHEMA).decode(run(odd))
+    assert decoded.offsets.tolist() == [0]
+    assert [each.offset for each in decoded.records] == [0]
+    assert [(letter.offset, letter.reason, letter.path) for letter in decoded.letters] == [
+        (1, "missing_field", "headers.weight"),
+        (2, "missing_field", "headers.label"),
+        (3, "missing_field", "key"),
+        (4, "malformed_json", "$"),
+        (5, "malformed_json", "$"),
+    ]
+
+
+def test_no_example_moves_a_watermark_beyond_its_arrival():
+    late = record(1, impression_ms=b"253402300799999")
+    decoded = ExampleDecoder(SCHEMA).decode(run([record(0), late]))
+    assert decoded.impression_ms.tolist() == [FIRST_MS, 253_402_300_799_999]
+    assert decoded.reached_ms.tolist() == [FIRST_MS, ARRIVED_MS]
 
 
 def test_a_run_of_bad_records_only_and_an_empty_one():

@@ -23,6 +23,8 @@ def batch(labels, *, served=None, times=None, weights=None, rates=None, corrects
         labels=labels,
         weights=None if weights is None else np.asarray(weights, np.float32),
         impression_ms=np.arange(len(labels)) if times is None else np.asarray(times),
+        reached_ms=np.arange(len(labels)),
+        records=[None] * len(labels),
         served=np.full(len(labels), np.nan, np.float32) if served is None else np.asarray(served, np.float32),
         versions=np.full(len(labels), -1),
         id_hashes=np.arange(len(labels)),

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from model.errors import ModelError
 from model.learner import Learner
+from stream.dead_letters import REASONS
 from stream.trainer.batching import BatchCutter
 from stream.trainer.examples import ExampleDecoder, hash_ids
 from stream.trainer.kept import kept_of
 from stream.trainer.scores import Scores
 from stream.trainer.training import Training
-from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, columns, metrics, record, run
+from tests.stream.trainer.factory import ARRIVED_MS, FIRST_MS, MODEL, SCHEMA, columns, metrics, record, run
 
 
 class FakeLearner:
@@ -157,6 +159,80 @@ def test_a_model_of_all_negatives_takes_some_for_many():
     assert training.step(0.0)
     assert learner.weights == [[1, 1, 4, 4]]
     assert learner.negative_rate == 1
+
+
+class Refusing(Learner):
+    """A learner for which examples of some users aren't finite, as if their rows had grown out of bounds."""
+
+    def __init__(self, bad):
+        super().__init__(SCHEMA, MODEL, device="cpu")
+        self.bad, self.asked = bad, []
+
+    def learn(self, batch, labels, weights=None, corrects=None):
+        self.asked.append(batch.keys[:, 0].tolist())
+        weights = np.ones(len(batch)) if weights is None else np.array(weights)
+        weights[np.isin(batch.keys[:, 0], list(self.bad))] = 1e20
+        return super().learn(batch, labels, weights, corrects)
+
+
+def test_what_cannot_be_learned_is_set_aside_and_nothing_else(caplog):
+    learner, counted = Refusing({3, 21, 22}), metrics()
+    watching = Watching(learner)
+    training = Training(learner, BatchCutter(32, {0: 0}), Scores(100), counted, max_batch_age_s=0, observers=[watching])
+    training.add(columns(range(64)))
+    while training.step(0.0):
+        pass
+    letters = training.take_set_aside()
+    assert [(letter.reason, letter.offset, letter.key) for letter in letters] == [
+        ("not_finite_update", offset, b"x%d" % offset) for offset in (3, 21, 22)
+    ]
+    assert all(letter.value and letter.headers and letter.reason in REASONS for letter in letters)
+    assert training.take_set_aside() == []
+    assert training.positions == {0: 64}
+    assert learner.examples_seen == 61
+    seen = [offset - 7 for versions, *_ in watching.batches for offset in versions]
+    assert seen == [offset for offset in range(64) if offset not in (3, 21, 22)]
+    assert counted.not_finite_batches._value.get() == 1
+    assert "offset 3, examples partition 0 offset 21, examples partition 0 offset 22" in caplog.text
+    assert all(torch.isfinite(tensor).all() for tensor in learner.serving_state().values())
+
+
+def test_a_batch_that_fails_changes_neither_weights_nor_optimizers():
+    learner = Refusing(range(32))
+    training = Training(learner, BatchCutter(32, {0: 0}), Scores(100), metrics(), max_batch_age_s=0)
+    learner.bad = set()
+    training.add(columns(range(32)))
+    training.step(0.0)
+    before = {**learner.serving_state(), **learner.trainer_state()}
+    learner.bad = set(range(32))
+    training.add(columns(range(32)))
+    training.step(0.0)
+    after = {**learner.serving_state(), **learner.trainer_state()}
+    assert len(training.take_set_aside()) == 32
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+
+
+def test_a_model_that_is_not_finite_itself_is_an_error_and_not_every_examples_fault():
+    learner = Learner(SCHEMA, MODEL, device="cpu")
+    serving, trainer = learner.serving_state(), learner.trainer_state()
+    serving["bias"][:] = np.inf
+    learner.restore(serving, trainer)
+    training = Training(learner, BatchCutter(32, {0: 0}), Scores(100), metrics(), max_batch_age_s=0)
+    training.add(columns(range(32)))
+    with pytest.raises(ModelError, match="the model's weights aren't finite"):
+        training.step(0.0)
+    assert training.take_set_aside() == []
+
+
+def test_an_absurd_time_does_not_move_the_watermark_for_good():
+    training = make(FakeLearner())
+    absurd = columns(range(10))
+    absurd.impression_ms[3] = 253_402_300_799_999
+    absurd.reached_ms[3] = ARRIVED_MS
+    training.add(absurd)
+    training.step(0.0)
+    assert training.capture().watermark_ms == ARRIVED_MS
 
 
 def logs(count):
