@@ -60,7 +60,8 @@ class Start:
 
     @property
     def watermark_ms(self) -> int:
-        return 0 if self.manifest is None else self.manifest.watermark_ms
+        """Newest impression trained. Older releases took times beyond the version's own: none of these is believed."""
+        return 0 if self.manifest is None else min(self.manifest.watermark_ms, self.manifest.created_at_ms)
 
     @property
     def offsets(self) -> dict[int, int]:

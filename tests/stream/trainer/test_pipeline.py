@@ -8,13 +8,14 @@ import time
 
 import pytest
 
+from model.errors import UpdateNotFinite
 from model.learner import Learner
 from stream.trainer.batching import BatchCutter
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.pipeline import RUNS_WAITING, Pipeline
 from stream.trainer.scores import Scores
 from stream.trainer.training import Training
-from tests.stream.trainer.factory import MODEL, SCHEMA, metrics, record, run
+from tests.stream.trainer.factory import MODEL, SCHEMA, columns, metrics, record, run
 from tests.stream.trainer.test_training import FakeLearner
 
 
@@ -43,7 +44,7 @@ async def until(true, timeout_s=20.0):
 
 async def test_everything_is_trained_in_order_and_the_rest_by_age():
     learner = FakeLearner()
-    pipeline, failures, letters = make(learner)
+    pipeline, failures, letters = make(learner, age_s=2.0)  # longer than a busy machine lets the decoder wait
     pipeline.start()
     for start in range(0, 1_000, 50):
         await pipeline.put(run([record(offset, b"{" if offset == 70 else None) for offset in range(start, start + 50)]))
@@ -88,6 +89,31 @@ async def test_the_event_loop_waits_for_room_and_never_for_the_model():
     learner.go.set()
     await feeding
     await until(lambda: learner.examples_seen == 50)
+    await pipeline.stop()
+    assert failures == []
+
+
+async def test_examples_that_cannot_be_learned_are_dead_letters_before_a_capture_relies_on_them():
+    class Picky(FakeLearner):
+        def learn(self, batch, *args):
+            if 40 in batch.keys[:, 0]:
+                raise UpdateNotFinite("too large")
+            return super().learn(batch, *args)
+
+    learner = Picky()
+    pipeline, failures, letters = make(learner)
+
+    class Numbered(ExampleDecoder):
+        def decode(self, run):
+            return columns([record.offset for record in run.records])
+
+    pipeline._decoder = Numbered(SCHEMA)
+    pipeline.start()
+    await pipeline.put(run([record(offset) for offset in range(64)]))
+    await until(lambda: learner.examples_seen == 63)
+    captured = await pipeline.capture()
+    assert captured.offsets == {0: 64}
+    assert [(letter.reason, letter.offset) for letter in letters] == [("not_finite_update", 40)]
     await pipeline.stop()
     assert failures == []
 

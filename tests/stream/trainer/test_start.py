@@ -70,6 +70,14 @@ def test_the_newest_announced_version_is_restored(store):
     assert all(torch.equal(tensor, serving[name]) for name, tensor in learner.serving_state().items())
 
 
+def test_a_watermark_beyond_the_versions_own_time_is_not_believed(store):
+    """Release 0.1.0 took the time of any example."""
+    absurd = write(store, 1, watermark_ms=253_402_300_799_999)
+    assert find(store, announced(absurd)).watermark_ms == absurd.created_at_ms
+    sound = write(store, 2, watermark_ms=900)
+    assert find(store, announced(sound)).watermark_ms == 900
+
+
 def test_a_version_that_nobody_announced_is_not_used(store):
     """Killed between the write and the announcement: its number is passed over, its examples are trained again."""
     one = write(store, 1)
