@@ -110,6 +110,19 @@ def test_a_bad_record_is_set_aside_with_its_reason(fault, reason, path, many):
     assert letter.message
 
 
+def test_examples_of_0_1_0_under_fnw_are_a_first_negative_and_its_correction():
+    written = [
+        record(0, label=b"0", policy=b"fnw"),
+        record(1, label=b"1", policy=b"fnw", kind=b"correction", rate=b"0.5"),
+        record(2, label=b"0", kind=b"correction"),  # by a job of the user's own
+    ]
+    decoded = ExampleDecoder(SCHEMA).decode(run(written))
+    assert decoded.letters == []
+    assert decoded.labels.tolist() == [0, 1, 0]
+    assert decoded.corrects is not None
+    assert decoded.corrects.tolist() == [False, True, True]
+
+
 def test_records_that_are_odd_in_other_ways_break_nothing():
     names = [("\udcff\udcfe", b"x"), ("", b""), ("weight", None)]
     headers = [[*dict(record(offset).headers).items()] for offset in range(4)]
