@@ -142,7 +142,7 @@ def content(settings: Settings, number: int) -> dict[str, Any]:
         keys = list(state.ids.keys())
         return {
             "ids": {key: entry for key, entry in zip(keys, state.entries(keys), strict=True) if entry and entry[0] >= bound},
-            "pending": list(state.pending_between(0, 1 << 60)),
+            "pending": list(state.pending_between((0, 0), (1 << 60, 0))),
             "early": sorted(state.early_clicks()),
             "positions": (meta.impressions_position, meta.clicks_position),
             "watermarks": (meta.watermark_ms, meta.impressions_seen_ms, meta.clicks_seen_ms),
@@ -218,7 +218,7 @@ def test_the_state_is_what_the_log_says(topics, start):
 
 def test_partitions_move_to_a_second_worker_and_back(topics, start):
     async def check() -> None:
-        quick = join_settings(topics, session_timeout_ms=3_000, instance_id=None)
+        quick = join_settings(topics, session_timeout_ms=3_000, instance_id=None, hold_ms=500)
         away = quick.model_copy(update={"state_dir": quick.state_dir.with_name("away")})
         events = made_up(6_000, seed=7)
         first = start(quick, "first")
@@ -245,7 +245,7 @@ def test_partitions_move_to_a_second_worker_and_back(topics, start):
 
 def test_a_worker_that_stood_still_while_another_had_its_partitions_does_no_harm(topics, start):
     async def check() -> None:
-        quick = join_settings(topics, session_timeout_ms=2_000, instance_id=None)
+        quick = join_settings(topics, session_timeout_ms=2_000, instance_id=None, hold_ms=500)
         away = quick.model_copy(update={"state_dir": quick.state_dir.with_name("away")})
         events = made_up(4_000, seed=8)
         sending = asyncio.ensure_future(send(quick, events.arriving, over_s=10.0))
