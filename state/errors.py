@@ -1,7 +1,9 @@
 """Errors of the room `state`.
 
 StateError
-├── JoinStateError      the join's RocksDB can't be opened or isn't this partition's
+├── JoinStateError      the join's RocksDB can't be opened or used
+│   ├── StateDamaged     what is on the disk is damaged; only then the folder is given up
+│   └── StateInUse       another process has it open
 ├── SnapshotError       a version can't be read or written
 │   ├── SnapshotNotFound
 │   ├── SnapshotExists
@@ -20,7 +22,9 @@ __all__ = [
     "SnapshotExists",
     "SnapshotNotFound",
     "StaleEpoch",
+    "StateDamaged",
     "StateError",
+    "StateInUse",
 ]
 
 
@@ -29,7 +33,15 @@ class StateError(Exception):
 
 
 class JoinStateError(StateError):
-    """The join's RocksDB can't be opened, or belongs to another cluster, topic or partition."""
+    """The join's RocksDB can't be opened or used: permissions, open files, space. What it holds may be good."""
+
+
+class StateDamaged(JoinStateError):
+    """What is on the disk can't be right: a checksum, a missing file. The folder can be given up, the log has what it held."""
+
+
+class StateInUse(JoinStateError):
+    """Another process has the folder open."""
 
 
 class SnapshotError(StateError):

@@ -34,7 +34,8 @@ from rocksdict import (
     WriteOptions,
 )
 
-from state.errors import JoinStateError
+from state.errors import JoinStateError, StateDamaged
+from state.join_folder import set_aside, state_error
 
 __all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "Pending", "Place", "StateBatch", "StateOptions"]
 
@@ -77,11 +78,18 @@ class JoinMeta(msgspec.Struct, frozen=True, kw_only=True):
     clicks_seen_ms: int
 
 
+class _Layout(msgspec.Struct):
+    """What every layout's meta can say, for all that a newer one may have changed."""
+
+    layout: int = 3
+
+
 class StateOptions:
     """RocksDB options shared by every partition of a worker: one block cache, small write buffers."""
 
-    def __init__(self, cache_mb: int = 64) -> None:
+    def __init__(self, cache_mb: int = 64, max_open_files: int = 256) -> None:
         self._cache = Cache(cache_mb << 20)
+        self._max_open_files = max_open_files
 
     def database(self) -> Options:
         options = self.family(write_buffer_mb=1)
@@ -89,6 +97,8 @@ class StateOptions:
         options.create_missing_column_families(True)
         options.set_max_background_jobs(2)
         options.set_keep_log_file_num(2)
+        # Of tables, for each partition; by default RocksDB opens as many as there are.
+        options.set_max_open_files(self._max_open_files)
         # No write-ahead log: a crash loses what was not flushed, of every family at once, and leaves an older prefix.
         options.set_atomic_flush(True)
         return options
@@ -178,7 +188,10 @@ class StateBatch:
         self._batch.delete(b"meta", self._state.meta_family)
 
     def write(self) -> None:
-        self._state.db.write(self._batch, self._state.write_options)
+        try:
+            self._state.db.write(self._batch, self._state.write_options)
+        except Exception as error:
+            raise state_error(self._state.path, "could not write to it", error) from error
 
 
 # As large as the write buffer of the family that the positions are in.
@@ -193,12 +206,13 @@ class JoinState:
     """One open database.
 
     Raises:
-        JoinStateError: it can't be opened. The caller deletes the folder and rebuilds from the log.
+        StateDamaged: the caller moves the folder aside (`set_aside`) and rebuilds from the log.
+        StateInUse: another process has it open.
+        JoinStateError: it can't be opened for another reason, and what it holds may be good.
     """
 
     def __init__(self, path: Path, options: StateOptions) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         families = {
             "ids": options.family(write_buffer_mb=16, bloom=True),
             "payloads": options.family(write_buffer_mb=64, block_kb=16),  # read in order, some 20 to a block
@@ -207,12 +221,10 @@ class JoinState:
             "chunks": options.family(write_buffer_mb=4),
         }
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self.db = Rdict(str(path), options.database(), families, AccessType.read_write())
         except Exception as error:  # rocksdict raises plain Exception, and panics as BaseException subclasses do not occur
-            raise JoinStateError(
-                f"{path}: expected a RocksDB of the join, could not open it: {error}. Another worker may have it open; "
-                "otherwise it is rebuilt from the log."
-            ) from error
+            raise state_error(path, "could not open it", error) from error
         self.write_options = WriteOptions()
         self.write_options.disable_wal = True
         self.ids, self.payloads = self.db.get_column_family("ids"), self.db.get_column_family("payloads")
@@ -226,12 +238,29 @@ class JoinState:
         self.meta_family = self.db.get_column_family_handle("default")
 
     def meta(self) -> JoinMeta | None:
-        """Up to where the state goes; None in a new database, or where it can't be read."""
-        packed = self.db.get(b"meta")
+        """Up to where the state goes; None in a new database, and in what an unfinished rebuild has left.
+
+        Raises:
+            StateDamaged: it can't be read.
+            JoinStateError: a newer version of Headrace has written it.
+        """
         try:
-            return msgspec.json.decode(packed, type=JoinMeta) if packed else None
-        except msgspec.DecodeError:
-            return None
+            packed = self.db.get(b"meta")
+            if not packed:
+                return None
+            if (layout := msgspec.json.decode(packed, type=_Layout).layout) > LAYOUT:
+                raise JoinStateError(
+                    f"{self.path}: expected a state of layout {LAYOUT} or older, found {layout}: a newer version of Headrace "
+                    "has written it. The folder is left as it is. Run that version, or set another state_dir to rebuild from "
+                    "the log."
+                )
+            return msgspec.json.decode(packed, type=JoinMeta)
+        except msgspec.DecodeError as error:
+            raise StateDamaged(f"{self.path}: expected positions in its `meta`, found: {error}. It is damaged.") from error
+        except JoinStateError:
+            raise
+        except Exception as error:
+            raise state_error(self.path, "could not read it", error) from error
 
     def batch(self) -> StateBatch:
         return StateBatch(self)
@@ -345,6 +374,14 @@ class JoinState:
     def destroy(path: Path) -> None:
         """Delete the folder; the log has everything that it held."""
         shutil.rmtree(path, ignore_errors=True)
+
+    @staticmethod
+    def set_aside(path: Path, why: str) -> Path:
+        """Rename a closed folder to `partition-3.<why>-<time>`, and delete all but the newest few of these.
+
+        Retention may have passed what it holds, and a person can look at it, or put it back.
+        """
+        return set_aside(path, why)
 
 
 def _unpacked(place: Place, row: bytes) -> Pending:

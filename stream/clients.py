@@ -1,20 +1,163 @@
-"""What each Kafka client is built with, from one settings object: addresses, client id, security.
+"""What each Kafka client is built with, from one settings object: addresses, client id, security; and how long to wait for it.
 
 Secrets are unmasked here and nowhere else; what these functions return must not be logged.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import ssl
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
 
 from pydantic import SecretStr
 
 from stream import batch_reader, fetched
-from stream.errors import SecurityError
+from stream.errors import NoAnswer, SecurityError
 from stream.settings import KafkaSettings
 
-__all__ = ["aiokafka_options", "bootstrap_list", "faust_options", "kafka_python_options", "ssl_context"]
+__all__ = [
+    "admin_client",
+    "aiokafka_options",
+    "answer",
+    "bootstrap_list",
+    "faust_options",
+    "kafka_python_options",
+    "quietly_stopped",
+    "ssl_context",
+    "started",
+    "written",
+]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# How long to wait for one answer, in request timeouts (kafka.request_timeout_ms, 40 s). A request to a broker that has just
+# died takes a whole one, and the next broker's answer a part of another. aiokafka asks again for ever in some places, such as
+# for the coordinator of a transaction.
+PATIENCE = 1.5
+# Saying goodbye to a broker that doesn't answer. Two of these fit into the time that a worker has for draining (9 s).
+STOP_S = 4.0
+
+
+async def answer(kafka: KafkaSettings, asked: Awaitable[T], what: str, *, within_s: float | None = None) -> T:
+    """Await an answer of Kafka's, at most so long.
+
+    ```python
+    ends = await answer(settings, consumer.end_offsets(places), "the ends of examples")
+    ```
+
+    Args:
+        what: what was asked, for the message.
+        within_s: 1.5 times kafka.request_timeout_ms when not given.
+
+    Raises:
+        NoAnswer: none came in time. What was asked is cancelled.
+        aiokafka.errors.KafkaError: as what was asked raises.
+    """
+    limit_s = kafka.request_timeout_ms * PATIENCE / 1_000 if within_s is None else within_s
+    limit = asyncio.timeout(limit_s)
+    try:
+        async with limit:
+            return await asked
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise NoAnswer(
+            f"Kafka at {kafka.bootstrap_servers}: expected an answer about {what} within {limit_s:g} s, found none. Check that "
+            "its brokers run and that each partition has a leader (`headrace doctor`); kafka.request_timeout_ms says how long "
+            "to wait for one request."
+        ) from error
+
+
+class Client(Protocol):
+    """aiokafka's consumer and producer."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+C = TypeVar("C", bound=Client)
+
+
+async def started(kafka: KafkaSettings, client: C, what: str, *, within_s: float | None = None) -> C:
+    """Start a client; one that can't be started is stopped again.
+
+    Raises:
+        NoAnswer: Kafka can't be reached, or the client couldn't start in time.
+        aiokafka.errors.KafkaError: as `start` raises.
+    """
+    try:
+        await _reached(kafka, client.start, what, within_s)
+    except BaseException:
+        await quietly_stopped(client.stop)
+        raise
+    return client
+
+
+async def _reached(
+    kafka: KafkaSettings, start: Callable[[], Awaitable[object]], what: str, within_s: float | None = None
+) -> None:
+    """Start a client, with words for a Kafka that isn't there."""
+    from aiokafka.errors import KafkaConnectionError
+
+    try:
+        await answer(kafka, start(), what, within_s=within_s)
+    except KafkaConnectionError as error:
+        raise NoAnswer(
+            f"Kafka at {kafka.bootstrap_servers} ({kafka.security_protocol}): expected an answer about {what}, found: {error}. "
+            "Check that it runs (`headrace kafka status` for a local one) and that HEADRACE_KAFKA__BOOTSTRAP_SERVERS and the "
+            "security settings are right."
+        ) from error
+
+
+async def written(
+    kafka: KafkaSettings, futures: Sequence[asyncio.Future[T]], what: str, *, within_s: float | None = None
+) -> list[T]:
+    """Await what a producer was given. (An idempotent one of aiokafka's tries again for ever.)
+
+    Raises:
+        NoAnswer: something isn't written in time; whether it will be is not known.
+        aiokafka.errors.KafkaError: as the brokers refuse it.
+    """
+    if not futures:
+        return []
+    # Not awaited one by one under a timeout: that would cancel futures that are the producer's own.
+    await answer(kafka, asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION), f"what was sent: {what}", within_s=within_s)
+    return [await future for future in futures]
+
+
+async def quietly_stopped(stop: Callable[[], Awaitable[object]]) -> None:
+    """Stop a client whose word nobody waits for any more: not for long, and whatever the brokers say.
+
+    A transactional producer waits for its open transaction, and for ever where the brokers are gone.
+    """
+    try:
+        async with asyncio.timeout(STOP_S):
+            await stop()
+    except Exception as error:  # the connections go with the process, and the transaction by the broker's own limit
+        log.debug("a client was left behind: %r", error)
+
+
+@asynccontextmanager
+async def admin_client(kafka: KafkaSettings) -> AsyncIterator[Any]:
+    """An aiokafka admin client that has started; each of its requests has kafka.request_timeout_ms.
+
+    Raises:
+        NoAnswer: Kafka can't be reached.
+    """
+    from aiokafka.admin import AIOKafkaAdminClient
+
+    admin = AIOKafkaAdminClient(**aiokafka_options(kafka))
+    try:
+        await _reached(kafka, admin.start, "the cluster")
+        yield admin
+    finally:
+        await quietly_stopped(admin.close)
 
 
 def bootstrap_list(settings: KafkaSettings) -> list[str]:

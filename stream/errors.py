@@ -2,16 +2,28 @@
 
 StreamError
 ├── SecurityError    the settings that reach Kafka can't be used
+├── NoAnswer         Kafka didn't answer within a deadline
 ├── TopicError       a topic is missing or not as the contract says
 ├── RegistryError    a change of the snapshot registry was refused
 │   └── Fenced       somebody else changed it at the same time; read again and retry
+├── Replaced         another worker has taken this one's place in the group
 ├── PositionError    the log isn't where the committed offsets say
 └── Abandoned        a partition went away while it was being taken over
 """
 
 from __future__ import annotations
 
-__all__ = ["Abandoned", "Fenced", "PositionError", "RegistryError", "SecurityError", "StreamError", "TopicError"]
+__all__ = [
+    "Abandoned",
+    "Fenced",
+    "NoAnswer",
+    "PositionError",
+    "RegistryError",
+    "Replaced",
+    "SecurityError",
+    "StreamError",
+    "TopicError",
+]
 
 
 class StreamError(Exception):
@@ -20,6 +32,10 @@ class StreamError(Exception):
 
 class SecurityError(StreamError):
     """Addresses, TLS files or SASL credentials that no client could use."""
+
+
+class NoAnswer(StreamError):
+    """Kafka didn't answer within a deadline; the message names what was asked."""
 
 
 class TopicError(StreamError):
@@ -32,6 +48,10 @@ class RegistryError(StreamError):
 
 class Fenced(RegistryError):
     """Another process changed the registry at the same time."""
+
+
+class Replaced(StreamError):
+    """Another worker with the same instance id has taken this one's place in the group."""
 
 
 class PositionError(StreamError):

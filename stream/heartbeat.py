@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from stream.clients import aiokafka_options
-from stream.errors import StreamError, TopicError
+from stream.clients import STOP_S, aiokafka_options, answer, quietly_stopped, started
+from stream.errors import NoAnswer, StreamError, TopicError
 from stream.settings import KafkaSettings
 from stream.topics import TopicNames
 
@@ -98,11 +98,9 @@ class HeartbeatSender:
 
         producer = AIOKafkaProducer(**aiokafka_options(self._kafka), acks="all", enable_idempotence=True)
         try:
-            await producer.start()
-        except KafkaError as error:
-            await producer.stop()
+            self._producer = await started(self._kafka, producer, "a producer of heartbeats")
+        except (KafkaError, NoAnswer) as error:
             raise _unreachable(self._kafka, error) from error
-        self._producer = producer
 
     async def send(
         self,
@@ -118,6 +116,7 @@ class HeartbeatSender:
 
         Raises:
             aiokafka.errors.KafkaError: it didn't get there; the next one may.
+            NoAnswer: likewise.
         """
         beat = Heartbeat(
             worker=self._worker,
@@ -131,7 +130,8 @@ class HeartbeatSender:
             fallback_of=fallback_of,
             fallback_reason=fallback_reason[:MAX_REASON],
         )
-        await self._producer.send_and_wait(self._topic, key=self._worker.encode(), value=msgspec.json.encode(beat))
+        sent = self._producer.send_and_wait(self._topic, key=self._worker.encode(), value=msgspec.json.encode(beat))
+        await answer(self._kafka, sent, "a heartbeat")
 
     async def close(self) -> None:
         """Leave a tombstone, so that nobody waits for this worker, and disconnect."""
@@ -139,9 +139,10 @@ class HeartbeatSender:
         if producer is None:
             return
         try:
-            await producer.send_and_wait(self._topic, key=self._worker.encode(), value=None)
+            sent = producer.send_and_wait(self._topic, key=self._worker.encode(), value=None)
+            await answer(self._kafka, sent, "a tombstone", within_s=STOP_S)
         finally:
-            await producer.stop()
+            await quietly_stopped(producer.stop)
 
 
 class HeartbeatReader:

@@ -13,7 +13,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
-from stream.clients import aiokafka_options
+from stream.clients import aiokafka_options, answer, quietly_stopped, started
 from stream.errors import StreamError
 from stream.settings import KafkaSettings
 
@@ -46,12 +46,11 @@ def span_consumer(
 
 async def high_watermarks(kafka: KafkaSettings, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
     """The ends of all that is written, open transactions included: a `read_committed` consumer's ends stop before those."""
-    consumer = span_consumer(kafka, committed=False)
-    await consumer.start()
+    consumer = await started(kafka, span_consumer(kafka, committed=False), "the ends of logs")
     try:
-        return await consumer.end_offsets(list(partitions))
+        return await answer(kafka, consumer.end_offsets(list(partitions)), "the ends of logs")
     finally:
-        await consumer.stop()
+        await quietly_stopped(consumer.stop)
 
 
 async def read_spans(

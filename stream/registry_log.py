@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from state.registry import RegistryState
-from stream.clients import aiokafka_options
+from stream.clients import aiokafka_options, quietly_stopped
 from stream.errors import RegistryError, TopicError
 from stream.settings import KafkaSettings
 from stream.topics import TopicNames
@@ -70,7 +70,7 @@ class RegistryLog:
             partition = TopicPartition(self._topic, 0)
             first = (await consumer.beginning_offsets([partition]))[partition]
         except BaseException:
-            await consumer.stop()
+            await quietly_stopped(consumer.stop)
             raise
         # No await between these: a fetch must not begin without a position.
         consumer.assign([partition])
@@ -133,7 +133,7 @@ class RegistryLog:
         """Disconnect; what was read stays readable."""
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
-            await consumer.stop()
+            await quietly_stopped(consumer.stop)
 
 
 def unreachable(kafka: KafkaSettings, error: BaseException) -> RegistryError:

@@ -11,18 +11,20 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
-from typing import Any, NoReturn, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import NoReturn, Protocol
 
 from faust.types import TP
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
 from stream.clients import faust_options
+from stream.cluster import ClusterWatch
 from stream.http import HttpServer
 from stream.settings import HttpSettings, KafkaSettings
 from stream.transport import RunApp
+from stream.watchdog import Part, Watchdog
 
-__all__ = ["Watchdog", "Worker", "build_app", "fatal", "new_registry", "serve", "tame_collector"]
+__all__ = ["Worker", "build_app", "fatal", "new_registry", "serve", "source_part", "tame_collector"]
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,12 @@ FREEZE_LOOK_S = 1.0
 
 # Draining must end before the supervisor's patience does; docker and Kubernetes kill after 10 and 30 s.
 DRAIN_S = 9.0
+# An idle partition's fetch is answered four times a second (stream/transport.py).
+STALE_FETCH_MS = 10_000
+# aiokafka leaves the group when nothing was fetched for so long, and a rebuild fetches nothing. A day: the watchdog looks after
+# progress, and a rebuild of any length must not end by losing what it is for. (How long the others wait for a member that
+# doesn't rejoin is the rebalance timeout, 60 s.)
+MAX_POLL_INTERVAL_S = 86_400.0
 
 
 def fatal(what: str, error: BaseException) -> NoReturn:
@@ -73,6 +81,7 @@ def build_app(
         loop=asyncio.get_running_loop(),
         broker_session_timeout=session_timeout_ms / 1000,
         broker_heartbeat_interval=session_timeout_ms / 3000,
+        broker_max_poll_interval=MAX_POLL_INTERVAL_S,
         broker_max_poll_records=20_000,  # of one fetch, all partitions together; FETCH_MAX_BYTES bounds each
         # Every start seeks; should a position fall off the log's end, that is an error and never a silent skip.
         consumer_auto_offset_reset="none",
@@ -103,26 +112,23 @@ async def tame_collector(ready: Callable[[], str | None]) -> None:
     gc.freeze()
 
 
-class Watchdog:
-    """Ends a worker that has work and makes no progress: Faust's rebalances can stall for ever (faust-streaming #175, #523).
+def source_part(app: RunApp, watch: ClusterWatch, tp: TP, position: int) -> Part:
+    """A partition of a source, for the watchdog: up to `position` its records are worked up and committed.
 
-    Args:
-        progress: anything that changes when work is done.
-        waiting: whether there is work to do.
+    It has work while its log goes on beyond that, and also while no fetch has been answered for a while: then nobody knows.
     """
-
-    def __init__(self, progress: Callable[[], Any], waiting: Callable[[], bool], *, patience_s: float = 120.0) -> None:
-        self._progress, self._waiting, self._patience_s = progress, waiting, patience_s
-
-    async def run(self) -> None:
-        last, since = self._progress(), time.monotonic()
-        while True:
-            await asyncio.sleep(1.0)
-            now = self._progress()
-            if now != last or not self._waiting():
-                last, since = now, time.monotonic()
-            elif time.monotonic() - since > self._patience_s:
-                fatal("watchdog", TimeoutError(f"no progress for {self._patience_s:.0f} s with records waiting"))
+    name, end = f"{tp.topic}, partition {tp.partition}", app.consumer.log_end(tp)
+    waiting = None
+    if end is not None and end.offset > position:
+        waiting = f"records from offset {position} to {end.offset} waiting"
+    elif end is None or time.time() * 1000 - end.seen_at_ms > STALE_FETCH_MS:
+        waiting = "no fetch answered"
+    outside = None
+    if (tp.topic, tp.partition) in watch.leaderless:
+        outside = "no broker leads it"
+    elif watch.unanswered_s:
+        outside = f"Kafka has not answered for {watch.unanswered_s:.0f} s"
+    return Part(name, position, waiting, outside)
 
 
 class Worker(Protocol):
@@ -136,7 +142,8 @@ class Worker(Protocol):
     async def drain(self) -> None:
         """End what is under way, and close everything."""
 
-    def watchdog(self) -> Watchdog: ...
+    def parts(self) -> Iterable[Part]:
+        """What the watchdog looks after."""
 
 
 async def serve(
@@ -146,12 +153,14 @@ async def serve(
     http: HttpSettings,
     registry: CollectorRegistry,
     first: Callable[[], Awaitable[None]] | None = None,
+    beside: Sequence[Callable[[], Awaitable[None]]] = (),
 ) -> None:
     """Run a worker until SIGTERM or SIGINT, then drain it. Returns when all is closed; a crash ends the process with 1.
 
     Args:
         first: what must be done before the worker joins its group; `/metrics` and `/healthz` answer already. It is cancelled
             when the worker is stopped meanwhile.
+        beside: what runs from the start until the draining begins; an exception of it ends the process.
     """
     app, stop = worker.app, asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -159,10 +168,17 @@ async def serve(
         loop.add_signal_handler(number, stop.set)
     started = Gauge("headrace_worker_start_time_seconds", "When this worker started.", ["worker"], registry=registry)
     started.labels(name).set_to_current_time()
-    server = HttpServer(http, registry, healthy=lambda: "stopping" if stop.is_set() else None, ready=worker.ready)
+    dog = Watchdog(worker.parts, fatal)
+    server = HttpServer(
+        http,
+        registry,
+        healthy=lambda: "stopping" if stop.is_set() else None,
+        ready=lambda: "; ".join(filter(None, (worker.ready(), dog.stalled))) or None,
+    )
     server.start()
     log.info("%s: http://%s:%d/metrics", name, http.host, server.port, extra={"http_port": server.port})
-    tasks = [asyncio.ensure_future(waiting) for waiting in (stop.wait(), app._crashed.wait(), worker.watchdog().run())]
+    tasks = [asyncio.ensure_future(waiting) for waiting in (stop.wait(), app._crashed.wait(), dog.run())]
+    tasks += [asyncio.ensure_future(work()) for work in beside]
     collector = asyncio.ensure_future(tame_collector(worker.ready))
     try:
         starting = asyncio.ensure_future(_start(app, first))
@@ -171,6 +187,9 @@ async def serve(
             starting.result()
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not stop.is_set():
+            for task in tasks[2:]:
+                if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                    fatal(name, error)
             reason = app.crash_reason or RuntimeError("Faust crashed")
             fatal(f"{name}: Faust crashed", reason)
         log.info("%s: draining", name)

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError
-
-from stream.clients import aiokafka_options
+from stream.cluster import topic_configs
 from stream.settings import KafkaSettings
 from stream.topic_contract import OUTPUT_MARGIN_BYTES
 
@@ -27,16 +23,10 @@ async def max_message_bytes(kafka: KafkaSettings, topic: str) -> int:
 
     Asked for before anything is sent: a record refused by the broker would break the idempotent producer's sequence.
     """
-    admin = AIOKafkaAdminClient(**aiokafka_options(kafka))
+    found = (await topic_configs(kafka, (topic,), ("max.message.bytes",))).get(topic, {})
     try:
-        await admin.start()
-        answers = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])
-    finally:
-        await admin.close()
-    try:
-        entries = {entry[0]: entry[1] for answer in answers for resource in answer.resources for entry in resource[4]}
-        return int(entries["max.message.bytes"])
-    except (KafkaError, KeyError, IndexError, ValueError):
+        return int(found["max.message.bytes"])
+    except (KeyError, ValueError):
         log.warning("%s: its max.message.bytes can't be read, taking Kafka's default", topic)
         return DEFAULT_MAX_MESSAGE_BYTES
 

@@ -47,9 +47,11 @@ RUNS_MAX_BYTES = 64 * 1024 * 1024
 RUNS_WAIT_S, RUNS_PATIENCE_S = 0.02, 1.0
 # Of a record beside its key and value: the named tuple, its numbers, and two `bytes` headers.
 RECORD_BYTES = 300
-# From an assignment to the seek lies a takeover, which may rebuild for minutes. Behind it the seek follows at once, so errors
-# without any success for so long come from a partition that nobody seeks.
-SEEK_PATIENCE_S = 600.0
+# From an assignment to the seek lies a takeover, which may rebuild for as long as it needs. A partition that nobody seeks
+# behind it is the watchdog's: no fetch of it is answered.
+SEEK_PATIENCE_S = 86_400.0
+# A commit is one round trip; while partitions are taken away it must not outlast the session timeout (10 s).
+COMMIT_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +212,10 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
                 consumer.seek(driver.TopicPartition(tp.topic, tp.partition), offset)
                 self._handed[tp] = offset
 
+    def member_id(self) -> str | None:
+        coordinator = self._ensure_consumer()._coordinator
+        return None if coordinator is None else str(coordinator.member_id)
+
     def log_end(self, tp: TP) -> LogEnd | None:
         assignment = self._ensure_consumer()._subscription.subscription
         assignment = assignment and assignment.assignment
@@ -272,9 +278,19 @@ class _Consumer(driver.Consumer):
         """The end of a partition's log by the last fetch, None before the first."""
         return self._thread.log_end(tp)
 
+    def member_id(self) -> str | None:
+        """Under which the group knows this member; empty where the group has said that it doesn't (any more)."""
+        return self._thread.member_id()
+
     async def commit_run(self, offsets: Mapping[TP, int]) -> bool:
-        """Commit positions as a member of the group, for workers whose progress is the group's (the scorer)."""
-        return bool(await self._thread.commit(dict(offsets)))
+        """Commit positions as a member of the group, for workers whose progress is the group's (the scorer).
+
+        False when the coordinator didn't take them, or not in time.
+        """
+        committing = asyncio.ensure_future(self._thread.commit(dict(offsets)))
+        # Not cancelled when it takes too long: it may still succeed, and a later commit says the same and more.
+        done, _ = await asyncio.wait([committing], timeout=COMMIT_S)
+        return bool(done and committing.result())
 
 
 class _Transport(driver.Transport):

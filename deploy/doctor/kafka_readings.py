@@ -180,7 +180,7 @@ class _Reader:
             return {}
         try:
             found = await committed_offsets(self._settings.kafka, self._group(worker), list(places))
-        except KafkaError as error:
+        except (KafkaError, StreamError) as error:
             self._unread.append(f"what {self._group(worker)} has committed: {error!r}")
             self._unread_positions.add(worker)
             return {}

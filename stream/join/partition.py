@@ -18,6 +18,7 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from state.join_state import LAYOUT, Chunk, JoinMeta, JoinState
 from stream.batches import send_batches
+from stream.clients import quietly_stopped
 from stream.join.events import read_run
 from stream.join.examples import packed_plan, record_count
 from stream.join.logic import Plan, Step, watermark
@@ -34,6 +35,9 @@ __all__ = ["PartitionJoin", "Positions", "TakenOver"]
 MAX_STEP_RECORDS = 6_000
 # What a crash leaves to be read again is at most this old, or a full write buffer.
 FLUSH_S = 30.0
+# Everything of a transaction until its commit: time for a broker that has gone to be replaced. The coordinator gives up much
+# sooner what nobody goes on with (join.transaction_timeout_ms).
+TRANSACTION_S = 90.0
 # How often a partition without new records looks whether its sources are idle and the watermark may move.
 TICK_S = 0.1
 
@@ -206,8 +210,17 @@ class PartitionJoin:
 
     async def _commit(self, plan: Plan, after: Positions) -> None:
         """One transaction: the outputs, and both sources' offsets with the progress that they stand for."""
-        names, producer = self._names, self._producer
         began = time.perf_counter()
+        async with asyncio.timeout(TRANSACTION_S):
+            await self._write(plan, after)
+        # A commit that hangs may or may not have happened: past the broker's own limit only starting again can tell.
+        async with asyncio.timeout(self._settings.transaction_timeout_ms / 1000):
+            await self._producer.commit_transaction()
+        self._metrics.commit_seconds.observe(time.perf_counter() - began)
+
+    async def _write(self, plan: Plan, after: Positions) -> None:
+        """All of a transaction but its end."""
+        names, producer = self._names, self._producer
         await producer.begin_transaction()
         labels = packed_plan(plan, self._settings.negative_rate)
         sends = await send_batches(producer, names.examples, self.number, labels)
@@ -228,10 +241,6 @@ class PartitionJoin:
             },
             self._group,
         )
-        # A commit that hangs may or may not have happened: past the broker's own limit only starting again can tell.
-        async with asyncio.timeout(self._settings.transaction_timeout_ms / 1000):
-            await producer.commit_transaction()
-        self._metrics.commit_seconds.observe(time.perf_counter() - began)
 
     def low_water(self) -> tuple[int, int, int]:
         """The earliest offsets of impressions, clicks and examples that taking over without local state would read."""
@@ -294,5 +303,5 @@ class PartitionJoin:
     async def close(self) -> None:
         """Stop the producer and close the state; the loop must have ended."""
         self._let_go()
-        await self._producer.stop()
+        await quietly_stopped(self._producer.stop)
         self._state.close()

@@ -8,6 +8,7 @@ record is decided under the settings that it was decided under then (`terms.py`)
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +18,7 @@ from aiokafka.structs import TopicPartition
 
 from state.join_state import LAYOUT, Chunk, Entry, JoinMeta, JoinState, Place, StateBatch
 from stream.dead_letters import REPLAY_HEADER
-from stream.errors import Abandoned, PositionError
+from stream.errors import Abandoned, NoAnswer, PositionError
 from stream.join.events import Events, read_run
 from stream.join.examples import left_out_of, matched_of
 from stream.join.logic import packed_click
@@ -32,6 +33,9 @@ from stream.topics import TopicNames
 __all__ = ["Committed", "Rebuild"]
 
 log = logging.getLogger(__name__)
+
+# Longest wait for a record that is there: a replay's open transaction ends within its timeout of 60 s.
+STALL_S = 90.0
 
 _END = (1 << 63, 0)  # behind every impression
 
@@ -105,6 +109,9 @@ class Rebuild:
         older = self._from.impressions < committed.impressions or self._from.clicks < committed.clicks
         labels_from = self._from.examples if older and committed.progress is not None else examples_end
         await self._check_start(names.examples, labels_from, examples_end)
+        if not older and committed.progress is not None:
+            # Nothing to say, but for one thing: none of them may be beyond what was committed.
+            labels_from = min(max(self._from.examples, committed.examples_start), examples_end)
         spans = (
             (labels_from, examples_end),
             (self._from.impressions, committed.impressions),
@@ -112,7 +119,11 @@ class Rebuild:
         )
         self._told.begin(sum(max(until - start, 0) for start, until in spans))
         async for records in self._read(names.examples, labels_from, examples_end):
-            self._resolve(records)
+            self._resolve(records, apply=older)
+        self._check_beyond()
+        if not older:
+            for noted in (self._resolved, self._held, self._matched):
+                noted.clear()
         if self._foreign:
             log.warning(
                 "%s, partition %d: passed over %d records that the join has not written",
@@ -150,7 +161,7 @@ class Rebuild:
         tp = TopicPartition(topic, self._number)
         self._consumer.assign([tp])
         self._consumer.seek(tp, start)
-        position = start
+        position, moved_at = start, time.monotonic()
         while position < until:
             if not self._still_ours():
                 raise Abandoned(f"partition {self._number} went to another worker while its state was rebuilt")
@@ -160,6 +171,13 @@ class Rebuild:
                 yield records
             before, position = position, min(await self._consumer.position(tp), until)
             self._told.advance(position - before)
+            if position > before:
+                moved_at = time.monotonic()
+            elif time.monotonic() - moved_at > STALL_S:
+                raise NoAnswer(
+                    f"{topic}, partition {self._number}: expected to read up to offset {until}, found nothing after {position} "
+                    f"for {STALL_S:.0f} s. A transaction is open there, or no broker leads the partition: `headrace doctor`."
+                )
 
     def _batch(self) -> StateBatch:
         batch = self._state.batch()
@@ -170,8 +188,11 @@ class Rebuild:
         """Whether the committed watermark has passed the hold of an impression."""
         return (place[0] + self._history.of(place[1]).hold_ms, place[1]) < (self._watermark_ms, self._cut)
 
-    def _resolve(self, records: list[Any]) -> None:
-        """Note which impressions have their label, and mark those of the local state that were clicked since."""
+    def _resolve(self, records: list[Any], *, apply: bool = True) -> None:
+        """Note which impressions have their label, and mark those of the local state that were clicked since.
+
+        Without `apply` the state stays as it is.
+        """
         clicked: list[tuple[bytes, int, int]] = []
         for record in records:
             headers = dict(record.headers)
@@ -190,12 +211,26 @@ class Rebuild:
                     clicked += [] if row is None else [row]
             except (KeyError, TypeError, ValueError):
                 self._foreign += 1
+        if not apply:
+            return
         entries = self._state.entries([key for key, _, _ in clicked])
         known = [row for row, entry in zip(clicked, entries, strict=True) if entry is not None and entry[:2] == row[1:]]
         batch = self._batch()
         batch.remember((key, (time_ms, offset, True)) for key, time_ms, offset in known)
         batch.drop_pending((time_ms, offset) for _, time_ms, offset in clicked)
         batch.write()
+
+    def _check_beyond(self) -> None:
+        """Labels, and the offsets of the impressions that they are for, are committed together: none may be beyond."""
+        furthest = max(max(self._resolved, default=-1), max((offset for _, offset in self._held), default=-1))
+        if self._committed.progress is not None and furthest >= self._committed.impressions:
+            raise PositionError(
+                f"{self._names.examples}, partition {self._number}: expected nothing about impressions at or after offset "
+                f"{self._committed.impressions}, which is what the group has committed, found something about offset "
+                f"{furthest}. Brokers before Kafka 2.5 answer with an older offset while a transaction ends: start the worker "
+                "again. If that doesn't help, the group's offsets were set back: reset both sources' with Kafka's "
+                "consumer-groups tool, and labels of what lies between are given again."
+            )
 
     def _label(self, key: bytes | None, headers: dict[str, bytes]) -> tuple[bytes, int, int] | None:
         """Note one label; id, event time and offset of a clicked impression.

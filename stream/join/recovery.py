@@ -34,12 +34,26 @@ class RebuildProgress:
     changed: Callable[[RebuildProgress], None] = lambda progress: None
     total: int = 0
     done: int = 0
+    stage: str = "nothing begun"
+    """What is being waited for, in words; before the records are read."""
+    _stages: int = 0
     _began: float = field(default_factory=time.monotonic)
     _told: float = field(default_factory=time.monotonic)
+
+    def at(self, stage: str) -> None:
+        """Say what comes next."""
+        self.stage = stage
+        self._stages += 1
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Changes whenever the takeover gets further."""
+        return self._stages, self.done
 
     def begin(self, total: int) -> None:
         """Say how many offsets there are to read; a rebuild begun anew begins its count anew."""
         self.total, self.done = total, 0
+        self.at("records to be read again")
         self._began = self._told = time.monotonic()
         self.changed(self)
 
@@ -57,7 +71,9 @@ class RebuildProgress:
         return self.done / elapsed_s if elapsed_s > 0 else 0.0
 
     def __str__(self) -> str:
-        share = self.done / self.total if self.total else 1.0
+        if not self.total:
+            return f"partition {self.number}: {self.stage}"
+        share = self.done / self.total
         return (
             f"partition {self.number}: {self.done:,} of {self.total:,} offsets read again ({share:.0%}), "
             f"{self.offsets_per_s:,.0f} a second"

@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.structs import TopicPartition
 
-from stream.clients import aiokafka_options
+from stream.clients import answer, quietly_stopped, started
+from stream.cluster import topic_configs
 from stream.join.metrics import JoinMetrics
 from stream.log_spans import first_records, span_consumer
 from stream.settings import KafkaSettings
@@ -106,14 +105,15 @@ class RetentionWatch:
         if not low:
             return {}
         retention_ms = await self._retention()
-        consumer = span_consumer(self._kafka, committed=False, max_partition_fetch_bytes=1)
-        await consumer.start()
+        kafka = self._kafka
+        consumer = span_consumer(kafka, committed=False, max_partition_fetch_bytes=1)
+        await started(kafka, consumer, "how near retention is")
         try:
-            starts = await consumer.beginning_offsets(list(low))
-            ends = await consumer.end_offsets(list(low))
+            starts = await answer(kafka, consumer.beginning_offsets(list(low)), "the beginnings of logs")
+            ends = await answer(kafka, consumer.end_offsets(list(low)), "the ends of logs")
             arrivals = await self._read_arrivals(consumer, {tp: max(offset, starts[tp]) for tp, offset in low.items()}, ends)
         finally:
-            await consumer.stop()
+            await quietly_stopped(consumer.stop)
         owned = self._low_water()  # a partition may have gone meanwhile
         margins = {
             tp: Margin.of(
@@ -131,20 +131,8 @@ class RetentionWatch:
 
     async def _retention(self) -> dict[str, int]:
         """`retention.ms` of each topic, as the cluster has it."""
-        admin = AIOKafkaAdminClient(**aiokafka_options(self._kafka))
-        await admin.start()
-        try:
-            asked = [ConfigResource(ConfigResourceType.TOPIC, topic, {"retention.ms": ""}) for topic in self._topics]
-            answers = await admin.describe_configs(asked)
-        finally:
-            await admin.close()
-        return {
-            resource[3]: int(entry[1])
-            for answer in answers
-            for resource in answer.resources
-            for entry in resource[4]
-            if entry[0] == "retention.ms"
-        }
+        configs = await topic_configs(self._kafka, self._topics, ("retention.ms",))
+        return {topic: int(found["retention.ms"]) for topic, found in configs.items() if "retention.ms" in found}
 
     async def _read_arrivals(
         self, consumer: Any, low: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]

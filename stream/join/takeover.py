@@ -19,10 +19,11 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import TopicPartition
 
-from state.errors import JoinStateError
-from state.join_state import JoinState, StateOptions
+from state.errors import JoinStateError, StateDamaged, StateInUse
+from state.join_folder import state_error
+from state.join_state import JoinMeta, JoinState, StateOptions
 from stream.batches import BATCH_BYTES
-from stream.clients import aiokafka_options
+from stream.clients import aiokafka_options, quietly_stopped, started
 from stream.errors import PositionError
 from stream.join.partition import TakenOver
 from stream.join.progress import decode_progress
@@ -77,6 +78,8 @@ class Takeover:
             PositionError: the log lost records that were not read yet, or ends before what was committed.
         """
         began = time.monotonic()
+        told = progress or RebuildProgress(number)
+        told.at("its transactional producer to start")
         producer = AIOKafkaProducer(
             **aiokafka_options(self._kafka),
             transactional_id=transactional_id(self._names, self._settings, number),
@@ -84,7 +87,7 @@ class Takeover:
             max_batch_size=BATCH_BYTES,
             max_request_size=1 << 30,  # the broker's limits decide, topic by topic
         )
-        await producer.start()
+        await started(self._kafka, producer, f"the transactional producer of partition {number}")
         consumer = AIOKafkaConsumer(
             **aiokafka_options(self._kafka),
             enable_auto_commit=False,
@@ -96,32 +99,36 @@ class Takeover:
         )
         state: JoinState | None = None
         try:
-            await consumer.start()
+            await started(self._kafka, consumer, f"the logs of partition {number}")
+            told.at("the committed offsets")
             committed = await self._committed(consumer, number)
-            destroyed = False
+            given_up = False
             while True:
+                told.at("its state folder to open")
                 state = self._open(number, committed)
                 rebuild = Rebuild(
-                    self._settings, self._names, number, self._identity, consumer, state, committed, still_ours, progress
+                    self._settings, self._names, number, self._identity, consumer, state, committed, still_ours, told
                 )
                 try:
                     memory, positions, pending = await rebuild.run()
                     break
                 except Exception as error:
-                    # RocksDB finds most damage only when it reads, and the rebuild reads everything that is pending.
-                    if destroyed or not str(error).startswith("Corruption"):
-                        raise
-                    log.warning("%s is damaged, it is rebuilt from the log: %s", state.path, error)
+                    # RocksDB finds most damage only when it reads, and the rebuild reads everything that is pending. What it
+                    # finds is a plain Exception.
+                    if type(error) is Exception:
+                        error = state_error(state.path, "could not read it", error)
+                    if given_up or not isinstance(error, StateDamaged):
+                        raise error
                     state.close()
-                    JoinState.destroy(state.path)
-                    destroyed = True
+                    self._give_up(state.path, error)
+                    given_up = True
         except BaseException:
             if state is not None:
                 state.close()
-            await producer.stop()
+            await quietly_stopped(producer.stop)
             raise
         finally:
-            await consumer.stop()
+            await quietly_stopped(consumer.stop)
         log.info(
             "took over partition %d in %.2f s: %d impressions and %d clicks read again, %d pending",
             number,
@@ -206,19 +213,21 @@ class Takeover:
         return False
 
     def _open(self, number: int, committed: Committed) -> JoinState:
-        """The local state, thrown away where it can't be a prefix of this log."""
+        """The local state; moved aside where it is damaged, or can't be a prefix of this log.
+
+        Raises:
+            JoinStateError: it can't be opened, and what it holds may be good.
+        """
         for attempt in range(MAX_FOLDERS):
             path = self._state_dir / (f"partition-{number}" if not attempt else f"partition-{number}.{attempt}")
             try:
-                state = JoinState(path, self._options)
-            except JoinStateError as error:
-                if any(mark in str(error) for mark in ("While lock file", "lock hold by")):  # RocksDB's own words
-                    log.warning("%s is open in another process; trying the next folder", path)
-                    continue
-                log.warning("throwing away local state, it is rebuilt from the log: %s", error)
-                JoinState.destroy(path)
-                state = JoinState(path, self._options)
-            meta = state.meta()
+                state, meta = self._opened(path)
+            except StateInUse:
+                log.warning("%s is open in another process; trying the next folder", path)
+                continue
+            except StateDamaged as error:
+                self._give_up(path, error)
+                return JoinState(path, self._options)
             if (
                 meta is not None
                 and committed.progress is not None
@@ -234,14 +243,32 @@ class Takeover:
                 )
             ):
                 return state
-            if meta is not None and (committed.progress is not None or meta.watermark_ms > NEVER_MS):
-                log.warning(
-                    "throwing away local state of partition %d: it is of another log, or not a part of this one", number
-                )
             state.close()
-            JoinState.destroy(path)
+            if meta is None:  # new, or what an unfinished rebuild has left
+                JoinState.destroy(path)
+            elif committed.progress is not None or meta.watermark_ms > NEVER_MS:
+                aside = JoinState.set_aside(path, "other")
+                log.warning(
+                    "local state of partition %d is of another log, or not a part of this one: moved it aside to %s",
+                    *(number, aside),
+                )
+            else:
+                JoinState.destroy(path)
             return JoinState(path, self._options)
         raise JoinStateError(
             f"{self._state_dir}: expected a free folder for partition {number}, found {MAX_FOLDERS} held by other processes. "
             "End the join workers that hang, or set another `state_dir`."
         )
+
+    def _opened(self, path: Path) -> tuple[JoinState, JoinMeta | None]:
+        state = JoinState(path, self._options)
+        try:
+            return state, state.meta()
+        except BaseException:
+            state.close()
+            raise
+
+    @staticmethod
+    def _give_up(path: Path, error: StateDamaged) -> None:
+        aside = JoinState.set_aside(path, "damaged")
+        log.warning("%s Moved it aside to %s; the state is rebuilt from the log.", error, aside)

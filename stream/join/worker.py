@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from aiokafka.errors import InvalidProducerEpoch, InvalidTxnState, ProducerFenced
 from aiokafka.structs import TopicPartition
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
 from state.join_state import StateOptions
-from stream.cluster import Cluster, describe_cluster
-from stream.errors import Abandoned, TopicError
+from stream.cluster import Cluster, ClusterWatch, describe_cluster
+from stream.errors import Abandoned, Replaced, TopicError
+from stream.join.checks import check_topics
+from stream.join.file_limit import check_file_limit, open_files_each, raise_file_limit
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin
 from stream.join.partition_count import check_partition_count
@@ -22,11 +26,13 @@ from stream.join.recovery import RebuildProgress, told
 from stream.join.retention import RetentionWatch
 from stream.join.takeover import Takeover
 from stream.join.terms import NEVER_MS
+from stream.membership import Membership
 from stream.offsets import committed_offsets
-from stream.runtime import Watchdog, build_app, fatal, new_registry, serve
+from stream.runtime import build_app, fatal, new_registry, serve, source_part
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings
 from stream.topics import TopicNames
 from stream.transport import LogEnd, Run, RunSchema
+from stream.watchdog import Part
 
 __all__ = ["JoinWorker", "run_join"]
 
@@ -34,6 +40,10 @@ log = logging.getLogger(__name__)
 
 # Each opens three connections and holds a fetch in memory.
 TAKEOVERS_AT_ONCE = 8
+# How often a takeover that is waited for looks whether another rebalance has begun.
+GENERATION_LOOK_S = 0.2
+# What a producer says when another worker has taken its transactional id.
+FENCED = (ProducerFenced, InvalidProducerEpoch, InvalidTxnState)
 
 
 class JoinWorker:
@@ -48,15 +58,22 @@ class JoinWorker:
         cluster: Cluster,
         state_dir: Path,
         registry: CollectorRegistry,
+        watch: ClusterWatch,
     ) -> None:
-        self._settings, self._names, self._cluster = settings, names, cluster
+        self._settings, self._names, self._cluster, self._watch = settings, names, cluster, watch
         self._group = f"{names.prefix}{settings.group}"
         self._kafka, self._state_dir = kafka, state_dir
-        self._options = StateOptions(settings.cache_mb)
+        self._file_limit = raise_file_limit()
+        each = open_files_each(self._file_limit, cluster.partitions[names.impressions])
+        self._options = StateOptions(settings.cache_mb, each)
         self._metrics = JoinMetrics(registry)
         self.partitions: dict[int, PartitionJoin] = {}
         self._loops: dict[int, asyncio.Task[None]] = {}
         self._takeover_done = False
+        self._takeovers: dict[int, asyncio.Task[None]] = {}  # under way, or failed
+        self._turns = asyncio.Semaphore(TAKEOVERS_AT_ONCE)
+        self._stopping = False
+        self._ending: asyncio.Task[None] | None = None
         self._rebuilds: dict[int, RebuildProgress] = {}  # under way, or failed
         self._assigned = 0  # partition numbers, by the last rebalance
         self._paused: set[TP] = set()
@@ -67,6 +84,7 @@ class JoinWorker:
             session_timeout_ms=settings.session_timeout_ms,
             instance_id=settings.instance_id,
         )
+        self._membership = Membership(self.app, kafka, self._group, settings.instance_id, setting="join.instance_id")
         # Acks are off because a commit of Faust's would erase our offsets' metadata.
         topic = self.app.topic(names.impressions, names.clicks, schema=RunSchema(), acks=False)
         self.app.agent(topic, name="join")(self._consume)
@@ -96,6 +114,9 @@ class JoinWorker:
         """Let the steps under way end. Which partitions are lost is known when the rebalance is complete."""
         self._takeover_done = False
         await self._stop_loops()
+        if await self._membership.check() is not None:
+            await self._membership.wait_put_out()
+            fatal("join", Replaced(self._membership.put_out))
 
     async def _stop_loops(self) -> None:
         loops, self._loops = self._loops, {}
@@ -108,6 +129,7 @@ class JoinWorker:
         """Take over what is new and go on with what stayed; the flow stands still, heartbeats go on."""
         try:
             await self._rebalanced()
+            self._membership.joined = True
         except Abandoned as news:
             log.info("%s", news)
         except Exception as error:
@@ -125,35 +147,69 @@ class JoinWorker:
                 f"expected the same partitions of {self._names.impressions} and {self._names.clicks}, was assigned "
                 f"{sorted(ours)} and {sorted(clicks)}. Run `headrace topics check`."
             )
-        for number in sorted((self.partitions.keys() | self._rebuilds.keys()) - ours):
+        if new := sorted(number for number in ours if number >= self._cluster.partitions[self._names.impressions]):
+            raise TopicError(
+                f"expected {self._cluster.partitions[self._names.impressions]} partitions of {self._names.impressions}, was "
+                f"assigned {new}: the topic has gained partitions. Run `headrace topics check`."
+            )
+        for number in sorted((self.partitions.keys() | self._takeovers.keys()) - ours):
+            if number in self._takeovers:
+                await self._give_up(number)
             if number in self.partitions:
                 await self.partitions.pop(number).close()
             self._metrics.forget_partition(number)
-        # A partition that stayed keeps its producer: had another worker owned it meanwhile, our next transaction is fenced.
+        check_file_limit(self._file_limit, len(ours))
+        # A partition that stayed keeps its producer: had another worker owned it meanwhile, our next transaction is fenced. So
+        # does a takeover that is under way: a long one isn't begun anew because others come and go.
         for partition in self.partitions.values():
             partition.reset()
-        self._rebuilds.clear()
         self._assigned = len(ours)
-        limit = asyncio.Semaphore(TAKEOVERS_AT_ONCE)
-
-        async def take(number: int) -> None:
-            async with limit:
-                self.partitions[number] = await self._take(number, lambda: self.app.consumer_generation_id == generation)
-
-        # All of them end before the first failure counts: one that went on could meet the next rebalance's take of its number.
-        taking = [take(number) for number in sorted(ours - self.partitions.keys())]
-        for outcome in await asyncio.gather(*taking, return_exceptions=True):
-            if outcome is not None:
-                raise outcome
+        for number in sorted(ours - self.partitions.keys() - self._takeovers.keys()):
+            self._takeovers[number] = asyncio.ensure_future(self._take_in_turn(number))
+        while self._takeovers:
+            done, _ = await asyncio.wait(
+                self._takeovers.values(), timeout=GENERATION_LOOK_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if self._stopping or self.app.consumer_generation_id != generation:
+                raise Abandoned("the worker is stopping, or another rebalance has begun; takeovers under way go on")
+            for task in done:
+                task.result()
         if self.app.consumer_generation_id != generation:
-            raise Abandoned("another rebalance began while partitions were taken over")
+            raise Abandoned("another rebalance has begun")
         for number, partition in self.partitions.items():
             self._loops[number] = task = asyncio.ensure_future(partition.run())
             task.add_done_callback(self._loop_ended)
         self._takeover_done = True
 
-    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+    async def _take_in_turn(self, number: int) -> None:
+        async with self._turns:
+            self.partitions[number] = await self._take(number, lambda: not self._stopping)
+        del self._takeovers[number]  # one that fails stays, for whoever waits for it
+
+    async def _give_up(self, number: int) -> None:
+        """End a takeover that is under way. What it has rebuilt stands for no position of the log."""
+        task = self._takeovers.pop(number)
+        task.cancel()
+        await asyncio.wait([task])
+        self._rebuilds.pop(number, None)
         if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("partition %d went to another worker; taking it over had failed: %r", number, error)
+
+    def _failed(self, what: str, error: BaseException) -> None:
+        """End the process, at once but for one case: a worker that is started again and again must not do harm at that pace."""
+        if self._settings.instance_id is None or not isinstance(error, FENCED):
+            fatal(what, error)
+        self._ending = asyncio.ensure_future(self._fenced(what, error))
+
+    async def _fenced(self, what: str, error: BaseException) -> None:
+        await self._stop_loops()
+        if await self._membership.check(fenced=True) is not None:
+            await self._membership.wait_put_out()
+            fatal("join", Replaced(self._membership.put_out))
+        fatal(what, error)
+
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        if self._ending is None and not task.cancelled() and (error := task.exception()) is not None:
             fatal("join partition", error)
 
     async def _take(self, number: int, still_ours: Any) -> PartitionJoin:
@@ -173,7 +229,7 @@ class JoinWorker:
         )
         progress = self._rebuilds[number] = RebuildProgress(number, self._metrics.observe_rebuild)
         taken = await takeover.take(number, still_ours, progress)
-        del self._rebuilds[number]
+        self._rebuilds.pop(number, None)
         partition = PartitionJoin(
             number,
             settings=self._settings,
@@ -184,7 +240,7 @@ class JoinWorker:
             taken=taken,
             log_end=lambda topic: self._log_end(TP(topic, number)),
             after_step=self._balance_sources,
-            fatal=fatal,
+            fatal=self._failed,
             metrics=self._metrics,
         )
         self._metrics.takeover_seconds.observe(time.monotonic() - began)
@@ -212,6 +268,8 @@ class JoinWorker:
                 self.app.consumer.resume_partitions({tp})
 
     def ready(self) -> str | None:
+        if self._membership.put_out is not None:
+            return self._membership.put_out
         if self._takeover_done:
             return None
         # Asked by the HTTP thread: a copy, in one step.
@@ -225,27 +283,36 @@ class JoinWorker:
             lambda: {number: partition.low_water() for number, partition in self.partitions.items()},
         )
 
-    def watchdog(self) -> Watchdog:
-        def waiting() -> bool:
-            if not self._takeover_done:
-                return True
-            return any(
-                end is not None and end.offset > position
-                for partition in self.partitions.values()
-                for topic, position in partition.accepted.items()
-                if (end := self._log_end(TP(topic, partition.number))) and TP(topic, partition.number) not in self._paused
-            )
-
-        def progress() -> Any:
-            return self._takeover_done, self.app.consumer_generation_id, [p.steps for p in self.partitions.values()]
-
-        return Watchdog(progress, waiting)
+    def parts(self) -> Iterable[Part]:
+        """Partitions of the sources by their committed positions; before that, the way there."""
+        if self._membership.put_out is not None:
+            return
+        if not self._takeover_done:
+            # While partitions are taken over the flow stands still, also of those that stayed.
+            if not self._rebuilds:
+                yield Part("the group's assignment", self.app.consumer_generation_id, "partitions to be assigned")
+            for number, rebuild in list(self._rebuilds.items()):
+                yield Part(f"taking over partition {number}", rebuild.progress, rebuild.stage)
+            return
+        for number, partition in self.partitions.items():
+            committed = partition.positions
+            for topic, position in ((self._names.impressions, committed.impressions), (self._names.clicks, committed.clicks)):
+                if (tp := TP(topic, number)) not in self._paused:
+                    yield source_part(self.app, self._watch, tp, position)
 
     async def drain(self) -> None:
-        """Let the transactions under way end, and close everything."""
+        """Let the transactions under way end, and close everything.
+
+        A takeover under way is given up: what it has rebuilt stands for no position of the log, and the next one begins anew.
+        """
+        self._stopping = True
         await self._stop_loops()
-        for partition in self.partitions.values():
-            await partition.close()
+        takeovers = list(self._takeovers.values())
+        for task in takeovers:
+            task.cancel()
+        if takeovers:
+            await asyncio.wait(takeovers)
+        await asyncio.gather(*(partition.close() for partition in self.partitions.values()))
         self.partitions.clear()
 
 
@@ -260,21 +327,20 @@ async def run_join(
     """Run a join worker until it is told to stop.
 
     Raises:
-        TopicError: topics are missing, or not co-partitioned, or have another number of partitions than what is pending.
+        TopicError: topics are missing, not co-partitioned, stamped by producers' clocks, or have another number of partitions
+            than what is pending.
+        NoAnswer: Kafka can't be reached.
     """
-    topics = (names.impressions, names.clicks, names.examples)
-    cluster = await describe_cluster(kafka, (*topics, names.dead_letters))
-    if len({cluster.partitions[topic] for topic in topics}) != 1:
-        found = ", ".join(f"{topic} {cluster.partitions[topic]}" for topic in topics)
-        raise TopicError(f"expected the same number of partitions, found {found}. Run `headrace topics check`.")
+    cluster = await describe_cluster(kafka, (names.impressions, names.clicks, names.examples, names.dead_letters))
+    await check_topics(kafka, names, cluster)
     partitions = cluster.partitions[names.impressions]
     sources = [TopicPartition(topic, number) for topic in (names.impressions, names.clicks) for number in range(partitions)]
     committed = await committed_offsets(kafka, f"{names.prefix}{settings.group}", sources)
     check_partition_count(committed, names, partitions, settings.accept_partitions)
     registry = new_registry()
-    worker = JoinWorker(kafka=kafka, settings=settings, names=names, cluster=cluster, state_dir=state_dir, registry=registry)
-    watch = asyncio.ensure_future(worker.retention_watch().run())
-    try:
-        await serve(worker, name="join", http=http, registry=registry)
-    finally:
-        watch.cancel()
+    watch = ClusterWatch(kafka, cluster, changed=lambda error: fatal("join", error))
+    worker = JoinWorker(
+        kafka=kafka, settings=settings, names=names, cluster=cluster, state_dir=state_dir, registry=registry, watch=watch
+    )
+    beside = (worker.retention_watch().run, watch.run)
+    await serve(worker, name="join", http=http, registry=registry, beside=beside)

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.partitioner import DefaultPartitioner
 
 from stream.batches import BATCH_BYTES, Outgoing, send_batches
-from stream.clients import aiokafka_options
+from stream.clients import aiokafka_options, quietly_stopped, started
 from stream.scorer.answers import Answers
 from stream.settings import KafkaSettings
 from stream.topic_limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit
@@ -35,14 +35,14 @@ class Outbox:
 
     async def start(self) -> None:
         self._letter_bytes = await letter_limit(self._kafka, self._dead_letters)
-        self._producer = AIOKafkaProducer(
+        producer = AIOKafkaProducer(
             **aiokafka_options(self._kafka),
             acks="all",
             enable_idempotence=True,
             max_batch_size=BATCH_BYTES,
             max_request_size=1 << 30,  # the topics' limits decide
         )
-        await self._producer.start()
+        self._producer = await started(self._kafka, producer, "a producer of answers")
 
     async def send(self, answers: Answers) -> list[asyncio.Future[Any]]:
         """Hand over. Returns a future for each batch: all of them done means that the brokers have everything."""
@@ -62,4 +62,4 @@ class Outbox:
 
     async def close(self) -> None:
         if self._producer is not None:
-            await self._producer.stop()
+            await quietly_stopped(self._producer.stop)

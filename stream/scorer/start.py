@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
-from stream.clients import aiokafka_options
+from stream.clients import aiokafka_options, answer, quietly_stopped, started
 from stream.offsets import committed_offsets
 from stream.settings import KafkaSettings
 
@@ -28,11 +28,12 @@ async def committed_positions(kafka: KafkaSettings, group: str, topic: str, part
     places = [TopicPartition(topic, number) for number in partitions]
     committed = await committed_offsets(kafka, group, places)
     consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
+    await started(kafka, consumer, f"the ends of {topic}")
     try:
-        await consumer.start()
-        starts, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
+        starts = await answer(kafka, consumer.beginning_offsets(places), f"the beginnings of {topic}")
+        ends = await answer(kafka, consumer.end_offsets(places), f"the ends of {topic}")
     finally:
-        await consumer.stop()
+        await quietly_stopped(consumer.stop)
     return choose_positions(
         topic,
         {place.partition: at.offset for place, at in committed.items()},

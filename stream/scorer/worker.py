@@ -20,7 +20,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -31,10 +31,12 @@ from faust.types import TP
 
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.cluster import describe_cluster
+from stream.cluster import ClusterWatch, describe_cluster
+from stream.errors import NoAnswer, Replaced
 from stream.heartbeat import HeartbeatSender
+from stream.membership import Membership
 from stream.registry_reader import RegistryReader
-from stream.runtime import Watchdog, build_app, fatal, new_registry, serve
+from stream.runtime import build_app, fatal, new_registry, serve, source_part
 from stream.scorer.answers import Answers, answer_requests
 from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
@@ -47,6 +49,7 @@ from stream.settings import HttpSettings, KafkaSettings, ScorerSettings
 from stream.topic_limits import max_message_bytes
 from stream.topics import TopicNames
 from stream.transport import Run, RunSchema
+from stream.watchdog import Part
 
 __all__ = ["ScorerWorker", "run_scorer"]
 
@@ -83,7 +86,9 @@ class ScorerWorker:
         metrics: ScorerMetrics,
         worker_id: str,
         max_bytes: int,
+        watch: ClusterWatch,
     ) -> None:
+        self._watch = watch
         self._kafka, self._settings, self._names, self._topic = kafka, settings, names, names.score_requests
         self._swapper, self._stale, self._outbox, self._heartbeats = swapper, stale, outbox, heartbeats
         self._metrics, self._worker_id, self._max_bytes = metrics, worker_id, max_bytes
@@ -106,6 +111,7 @@ class ScorerWorker:
             session_timeout_ms=SESSION_TIMEOUT_MS,
             instance_id=settings.instance_id,
         )
+        self._membership = Membership(self.app, kafka, self._group, settings.instance_id, setting="scorer.instance_id")
         # Acks are off since a position is committed here, when the answers are acknowledged.
         runs = self.app.topic(self._topic, schema=RunSchema(), acks=False)
         self.app.agent(runs, name="scorer")(self._consume)
@@ -162,6 +168,10 @@ class ScorerWorker:
         self._standing = "partitions are being assigned"
         self._intake.drop()
         await self._finish(REVOKE_S)
+        if (put_out := await self._membership.check()) is not None:
+            self._standing = put_out
+            await self._membership.wait_put_out()
+            fatal("scorer", Replaced(put_out))
 
     async def _on_rebalance_complete(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -172,6 +182,7 @@ class ScorerWorker:
         self._intake.assign(positions)
         self._answered, self._committed = dict(positions), dict(positions)
         self._standing = ""
+        self._membership.joined = True
         log.info("answering partitions %s from %s", ours, positions)
 
     async def _finish(self, timeout_s: float) -> None:
@@ -273,7 +284,7 @@ class ScorerWorker:
             try:
                 of, reason = swapper.fallback or (None, "")
                 await self._heartbeats.send(*told, stale=self._stale(), fallback_of=of, fallback_reason=reason)
-            except KafkaError as error:
+            except (KafkaError, NoAnswer) as error:
                 log.warning("a heartbeat did not get through: %r", error)
             for number, position in self._answered.items():
                 end = self.app.consumer.log_end(TP(self._topic, number))
@@ -303,19 +314,17 @@ class ScorerWorker:
             return "no champion yet" if fallback is None else f"version {fallback.of}, the champion: {fallback.reason}"
         return self._standing or None
 
-    def watchdog(self) -> Watchdog:
-        def waiting() -> bool:
-            if not self._joins:
-                return False
-            if self._standing or self._under_way or not self._intake.empty:
-                return True
-            ends = ((self.app.consumer.log_end(TP(self._topic, at)), to) for at, to in self._intake.expected.items())
-            return any(end is not None and end.offset > to for end, to in ends)
-
-        def progress() -> Any:
-            return self._standing, self.app.consumer_generation_id, self._batches, list(self._intake.expected.values())
-
-        return Watchdog(progress, waiting)
+    def parts(self) -> Iterable[Part]:
+        """Partitions by the positions whose answers are acknowledged; before that, the way into the group."""
+        if self._membership.put_out is not None:
+            return
+        if not self._joins:
+            return
+        if self._standing:
+            yield Part("the group's assignment", self.app.consumer_generation_id, self._standing)
+            return
+        for number, position in self._answered.items():
+            yield source_part(self.app, self._watch, TP(self._topic, number), position)
 
     async def drain(self) -> None:
         """Answer what was taken, commit, and end the background tasks."""
@@ -367,6 +376,7 @@ async def run_scorer(
         return float("inf") if reader.caught_up_at is None else time.monotonic() - reader.caught_up_at
 
     metrics.watch_registry(registry_age_s)
+    watch = ClusterWatch(kafka, cluster, changed=lambda error: fatal("scorer", error))
     outbox = Outbox(kafka, cluster.partitions, scores=names.scores, dead_letters=names.dead_letters)
     heartbeats = HeartbeatSender(kafka, names, worker=worker_id, heartbeat_ms=settings.heartbeat_ms)
     async with contextlib.AsyncExitStack() as stack:
@@ -385,15 +395,16 @@ async def run_scorer(
             metrics=metrics,
             worker_id=worker_id,
             max_bytes=await max_message_bytes(kafka, names.scores),
+            watch=watch,
         )
         worker.start()
         first = partial(worker.wait_for_a_version, cluster.partitions[names.score_requests])
-        await serve(worker, name="scorer", http=http, registry=registry, first=first)
+        await serve(worker, name="scorer", http=http, registry=registry, first=first, beside=(watch.run,))
 
 
 async def _quietly(close: Callable[[], Awaitable[None]]) -> None:
     """Close, whatever the brokers say: everything that matters is acknowledged by now."""
     try:
         await close()
-    except KafkaError as error:
+    except (KafkaError, NoAnswer) as error:
         log.warning("closing a client: %r", error)

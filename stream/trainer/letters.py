@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stream.batches import BATCH_BYTES, send_batches
-from stream.clients import aiokafka_options
+from stream.clients import aiokafka_options, quietly_stopped, started, written
 from stream.dead_letters import DeadLetter
 from stream.settings import KafkaSettings
 from stream.topic_limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit
@@ -54,13 +54,13 @@ class LetterBox:
         from aiokafka import AIOKafkaProducer
 
         self._max_bytes = await letter_limit(self._kafka, self._topic)
-        self._producer = AIOKafkaProducer(
+        producer = AIOKafkaProducer(
             **aiokafka_options(self._kafka),
             enable_idempotence=True,
             max_batch_size=BATCH_BYTES,
             max_request_size=1 << 30,  # the topic's limit decides
         )
-        await self._producer.start()
+        self._producer = await started(self._kafka, producer, "a producer of dead letters")
         self._task = asyncio.ensure_future(self._send_all())
 
     def put(self, letters: Sequence[DeadLetter]) -> None:
@@ -103,8 +103,7 @@ class LetterBox:
                 self._producer, self._topic, partition, (each.outgoing(self._max_bytes) for each in group)
             )
         ]
-        for future in futures:
-            await future
+        await written(self._kafka, futures, f"dead letters to {self._topic}")
 
     async def close(self) -> None:
         """Disconnect; what isn't written yet is written again after the next start."""
@@ -113,4 +112,4 @@ class LetterBox:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         if self._producer is not None:
-            await self._producer.stop()
+            await quietly_stopped(self._producer.stop)

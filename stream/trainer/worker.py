@@ -12,6 +12,7 @@ import asyncio
 import logging
 import os
 import socket
+from collections.abc import Iterable
 from typing import Any
 
 from faust.types import TP
@@ -23,12 +24,12 @@ from model.settings import ModelSettings
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.clients import aiokafka_options
-from stream.cluster import describe_cluster
+from stream.clients import aiokafka_options, answer, quietly_stopped, started
+from stream.cluster import ClusterWatch, describe_cluster
 from stream.errors import Fenced, RegistryError
 from stream.registry import RegistryWriter
 from stream.registry_reader import RegistryReader
-from stream.runtime import Watchdog, build_app, fatal, new_registry, serve
+from stream.runtime import build_app, fatal, new_registry, serve, source_part
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics import TopicNames
 from stream.trainer.batching import BatchCutter
@@ -42,6 +43,7 @@ from stream.trainer.snapshots import Publisher
 from stream.trainer.start import first_positions, go_on
 from stream.trainer.training import Training
 from stream.transport import LogEnd, Run, RunSchema
+from stream.watchdog import Part
 
 __all__ = ["TrainerWorker", "run_trainer"]
 
@@ -72,8 +74,9 @@ class TrainerWorker:
         registry: RegistryWriter,
         scores: Scores,
         metrics: TrainerMetrics,
+        watch: ClusterWatch,
     ) -> None:
-        self._topic, self._snapshots = topic, snapshots
+        self._topic, self._snapshots, self._watch = topic, snapshots, watch
         self._pipeline, self._publisher, self._letters, self._registry = pipeline, publisher, letters, registry
         self._training = pipeline.training
         self._scores, self._metrics = scores, metrics
@@ -157,19 +160,13 @@ class TrainerWorker:
     def ready(self) -> str | None:
         return self._standing or None
 
-    def watchdog(self) -> Watchdog:
-        training = self._training
-
-        def waiting() -> bool:
-            if self._standing or self._pipeline.waiting():
-                return True
-            ends = ((self._log_end(partition), position) for partition, position in self._accepted.items())
-            return any(end is not None and end.offset > position for end, position in ends)
-
-        def progress() -> Any:
-            return self._standing, self.app.consumer_generation_id, training.batches, list(self._accepted.values())
-
-        return Watchdog(progress, waiting)
+    def parts(self) -> Iterable[Part]:
+        """Partitions by the positions that are trained; before that, the way into the group."""
+        if self._standing:
+            yield Part("the group's assignment", self.app.consumer_generation_id, self._standing)
+            return
+        for number, position in self._training.positions.items():
+            yield source_part(self.app, self._watch, TP(self._topic, number), position)
 
     async def drain(self) -> None:
         """Learn the batch under way to its end, publish what is trained, and close everything."""
@@ -212,6 +209,7 @@ async def run_trainer(
 
     Raises:
         TopicError: topics are missing.
+        NoAnswer: Kafka can't be reached.
         ModelError: no features are named, or the newest version is of another schema or model.
         SnapshotError: the store can't be read.
         PositionError: the log isn't the one that the newest version was trained on, or lost examples.
@@ -256,6 +254,7 @@ async def run_trainer(
             observers=(skew,),
         )
         training.restore(start.kept)
+        watch = ClusterWatch(kafka, cluster, changed=lambda error: fatal("trainer", error))
         letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
         worker = TrainerWorker(
             kafka=kafka,
@@ -281,13 +280,10 @@ async def run_trainer(
             registry=registry,
             scores=scores,
             metrics=metrics,
+            watch=watch,
         )
         await worker.start()
-        checking = asyncio.ensure_future(skew.run())
-        try:
-            await serve(worker, name="trainer", http=http, registry=prometheus)
-        finally:
-            checking.cancel()
+        await serve(worker, name="trainer", http=http, registry=prometheus, beside=(watch.run, skew.run))
     finally:
         await follower.close()
         await registry.close()
@@ -298,10 +294,11 @@ async def _log_bounds(kafka: KafkaSettings, topic: str, partitions: int) -> tupl
     from aiokafka import AIOKafkaConsumer, TopicPartition
 
     consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
-    await consumer.start()
+    await started(kafka, consumer, f"the ends of {topic}")
     try:
         places = [TopicPartition(topic, number) for number in range(partitions)]
-        beginnings, ends = await consumer.beginning_offsets(places), await consumer.end_offsets(places)
+        beginnings = await answer(kafka, consumer.beginning_offsets(places), f"the beginnings of {topic}")
+        ends = await answer(kafka, consumer.end_offsets(places), f"the ends of {topic}")
     finally:
-        await consumer.stop()
+        await quietly_stopped(consumer.stop)
     return {place.partition: at for place, at in beginnings.items()}, {place.partition: at for place, at in ends.items()}

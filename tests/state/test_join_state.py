@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rocksdict import AccessType, Rdict
 
-from state.errors import JoinStateError
-from state.join_state import Chunk, JoinMeta, JoinState, StateOptions
+from state.errors import JoinStateError, StateDamaged, StateInUse
+from state.join_folder import state_error
+from state.join_state import LAYOUT, Chunk, JoinMeta, JoinState, StateOptions
 
 OPTIONS = StateOptions(8)
 ALL = (1 << 60, 0)
@@ -252,10 +253,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_two_processes_cannot_have_it_open(state):
-    with pytest.raises(JoinStateError, match="Another worker may have it open") as error:
+    with pytest.raises(StateInUse, match="Another process has it open") as error:
         JoinState(state.path, OPTIONS)
     assert str(state.path) in str(error.value)
-    assert "lock hold by" in str(error.value)  # by these words taking over knows this from damage
+    assert "lock hold by" in str(error.value)
     program = f"""
 from pathlib import Path
 from state.join_state import JoinState, StateOptions
@@ -264,7 +265,7 @@ JoinState(Path({str(state.path)!r}), StateOptions(8))
     other = subprocess.run(
         [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60
     )
-    assert "JoinStateError" in other.stderr
+    assert "StateInUse" in other.stderr
     assert "While lock file" in other.stderr
 
 
@@ -336,13 +337,12 @@ def test_damage_is_an_error_and_never_an_end(tmp_path):
                 if begins_anew:  # a cut list of files is an older one: taking over throws this away
                     continue
                 assert read_all(path) == WHOLE, (name, place)
-            except JoinStateError as error:
+            except StateDamaged as error:
                 found.add("opening")
                 assert str(path) in str(error)
-                assert "it is rebuilt from the log" in str(error)
             except Exception as error:
                 found.add("reading")
-                assert str(error).startswith("Corruption"), (name, place)  # by this word taking over knows damage
+                assert isinstance(state_error(path, "could not read it", error), StateDamaged), (name, place)
     assert found == {"opening", "reading"}
 
 
@@ -351,13 +351,6 @@ def test_destroying_leaves_nothing(tmp_path):
     JoinState.destroy(tmp_path / "state")
     assert not (tmp_path / "state").exists()
     JoinState.destroy(tmp_path / "state")
-
-
-def test_meta_that_cannot_be_read_is_none(state):
-    state.db[b"meta"] = b"{"
-    assert state.meta() is None
-    state.db[b"meta"] = b'{"identity":"x"}'
-    assert state.meta() is None
 
 
 def test_a_database_of_layout_3_is_opened_as_it_is(tmp_path):
@@ -378,3 +371,20 @@ def test_a_database_of_layout_3_is_opened_as_it_is(tmp_path):
     batch.write()
     assert opened.held([(5, 0)]) == [7]
     opened.close()
+
+
+@pytest.mark.parametrize("meta", [b"{", b"\xff", b'{"identity":"x"}'])
+def test_meta_that_cannot_be_read_is_damage(state, meta):
+    state.db[b"meta"] = meta
+    with pytest.raises(StateDamaged, match=r"expected positions in its `meta`, found: .*It is damaged"):
+        state.meta()
+
+
+def test_a_newer_layout_is_refused_and_never_taken_for_damage(state):
+    """Whatever else it may have changed."""
+    state.db[b"meta"] = b'{"layout":%d,"identity":7}' % (LAYOUT + 1)
+    with pytest.raises(
+        JoinStateError, match=rf"layout {LAYOUT} or older, found {LAYOUT + 1}: a newer version.*left as it is"
+    ) as error:
+        state.meta()
+    assert not isinstance(error.value, StateDamaged)

@@ -7,7 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from state.errors import JoinStateError
+from state.errors import StateInUse
 from state.join_state import _ENTRY, Chunk, Entry, JoinMeta, Pending, Place
 
 __all__ = ["DictState", "Disk"]
@@ -139,12 +139,16 @@ class Disk:
     def __call__(self, path: Path, options: object) -> DictState:
         state = self._folders.setdefault(path, DictState())
         if state.open:
-            raise JoinStateError(f"{path}: lock hold by current process")
+            raise StateInUse(f"{path}: lock hold by current process")
         state.path, state.open = path, True
         return state
 
     def destroy(self, path: Path) -> None:
         self._folders.pop(path, None)
+
+    def set_aside(self, path: Path, why: str) -> Path:
+        self._folders.pop(path)
+        return path.with_name(f"{path.name}.{why}-now")
 
     def copy(self, path: Path, to: Path) -> None:
         """A folder copied, as it is; nothing where there is none."""

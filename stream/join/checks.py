@@ -1,0 +1,46 @@
+"""What a join worker wants to know of its topics before it joins the group."""
+
+from __future__ import annotations
+
+import logging
+
+from stream.cluster import Cluster, topic_configs, unequal
+from stream.errors import TopicError
+from stream.settings import KafkaSettings
+from stream.topic_contract import OUTPUT_MARGIN_BYTES
+from stream.topics import TopicNames
+
+__all__ = ["check_topics"]
+
+log = logging.getLogger(__name__)
+
+STAMPED, LARGEST = "message.timestamp.type", "max.message.bytes"
+
+
+async def check_topics(kafka: KafkaSettings, names: TopicNames, cluster: Cluster) -> None:
+    """Look at the four topics of the join. Configurations that we may not read are not judged.
+
+    Raises:
+        TopicError: their partition counts differ, or producers' clocks stamp a source's records.
+    """
+    sources, outputs = (names.impressions, names.clicks), (names.examples, names.dead_letters)
+    if problem := unequal({topic: cluster.partitions[topic] for topic in (*sources, *outputs)}):
+        raise TopicError(problem)
+    configs = await topic_configs(kafka, (*sources, *outputs), (STAMPED, LARGEST))
+    for topic in sources:
+        if (found := configs.get(topic, {}).get(STAMPED, "LogAppendTime")) != "LogAppendTime":
+            raise TopicError(
+                f"{topic}: expected {STAMPED}=LogAppendTime, found {found}: its records carry the time of their producers' "
+                "clocks, and one that is ahead would be believed. Run `headrace topics create --mend`, or: kafka-configs.sh "
+                f"--bootstrap-server {kafka.bootstrap_servers} --entity-type topics --entity-name {topic} --alter "
+                f"--add-config {STAMPED}=LogAppendTime"
+            )
+    largest = {topic: int(found[LARGEST]) for topic, found in configs.items() if LARGEST in found}
+    wanted = max((largest[topic] for topic in sources if topic in largest), default=0) + OUTPUT_MARGIN_BYTES
+    for topic in outputs:
+        if topic in largest and largest[topic] < wanted:
+            log.warning(
+                "%s: expected %s of at least %d, 64 KiB more than the sources have, found %d: a record at the limit of its "
+                "source may not fit. Run `headrace topics create --mend`.",
+                *(topic, LARGEST, wanted, largest[topic]),
+            )
