@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # How often it is looked who is alive while somebody else answers, or a broker doesn't.
 LOOK_S = 0.5
+# Longest round: the client tries a commit again for as long as no coordinator answers.
+ROUND_S = 30.0
 # Longest wait for requests in one round: how late an answer may be.
 POLL_MS = 50
 # Requests held at once; older ones are due before more are read.
@@ -97,14 +99,14 @@ class WaitingRoom:
             try:
                 async with HeartbeatReader(self._kafka, self._names) as scorers:
                     while True:
-                        if is_first(self._worker, await scorers.live()):
-                            await self._round()
-                        else:
-                            await self._leave()
+                        async with asyncio.timeout(ROUND_S):
+                            first = is_first(self._worker, await scorers.live())
+                            await (self._round() if first else self._leave())
+                        if not first:
                             await asyncio.sleep(LOOK_S)
             except CommitFailedError:
                 log.info("a scorer with a version is there: leaving the requests to it")
-            except (KafkaError, StreamError) as error:
+            except (KafkaError, StreamError, TimeoutError) as error:
                 log.warning("requests wait for a version, and the brokers don't answer: %r", error)
             finally:
                 await self._leave()
