@@ -113,7 +113,7 @@ def load_settings(**overrides: Any) -> Settings:
         raise ConfigError(f"{file}: expected TOML, found: {error}. Mend the file.") from error
     except ValidationError as error:
         lines = [
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}, found {_shown(problem)}"
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}{_found(problem)}"
             for problem in error.errors()
         ]
         raise ConfigError(
@@ -122,6 +122,9 @@ def load_settings(**overrides: Any) -> Settings:
         ) from error
 
 
-def _shown(problem: Any) -> str:
+def _found(problem: Any) -> str:
+    """What stood there; nothing for a whole section, of which the message itself says what is wrong."""
+    if isinstance(problem["input"], dict):
+        return ""
     secret = any("password" in str(part) for part in problem["loc"])
-    return "a secret" if secret else repr(problem["input"])
+    return ", found a secret" if secret else f", found {problem['input']!r}"

@@ -64,6 +64,15 @@ def test_each_variable_shown_sets_its_key(monkeypatch: pytest.MonkeyPatch) -> No
     assert changed["model.seed"].value == 1
 
 
+def test_a_key_that_was_replaced_says_by_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_JOIN__LABEL_POLICY", "fnw")
+    with pytest.raises(ConfigError) as told:
+        load_settings()
+    line = next(line for line in str(told.value).splitlines() if line.startswith("  join: "))
+    assert line.startswith("  join: label_policy was replaced by hold_ms.")
+    assert "found" not in line
+
+
 @pytest.mark.parametrize(
     ("change", "level", "key", "says"),
     [

@@ -12,12 +12,13 @@ from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import TopicPartition
 from prometheus_client import CollectorRegistry
 
+from stream.errors import PositionError
 from stream.join.events import WATERMARK_HEADER
 from stream.join.memory import Memory
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, Positions, TakenOver
-from stream.join.progress import decode_progress
-from stream.join.terms import NEVER_MS, History
+from stream.join.progress import Progress, decode_progress, encode_progress
+from stream.join.terms import MAX_CHANGES, NEVER_MS, History, Terms
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics import TopicNames
 from stream.transport import LogEnd, Run
@@ -285,3 +286,40 @@ def test_a_watermark_far_beyond_its_arrival_moves_nothing():
         assert bench.partition.memory.watermark_ms == far_ms - 1
 
     asyncio.run(check())
+
+
+def test_the_progress_always_fits_into_the_metadata_that_a_broker_takes():
+    """4,096 bytes (offset.metadata.max.bytes), however often settings have changed and however far the log is."""
+    large, day_ms = 10**18, 86_400_000
+    terms = tuple(
+        Terms(
+            large + index, large + index, 365 * day_ms, 365 * day_ms, 365 * day_ms, 365 * day_ms, 365 * day_ms, NEVER_MS, False
+        )
+        for index in range(MAX_CHANGES)
+    )
+    progress = Progress(
+        watermark_ms=NEVER_MS,
+        impressions_seen_ms=NEVER_MS,
+        clicks_seen_ms=NEVER_MS,
+        impressions_low=large,
+        clicks_low=large,
+        examples_low=large,
+        cut=large,
+        terms=terms,
+        partitions=10**6,
+    )
+    assert len(encode_progress(progress)) < 4_096
+    assert decode_progress(encode_progress(progress)) == progress
+
+
+def test_too_many_changes_of_settings_are_refused():
+    history = History()
+    for index in range(MAX_CHANGES):
+        changed = SETTINGS.model_copy(update={"window_ms": 100 + index})
+        history = history.with_settings(changed, impressions=index, clicks=index, watermark_ms=0)
+    assert len(history.terms) == MAX_CHANGES
+    again = history.with_settings(changed, impressions=99, clicks=99, watermark_ms=0)
+    assert again == history  # nothing has changed
+    with pytest.raises(PositionError, match=f"expected at most {MAX_CHANGES} changes of window_ms"):
+        history.with_settings(SETTINGS, impressions=99, clicks=99, watermark_ms=0)
+    assert len(history.pruned(2, 99).with_settings(SETTINGS, impressions=99, clicks=99, watermark_ms=0).terms) < MAX_CHANGES
