@@ -11,6 +11,8 @@ id is in the tables before the clock starts. Beside Headrace's learner run, in t
 - fbgemm's TBE with exact Adagrad, where fbgemm is installed;
 - the floor: the nine matrix products of the MLP's forward and backward passes and nothing else.
 
+With `--gate` it measures what the gate's comparison with an anchor adds to a step instead.
+
 The peers are handed row numbers (a lookup that Headrace does within its time). Last line: one JSON object; rates are
 medians of the rounds, `peer` is the fastest peer at batch 512.
 """
@@ -31,8 +33,13 @@ import torch
 from bench.common import interleaved, report
 from model.batch import FeatureBatch
 from model.learner import Learner
+from model.predictor import Predictor
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
+from state.gate import GateState
+from state.settings import SnapshotSettings
+from stream.trainer.batching import TrainingBatch
+from stream.trainer.judge import Anchor, Judge
 
 FIELDS = 39
 DIM = 16
@@ -48,7 +55,7 @@ Step = Callable[[int, int], None]
 class Pool:
     """Examples in memory: row ids (N, F), their hashes as a batch, and labels (N,)."""
 
-    def __init__(self, ids: int, rows: int) -> None:
+    def __init__(self, ids: int, rows: int, click_rate: float) -> None:
         rng = np.random.default_rng(0)
         self.per_field = ids // FIELDS
         odds = np.arange(1, self.per_field + 1) ** -ZIPF
@@ -56,8 +63,9 @@ class Pool:
         shuffled = np.stack([rng.permutation(self.per_field) for _ in range(FIELDS)])  # popular ids lie anywhere
         ranks = np.minimum(ranks, self.per_field - 1)
         self.ids = shuffled[np.arange(FIELDS), ranks] + np.arange(FIELDS) * self.per_field
-        self.labels = (rng.random(rows) < CLICK_RATE).astype(np.float32)
+        self.labels = (rng.random(rows) < click_rate).astype(np.float32)
         self.batch = as_batch(self.ids)
+        self.id_hashes = rng.integers(-(2**63), 2**63 - 1, rows)
         self.every_id = np.arange(self.per_field * FIELDS).reshape(FIELDS, -1).T  # (per field, F)
 
 
@@ -69,13 +77,33 @@ def as_batch(ids: np.ndarray) -> FeatureBatch:
     return FeatureBatch(x.view(np.int64), np.empty(0, np.int64), np.zeros(1, np.int64), lists=0)
 
 
-def headrace(pool: Pool) -> Step:
+def headrace(pool: Pool, *, gate: bool = False) -> Step:
     schema = FeatureSchema(fields=tuple(FieldSpec(name=f"f{i}") for i in range(FIELDS)), embedding_dim=DIM)
-    learner = Learner(schema, ModelSettings(hidden=HIDDEN), device="cpu")
+    settings = ModelSettings(hidden=HIDDEN)
+    learner = Learner(schema, settings, device="cpu")
     learner.learn(as_batch(pool.every_id), np.zeros(len(pool.every_id), np.float32))
+    judge = Judge(SnapshotSettings(), GateState())
+    if gate:
+        judge.compare_with(Anchor(1, Predictor(schema, settings, learner.serving_state(), device="cpu")))
 
     def step(start: int, stop: int) -> None:
-        learner.learn(pool.batch.slice(start, stop), pool.labels[start:stop])
+        batch, labels = pool.batch.slice(start, stop), pool.labels[start:stop]
+        scores = learner.learn(batch, labels)
+        if gate:
+            rows = np.arange(start, stop)
+            none = np.full(len(rows), np.nan, np.float32)
+            seen = TrainingBatch(
+                batch=batch,
+                labels=labels,
+                weights=None,
+                impression_ms=rows,
+                reached_ms=rows,
+                served=none,
+                versions=rows,
+                id_hashes=pool.id_hashes[rows],
+                records=(),
+            )
+            judge.observe(seen, scores)
 
     return step
 
@@ -187,8 +215,13 @@ def floor(rows: int) -> Step:
 @click.option("--rounds", default=9, show_default=True, help="Interleaved rounds.")
 @click.option("--ids", default=1_000_000, show_default=True, help="Ids in all fields together.")
 @click.option("--seconds", default=0.7, show_default=True, help="About how long each stretch takes.")
-def main(rounds: int, ids: int, seconds: float) -> None:
-    pool = Pool(ids, POOL_ROWS)
+@click.option("--gate", is_flag=True, help="Only what the gate's comparison with an anchor costs.")
+@click.option("--click-rate", default=CLICK_RATE, show_default=True, help="Of the examples.")
+def main(rounds: int, ids: int, seconds: float, gate: bool, click_rate: float) -> None:
+    pool = Pool(ids, POOL_ROWS, click_rate)
+    if gate:
+        measure_gate(pool, rounds, seconds, click_rate)
+        return
     trainers: dict[str, Step | None] = {
         "headrace": headrace(pool),
         "torch_sparse": plain_torch(pool, sparse=True),
@@ -219,6 +252,25 @@ def main(rounds: int, ids: int, seconds: float) -> None:
         threads=torch.get_num_threads(),
         ids=len(pool.every_id) * FIELDS,
         rounds=rounds,
+    )
+
+
+def measure_gate(pool: Pool, rounds: int, seconds: float, click_rate: float) -> None:
+    """How much longer a step takes with the gate, at the shipped batch size and at a larger one."""
+    shares: dict[str, float] = {}
+    for rows in (128, 512):
+        steps = {name: headrace(pool, gate=name == "gate") for name in ("alone", "gate")}
+        rates = interleaved({name: stretch(step, rows, seconds) for name, step in steps.items()}, rounds)
+        # Of each round, since what else the machine does differs between rounds more than the gate costs.
+        pairs = zip(rates["alone"], rates["gate"], strict=True)
+        shares[f"batch_{rows}"] = round(statistics.median(alone / gated - 1 for alone, gated in pairs), 4)
+    report(
+        benchmark="train_gate",
+        value=max(shares.values()),
+        unit="share of a step",
+        click_rate=click_rate,
+        rounds=rounds,
+        **shares,
     )
 
 

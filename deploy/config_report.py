@@ -179,12 +179,12 @@ def _scorer(settings: Settings) -> Iterator[Finding]:
 
 
 def _snapshots(settings: Settings) -> Iterator[Finding]:
-    low, high = settings.snapshots.gate_calibration
+    low, high = settings.snapshots.served_calibration_band
     if not 0 <= low < 1 < high:
         yield Finding(
             "error",
-            "snapshots.gate_calibration",
-            f"expected a band around 1, as [0.8, 1.25], found [{low}, {high}]: no model could pass. Mend it.",
+            "snapshots.served_calibration_band",
+            f"expected a band around 1, as [0.8, 1.25], found [{low}, {high}]: the alarm would never end. Correct the band.",
         )
 
 

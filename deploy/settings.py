@@ -4,6 +4,10 @@
 HEADRACE_KAFKA__BOOTSTRAP_SERVERS=broker:9092 headrace run join     # `__` goes one level down
 HEADRACE_CONFIG=/etc/headrace.toml headrace config check            # another file than ./headrace.toml
 ```
+
+Relative paths (`snapshots.url`, `state_dir`, `local_kafka.dir`) lie beside the settings file, wherever a worker is started: one
+that is started in another folder must not find an empty store there. They are absolute once loaded, as `headrace config show`
+prints them.
 """
 
 from __future__ import annotations
@@ -40,7 +44,10 @@ class LocalKafkaSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dir: Path = Field(default=Path(".headrace/kafka"), description="Data, logs and the ports chosen.")
+    dir: Path = Field(
+        default=Path(".headrace/kafka"),
+        description="Data, logs and the ports chosen; a relative path lies beside the settings file.",
+    )
     resolver: Literal["jgo", "mvn"] = "jgo"
     cache_dir: Path | None = Field(default=None, description="Where jars are kept; ~/.cache/headrace/kafka when unset.")
     java: Path | None = Field(default=None, description="A java binary, 17 or newer; found by itself when unset.")
@@ -65,7 +72,10 @@ class Settings(BaseSettings):
     model: ModelSettings = ModelSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
     local_kafka: LocalKafkaSettings = LocalKafkaSettings()
-    state_dir: Path = Field(default=Path(".headrace/state"), description="RocksDB of the join: one volume a worker.")
+    state_dir: Path = Field(
+        default=Path(".headrace/state"),
+        description="RocksDB of the join, one volume a worker; a relative path lies beside the settings file.",
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -108,7 +118,7 @@ def load_settings(**overrides: Any) -> Settings:
                     f"{', '.join(sorted(Settings.model_fields))}. Unset it, or see `headrace config show`."
                 )
     try:
-        return Settings(**overrides)
+        return _absolute(Settings(**overrides))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: expected TOML, found: {error}. Mend the file.") from error
     except ValidationError as error:
@@ -120,6 +130,17 @@ def load_settings(**overrides: Any) -> Settings:
             "settings (arguments > environment HEADRACE_* > "
             f"{file}):\n  " + "\n  ".join(lines) + "\nMend the key named; `headrace config show` prints every key."
         ) from error
+
+
+def _absolute(settings: Settings) -> Settings:
+    """With relative paths resolved against the folder of the settings file (the working folder where there is none)."""
+    beside = settings_file().absolute().parent
+    snapshots, local = settings.snapshots, settings.local_kafka
+    if "://" not in snapshots.url:
+        snapshots = snapshots.model_copy(update={"url": str(beside / Path(snapshots.url).expanduser())})
+    local = local.model_copy(update={"dir": beside / local.dir.expanduser()})
+    state_dir = beside / settings.state_dir.expanduser()
+    return settings.model_copy(update={"snapshots": snapshots, "local_kafka": local, "state_dir": state_dir})
 
 
 def _found(problem: Any) -> str:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from msgspec.structs import replace
 
 from state.errors import Refused, StaleEpoch
-from state.gate import calibration_in_band, gate
+from state.gate import judge_version
 from state.manifest import Manifest
 from state.registry import (
     CHAMPION_KEY,
@@ -94,12 +94,17 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Auto-promotion stopped or let go on. `changed` is False when it was so already."""
+    """Auto-promotion stopped or let go on, as the log has it.
+
+    `changed` is False when it was so already: then `reason`, `who` and `at_ms` (ms since epoch) are those of whoever did it.
+    """
 
     held: bool
     reason: str
     changed: bool
     undo: str | None
+    who: str = ""
+    at_ms: int = 0
 
 
 def take_epoch(state: RegistryState, *, who: str, now_ms: int) -> Change[int]:
@@ -136,8 +141,9 @@ def announce(
             f"version {version}: expected a number above {state.newest}, the newest announced, found {version}. "
             "Take the larger of the store's and the registry's next number."
         )
-    record = state.champion_record
-    verdict = gate(manifest.metrics, None if record is None else record.metrics, settings)
+    verdict = judge_version(
+        manifest.verdict, manifest.metrics, manifest.examples_seen, champion_line=state.champion_line, settings=settings
+    )
     held = state.champion.hold
     if verdict.passed and (held or not settings.auto_promote):
         why = f"held ({state.champion.hold_reason})" if held else "snapshots.auto_promote is off"
@@ -231,11 +237,15 @@ def rollback_target(
                 f"rollback: expected a champion at {_clock(at_ms)}, found none remembered. {_choices(state, champion)}"
             )
     else:
-        good = (
+        good = [
             version
             for version, record in state.versions.items()
             if version < champion and record.good_at_ms is not None and not state.champion.was_rolled_back(version)
-        )
+        ]
+        withheld = state.withheld
+        if withheld is not None and withheld.anchor is not None:
+            # What made the gate withhold began some clicks before: versions since the anchor may have been tagged too early.
+            good = [version for version in good if version <= withheld.anchor] or good
         target = max(good, default=None)
         if target is None:
             raise Refused(
@@ -252,20 +262,24 @@ def rollback_target(
 def hold(state: RegistryState, cause: Cause) -> Change[Held]:
     """Stop auto-promotion until `resume`; a hold that is there already stays, with its own reason."""
     before = state.champion
+    undo = "headrace snapshot resume"
     if before.hold:
-        return Change((), Held(True, before.hold_reason, False, None))
+        # An attempt that seemed to fail may have been written: then the hold in the log is this operation's own.
+        ours = _is_by(before, cause)
+        reason, who, at_ms = before.hold_reason, before.hold_who, before.hold_at_ms
+        return Change((), Held(True, reason, ours, undo if ours else None, who, at_ms))
     after = _held(before, True, cause.reason, cause)
-    return Change(((CHAMPION_KEY, after),), Held(True, cause.reason, True, "headrace snapshot resume"))
+    return Change(((CHAMPION_KEY, after),), Held(True, cause.reason, True, undo, cause.who, cause.now_ms))
 
 
 def resume(state: RegistryState, cause: Cause) -> Change[Held]:
     """Let auto-promotion go on with the next version that passes the gate."""
     before = state.champion
     if not before.hold:
-        return Change((), Held(False, "", False, None))
+        return Change((), Held(False, "", _is_by(before, cause), None, before.hold_who, before.hold_at_ms))
     after = _held(before, False, "", cause)
     undo = f"headrace snapshot hold --reason {shlex.quote(before.hold_reason)}"
-    return Change(((CHAMPION_KEY, after),), Held(False, cause.reason, True, undo))
+    return Change(((CHAMPION_KEY, after),), Held(False, cause.reason, True, undo, cause.who, cause.now_ms))
 
 
 def tag_good(state: RegistryState, versions: Iterable[int], *, now_ms: int) -> Change[tuple[int, ...]]:
@@ -283,21 +297,13 @@ def tag_good(state: RegistryState, versions: Iterable[int], *, now_ms: int) -> C
     return Change(records, tuple(record.version for record in fresh))
 
 
-def due_good(
-    state: RegistryState, now_ms: int, settings: SnapshotSettings, *, metrics: Mapping[str, float] | None = None
-) -> list[int]:
+def due_good(state: RegistryState, now_ms: int, settings: SnapshotSettings) -> list[int]:
     """Versions whose time has come to be tagged good.
 
-    A version proves itself by what follows it: `good_after_ms` after it became champion nobody has rolled back over it, its
-    own metrics were in band, and those of the newest version still are. It need not be champion still: with a version
-    every few seconds, none stays that long.
-
-    Args:
-        metrics: the trainer's at this moment, in place of the newest version's.
+    A version proves itself by what follows it: `good_after_ms` after it became champion nobody has rolled back over it, and
+    versions still flow. It need not be champion still: with a version every few seconds, none stays that long.
     """
-    newest = state.versions.get(max(state.versions, default=0))
-    latest = metrics if metrics is not None else {} if newest is None else newest.metrics
-    if calibration_in_band(latest, settings)[0] is not True:
+    if state.withheld is not None:
         return []
     return [
         version
@@ -306,7 +312,9 @@ def due_good(
         and record.champion_at_ms
         and record.champion_at_ms[-1] <= now_ms - settings.good_after_ms
         and not state.champion.was_rolled_back(version)
-        and calibration_in_band(record.metrics, settings)[0] is True
+        and record.verdict is not None
+        and record.verdict.flow == "flowing"
+        and not record.verdict.problems
     ]
 
 
@@ -351,7 +359,14 @@ def _held(champion: Champion, hold: bool | None, reason: str, cause: Cause) -> C
     reason = reason if hold else ""
     if hold is None or (hold, reason) == (champion.hold, champion.hold_reason):
         return champion
-    return replace(champion, hold=hold, hold_reason=reason, hold_who=cause.who, hold_at_ms=cause.now_ms)
+    return replace(
+        champion, hold=hold, hold_reason=reason, hold_who=cause.who, hold_at_ms=cause.now_ms, hold_operation=cause.operation
+    )
+
+
+def _is_by(champion: Champion, cause: Cause) -> bool:
+    """Whether the hold, or its end, in the log was written by this very operation."""
+    return bool(cause.operation) and champion.hold_operation == cause.operation
 
 
 def _announced(state: RegistryState, version: int) -> VersionRecord:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from state.errors import SnapshotCorrupt
+from state.gate import GateReport
 
 __all__ = ["MANIFEST_FILE", "SERVING_FILE", "TRAINER_FILE", "FileEntry", "Manifest", "finite_or_null", "nan_for_null"]
 
@@ -28,9 +29,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that is known of one version, without its weights.
 
     `offsets` maps a partition of `examples` to the next offset to train; `watermark_ms` is event time. `metrics` are
-    those of the window before the snapshot: the gate reads `window_examples`, `window_log_loss`, `window_calibration`,
-    `served_examples` and `served_calibration`. `negative_rate` is the share of negatives that the weights were learned from:
-    whoever scores with them corrects by it (`model.sampling`). A metric that isn't finite is written as null and read as NaN.
+    those of the window before the snapshot. `verdict` is what the gate knew of the version. `topic_ids` are Kafka's ids of
+    `examples` and `snapshots`, by which a topic that was made anew is told from the one that the version was trained on.
+    `negative_rate` is the share of negatives that the weights were learned from: whoever scores with them corrects by it
+    (`model.sampling`). A metric that isn't finite is written as null and read as NaN.
     Fields that this code doesn't know are ignored, so that older readers read newer manifests.
     """
 
@@ -45,6 +47,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     examples_seen: int = 0
     negative_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
+    verdict: GateReport | None = None
+    topic_ids: dict[str, str] = msgspec.field(default_factory=dict)
     schema_hash: str = ""
     features: dict[str, Any] = msgspec.field(default_factory=dict)
     model: dict[str, Any] = msgspec.field(default_factory=dict)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from state.gate import GateReport
 from state.manifest import Manifest, finite_or_null, nan_for_null
 
 __all__ = [
@@ -49,7 +50,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `champion_at_ms` are the times at which it became champion, ascending: together the versions hold the champion's
     whole history, which no single record of a compacted topic could. `gate` says why it was promoted or stays a
-    candidate.
+    candidate; `verdict` is what the gate knew when it was captured (None: announced by something without a gate).
     """
 
     version: int
@@ -66,6 +67,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     announced_at_ms: int = 0
     who: str = ""
     gate: str = ""
+    verdict: GateReport | None = None
     champion_at_ms: tuple[int, ...] = ()
     good_at_ms: int | None = None
 
@@ -87,7 +89,13 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
             announced_at_ms=now_ms,
             who=who,
             gate=gate,
+            verdict=manifest.verdict,
         )
+
+    @property
+    def line(self) -> int:
+        """The line of weights that it belongs to; 0 for versions of before there were lines."""
+        return 0 if self.verdict is None else self.verdict.line
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +126,7 @@ class Champion(msgspec.Struct, frozen=True, kw_only=True):
     hold_reason: str = ""
     hold_who: str = ""
     hold_at_ms: int = 0
+    hold_operation: str = ""
     rolled_back: tuple[tuple[int, int], ...] = ()
     moves: tuple[Move, ...] = ()
 
@@ -152,6 +161,20 @@ class RegistryState:
     def champion_record(self) -> VersionRecord | None:
         """The champion's own record; None without a champion."""
         return None if self.champion.version is None else self.versions.get(self.champion.version)
+
+    @property
+    def champion_line(self) -> int | None:
+        """The line that the champion belongs to; None without a champion."""
+        if self.champion.version is None:
+            return None
+        record = self.champion_record
+        return 0 if record is None else record.line
+
+    @property
+    def withheld(self) -> GateReport | None:
+        """The newest version's report when the gate withholds new versions; None while they flow."""
+        record = self.versions.get(max(self.versions, default=0))
+        return None if record is None or record.verdict is None or record.verdict.flow == "flowing" else record.verdict
 
     @property
     def newest(self) -> int:

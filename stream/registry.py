@@ -190,11 +190,14 @@ class RegistryWriter:
                 try:
                     async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                         change = await self._decided(decide, cause)
-                        if change is None or not change.records:
-                            # Nothing is left to write: an attempt that seemed to fail was committed after all.
-                            outcome = attempted if attempted is not None else change.outcome if change else None
-                            assert outcome is not None
-                            return Written(outcome, self._log.position, _now_ms())
+                        if change is None:
+                            # An attempt that seemed to fail was committed after all.
+                            assert attempted is not None
+                            return Written(attempted, self._log.position, _now_ms())
+                        if not change.records:
+                            # Nothing is left to write. What an attempt that failed would have come to doesn't count: another
+                            # writer may have come in between, and what is in the log is what is reported.
+                            return Written(change.outcome, self._log.position, _now_ms())
                         attempted = change.outcome
                         await self._commit(change.records)
                         return Written(change.outcome, self._read_to, self._at_ms)

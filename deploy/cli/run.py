@@ -87,14 +87,21 @@ _device = click.option("--device", help="auto, cpu or cuda; instead of the setti
 
 @run.command()
 @_device
+@click.option(
+    "--new-model",
+    is_flag=True,
+    help="Begin from nothing at the start of the log, whatever the store holds. The champion stays until the new model has "
+    "been compared with it. For one start: leave it out afterwards.",
+)
 @_common
-def trainer(device: str | None, http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
+def trainer(device: str | None, new_model: bool, http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
     """Learn from labelled examples and publish snapshots.
 
     \b
     Examples:
       headrace run trainer
       headrace run trainer --device cuda
+      headrace run trainer --new-model               another schema, or a model that is to be learned anew
     """
     settings = _settings(http_port, nice, verbose, leash)
     from stream.topics import TopicNames
@@ -110,6 +117,7 @@ def trainer(device: str | None, http_port: int | None, nice: int, verbose: bool,
             schema=settings.features,
             model=settings.model,
             snapshots=settings.snapshots,
+            new_model=new_model,
         )
     )
 

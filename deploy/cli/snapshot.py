@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from deploy.cli.common import ask_kafka, echo_json, format_option, who
-from deploy.cli.times import DURATION, TIME, duration
+from deploy.cli.times import DURATION, TIME, clock, duration
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
@@ -268,10 +268,21 @@ def resume(output: str) -> None:
 def _hold_or_resume(change: Callable[[RegistryWriter], Awaitable[Any]], output: str) -> None:
     held = _write(_settings(), change).outcome
     if output == "json":
-        echo_json({"held": held.held, "reason": held.reason, "changed": held.changed, "undo": held.undo})
+        echo_json(
+            {
+                "held": held.held,
+                "reason": held.reason,
+                "who": held.who,
+                "since_ms": held.at_ms,
+                "changed": held.changed,
+                "undo": held.undo,
+            }
+        )
         return
-    state = f"held: {held.reason}" if held.held else "on"
-    click.echo(f"auto-promotion: {state}{'' if held.changed else ' (it was so already)'}")
+    by = f" (by {held.who} at {clock(held.at_ms)})" if held.who else ""
+    click.echo(f"auto-promotion: {f'held: {held.reason}' if held.held else 'on'}{by}")
+    if not held.changed:
+        click.echo("It was so already; nothing was written.")
     if held.undo:
         click.echo(f"undo: {held.undo}")
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from deploy.cli.times import clock
 from state.manifest import Manifest, finite_or_null
 from state.registry import RegistryState, VersionRecord
@@ -30,6 +32,9 @@ def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[s
         "reason": champion.reason,
         "held": champion.hold,
         "hold_reason": champion.hold_reason,
+        "hold_who": champion.hold_who,
+        "hold_at_ms": champion.hold_at_ms,
+        "gate": _verdict(state),
         "trainer_epoch": state.trainer.epoch,
         "malformed_records": state.problem_count,
         "versions": [
@@ -56,6 +61,7 @@ def version_json(record: VersionRecord, state: RegistryState, in_store: bool) ->
         "bytes": record.size,
         "metrics": finite_or_null(record.metrics),
         "gate": record.gate,
+        "verdict": None if record.verdict is None else msgspec.to_builtins(record.verdict),
         "in_store": in_store,
     }
 
@@ -98,9 +104,14 @@ def print_versions(document: dict[str, Any]) -> None:
         )
     console = _console()
     console.print(table)
-    held = f"auto-promotion held: {document['hold_reason']}" if document["held"] else "auto-promotion on"
+    held = "auto-promotion on"
+    if document["held"]:
+        held = f"auto-promotion held by {document['hold_who']} at {clock(document['hold_at_ms'])}: {document['hold_reason']}"
     champion = "none" if document["champion"] is None else document["champion"]
     console.print(f"champion {champion} since {clock(document['since_ms'])}, {held}")
+    gate = document["gate"]
+    if gate is not None:
+        console.print(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
     for beat in document["scorers"]:
         version = "no version" if beat["version"] is None else f"version {beat['version']}"
         told = f"scorer {beat['worker']} on {beat['host']}: {version}{', stale' if beat['stale'] else ''}"
@@ -128,6 +139,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
             ("version", str(announced["version"])),
             ("tags", ", ".join(announced["tags"])),
             ("gate", announced["gate"]),
+            *_verdict_pairs(announced["verdict"]),
             ("announced", f"{clock(announced['announced_at_ms'])} by {announced['announced_by']}"),
             ("champion at", ", ".join(clock(at) for at in announced["champion_at_ms"]) or "never"),
             ("good since", clock(announced["good_at_ms"])),
@@ -152,6 +164,26 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         (f"file {name}", f"{entry.size:,} bytes, SHA-256 {entry.sha256}") for name, entry in sorted(manifest.files.items())
     ]
     return pairs
+
+
+def _verdict(state: RegistryState) -> dict[str, Any] | None:
+    """What the gate said with the newest version; None when that version has none."""
+    record = state.versions.get(max(state.versions, default=0))
+    return None if record is None or record.verdict is None else dict(msgspec.to_builtins(record.verdict))
+
+
+def _verdict_pairs(verdict: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if verdict is None:
+        return []
+    compared = "nothing" if verdict["anchor"] is None else f"version {verdict['anchor']}"
+    if verdict["loss_change"] is not None:
+        compared += f", log loss {verdict['loss_change'] * 100:+.2f} % ± {verdict['loss_error'] * 100:.2f} %"
+    return [
+        ("flow", f"{verdict['flow']} since {clock(verdict['since_ms'])}: {verdict['reason']}"),
+        ("compared with", compared),
+        ("line", f"{verdict['line']}, {verdict['clicks']:,} clicks and {verdict['negatives']:,} non-clicks seen"),
+        ("problems", "; ".join(verdict["problems"]) or "none"),
+    ]
 
 
 def _tags(record: VersionRecord, state: RegistryState) -> list[str]:

@@ -229,9 +229,8 @@ class _Run:
         held = [f"version {record.version}: {record.gate}" for record in state.versions.values() if not record.good_at_ms][-3:]
         raise DeployError(
             f"there is nothing to roll back to: expected champion {champion} to be served and a good version before it, found "
-            f"none within 30 s. What the gate said last: {'; '.join(held) or 'nothing, no version was held back'}. With a long "
-            "window the labels that come first are nearly all clicks; `snapshots.gate_calibration` and `snapshots.gate_margin` "
-            "widen the gate."
+            f"none within 30 s. What the gate said last: {'; '.join(held) or 'nothing, no version was held back'}. A version "
+            "is tagged good `snapshots.good_after_ms` after it became champion."
         )
 
     async def _look(self, scorers: HeartbeatReader) -> Figures:

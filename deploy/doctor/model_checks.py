@@ -81,7 +81,7 @@ def calibration(readings: Readings) -> Iterator[Finding]:
     if newest is None:
         return
     count, value = newest.metrics.get("served_examples", 0), newest.metrics.get("served_calibration", math.nan)
-    low, high = readings.snapshots.gate_calibration
+    low, high = readings.snapshots.served_calibration_band
     if count >= MIN_SERVED and not math.isnan(value) and not low <= value <= high:
         yield Finding(
             check="calibration",

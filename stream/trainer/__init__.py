@@ -10,5 +10,7 @@
 | `scores` | how good the scores are: progressive, served, over a stretch of event time |
 | `skew` | served scores computed again from the impressions' features |
 | `snapshots` | when and how versions are written and announced |
+| `judge` | which examples the gate compares, with what; `anchors`: the version compared with; `sanity`: weights alone |
+| `prepare` | everything that is checked before an epoch ends the trainer that runs |
 | `start` | which version to go on from, and where in the log |
 """

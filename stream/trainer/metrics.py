@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from model.metrics import Metrics
+from state.gate import GateReport
 from state.manifest import Manifest
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.scores import Report
 
 __all__ = ["TrainerMetrics"]
 
+# Clicks from which served calibration is judged: with 100 its standard error is 10 %, half the width of the shipped band.
+SERVED_CLICKS = 100
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
@@ -97,6 +102,38 @@ class TrainerMetrics:
             "headrace_trainer_promoted_timestamp_seconds", "When a version was last promoted so.", registry=registry
         )
 
+        self.gate_flowing = Gauge(
+            "headrace_trainer_gate_flowing",
+            "1 while new versions may become champion, 0 while they are withheld.",
+            registry=registry,
+        )
+        self.gate_loss_change = Gauge(
+            "headrace_trainer_gate_loss_change",
+            "Log loss of the live weights over the anchor's on the same examples, less 1, of the newest stretch judged.",
+            registry=registry,
+        )
+        self.gate_clicks = Gauge(
+            "headrace_trainer_gate_clicks", "Clicks in the blocks judged since the gate last turned.", registry=registry
+        )
+        self.gate_anchor = Gauge(
+            "headrace_trainer_gate_anchor_version", "Version that is compared with, 0 when there is none.", registry=registry
+        )
+        self.score_spread = Gauge(
+            "headrace_trainer_score_spread",
+            "Standard deviation of the logits of the newest 1,000 scores or so.",
+            registry=registry,
+        )
+        self.behind = Gauge(
+            "headrace_trainer_versions_since_champion",
+            "Announced versions that are newer than the champion.",
+            registry=registry,
+        )
+        self.served_out_of_band = Gauge(
+            "headrace_trainer_served_out_of_band",
+            "1 while the calibration of served scores is outside snapshots.served_calibration_band, judged from 100 clicks on.",
+            registry=registry,
+        )
+
     def watch_queue(self, waiting: Callable[[], int]) -> None:
         """Where the depth of the queue is read from, at each scrape."""
         self.queue.set_function(waiting)
@@ -122,6 +159,20 @@ class TrainerMetrics:
         self.skew_mean.set(mean)
         self.skew_p99.set(p99)
         self.skew_share.set(share)
+
+    def judged(self, verdict: GateReport, versions_since_champion: int) -> None:
+        """Show what the gate knows."""
+        self.gate_flowing.set(verdict.flow == "flowing")
+        self.gate_loss_change.set(math.nan if verdict.loss_change is None else verdict.loss_change)
+        self.gate_clicks.set(verdict.compared_clicks)
+        self.gate_anchor.set(verdict.anchor or 0)
+        self.score_spread.set(math.nan if verdict.spread is None else verdict.spread)
+        self.behind.set(versions_since_champion)
+
+    def served(self, metrics: Metrics, band: tuple[float, float]) -> None:
+        """Show whether what was served promised as many clicks as came."""
+        enough = metrics.positives >= SERVED_CLICKS
+        self.served_out_of_band.set(enough and not band[0] <= metrics.calibration <= band[1])
 
     def announced(self, manifest: Manifest, *, promoted: bool) -> None:
         """A version is in the registry."""

@@ -31,7 +31,7 @@ from model.metrics import Metrics, ProgressiveMetrics, auc
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.kept import from_json, to_json
 
-__all__ = ["FrozenScores", "Kind", "Report", "Scope", "Scores", "manifest_metrics"]
+__all__ = ["FrozenScores", "Kind", "Report", "Scope", "Scores", "counts", "manifest_metrics"]
 
 Kind = Literal["progressive", "served"]
 Scope = Literal["window", "total", "evaluation"]
@@ -178,7 +178,7 @@ class Scores:
             return
         gathered, self._gathered, self._rows = self._gathered, [], 0
         labels = np.concatenate([batch.labels for _, batch in gathered])
-        weights = np.concatenate([_counts(batch) for _, batch in gathered])
+        weights = np.concatenate([counts(batch) for _, batch in gathered])
         corrects = np.concatenate(
             [np.zeros(len(batch), np.bool_) if batch.corrects is None else batch.corrects for _, batch in gathered]
         )
@@ -197,7 +197,7 @@ def _under(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, npt.NDAr
     return {name.removeprefix(prefix): tensor.numpy() for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _counts(batch: TrainingBatch) -> npt.NDArray[np.float32]:
+def counts(batch: TrainingBatch) -> npt.NDArray[np.float32]:
     """How often each example counts: its weight, and a negative besides for those that were left out."""
     weights = np.ones(len(batch), np.float32) if batch.weights is None else batch.weights
     if batch.rates is None:

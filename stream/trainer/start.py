@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 # Model settings that fix the shape of the weights. The others (rates, batch size) may change between two starts.
 SHAPE = ("name", "hidden")
 _ELSEWHERE = (
-    "Put the old settings back, or begin a new model from the start of the log: set HEADRACE_SNAPSHOTS__URL to an empty place "
-    "(trainer and scorers alike)."
+    "Put the old settings back, or begin a new model from the start of the log: `headrace run trainer --new-model`, once. The "
+    "champion stays until the new model has been compared with it."
 )
 
 
@@ -70,12 +70,19 @@ class Start:
 
 
 def go_on(
-    learner: Learner, registry: RegistryState, store: SnapshotStore, schema: FeatureSchema, model: ModelSettings
+    learner: Learner,
+    registry: RegistryState,
+    store: SnapshotStore,
+    schema: FeatureSchema,
+    model: ModelSettings,
+    *,
+    topic_ids: Mapping[str, str] | None = None,
+    new_model: bool = False,
 ) -> Start:
     """Choose what to go on from and load it into the learner. Raises as `find_start` and `restore` do."""
     broken: set[int] = set()
     while True:
-        start = find_start(registry, store, schema, model, broken)
+        start = find_start(registry, store, schema, model, broken, topic_ids=topic_ids, new_model=new_model)
         try:
             kept = restore(learner, store, start)
         except SnapshotError as error:
@@ -92,15 +99,26 @@ def find_start(
     schema: FeatureSchema,
     model: ModelSettings,
     broken: Collection[int] = (),
+    *,
+    topic_ids: Mapping[str, str] | None = None,
+    new_model: bool = False,
 ) -> Start:
     """Choose. Reads manifests, and names and sizes of files; hashes are checked when it is restored.
 
     A version that is broken in the store, or known to be, is passed over for the one before, with a warning.
 
+    Args:
+        topic_ids: Kafka's ids of `examples` and `snapshots` as they are now.
+        new_model: begin from nothing, whatever there is.
+
     Raises:
         SnapshotMismatch: the newest usable version is of another schema or model.
-        SnapshotError: the store can't be read, or holds versions but none of those announced.
+        SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
+        PositionError: `examples` was made anew since the version was trained.
     """
+    if new_model:
+        log.warning("beginning a new model at the start of the log, as asked; leave --new-model out at the next start")
+        return Start(None, registry.newest)
     announced = sorted((each for each in registry.versions.values() if each.kind == "full"), key=lambda each: -each.version)
     problems: list[str] = []
     for record in announced:
@@ -120,19 +138,43 @@ def find_start(
             log.warning("passing over version %d: %s", record.version, wrong[0])
             continue
         _require_same(manifest, schema, model)
+        _require_same_log(manifest, topic_ids or {})
         return Start(manifest, registry.newest)
     there = store.versions()
-    if announced and there:
+    if announced:
+        found = f"none that is whole ({problems[0]})" if there else "an empty store"
         raise SnapshotError(
             f"{store.url}: expected one of the {len(announced)} versions that the registry knows (newest "
-            f"{announced[0].version}), found none that is whole ({problems[0]}). Is snapshots.url right? An empty place begins "
-            "a new model."
+            f"{announced[0].version}), found {found}. Is snapshots.url right? `headrace config show` prints it. A new "
+            "model is begun by `headrace run trainer --new-model`, once."
         )
-    if announced:
-        log.warning("%s is empty: beginning a new model at the start of the log", store.url)
-    elif there:
-        log.warning("%s: the registry knows none of its %d versions; beginning a new model", store.url, len(there))
+    if there:
+        _require_left_over(store.manifest(there[-1]), registry, topic_ids or {}, f"{store.url} holds {len(there)} versions")
+        log.warning("%s: none of its %d versions was announced; beginning a new model", store.url, len(there))
     return Start(None, registry.newest)
+
+
+def _require_same_log(manifest: Manifest, topic_ids: Mapping[str, str]) -> None:
+    """A topic that was made anew has the same name, and after a while offsets as large as the old one's."""
+    trained, now = manifest.topic_ids.get("examples"), topic_ids.get("examples")
+    if trained and now and trained != now:
+        raise PositionError(
+            f"examples: expected the topic with id {trained}, which version {manifest.version} was trained on, found id {now}. "
+            f"The topic was made anew, so the version's offsets mean nothing in it. {_ELSEWHERE}"
+        )
+
+
+def _require_left_over(manifest: Manifest, registry: RegistryState, topic_ids: Mapping[str, str], there: str) -> None:
+    """Versions that nobody announced are fine when a trainer of this registry died before its first announcement."""
+    written, now = manifest.topic_ids.get("snapshots"), topic_ids.get("snapshots")
+    ours = written == now if written and now else manifest.epoch <= registry.trainer.epoch
+    if not ours:
+        raise SnapshotError(
+            f"{there}: expected a registry that knows one of them, found one that knows no version at all. The topic "
+            f"`snapshots` was made anew (id {now or 'unknown'}, version {manifest.version} was announced to "
+            f"{written or 'an unknown one'}), or snapshots.url is another system's. To begin a new model: `headrace run "
+            "trainer --new-model`, once."
+        )
 
 
 def _require_same(manifest: Manifest, schema: FeatureSchema, model: ModelSettings) -> None:

@@ -14,9 +14,11 @@ import torch
 
 from model.errors import UpdateNotFinite
 from model.features import FeatureBatch
+from state.gate import GateReport
 from stream.dead_letters import DeadLetter
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.examples import DecodedRun
+from stream.trainer.judge import Judge
 from stream.trainer.kept import Kept, restore_kept, state_of
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.scores import FrozenScores, Scores
@@ -75,6 +77,7 @@ class Captured:
     scores: FrozenScores
     letters: int
     at_ms: int
+    verdict: GateReport | None = None
 
 
 class Training:
@@ -94,8 +97,8 @@ class Training:
     A batch whose update isn't finite changes nothing. It is learned in halves, and these in halves, so that only examples that
     can't be learned alone are set aside: `take_set_aside` gives their dead letters.
 
-    `observers` see each batch with the scores from before its update, one after the other. The state of `kept`, by name, and of
-    the scores is in every snapshot.
+    `observers` see each batch with the scores from before its update, one after the other; so does the `judge`. The state of
+    `kept`, by name, of the scores and of the judge is in every snapshot.
     """
 
     def __init__(
@@ -109,10 +112,12 @@ class Training:
         watermark_ms: int = 0,
         observers: Sequence[Observer] = (),
         kept: Mapping[str, Kept] | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self._learner, self._cutter, self._scores, self._metrics = learner, cutter, scores, metrics
-        self._observers = tuple(observers)
-        self._kept: dict[str, Kept] = {"scores": scores, **(kept or {})}
+        self._judge = judge
+        self._observers = tuple(observers) if judge is None else (*observers, judge)
+        self._kept: dict[str, Kept] = {"scores": scores, **({} if judge is None else {"gate": judge}), **(kept or {})}
         self._max_batch_age_s = max_batch_age_s
         self._waiting_since: float | None = None
         self._set_aside: list[DeadLetter] = []
@@ -231,6 +236,7 @@ class Training:
             scores=self._scores.freeze(),
             letters=self._cutter.letters,
             at_ms=time.time_ns() // 1_000_000,
+            verdict=None if self._judge is None else self._judge.report(),
         )
         self._metrics.snapshot_seconds.labels("capture").observe(time.perf_counter() - began)
         return captured

@@ -12,35 +12,38 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from faust.types import TP
 
-from model.learner import Learner
 from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.clients import aiokafka_options, answer, quietly_stopped, started
 from stream.cluster import ClusterWatch, describe_cluster
 from stream.errors import Fenced, RegistryError
 from stream.registry import RegistryWriter
+from stream.registry_log import read_registry
 from stream.registry_reader import RegistryReader
 from stream.runtime import build_app, fatal, new_registry, serve, source_part
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics import TopicNames
+from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
 from stream.trainer.examples import ExampleDecoder
+from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
+from stream.trainer.prepare import gate_state, prepare, require_free, topic_ids
 from stream.trainer.scores import Scores
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher
-from stream.trainer.start import first_positions, go_on
 from stream.trainer.training import Training
 from stream.transport import LogEnd, Run, RunSchema
 from stream.watchdog import Part
@@ -56,6 +59,8 @@ SESSION_TIMEOUT_MS = 10_000
 INSTANCE_ID = "trainer"
 # How often gauges are brought up to date and a champion's time as `good` is looked at.
 HOUSEKEEPING_S = 1.0
+# How often it is looked whether another anchor is due: it looks at every version, and the rule counts in minutes.
+ANCHOR_S = 5.0
 
 
 class TrainerWorker:
@@ -72,12 +77,16 @@ class TrainerWorker:
         publisher: Publisher,
         letters: LetterBox,
         registry: RegistryWriter,
+        follower: RegistryReader,
+        judge: Judge,
+        anchors: Anchors,
         scores: Scores,
         metrics: TrainerMetrics,
         watch: ClusterWatch,
     ) -> None:
         self._topic, self._snapshots, self._watch = topic, snapshots, watch
         self._pipeline, self._publisher, self._letters, self._registry = pipeline, publisher, letters, registry
+        self._follower, self._judge, self._anchors = follower, judge, anchors
         self._training = pipeline.training
         self._scores, self._metrics = scores, metrics
         # Next offset to hand over, by partition.
@@ -138,6 +147,7 @@ class TrainerWorker:
     async def _keep_house(self) -> None:
         training = self._training
         reported = -1
+        anchor_due = 0.0
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
             for partition, position in training.positions.items():
@@ -147,11 +157,23 @@ class TrainerWorker:
             if training.batches != reported:
                 reported = training.batches
                 self._metrics.watermark.set(training.watermark_ms / 1000)
-                self._metrics.report(await asyncio.to_thread(lambda: self._scores.freeze().report()))
+                report = await asyncio.to_thread(lambda: self._scores.freeze().report())
+                self._metrics.report(report)
+                self._metrics.served(report["served", "window"], self._snapshots.served_calibration_band)
+            if time.monotonic() >= anchor_due:
+                anchor_due = time.monotonic() + ANCHOR_S
+                await self._show_gate()
             try:
                 await self._registry.tag_due(self._snapshots)
             except RegistryError as error:  # also when fenced: then the next announcement says so
                 log.warning("tagging good versions: %s", error)
+
+    async def _show_gate(self) -> None:
+        """Take up the anchor that is due, and show what the gate knows."""
+        state = self._follower.state
+        await self._anchors.follow(state, self._training.watermark_ms)
+        newer = sum(1 for version in state.versions if version > (state.champion.version or 0))
+        self._metrics.judged(self._judge.report(), newer)
 
     def _log_end(self, partition: int) -> LogEnd | None:
         end: LogEnd | None = self.app.consumer.log_end(TP(self._topic, partition))
@@ -204,18 +226,36 @@ async def run_trainer(
     schema: FeatureSchema,
     model: ModelSettings,
     snapshots: SnapshotSettings,
+    new_model: bool = False,
 ) -> None:
     """Run a trainer until it is told to stop.
+
+    Args:
+        new_model: begin from nothing at the start of the log, whatever the store holds.
 
     Raises:
         TopicError: topics are missing.
         NoAnswer: Kafka can't be reached.
         ModelError: no features are named, or the newest version is of another schema or model.
-        SnapshotError: the store can't be read.
+        SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
         PositionError: the log isn't the one that the newest version was trained on, or lost examples.
+        StreamError: the port for metrics is taken.
     """
     cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots))
     registry = RegistryWriter(kafka, names, who=f"trainer@{socket.gethostname()}:{os.getpid()}")
+    store = SnapshotStore(snapshots)
+    log.info("snapshots at %s", store.url)
+    look = partial(
+        prepare,
+        kafka=kafka,
+        settings=settings,
+        names=names,
+        cluster=cluster,
+        store=store,
+        schema=schema,
+        model=model,
+        new_model=new_model,
+    )
     epoch: int | None = None
 
     def end_if_replaced(state: RegistryState) -> None:
@@ -225,20 +265,23 @@ async def run_trainer(
 
     follower = RegistryReader(kafka, names, on_change=end_if_replaced)
     try:
-        # Before anything is read: from here on no other trainer announces a version that we would not know of.
+        # An epoch ends the trainer that runs, so first everything that could keep this one from starting.
+        require_free(http)
+        prepared = await look(await read_registry(kafka, names))
+        # From here on no other trainer announces a version that we would not know of.
         epoch = await registry.take_trainer_epoch()
         await follower.start()
-        store = SnapshotStore(snapshots)
-        learner = Learner(schema, model, device=settings.device)
-        start = await asyncio.to_thread(go_on, learner, follower.state, store, schema, model)
-        beginnings, ends = await _log_bounds(kafka, names.examples, cluster.partitions[names.examples])
-        positions = first_positions(start, names.examples, beginnings, ends, lost_examples=settings.lost_examples)
+        if follower.state.newest != prepared.newest:
+            prepared = await look(follower.state)
+        learner, start, positions = prepared.learner, prepared.start, prepared.positions
         came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
         log.info("epoch %d on %s, going on from %s at %s", epoch, learner.device, came_from, positions)
 
         prometheus = new_registry()
         metrics = TrainerMetrics(prometheus)
         scores = Scores(settings.metrics_window, settings.evaluation_from_ms)
+        judge = Judge(snapshots, gate_state(start, epoch))
+        anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
 
         def reference(version: int) -> Predictor:
             return load_reference(store, version, schema, announced=follower.state.versions.get(version))
@@ -252,9 +295,12 @@ async def run_trainer(
             max_batch_age_s=settings.max_batch_age_ms / 1000,
             watermark_ms=start.watermark_ms,
             observers=(skew,),
+            judge=judge,
         )
         training.restore(start.kept)
         watch = ClusterWatch(kafka, cluster, changed=lambda error: fatal("trainer", error))
+        # Before the first version: one of a new line must not be taken for the champion's.
+        await anchors.follow(follower.state, start.watermark_ms)
         letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
         worker = TrainerWorker(
             kafka=kafka,
@@ -275,9 +321,13 @@ async def run_trainer(
                 start=start,
                 metrics=metrics,
                 more_metrics=skew.manifest_metrics,
+                topic_ids=topic_ids(cluster, names),
             ),
             letters=letters,
             registry=registry,
+            follower=follower,
+            judge=judge,
+            anchors=anchors,
             scores=scores,
             metrics=metrics,
             watch=watch,
@@ -287,18 +337,3 @@ async def run_trainer(
     finally:
         await follower.close()
         await registry.close()
-
-
-async def _log_bounds(kafka: KafkaSettings, topic: str, partitions: int) -> tuple[dict[int, int], dict[int, int]]:
-    """First and next offset of every partition's log, as a `read_committed` reader sees it."""
-    from aiokafka import AIOKafkaConsumer, TopicPartition
-
-    consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
-    await started(kafka, consumer, f"the ends of {topic}")
-    try:
-        places = [TopicPartition(topic, number) for number in range(partitions)]
-        beginnings = await answer(kafka, consumer.beginning_offsets(places), f"the beginnings of {topic}")
-        ends = await answer(kafka, consumer.end_offsets(places), f"the ends of {topic}")
-    finally:
-        await quietly_stopped(consumer.stop)
-    return {place.partition: at for place, at in beginnings.items()}, {place.partition: at for place, at in ends.items()}

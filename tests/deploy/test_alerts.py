@@ -95,7 +95,7 @@ def test_a_rule_is_about_metrics_and_labels_that_exist(name: str) -> None:
 
 
 def test_limits_are_the_settings_defaults() -> None:
-    low, high = SnapshotSettings().gate_calibration
+    low, high = SnapshotSettings().served_calibration_band
     assert f"< {low:g}" in RULES["HeadracePredictionsOutOfBand"]["expr"]
     assert f"> {high:g}" in RULES["HeadracePredictionsOutOfBand"]["expr"]
     assert RULES["HeadraceScorerStale"]["expr"].endswith(f"> {ScorerSettings().lease_ms / 1000:g}")

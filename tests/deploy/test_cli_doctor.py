@@ -28,6 +28,7 @@ from stream.join.progress import Progress, encode_progress
 from stream.registry import RegistryWriter
 from stream.topics import TopicNames
 from tests.deploy.conftest import Run
+from tests.judged import JUDGED
 
 
 def write(settings: Settings, records: list[tuple[str, int, bytes | None, bytes | None, Any]]) -> None:
@@ -77,9 +78,9 @@ def test_what_could_not_be_read_is_told(run: Run, topics: Settings, monkeypatch:
     async def announce() -> None:
         writer = RegistryWriter(topics.kafka, TopicNames.of(topics.topics), who="trainer@test")
         epoch = await writer.take_trainer_epoch()
-        manifest = Manifest(version=1, epoch=epoch, created_at_ms=1, examples_seen=0, offsets={"0": 7})
+        manifest = Manifest(version=1, epoch=epoch, created_at_ms=1, examples_seen=0, offsets={"0": 7}, verdict=JUDGED)
         written = SnapshotStore(topics.snapshots).write(manifest, {}, {})
-        await writer.announce(written, gate=SnapshotSettings(gate_min_examples=0))
+        await writer.announce(written, gate=SnapshotSettings(first_examples=0))
         await writer.close()
 
     asyncio.run(announce())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deploy.cli.common import who
 from deploy.cli.times import DURATION, TIME, clock, duration
 from deploy.settings import Settings
 from state.manifest import Manifest
@@ -21,8 +23,9 @@ from stream.registry import RegistryWriter
 from stream.registry_reader import RegistryReader
 from stream.topics import TopicNames
 from tests.deploy.conftest import Run
+from tests.judged import JUDGED
 
-GATE = SnapshotSettings(gate_min_examples=0, good_after_ms=0)
+GATE = SnapshotSettings(first_examples=0, good_after_ms=0)
 
 
 @pytest.fixture
@@ -36,7 +39,12 @@ def three(topics: Settings) -> Settings:
         for version in (1, 2, 3):
             metrics = {"window_examples": 1_000.0, "window_log_loss": 0.5, "window_calibration": 1.0, "window_auc": 0.7}
             manifest = Manifest(
-                version=version, epoch=epoch, created_at_ms=1_700_000_000_000, examples_seen=1_234, metrics=metrics
+                version=version,
+                epoch=epoch,
+                created_at_ms=1_700_000_000_000,
+                examples_seen=1_234,
+                metrics=metrics,
+                verdict=JUDGED,
             )
             written = store.write(manifest, {"rows": torch.ones(3)}, {"adam": torch.ones(3)})
             assert (await writer.announce(written, gate=GATE)).promoted
@@ -91,9 +99,10 @@ def test_list_shows_what_there_is(run: Run, three: Settings) -> None:
     text = run("snapshot list").out.splitlines()
     assert text[0].split()[:4] == ["version", "tags", "kind", "examples"]
     assert text[1].split()[:4] == ["3", "champion", "full", "1,234"] and "2023-11-14T22:13:20Z" in text[1]
-    assert "promoted: window calibration 1.000 in [0.8, 1.25]" in text[1]
+    assert "promoted: flowing: nothing was compared yet" in text[1]
     assert text[2].split()[:5] == ["2", "good,", "not", "in", "store"]
-    assert text[-1].startswith("champion 3 since ") and text[-1].endswith(", auto-promotion on")
+    assert text[-2].startswith("champion 3 since ") and text[-2].endswith(", auto-promotion on")
+    assert text[-1] == "gate flowing since -: nothing was compared yet"
 
 
 def test_list_shows_what_scorers_say(run: Run, three: Settings) -> None:
@@ -121,6 +130,8 @@ def test_show(run: Run, three: Settings) -> None:
     assert shown["announced"]["tags"] == ["good"] and shown["manifest"]["examples_seen"] == 1_234
     text = run("snapshot show 2").out
     assert "serving.safetensors" in text and "SHA-256" in text and "by trainer@test" in text
+    assert "flowing since -: nothing was compared yet" in text and "100 clicks and 900 non-clicks seen" in text
+    assert shown["announced"]["verdict"]["flow"] == "flowing"
     ran = run("snapshot show 9")
     assert ran.code == 1 and "version 9: expected a whole version in" in ran.err and ran.out == ""
     SnapshotStore(three.snapshots).delete(2)
@@ -208,13 +219,22 @@ def test_rollback_without_scorers_or_without_a_target(run: Run, three: Settings)
 
 
 def test_hold_and_resume(run: Run, three: Settings) -> None:
+    by = rf"\(by {re.escape(who())} at \d{{4}}-\S+Z\)"
     held = run("snapshot hold --reason sale").out.splitlines()
-    assert held == ["auto-promotion: held: sale", "undo: headrace snapshot resume"]
+    assert re.fullmatch(f"auto-promotion: held: sale {by}", held[0])
+    assert held[1:] == ["undo: headrace snapshot resume"]
     again = run("snapshot hold --reason other --format json").json
-    assert again == {"held": True, "reason": "sale", "changed": False, "undo": None}
-    assert run("snapshot list").out.splitlines()[-1].endswith("auto-promotion held: sale")
-    assert run("snapshot resume").out.splitlines() == ["auto-promotion: on", "undo: headrace snapshot hold --reason sale"]
-    assert run("snapshot resume").out.splitlines() == ["auto-promotion: on (it was so already)"]
+    assert (again["held"], again["reason"], again["changed"], again["undo"]) == (True, "sale", False, None)
+    assert again["who"] == who() and again["since_ms"] > 0
+    text = run("snapshot hold --reason other").out.splitlines()
+    assert re.fullmatch(f"auto-promotion: held: sale {by}", text[0])
+    assert text[1:] == ["It was so already; nothing was written."]
+    (line,) = (line for line in run("snapshot list").out.splitlines() if line.startswith("champion "))
+    assert re.search(rf"auto-promotion held by {re.escape(who())} at \S+Z: sale$", line)
+    resumed = run("snapshot resume").out.splitlines()
+    assert resumed[0].startswith("auto-promotion: on (by ")
+    assert resumed[1:] == ["undo: headrace snapshot hold --reason sale"]
+    assert run("snapshot resume").out.splitlines()[-1] == "It was so already; nothing was written."
 
 
 def test_usage(run: Run) -> None:

@@ -38,7 +38,7 @@ def test_every_key_with_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
         "kafka.client_id": ("file", "file"),
         "kafka.bootstrap_servers": ("env:1", "environment"),
     }
-    assert (found["state_dir"]["value"], found["state_dir"]["source"]) == (".headrace/state", "default")
+    assert (found["state_dir"]["value"], found["state_dir"]["source"]) == (str(Path(".headrace/state").absolute()), "default")
     assert found["features.fields"]["value"] == [{"name": "user"}, {"name": "price", "kind": "numeric"}]
     assert found["join.window_ms"]["variable"] == "HEADRACE_JOIN__WINDOW_MS"
     assert found["kafka.sasl_password"]["value"] == found["kafka.ssl_keyfile_password"]["value"] == "*" * 10
@@ -90,7 +90,12 @@ def test_a_key_that_was_replaced_says_by_what(monkeypatch: pytest.MonkeyPatch) -
             *("hint", "kafka.security_protocol", "in the clear"),
         ),
         ({"scorer": {"lease_ms": 1_500}}, "error", "scorer.lease_ms", "at least twice scorer.heartbeat_ms (1000)"),
-        ({"snapshots": {"gate_calibration": (1.1, 1.2)}}, "error", "snapshots.gate_calibration", "no model could pass"),
+        (
+            {"snapshots": {"served_calibration_band": (1.1, 1.2)}},
+            "error",
+            "snapshots.served_calibration_band",
+            "the alarm would never end",
+        ),
         ({"local_kafka": {"java": "/nowhere/java"}}, "error", "local_kafka.java", "Mend the path"),
     ],
 )
@@ -138,3 +143,38 @@ def test_settings_that_are_refused(
         monkeypatch.setenv(*variable)
     with pytest.raises(ConfigError, match=message):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("removed", "instead"),
+    [
+        ("gate_calibration = [0.8, 1.25]", "snapshots.served_calibration_band"),
+        ("gate_margin = 0.02", "snapshots.gate_loss_margin"),
+        ("gate_min_examples = 10", "snapshots.first_examples"),
+    ],
+)
+def test_a_removed_key_names_what_replaced_it(removed: str, instead: str) -> None:
+    Path("headrace.toml").write_text(f"[snapshots]\n{removed}\n")
+    with pytest.raises(ConfigError) as raised:
+        load_settings()
+    assert f"{removed.split(' ')[0]} was removed" in str(raised.value)
+    assert instead in str(raised.value)
+
+
+def test_relative_paths_lie_beside_the_settings_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer that is started in another folder must not find an empty store there."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    (home / "headrace.toml").write_text('[snapshots]\nurl = "versions"\n[local_kafka]\ndir = "kafka"\n')
+    monkeypatch.setenv("HEADRACE_CONFIG", "../home/headrace.toml")
+    monkeypatch.chdir(elsewhere)
+    settings = load_settings()
+    assert Path(settings.snapshots.url).resolve() == home / "versions"
+    assert settings.local_kafka.dir.resolve() == home / "kafka"
+    assert settings.state_dir.resolve() == home / ".headrace/state"
+    monkeypatch.chdir(tmp_path)
+    assert Path(settings.snapshots.url).is_absolute()
+    monkeypatch.setenv("HEADRACE_CONFIG", str(home / "headrace.toml"))
+    for url in ("s3://models/headrace", "file:///srv/versions", "/srv/versions"):
+        assert load_settings(snapshots={"url": url}).snapshots.url == url

@@ -15,8 +15,9 @@ from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
 from state.registry import RegistryState, encode_record
 from state.settings import SnapshotSettings
+from tests.judged import judged
 
-GATE = SnapshotSettings(gate_min_examples=100, good_after_ms=1_000)
+GATE = SnapshotSettings(good_after_ms=1_000)
 
 
 class Log:
@@ -40,12 +41,16 @@ class Log:
         self.count += 1
         return Cause("me", self.now_ms, reason, f"op{self.count}")
 
-    def announce(self, version: int, epoch: int | None = None, *, settings: SnapshotSettings = GATE, loss: float = 0.5):  # type: ignore[no-untyped-def]
+    def announce(  # type: ignore[no-untyped-def]
+        self, version: int, epoch: int | None = None, *, settings: SnapshotSettings = GATE, loss: float = 0.5, **verdict: object
+    ):
         manifest = Manifest(
             version=version,
             epoch=self.state.trainer.epoch if epoch is None else epoch,
             created_at_ms=self.now_ms,
+            examples_seen=1_000,
             metrics={"window_examples": 1_000, "window_log_loss": loss, "window_calibration": 1.0},
+            verdict=judged(**verdict),
         )
         return self.write(
             decisions.announce(
@@ -113,16 +118,22 @@ class Operations(RuleBasedStateMachine):
     def time_passes(self, by: int) -> None:
         self.log.now_ms += by  # clocks of different machines: backwards too
 
-    @rule(ahead=st.integers(-2, 3), loss=st.sampled_from([0.4, 0.5, 0.9, float("nan")]), auto=st.booleans())
-    def announce(self, ahead: int, loss: float, auto: bool) -> None:
+    @rule(
+        ahead=st.integers(-2, 3),
+        loss=st.sampled_from([0.5, float("nan")]),
+        auto=st.booleans(),
+        flow=st.sampled_from(["flowing", "flowing", "withheld"]),
+        line=st.sampled_from([1, 1, 2]),
+    )
+    def announce(self, ahead: int, loss: float, auto: bool, flow: str, line: int) -> None:
         version = self.largest + ahead
         if version < 1:
             return
         settings = GATE.model_copy(update={"auto_promote": auto})
-        before = self.log.served()
+        before, champions = self.log.served(), self.log.state.champion_line
         known = version in self.log.state.versions
         try:
-            outcome = self.log.announce(version, settings=settings, loss=loss)
+            outcome = self.log.announce(version, settings=settings, loss=loss, flow=flow, line=line)
         except Refused:
             assert version <= self.largest
             return
@@ -131,7 +142,8 @@ class Operations(RuleBasedStateMachine):
             return
         assert version > self.largest
         self.largest = version
-        if before[1] or not auto or loss != loss:
+        withheld = flow == "withheld" and champions is not None
+        if before[1] or not auto or loss != loss or withheld or champions not in (None, line):
             assert not outcome.promoted and self.log.served() == before
         if outcome.promoted:
             assert self.log.served() == (version, False, before[2])
@@ -334,9 +346,8 @@ def test_announcing_again_is_recognised() -> None:
 
 def test_what_keeps_a_version_a_candidate_is_recorded() -> None:
     log = a_log(2)
-    assert not log.announce(3, loss=9.0).promoted
-    assert log.state.versions[3].gate.startswith("candidate: window calibration") is False
-    assert log.state.versions[3].gate.startswith("candidate: log loss 9.0000 against the champion's 0.5000")
+    assert not log.announce(3, flow="withheld", reason="log loss +7.0 % against version 1's").promoted
+    assert log.state.versions[3].gate == "candidate: withheld: log loss +7.0 % against version 1's"
     log.write(decisions.hold(log.state, log.cause("sale")))
     assert log.announce(4).reason.startswith("candidate: held (sale); passed the gate: ")
     log.write(decisions.resume(log.state, log.cause()))
@@ -355,12 +366,81 @@ def test_promote_refuses_what_changes_nothing() -> None:
         decisions.promote(log.state, 7, log.cause())
 
 
-def test_good_needs_time_metrics_and_a_present_that_is_in_band() -> None:
+def test_good_needs_time_and_versions_that_flow() -> None:
     log = a_log(2)
     later = log.now_ms + GATE.good_after_ms
     assert decisions.due_good(log.state, later - 1, GATE) == [1]
     assert decisions.due_good(log.state, later, GATE) == [1, 2]
-    bad = {"window_examples": 1_000, "window_calibration": 9.0}
-    assert decisions.due_good(log.state, later, GATE, metrics=bad) == []
-    few = {"window_examples": 1, "window_calibration": 1.0}
-    assert decisions.due_good(log.state, later, GATE, metrics=few) == []
+    log.announce(3, flow="withheld")
+    assert decisions.due_good(log.state, later, GATE) == []
+
+
+def test_while_withheld_a_rollback_goes_behind_the_fault() -> None:
+    """A fault shows some clicks after it began: what was tagged good meanwhile isn't."""
+    log = a_log(5, good=(1, 2, 3, 4))
+    log.announce(6, flow="withheld", anchor=2)
+    assert decisions.rollback_target(log.state, now_ms=log.now_ms) == 2
+    log.announce(7)
+    assert log.state.champion.version == 7
+    assert decisions.rollback_target(log.state, now_ms=log.now_ms) == 4
+
+
+@pytest.mark.parametrize(
+    ("verdict", "says"),
+    [
+        ({"negatives": 0, "clicks": 400}, "candidate: one class only: 400 clicks and 0 non-clicks seen"),
+        ({"clicks": 9}, "candidate: 9 clicks and 900 non-clicks seen in 1000 examples; a first champion needs 10 of each"),
+        ({"negatives": 9}, "candidate: 100 clicks and 9 non-clicks seen"),
+        ({"problems": ("scores don't vary",)}, "candidate: scores don't vary"),
+    ],
+)
+def test_no_first_champion_without_both_classes(verdict: dict[str, object], says: str) -> None:
+    log = a_log(0)
+    assert log.announce(1, **verdict).reason.startswith(says)
+    assert log.state.champion.version is None
+    assert log.announce(2).reason == "promoted: the first champion, 100 clicks and 900 non-clicks seen"
+
+
+def test_one_class_is_never_promoted_over_a_champion_either() -> None:
+    log = a_log(1)
+    assert log.announce(2, clicks=0).reason == "candidate: one class only: 0 clicks and 900 non-clicks seen"
+
+
+def test_a_version_that_no_gate_has_seen_is_never_promoted() -> None:
+    log = a_log(0)
+    manifest = Manifest(version=1, epoch=1, examples_seen=1_000)
+    decided = decisions.announce(log.state, manifest, settings=GATE, who="t", now_ms=1, operation="o")
+    assert decided.outcome.reason == "candidate: no gate has looked at it"
+
+
+def test_a_new_line_waits_for_its_verdict() -> None:
+    log = a_log(2)
+    log.write(decisions.take_epoch(log.state, who="trainer in another folder", now_ms=log.now_ms))
+    waits = log.announce(3, line=2, reason="nothing was compared yet")
+    assert not waits.promoted
+    assert waits.reason.startswith("candidate: of another line than the champion and not compared with it")
+    assert log.announce(4, line=2, passed=(1,), flow="withheld", reason="worse").reason == "candidate: withheld: worse"
+    assert log.announce(5, line=2, passed=(1,)).promoted
+    assert log.announce(6, line=2).promoted  # the champion's own line now
+    assert not log.announce(7, line=1).promoted  # and the old one is the other
+
+
+def test_a_hold_says_what_is_in_the_log() -> None:
+    log = a_log(1)
+    log.write(decisions.hold(log.state, Cause("ann", 5_000, "sale until Monday", "first")))
+    again = decisions.hold(log.state, Cause("bob", 6_000, "my reason", "second"))
+    assert again.records == ()
+    assert (again.outcome.reason, again.outcome.who, again.outcome.at_ms) == ("sale until Monday", "ann", 5_000)
+    assert (again.outcome.changed, again.outcome.undo) == (False, None)
+
+
+def test_a_hold_that_was_written_by_an_attempt_that_seemed_to_fail_is_ones_own() -> None:
+    log = a_log(1)
+    cause = Cause("ann", 5_000, "sale", "first")
+    log.write(decisions.hold(log.state, cause))
+    again = decisions.hold(log.state, cause).outcome
+    assert (again.changed, again.undo) == (True, "headrace snapshot resume")
+    resume = Cause("ann", 6_000, "", "second")
+    log.write(decisions.resume(log.state, resume))
+    assert decisions.resume(log.state, resume).outcome.changed
+    assert not decisions.resume(log.state, Cause("bob", 7_000, "", "third")).outcome.changed

@@ -23,10 +23,11 @@ from stream.registry import RegistryWriter
 from stream.registry_reader import RegistryReader
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topics import TopicNames
+from tests.judged import JUDGED
 
 pytestmark = pytest.mark.kafka
 
-GATE = SnapshotSettings(gate_min_examples=0, good_after_ms=0)
+GATE = SnapshotSettings(first_examples=0, good_after_ms=0)
 
 
 class Scorer:
@@ -64,7 +65,7 @@ async def three_versions(settings: Settings) -> None:
     epoch = await writer.take_trainer_epoch()
     for version in (1, 2, 3):
         metrics = {"window_examples": 1_000.0, "window_log_loss": 0.5, "window_calibration": 1.0}
-        manifest = Manifest(version=version, epoch=epoch, created_at_ms=version, metrics=metrics)
+        manifest = Manifest(version=version, epoch=epoch, created_at_ms=version, metrics=metrics, verdict=JUDGED)
         await writer.announce(manifest, gate=GATE)
     await writer.tag_good(1, 2)
     await writer.close()

@@ -21,15 +21,16 @@ from stream.registry_log import RegistryLog, read_registry
 from stream.registry_reader import RegistryReader
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topics import TopicNames
+from tests.judged import JUDGED
 
 pytestmark = pytest.mark.kafka
 
-GATE = SnapshotSettings(gate_min_examples=0, good_after_ms=0)
+GATE = SnapshotSettings(first_examples=0, good_after_ms=0)
 
 
 def manifest(version: int, epoch: int = 1) -> Manifest:
     metrics = {"window_examples": 1_000.0, "window_log_loss": 0.5, "window_calibration": 1.0}
-    return Manifest(version=version, epoch=epoch, created_at_ms=version, metrics=metrics)
+    return Manifest(version=version, epoch=epoch, created_at_ms=version, metrics=metrics, verdict=JUDGED)
 
 
 class Cluster:

@@ -22,6 +22,7 @@ from stream.registry import RegistryWriter
 from stream.scorer.decode import RequestDecoder
 from stream.scorer.serving import Served
 from stream.topics import TopicNames
+from tests.judged import JUDGED
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="price", kind="numeric")), embedding_dim=4)
 MODEL = ModelSettings(hidden=(8,), initial_rows=16)
@@ -76,11 +77,12 @@ async def publish(settings: Settings, *versions: int, promote: bool = True) -> N
                     created_at_ms=int(time.time() * 1000),
                     features=SCHEMA.model_dump(mode="json"),
                     model=MODEL.model_dump(mode="json"),
+                    verdict=JUDGED,
                 ),
                 weights(version),
                 None,
             )
-            gate = settings.snapshots.model_copy(update={"auto_promote": promote, "gate_min_examples": 0})
+            gate = settings.snapshots.model_copy(update={"auto_promote": promote, "first_examples": 0})
             await writer.announce(manifest, gate=gate)
             await writer.tag_good(version)
     finally:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 import torch
 
 from state.decisions import Announcement
-from state.errors import SnapshotError
+from state.errors import Refused, SnapshotError
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import Fenced, RegistryError
+from stream.trainer import snapshots
 from stream.trainer.scores import Scores
 from stream.trainer.snapshots import Publisher
 from stream.trainer.start import Start
 from stream.trainer.training import Captured
+from tests.judged import judged
 from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, metrics
 
 
@@ -60,6 +63,7 @@ class Bench:
             epoch=4,
             start=Start(None, newest),
             metrics=self.metrics,
+            topic_ids={"examples": "E", "snapshots": "S"},
         )
 
     def outcomes(self, outcome):
@@ -128,13 +132,68 @@ async def test_a_store_that_fails_stops_nothing_and_announces_nothing(bench, mon
     assert not at.publisher.has_news(150)
 
 
-async def test_a_version_that_could_not_be_announced_leaves_its_number_unused(bench):
+async def test_a_version_that_could_not_be_announced_is_announced_again_before_another_is_written(bench):
     at = bench()
-    at.registry.answers = [RegistryError("Kafka is away")]
+    at.registry.answers = [RegistryError("Kafka is away"), RegistryError("Kafka is away")]
+    assert await at.publisher.publish(captured()) is None
+    assert await at.publisher.publish(captured(150)) is None
+    assert at.store.versions() == [1]
+    assert at.publisher.has_news(100)  # so that a drain tries once more
+    assert await at.publisher.publish(captured(150)) is not None
+    assert [(each.version, each.parent, each.examples_seen) for each in at.registry.announced] == [(1, None, 100), (2, 1, 150)]
+    assert at.outcomes("failed") == 2
+
+
+async def test_a_registry_that_is_away_costs_one_version_however_long(bench, monkeypatch):
+    monkeypatch.setattr(snapshots, "ANNOUNCE_AGAIN_S", 0.01)
+    at = bench(interval_ms=100)
+    at.registry.answers = [RegistryError("Kafka is away")] * 20
+
+    async def capture():
+        return captured(100)
+
+    running = asyncio.ensure_future(at.publisher.run(lambda: 100, capture))
+    async with asyncio.timeout(30):
+        while not at.registry.announced:
+            await asyncio.sleep(0.01)
+    at.publisher.close()
+    await running
+    assert at.store.versions() == [1]
+    assert at.outcomes("failed") == 20
+
+
+async def test_a_version_that_the_rules_forbid_is_given_up(bench):
+    at = bench()
+    refused = RegistryError("version 1: expected a number above 7")
+    refused.__cause__ = Refused("the same")
+    at.registry.answers = [refused]
     assert await at.publisher.publish(captured()) is None
     assert await at.publisher.publish(captured(150)) is not None
     assert [(each.version, each.parent) for each in at.registry.announced] == [(2, None)]
-    assert at.store.versions() == [1, 2]
+
+
+async def test_a_version_carries_its_verdict_and_the_topics_it_belongs_to(bench):
+    at = bench()
+    await at.publisher.publish(dataclasses.replace(captured(), verdict=judged(line=4, anchor=2)))
+    manifest = at.store.manifest(1)
+    assert manifest.verdict == judged(line=4, anchor=2)
+    assert manifest.topic_ids == {"examples": "E", "snapshots": "S"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        (torch.tensor([1.0, float("nan")]), "weights not finite: weights"),
+        (torch.tensor([1.0, -float("inf")]), "weights not finite: weights"),
+        (torch.tensor([1.0, -3e6]), "weights too large: weights holds 3e+06, expected at most 1e+06"),
+    ],
+)
+async def test_weights_that_are_not_sane_are_said_with_the_version(bench, weights, says):
+    at = bench()
+    verdict = judged(problems=("scores don't vary",))
+    await at.publisher.publish(dataclasses.replace(captured(), serving={"weights": weights}, verdict=verdict))
+    [manifest] = at.registry.announced
+    assert manifest.verdict.problems == ("scores don't vary", says)
 
 
 async def test_fenced_is_the_end(bench):

@@ -114,10 +114,48 @@ def test_a_manifest_that_belongs_to_another_version_of_that_number_is_not_used(s
     assert find(store, announced(one, other)).version == 1
 
 
-def test_an_empty_store_begins_anew_above_the_announced_numbers(store, caplog):
-    start = find(store, announced(Manifest(version=7, epoch=1)))
-    assert (start.manifest, start.newest) == (None, 7)
-    assert "is empty: beginning a new model" in caplog.text
+def test_an_empty_store_is_refused_where_the_registry_knows_versions(store):
+    """Another folder, a volume that isn't mounted: a new model would begin, and replace the champion."""
+    with pytest.raises(SnapshotError) as refused:
+        find(store, announced(Manifest(version=7, epoch=1)))
+    text = str(refused.value)
+    assert "expected one of the 1 versions that the registry knows (newest 7), found an empty store" in text
+    assert "`headrace run trainer --new-model`, once" in text
+
+
+def test_a_new_model_begins_above_the_announced_numbers_whatever_there_is(store, caplog):
+    one = write(store, 1)
+    for state in (announced(one), announced(Manifest(version=7, epoch=1))):
+        start = find_start(state, store, SCHEMA, MODEL, new_model=True)
+        assert (start.manifest, start.newest) == (None, state.newest)
+    assert "leave --new-model out at the next start" in caplog.text
+
+
+def test_examples_that_were_made_anew_are_refused(store):
+    one = write(store, 1, topic_ids={"examples": "old", "snapshots": "s"})
+    assert find_start(announced(one), store, SCHEMA, MODEL, topic_ids={"examples": "old", "snapshots": "s"}).version == 1
+    with pytest.raises(PositionError) as refused:
+        find_start(announced(one), store, SCHEMA, MODEL, topic_ids={"examples": "new", "snapshots": "s"})
+    text = str(refused.value)
+    assert text.startswith("examples: expected the topic with id old, which version 1 was trained on, found id new.")
+    assert "--new-model" in text
+
+
+def test_a_registry_that_was_made_anew_is_refused(store):
+    """`snapshots` was deleted and made again: the registry is empty, the store isn't."""
+    write(store, 1, topic_ids={"examples": "e", "snapshots": "old"})
+    with pytest.raises(SnapshotError) as refused:
+        find_start(announced(), store, SCHEMA, MODEL, topic_ids={"examples": "e", "snapshots": "new"})
+    text = str(refused.value)
+    assert "holds 1 versions: expected a registry that knows one of them, found one that knows no version at all" in text
+    assert "`snapshots` was made anew (id new, version 1 was announced to old)" in text
+    assert find_start(announced(), store, SCHEMA, MODEL, topic_ids={"snapshots": "new"}, new_model=True).manifest is None
+
+
+def test_a_trainer_that_died_before_its_first_announcement_begins_anew(store, caplog):
+    write(store, 1, topic_ids={"snapshots": "s"})
+    assert find_start(announced(), store, SCHEMA, MODEL, topic_ids={"snapshots": "s"}).manifest is None
+    assert "none of its 1 versions was announced; beginning a new model" in caplog.text
 
 
 def test_a_store_of_other_versions_is_refused(store):
@@ -142,7 +180,7 @@ def test_another_schema_is_refused_with_what_differs(store):
     assert "features.fields[item]: expected nothing, found {'name': 'item'" in text
     assert "features.fields[price]: expected {'name': 'price'" in text
     assert "'kind': 'list'" in text
-    assert "HEADRACE_SNAPSHOTS__URL to an empty place" in text
+    assert "`headrace run trainer --new-model`, once" in text
 
 
 def test_fields_in_another_order_are_refused(store):

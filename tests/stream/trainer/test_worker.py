@@ -40,7 +40,7 @@ PATIENCE_S = 90.0
 class Process:
     """`headrace run trainer` with a test's settings."""
 
-    def __init__(self, settings: Settings, folder: Path, **environment: str) -> None:
+    def __init__(self, settings: Settings, folder: Path, *options: str, **environment: str) -> None:
         self.log = folder / f"trainer-{time.monotonic_ns()}.log"
         fixed = {
             "HEADRACE_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
@@ -56,7 +56,7 @@ class Process:
         }
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "headrace", "run", "trainer"],
+                [sys.executable, "-m", "headrace", "run", "trainer", *options],
                 env={**os.environ, **fixed, **environment},
                 stdout=log,
                 stderr=log,
@@ -93,8 +93,8 @@ class Process:
 def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
-    def one(settings: Settings, **environment: str) -> Process:
-        started.append(Process(settings, tmp_path, **environment))
+    def one(settings: Settings, *options: str, **environment: str) -> Process:
+        started.append(Process(settings, tmp_path, *options, **environment))
         return started[-1]
 
     yield one
@@ -249,6 +249,34 @@ async def dead_letters(settings: Settings) -> list[tuple[tuple[int, int], str]]:
     return found
 
 
+async def test_a_trainer_in_another_folder_is_rejected_and_a_new_model_never_replaces_a_champion_unseen(
+    topics, start, tmp_path
+):
+    await send(topics, range(2_000), partitions=2)
+    first = start(topics)
+    await until_version(first, 1)
+    elsewhere = {"HEADRACE_SNAPSHOTS__URL": str(tmp_path / "elsewhere")}
+    lost = start(topics, **elsewhere)
+    assert await asyncio.to_thread(lost.process.wait, PATIENCE_S) == 1
+    assert "versions that the registry knows" in lost.log.read_text()
+    assert "found an empty store" in lost.log.read_text()
+    assert first.process.poll() is None, first.log.read_text()  # it could not start, and ended nobody
+    first.stop()
+    names = TopicNames.of(topics.topics)
+    before = await read_registry(topics.kafka, names)
+    assert before.champion.version is not None
+
+    new = start(topics, "--new-model", **elsewhere)
+    await until_version(new, before.newest + 1)
+    new.stop()
+    after = await read_registry(topics.kafka, names)
+    assert after.champion.version == before.champion.version
+    record = after.versions[after.newest]
+    assert record.line != before.versions[before.newest].line
+    assert record.gate.startswith("candidate: of another line than the champion")
+    assert record.verdict is not None and record.verdict.flow == "withheld"
+
+
 async def test_a_snapshot_of_another_schema_is_refused_in_words(topics):
     names = TopicNames.of(topics.topics)
     store = SnapshotStore(topics.snapshots)
@@ -274,3 +302,4 @@ async def test_a_snapshot_of_another_schema_is_refused_in_words(topics):
             model=MODEL,
             snapshots=topics.snapshots,
         )
+    assert (await read_registry(topics.kafka, names)).trainer.epoch == 1  # a trainer that ran would run on

@@ -1,0 +1,118 @@
+"""What a trainer makes sure of before it takes an epoch, since that ends the trainer that runs.
+
+Everything that can be wrong with this one is looked at first, and nothing is written: features and model, the store, the log,
+the port. Between that look and the epoch the running trainer may announce another version; then all is done again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from dataclasses import dataclass
+
+from model.learner import Learner
+from model.schema import FeatureSchema
+from model.settings import ModelSettings
+from state.gate import GateState
+from state.registry import RegistryState
+from state.store import SnapshotStore
+from stream.clients import aiokafka_options, answer, quietly_stopped, started
+from stream.cluster import Cluster
+from stream.errors import StreamError
+from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
+from stream.topics import TopicNames
+from stream.trainer.start import Start, first_positions, go_on
+
+__all__ = ["Prepared", "gate_state", "prepare", "require_free", "topic_ids"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A learner with the weights it goes on from, and where it goes on in each partition."""
+
+    learner: Learner
+    start: Start
+    positions: dict[int, int]
+    newest: int
+    """Newest version of the registry that this was prepared by."""
+
+
+async def prepare(
+    registry: RegistryState,
+    *,
+    kafka: KafkaSettings,
+    settings: TrainerSettings,
+    names: TopicNames,
+    cluster: Cluster,
+    store: SnapshotStore,
+    schema: FeatureSchema,
+    model: ModelSettings,
+    new_model: bool,
+) -> Prepared:
+    """Load what training goes on from. Writes nothing.
+
+    Raises:
+        ModelError: no features are named, or the newest version is of another schema or model.
+        SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
+        PositionError: the log isn't the one that the newest version was trained on, or lost examples.
+    """
+    learner = Learner(schema, model, device=settings.device)
+    start = await asyncio.to_thread(
+        lambda: go_on(learner, registry, store, schema, model, topic_ids=topic_ids(cluster, names), new_model=new_model)
+    )
+    beginnings, ends = await _log_bounds(kafka, names.examples, cluster.partitions[names.examples])
+    positions = first_positions(start, names.examples, beginnings, ends, lost_examples=settings.lost_examples)
+    return Prepared(learner, start, positions, registry.newest)
+
+
+def gate_state(start: Start, epoch: int) -> GateState:
+    """What the gate begins with: a line that begins now, or the version's. Its blocks come with the trainer's state."""
+    if start.manifest is None:
+        return GateState(line=epoch)
+    verdict = start.manifest.verdict
+    if verdict is None:  # of before there were lines
+        return GateState(line=0)
+    return GateState(line=verdict.line, clicks=verdict.clicks, negatives=verdict.negatives, passed=verdict.passed)
+
+
+def topic_ids(cluster: Cluster, names: TopicNames) -> dict[str, str]:
+    """Kafka's ids of the two topics that a version belongs to, under the names without a prefix."""
+    return {name: cluster.topic_ids[topic] for name, topic in (("examples", names.examples), ("snapshots", names.snapshots))}
+
+
+def require_free(http: HttpSettings) -> None:
+    """See whether the port for metrics can be had: a running trainer on this machine may have it.
+
+    Raises:
+        StreamError: it is taken.
+    """
+    if not http.port:
+        return
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((http.host, http.port))
+        except OSError as error:
+            raise StreamError(
+                f"http.port {http.port}: expected a free port at {http.host}, found: {error.strerror}. Nothing was changed, "
+                "and a trainer that runs goes on. Set HEADRACE_HTTP__PORT to another, or to 0 for a free one."
+            ) from error
+
+
+async def _log_bounds(kafka: KafkaSettings, topic: str, partitions: int) -> tuple[dict[int, int], dict[int, int]]:
+    """First and next offset of every partition's log, as a `read_committed` reader sees it."""
+    from aiokafka import AIOKafkaConsumer, TopicPartition
+
+    consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
+    await started(kafka, consumer, f"the ends of {topic}")
+    try:
+        places = [TopicPartition(topic, number) for number in range(partitions)]
+        beginnings = await answer(kafka, consumer.beginning_offsets(places), f"the beginnings of {topic}")
+        ends = await answer(kafka, consumer.end_offsets(places), f"the ends of {topic}")
+    finally:
+        await quietly_stopped(consumer.stop)
+    return {place.partition: at for place, at in beginnings.items()}, {place.partition: at for place, at in ends.items()}

@@ -1,0 +1,28 @@
+"""What is wrong with a version's weights, whatever they score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+__all__ = ["LARGEST_WEIGHT", "weight_problems"]
+
+# Weights of a healthy model lie below 10, and a logit of 30 is a certainty in float32. A product of weights beyond this leaves
+# float32's range within a few layers.
+LARGEST_WEIGHT = 1e6
+
+
+def weight_problems(serving: Mapping[str, torch.Tensor]) -> list[str]:
+    """Tensors that aren't finite, or hold a weight beyond `LARGEST_WEIGHT`, by name; empty for sane ones."""
+    problems = []
+    for name, tensor in sorted(serving.items()):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = torch.aminmax(tensor)
+        largest = max(abs(float(low)), abs(float(high)))
+        if not bool(torch.isfinite(low + high)):
+            problems.append(f"weights not finite: {name}")
+        elif largest > LARGEST_WEIGHT:
+            problems.append(f"weights too large: {name} holds {largest:.3g}, expected at most {LARGEST_WEIGHT:g}")
+    return problems

@@ -1,0 +1,25 @@
+"""The gate on simulated streams; `bench/gate.py` has the full figures."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.gate import FAULTS, clicks_until_withheld, false_holds, ready
+from state.settings import SnapshotSettings
+
+SETTINGS = SnapshotSettings()
+
+
+@pytest.mark.parametrize("click_rate", [0.05, 0.01])
+def test_faults_are_withheld_within_2000_clicks(click_rate: float) -> None:
+    for seed in range(2):
+        simulation = ready(seed, click_rate, SETTINGS)
+        assert simulation.gate.state.flow == "flowing"
+        assert clicks_until_withheld(simulation, "none") is None
+        assert all(clicks_until_withheld(simulation, fault) is not None for fault in FAULTS)
+
+
+def test_a_healthy_model_is_not_withheld() -> None:
+    holds, blocks = false_holds(0, 0.05, 2.0, SETTINGS)
+    assert blocks > 500
+    assert holds == 0
