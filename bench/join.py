@@ -191,11 +191,12 @@ def usage(pid: int) -> dict[str, float]:
     return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), **memory}
 
 
-def settings_for(kind: str, bootstrap_servers: str, work: Path) -> Settings:
+def settings_for(kind: str, bootstrap_servers: str, work: Path, hold_ms: int | None = None) -> Settings:
+    join = JoinSettings(window_ms=WINDOW_MS)
     return Settings(
         kafka=KafkaSettings(bootstrap_servers=bootstrap_servers),
         topics=TopicSettings(prefix=f"{kind}-", partitions=PARTITIONS),
-        join=JoinSettings(window_ms=WINDOW_MS),
+        join=join if hold_ms is None else join.model_copy(update={"hold_ms": hold_ms}),
         state_dir=work / f"{kind}-state",
     )
 
@@ -262,9 +263,8 @@ def timed(settings: Settings, truth: Truth, pid: int, alive: Callable[[], None])
     return Measured(truth.events / (done - began), cpu_us, used["peak_rss_mb"], counts)
 
 
-def in_turns(bootstrap_servers: str, impressions: int, pairs: int, work: Path) -> tuple[list[Measured], list[Measured]]:
+def in_turns(settings: Settings, impressions: int, pairs: int, work: Path) -> tuple[list[Measured], list[Measured]]:
     """Ours and Kafka Streams over the same log, the one first and then the other."""
-    settings = settings_for("join", bootstrap_servers, work)
     truth = asyncio.run(fill(settings, impressions))
     ours, theirs = [], []
     for pair in range(pairs):
@@ -321,8 +321,9 @@ def measure_faust(bootstrap_servers: str, impressions: int, work: Path) -> dict[
 @click.option("--peer", type=click.Choice(["faust", "kafka-streams", "none"]), default="faust", show_default=True)
 @click.option("--peer-impressions", default=30_000, show_default=True, help="Of the Faust peer.")
 @click.option("--pairs", default=1, show_default=True, help="Runs of ours and of the Kafka Streams peer, in turns.")
+@click.option("--hold-ms", type=int, help=f"As `join.hold_ms`, of both; {WINDOW_MS} holds every label for the whole window.")
 @click.option("--quick", is_flag=True, help="60,000 impressions, 5,000 for the Faust peer: no claim.")
-def main(impressions: int, peer: str, peer_impressions: int, pairs: int, quick: bool) -> None:
+def main(impressions: int, peer: str, peer_impressions: int, pairs: int, hold_ms: int | None, quick: bool) -> None:
     """Measure and print; the last line is one JSON object."""
     if quick:
         impressions, peer_impressions = 60_000, 5_000
@@ -334,12 +335,12 @@ def main(impressions: int, peer: str, peer_impressions: int, pairs: int, quick: 
     peer_rate = peer_mb = None
     try:
         with LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=1024)) as kafka:
+            settings = settings_for("join", kafka.bootstrap_servers, work, hold_ms)
             if peer == "kafka-streams":
-                ours, theirs = in_turns(kafka.bootstrap_servers, impressions, pairs, work)
+                ours, theirs = in_turns(settings, impressions, pairs, work)
                 peer_rate = statistics.median(run.rate for run in theirs)
                 peer_mb = max(run.peak_rss_mb for run in theirs)
             else:
-                settings = settings_for("headrace", kafka.bootstrap_servers, work)
                 ours = [measure_headrace(settings, asyncio.run(fill(settings, impressions)), work)]
                 click.echo(f"headrace      {ours[0]}")
                 if peer == "faust":
@@ -356,6 +357,7 @@ def main(impressions: int, peer: str, peer_impressions: int, pairs: int, quick: 
         peer_is=peer,
         ratio=peer_rate and round(rate / peer_rate, 2),
         unit="events/s",
+        hold_ms=settings.join.held_ms,
         **ours[-1].counts,
         cpu_us_per_event=round(statistics.median(run.cpu_us for run in ours), 2),
         peer_cpu_us_per_event=round(statistics.median(run.cpu_us for run in theirs), 2) if theirs else None,

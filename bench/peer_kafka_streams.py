@@ -1,7 +1,8 @@
 """The peer of `bench/join.py` on Kafka Streams: builds `bench/kafka_streams/` with Maven, once, and runs it.
 
 The build lives beside the broker's jars in the cache, in a folder named after the versions and the sources, so that it is made
-again when either changes; all that Maven needs is kept there too, and a second build of the same needs no network.
+again when either changes, and a second run needs neither Maven nor a network. For trials, `PEER_CONFIG` has settings of Kafka
+Streams (`name=value`, separated by commas), `PEER_JVM` options in the place of `JVM`.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class KafkaStreamsPeer:
             "PEER_STATE_DIR": str(work / f"{application}-state"),
             "PEER_STARTED": str(self._started),
             "PEER_WINDOW_MS": str(join.window_ms),
-            "PEER_HOLD_MS": str(join.window_ms),
+            "PEER_HOLD_MS": str(join.held_ms),
             "PEER_LATENESS_MS": str(join.lateness_ms),
             "PEER_HORIZON_MS": str(join.dedupe_horizon_ms),
             "PEER_MAX_FUTURE_MS": str(join.max_future_ms),

@@ -56,11 +56,11 @@ public final class Join {
                 .addSource(AutoOffsetReset.earliest(), "impressions", clock, new ByteArrayDeserializer(), new Event.Reader(), settings.impressions())
                 .addSource(AutoOffsetReset.earliest(), "clicks", clock, new ByteArrayDeserializer(), new Event.Reader(), settings.clicks())
                 .addProcessor("join", () -> new JoinProcessor(settings), "impressions", "clicks");
-        boolean caching = Boolean.parseBoolean(System.getenv("PEER_CACHING"));
         for (String name : JoinProcessor.STORES) {
             var store = Stores.keyValueStoreBuilder(
                     Stores.persistentKeyValueStore(name), Serdes.ByteArray(), Serdes.ByteArray());
-            topology.addStateStore(caching || name.equals("meta") ? store.withCachingEnabled() : store.withCachingDisabled(), "join");
+            // Rows are written once and deleted once: a cache before the store would only be passed through.
+            topology.addStateStore(name.equals("meta") ? store.withCachingEnabled() : store.withCachingDisabled(), "join");
         }
         ByteArraySerializer bytes = new ByteArraySerializer();
         return topology
@@ -85,8 +85,7 @@ public final class Join {
         config.put(StreamsConfig.producerPrefix(ProducerConfig.LINGER_MS_CONFIG), 100);
         config.put(StreamsConfig.producerPrefix(ProducerConfig.BUFFER_MEMORY_CONFIG), 64 << 20);
         config.put(StreamsConfig.producerPrefix(ProducerConfig.MAX_REQUEST_SIZE_CONFIG), 4 << 20);
-        config.put(StreamsConfig.producerPrefix(ProducerConfig.COMPRESSION_TYPE_CONFIG), System.getenv("PEER_COMPRESSION"));
-        // The trials of docs/experiments.md: `name=value` of Kafka Streams' configuration, separated by commas.
+        // For trials: `name=value` of Kafka Streams' configuration, separated by commas.
         for (String pair : System.getenv().getOrDefault("PEER_CONFIG", "").split(",")) {
             if (pair.contains("=")) {
                 config.put(pair.substring(0, pair.indexOf('=')), pair.substring(pair.indexOf('=') + 1));

@@ -27,15 +27,14 @@ import org.apache.kafka.streams.state.KeyValueStore;
  *
  * <pre>
  * ids      id    -> time, offset, clicked   every impression remembered: dedupe, matching
- * pending  place -> the impression's bytes  those whose first label is not out
- * clicked  place -> time of the click       those of them that have one
- * labelled place -> the impression's bytes  first label out, window open: a click becomes a correction (none if hold = window)
+ * pending  place -> the impression's bytes  those whose window is open; a click after the hold becomes a correction
+ * clicked  place -> time of the click       those of them that have one, and whose first label is not out
  * early    place -> the click's bytes       clicks whose impression has not come (time and offset are the click's)
  * meta     name  -> time                    watermarks
  * </pre>
  */
 final class JoinProcessor implements Processor<byte[], Event, byte[], byte[]> {
-    static final List<String> STORES = List.of("ids", "pending", "clicked", "labelled", "early", "meta");
+    static final List<String> STORES = List.of("ids", "pending", "clicked", "early", "meta");
     private static final long NEVER_MS = -(1L << 62);
     private static final long EXPIRE_EVERY_MS = 1_000; // of event time: one range scan for all that it settles
     private static final int MAX_OUTPUTS = 20_000; // of one scan: bounds the transaction after a jump of the watermark
@@ -49,7 +48,6 @@ final class JoinProcessor implements Processor<byte[], Event, byte[], byte[]> {
     private KeyValueStore<byte[], byte[]> ids;
     private KeyValueStore<byte[], byte[]> pending;
     private KeyValueStore<byte[], byte[]> clicked;
-    private KeyValueStore<byte[], byte[]> labelled;
     private KeyValueStore<byte[], byte[]> early;
     private KeyValueStore<byte[], byte[]> meta;
     private final Map<ByteBuffer, List<byte[]>> earlyPlaces = new HashMap<>(); // by id; `early` in memory, without its bytes
@@ -58,9 +56,7 @@ final class JoinProcessor implements Processor<byte[], Event, byte[], byte[]> {
     private long watermarkMs = NEVER_MS;
     private long expiredMs = NEVER_MS; // the watermark up to which labels are out
     private long forgottenMs = NEVER_MS; // the watermark at which ids were last forgotten
-    // Nothing older is there: scans begin here, not at the tombstones of all that was deleted before.
-    private long pendingFromMs = 0;
-    private long labelledFromMs = 0;
+    private long droppedMs = 0; // pending impressions before this time are deleted: scans don't begin at their tombstones
 
     JoinProcessor(Settings settings) {
         this.settings = settings;
@@ -72,7 +68,6 @@ final class JoinProcessor implements Processor<byte[], Event, byte[], byte[]> {
         ids = context.getStateStore("ids");
         pending = context.getStateStore("pending");
         clicked = context.getStateStore("clicked");
-        labelled = context.getStateStore("labelled");
         early = context.getStateStore("early");
         meta = context.getStateStore("meta");
         impressionsSeenMs = stored("impressions");
@@ -136,16 +131,23 @@ final class JoinProcessor implements Processor<byte[], Event, byte[], byte[]> {
             return; // a duplicate
         }
         byte[] place = place(event.timeMs, offset, event.id);
-        pending.put(place, event.value);
-        pendingFromMs = Math.min(pendingFromMs, event.timeMs);
-        boolean matched = !earlyPlaces.isEmpty() && matchEarly(event, place);
-        ids.put(event.id, entry(event.timeMs, offset, matched));
+        long clickMs = earlyPlaces.isEmpty() ? -1 : matchEarly(event);
+        ids.put(event.id, entry(event.timeMs, offset, clickMs >= 0));
+        if (event.timeMs + settings.holdMs() < expiredMs) { // it came after its label was due
+            label(place, event.value, clickMs);
+        } else if (clickMs >= 0) {
+            clicked.put(place, time(clickMs));
+        }
+        if (event.timeMs >= droppedMs) {
+            pending.put(place, event.value);
+        }
     }
 
-    private boolean matchEarly(Event event, byte[] place) {
+    /** The time of the earliest click that waits for this impression, -1 without one. */
+    private long matchEarly(Event event) {
         List<byte[]> waiting = earlyPlaces.get(ByteBuffer.wrap(event.id));
         if (waiting == null) {
-            return false;
+            return -1;
         }
         long first = Long.MAX_VALUE;
         for (byte[] click : List.copyOf(waiting)) {
@@ -155,11 +157,7 @@ final class JoinProcessor implements Processor<byte[], Event, byte[], byte[]> {
                 forgetEarly(click);
             }
         }
-        if (first == Long.MAX_VALUE) {
-            return false;
-        }
-        clicked.put(place, time(first));
-        return true;
+        return first == Long.MAX_VALUE ? -1 : first;
     }
 
     private void click(Record<byte[], Event> record, long offset) {
@@ -184,8 +182,7 @@ final class JoinProcessor implements Processor<byte[], Event, byte[], byte[]> {
         if (timeOf(known) + settings.holdMs() >= expiredMs) {
             clicked.put(place, time(event.timeMs));
         } else {
-            byte[] value = labelled.delete(place);
-            context.forward(example(place, value, event.timeMs, CORRECTION), "examples");
+            context.forward(example(place, pending.get(place), event.timeMs, CORRECTION), "examples");
         }
     }
 
@@ -196,49 +193,59 @@ final class JoinProcessor implements Processor<byte[], Event, byte[], byte[]> {
         }
         long until = watermarkMs - settings.holdMs();
         int sent = 0;
-        try (KeyValueIterator<byte[], byte[]> due = pending.range(place(pendingFromMs), place(until));
-                KeyValueIterator<byte[], byte[]> clicks = clicked.range(place(pendingFromMs), place(until))) {
+        long from = Math.max(expiredMs - settings.holdMs(), 0);
+        try (KeyValueIterator<byte[], byte[]> due = pending.range(place(from), place(until));
+                KeyValueIterator<byte[], byte[]> clicks = clicked.range(place(from), place(until))) {
             while (due.hasNext()) {
-                if (sent++ >= MAX_OUTPUTS) {
+                // Cut between two event times, so that what is left over begins where this ends.
+                if (sent >= MAX_OUTPUTS && timeOf(due.peekNextKey()) > from) {
                     until = timeOf(due.peekNextKey());
                     break;
                 }
                 KeyValue<byte[], byte[]> row = due.next();
-                boolean positive = clicks.hasNext() && Arrays.equals(clicks.peekNextKey(), row.key);
-                long clickMs = positive ? timeOf(clicks.next().value) : -1;
-                // A click within the window, but later than the hold, becomes a correction.
-                boolean held = positive && clickMs - timeOf(row.key) <= settings.holdMs();
-                context.forward(example(row.key, row.value, held ? clickMs : -1, FIRST), "examples");
-                if (positive && !held) {
-                    context.forward(example(row.key, row.value, clickMs, CORRECTION), "examples");
-                } else if (!positive && settings.holdMs() < settings.windowMs()) {
-                    labelled.put(row.key, row.value);
-                    labelledFromMs = Math.min(labelledFromMs, timeOf(row.key));
-                }
-                pending.delete(row.key);
-                if (positive) {
+                from = timeOf(row.key);
+                sent++;
+                long clickMs = -1;
+                if (clicks.hasNext() && Arrays.equals(clicks.peekNextKey(), row.key)) {
+                    clickMs = timeOf(clicks.next().value);
                     clicked.delete(row.key);
+                }
+                label(row.key, row.value, clickMs);
+                if (settings.holdMs() == settings.windowMs()) {
+                    pending.delete(row.key);
                 }
             }
         }
         expiredMs = until + settings.holdMs();
-        pendingFromMs = Math.max(until, 0);
+        drop(watermarkMs - settings.windowMs());
         forget();
         meta.put(name("impressions"), time(impressionsSeenMs));
         meta.put(name("clicks"), time(clicksSeenMs));
         meta.put(name("expired"), time(expiredMs));
     }
 
-    private void forget() {
-        if (settings.holdMs() < settings.windowMs()) {
-            long beforeMs = watermarkMs - settings.windowMs();
-            try (KeyValueIterator<byte[], byte[]> due = labelled.range(place(labelledFromMs), place(beforeMs))) {
+    /** The first label of an impression, and a correction where its click has been read and is later than the hold. */
+    private void label(byte[] place, byte[] value, long clickMs) {
+        boolean held = clickMs - timeOf(place) <= settings.holdMs();
+        context.forward(example(place, value, held ? clickMs : -1, FIRST), "examples");
+        if (!held) {
+            context.forward(example(place, value, clickMs, CORRECTION), "examples");
+        }
+    }
+
+    /** Deletes what is pending from before a time: its window is over. */
+    private void drop(long beforeMs) {
+        if (settings.holdMs() < settings.windowMs() && beforeMs > droppedMs) {
+            try (KeyValueIterator<byte[], byte[]> due = pending.range(place(droppedMs), place(beforeMs))) {
                 while (due.hasNext()) {
-                    labelled.delete(due.next().key);
+                    pending.delete(due.next().key);
                 }
             }
-            labelledFromMs = Math.max(beforeMs, 0);
         }
+        droppedMs = Math.max(droppedMs, Math.min(beforeMs, expiredMs - settings.holdMs()));
+    }
+
+    private void forget() {
         if (!earlyPlaces.isEmpty()) {
             try (KeyValueIterator<byte[], byte[]> due = early.range(place(0), place(watermarkMs))) {
                 while (due.hasNext()) {
