@@ -114,6 +114,9 @@ class JoinSettings(_Frozen):
         description="Stable name of this worker in its group (a pod's): back within the session timeout, it goes on at once.",
     )
     cache_mb: int = Field(default=64, ge=8, description="Block cache that all partitions of a worker share.")
+    write_buffers_mb: int = Field(
+        default=256, ge=16, description="What all partitions of a worker hold in memory before it is written to their folders."
+    )
 
     accept_partitions: int | None = Field(
         default=None,

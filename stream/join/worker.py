@@ -65,7 +65,7 @@ class JoinWorker:
         self._kafka, self._state_dir = kafka, state_dir
         self._file_limit = raise_file_limit()
         each = open_files_each(self._file_limit, cluster.partitions[names.impressions])
-        self._options = StateOptions(settings.cache_mb, each)
+        self._options = StateOptions(settings.cache_mb, each, settings.write_buffers_mb)
         self._metrics = JoinMetrics(registry)
         self.partitions: dict[int, PartitionJoin] = {}
         self._loops: dict[int, asyncio.Task[None]] = {}

@@ -176,13 +176,14 @@ def test_chunks_come_by_first_offset_and_share_none(state):
     assert list(state.all_chunks()) == chunks
 
 
-def test_a_process_that_ends_at_once_leaves_a_prefix(tmp_path):
+@pytest.mark.parametrize("write_buffers_mb", [256, 16])
+def test_a_process_that_ends_at_once_leaves_a_prefix(tmp_path, write_buffers_mb):
     """No write-ahead log: what was not flushed is lost, of every family up to the same batch."""
     program = """
 import os, sys
 from pathlib import Path
 from state.join_state import Chunk, JoinMeta, JoinState, StateOptions
-state = JoinState(Path(sys.argv[1]), StateOptions(8))
+state = JoinState(Path(sys.argv[1]), StateOptions(8, write_buffers_mb=int(sys.argv[2])))
 for index in range(3_000):
     batch = state.batch()
     key = b"%d" % index
@@ -199,7 +200,8 @@ for index in range(3_000):
 os._exit(1)
 """
     path = tmp_path / "state"
-    subprocess.run([sys.executable, "-c", program, path], cwd=Path(__file__).parents[2], check=False, timeout=120)
+    command = [sys.executable, "-c", program, path, str(write_buffers_mb)]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=False, timeout=120)
     state = JoinState(path, OPTIONS)
     try:
         meta = state.meta()
@@ -388,3 +390,20 @@ def test_a_newer_layout_is_refused_and_never_taken_for_damage(state):
     ) as error:
         state.meta()
     assert not isinstance(error.value, StateDamaged)
+
+
+def test_all_partitions_share_one_bound_of_what_is_not_written_out(tmp_path):
+    """Each alone is far from filling its own buffers."""
+    options = StateOptions(8, write_buffers_mb=4)
+    states = [JoinState(tmp_path / str(number), options) for number in range(3)]
+    try:
+        for index in range(400):
+            state, key = states[index % 3], b"%d" % index
+            batch = state.batch()
+            batch.add_pending([(index, index, key, os.urandom(40_000))])
+            batch.write()
+        assert options._buffers.get_usage() <= 8 << 20  # one half may be on its way to the disk
+        assert all(list((tmp_path / str(number)).glob("*.sst")) for number in range(3))
+    finally:
+        for state in states:
+            state.close()
