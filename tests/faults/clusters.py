@@ -37,8 +37,8 @@ class Clock:
             "LD_PRELOAD": str(found[0]),
             "FAKETIME_TIMESTAMP_FILE": str(file),
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "FAKETIME_FORCE_MONOTONIC_FIX": "0",  # with it every timed wait of a JVM lasts for ever
             "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_NO_CACHE": "0",
         }
         self.set(0)
 
@@ -101,7 +101,7 @@ class Clusters:
         folder = self._folder / name
         settings = LocalKafkaSettings(dir=folder, start_timeout_ms=180_000, heap_mb=384)
         if name == "clock":
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             self.clock = Clock(folder / "clock")
             java = folder / "java"
             variables = "\n".join(f"export {key}='{value}'" for key, value in self.clock.environment.items())

@@ -484,6 +484,9 @@ def play(kind: Kind, seed: int, clusters: Clusters, folder: Path, *, code: str =
             _play_on(kafka, kind, seed, clusters, folder, chosen, result)
     except Skipped as reason:
         result.skipped = str(reason)
+    except Exception as error:
+        traceback.print_exc()
+        result.problems.append(f"the run failed: {error!r}")
     return result
 
 
