@@ -60,6 +60,7 @@ class Use:
     record: Any
     life: Life
     time_ms: int
+    oversize: bool = False  # larger than `examples` takes: no label, nor a correction
     clicks: list[Sent] = field(default_factory=list)  # that count, and came before the window had passed
     clicks_read: bool = False  # whether the join has committed that it read one of them
     found: list[tuple[str, int]] = field(default_factory=list)  # kind, offset in examples
@@ -79,8 +80,15 @@ class Use:
         return sorted(click.time_ms for click in self.clicks if click.time_ms <= self.due_ms and click.after_ms <= self.due_ms)
 
     @property
+    def left_out(self) -> bool:
+        """Whether its first label is one that the rate leaves out, under the settings that it came by."""
+        return not self.early_ms and not self.life.keeps(self.record.key)
+
+    @property
     def labels(self) -> dict[str, tuple[str, list[int]]]:
         """What has to come in order: kind → label and the times of the clicks that it may name."""
+        if self.oversize:
+            return {"first": ("0", [])} if self.left_out else {}
         if not self.clicks:
             return {"first": ("0", [])}
         if self.early_ms:
@@ -108,6 +116,11 @@ class Ledger:
         self._not_due: set[Place] = set()
         self._impressions(self._incoming(IMPRESSIONS))
         self._clicks(self._incoming(CLICKS))
+        for (partition, offset), use in self.uses.items():
+            if use.oversize and not use.left_out:
+                self._dead[IMPRESSIONS, partition, offset] = "too_large"
+                if use.due_ms >= until_ms:
+                    self._not_due.add((IMPRESSIONS, partition, offset))
         self._letters()
         self._examples()
         for use in self.uses.values():
@@ -154,12 +167,12 @@ class Ledger:
             place, id_ = (IMPRESSIONS, record.partition, record.offset), (record.partition, record.key)
             life = self._life(record.partition, record.offset, "impressions_from")
             known = last.get(id_)
-            if meant.reason:
+            if meant.reason and not meant.oversize:
                 self._dead[place] = meant.reason
             elif meant.time_ms < meant.after_ms - life.window_ms - life.horizon_ms:
                 self._dead[place] = "late_impression"
             elif known is None or meant.time_ms > known.time_ms + known.life.horizon_ms:
-                use = last[id_] = Use(record, life, meant.time_ms)
+                use = last[id_] = Use(record, life, meant.time_ms, oversize=meant.oversize)
                 self.uses[record.partition, record.offset] = use
                 self._by_key[id_].append(use)
 

@@ -51,6 +51,11 @@ class Sent:
     after_ms: int = -1
     codec: str = ""
 
+    @property
+    def oversize(self) -> bool:
+        """Whether it is a right impression that `examples` doesn't take: it only fits its own topic compressed."""
+        return self.reason == "too_large"
+
 
 @dataclass(slots=True)
 class Phase:

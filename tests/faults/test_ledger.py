@@ -287,8 +287,23 @@ def test_each_impression_ends_under_the_settings_it_came_by_and_says_the_rate_it
 
 def test_a_record_that_is_too_large_leaves_no_bytes():
     case = Case()
-    case.send(Sent(IMPRESSIONS, b"a", b"x" * 100, reason="too_large"))
+    case.send(Sent(IMPRESSIONS, b"a", b"x" * 100, 1_000, reason="too_large"))
     case.bury(IMPRESSIONS, 0, "too_large", b"")
+    case.click(b"a", 1_000)
     assert case.counts() == (0, 0, 0)
     case.records["dead_letters"][0].value = b"x" * 100
+    assert case.counts() == (0, 0, 1)
+    case.records["dead_letters"].clear()
+    assert case.counts() == (1, 0, 0)
+    case.write("examples", b"a", b"x" * 100, {"kind": "first", "label": "1", "source_offset": "0"})
+    assert case.counts() == (1, 0, 1)  # it can't have fitted
+
+
+def test_a_record_that_is_too_large_may_be_left_out_as_well():
+    """A rate of one half leaves b out."""
+    case = Case(Life(WINDOW_MS, 3_000, HORIZON_MS, 0, 0.5))
+    case.send(Sent(IMPRESSIONS, b"b", b"x" * 100, 1_000, reason="too_large"))
+    case.leave_out(0)
+    assert case.counts() == (0, 0, 0)
+    case.bury(IMPRESSIONS, 0, "too_large", b"")
     assert case.counts() == (0, 0, 1)
