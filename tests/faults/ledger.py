@@ -60,7 +60,7 @@ class Use:
     record: Any
     life: Life
     time_ms: int
-    oversize: bool = False  # larger than `examples` takes: no label, nor a correction
+    oversize: bool = False  # larger than `examples` takes: named as left out, and a dead letter unless the rate leaves it out
     clicks: list[Sent] = field(default_factory=list)  # that count, and came before the window had passed
     clicks_read: bool = False  # whether the join has committed that it read one of them
     found: list[tuple[str, int]] = field(default_factory=list)  # kind, offset in examples
@@ -81,14 +81,14 @@ class Use:
 
     @property
     def left_out(self) -> bool:
-        """Whether its first label is one that the rate leaves out, under the settings that it came by."""
+        """Whether its first label is a negative that the rate leaves out, under the settings that it came by."""
         return not self.early_ms and not self.life.keeps(self.record.key)
 
     @property
     def labels(self) -> dict[str, tuple[str, list[int]]]:
         """What has to come in order: kind → label and the times of the clicks that it may name."""
         if self.oversize:
-            return {"first": ("0", [])} if self.left_out else {}
+            return {"first": ("0", [])}  # named as left out
         if not self.clicks:
             return {"first": ("0", [])}
         if self.early_ms:
@@ -254,7 +254,7 @@ class Ledger:
             if use is None:
                 continue
             use.found.append(("first", record.offset))
-            if headers != expected or use.labels["first"][0] != "0" or life.keeps(use.record.key):
+            if headers != expected or use.labels["first"][0] != "0" or (life.keeps(use.record.key) and not use.oversize):
                 self._say("wrong", f"{use.name}: left out by {headers}, expected {use.labels} under a rate of {life.rate}")
 
     def _matched(self, record: Any, headers: dict[str, str]) -> None:
@@ -282,7 +282,7 @@ class Ledger:
         if label == "none":
             return  # said by `_whole`
         same = (record.key, record.value) == (use.record.key, use.record.value)
-        if headers != expected or not right_click or not kept or not same:
+        if headers != expected or not right_click or not kept or not same or use.oversize:
             said = f"{headers}, click {click}" if kept else "sent, though left out"
             self._say("wrong", f"{use.name}: expected {expected}, click {clicks_ms}, found {said}")
 

@@ -285,22 +285,25 @@ def test_each_impression_ends_under_the_settings_it_came_by_and_says_the_rate_it
     assert case.counts() == (0, 0, 1)
 
 
-def test_a_record_that_is_too_large_leaves_no_bytes():
+def test_a_record_that_is_too_large_is_named_and_leaves_no_bytes():
     case = Case()
     case.send(Sent(IMPRESSIONS, b"a", b"x" * 100, 1_000, reason="too_large"))
-    case.bury(IMPRESSIONS, 0, "too_large", b"")
     case.click(b"a", 1_000)
+    case.bury(IMPRESSIONS, 0, "too_large", b"")
+    case.write("examples", None, b"[0]", {"kind": "left_out"})
     assert case.counts() == (0, 0, 0)
     case.records["dead_letters"][0].value = b"x" * 100
     assert case.counts() == (0, 0, 1)
     case.records["dead_letters"].clear()
     assert case.counts() == (1, 0, 0)
-    case.write("examples", b"a", b"x" * 100, {"kind": "first", "label": "1", "source_offset": "0"})
+    case.records["examples"].clear()
+    assert case.counts() == (2, 0, 0)
+    case.say(b"a", 1_000, 0, click_ms=1_000)
     assert case.counts() == (1, 0, 1)  # it can't have fitted
 
 
-def test_a_record_that_is_too_large_may_be_left_out_as_well():
-    """A rate of one half leaves b out."""
+def test_a_record_that_is_too_large_may_be_left_out_by_the_rate():
+    """A rate of one half leaves b out: nobody misses its bytes."""
     case = Case(Life(WINDOW_MS, 3_000, HORIZON_MS, 0, 0.5))
     case.send(Sent(IMPRESSIONS, b"b", b"x" * 100, 1_000, reason="too_large"))
     case.leave_out(0)
