@@ -28,6 +28,8 @@ CHECKS: dict[str, Callable[[Readings], Iterator[Finding]]] = {
     "scorers": model_checks.scorers,
     "skew": model_checks.skew,
     "calibration": model_checks.calibration,
+    "versions": model_checks.versions,
+    "gate": model_checks.gate,
     "champion": model_checks.champion,
     "hold": model_checks.hold,
 }

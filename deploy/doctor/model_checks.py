@@ -10,13 +10,15 @@ from deploy.doctor.finding import Finding
 from deploy.doctor.readings import Readings
 from state.registry import VersionRecord
 
-__all__ = ["calibration", "champion", "hold", "publishes_nothing", "publishing", "scorers", "skew"]
+__all__ = ["calibration", "champion", "gate", "hold", "publishes_nothing", "publishing", "scorers", "skew"]
 
 # A champion is replaced with nearly every version: one in some is held back by chance, twenty in a row are not.
 MAX_VERSIONS_SINCE = 20
 MAX_CHAMPION_AGE_MS = 600_000
 # Who stops promotion by hand looks at it again within the hour; later it was forgotten.
 MAX_HOLD_MS = 3_600_000
+# The gate needs some blocks of clicks to turn; a model that recovers does so in minutes.
+MAX_WITHHELD_MS = 1_800_000
 # Versions that may be missing, and at least a minute: a version of a large model takes its time.
 MISSED_VERSIONS, MIN_SILENCE_MS = 5, 60_000
 # Fewer served impressions than these say little of a mean, and fewer compared scores little of a share.
@@ -34,8 +36,8 @@ def champion(readings: Readings) -> Iterator[Finding]:
     """New versions stay candidates, one after the other, while the trainer goes on learning."""
     state, newest = readings.registry, _newest(readings)
     served = state.champion_record
-    if newest is None or state.champion.hold or not readings.snapshots.auto_promote:
-        return
+    if newest is None or state.champion.hold or not readings.snapshots.auto_promote or state.withheld is not None:
+        return  # as somebody wanted it, or as `gate` says
     if served is None:
         if readings.now_ms - min(record.announced_at_ms for record in state.versions.values()) > MAX_CHAMPION_AGE_MS:
             yield Finding(
@@ -60,6 +62,39 @@ def champion(readings: Readings) -> Iterator[Finding]:
         cure="see what the gate says of the newest versions (`headrace snapshot list`); where they are right and the champion "
         f"isn't, `headrace snapshot promote {newest.version} --reason …`",
     )
+
+
+def gate(readings: Readings) -> Iterator[Finding]:
+    """The gate has withheld new versions for long."""
+    withheld = readings.registry.withheld
+    if withheld is None or readings.now_ms - withheld.since_ms <= MAX_WITHHELD_MS:
+        return
+    compared = "" if withheld.anchor is None else f"; compared with version {withheld.anchor}"
+    if withheld.loss_change is not None:
+        compared += f", log loss {withheld.loss_change:+.1%} over {withheld.compared_clicks:,} clicks"
+    yield Finding(
+        check="gate",
+        what=f"champion {readings.registry.champion.version}",
+        expected=f"versions that flow, or flow again within {duration(MAX_WITHHELD_MS)}",
+        found=f"new versions withheld since {clock(withheld.since_ms)}: {withheld.reason}{compared}",
+        cure='find what changed when it began: settings, features, a replay (docs/operations.md, "When no version becomes '
+        'champion"). `headrace snapshot rollback` goes to a good version from before; `headrace snapshot promote N --reason …` '
+        "puts a version in the champion's place whatever the gate says",
+    )
+
+
+def versions(readings: Readings) -> Iterator[Finding]:
+    """The newest version isn't sane: its scores don't vary, or its weights aren't finite."""
+    newest = _newest(readings)
+    if newest is not None and newest.verdict is not None and newest.verdict.problems:
+        yield Finding(
+            check="versions",
+            what=f"version {newest.version}",
+            expected="finite weights and metrics, and scores that vary",
+            found="; ".join(newest.verdict.problems),
+            cure="it isn't promoted. Look whether impressions carry the features of the schema (`headrace config show`); where "
+            "learning diverged, lower model.row_learning_rate or model.dense_learning_rate and restart the trainer",
+        )
 
 
 def hold(readings: Readings) -> Iterator[Finding]:

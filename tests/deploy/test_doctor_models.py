@@ -15,6 +15,7 @@ from state.registry import Champion, RegistryState, VersionRecord
 from state.settings import SnapshotSettings
 from stream.heartbeat import Heartbeat
 from tests.deploy.test_doctor import NOW, healthy, only
+from tests.judged import judged
 
 MINUTE = 60_000
 
@@ -73,6 +74,31 @@ def test_a_champion_that_nothing_should_replace() -> None:
     assert check_of(healthy(registry=held)) == []
     by_hand = SnapshotSettings(auto_promote=False)
     assert check_of(healthy(registry=registry(champion=1), snapshots=by_hand)) == []
+
+
+def judged_registry(**changed: Any) -> RegistryState:
+    """A champion that 39 versions have passed by, with what the gate says of the newest."""
+    state = registry(champion=1)
+    state.versions[40] = msgspec.structs.replace(state.versions[40], verdict=judged(**changed))
+    return state
+
+
+def test_versions_withheld_for_long() -> None:
+    said: dict[str, Any] = dict(
+        flow="withheld", reason="worse than version 7's", anchor=7, loss_change=0.071, compared_clicks=600
+    )
+    found = only(healthy(registry=judged_registry(**said, since_ms=NOW - 31 * MINUTE)))
+    assert (found.check, found.what) == ("gate", "champion 1")
+    assert found.found.endswith("Z: worse than version 7's; compared with version 7, log loss +7.1% over 600 clicks")
+    assert check_of(healthy(registry=judged_registry(**said, since_ms=NOW - 29 * MINUTE))) == [], "it may recover"
+    assert check_of(healthy(registry=judged_registry(since_ms=NOW - 31 * MINUTE))) == ["champion"], "versions flow"
+
+
+def test_a_version_whose_scores_do_not_vary() -> None:
+    state = registry()
+    state.versions[40] = msgspec.structs.replace(state.versions[40], verdict=judged(problems=("scores don't vary: 1e-9",)))
+    found = only(healthy(registry=state))
+    assert (found.check, found.what, found.found) == ("versions", "version 40", "scores don't vary: 1e-9")
 
 
 def test_no_champion_at_all() -> None:
