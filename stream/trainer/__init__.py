@@ -8,6 +8,8 @@
 | `batching` | columns → batches, and how far the log is trained |
 | `training` | learn batch after batch; what a snapshot holds |
 | `scores` | how good the scores are: progressive, served, over a stretch of event time |
+| `kept` | what travels with the versions beside the model |
+| `letters` | dead letters, written before a version relies on them |
 | `skew` | served scores computed again from the impressions' features |
 | `snapshots` | when and how versions are written and announced |
 | `judge` | which examples the gate compares, with what; `anchors`: the version compared with; `sanity`: weights alone |
