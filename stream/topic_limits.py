@@ -6,16 +6,30 @@ Workers ask once, when they start. A worker that runs into a limit lowered since
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from stream.cluster import topic_configs
 from stream.settings import KafkaSettings
 from stream.topic_contract import OUTPUT_MARGIN_BYTES
 
-__all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "letter_limit", "max_message_bytes"]
+__all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "OutputLimits", "letter_limit", "max_message_bytes"]
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_MESSAGE_BYTES = 1_048_588  # Kafka's own, for a worker that may not read the topic's configuration
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLimits:
+    """What the join's output topics take: bytes of a batch, and how many partitions `dead-letters` has (None: enough)."""
+
+    example_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    letter_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    letter_partitions: int | None = None
+
+    def letter_partition(self, number: int) -> int:
+        """Where the letters of a partition go: the same number, where `dead-letters` has it."""
+        return number if self.letter_partitions is None else number % self.letter_partitions
 
 
 async def max_message_bytes(kafka: KafkaSettings, topic: str) -> int:

@@ -54,6 +54,11 @@ class Events:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def newest_ms(self) -> int:
+        """The event time up to which the source has come, -1 where that isn't known."""
+        return max(self.times_ms, default=-1) if self.front_ms is None else self.front_ms
+
 
 def read_run(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int) -> Events:
     """Read the envelopes of one run (aiokafka ConsumerRecords of one partition, in order of offset).

@@ -21,15 +21,26 @@ A record without a key is none of these. By its `kind` it is
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import msgspec
 
 from stream.batches import Outgoing
+from stream.dead_letters import DeadLetter
 from stream.join.logic import CORRECTION, FIRST, Example, Plan
 from stream.packed import pack_header, varint
 
-__all__ = ["Matched", "example_records", "left_out_of", "matched_of", "packed_plan", "plan_records", "record_count"]
+__all__ = [
+    "Matched",
+    "example_records",
+    "left_out_of",
+    "matched_of",
+    "packed_plan",
+    "plan_records",
+    "record_count",
+    "set_aside_too_large",
+]
 
 Matched = tuple[int, int, int]  # source offset, event time of the impression, event time of its click
 
@@ -38,6 +49,9 @@ _KINDS = {FIRST: (("kind", b"first"),), CORRECTION: (("kind", b"correction"),)}
 _LEFT_OUT, _MATCHED = ("kind", b"left_out"), ("kind", b"matched")
 # Of one record: at most 20 and 66 bytes each, below the smallest limit of the topic (64 KiB).
 _LEFT_OUT_AT_ONCE, _MATCHED_AT_ONCE = 2_000, 900
+
+# What an example is larger by than its key and value: headers with their longest values, and Kafka's own framing.
+_HEADERS_BYTES = 512
 
 _decode_offsets = msgspec.json.Decoder(list[int]).decode
 _decode_matched = msgspec.json.Decoder(list[Matched]).decode
@@ -105,6 +119,34 @@ _SOURCE_OFFSET = _name("source_offset")
 
 def _rate(negative_rate: float) -> tuple[tuple[str, bytes], ...]:
     return () if negative_rate >= 1 else (("rate", repr(negative_rate).encode()),)
+
+
+def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) -> None:
+    """Make dead letters of the labels that `examples` doesn't take in a batch of `max_bytes`.
+
+    Whether a label fits is judged when it leaves. So nothing has to be remembered: what has left is known, and labels that have
+    not left yet may be judged by another limit after a restart. A correction that doesn't fit is left out, since the letter of
+    the first label stands for both.
+
+    Args:
+        topic: of impressions, with `partition` where the letters say that the bytes are.
+    """
+    if not plan.examples:
+        return
+    largest = max(map(len, map(itemgetter(1), plan.examples))) + max(map(len, map(itemgetter(0), plan.examples)))
+    if largest + _HEADERS_BYTES <= max_bytes:
+        return
+    kept: list[Example] = []
+    for example in plan.examples:
+        key, value, _, offset, click_ms, kind = example
+        if len(key) + len(value) + _HEADERS_BYTES <= max_bytes:
+            kept.append(example)
+            continue
+        plan.counts["negatives"] -= click_ms < 0
+        if kind == FIRST:
+            message = f"expected an example of at most {max_bytes} bytes, found {len(key) + len(value)} in key and value alone"
+            plan.dead.append(DeadLetter("too_large", message, "$", topic, partition, offset, key, value))
+    plan.examples[:] = kept
 
 
 def left_out_of(record: Any) -> list[int] | None:

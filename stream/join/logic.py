@@ -278,8 +278,8 @@ class Step:
 
     def _see(self, source: str, events: Events) -> None:
         seen = events.watermark_ms if events.watermark_ms >= 0 else NEVER_MS
-        if events.times_ms:
-            seen = max(seen, max(events.times_ms) - self._lateness)
+        if events.newest_ms >= 0:
+            seen = max(seen, events.newest_ms - self._lateness)
         if source == "impressions":
             self._memory.impressions_seen_ms = max(self._memory.impressions_seen_ms, seen)
         else:

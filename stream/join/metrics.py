@@ -39,6 +39,17 @@ class JoinMetrics:
             "Labels corrected by a click that came after the hold; they count among the examples with label 1, too.",
             registry=registry,
         )
+        self.events_ahead = Counter(
+            "headrace_join_events_ahead",
+            "Events whose time is more than a second after their arrival at the broker: a clock is wrong.",
+            ["source", "partition"],
+            registry=registry,
+        )
+        self.foreign_examples = Counter(
+            "headrace_join_foreign_examples",
+            "Records in `examples` that the join has not written, passed over by rebuilds.",
+            registry=registry,
+        )
         self.dead_letters = Counter("headrace_join_dead_letters", "Records refused.", ["reason"], registry=registry)
         self.pending = Gauge(
             "headrace_join_pending_impressions",
@@ -154,8 +165,15 @@ class JoinMetrics:
         self.low_water_offsets.labels(topic, str(number)).set(offsets)
         self.retention_left.labels(topic, str(number)).set(left_s)
 
+    def observe_ahead(self, impressions: bool, number: int, events: int) -> None:
+        """Count events ahead of their arrival."""
+        self.events_ahead.labels("impressions" if impressions else "clicks", str(number)).inc(events)
+
     def observe_rebuild(self, progress: RebuildProgress) -> None:
         """How far taking over a partition is."""
         number = str(progress.number)
         self.rebuild_offsets.labels(number).set(progress.total)
         self.rebuild_read_offsets.labels(number).set(progress.done)
+        if progress.foreign:
+            self.foreign_examples.inc(progress.foreign)
+            progress.foreign = 0

@@ -20,12 +20,14 @@ from state.join_state import LAYOUT, Chunk, JoinMeta, JoinState
 from stream.batches import send_batches
 from stream.clients import quietly_stopped
 from stream.join.events import read_run
-from stream.join.examples import packed_plan, record_count
+from stream.join.examples import packed_plan, record_count, set_aside_too_large
 from stream.join.logic import Plan, Step, watermark
 from stream.join.memory import Memory
 from stream.join.metrics import JoinMetrics
 from stream.join.progress import Progress, encode_progress
+from stream.join.source_clock import SourceClock
 from stream.settings import JoinSettings
+from stream.topic_limits import OutputLimits
 from stream.topics import TopicNames
 from stream.transport import LogEnd, Run
 
@@ -69,6 +71,7 @@ class PartitionJoin:
         partitions: of the topics, committed with the progress.
         log_end: the end of a source's partition by the last fetch, by topic name.
         fatal: called when a transaction fails; must not return. Nothing decided may be used after that.
+        limits: what the topics of labels and dead letters take.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class PartitionJoin:
         after_step: Callable[[PartitionJoin], None],
         fatal: Callable[[str, BaseException], Any],
         metrics: JoinMetrics,
+        limits: OutputLimits = OutputLimits(),  # noqa: B008 (frozen)
     ) -> None:
         self.number = number
         self._settings, self._names, self._group, self._identity = settings, names, group, identity
@@ -93,6 +97,12 @@ class PartitionJoin:
         self._log_end, self._after_step, self._fatal, self._metrics = log_end, after_step, fatal, metrics
         self.positions, self.pending, self.steps = taken.positions, taken.pending, 0
         self._flushed = time.perf_counter()
+        self._limits = limits
+        lateness_ms, memory = settings.lateness_ms, taken.memory
+        self._clocks = {
+            names.impressions: SourceClock(lateness_ms, memory.impressions_seen_ms + lateness_ms),
+            names.clicks: SourceClock(lateness_ms, memory.clicks_seen_ms + lateness_ms),
+        }
         self._idle_since: dict[str, float] = {}
         self._queue: asyncio.Queue[Run] = asyncio.Queue()
         self.reset()
@@ -156,6 +166,9 @@ class PartitionJoin:
         after = Positions(self.positions.impressions, self.positions.clicks, self.positions.examples)
         for run in runs:
             events = read_run(run.records, self._settings.max_future_ms, self._settings.max_watermark_future_ms)
+            self._clocks[run.topic].read(events)
+            if events.ahead:
+                self._metrics.observe_ahead(run.topic == self._names.impressions, self.number, events.ahead)
             if run.records:
                 self._idle_since.pop(run.topic, None)
             if run.topic == self._names.impressions:
@@ -170,6 +183,7 @@ class PartitionJoin:
             clicks_idle=self._idle(self._names.clicks, after.clicks),
         )
         plan = step.close(allowed, self._names.clicks, self.number)
+        set_aside_too_large(plan, self._limits.example_bytes, self._names.impressions, self.number)
         self._metrics.decide_seconds.observe(time.perf_counter() - began)
         if runs or plan.settled or plan.examples or plan.dead or plan.forgotten:
             chunk = self._chunk(plan)
@@ -224,8 +238,8 @@ class PartitionJoin:
         await producer.begin_transaction()
         labels = packed_plan(plan, self._settings.negative_rate)
         sends = await send_batches(producer, names.examples, self.number, labels)
-        letters = ((letter.key, letter.value, letter.out_headers()) for letter in plan.dead)
-        dead_sends = await send_batches(producer, names.dead_letters, self.number, letters)
+        letters = (letter.outgoing(self._limits.letter_bytes) for letter in plan.dead)
+        dead_sends = await send_batches(producer, names.dead_letters, self._limits.letter_partition(self.number), letters)
         # Every future is awaited before the commit; see `send_batches`.
         written = [await future for future in sends]
         for future in dead_sends:

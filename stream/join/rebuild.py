@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import msgspec
 from aiokafka.structs import TopicPartition
 
 from state.join_state import LAYOUT, Chunk, Entry, JoinMeta, JoinState, Place, StateBatch
@@ -125,6 +126,7 @@ class Rebuild:
             for noted in (self._resolved, self._held, self._matched):
                 noted.clear()
         if self._foreign:
+            self._told.pass_over(self._foreign)
             log.warning(
                 "%s, partition %d: passed over %d records that the join has not written",
                 names.examples,
@@ -204,12 +206,12 @@ class Rebuild:
                     self._resolved.update(dict.fromkeys(left_out, False))
                 elif matched is not None:
                     for offset, time_ms, click_ms in matched:
-                        place = time_ms, offset
+                        place = _storable(time_ms), _storable(offset)
                         self._held[place] = min(click_ms, self._held.get(place, click_ms))
                 else:
                     row = self._label(record.key, headers)
                     clicked += [] if row is None else [row]
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, msgspec.DecodeError):
                 self._foreign += 1
         if not apply:
             return
@@ -241,7 +243,7 @@ class Rebuild:
         kind, label = headers["kind"], headers["label"]
         if key is None or kind not in (b"first", b"correction") or label not in (b"0", b"1"):
             raise ValueError(kind)
-        offset, time_ms = int(headers["source_offset"]), int(headers["impression_ms"])
+        offset, time_ms = _storable(int(headers["source_offset"])), _storable(int(headers["impression_ms"]))
         if label == b"0":
             if kind == b"first":
                 self._resolved[offset] = False
@@ -382,3 +384,10 @@ class Rebuild:
         for chunk in self._state.all_chunks():
             memory.add_chunk(chunk)
         return memory
+
+
+def _storable(number: int) -> int:
+    """Raises ValueError for what no event time and no offset can be."""
+    if not 0 <= number < 1 << 63:
+        raise ValueError(number)
+    return number

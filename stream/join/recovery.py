@@ -34,6 +34,8 @@ class RebuildProgress:
     changed: Callable[[RebuildProgress], None] = lambda progress: None
     total: int = 0
     done: int = 0
+    foreign: int = 0
+    """Records in `examples` that the join has not written; whoever is told of a change may take them away."""
     stage: str = "nothing begun"
     """What is being waited for, in words; before the records are read."""
     _stages: int = 0
@@ -64,6 +66,11 @@ class RebuildProgress:
         if now - self._told >= LOG_EVERY_S:
             self._told = now
             log.info("rebuilding %s", self)
+
+    def pass_over(self, records: int) -> None:
+        """Count records in `examples` that the join has not written."""
+        self.foreign += records
+        self.changed(self)
 
     @property
     def offsets_per_s(self) -> float:

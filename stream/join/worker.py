@@ -30,6 +30,7 @@ from stream.membership import Membership
 from stream.offsets import committed_offsets
 from stream.runtime import build_app, fatal, new_registry, serve, source_part
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings
+from stream.topic_limits import OutputLimits, letter_limit
 from stream.topics import TopicNames
 from stream.transport import LogEnd, Run, RunSchema
 from stream.watchdog import Part
@@ -59,10 +60,11 @@ class JoinWorker:
         state_dir: Path,
         registry: CollectorRegistry,
         watch: ClusterWatch,
+        limits: OutputLimits = OutputLimits(),  # noqa: B008 (frozen)
     ) -> None:
         self._settings, self._names, self._cluster, self._watch = settings, names, cluster, watch
         self._group = f"{names.prefix}{settings.group}"
-        self._kafka, self._state_dir = kafka, state_dir
+        self._kafka, self._state_dir, self._limits = kafka, state_dir, limits
         self._file_limit = raise_file_limit()
         each = open_files_each(self._file_limit, cluster.partitions[names.impressions])
         self._options = StateOptions(settings.cache_mb, each, settings.write_buffers_mb)
@@ -242,6 +244,7 @@ class JoinWorker:
             after_step=self._balance_sources,
             fatal=self._failed,
             metrics=self._metrics,
+            limits=self._limits,
         )
         self._metrics.takeover_seconds.observe(time.monotonic() - began)
         return partition
@@ -338,9 +341,21 @@ async def run_join(
     committed = await committed_offsets(kafka, f"{names.prefix}{settings.group}", sources)
     check_partition_count(committed, names, partitions, settings.accept_partitions)
     registry = new_registry()
+    limits = OutputLimits(
+        example_bytes=await letter_limit(kafka, names.examples),
+        letter_bytes=await letter_limit(kafka, names.dead_letters),
+        letter_partitions=cluster.partitions[names.dead_letters],
+    )
     watch = ClusterWatch(kafka, cluster, changed=lambda error: fatal("join", error))
     worker = JoinWorker(
-        kafka=kafka, settings=settings, names=names, cluster=cluster, state_dir=state_dir, registry=registry, watch=watch
+        kafka=kafka,
+        settings=settings,
+        names=names,
+        cluster=cluster,
+        state_dir=state_dir,
+        registry=registry,
+        watch=watch,
+        limits=limits,
     )
     beside = (worker.retention_watch().run, watch.run)
     await serve(worker, name="join", http=http, registry=registry, beside=beside)

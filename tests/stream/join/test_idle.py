@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from stream.join import partition as partition_module
+from stream.join.source_clock import AGREEING
 from stream.settings import JoinSettings
 from stream.transport import LogEnd
 from tests.stream.join.test_commit import NAMES, Bench
@@ -77,6 +78,11 @@ def test_a_source_is_idle_only_at_the_end_and_for_long_enough(clock):
     asyncio.run(check())
 
 
+def agreed(key: bytes, time_ms: int) -> list[tuple[bytes, int]]:
+    """As many events of one time as it takes to be believed."""
+    return [(key + b"%d" % index, time_ms) for index in range(AGREEING)]
+
+
 def test_an_idle_source_no_longer_holds_the_watermark_and_a_record_wakes_it(clock):
     async def check() -> None:
         fetched: set[str] = set()
@@ -88,15 +94,15 @@ def test_an_idle_source_no_longer_holds_the_watermark_and_a_record_wakes_it(cloc
 
         bench = Bench(CHOSEN, log_end)
         memory = bench.partition.memory
-        await bench.step([(b"a", 50)], [(b"n", 10)])
+        await bench.step(agreed(b"a", 50), agreed(b"n", 10))
         assert memory.watermark_ms == 10
         fetched.add(NAMES.clicks)
-        await bench.step([(b"b", 60)], [])
+        await bench.step(agreed(b"b", 60), [])
         clock.now_s += 1.0
-        await bench.step([(b"c", 70)], [])
+        await bench.step(agreed(b"c", 70), [])
         assert memory.watermark_ms == 70
         # Records of its own: it counts again, and the watermark doesn't fall.
-        await bench.step([(b"d", 90)], [(b"n", 75)])
+        await bench.step(agreed(b"d", 90), agreed(b"m", 75))
         assert memory.watermark_ms == 75
 
     asyncio.run(check())
