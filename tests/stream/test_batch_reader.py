@@ -154,6 +154,7 @@ async def read_all(settings: Settings, topic: str, until: int) -> list[Any]:
         return records
 
 
+@pytest.mark.kafka
 def test_a_consumer_reads_them_all_from_kafka(topics):
     """Every codec, names of any bytes, and a bomb of 200 MB that the broker takes as 20 kB of zstd."""
     names = TopicNames.of(topics.topics)

@@ -6,6 +6,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 from hypothesis import given
@@ -98,6 +99,7 @@ def test_reasons_without_bytes_are_reasons():
     assert REASONS.keys() >= WITHOUT_BYTES
 
 
+@pytest.mark.kafka
 def test_trainer_and_scorer_write_what_the_topic_takes_and_a_replay_says_why_it_cannot_feed_it(topics):
     """A record of 5 MB, which only a compressing producer can send; `dead-letters` takes 1 MiB."""
     names = TopicNames.of(topics.topics)
@@ -136,6 +138,7 @@ def test_trainer_and_scorer_write_what_the_topic_takes_and_a_replay_says_why_it_
     asyncio.run(check())
 
 
+@pytest.mark.kafka
 def test_limits_are_read_from_the_topics(topics):
     names = TopicNames.of(topics.topics)
 

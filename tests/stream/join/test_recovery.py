@@ -38,6 +38,9 @@ def test_progress_is_logged_every_few_seconds_and_told_to_metrics(monkeypatch, c
     ]
     assert registry.get_sample_value("headrace_join_rebuild_offsets", {"partition": "3"}) == 4_000
     assert registry.get_sample_value("headrace_join_rebuild_read_offsets", {"partition": "3"}) == 3_000
+    for _ in range(2):
+        progress.pass_over(3)
+    assert registry.get_sample_value("headrace_join_foreign_examples_total") == 6
     progress.begin(10)  # the state was damaged: begun anew
     assert (progress.done, progress.total) == (0, 10)
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from stream.join.events import Events
+from stream.join.metrics import JoinMetrics
 from stream.join.source_clock import AGREEING, SourceClock
 from stream.settings import JoinSettings
 from tests.stream.join.oracle import Partition, run_of
+from tests.stream.join.test_commit import NUMBER, Bench
 
 NOW_MS, PAST_MS, HOUR_MS = 1_750_000_000_000, 1_650_000_000_000, 3_600_000
 LATENESS_MS = 5_000
@@ -156,3 +160,18 @@ def test_impressions_behind_a_wrong_clock_are_not_late(speed, wrong_every):
             late[clocked] = late.get(clocked, 0) + plan.counts["late_impressions"]
     assert late[True] == 0
     assert late[False] > 1_000
+
+
+def test_events_ahead_are_counted_by_source_and_partition():
+    """The metric of a client's wrong clock, over a log whose records all arrived at 10^12."""
+
+    async def check() -> None:
+        bench = Bench()
+        registry = CollectorRegistry()
+        bench.partition._metrics = JoinMetrics(registry)
+        await bench.step([(b"a", 10**12 + 1_001), (b"b", 10**12 + 1_000)], [(b"a", 10**12 + 9_000), (b"c", 10**12 + 9_001)])
+        for source, count in (("impressions", 1), ("clicks", 2)):
+            labels = {"source": source, "partition": str(NUMBER)}
+            assert registry.get_sample_value("headrace_join_events_ahead_total", labels) == count
+
+    asyncio.run(check())
