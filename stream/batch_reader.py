@@ -100,6 +100,8 @@ class _Batch:
     """One batch of records: aiokafka's own, read again by `read_batch` where that fails."""
 
     is_control_batch = False
+    expanded_bytes = 0
+    """Of the records of a compressed batch, once it has been read."""
 
     def __init__(self, batch: Any, data: memoryview) -> None:
         self._batch, self._data = batch, data
@@ -111,10 +113,16 @@ class _Batch:
         return bool(crc32c(self._data[_CHECKED_FROM:]) == self._batch.crc)
 
     def __iter__(self) -> Iterator[Any]:
+        records = self._records()
+        if _HEADER.unpack_from(self._data)[5] & _CODEC_MASK:
+            self.expanded_bytes = sum(len(record.value or b"") + len(record.key or b"") for record in records)
+        return iter(records)
+
+    def _records(self) -> list[Any]:
         if _HEADER.unpack_from(self._data)[12] <= MAX_RECORDS:
             with contextlib.suppress(*_UNREADABLE):
-                return iter(list(self._batch))
-        return read_batch(self._data)
+                return list(self._batch)
+        return list(read_batch(self._data))
 
 
 def read_batch(data: bytes | memoryview) -> Iterator[Any]:

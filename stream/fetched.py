@@ -15,6 +15,10 @@ from aiokafka.errors import CorruptRecordException
 
 __all__ = ["LogRecord", "install"]
 
+# What compressed batches may expand to in one `take`: beyond, the rest stays compressed until it is asked for again. One batch
+# more may come on top, which is bounded by itself (`stream/batch_reader.py`). What isn't compressed is bounded by the fetch.
+TAKE_MAX_BYTES = 64 << 20
+
 
 class LogRecord(NamedTuple):
     """A record as it lies in the log: what Headrace uses of aiokafka's `ConsumerRecord`, under the same names."""
@@ -43,6 +47,8 @@ class _PartitionRecords(PartitionRecords):
         super().__init__(*args)
         self._left: list[Any] = []  # of the batch that was begun, in reverse
         self._next_batch_offset = self.next_fetch_offset
+        self._expanded = 0  # bytes of compressed batches, in this `take`
+        self.exhausted = False
 
     def _unpack_records(self) -> None:
         """No generator: `take` goes by batches."""
@@ -53,11 +59,15 @@ class _PartitionRecords(PartitionRecords):
         raise StopIteration
 
     def take(self, most: int | None) -> list[LogRecord]:
-        """The next records, at most `most` of them, and the position moved behind them; fewer only at the end."""
+        """The next records, at most `most` of them, and the position moved behind them.
+
+        Fewer at the end (then `exhausted` is true), and where compressed batches expand to `TAKE_MAX_BYTES`.
+        """
         taken: list[LogRecord] = []
+        self._expanded = 0
         topic, partition = self._tp
         while most is None or len(taken) < most:
-            if not self._left and not self._begin_batch():
+            if not self._left and (self._expanded >= TAKE_MAX_BYTES or not self._begin_batch()):
                 break
             count = len(self._left) if most is None else min(most - len(taken), len(self._left))
             raw = self._left[: -count - 1 : -1]
@@ -79,10 +89,12 @@ class _PartitionRecords(PartitionRecords):
             if not self._is_aborted(batch) and not batch.is_control_batch:
                 self._left = [record for record in batch if record.offset >= self.next_fetch_offset]
                 self._left.reverse()
+                self._expanded += getattr(batch, "expanded_bytes", 0)  # of `stream.batch_reader`'s batches
             self._next_batch_offset = batch.next_offset
             if self._left:
                 return True
             self.next_fetch_offset = batch.next_offset
+        self.exhausted = True
         return False
 
     def _is_aborted(self, batch: Any) -> bool:
@@ -104,6 +116,6 @@ class _FetchResult(FetchResult):
             return []
         taken = self._partition_records.take(max_records)
         self._update_position()
-        if max_records is None or len(taken) < max_records:
+        if self._partition_records.exhausted:
             self._partition_records = None
         return taken

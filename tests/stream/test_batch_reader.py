@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.settings import Settings
-from stream import batch_reader
+from stream import batch_reader, fetched
 from stream.batch_reader import UNREADABLE_HEADER, _Batches, read_batch
 from stream.clients import aiokafka_options
 from stream.topics import TopicNames
@@ -116,6 +116,22 @@ def test_records_before_a_broken_one_are_read():
 def test_any_bytes_are_read_without_an_error(body, count):
     found = batches(raw_batch(body, count))
     assert all(record.offset >= 0 for record in found)
+
+
+def test_compressed_batches_are_expanded_a_few_at_a_time(monkeypatch):
+    """Sixteen batches of 1 MB that expand to 60 MB each may lie in one fetch."""
+    monkeypatch.setattr(fetched, "TAKE_MAX_BYTES", 250)
+    body = raw_records([(b"k", b"v" * 99, ())])
+    for codec, expected in (("zstd", [3, 3, 2, 0]), ("none", [8, 0])):
+        data = b"".join(raw_batch(body, 1, codec, base=base) for base in range(8))
+        records = fetched._PartitionRecords(TopicPartition("t", 0), _Batches(data), [], 0, None, None, True, 1)
+        taken = []
+        while not records.exhausted:
+            before = records.next_fetch_offset
+            taken.append(len(records.take(20_000)))
+            assert records.next_fetch_offset == before + taken[-1]
+        assert [count for count in taken if count] == [count for count in expected if count]
+        assert records.next_fetch_offset == 8
 
 
 def test_aiokafka_is_as_this_module_takes_it_to_be():
