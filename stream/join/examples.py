@@ -11,8 +11,8 @@
 
 A record without a key is none of these. By its `kind` it is
 
-- `left_out`: a JSON array of the `source_offset`s whose negatives were left out, with `rate` as above. So what `examples` holds
-  accounts for every impression;
+- `left_out`: a JSON array of the `source_offset`s whose negatives were left out, with `rate` as above, and of those whose
+  examples are too large. So what `examples` holds accounts for every impression;
 - `matched`: a JSON array of [`source_offset`, `impression_ms`, `click_ms`], one for each click that was matched and waits for
   its impression's first label. A rebuild reads there what was decided, instead of guessing it from the clicks: a click that
   came to nothing before a late impression of its id arrived looks just like one that waits.
@@ -124,9 +124,9 @@ def _rate(negative_rate: float) -> tuple[tuple[str, bytes], ...]:
 def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) -> None:
     """Make dead letters of the labels that `examples` doesn't take in a batch of `max_bytes`.
 
-    Whether a label fits is judged when it leaves. So nothing has to be remembered: what has left is known, and labels that have
-    not left yet may be judged by another limit after a restart. A correction that doesn't fit is left out, since the letter of
-    the first label stands for both.
+    Whether a label fits is judged when it leaves, so that labels which have not left yet may be judged by another limit after a
+    restart. The impression is named as left out: a rebuild sees that it was accepted, and has its label. A correction that
+    doesn't fit is dropped, since the letter of the first label stands for both.
 
     Args:
         topic: of impressions, with `partition` where the letters say that the bytes are.
@@ -146,6 +146,7 @@ def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) 
         if kind == FIRST:
             message = f"expected an example of at most {max_bytes} bytes, found {len(key) + len(value)} in key and value alone"
             plan.dead.append(DeadLetter("too_large", message, "$", topic, partition, offset, key, value))
+            plan.left_out.append(offset)
     plan.examples[:] = kept
 
 

@@ -32,7 +32,9 @@ class JoinMetrics:
         self.clicks = Counter("headrace_join_clicks", "Clicks read, by what became of them.", ["outcome"], registry=registry)
         self.examples = Counter("headrace_join_examples", "Labels written.", ["label"], registry=registry)
         self.left_out = Counter(
-            "headrace_join_left_out", "Negatives left out of `examples` by join.negative_rate.", registry=registry
+            "headrace_join_left_out",
+            "Labels left out of `examples`: negatives by join.negative_rate, and what is too large.",
+            registry=registry,
         )
         self.corrections = Counter(
             "headrace_join_corrections",
