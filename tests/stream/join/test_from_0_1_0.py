@@ -13,6 +13,7 @@ import pytest
 
 from state.join_state import Chunk, JoinMeta
 from stream.join import takeover
+from stream.join.events import WATERMARK_HEADER
 from stream.settings import JoinSettings
 from tests.stream.join.fake_state import DictState, Disk
 from tests.stream.join.world import NAMES, World
@@ -88,8 +89,10 @@ async def live(world: World, disk: Disk) -> Sequence[tuple[Any, ...]]:
     partition = await world.own("a")
     world.now_ms = 0
     world.send(NAMES.clicks, [(b"clicked", 26), (b"waiting", 29)])
-    world.send(NAMES.impressions, [(b"new", 30), (b"later", 60)])
-    world.send(NAMES.clicks, [(b"new", 33), (b"nobody", 60)])
+    world.send(NAMES.impressions, [(b"new", 30)])
+    world.send(NAMES.clicks, [(b"new", 33)])
+    for topic in (NAMES.impressions, NAMES.clicks):
+        world.log.append(topic, None, b"", ((WATERMARK_HEADER, b"60"),))
     for topic, position in ((NAMES.impressions, 3), (NAMES.clicks, 1)):
         await partition._step(world.runs(topic, position, [9]))
     await partition._step([])
