@@ -33,6 +33,8 @@ from stream.trainer.scores import counts
 
 __all__ = ["Anchor", "Judge", "Predicts", "choose_anchor"]
 
+# Examples looked at together: numpy's calls cost as much for a batch of 128 as for eight of them.
+TOGETHER_ROWS = 1_024
 # Rows that the anchor scores at once: a forward pass over 256 costs little more per row than one over thousands.
 GATHERED_ROWS = 256
 # Places for the logits of compared first labels; 20 bytes each, 2.6 MB together. At one impression in 16 and 300 impressions/s
@@ -105,6 +107,8 @@ class Judge:
         self._gate = Gate(settings, state)
         self._lock = threading.Lock()
         self._anchor: Anchor | None = None
+        self._observed: list[tuple[TrainingBatch, npt.NDArray[np.float32]]] = []
+        self._observed_rows = 0
         self._gathered: list[_Gathered] = []
         self._rows = 0
         self._remembered = _Remembered()
@@ -119,6 +123,7 @@ class Judge:
     def compare_with(self, anchor: Anchor | None) -> None:
         """Go on with another anchor, or with none; what is gathered for the old one is left out."""
         with self._lock:
+            self._take_in()
             self._gathered, self._rows = [], 0
             if self._anchor is not None:
                 self._remembered = _Remembered()
@@ -135,13 +140,14 @@ class Judge:
                 self._gate.oppose(champion_line, _now_ms())
 
     def report(self) -> GateReport:
-        """What the gate knows now."""
+        """What the gate knows now: of everything observed right after `state`, else of all but the last moments."""
         with self._lock:
             return self._gate.report(self._problems(), self._spread)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Between two batches: everything observed so far, what is gathered included."""
         with self._lock:
+            self._take_in()
             self._score_gathered()
             return {"state": to_json(self._gate.state)}
 
@@ -154,45 +160,53 @@ class Judge:
     def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
         """Take in a batch that was learned, with the scores from before the update."""
         with self._lock:
-            live = _logits(scores)
-            self._measure_spread(live)
-            weights = counts(batch).astype(np.float64)
-            anchor = self._anchor
-            if anchor is None:
-                self._gate.count(batch.labels, batch.corrects, weights, comparable=False)
-                return
-            if anchor.predictor is None:
-                there = ~np.isnan(batch.served)
-                weights = np.where(there, weights, 0.0)  # clicks are seen, but the comparison is of what was served
-            self._gate.count(batch.labels, batch.corrects, weights)
-            self._gather(batch, live, weights)
-            if self._rows >= GATHERED_ROWS or self._gate.share_is_due:
-                self._score_gathered()
-            if self._gate.block_is_full:
-                self._gate.close_block(_now_ms())
+            self._observed.append((batch, scores))
+            self._observed_rows += len(batch)
+            if self._observed_rows >= TOGETHER_ROWS:
+                self._take_in()
 
-    def _gather(self, batch: TrainingBatch, live: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> None:
-        keys = batch.id_hashes.astype(np.int64).view(np.uint64) * _MIX
+    def _take_in(self) -> None:
+        observed, self._observed, self._observed_rows = self._observed, [], 0
+        if not observed:
+            return
+        batches = [batch for batch, _ in observed]
+        live = _logits(np.concatenate([scores for _, scores in observed]))
+        self._measure_spread(live)
+        labels = np.concatenate([batch.labels for batch in batches])
+        weights = np.concatenate([counts(batch) for batch in batches]).astype(np.float64)
+        corrects = None
+        if any(batch.corrects is not None for batch in batches):
+            none = [np.zeros(len(batch), np.bool_) if batch.corrects is None else batch.corrects for batch in batches]
+            corrects = np.concatenate(none)
+        if self._anchor is None:
+            self._gate.count(labels, corrects, weights, comparable=False)
+            return
+        served = np.concatenate([batch.served for batch in batches]).astype(np.float64)
+        if self._anchor.predictor is None:
+            weights = np.where(np.isnan(served), 0.0, weights)  # clicks are seen, but the comparison is of what was served
+        self._gate.count(labels, corrects, weights)
+        keys = np.concatenate([batch.id_hashes for batch in batches]).view(np.uint64) * _MIX
         hashes = (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
-        rows, share = sample(
-            hashes, batch.labels, batch.corrects, one_in=self._settings.gate_sample, click_share=self._gate.click_share
-        )
+        rows, share = sample(hashes, labels, corrects, one_in=self._settings.gate_sample, click_share=self._gate.click_share)
         usable = np.isfinite(live[rows]) & (weights[rows] > 0)
         rows, share = rows[usable], share[usable]
-        if not len(rows):
-            return
-        self._gathered.append(
-            _Gathered(
-                batch=batch.batch.take(rows),
-                keys=keys[rows],
-                labels=batch.labels[rows].astype(np.float64),
-                weights=weights[rows] * share,
-                live=live[rows],
-                served=batch.served[rows].astype(np.float64),
-                corrects=np.zeros(len(rows), np.bool_) if batch.corrects is None else batch.corrects[rows],
+        if len(rows):
+            self._gathered.append(
+                _Gathered(
+                    batch=_rows_of([batch.batch for batch in batches], rows),
+                    keys=keys[rows],
+                    labels=labels[rows].astype(np.float64),
+                    weights=weights[rows] * share,
+                    live=live[rows],
+                    served=served[rows],
+                    corrects=np.zeros(len(rows), np.bool_) if corrects is None else corrects[rows],
+                )
             )
-        )
-        self._rows += len(rows)
+            self._rows += len(rows)
+        if self._rows >= GATHERED_ROWS or self._gate.share_is_due:
+            self._score_gathered()
+        if self._gate.block_is_full:
+            self._gate.close_block(_now_ms())
 
     def _score_gathered(self) -> None:
         gathered, self._gathered, self._rows = self._gathered, [], 0
@@ -319,6 +333,18 @@ def choose_anchor(
 
 def _clicks(record: VersionRecord) -> int:
     return 0 if record.verdict is None else record.verdict.clicks
+
+
+def _rows_of(batches: list[FeatureBatch], rows: npt.NDArray[np.intp]) -> FeatureBatch:
+    """Some rows (ascending) of batches that are numbered one after the other."""
+    starts = np.cumsum([0, *map(len, batches)])
+    cuts = np.searchsorted(rows, starts)
+    parts = [
+        batch.take(rows[first:last] - start)
+        for batch, start, first, last in zip(batches, starts, cuts, cuts[1:], strict=False)
+        if last > first
+    ]
+    return FeatureBatch.concat(parts)
 
 
 def _logits(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import numpy as np
 import pytest
@@ -103,6 +105,27 @@ def test_a_correction_is_compared_by_the_scores_of_its_first_label():
     assert opened(corrected).passed_over.stream == 0
 
 
+def test_the_features_compared_are_those_of_the_sampled_rows():
+    """Over several batches at once; the anchor's score tells which row it was."""
+
+    class ByKey:
+        def predict(self, batch):
+            return (batch.keys[:, 0] / 10_000).astype(np.float32)
+
+    judge = Judge(SnapshotSettings(gate_sample=3), GateState())
+    judge.compare_with(Anchor(3, ByKey()))
+    at = 1
+    for _ in range(7):
+        rows = np.arange(at, at + 300)
+        features = columns(rows).batch
+        made = dataclasses.replace(batch(labels_of(300), rows), batch=features)
+        judge.observe(made, (rows / 10_000).astype(np.float32))
+        at += 300
+    block = opened(judge)
+    assert block.passed_over.weight > 500
+    assert (block.clicked.gap2, block.passed_over.gap2) == pytest.approx((0, 0), abs=1e-6)  # the same row, the same score
+
+
 def test_a_correction_within_the_same_gathering_finds_its_first_label():
     judge = Judge(ALL, GateState())
     judge.compare_with(Anchor(3, Constant(0.1)))
@@ -147,10 +170,13 @@ def test_served_scores_stand_in_for_an_anchor_that_cannot_score_these_features()
 def test_scores_that_do_not_vary_are_a_problem():
     judge = Judge(SnapshotSettings(), GateState())
     judge.observe(batch(np.ones(SPREAD_EXAMPLES - 1)), np.ones(SPREAD_EXAMPLES - 1, np.float32))
+    judge.state()
     assert judge.report().problems == ()  # too few to say
     judge.observe(batch(np.ones(10)), np.ones(10, np.float32))  # saturated: 1.0 to everything
+    judge.state()
     assert judge.report().problems[0].startswith("scores don't vary: the logits of the last 1000 examples differ by ")
     judge.observe(batch(np.ones(SPREAD_EXAMPLES)), RNG.uniform(0.1, 0.2, SPREAD_EXAMPLES).astype(np.float32))
+    judge.state()
     assert judge.report().problems == ()
     assert judge.report().spread > 0.1
 
