@@ -85,7 +85,9 @@ class Nursery:
     def _begin(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket, self._born, self._newest = ours, threading.Event(), 0
-        subprocess.Popen([sys.executable, "-m", "tests.faults.nursery", str(theirs.fileno())], pass_fds=[theirs.fileno()])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.nursery", str(theirs.fileno())], pass_fds=[theirs.fileno()]
+        )
         theirs.close()
         threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
 

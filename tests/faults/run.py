@@ -44,7 +44,7 @@ __all__ = ["POLL_S", "FaultWorker", "Kind", "Result", "Run", "happens", "play", 
 PATIENCE_S = 120.0
 FAULT_S = 40.0  # for a fault to happen
 POLL_S = 0.2
-END_S = 30.0  # a worker drains within 9 s by itself
+END_S = 60.0  # a worker drains within 9 s by itself, but for writes that a slow disk holds up
 MAX_RESTARTS = 20
 NURSERY = Nursery()
 
@@ -297,7 +297,9 @@ class Run:
         options = {**aiokafka_options(self.settings.kafka), "request_timeout_ms": 5_000}
         while True:
             with contextlib.suppress(KafkaError, TimeoutError, OSError):
-                async with AIOKafkaConsumer(**options, isolation_level="read_committed") as consumer:
+                consumer = AIOKafkaConsumer(**options, isolation_level="read_committed")
+                try:
+                    await consumer.start()
                     since = 0.0  # when the answer before was asked for
                     while True:
                         asked = time.monotonic()
@@ -310,6 +312,8 @@ class Run:
                                 self._committed.append((since, time.monotonic(), tp.partition))
                         since = asked
                         await asyncio.sleep(POLL_S)
+                finally:  # also of one that could not start
+                    await consumer.stop()
             await asyncio.sleep(POLL_S)
 
     async def ledger(self, sent: list[Sent] | None = None, until_ms: int = FOREVER_MS) -> Ledger:
@@ -338,7 +342,7 @@ class Run:
                     await asyncio.sleep(POLL_S)  # one that is starting has no handler for SIGTERM yet
                 worker.wanted = False
                 worker.ask_to_stop()
-                await asyncio.to_thread(worker.wait_stopped)
+                await asyncio.to_thread(worker.wait_stopped, END_S)
                 if worker.returncode:
                     problems.append(f"asked to stop, {worker.log.name} ended with {worker.returncode}")
         ledger = await self.ledger()
