@@ -159,7 +159,8 @@ def play(
                 before, done = done, score_until(stream, learner, scores, done, version_ms + serve_late_ms + serve_every_ms)
                 captured_ms[before:done] = version_ms
             version_ms += serve_every_ms
-        learn(learner, stream.batch.take(labels.rows[rows]), labels.labels[rows], labels.corrects[rows])
+        shown = labels.rows[rows]
+        learner.learn(stream.batch.take(shown), labels.labels[rows], None, labels.corrects[rows], stream.shown_ms[shown])
     score_until(stream, learner, scores, done, int(stream.shown_ms[-1]) + 1)
     return scores, captured_ms
 
@@ -170,15 +171,6 @@ def score_until(stream: Stream, learner: Learner, scores: npt.NDArray[np.float32
     if until > done:
         scores[done:until] = learner.predict(stream.batch.slice(done, until))
     return max(done, until)
-
-
-def learn(learner: Learner, batch: FeatureBatch, labels: npt.NDArray[np.float32], corrects: Bools) -> None:
-    """One update; a correction's slope by the logit is -1."""
-    weights = None
-    if corrects.any():
-        scores = learner.predict(batch).astype(np.float64)
-        weights = np.where(corrects, 1 / np.maximum(1 - scores, 1e-6), 1.0)
-    learner.learn(batch, labels, weights)
 
 
 def simulated(simulation: Simulation, name: str = "simulation") -> Stream:

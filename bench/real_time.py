@@ -159,6 +159,8 @@ def main(
             more = {"one_class_promoted": run.one_class_promoted, "versions": run.versions, "machine_busy": run.busy}
             for version, reason in sorted(run.gate.items())[-3:]:
                 click.echo(f"version {version}: {reason}", err=True)
+        quick = figures(stream, simulation, served, settings.join.window_ms, settings.model, reference=False)
+        click.echo(f"seed {seed}, without the reference: {quick | more}")
         measured = figures(stream, simulation, served, settings.join.window_ms, settings.model, reference=not no_reference)
         from_ms = served.first_labels_ms + SETTLED_MS
         measured["ideal_in_band_share"] = ideal_in_band(stream, simulation, from_ms)

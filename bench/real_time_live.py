@@ -30,7 +30,7 @@ from stream.topics import TopicNames
 
 __all__ = ["LiveRun", "run_live"]
 
-AHEAD_MS = 8_000  # and 33 s for a million impressions: longest time that drawing a stream takes
+AHEAD_MS = 20_000  # and 0.1 s for a thousand impressions: how long drawing a stream takes, with room
 TICK_S = 0.01
 ANSWER_S = 0.5  # a service waits at most this long, then shows without a score
 SAY_S = 30.0
@@ -147,9 +147,14 @@ async def run_live(simulation: Simulation, settings: Settings, env: dict[str, st
             worker.start()
         for worker in workers[:2]:  # a scorer is ready once there is a version
             await asyncio.to_thread(worker.wait_ready, 120.0)
-        # Drawing the stream takes a few seconds; it begins when it is there.
-        simulation = replace(simulation, start_ms=time.time_ns() // 1_000_000 + AHEAD_MS + simulation.count // 30)
-        return await _stream(simulation, settings, workers), simulation
+        ahead_ms = AHEAD_MS + simulation.count // 10
+        while True:
+            # The stream is drawn before it begins, and its events carry their times: on a busy machine that takes its time.
+            simulation = replace(simulation, start_ms=time.time_ns() // 1_000_000 + ahead_ms)
+            drawn = _Drawn.of(simulation)
+            if time.time_ns() // 1_000_000 < simulation.start_ms:
+                return await _stream(simulation, drawn, settings, workers), simulation
+            ahead_ms *= 2
     finally:
         for worker in workers:
             worker.ask_to_stop()
@@ -157,19 +162,39 @@ async def run_live(simulation: Simulation, settings: Settings, env: dict[str, st
             await asyncio.to_thread(worker.wait_stopped)
 
 
-async def _stream(simulation: Simulation, settings: Settings, workers: list[Worker]) -> LiveRun:
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A stream as its E records in the order in which they are sent; `rows` (E,) are the stream's, -1 for clicks."""
+
+    stream: Stream
+    times_ms: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    keys: list[bytes]
+    values: list[bytes]
+
+    @classmethod
+    def of(cls, simulation: Simulation) -> _Drawn:
+        stream = simulated(simulation)
+        sends = list(arrivals(generate(simulation), simulation))
+        keys = [key for each in sends for key in each.keys]
+        is_click = np.concatenate([each.is_click for each in sends]).tolist()
+        # Impressions are numbered as the stream's rows.
+        rows = [-1 if click else int(key.removeprefix(b"sim-")) for key, click in zip(keys, is_click, strict=True)]
+        return cls(
+            stream,
+            np.concatenate([each.times_ms for each in sends]),
+            np.array(rows),
+            keys,
+            [value or b"" for each in sends for value in each.values],
+        )
+
+
+async def _stream(simulation: Simulation, drawn: _Drawn, settings: Settings, workers: list[Worker]) -> LiveRun:
     names = TopicNames.of(settings.topics)
-    stream = simulated(simulation)
-    sends = list(arrivals(generate(simulation), simulation))
-    times_ms = np.concatenate([each.times_ms for each in sends])
-    is_click = np.concatenate([each.is_click for each in sends])
-    keys = [key for each in sends for key in each.keys]
-    values = [value or b"" for each in sends for value in each.values]
-    # Impressions are numbered as the stream's rows.
-    shown = np.flatnonzero(~is_click).tolist()
-    order = {keys[at]: at for at in shown}
-    row_at = [order[b"sim-%d" % (simulation.first_id + row)] for row in range(len(stream))]
-    row_of = {at: row for row, at in enumerate(row_at)}
+    stream, times_ms, keys, values = drawn.stream, drawn.times_ms, drawn.keys, drawn.values
+    at_of_row = np.empty(len(stream), np.int64)
+    at_of_row[drawn.rows[drawn.rows >= 0]] = np.flatnonzero(drawn.rows >= 0)
+    row_at = at_of_row.tolist()
     scores = np.full(len(stream), np.nan, np.float32)
     versions = np.full(len(stream), -1, np.int64)
     busy = _Busy()
@@ -184,12 +209,7 @@ async def _stream(simulation: Simulation, settings: Settings, workers: list[Work
             versions,
         )
         reader = await _answers(settings, names, feed, stack)
-        ahead_s = simulation.start_ms / 1_000 - time.time()
-        if ahead_s < 0:
-            raise SystemExit(
-                f"the stream was drawn {-ahead_s:.0f} s too late for its first impression; the machine is too busy"
-            )
-        await asyncio.sleep(ahead_s)
+        await asyncio.sleep(max(0.0, simulation.start_ms / 1_000 - time.time()))
         position, said_s = 0, time.monotonic()
         last_ms = int(stream.shown_ms[-1])
         while position < len(times_ms) and times_ms[position] <= last_ms:
@@ -197,8 +217,8 @@ async def _stream(simulation: Simulation, settings: Settings, workers: list[Work
             stop = int(np.searchsorted(times_ms, now_ms, side="right"))
             if stop > position:
                 due = np.arange(position, stop)
-                rows = [row_of[at] for at in due[~is_click[due]].tolist()]
-                clicks = due[is_click[due]].tolist()
+                rows = drawn.rows[due][drawn.rows[due] >= 0].tolist()
+                clicks = due[drawn.rows[due] < 0].tolist()
                 if rows:
                     await service.show(rows)
                 await feed.send(names.clicks, [keys[at] for at in clicks], [values[at] for at in clicks])

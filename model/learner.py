@@ -8,6 +8,7 @@ import torch
 
 from model.adam import Adam
 from model.batch import FeatureBatch, Float32Array
+from model.deferred import Deferred
 from model.embedding import EmbeddingTable, take
 from model.errors import ModelError, UpdateNotFinite
 from model.network import choose_device, dense_model, embed, scatter_back, to_elements
@@ -58,6 +59,7 @@ class Learner:
             room=settings.initial_rows,
             device=self.device,
         )
+        self._deferred = Deferred(settings.initial_rows, self.device)
         self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
 
     @property
@@ -72,12 +74,14 @@ class Learner:
         labels: npt.ArrayLike,
         weights: npt.ArrayLike | None = None,
         corrects: npt.ArrayLike | None = None,
+        impression_ms: npt.ArrayLike | None = None,
     ) -> Float32Array:
         """One update from B examples; returns their scores before it, float32 (B,).
 
         labels    (B,), 0 to 1
         weights   (B,), 0 or more: importance of each example's loss; 1 when None
         corrects  (B,) bool: labels that take back an earlier one, which was the other (`model.slopes`); none does when None
+        impression_ms  (B,) event times, by which negatives of rows are deferred (`model.deferred`); None: they aren't
         """
         target = self._checked("labels", labels, len(batch), 1.0)
         weight = None if weights is None else self._checked("weights", weights, len(batch), np.inf)
@@ -93,11 +97,22 @@ class Learner:
         slope = slopes(scores, target, taken_back, self.negative_rate)
         if weight is not None:
             slope.mul_(weight)
+        deferred = self._deferred if impression_ms is not None and self.settings.defer_negatives else None
+        factors = None
+        if deferred is not None:
+            times_ms = torch.from_numpy(np.array(impression_ms, np.float64)).to(self.device)
+            mass = scores if weight is None else scores * weight
+            of = elements.owners()
+            factors = deferred.factors(gathered.distinct, gathered.place, of, mass, slope, target, taken_back, times_ms)
         gradient = self._dense.backward(forward, slope)
-        row_gradient, first_order_gradient = scatter_back(elements, gathered.place, len(gathered.distinct), gradient, slope)
+        row_gradient, first_order_gradient = scatter_back(
+            elements, gathered.place, len(gathered.distinct), gradient, slope, factors
+        )
         self._require_finite(len(batch), forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
         self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
         self._adam.step()
+        if deferred is not None:
+            deferred.keep()
         self.examples_seen += len(batch)
         return told.cpu().numpy()
 
@@ -118,6 +133,7 @@ class Learner:
         return {
             **self._table.trainer_state(),
             **{f"adam.{name}": value.to("cpu", copy=True) for name, value in self._adam.state().items()},
+            **{f"deferred.{name}": value for name, value in self._deferred.state(len(self._table)).items()},
             "examples_seen": torch.tensor(self.examples_seen),
         }
 
@@ -127,6 +143,8 @@ class Learner:
         moments = {name: take(trainer, f"adam.{name}", tuple(value.shape)) for name, value in self._adam.state().items()}
         self._dense.restore(serving)
         self._table.restore(serving, trainer)
+        owed = {name.removeprefix("deferred."): value for name, value in trainer.items() if name.startswith("deferred.")}
+        self._deferred.restore(owed, len(self._table))
         for name, value in self._adam.state().items():
             value.copy_(moments[name])
         self.examples_seen = int(seen)

@@ -61,6 +61,11 @@ class Elements:
     list_share: torch.Tensor | None
     offsets: torch.Tensor | None
 
+    def owners(self) -> torch.Tensor:
+        """Which of the B examples each element belongs to, (B*S + N,)."""
+        own = torch.arange(self.rows, device=self.keys.device).repeat_interleave(self.singles)
+        return own if self.list_of is None else torch.cat((own, self.list_of // self.lists))
+
 
 def to_elements(batch: FeatureBatch, schema: FeatureSchema, device: torch.device) -> Elements:
     """A batch as tensors on `device`. Raises ModelError when it isn't of the schema."""
@@ -118,27 +123,36 @@ def embed(
 
 
 def scatter_back(
-    elements: Elements, place: torch.Tensor, count: int, gradient: torch.Tensor, slope: torch.Tensor
+    elements: Elements,
+    place: torch.Tensor,
+    count: int,
+    gradient: torch.Tensor,
+    slope: torch.Tensor,
+    factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the rows, (U, D) and (U,), from those of the fields' embeddings (B, F*D) and of the logits (B,).
 
-    place  (B*S + N,): which of the U distinct rows each element is
+    place    (B*S + N,): which of the U distinct rows each element is
+    factors  (B*S + N,): what each element's gradient is multiplied by; 1 when None
     """
     batch, singles, lists = elements.rows, elements.singles, elements.lists
+    at = batch * singles
     fields = gradient.view(batch, singles + lists, -1)
     own = fields[:, :singles]  # (B, S, D)
     slopes = slope.unsqueeze(1).expand(batch, singles)
     if elements.scales is not None:
         own = own * elements.scales
         slopes = slopes * elements.scales.squeeze(2)
+    if factors is not None:
+        own = own * factors[:at].view(batch, singles, 1)
+        slopes = slopes * factors[:at].view(batch, singles)
     embedding = gradient.new_zeros((count, fields.shape[2]))
     first_order = gradient.new_zeros(count)
-    at = batch * singles
     embedding.index_add_(0, place[:at], own.reshape(at, -1))
     first_order.index_add_(0, place[:at], slopes.reshape(-1))
     if elements.list_of is not None and elements.list_share is not None:
         pooled = fields[:, singles:].reshape(batch * lists, fields.shape[2])
-        shares = pooled.index_select(0, elements.list_of) * elements.list_share.unsqueeze(1)
-        embedding.index_add_(0, place[at:], shares)
-        first_order.index_add_(0, place[at:], slope.index_select(0, elements.list_of // lists) * elements.list_share)
+        share = elements.list_share if factors is None else elements.list_share * factors[at:]
+        embedding.index_add_(0, place[at:], pooled.index_select(0, elements.list_of) * share.unsqueeze(1))
+        first_order.index_add_(0, place[at:], slope.index_select(0, elements.list_of // lists) * share)
     return embedding, first_order

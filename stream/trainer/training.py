@@ -41,6 +41,7 @@ class Learns(Protocol):
         labels: npt.ArrayLike,
         weights: npt.ArrayLike | None = None,
         corrects: npt.ArrayLike | None = None,
+        impression_ms: npt.ArrayLike | None = None,
     ) -> npt.NDArray[np.float32]: ...
 
     def serving_state(self) -> dict[str, torch.Tensor]: ...
@@ -191,7 +192,7 @@ class Training:
         """Learn a batch. Where its update isn't finite, learn its halves, and set aside what fails alone."""
         began = time.perf_counter()
         try:
-            scores = self._learner.learn(batch.batch, batch.labels, self._weights(batch), batch.corrects)
+            scores = self._learner.learn(batch.batch, batch.labels, self._weights(batch), batch.corrects, batch.impression_ms)
         except UpdateNotFinite as error:
             if len(batch) == 1:
                 self._set_aside.append(DeadLetter.of(batch.records[0], "not_finite_update", "$", str(error)))

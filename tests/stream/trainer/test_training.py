@@ -28,7 +28,7 @@ class FakeLearner:
         self.batches: list[list[int]] = []
         self.weights: list[list[float] | None] = []
 
-    def learn(self, batch, labels, weights=None, corrects=None):
+    def learn(self, batch, labels, weights=None, corrects=None, impression_ms=None):
         self.batches.append(batch.keys[:, 0].tolist())
         self.weights.append(None if weights is None else np.round(np.asarray(weights, float), 6).tolist())
         self.examples_seen += len(batch)
@@ -168,11 +168,11 @@ class Refusing(Learner):
         super().__init__(SCHEMA, MODEL, device="cpu")
         self.bad, self.asked = bad, []
 
-    def learn(self, batch, labels, weights=None, corrects=None):
+    def learn(self, batch, labels, weights=None, corrects=None, impression_ms=None):
         self.asked.append(batch.keys[:, 0].tolist())
         weights = np.ones(len(batch)) if weights is None else np.array(weights)
         weights[np.isin(batch.keys[:, 0], list(self.bad))] = 1e20
-        return super().learn(batch, labels, weights, corrects)
+        return super().learn(batch, labels, weights, corrects, impression_ms)
 
 
 def test_what_cannot_be_learned_is_set_aside_and_nothing_else(caplog):
