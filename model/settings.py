@@ -36,7 +36,7 @@ class ModelSettings(BaseModel):
     defer_negatives: bool = Field(
         default=True,
         description="Charge a row for a negative in part with the first label, in part when late clicks correct such labels: "
-        "new items and hours are predicted right at once. Off: all with the first label.",
+        "new items and hours start nearer to the truth. Off: all with the first label.",
     )
     seed: int = Field(default=0, ge=0, description="Seeds the dense weights and each new row.")
     initial_rows: int = Field(default=1 << 16, ge=16, description="Rows allocated at the start; the table grows by doubling.")

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Protocol
 
 import msgspec
@@ -304,8 +305,8 @@ class Step:
         # In the order in which real time would have labelled them: a step of a fast replay spans hours, and a model that
         # learns all of its corrections before all of its negatives learns little (docs/experiments.md). The sort is stable: a
         # correction stays behind its negative.
-        if len(self._history.terms) == 1:
-            plan.examples.sort(key=lambda example: max(example[2] + hold_ms, example[4] if example[5] == CORRECTION else 0))
+        if len(self._history.terms) == 1 and not any(example[5] == CORRECTION for example in plan.examples):
+            plan.examples.sort(key=itemgetter(2))
         else:
             plan.examples.sort(key=self._leaves_ms)
         plan.expired_until_ms = plan.watermark_ms - self._history.max_window_ms

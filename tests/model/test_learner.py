@@ -127,6 +127,7 @@ def test_a_step_equals_autograds(rate: float) -> None:
         torch.testing.assert_close(serving[name].double(), value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@devices
 def test_it_learns(device: str) -> None:
     batch, labels = records(6000)
     learner = Learner(SCHEMA, SETTINGS.model_copy(update={"row_learning_rate": 0.1}), device=device)
