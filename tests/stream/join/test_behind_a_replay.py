@@ -9,6 +9,7 @@ from aiokafka import AIOKafkaProducer
 
 from stream.clients import aiokafka_options
 from stream.dead_letters import REPLAY_HEADER
+from stream.join.events import WATERMARK_HEADER
 from stream.topics import TopicNames
 from tests.stream.join.one_partition import read, runs, take
 
@@ -27,6 +28,9 @@ def test_labels_behind_an_open_transaction_are_not_given_again(topics, tmp_path,
             await producer.send_and_wait(
                 names.clicks, b'{"impression_id":"a","timestamp":1700000001500}', key=b"a", partition=0
             )
+            mark = [(WATERMARK_HEADER, b"1700000099000")]  # the label is due
+            for topic in (names.impressions, names.clicks):
+                await producer.send_and_wait(topic, b"", partition=0, headers=mark)
             first = await take(topics)
             await replay.begin_transaction()
             headers = [(REPLAY_HEADER, b"dead-letters/0/0")]
