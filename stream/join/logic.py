@@ -8,10 +8,10 @@ impression was read under (`terms.py`):
   then has t_click <= t_impression + hold, else negative. So the moment at which a label comes says nothing about the label;
 - a later click is a correction. One that was read before the first label waits for it. With hold = window there is none;
 - a click without an impression is an orphan once t_click + skew < W;
-- an impression older than W - window - horizon is late;
+- an impression older than W - window - max(horizon, skew) is late: an id is remembered while a click for it may wait;
 - an impression is a duplicate of the remembered one with its id when it is at most `horizon` newer. The rule looks at the two
   records alone, not at W, so that a rebuild, which knows only today's W, decides as it was decided then;
-- ids are remembered until W - window - 2 * horizon: the oldest that an impression which isn't late can be a duplicate of.
+- ids are remembered for one more horizon: the oldest that an impression which isn't late can be a duplicate of.
 
 Of negatives only those that `Sampling` keeps go out; the offsets of the others do, so that every impression is accounted for.
 
@@ -163,7 +163,7 @@ class Step:
         for index, (key, time_ms, offset) in enumerate(zip(events.keys, events.times_ms, events.offsets, strict=True)):
             known = plan.remembered.get(key) or entries[index]
             if time_ms < self._late_before:
-                bound = f"{self._late_before} (watermark - window - dedupe horizon)"
+                bound = f"{self._late_before} (watermark - window - dedupe horizon, or skew where that is larger)"
                 message = f"expected an event time of at least {bound}, found {time_ms}"
                 plan.dead.append(DeadLetter.of(events.records[index], "late_impression", "$.timestamp", message))
                 plan.counts["late_impressions"] += 1

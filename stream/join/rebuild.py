@@ -98,7 +98,7 @@ class Rebuild:
         if last is None:
             return History().with_settings(self._settings, impressions=0, clicks=0, watermark_ms=NEVER_MS)
         if not last.terms:
-            return History((Terms.of(self._settings, impressions=0, clicks=0, late_floor_ms=NEVER_MS, legacy=True),))
+            return History((Terms.of(self._settings, impressions=0, clicks=0, legacy=True),))
         return History(last.terms)
 
     async def run(self) -> tuple[Memory, Positions, int]:
@@ -315,16 +315,23 @@ class Rebuild:
             for key, time_ms, offset, record, entry in zip(
                 events.keys, events.times_ms, events.offsets, events.records, entries, strict=True
             ):
-                if self._waits(key, time_ms, entry):
+                if self._waits(key, time_ms, offset, entry):
                     batch.add_early([(key, (time_ms, offset, packed_click(record)))])
         batch.write()
 
-    def _waits(self, key: bytes, click_ms: int, entry: Entry | None) -> bool:
+    def _waits(self, key: bytes, click_ms: int, offset: int, entry: Entry | None) -> bool:
         """Whether a click is not accounted for yet. One that labelled an id's earlier use is outside the newer use's window."""
-        if (key, click_ms) in self._matched:
+        history, current = self._history, self._history.current
+        if (key, click_ms) in self._matched or click_ms + history.max_skew_ms < self._watermark_ms:
             return False
-        in_window = entry is not None and self._history.of(entry[1]).counts(click_ms, entry[0])
-        return not in_window and click_ms + self._history.max_skew_ms >= self._watermark_ms
+        if offset < current.clicks_from and click_ms < current.orphan_floor_ms:
+            return False
+        if entry is None:
+            return True
+        terms = history.of(entry[1])
+        # What may be forgotten was none to the clicks that are in question still.
+        remembered = entry[0] >= history.late_before(self._watermark_ms) - terms.horizon_ms
+        return not (remembered and terms.counts(click_ms, entry[0]))
 
     def _settle(self, examples_end: int) -> list[tuple[bytes, EarlyClick]]:
         """Drop what was settled since the older local state, and write the positions: the rebuild is done.
@@ -340,7 +347,7 @@ class Rebuild:
         entries = self._state.entries([key for key, _ in early])
         waiting: dict[tuple[bytes, int], tuple[bytes, EarlyClick]] = {}
         for (key, click), entry in sorted(zip(early, entries, strict=True), key=lambda row: row[0][1][1]):
-            if not self._waits(key, click[0], entry) or (key, click[0]) in waiting:
+            if not self._waits(key, click[0], click[1], entry) or (key, click[0]) in waiting:
                 batch.drop_early([(key, click)])
             else:
                 waiting[key, click[0]] = (key, click)

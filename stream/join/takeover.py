@@ -26,7 +26,7 @@ from stream.batches import BATCH_BYTES
 from stream.clients import aiokafka_options, quietly_stopped, started
 from stream.errors import PositionError
 from stream.join.partition import TakenOver
-from stream.join.progress import decode_progress
+from stream.join.progress import Progress, decode_progress
 from stream.join.rebuild import Committed, Rebuild
 from stream.join.recovery import RebuildProgress
 from stream.join.terms import NEVER_MS
@@ -241,6 +241,7 @@ class Takeover:
                     committed.examples_start <= meta.examples_position
                     or (meta.impressions_position, meta.clicks_position) == (committed.impressions, committed.clicks)
                 )
+                and self._terms_known(state, committed.progress)
             ):
                 return state
             state.close()
@@ -249,7 +250,8 @@ class Takeover:
             elif committed.progress is not None or meta.watermark_ms > NEVER_MS:
                 aside = JoinState.set_aside(path, "other")
                 log.warning(
-                    "local state of partition %d is of another log, or not a part of this one: moved it aside to %s",
+                    "local state of partition %d is of another log, not a part of this one, or from before settings that are "
+                    "not known any more: moved it aside to %s",
                     *(number, aside),
                 )
             else:
@@ -259,6 +261,16 @@ class Takeover:
             f"{self._state_dir}: expected a free folder for partition {number}, found {MAX_FOLDERS} held by other processes. "
             "End the join workers that hang, or set another `state_dir`."
         )
+
+    @staticmethod
+    def _terms_known(state: JoinState, progress: Progress) -> bool:
+        """Whether the progress still says under which settings everything in the state was read.
+
+        It doesn't about what is forgotten by now; an old state remembers that, and would label it again under those of today.
+        """
+        begin = progress.terms[0].impressions_from if progress.terms else 0
+        first = next(state.all_chunks(), None) if begin else None
+        return first is None or first.first_offset >= begin
 
     def _opened(self, path: Path) -> tuple[JoinState, JoinMeta | None]:
         state = JoinState(path, self._options)

@@ -34,6 +34,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
 
     `late_floor_ms`: impressions before this time were late when these terms began, and stay late: their ids may be forgotten.
     `legacy`: of version 0.1.0, which kept no terms; a pending impression itself says then whether its first label is out.
+    `orphan_floor_ms`: no click before this time was still waiting when these terms began. A longer skew doesn't wake it.
     """
 
     impressions_from: int
@@ -45,9 +46,19 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
     max_future_ms: int
     late_floor_ms: int = NEVER_MS
     legacy: bool = False
+    orphan_floor_ms: int = NEVER_MS
 
     @classmethod
-    def of(cls, settings: JoinSettings, *, impressions: int, clicks: int, late_floor_ms: int, legacy: bool = False) -> Terms:
+    def of(
+        cls,
+        settings: JoinSettings,
+        *,
+        impressions: int,
+        clicks: int,
+        late_floor_ms: int = NEVER_MS,
+        legacy: bool = False,
+        orphan_floor_ms: int = NEVER_MS,
+    ) -> Terms:
         return cls(
             impressions,
             clicks,
@@ -58,6 +69,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
             settings.max_future_ms,
             late_floor_ms,
             legacy,
+            orphan_floor_ms,
         )
 
     def counts(self, click_ms: int, impression_ms: int) -> bool:
@@ -80,8 +92,13 @@ class History:
 
     @property
     def max_late_ms(self) -> int:
-        """How far behind the watermark an impression is late."""
-        return max(terms.window_ms + terms.horizon_ms for terms in self.terms)
+        """How far behind the watermark an impression is late. No click that waits counts for what is forgotten by this.
+
+        Version 0.1.0 did not look at the skew, and may have forgotten what its larger skews would keep.
+        """
+        horizon_ms = max(terms.window_ms + terms.horizon_ms for terms in self.terms)
+        skew_ms = max((terms.skew_ms for terms in self.terms if not terms.legacy), default=0)
+        return max(horizon_ms, self.max_window_ms + skew_ms)
 
     @property
     def max_window_ms(self) -> int:
@@ -112,6 +129,10 @@ class History:
         """
         return max(self.current.late_floor_ms, watermark_ms - self.max_late_ms)
 
+    def orphan_before(self, watermark_ms: int) -> int:
+        """Clicks before this time that were read under terms of before have been settled."""
+        return max(self.current.orphan_floor_ms, watermark_ms - self.max_skew_ms)
+
     def with_settings(self, settings: JoinSettings, *, impressions: int, clicks: int, watermark_ms: int) -> History:
         """The history when these settings come into force for what is read from these offsets on.
 
@@ -119,9 +140,14 @@ class History:
             PositionError: settings have changed more often than the committed progress has room for.
         """
         if not self.terms:
-            return History((Terms.of(settings, impressions=impressions, clicks=clicks, late_floor_ms=NEVER_MS),))
-        floor_ms = self.late_before(watermark_ms)
-        terms = Terms.of(settings, impressions=impressions, clicks=clicks, late_floor_ms=floor_ms)
+            return History((Terms.of(settings, impressions=impressions, clicks=clicks),))
+        terms = Terms.of(
+            settings,
+            impressions=impressions,
+            clicks=clicks,
+            late_floor_ms=self.late_before(watermark_ms),
+            orphan_floor_ms=self.orphan_before(watermark_ms),
+        )
         if terms.same_settings(self.current):
             return self
         # Terms that nothing was read under leave no trace.

@@ -108,7 +108,8 @@ class Oracle:
         self.watermark_ms = NEVER_MS
         self.late_before_ms = NEVER_MS
         # The largest of all whose impressions are remembered.
-        self.skew_ms, self.late_ms = settings.negative_skew_ms, settings.window_ms + settings.dedupe_horizon_ms
+        self.skew_ms = settings.negative_skew_ms
+        self.late_ms = settings.window_ms + max(settings.dedupe_horizon_ms, settings.negative_skew_ms)
         self.accepted: dict[int, Row] = {}  # by offset
         self.lives_by: dict[int, JoinSettings] = {}
         self.last: dict[bytes, int] = {}  # id → offset of the newest accepted one

@@ -292,10 +292,7 @@ def test_the_progress_always_fits_into_the_metadata_that_a_broker_takes():
     """4,096 bytes (offset.metadata.max.bytes), however often settings have changed and however far the log is."""
     large, day_ms = 10**18, 86_400_000
     terms = tuple(
-        Terms(
-            large + index, large + index, 365 * day_ms, 365 * day_ms, 365 * day_ms, 365 * day_ms, 365 * day_ms, NEVER_MS, False
-        )
-        for index in range(MAX_CHANGES)
+        Terms(large + index, large + index, *[365 * day_ms] * 5, NEVER_MS, False, NEVER_MS) for index in range(MAX_CHANGES)
     )
     progress = Progress(
         watermark_ms=NEVER_MS,
@@ -307,6 +304,7 @@ def test_the_progress_always_fits_into_the_metadata_that_a_broker_takes():
         cut=large,
         terms=terms,
         partitions=10**6,
+        identity="/".join(["x" * 22] * 4 + ["999999"]),
     )
     assert len(encode_progress(progress)) < 4_096
     assert decode_progress(encode_progress(progress)) == progress

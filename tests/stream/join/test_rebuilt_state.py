@@ -145,7 +145,7 @@ def check(world: World, log: FakeLog, position: Position, partition: PartitionJo
 async def check_every_position(chosen: JoinSettings, rounds: list[Any], reads: int, back: int) -> None:
     disk = Disk()
     with patch.object(takeover, "JoinState", disk):
-        world = World(chosen, FOLDER, disk.destroy)
+        world = World(chosen, FOLDER, disk.destroy, plain_clocks=True)
         try:
             positions = await live(world, rounds)
         finally:
