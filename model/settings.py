@@ -34,7 +34,7 @@ class ModelSettings(BaseModel):
         default=128, ge=1, le=65536, description="Examples in one update; more is faster, fewer learns sooner."
     )
     defer_negatives: bool = Field(
-        default=True,
+        default=False,
         description="Charge a row for a negative in part with the first label, in part when late clicks correct such labels: "
         "new items and hours start nearer to the truth. Off: all with the first label.",
     )
