@@ -128,7 +128,13 @@ class Client:
             DeliveryError: the topic is missing, or too much is outstanding for too long.
         """
         if watermark_ms is None:
-            when = check_time(now_ms() - check_time(lateness_ms, "lateness_ms"), "lateness_ms")
+            if not isinstance(lateness_ms, int) or lateness_ms < 0:
+                raise InvalidEvent(
+                    f"lateness_ms: expected whole milliseconds, 0 or more, found {lateness_ms!r}. Pass how long an event "
+                    "takes to arrive at most.",
+                    path="lateness_ms",
+                )
+            when = check_time(now_ms() - lateness_ms, "lateness_ms")
         elif lateness_ms:
             raise InvalidEvent(
                 f"lateness_ms: expected none beside watermark_ms, found {lateness_ms}. Subtract it, or leave watermark_ms out.",

@@ -76,7 +76,7 @@ def of_demo(work: Path) -> list[psutil.Process]:
 def demo(data: Path, work: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "headrace", "demo", "--dataset", "movielens-100k", "--keep", str(work), *options]
     # A model that has seen some thousand examples is not calibrated yet; what is tested is the run.
-    gate = {"GATE_CALIBRATION": "[0.01, 100.0]", "GATE_MARGIN": "100", "GATE_MIN_EXAMPLES": "1"}
+    gate = {"SERVED_CALIBRATION_BAND": "[0.01, 100.0]", "GATE_LOSS_MARGIN": "100", "FIRST_EXAMPLES": "1", "FIRST_CLICKS": "1"}
     env = {
         **os.environ,
         "HEADRACE_DATA_DIR": str(data),
@@ -196,7 +196,8 @@ async def counts_are_exact(settings: Settings, impressions: int, clicks: int) ->
         while True:
             ledger = await audit.read()
             learned = await examples_seen(settings)
-            if (ledger.labels.total(), learned) == (impressions, impressions) or time.monotonic() > deadline:
+            whole = impressions + ledger.corrections.total()  # a correction is an example of its own
+            if (ledger.labels.total(), learned) == (impressions, whole) or time.monotonic() > deadline:
                 break
             await asyncio.sleep(0.2)
     assert ledger.problems() == []
@@ -204,7 +205,7 @@ async def counts_are_exact(settings: Settings, impressions: int, clicks: int) ->
     assert ledger.labels.total() == impressions
     assert len(ledger.positives) == clicks
     assert ledger.dead_letters.total() == 0
-    assert learned == impressions
+    assert learned == whole
 
 
 async def examples_seen(settings: Settings) -> int:
