@@ -23,6 +23,7 @@ import msgspec
 __all__ = ["Child", "Nursery"]
 
 MOST_BYTES = 1 << 16
+ENDED = "the process that forks workers has ended; start again, what is done is not run again"
 
 
 class Child:
@@ -63,6 +64,7 @@ class Nursery:
         self._socket: socket.socket | None = None
         self._children: dict[int, Child] = {}
         self._orphans: dict[int, int] = {}  # ended before they were known
+        self._ended = False
 
     def start(self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Child:
         """Start a worker with these arguments; its stderr is appended to the log."""
@@ -73,14 +75,29 @@ class Nursery:
             assert self._socket is not None
             order = msgspec.json.encode([list(arguments), dict(env), str(cwd), str(log)])
             descriptors = array.array("i", [reading])
-            self._socket.sendmsg([order], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
-            os.close(reading)
+            try:
+                self._socket.sendmsg([order], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)])
+            except OSError as error:
+                os.close(writing)
+                raise RuntimeError(ENDED) from error
+            finally:
+                os.close(reading)
             self._born.wait()
+            if self._ended:
+                os.close(writing)
+                raise RuntimeError(ENDED)
             self._born.clear()
             child = self._children[self._newest] = Child(self._newest, os.fdopen(writing, "wb"))
             if child.pid in self._orphans:
                 child.ended(self._orphans.pop(child.pid))
             return child
+
+    def close(self) -> None:
+        """End the process that forks; its children live on."""
+        if self._socket is not None:
+            self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
+            self._process.wait()
 
     def _begin(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -101,6 +118,8 @@ class Nursery:
                 self._children.pop(pid).ended(code)
             else:
                 self._orphans[pid] = code
+        self._ended = True
+        self._born.set()
 
 
 def _serve(orders: socket.socket) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from tests.faults import __main__ as harness
 from tests.faults.clusters import Clusters
 from tests.faults.code import ROOT, code_now, deciding_files
 from tests.faults.kinds import KINDS, kind_named
+from tests.faults.nursery import Nursery
 from tests.faults.report import BEGIN, END, table, totals, write_table
 from tests.faults.run import Kind, Result, play
 
@@ -35,6 +37,21 @@ def test_a_fault_leaves_the_ledger_exact(kafka, tmp_path, name, seed):
 
 def test_every_kind_has_a_name_of_its_own():
     assert len({kind.name for kind in KINDS}) == len(KINDS)
+
+
+def test_a_nursery_that_has_ended_is_an_error_and_not_a_wait(tmp_path):
+    nursery = Nursery()
+    order = (["run", "--help"], dict(os.environ), tmp_path, tmp_path / "log")
+    try:
+        child = nursery.start(*order)
+        assert child.wait(60) == 0
+        child.stdin.close()
+        nursery._process.kill()
+        nursery._process.wait()
+        with pytest.raises(RuntimeError, match="forks workers has ended"):
+            nursery.start(*order)
+    finally:
+        nursery.close()
 
 
 def result(kind: str, seed: int, recovery_s: float | None, **counts: Any) -> Result:
