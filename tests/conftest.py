@@ -17,8 +17,8 @@ from state.settings import SnapshotSettings
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topic_admin import create_topics
 
-# Where a red run must mean a change for the worse, the same examples are tried every time; by hand, new ones. No test asserts how
-# long an example takes: a busy machine would fail it.
+# Where a red run must mean a change for the worse, the same examples are tried every time; by hand, new ones. No test asserts
+# how long an example takes: a busy machine would fail it.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("by hand", deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "by hand")
