@@ -29,7 +29,9 @@ def trainer(positions: dict[int, int]) -> Any:
         topic=NAMES.examples,
         pipeline=SimpleNamespace(training=SimpleNamespace(positions=positions)),  # type: ignore[arg-type]
         watch=WATCH,
-        **dict.fromkeys(("snapshots", "publisher", "letters", "registry", "scores", "metrics")),  # type: ignore[arg-type]
+        **dict.fromkeys(  # type: ignore[arg-type]
+            ("snapshots", "publisher", "letters", "registry", "follower", "judge", "anchors", "scores", "metrics")
+        ),
     )
     worker._accepted = dict.fromkeys(positions, 9_999)  # what waits in queues is no progress
     return worker

@@ -407,7 +407,7 @@ def test_a_partition_that_is_not_sought_yet_is_no_error(monkeypatch):
 
     monkeypatch.setattr(driver.AIOKafkaConsumerThread, "_fetch_records", nothing_committed)
     thread = object.__new__(_ConsumerThread)
-    thread.run_bytes, thread._unsought_since = SimpleNamespace(alive=0), None
+    thread.run_bytes, thread._unsought_since = SimpleNamespace(have_room=lambda: True), None
     assert asyncio.run(thread._fetch_records(None, {TP("impressions", 1)})) == {}
     thread._unsought_since -= transport.SEEK_PATIENCE_S + 1
     with pytest.raises(NoOffsetForPartitionError):
