@@ -248,8 +248,9 @@ def test_a_worker_that_stood_still_while_another_had_its_partitions_does_no_harm
         quick = join_settings(topics, session_timeout_ms=2_000, instance_id=None, hold_ms=500)
         away = quick.model_copy(update={"state_dir": quick.state_dir.with_name("away")})
         events = made_up(4_000, seed=8)
-        sending = asyncio.ensure_future(send(quick, events.arriving, over_s=10.0))
         still = start(quick, "still")
+        await asyncio.to_thread(still.wait_ready)  # before anything is sent: the other is to find most of it
+        sending = asyncio.ensure_future(send(quick, events.arriving, over_s=10.0))
         await until(lambda: total(still, "headrace_join_examples_total") > 0, "the first labels", still)
         os.kill(still.pid, signal.SIGSTOP)
         other = start(away, "other")
