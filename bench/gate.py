@@ -8,7 +8,8 @@ the anchor, chosen by the rule of `docs/training.md`. No Kafka, no torch. The fa
 - `logits_plus_0.7`: every prediction is too high by 0.7 on the logit.
 
 Last line: one JSON object. `false_holds_a_day` is the mean over the seeds for each click rate, `caught` counts the seeds of
-each fault that were withheld within 2,000 clicks of the stream, `median_clicks` after how many.
+each fault that were withheld within 2,000 clicks of the stream, `median_clicks` after how many. `holds_at_ctr_steps` is how
+often versions were withheld in a tenth as many streams whose click rate steps from 3 to 6 % and back.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from state.settings import SnapshotSettings
 Fault = Literal["none", "rate_times_100", "field_zeroed", "logits_plus_0.7"]
 FAULTS: tuple[Fault, ...] = ("rate_times_100", "field_zeroed", "logits_plus_0.7")
 CLICK_RATES = (0.05, 0.01)
+STEPS = (0.03, 0.06, 0.03)
 
 PER_SECOND = 300
 ROWS = 512
@@ -62,6 +64,10 @@ class Stream:
         self.truth = Weights(0.0, [rng.normal(0, spread, count) for spread, count in zip(SPREAD, IDS, strict=True)])
         odds = [np.arange(1, count + 1) ** -0.8 for count in IDS]
         self._cumulative = [np.cumsum(each / each.sum()) for each in odds]
+        self.set_click_rate(click_rate)
+
+    def set_click_rate(self, click_rate: float) -> None:
+        """From now on the mean of the true probabilities, by the bias alone."""
         ids = self.ids(50_000)
         low, high = -12.0, 4.0
         for _ in range(40):
@@ -197,6 +203,22 @@ def clicks_until_withheld(simulation: Simulation, fault: Fault) -> float | None:
     return None
 
 
+def holds_at_steps(seed: int, settings: SnapshotSettings, *, hours: float = 1.0) -> int:
+    """Times that versions were withheld while the click rate was 3 %, then 6 %, then 3 % again, so many hours each."""
+    simulation = ready(seed, STEPS[0], settings)
+    steps = simulation.steps()
+    holds, before = 0, "flowing"
+    for click_rate in STEPS:
+        simulation.stream.set_click_rate(click_rate)
+        until_ms = simulation.now_ms + hours * 3_600_000
+        while simulation.now_ms < until_ms:
+            next(steps)
+            flow = simulation.gate.state.flow
+            holds += before == "flowing" and flow == "withheld"
+            before = flow
+    return holds
+
+
 @click.command(help=__doc__.split("\n", 1)[0])
 @click.option("--seeds", default=100, show_default=True, help="Seeds of each fault.")
 @click.option("--days", default=1, show_default=True, help="Stationary days of each click rate, a seed each.")
@@ -206,7 +228,7 @@ def main(seeds: int, days: int, hours: float) -> None:
     holds, caught, clicks = {}, {}, {}
     for click_rate in CLICK_RATES:
         found = [false_holds(seed, click_rate, hours, settings) for seed in range(days)]
-        holds[f"{click_rate:g}"] = round(sum(each[0] for each in found) / max(1, days) * 24 / hours, 2)
+        holds[f"{click_rate:g}"] = round(sum(each[0] for each in found) / days * 24 / hours, 2) if days else None
         ends: dict[Fault, list[float]] = {fault: [] for fault in FAULTS}
         for seed in range(seeds):
             simulation = ready(1_000 + seed, click_rate, settings)
@@ -222,6 +244,7 @@ def main(seeds: int, days: int, hours: float) -> None:
         unit="share caught of the fault caught least",
         seeds=seeds,
         days=days,
+        holds_at_ctr_steps=sum(holds_at_steps(2_000 + seed, settings) for seed in range(-(-seeds // 10))),
         false_holds_a_day=holds,
         caught=caught,
         median_clicks=clicks,

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.common import report, warn_if_busy
 from bench.delay_exact import Stream, at_once, from_data_set, held, play, simulated
 from deploy.datasets import open_data_set
+from deploy.settings import Settings
 from deploy.simulation import Simulation
 from model.metrics import measure
 from model.settings import ModelSettings
@@ -112,6 +113,7 @@ def main(streams: str, holds: str, count: int, window_s: float, lateness_ms: int
     unknown = sorted({*names} - {*known, *DATA_SETS})
     if unknown:
         raise click.UsageError(f"--streams: expected some of {', '.join([*known, *DATA_SETS])}, found {', '.join(unknown)}")
+    settings = Settings()
     join = JoinSettings(window_ms=int(window_s * 1_000), lateness_ms=lateness_ms)
     rows, passed_over = [], []
     print("| stream | hold, s | later than the hold | AUC | NE | calibration |\n| --- | --- | --- | --- | --- | --- |")
@@ -127,7 +129,7 @@ def main(streams: str, holds: str, count: int, window_s: float, lateness_ms: int
             if data_set.find() is None:
                 data_set.fetch(lambda line: click.echo(line, err=True))
             stream = from_data_set(data_set)
-        rows += measure_stream(stream, [float(each) for each in holds.split(",")], join, ModelSettings())
+        rows += measure_stream(stream, [float(each) for each in holds.split(",")], join, settings.model)
     report(benchmark="hold", rows=rows, passed_over=passed_over, window_s=window_s, lateness_ms=lateness_ms)
 
 

@@ -15,7 +15,8 @@ scored when it is shown, as by a service. Measured from one minute after the fir
 - ne_lost_share: share of (1 - normalised entropy) lost to a learner that knows each label at once;
 - champion_age_max_s: greatest age of the version that answered;
 - one_class_promoted: promoted versions that had seen clicks only, or none;
-- ideal_in_band_share: in_band_share of an observer that knows everything but the hour's effect and sees each click at once.
+- ideal_in_band_share: in_band_share of an observer that knows everything but the hour's effect and sees each click at once;
+- ideal_held_in_band_share: the same, where it sees the labels that the join holds, and answers by versions.
 
 The true probability is that of a click within the attribution window. With --accelerated the learner is driven by event time
 with the join's, the trainer's and the snapshots' own delays; there is no gate in it.
@@ -36,14 +37,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import report, warn_if_busy
-from bench.delay_exact import Stream, held, play, simulated
-from bench.real_time_figures import SETTLED_MS, Served, figures, ideal_in_band, mean_of, stretches, within_window
+from bench.delay_exact import Labels, Stream, held, play, simulated
+from bench.real_time_figures import SETTLED_MS, Seen, Served, figures, ideal_in_band, mean_of, stretches, within_window
 from bench.real_time_live import LiveRun, run_live
 from deploy.cli.simulate import CtrStep
 from deploy.demo.play import worker_environment
 from deploy.local_kafka import LocalKafka
 from deploy.settings import LocalKafkaSettings, Settings
 from deploy.simulation import Simulation, simulation_schema
+from stream.settings import JoinSettings
 from stream.topic_admin import create_topics
 
 COMMIT_MS = 200  # from a label's time to the trainer: a step of the join and a transaction
@@ -80,22 +82,30 @@ def live(simulation: Simulation, settings: Settings) -> tuple[LiveRun, Simulatio
         shutil.rmtree(work, ignore_errors=True)
 
 
+def labels_of(stream: Stream, join: JoinSettings) -> Labels:
+    """The labels as the join sends them and the trainer reads them."""
+    return held(stream, join.window_ms, join.held_ms, lateness_ms=join.lateness_ms, commit_ms=COMMIT_MS)
+
+
+def seen(stream: Stream, settings: Settings) -> Seen:
+    """What anything behind the join is shown."""
+    return Seen(labels_of(stream, settings.join), settings.join.held_ms, settings.snapshots.interval_ms, SWAP_MS)
+
+
 def accelerated(simulation: Simulation, settings: Settings, *, saturate: bool) -> tuple[Stream, Served]:
     """One run by event time."""
     stream = simulated(simulation)
-    join, hold = settings.join, settings.join.held_ms
-    labels = held(stream, join.window_ms, hold, lateness_ms=join.lateness_ms, commit_ms=COMMIT_MS)
     interval_ms = settings.snapshots.interval_ms
     scores, captured_ms = play(
         stream,
-        labels,
+        labels_of(stream, settings.join),
         settings.model,
         batch_age_ms=settings.trainer.max_batch_age_ms,
         serve_every_ms=interval_ms,
         serve_late_ms=SWAP_MS,
         saturate=saturate,
     )
-    return stream, Served(scores, captured_ms, simulation.start_ms + hold + join.lateness_ms)
+    return stream, Served(scores, captured_ms, simulation.start_ms + settings.join.held_ms + settings.join.lateness_ms)
 
 
 @click.command()
@@ -164,6 +174,7 @@ def main(
         measured = figures(stream, simulation, served, settings.join.window_ms, settings.model, reference=not no_reference)
         from_ms = served.first_labels_ms + SETTLED_MS
         measured["ideal_in_band_share"] = ideal_in_band(stream, simulation, from_ms)
+        measured["ideal_held_in_band_share"] = ideal_in_band(stream, simulation, from_ms, seen(stream, settings))
         truth = stream.probabilities * within_window(simulation, settings.join.window_ms)
         ratios = stretches(stream, served.scores, truth, from_ms)
         click.echo(f"seed {seed}: {measured | more}\n  {np.round(ratios, 2).tolist()}")

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bench.delay_exact import Floats, Stream, at_once, play
+from bench.delay_exact import Floats, Labels, Stream, at_once, play
 from deploy.simulation import Simulation, Truth
 from model.settings import ModelSettings
 
-__all__ = ["Served", "figures", "ideal_in_band", "stretches", "within_window"]
+__all__ = ["Seen", "Served", "figures", "ideal_in_band", "stretches", "within_window"]
 
 STRETCH_MS = 30_000
 YOUNG_MS = 60_000
@@ -105,32 +105,65 @@ def normalised_entropy(scores: npt.NDArray[np.float32], truth: Floats) -> float:
     return float(loss / -(mean * np.log(mean) + (1 - mean) * np.log1p(-mean)))
 
 
-def ideal_in_band(stream: Stream, simulation: Simulation, from_ms: int) -> float:
-    """The share of stretches in band of an observer that knows all but the hour's effect: no learner can do better.
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What an observer is shown of a stream: labels as they leave a join, answered by versions captured every so often.
 
-    It knows every true weight but that of the hour, from which distribution this one is drawn, and that of the delays. It sees
-    each click in the moment in which it happens, and answers each second by its posterior mean.
+    labels    of the stream, in the order in which they are out
+    hold_ms   how long the first of them were held
+    every_ms  time between its answers' versions
+    late_ms   from a version's capture until it answers
+    """
+
+    labels: Labels
+    hold_ms: int
+    every_ms: int
+    late_ms: int
+
+
+def ideal_in_band(stream: Stream, simulation: Simulation, from_ms: int, seen: Seen | None = None) -> float:
+    """The share of stretches in band of an observer that knows all but the hour's effect: no learner can expect more.
+
+    It knows every true weight but that of the hour, from which distribution this one is drawn, and that of the delays, and
+    answers by its posterior mean.
+
+    Args:
+        seen: which labels it has when; None: it sees each click in the moment in which it happens, and answers each second.
     """
     hours = stream.shown_ms // simulation.hour_ms
-    effects = Truth(simulation).hour_effects[hours % 24]
-    known = stream.probabilities / np.exp(effects)
+    known = stream.probabilities / np.exp(Truth(simulation).hour_effects[hours % 24])
     grid = np.linspace(-1.0, 1.0, 401)
-    prior = -0.5 * (grid / simulation.hour_effect) ** 2
+    effects = np.exp(grid)
+    prior = -0.5 * (grid / max(simulation.hour_effect, 1e-6)) ** 2
     delays_ms = np.arange(0, simulation.hour_ms + 1_000, 50)
     arrived = _lognormal_cdf(delays_ms.astype(np.float64), simulation.delay_ms)
+    every_ms = 1_000 if seen is None else seen.every_ms
     scores = np.empty(len(stream), np.float32)
     for hour in np.unique(hours).tolist():
         rows = np.flatnonzero(hours == hour)
         shown_ms, clicked_ms, odds = stream.shown_ms[rows], stream.clicked_ms[rows], known[rows]
-        seconds = (shown_ms - shown_ms[0]) // 1_000
-        for second in np.unique(seconds).tolist():
-            at = np.flatnonzero(seconds == second)
-            now_ms, before = int(shown_ms[at[0]]), slice(0, int(at[0]))
-            expected = (odds[before] * np.interp(now_ms - shown_ms[before], delays_ms, arrived)).sum()
-            clicks = ((clicked_ms[before] >= 0) & (clicked_ms[before] <= now_ms)).sum()
-            weights = prior + clicks * grid - np.exp(grid) * expected  # Poisson: clicks are rare
+        if seen is not None:
+            of_hour = np.flatnonzero(hours[seen.labels.rows] == hour)  # already in the order of known_ms
+            out_ms, clicks_out = seen.labels.known_ms[of_hour], np.cumsum(seen.labels.labels[of_hour])
+            first_ms = out_ms[~seen.labels.corrects[of_hour]]  # of the hour's impressions, in their order
+        answers = (shown_ms - shown_ms[0]) // every_ms
+        for answer in np.unique(answers).tolist():
+            at = np.flatnonzero(answers == answer)
+            now_ms = int(shown_ms[at[0]])
+            if seen is None:
+                before = slice(0, int(at[0]))
+                age_ms = now_ms - shown_ms[before]
+                clicks = float(((clicked_ms[before] >= 0) & (clicked_ms[before] <= now_ms)).sum())
+            else:
+                now_ms -= seen.late_ms
+                before = slice(0, int(np.searchsorted(first_ms, now_ms, side="right")))
+                age_ms = np.maximum(now_ms - shown_ms[before], seen.hold_ms)
+                labels = int(np.searchsorted(out_ms, now_ms, side="right"))
+                clicks = float(clicks_out[labels - 1]) if labels else 0.0
+            expected = (odds[before] * np.interp(age_ms, delays_ms, arrived)).sum()
+            weights = prior + clicks * grid - effects * expected  # Poisson: clicks are rare
             weights = np.exp(weights - weights.max())
-            scores[rows[at]] = odds[at] * (weights @ np.exp(grid)) / weights.sum()
+            scores[rows[at]] = odds[at] * (weights @ effects) / weights.sum()
     return _share(stretches(stream, scores, stream.probabilities, from_ms), BAND)
 
 

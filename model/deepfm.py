@@ -36,6 +36,7 @@ class DeepFM:
     """The dense part: the bias and an MLP of ReLU layers over F embeddings of D floats.
 
     parameters, gradients  float32 (P,): every parameter one after the other, and the gradient that `backward` left
+    bias                   float32 (1,): a view into `parameters`, whose gradient is always 0
     """
 
     def __init__(self, fields: int, dim: int, hidden: tuple[int, ...], device: torch.device) -> None:
@@ -57,8 +58,7 @@ class DeepFM:
         self._biases = [self.named[f"mlp.{layer}.bias"] for layer in range(self._layers)]
         self._weight_gradients = [named_gradients[f"mlp.{layer}.weight"] for layer in range(self._layers)]
         self._bias_gradients = [named_gradients[f"mlp.{layer}.bias"] for layer in range(self._layers)]
-        self._bias = self.named["bias"]
-        self._bias_gradient = named_gradients["bias"]
+        self.bias = self.named["bias"]
 
     def initialise(self, seed: int) -> None:
         """First weights: uniform within 1/sqrt(inputs) for weights and biases of the MLP, zero for the bias."""
@@ -67,7 +67,7 @@ class DeepFM:
             bound = 1 / math.sqrt(weight.shape[1])
             for parameter in (weight, bias):
                 parameter.copy_(torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1).mul_(bound))
-        self._bias.zero_()
+        self.bias.zero_()
 
     def forward(self, embedded: torch.Tensor, first_order: torch.Tensor) -> Forward:
         """Logits of B rows from their embeddings (B, F, D) and the sum of their first-order terms (B,)."""
@@ -78,17 +78,17 @@ class DeepFM:
         deep = torch.addmm(self._biases[-1], activations[-1], self._weights[-1].t()).squeeze(1)
         field_sum = embedded.sum(1)  # (B, D)
         squares = torch.linalg.vecdot(field_sum, field_sum) - torch.linalg.vecdot(flat, flat)
-        logits = deep.add_(squares, alpha=0.5).add_(first_order).add_(self._bias)
+        logits = deep.add_(squares, alpha=0.5).add_(first_order).add_(self.bias)
         return Forward(logits, field_sum, activations)
 
     def backward(self, forward: Forward, slope: torch.Tensor) -> torch.Tensor:
         """Gradient of the summed loss by the embeddings (B, F*D), where `slope` (B,) is that by the logits.
 
-        Leaves the gradient of the *mean* loss by the parameters in `gradients`.
+        Leaves the gradient of the *mean* loss by the MLP's parameters in `gradients`. The bias has steps of its own
+        (`model.intercept`).
         """
         mean = 1 / len(slope)
         flat = forward.activations[0]
-        torch.mul(slope.sum(), mean, out=self._bias_gradient[0])
         upstream = slope.unsqueeze(1)  # (B, outputs of the layer)
         for layer in reversed(range(self._layers)):
             inputs = forward.activations[layer]

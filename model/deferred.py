@@ -9,14 +9,15 @@ predicted too high.
 So a row is charged p1 f with the first label and the rest, (1 - p1) f, over the time in which late clicks come: of what a row
 owes, the share 1 - exp(-t / tau) falls due in t. In sum a row is charged f for each impression, whatever p1 and tau are: they
 say when, not how much. Both are means over the stream's own clicks. p1 is the share that the first labels knew; tau is the
-event time by which the corrections of the others came behind the newest first label. Shared weights are charged at once, since
-all impressions pay into them at an even rate.
+event time by which the corrections of the others came behind the newest first label. The bias is a row of every impression, and
+is charged like one: at a start the clicks still to come are a large part of all. The MLP's weights are charged at once.
 """
 
 from __future__ import annotations
 
 import torch
 
+from model.embedding import take
 from model.errors import SnapshotMismatch
 
 __all__ = ["Deferred"]
@@ -43,8 +44,12 @@ class Deferred:
         self._since_ms = torch.zeros(room, dtype=torch.float64, device=device)
         # Clicks known by first labels, those that corrected, the latter's lags in ms, and the newest first label's time.
         self._means = torch.zeros(4, dtype=torch.float64)
+        # What the bias owes, and since when.
+        self._bias = torch.zeros(2, dtype=torch.float64, device=device)
         self._next_means = self._means
-        self._changes: tuple[torch.Tensor, torch.Tensor, float] | None = None
+        self._changes: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float] | None = None
+        self.bias_charge = torch.zeros((), device=device)
+        """What the bias is charged besides its slopes, after `factors`."""
 
     @property
     def known_share(self) -> float:
@@ -81,6 +86,7 @@ class Deferred:
         impression_ms  (B,) float64, event times
         """
         self._changes = None
+        self.bias_charge.zero_()
         self._next_means = self._delays(labels, corrects, impression_ms)
         later = 1 - self.known_share
         if not later:
@@ -91,7 +97,11 @@ class Deferred:
         owed, since_ms = self._owed[distinct], self._since_ms[distinct]
         due = owed * -torch.expm1(-(now_ms - since_ms).clamp_min(0) / self.lag_ms).to(torch.float32)
         by_first = torch.zeros_like(owed).index_add_(0, place, charged[of])
-        self._changes = distinct, owed - due + later * by_first, now_ms
+        bias_owed, bias_since_ms = self._bias
+        bias_due = bias_owed * -torch.expm1(-(now_ms - bias_since_ms).clamp_min(0) / self.lag_ms)
+        bias_later = later * charged.sum()
+        self.bias_charge.copy_(bias_due - bias_later)
+        self._changes = distinct, owed - due + later * by_first, bias_owed - bias_due + bias_later, now_ms
         # What is due goes to the row's first labels of this batch by their scores, or else to its corrections.
         by_any = torch.zeros_like(owed).index_add_(0, place, mass[of])
         has = by_first > 0
@@ -105,7 +115,8 @@ class Deferred:
         """Take over what the last `factors` came to: the update that it was for is made."""
         self._means = self._next_means
         if self._changes is not None:
-            distinct, owed, now_ms = self._changes
+            distinct, owed, bias_owed, now_ms = self._changes
+            self._bias[0], self._bias[1] = bias_owed, now_ms
             self._owed[distinct] = owed
             self._since_ms[distinct] = now_ms
             self._changes = None
@@ -132,6 +143,7 @@ class Deferred:
             "owed": self._owed[1 : rows + 1].to("cpu", copy=True),
             "since_ms": self._since_ms[1 : rows + 1].to("cpu", copy=True),
             "means": self._means.clone(),
+            "bias": self._bias.to("cpu", copy=True),
         }
 
     def restore(self, state: dict[str, torch.Tensor], rows: int) -> None:
@@ -139,6 +151,7 @@ class Deferred:
         self._owed.zero_()
         self._since_ms.zero_()
         self._means.zero_()
+        self._bias.zero_()
         if not state:
             return
         if len(state["owed"]) != rows or len(state["since_ms"]) != rows or state["means"].shape != (4,):
@@ -147,6 +160,7 @@ class Deferred:
         self._owed[1 : rows + 1] = state["owed"].to(self._owed.device)
         self._since_ms[1 : rows + 1] = state["since_ms"].to(self._owed.device)
         self._means.copy_(state["means"])
+        self._bias.copy_(take(state, "bias", (2,), torch.float64))
 
     def _make_room(self, rows: int) -> None:
         room = len(self._owed)

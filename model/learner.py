@@ -11,6 +11,7 @@ from model.batch import FeatureBatch, Float32Array
 from model.deferred import Deferred
 from model.embedding import EmbeddingTable, take
 from model.errors import ModelError, UpdateNotFinite
+from model.intercept import Intercept
 from model.network import choose_device, dense_model, embed, scatter_back, to_elements
 from model.sampling import probabilities
 from model.schema import FeatureSchema
@@ -32,9 +33,10 @@ class Learner:
         scores = learner.learn(batch, labels)   # what the model said before it saw the labels
         snapshot = learner.serving_state(), learner.trainer_state()
 
-    Rows step by Adagrad with the gradient of the loss summed over the batch, the dense part by Adam with its mean. A
-    step touches the batch's rows only. On the CPU it is deterministic: restored, it goes on bit for bit as if it had
-    never stopped. No random numbers are drawn after the start: a new row is a function of its key and the seed.
+    Rows step by Adagrad with the gradient of the loss summed over the batch, the MLP by Adam with its mean, the bias by
+    Newton's method (`model.intercept`). A step touches the batch's rows only. On the CPU it is deterministic: restored, it
+    goes on bit for bit as if it had never stopped. No random numbers are drawn after the start: a new row is a function of
+    its key and the seed.
 
     `negative_rate` is the share of negatives in what it learns; scores that leave it are corrected to probabilities by it.
 
@@ -60,6 +62,7 @@ class Learner:
             device=self.device,
         )
         self._deferred = Deferred(settings.initial_rows, self.device)
+        self._intercept = Intercept(self.device)
         self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
 
     @property
@@ -98,12 +101,13 @@ class Learner:
         if weight is not None:
             slope.mul_(weight)
         deferred = self._deferred if impression_ms is not None and self.settings.defer_negatives else None
-        factors = None
+        factors = charge = None
         if deferred is not None:
             times_ms = torch.from_numpy(np.array(impression_ms, np.float64)).to(self.device)
             mass = scores if weight is None else scores * weight
             of = elements.owners()
             factors = deferred.factors(gathered.distinct, gathered.place, of, mass, slope, target, taken_back, times_ms)
+            charge = deferred.bias_charge
         gradient = self._dense.backward(forward, slope)
         row_gradient, first_order_gradient = scatter_back(
             elements, gathered.place, len(gathered.distinct), gradient, slope, factors
@@ -111,6 +115,7 @@ class Learner:
         self._require_finite(len(batch), forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
         self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
         self._adam.step()
+        self._intercept.step(self._dense.bias, scores, slope, weight, taken_back, charge)
         if deferred is not None:
             deferred.keep()
         self.examples_seen += len(batch)
@@ -133,6 +138,7 @@ class Learner:
         return {
             **self._table.trainer_state(),
             **{f"adam.{name}": value.to("cpu", copy=True) for name, value in self._adam.state().items()},
+            **{f"intercept.{name}": value for name, value in self._intercept.state().items()},
             **{f"deferred.{name}": value for name, value in self._deferred.state(len(self._table)).items()},
             "examples_seen": torch.tensor(self.examples_seen),
         }
@@ -143,8 +149,8 @@ class Learner:
         moments = {name: take(trainer, f"adam.{name}", tuple(value.shape)) for name, value in self._adam.state().items()}
         self._dense.restore(serving)
         self._table.restore(serving, trainer)
-        owed = {name.removeprefix("deferred."): value for name, value in trainer.items() if name.startswith("deferred.")}
-        self._deferred.restore(owed, len(self._table))
+        self._deferred.restore(_part(trainer, "deferred."), len(self._table))
+        self._intercept.restore(_part(trainer, "intercept."))
         for name, value in self._adam.state().items():
             value.copy_(moments[name])
         self.examples_seen = int(seen)
@@ -172,3 +178,7 @@ class Learner:
                 f"the model's weights aren't finite after {self.examples_seen} examples (norms: {found}); nothing was written. "
                 "Go back to an earlier version, and lower model.row_learning_rate or model.dense_learning_rate"
             )
+
+
+def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

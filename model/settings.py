@@ -28,13 +28,13 @@ class ModelSettings(BaseModel):
     row_accumulator_start: float = Field(
         default=0.01, gt=0, description="Adagrad's first accumulator; near 0 the first steps are far too long."
     )
-    dense_learning_rate: float = Field(default=5e-4, gt=0, description="Adam step for the MLP (loss averaged).")
+    dense_learning_rate: float = Field(default=2e-4, gt=0, description="Adam step for the MLP (loss averaged).")
     init_std: float = Field(default=0.01, gt=0, description="Standard deviation of a new embedding row.")
     batch_rows: int = Field(
         default=128, ge=1, le=65536, description="Examples in one update; more is faster, fewer learns sooner."
     )
     defer_negatives: bool = Field(
-        default=False,
+        default=True,
         description="Charge a row for a negative in part with the first label, in part when late clicks correct such labels: "
         "new items and hours start nearer to the truth. Off: all with the first label.",
     )

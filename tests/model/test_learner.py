@@ -13,6 +13,7 @@ import torch
 from model.batch import FeatureBatch
 from model.errors import ModelError, SnapshotMismatch, UpdateNotFinite
 from model.features import FeatureDecoder
+from model.intercept import HORIZON, LONGEST_STEP, START
 from model.learner import Learner
 from model.metrics import auc
 from model.predictor import Predictor
@@ -102,7 +103,11 @@ def autograd_step(
         gradient = leaves[name].grad
         total = trainer[f"adagrad.{name}"].double() + gradient**2
         out[name] = serving[name] - learner.settings.row_learning_rate * gradient / total.sqrt()
-    dense = {name: leaf for name, leaf in leaves.items() if name not in ("embedding", "first_order")}
+    # Newton: the gradient over the curvature of first labels (model/intercept.py), which was START and has forgotten a part.
+    curvature = (torch.sigmoid(logits) * torch.sigmoid(-logits) * torch.from_numpy(weights * ~corrects)).sum().detach()
+    curvature += START * torch.exp(-curvature / HORIZON)
+    out["bias"] = serving["bias"] - (leaves["bias"].grad / curvature).clamp(-LONGEST_STEP, LONGEST_STEP)
+    dense = {name: leaf for name, leaf in leaves.items() if name not in ("embedding", "first_order", "bias")}
     for leaf in dense.values():
         leaf.grad /= len(batch)
     torch.optim.Adam(dense.values(), lr=learner.settings.dense_learning_rate).step()

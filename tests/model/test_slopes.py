@@ -114,7 +114,8 @@ def test_a_model_that_says_yes_to_everything_comes_back_within_two_minutes(how):
 
     for start in range(0, len(which), 128):
         part = slice(start, start + 128)
-        learner.learn(features.take(which[part]), corrects[part].astype(np.float32), corrects=corrects[part])
+        labels, times_ms = corrects[part].astype(np.float32), shown[which[part]]
+        learner.learn(features.take(which[part]), labels, corrects=corrects[part], impression_ms=times_ms)
         if shown[which[part]][-1] - shown[0] > 120_000:
             break
     after = slice(36_000, 40_000)

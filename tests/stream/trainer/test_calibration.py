@@ -38,8 +38,8 @@ def chain(tmp_path):
         each.close()
 
 
-# 40 s of impressions; clicks come up to 19 s later.
-LATE = Simulation(count=40_000, rate=1_000, ctr=0.2, delay="uniform", delay_ms=9_500)
+# 80 s of impressions; clicks come up to 19 s later.
+LATE = Simulation(count=80_000, rate=1_000, ctr=0.2, delay="uniform", delay_ms=9_500)
 
 
 @pytest.mark.parametrize("hold_ms", [0, 6_000])
