@@ -22,7 +22,7 @@ setup: .venv/.synced ## install uv if missing, then everything into .venv
 	$(UV) pip install --quiet --no-deps --python $(BIN)/python -e .
 	@touch $@
 
-demo: setup ## the whole system on real impressions, about 3 minutes, with a rollback
+demo: setup ## the whole system on real impressions, about 2 minutes, with a rollback
 	$(BIN)/headrace demo
 
 # Tests wait for processes more than they compute, so two at a time take little more than half the time.

@@ -98,7 +98,7 @@ def _features(settings: Settings) -> Iterator[Finding]:
 
 def _retention(settings: Settings) -> Iterator[Finding]:
     join = settings.join
-    needed = join.window_ms + join.lateness_ms + join.dedupe_horizon_ms
+    needed = join.reaches_back_ms
     kept = settings.topics.retention_ms
     if join.window_ms + join.lateness_ms > kept:
         yield Finding(
@@ -112,8 +112,8 @@ def _retention(settings: Settings) -> Iterator[Finding]:
         yield Finding(
             "hint",
             "join.dedupe_horizon_ms",
-            f"window, lateness and horizon ({needed} ms) reach further than topics.retention_ms ({kept}): a join that lost "
-            "its local state could not remember every label. Raise topics.retention_ms, or shorten the horizon.",
+            f"window, lateness, skew and twice the horizon ({needed} ms) reach further than topics.retention_ms ({kept}): a "
+            "join that lost its local state could not remember every label. Raise topics.retention_ms, or shorten the horizon.",
         )
     elif needed * 2 > kept:
         yield Finding(

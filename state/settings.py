@@ -39,7 +39,10 @@ class SnapshotSettings(BaseModel):
     min_examples: int = Field(default=1, ge=0, description="New examples that a version needs over the one before.")
     keep_ready: int = Field(default=3, ge=1, description="Champions a scorer keeps in memory: going back costs no download.")
     good_after_ms: int = Field(
-        default=10_000, ge=0, description="A champion this long, while versions flow, is tagged good: rollback goes to it."
+        default=10_000,
+        ge=0,
+        description="This long after a version became champion it is tagged good, if versions still flow and nobody rolled "
+        "back over it; it need not be champion still. A rollback goes to a good version.",
     )
     first_examples: int = Field(
         default=200, ge=0, description="Examples that a version must have seen to become champion when there is none."

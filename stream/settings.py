@@ -35,7 +35,7 @@ class KafkaSettings(_Frozen):
     ssl_certfile: Path | None = Field(default=None, description="PEM file of this client's certificate.")
     ssl_keyfile: Path | None = Field(default=None, description="PEM file of this client's key.")
     ssl_keyfile_password: SecretStr | None = None
-    request_timeout_ms: int = Field(default=40_000, ge=1_000)
+    request_timeout_ms: int = Field(default=40_000, ge=1_000, description="Longest wait for an answer of a broker.")
 
 
 class TopicSettings(_Frozen):
@@ -49,10 +49,12 @@ class TopicSettings(_Frozen):
     ```
     """
 
-    prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$")
-    partitions: int = Field(default=4, ge=1, le=10_000, description="Of impressions, clicks and examples, equal by contract.")
+    prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$", description="Stands before every topic's name.")
+    partitions: int = Field(
+        default=4, ge=1, le=10_000, description="Of impressions, clicks, examples and dead-letters, equal by contract."
+    )
     request_partitions: int = Field(default=4, ge=1, le=10_000, description="Of score-requests and scores.")
-    replication_factor: int = Field(default=1, ge=1)
+    replication_factor: int = Field(default=1, ge=1, description="Copies of each partition on different brokers.")
     min_insync_replicas: int = Field(default=1, ge=1)
     retention_ms: int = Field(
         default=7 * 86_400_000, ge=60_000, description="By arrival; must cover the longest pending window and downtime."
@@ -77,7 +79,12 @@ class JoinSettings(_Frozen):
 
     group: str = Field(default="headrace-join", description="Consumer group; also the root of the transactional ids.")
     window_ms: int = Field(default=60_000, ge=1, description="Attribution window, event time.")
-    lateness_ms: int = Field(default=5_000, ge=0, description="The watermark is the largest event time less this.")
+    lateness_ms: int = Field(
+        default=5_000,
+        ge=0,
+        description="How far out of order events may come: the watermark stays this far behind the front of both "
+        "sources, and labels are later by as much.",
+    )
     negative_skew_ms: int = Field(default=0, ge=0, description="How far a click's time may lie before its impression's.")
     hold_ms: int = Field(
         default=10_000,
@@ -139,6 +146,11 @@ class JoinSettings(_Frozen):
     def held_ms(self) -> int:
         """The hold in force: no label waits for longer than the window."""
         return min(self.hold_ms, self.window_ms)
+
+    @property
+    def reaches_back_ms(self) -> int:
+        """How far behind the events a join reads that has lost its disk: it remembers ids until W - window - 2 × horizon."""
+        return self.window_ms + 2 * self.dedupe_horizon_ms + self.lateness_ms + self.negative_skew_ms
 
     @property
     def max_watermark_future_ms(self) -> int:
@@ -211,5 +223,5 @@ class HttpSettings(_Frozen):
     ```
     """
 
-    host: str = "127.0.0.1"
-    port: int = Field(default=0, ge=0, le=65_535)
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=0, ge=0, le=65_535, description="0 takes a free port, which the log names.")

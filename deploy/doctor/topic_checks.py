@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from deploy.cli.times import duration
 from deploy.doctor.finding import Finding
 from deploy.doctor.readings import Readings
-from stream.settings import JoinSettings
 
-__all__ = ["co_partitioning", "needed_ms", "retention", "topics"]
+__all__ = ["co_partitioning", "retention", "topics"]
 
 # The join writes to all of these by the number of the partition that it reads.
 CO_PARTITIONED = ("impressions", "clicks", "examples", "dead-letters")
@@ -38,15 +37,10 @@ def co_partitioning(readings: Readings) -> Iterator[Finding]:
         )
 
 
-def needed_ms(join: JoinSettings) -> int:
-    """How far back the join may read after the loss of its disk: an id is remembered until W - window - 2 * horizon."""
-    return join.window_ms + 2 * join.dedupe_horizon_ms + join.lateness_ms + join.negative_skew_ms
-
-
 def retention(readings: Readings) -> Iterator[Finding]:
     """Records are deleted while the join may need them, or labels before the impressions that they stand for."""
     kept = {name: _kept_ms(readings, name) for name in ("impressions", "clicks", "examples") if name in readings.configs}
-    needed = needed_ms(readings.join_settings)
+    needed = readings.join_settings.reaches_back_ms
     for name, kept_ms in kept.items():
         if kept_ms is not None and kept_ms < needed:
             yield Finding(
