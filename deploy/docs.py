@@ -30,8 +30,8 @@ def _cli_page() -> str:
     parts = [
         "# Command line\n",
         NOTE,
-        "Data goes to stdout, messages and progress to stderr. Exit codes: 0 done, 1 an error (or a check that found something), "
-        "2 wrong usage, 3 a rollback that not every live scorer confirmed, 130 a demo that Ctrl-C ended.\n",
+        "Data goes to stdout, messages and progress to stderr. Exit codes: 0 done, 1 an error (or a check that found "
+        "something), 2 wrong usage, 3 a rollback that not every live scorer confirmed, 130 a demo that Ctrl-C ended.\n",
     ]
     parts.extend(_command_parts(cli, click.Context(cli, info_name="headrace", max_content_width=100, terminal_width=100)))
     return "\n".join(parts)
