@@ -105,8 +105,14 @@ class EmbeddingTable:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def insert(self, keys: torch.Tensor) -> torch.Tensor:
-        """Rows (N,) of `keys` (N,); new keys get a new row with its first weights."""
+    def insert(
+        self, keys: torch.Tensor, kinds: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows (N,) of `keys` (N,); new keys get a new row with its first weights.
+
+        kinds                   (N,) which of the K kinds of rows each key is
+        embedding, first_order  (K, D) and (K,): where rows of a kind begin, give or take what is random of the key
+        """
         before = len(self.keys)
         rows = self.keys.insert(keys)
         after = len(self.keys)
@@ -115,9 +121,13 @@ class EmbeddingTable:
             new = rows > before
             self._row_keys[rows[new]] = keys[new]
             fresh = slice(before + 1, after + 1)
-            self._embedding[fresh, : self.dim] = initial_rows(self._row_keys[fresh], self.dim, self._init_std, self._seed)
+            # A key that came as several kinds is of the first of them, on every device.
+            kind = torch.full((after - before,), len(first_order), device=keys.device)
+            kind.scatter_reduce_(0, rows[new] - (before + 1), kinds[new], "amin")
+            random = initial_rows(self._row_keys[fresh], self.dim, self._init_std, self._seed)
+            self._embedding[fresh, : self.dim] = embedding.index_select(0, kind) + random
             self._embedding[fresh, self.dim :] = self._accumulator_start
-            self._first_order[fresh, 0] = 0.0
+            self._first_order[fresh, 0] = first_order.index_select(0, kind)
             self._first_order[fresh, 1] = self._accumulator_start
         return rows
 

@@ -17,6 +17,7 @@ from model.sampling import probabilities
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from model.slopes import slopes
+from model.typical import Typical
 
 __all__ = ["Learner"]
 
@@ -36,7 +37,7 @@ class Learner:
     Rows step by Adagrad with the gradient of the loss summed over the batch, the MLP by Adam with its mean, the bias by
     Newton's method (`model.intercept`). A step touches the batch's rows only. On the CPU it is deterministic: restored, it
     goes on bit for bit as if it had never stopped. No random numbers are drawn after the start: a new row is a function of
-    its key and the seed.
+    its key, the seed, and what the field's rows are like (`model.typical`).
 
     `negative_rate` is the share of negatives in what it learns; scores that leave it are corrected to probabilities by it.
 
@@ -61,6 +62,7 @@ class Learner:
             room=settings.initial_rows,
             device=self.device,
         )
+        self._typical = Typical(schema, self.device)
         self._deferred = Deferred(settings.initial_rows, self.device)
         self._intercept = Intercept(self.device)
         self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
@@ -91,9 +93,11 @@ class Learner:
         if not len(batch):
             return np.empty(0, np.float32)
         elements = to_elements(batch, self.schema, self.device)
-        rows = self._table.insert(elements.keys)
+        typical = self._typical
+        rows = self._table.insert(elements.keys, elements.fields(), typical.embedding, typical.first_order)
         gathered = self._table.gather(rows)
-        forward = self._dense.forward(*embed(elements, gathered.place, gathered.embedding, gathered.first_order))
+        embedding, first_order = gathered.embedding, gathered.first_order
+        forward = self._dense.forward(*embed(elements, gathered.place, embedding, first_order))
         scores = torch.sigmoid(forward.logits)
         told = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
         taken_back = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
@@ -118,20 +122,25 @@ class Learner:
         self._intercept.step(self._dense.bias, scores, slope, weight, taken_back, charge)
         if deferred is not None:
             deferred.keep()
+        typical.follow(elements, gathered.place, embedding, first_order, self.examples_seen)
         self.examples_seen += len(batch)
         return told.cpu().numpy()
 
     @torch.no_grad()
     def predict(self, batch: FeatureBatch) -> Float32Array:
-        """Scores float32 (B,); changes nothing, and unknown features count as zero."""
+        """Scores float32 (B,); changes nothing, and an unknown value reads its field's typical row."""
         elements = to_elements(batch, self.schema, self.device)
-        gathered = self._table.gather(self._table.keys.lookup(elements.keys))
-        forward = self._dense.forward(*embed(elements, gathered.place, gathered.embedding, gathered.first_order))
+        rows = self._table.keys.lookup(elements.keys)
+        gathered = self._table.gather(rows)
+        place = torch.where(rows == 0, len(gathered.distinct) + elements.fields(), gathered.place)
+        embedding = torch.cat((gathered.embedding, self._typical.embedding))
+        first_order = torch.cat((gathered.first_order, self._typical.first_order))
+        forward = self._dense.forward(*embed(elements, place, embedding, first_order))
         return probabilities(forward.logits, self.negative_rate).cpu().numpy()
 
     def serving_state(self) -> dict[str, torch.Tensor]:
-        """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`) and dense parameters."""
-        return {**self._table.serving_state(), **self._dense.serving_state()}
+        """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`), dense parameters, typical rows."""
+        return {**self._table.serving_state(), **self._dense.serving_state(), **self._typical.serving_state()}
 
     def trainer_state(self) -> dict[str, torch.Tensor]:
         """What learning on needs besides, copied to the CPU: both optimizers' state and the examples seen."""
@@ -148,6 +157,7 @@ class Learner:
         seen = take(trainer, "examples_seen", (), torch.int64)
         moments = {name: take(trainer, f"adam.{name}", tuple(value.shape)) for name, value in self._adam.state().items()}
         self._dense.restore(serving)
+        self._typical.restore(serving)
         self._table.restore(serving, trainer)
         self._deferred.restore(_part(trainer, "deferred."), len(self._table))
         self._intercept.restore(_part(trainer, "intercept."))

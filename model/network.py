@@ -66,6 +66,11 @@ class Elements:
         own = torch.arange(self.rows, device=self.keys.device).repeat_interleave(self.singles)
         return own if self.list_of is None else torch.cat((own, self.list_of // self.lists))
 
+    def fields(self) -> torch.Tensor:
+        """Which field each element belongs to, single-valued ones before lists, (B*S + N,)."""
+        own = torch.arange(self.singles, device=self.keys.device).repeat(self.rows)
+        return own if self.list_of is None else torch.cat((own, self.singles + self.list_of % self.lists))
+
 
 def to_elements(batch: FeatureBatch, schema: FeatureSchema, device: torch.device) -> Elements:
     """A batch as tensors on `device`. Raises ModelError when it isn't of the schema."""

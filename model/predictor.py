@@ -11,6 +11,7 @@ from model.sampling import probabilities
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from model.table import KeyTable
+from model.typical import Typical
 
 __all__ = ["Predictor"]
 
@@ -44,14 +45,18 @@ class Predictor:
         first_order = take(serving, "first_order", (len(keys),))
         self._keys = KeyTable(self.device, expected=len(keys))
         self._keys.load(keys)
-        # Row 0 is what an unknown feature reads.
-        self._embedding = torch.cat((torch.zeros(1, schema.embedding_dim), embedding)).to(self.device)
-        self._first_order = torch.cat((torch.zeros(1), first_order)).to(self.device)
+        typical = Typical(schema, torch.device("cpu"))
+        typical.restore(serving)
+        # Rows of keys begin at 1. After them come those that unknown values read.
+        self._unknown = len(keys) + 1
+        self._embedding = torch.cat((torch.zeros(1, schema.embedding_dim), embedding, typical.embedding)).to(self.device)
+        self._first_order = torch.cat((torch.zeros(1), first_order, typical.first_order)).to(self.device)
 
     @torch.inference_mode()
     def predict(self, batch: FeatureBatch) -> Float32Array:
         """Scores float32 (B,), each the probability of a click."""
         elements = to_elements(batch, self.schema, self.device)
         rows = self._keys.lookup(elements.keys)
+        rows = torch.where(rows == 0, self._unknown + elements.fields(), rows)
         forward = self._dense.forward(*embed(elements, rows, self._embedding, self._first_order))
         return probabilities(forward.logits, self.negative_rate).cpu().numpy()

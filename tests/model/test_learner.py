@@ -107,7 +107,7 @@ def autograd_step(
     curvature = (torch.sigmoid(logits) * torch.sigmoid(-logits) * torch.from_numpy(weights * ~corrects)).sum().detach()
     curvature += START * torch.exp(-curvature / HORIZON)
     out["bias"] = serving["bias"] - (leaves["bias"].grad / curvature).clamp(-LONGEST_STEP, LONGEST_STEP)
-    dense = {name: leaf for name, leaf in leaves.items() if name not in ("embedding", "first_order", "bias")}
+    dense = {name: leaf for name, leaf in leaves.items() if name.startswith("mlp.")}
     for leaf in dense.values():
         leaf.grad /= len(batch)
     torch.optim.Adam(dense.values(), lr=learner.settings.dense_learning_rate).step()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -68,16 +67,6 @@ def test_a_score_is_corrected_by_the_formula(logit, rate):
     assert corrected == pytest.approx(p / (p + (1 - p) / rate))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Threads of torch wait for one another longer than these small batches compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("how", ["bias", "clicks only"])
 def test_a_model_that_says_yes_to_everything_comes_back_within_two_minutes(how):
     """At 300 impressions a second and a CTR of 5 %, no label held: each is a negative first, corrected when its click comes.

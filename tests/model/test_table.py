@@ -113,11 +113,16 @@ def make_table(room: int = 2) -> EmbeddingTable:
     return EmbeddingTable(4, init_std=0.01, accumulator_start=0.5, seed=0, room=room, device=CPU)
 
 
+def insert(table: EmbeddingTable, keys: list[int]) -> torch.Tensor:
+    """Rows of one kind, that begin at zero."""
+    return table.insert(tensor(keys), torch.zeros(len(keys), dtype=torch.int64), torch.zeros(1, 4), torch.zeros(1))
+
+
 def test_order_of_arrival_and_growth_dont_matter() -> None:
     one, other = make_table(), make_table(64)
     for key in range(40):
-        one.insert(tensor([key]))
-    other.insert(tensor(list(range(39, -1, -1))))
+        insert(one, [key])
+    insert(other, list(range(39, -1, -1)))
     first, second = one.serving_state(), other.serving_state()
     order = first["keys"].argsort(), second["keys"].argsort()
     assert torch.equal(first["embedding"][order[0]], second["embedding"][order[1]])
@@ -126,7 +131,7 @@ def test_order_of_arrival_and_growth_dont_matter() -> None:
 
 def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
     table = make_table(64)
-    rows = table.insert(tensor([5, 6, 7]))
+    rows = insert(table, [5, 6, 7])
     before = table.serving_state()
     gathered = table.gather(rows[[2, 0, 2]])
     order = gathered.place[:2]  # where among the distinct rows those of the keys 7 and 5 are
@@ -144,7 +149,20 @@ def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
 
 def test_the_absent_row_reads_zero() -> None:
     table = make_table()
-    table.insert(tensor([5]))
+    insert(table, [5])
     gathered = table.gather(table.keys.lookup(tensor([8, 5, 9])))
     assert not gathered.embedding[gathered.place[[0, 2]]].any()
     assert gathered.embedding[gathered.place[1]].any()
+
+
+def test_rows_begin_where_their_kind_does_and_a_key_of_two_kinds_is_of_the_first() -> None:
+    table, plain = make_table(), make_table()
+    insert(plain, [5, 6, 7])
+    embedding, first_order = torch.tensor([[1.0] * 4, [2.0] * 4]), torch.tensor([0.1, 0.2])
+    table.insert(tensor([5, 6, 7, 6]), tensor([0, 1, 1, 0]), embedding, first_order)
+    found = table.serving_state()
+    assert found["keys"].tolist() == [5, 6, 7]
+    torch.testing.assert_close(found["embedding"] - plain.serving_state()["embedding"], embedding[[0, 0, 1]])
+    assert found["first_order"].tolist() == pytest.approx([0.1, 0.1, 0.2])
+    table.insert(tensor([5]), tensor([1]), embedding, first_order)  # known: stays as it is
+    assert torch.equal(table.serving_state()["embedding"], found["embedding"])
