@@ -241,7 +241,7 @@ class Takeover:
                     committed.examples_start <= meta.examples_position
                     or (meta.impressions_position, meta.clicks_position) == (committed.impressions, committed.clicks)
                 )
-                and self._terms_known(state, committed.progress)
+                and self._terms_known(state, meta, committed.progress)
             ):
                 return state
             state.close()
@@ -263,14 +263,19 @@ class Takeover:
         )
 
     @staticmethod
-    def _terms_known(state: JoinState, progress: Progress) -> bool:
-        """Whether the progress still says under which settings everything in the state was read.
+    def _terms_known(state: JoinState, meta: JoinMeta, progress: Progress) -> bool:
+        """Whether the progress still says under which settings everything was read: in the state, and behind its positions.
 
-        It doesn't about what is forgotten by now; an old state remembers that, and would label it again under those of today.
+        It doesn't about what is forgotten by now. An old state may remember that, or lie before it and read it again: it would
+        be decided under the settings of today.
         """
-        begin = progress.terms[0].impressions_from if progress.terms else 0
-        first = next(state.all_chunks(), None) if begin else None
-        return first is None or first.first_offset >= begin
+        if not progress.terms:
+            return True
+        oldest = progress.terms[0]
+        if meta.impressions_position < oldest.impressions_from or meta.clicks_position < oldest.clicks_from:
+            return False
+        first = next(state.all_chunks(), None) if oldest.impressions_from else None
+        return first is None or first.first_offset >= oldest.impressions_from
 
     def _opened(self, path: Path) -> tuple[JoinState, JoinMeta | None]:
         state = JoinState(path, self._options)

@@ -186,7 +186,9 @@ class World:
             for run in runs:
                 judge = self.oracle.impression if run.topic == NAMES.impressions else self.oracle.click
                 for record in run.records:
-                    if record.value:
+                    if record.value and time_of(record) > record.timestamp + partition._settings.max_future_ms:
+                        self.oracle.dead.add((f"future_timestamp in {run.topic}", record.offset))
+                    elif record.value:
                         judge(record.key, time_of(record), record.offset)
         assert partition is not None
         if self.log.committed != before:
@@ -225,7 +227,10 @@ class World:
             assert (record.key, record.value) == (source.key, source.value)
         for record in self.log.records(NAMES.dead_letters, self.audited[NAMES.dead_letters]):
             headers = dict(record.headers)
-            letter = headers["reason"].decode(), int(headers["source_offset"])
+            reason = headers["reason"].decode()
+            if reason == "future_timestamp":  # of either source
+                reason += f" in {headers['source_topic'].decode()}"
+            letter = reason, int(headers["source_offset"])
             assert letter not in self.dead, "said twice"
             self.dead.add(letter)
         for topic in self.audited:
