@@ -321,10 +321,10 @@ class Rebuild:
 
     def _waits(self, key: bytes, click_ms: int, offset: int, entry: Entry | None) -> bool:
         """Whether a click is not accounted for yet. One that labelled an id's earlier use is outside the newer use's window."""
-        history, current = self._history, self._history.current
+        history = self._history
         if (key, click_ms) in self._matched or click_ms + history.max_skew_ms < self._watermark_ms:
             return False
-        if offset < current.clicks_from and click_ms < current.orphan_floor_ms:
+        if history.was_orphan(offset, click_ms):
             return False
         if entry is None:
             return True

@@ -29,7 +29,7 @@ SETTINGS = st.builds(
     window_ms=st.just(10),
     lateness_ms=st.sampled_from([0, 3]),
     dedupe_horizon_ms=st.sampled_from([0, 8, 40]),
-    negative_skew_ms=st.sampled_from([0, 0, 2]),
+    negative_skew_ms=st.sampled_from([0, 0, 2, 12]),
     max_outputs=st.sampled_from([1, 3, 10_000]),
     idle_timeout_ms=st.just(100),
     hold_ms=st.sampled_from([0, 4, 10]),
@@ -40,7 +40,7 @@ CHANGES = st.fixed_dictionaries(
         "hold_ms": st.sampled_from([0, 4, 10]),
         "window_ms": st.sampled_from([4, 10, 25]),
         "dedupe_horizon_ms": st.sampled_from([0, 8, 40]),
-        "negative_skew_ms": st.sampled_from([0, 2]),
+        "negative_skew_ms": st.sampled_from([0, 2, 12, 30]),
         "negative_rate": st.sampled_from([1.0, 0.4]),
         "max_future_ms": st.sampled_from([0, 3_600_000]),
     }
@@ -356,6 +356,25 @@ KNOWN = {
         ("step", [9], [9], False, ""),
         ("lose", "a"),
         ("move", "a", []),
+    ],
+    # The floor of the terms between is not that of the last: the click was read under them, and waits by their skew.
+    "two changes, the second while a click waits that is older than the first": [
+        ("impressions", [(b"z", 100)]),
+        ("clicks", [(b"z", 100)]),
+        ("step", [9], [9], False, ""),
+        ("settings", {"negative_skew_ms": 20}),
+        ("move", "b", []),
+        ("clicks", [(b"a", 90)]),
+        ("step", [9], [9], False, ""),
+        ("settings", {"hold_ms": 3}),
+        ("move", "a", []),
+        ("impressions", [(b"q", 100)]),
+        ("step", [9], [9], False, ""),
+        ("move", "b", []),
+        ("impressions", [(b"a", 95)]),
+        ("step", [9], [9], False, ""),
+        ("mark", 200),
+        ("step", [9], [9], False, ""),
     ],
     # Its impression is forgotten and its label no longer read, while a click of that time may wait.
     "a skew beyond the horizon, and a click that made a label": [
