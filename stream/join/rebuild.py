@@ -25,7 +25,7 @@ from stream.join.examples import left_out_of, matched_of
 from stream.join.logic import packed_click
 from stream.join.memory import EarlyClick, Memory
 from stream.join.partition import Positions
-from stream.join.progress import Progress
+from stream.join.progress import Progress, new_life
 from stream.join.recovery import RebuildProgress
 from stream.join.terms import NEVER_MS, History, Terms
 from stream.settings import JoinSettings
@@ -83,6 +83,7 @@ class Rebuild:
         self.impressions_read = self.clicks_read = 0
         last = committed.progress
         self._watermark_ms, self._cut = (last.watermark_ms, last.cut) if last else (NEVER_MS, 0)
+        self._life = last.life if last else new_life()
         self._history = self._terms_then()
         meta = state.meta()
         if meta is not None:
@@ -363,6 +364,7 @@ class Rebuild:
                 cut=self._cut,
                 impressions_seen_ms=progress.impressions_seen_ms if progress else NEVER_MS,
                 clicks_seen_ms=progress.clicks_seen_ms if progress else NEVER_MS,
+                life=self._life,
             )
         )
         batch.write()
@@ -381,7 +383,7 @@ class Rebuild:
         history = self._history.with_settings(
             self._settings, impressions=committed.impressions, clicks=committed.clicks, watermark_ms=self._watermark_ms
         )
-        memory = Memory(history)
+        memory = Memory(history, life=self._life)
         if progress is not None:
             memory.watermark_ms, memory.cut = progress.watermark_ms, progress.cut
             memory.impressions_seen_ms, memory.clicks_seen_ms = progress.impressions_seen_ms, progress.clicks_seen_ms

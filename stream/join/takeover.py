@@ -231,6 +231,7 @@ class Takeover:
             if (
                 meta is not None
                 and committed.progress is not None
+                and meta.life == committed.progress.life
                 and meta.identity.removesuffix("/layout 3") == self._identity  # version 0.1.0 had its layout in there
                 and committed.impressions_start <= meta.impressions_position <= committed.impressions
                 and committed.clicks_start <= meta.clicks_position <= committed.clicks
@@ -245,13 +246,14 @@ class Takeover:
             ):
                 return state
             state.close()
-            if meta is None:  # new, or what an unfinished rebuild has left
+            # New, what an unfinished rebuild has left, or a start after which no event came.
+            if meta is None or max(meta.watermark_ms, meta.impressions_seen_ms, meta.clicks_seen_ms) == NEVER_MS:
                 JoinState.destroy(path)
             elif committed.progress is not None or meta.watermark_ms > NEVER_MS:
                 aside = JoinState.set_aside(path, "other")
                 log.warning(
-                    "local state of partition %d is of another log, not a part of this one, or from before settings that are "
-                    "not known any more: moved it aside to %s",
+                    "local state of partition %d is of another log, not a part of this one, from before offsets were reset, or "
+                    "from before settings that are not known any more: moved it aside to %s",
                     *(number, aside),
                 )
             else:

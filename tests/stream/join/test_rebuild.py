@@ -10,16 +10,19 @@ from __future__ import annotations
 import asyncio
 import shutil
 import uuid
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from state.join_state import JoinState
 from stream.join import takeover
+from stream.join.progress import encode_progress
 from stream.settings import JoinSettings
 from tests.stream.join.fake_state import Disk
 from tests.stream.join.world import NAMES, World
@@ -64,6 +67,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("replay"), st.integers(0, 30)),
         st.tuples(st.just("lose"), st.sampled_from("ab")),
         st.tuples(st.just("settings"), CHANGES),
+        st.tuples(st.just("change"), CHANGES, st.sampled_from("ab")),
     ),
     min_size=4,
     max_size=25,
@@ -101,6 +105,9 @@ async def live(world: World, actions: list[Any]) -> None:
             world.log.now_ms = rest[0]
         elif name == "settings":  # of whoever takes the partition next
             world.settings = world.settings.model_copy(update=rest[0])
+        elif name == "change":  # at once, so that terms follow one another while something waits
+            world.settings = world.settings.model_copy(update=rest[0])
+            await world.move(rest[1], [])
         elif not world.is_open(rest[0]):
             world.lose(rest[0])
     await world.move("b", [])
@@ -413,6 +420,86 @@ async def live_and_leave(world: World, actions: list[Any]) -> None:
         await live(world, actions)
     finally:
         await world.leave()
+
+
+def on_disk(check: Callable[[World, Disk], Awaitable[None]]) -> None:
+    """Run a check over a world with folders in memory."""
+    disk = Disk()
+    with patch.object(takeover, "JoinState", disk):
+        world = World(LOW, Path("/"), disk.destroy, disk.copy, plain_clocks=True)
+
+        async def run() -> None:
+            try:
+                await check(world, disk)
+            finally:
+                await world.leave()
+
+        asyncio.run(run())
+
+
+def test_a_folder_from_before_offsets_were_reset_is_moved_aside(caplog):
+    """Its positions, its watermark and its topics fit; what it has pending lies before the reset, and was given up by it."""
+
+    async def check(world: World, disk: Disk) -> None:
+        world.send(NAMES.impressions, [(b"a", 20)])
+        world.send(NAMES.clicks, [(b"x", 20)])
+        await world.own("b")
+        await world.step([9], [9])
+        await world.leave()
+        world.reset(1, 1)
+        world.oracle.accepted.clear()
+        world.oracle.waiting.clear()
+        await world.own("a")  # its own folder is new
+        world.send(NAMES.impressions, [(b"b", 22)])
+        world.send(NAMES.clicks, [(b"y", 22)])
+        await world.step([9], [9])
+        await world.leave()
+        await world.move("b", [])
+        assert "from before offsets were reset" in caplog.text
+        await world.end()
+        assert world.firsts == {1: -1}
+
+    on_disk(check)
+
+
+def test_a_life_goes_on_through_takeovers_and_none_is_one_too(caplog):
+    """Progress and folders of versions that drew none fit each other."""
+
+    async def check(world: World, disk: Disk) -> None:
+        def lives() -> tuple[str, str]:
+            state, progress = disk.get(Path("/b/partition-0")), world.committed().progress
+            assert state is not None and progress is not None
+            meta = state.meta()
+            assert meta is not None
+            return meta.life, progress.life
+
+        for worker in "ab":  # both look at what nobody has committed, and find their folders later
+            await world.own(worker)
+            await world.leave()
+        world.send(NAMES.impressions, [(b"a", 20)])
+        await world.own("b")
+        await world.step([9], [9])
+        life = lives()[1]
+        assert len(life) == 8
+        await world.move("a", [])
+        world.send(NAMES.impressions, [(b"b", 21)])
+        await world.step([9], [9])
+        await world.move("b", [])
+        assert lives() == (life, life)
+        await world.leave()
+        state, progress = disk.get(Path("/b/partition-0")), world.committed().progress
+        assert state is not None and progress is not None
+        state._meta = msgspec.structs.replace(state.meta(), life="")
+        metadata = encode_progress(msgspec.structs.replace(progress, life=""))
+        world.log.committed = {topic: (offset, metadata) for topic, (offset, _) in world.log.committed.items()}
+        world.send(NAMES.impressions, [(b"c", 22)])
+        await world.own("b")
+        await world.step([9], [9])
+        assert lives() == ("", "")
+        assert "moved it aside" not in caplog.text
+        await world.end()
+
+    on_disk(check)
 
 
 @settings(max_examples=300, deadline=None)

@@ -78,7 +78,11 @@ class World:
         if not self.log.committed:
             return Committed(0, 0, *at, None)
         (impressions, metadata), (clicks, _) = (self.log.committed[topic] for topic in (NAMES.impressions, NAMES.clicks))
-        return Committed(impressions, clicks, *at, decode_progress(metadata))
+        return Committed(impressions, clicks, *at, decode_progress(metadata) if metadata else None)
+
+    def reset(self, impressions: int, clicks: int) -> None:
+        """Set the offsets by hand, as Kafka's consumer-groups tool does: without metadata."""
+        self.log.committed = {NAMES.impressions: (impressions, ""), NAMES.clicks: (clicks, "")}
 
     async def take(self, worker: str, still_ours: Callable[[], bool] = lambda: True) -> PartitionJoin:
         """As `Takeover.take` does, with the fakes."""
