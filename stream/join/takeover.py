@@ -164,6 +164,12 @@ class Takeover:
                 f"{', '.join(tp.topic for tp in known)}: the other topic was deleted and made anew, which takes its offsets "
                 "away, or they were reset alone. To begin anew, reset those of both topics with Kafka's consumer-groups tool."
             )
+        if len(alone := [tp.topic for tp, offset in known.items() if not offset.metadata]) == 1:
+            raise PositionError(
+                f"group {self._group}, partition {number}: expected the join's progress with the committed offsets of impressions "
+                f"and clicks, found none with those of {alone[0]}: they were reset alone. What has its label can't be told from "
+                "what is pending then. To begin anew, reset those of both topics with Kafka's consumer-groups tool."
+            )
         ends = await consumer.end_offsets([impressions, clicks])
         for tp, offset in known.items():
             if offset.offset > ends[tp]:
