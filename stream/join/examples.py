@@ -125,8 +125,8 @@ def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) 
     """Make dead letters of the labels that `examples` doesn't take in a batch of `max_bytes`.
 
     Whether a label fits is judged when it leaves, so that labels which have not left yet may be judged by another limit after a
-    restart. The impression is named as left out: a rebuild sees that it was accepted, and has its label. A correction that
-    doesn't fit is dropped, since the letter of the first label stands for both.
+    restart. The impression is named as left out: a rebuild sees that it was accepted, and has its label. A correction has a
+    letter of its own, but where its first label has one in the same step: the negative may have fitted then, or been left out.
 
     Args:
         topic: of impressions, with `partition` where the letters say that the bytes are.
@@ -137,15 +137,19 @@ def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) 
     if largest + _HEADERS_BYTES <= max_bytes:
         return
     kept: list[Example] = []
+    firsts: set[int] = set()  # a correction stands behind its negative
     for example in plan.examples:
         key, value, _, offset, click_ms, kind = example
         if len(key) + len(value) + _HEADERS_BYTES <= max_bytes:
             kept.append(example)
             continue
         plan.counts["negatives"] -= click_ms < 0
+        if kind == CORRECTION and offset in firsts:
+            continue
+        message = f"expected an example of at most {max_bytes} bytes, found {len(key) + len(value)} in key and value alone"
+        plan.dead.append(DeadLetter("too_large", message, "$", topic, partition, offset, key, value))
         if kind == FIRST:
-            message = f"expected an example of at most {max_bytes} bytes, found {len(key) + len(value)} in key and value alone"
-            plan.dead.append(DeadLetter("too_large", message, "$", topic, partition, offset, key, value))
+            firsts.add(offset)
             plan.left_out.append(offset)
     plan.examples[:] = kept
 
