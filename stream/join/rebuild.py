@@ -77,7 +77,7 @@ class Rebuild:
         self._settings, self._names, self._number, self._identity = settings, names, number, identity
         self._consumer, self._state, self._committed, self._still_ours = consumer, state, committed, still_ours
         self._resolved: dict[int, bool] = {}  # source offset → clicked
-        self._held: dict[Place, int] = {}  # by what `examples` says: the earliest click that waits for a label
+        self._held: dict[Place, int] = {}  # by what `examples` says: the earliest click that waited for a label
         self._matched: set[tuple[bytes, int]] = set()  # clicks that are accounted for by it: id and event time
         self._foreign = 0  # records in `examples` that the join has not written
         self.impressions_read = self.clicks_read = 0
@@ -276,6 +276,9 @@ class Rebuild:
             if known is not None and time_ms <= known[0] + self._history.of(known[1]).horizon_ms:
                 continue
             clicked, is_out = self._resolved.get(offset), self._first_is_out((time_ms, offset))
+            if clicked is False and (time_ms, offset) in self._held:  # its positive label was too large
+                clicked = True
+                self._matched.add((key, self._held[time_ms, offset]))
             if clicked is None and (is_out or time_ms < terms.late_floor_ms):
                 continue
             remembered[key] = (time_ms, offset, bool(clicked))
@@ -293,10 +296,21 @@ class Rebuild:
             batch.write()
 
     def _hold(self) -> None:
-        """Keep the clicks that wait for a label; the impressions of these are clicked."""
-        places = [place for place in self._held if not self._first_is_out(place)]
-        rows, stored = self._state.pending(places), self._state.held(places)
+        """Keep the clicks that wait for a label; the impressions of these are clicked.
+
+        So are those whose positive label was too large.
+        """
         batch = self._batch()
+        places = [place for place in self._held if place[1] not in self._resolved and not self._first_is_out(place)]
+        set_aside = [place for place in self._held.keys() - set(places) if not self._resolved.get(place[1])]
+        found = [row for row in self._state.pending(set_aside) if row is not None]
+        for row, entry in zip(found, self._state.entries([row[2] for row in found]), strict=True):
+            place = row[:2]
+            self._matched.add((row[2], self._held[place]))
+            batch.drop_pending([place])
+            if entry is not None and entry[:2] == place:
+                batch.remember([(row[2], (*place, True))])
+        rows, stored = self._state.pending(places), self._state.held(places)
         waiting = [(place, row, held) for place, row, held in zip(places, rows, stored, strict=True) if row is not None]
         entries = self._state.entries([row[2] for _, row, _ in waiting])
         for (place, row, held_ms), entry in zip(waiting, entries, strict=True):

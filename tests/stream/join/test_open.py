@@ -189,7 +189,13 @@ def test_offsets_of_one_source_that_were_reset_alone_are_refused(
     metadata = encode_progress(PROGRESS)
     known = {tp: OffsetAndMetadata(0, "" if reset in (tp.topic, "both") else metadata) for tp in sources}
     opening = Takeover(
-        kafka=KafkaSettings(), settings=JoinSettings(), names=NAMES, group="g", identity="i", state_dir=tmp_path, options=OPTIONS
+        kafka=KafkaSettings(),
+        settings=JoinSettings(),
+        names=NAMES,
+        group="g",
+        identity="i",
+        state_dir=tmp_path,
+        options=OPTIONS,
     )
 
     async def committed_offsets(*args: Any) -> dict[TopicPartition, OffsetAndMetadata]:

@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 
 from state.join_state import JoinState
 from stream.join import takeover
+from stream.join.partition import PartitionJoin
 from stream.join.progress import encode_progress
 from stream.settings import JoinSettings
+from stream.topic_limits import OutputLimits
 from tests.stream.join.fake_state import Disk
 from tests.stream.join.world import NAMES, World
 
@@ -498,6 +500,53 @@ def test_a_life_goes_on_through_takeovers_and_none_is_one_too(caplog):
         assert lives() == ("", "")
         assert "moved it aside" not in caplog.text
         await world.end()
+
+    on_disk(check)
+
+
+@pytest.mark.parametrize("found", ["nothing", "its folder of before the click", "its folder of before the label"])
+@pytest.mark.parametrize("click_ms", [22, 27], ids=["a first label", "a correction"])
+def test_a_click_whose_label_was_too_large_is_not_read_twice(click_ms, found):
+    """Nothing in `examples` is positive then, and a second click would correct what the first one has decided."""
+
+    async def check(world: World, disk: Disk) -> None:
+        world.settings = HELD
+        limits = OutputLimits(example_bytes=600)
+
+        async def step(partition: PartitionJoin) -> None:
+            for topic in (NAMES.impressions, NAMES.clicks):
+                at = partition.positions.impressions if topic == NAMES.impressions else partition.positions.clicks
+                await partition._step(world.runs(topic, at, [9]))
+
+        first = await world.own("a")
+        world.log.append(NAMES.impressions, b"a", b'{"impression_id":"a","timestamp":20,"features":"%b"}' % (b"x" * 90))
+        world.send(NAMES.impressions, [(b"b", 20)])
+        await step(first)
+        if found == "its folder of before the click":
+            world.copy("a", "c")
+        if click_ms > 24:
+            world.mark(25)
+            await step(first)  # the negative fits
+        world.send(NAMES.clicks, [(b"a", click_ms)])
+        first._limits = limits
+        if click_ms <= 24:
+            await step(first)
+        if found == "its folder of before the label":
+            world.copy("a", "c")
+        world.mark(26)
+        await step(first)
+        await first._step([])
+        letters = [dict(record.headers)["reason"] for record in world.log.records(NAMES.dead_letters)]
+        assert letters == [b"too_large"]
+        there = world.content(first)
+        await world.leave()
+        again = await world.own("c")
+        assert world.content(again) == there
+        said = len(world.log.records(NAMES.examples))
+        world.send(NAMES.clicks, [(b"a", 28)])
+        await step(again)
+        assert len(world.log.records(NAMES.examples)) == said
+        await world.leave()
 
     on_disk(check)
 
