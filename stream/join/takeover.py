@@ -168,7 +168,8 @@ class Takeover:
             raise PositionError(
                 f"group {self._group}, partition {number}: expected the join's progress with the committed offsets of "
                 f"impressions and clicks, found none with those of {alone[0]}: they were reset alone. What has its label can't "
-                "be told from what is pending then. To begin anew, reset those of both topics with Kafka's consumer-groups tool."
+                "be told from what is pending then. To begin anew, reset those of both topics with Kafka's consumer-groups "
+                "tool."
             )
         ends = await consumer.end_offsets([impressions, clicks])
         for tp, offset in known.items():

@@ -69,7 +69,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("replay"), st.integers(0, 30)),
         st.tuples(st.just("lose"), st.sampled_from("ab")),
         st.tuples(st.just("settings"), CHANGES),
-        st.tuples(st.just("change"), CHANGES, st.sampled_from("ab")),
+        st.tuples(st.just("turn"), CHANGES, st.sampled_from("ab"), EVENTS, EVENTS),
     ),
     min_size=4,
     max_size=25,
@@ -107,9 +107,12 @@ async def live(world: World, actions: list[Any]) -> None:
             world.log.now_ms = rest[0]
         elif name == "settings":  # of whoever takes the partition next
             world.settings = world.settings.model_copy(update=rest[0])
-        elif name == "change":  # at once, so that terms follow one another while something waits
+        elif name == "turn":  # all at once, so that terms follow one another while something waits
             world.settings = world.settings.model_copy(update=rest[0])
             await world.move(rest[1], [])
+            world.send(NAMES.impressions, rest[2])
+            world.send(NAMES.clicks, rest[3])
+            await world.step([9], [9])
         elif not world.is_open(rest[0]):
             world.lose(rest[0])
     await world.move("b", [])
