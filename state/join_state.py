@@ -77,6 +77,7 @@ class JoinMeta(msgspec.Struct, frozen=True, kw_only=True):
     cut: int = 0  # labels are out below (watermark, cut), by (event time + hold, offset)
     impressions_seen_ms: int  # each source's own watermark
     clicks_seen_ms: int
+    life: str = ""  # of the committed progress that it is a part of; "" before there were any
 
 
 class _Layout(msgspec.Struct):

@@ -14,8 +14,9 @@ A record without a key is none of these. By its `kind` it is
 - `left_out`: a JSON array of the `source_offset`s whose negatives were left out, with `rate` as above, and of those whose
   examples are too large. So what `examples` holds accounts for every impression;
 - `matched`: a JSON array of [`source_offset`, `impression_ms`, `click_ms`], one for each click that was matched and waits for
-  its impression's first label. A rebuild reads there what was decided, instead of guessing it from the clicks: a click that
-  came to nothing before a late impression of its id arrived looks just like one that waits.
+  its impression's first label, and for each whose label is too large. A rebuild reads there what was decided, instead of
+  guessing it from the clicks: a click that came to nothing before a late impression of its id arrived looks just like one
+  that waits.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def plan_records(plan: Plan, negative_rate: float) -> Iterator[Outgoing]:
     for start in range(0, len(plan.left_out), _LEFT_OUT_AT_ONCE):
         value = msgspec.json.encode(plan.left_out[start : start + _LEFT_OUT_AT_ONCE])
         yield None, value, [_LEFT_OUT, *_rate(negative_rate)]
-    matched = [(offset, time_ms, click_ms) for (time_ms, offset), click_ms in plan.held.items()]
+    clicked = (*plan.held.items(), *plan.set_aside.items())
+    matched = [(offset, time_ms, click_ms) for (time_ms, offset), click_ms in clicked]
     for start in range(0, len(matched), _MATCHED_AT_ONCE):
         yield None, msgspec.json.encode(matched[start : start + _MATCHED_AT_ONCE]), [_MATCHED]
     yield from example_records(plan.examples, negative_rate)
@@ -70,7 +72,8 @@ def plan_records(plan: Plan, negative_rate: float) -> Iterator[Outgoing]:
 
 def record_count(plan: Plan) -> int:
     """How many records `plan_records` gives."""
-    return -(-len(plan.left_out) // _LEFT_OUT_AT_ONCE) - (-len(plan.held) // _MATCHED_AT_ONCE) + len(plan.examples)
+    matched = len(plan.held) + len(plan.set_aside)
+    return -(-len(plan.left_out) // _LEFT_OUT_AT_ONCE) - (-matched // _MATCHED_AT_ONCE) + len(plan.examples)
 
 
 def example_records(examples: Iterable[Example], negative_rate: float = 1.0) -> Iterator[Outgoing]:
@@ -88,7 +91,7 @@ def example_records(examples: Iterable[Example], negative_rate: float = 1.0) -> 
 
 def packed_plan(plan: Plan, negative_rate: float) -> Iterator[Outgoing]:
     """`plan_records` with the headers of examples packed: all but three numbers of them are the same in every example."""
-    notes, examples = Plan(left_out=plan.left_out, held=plan.held), plan.examples
+    notes, examples = Plan(left_out=plan.left_out, held=plan.held, set_aside=plan.set_aside), plan.examples
     yield from plan_records(notes, negative_rate)
     rate = _rate(negative_rate)
     negative, positive = (
@@ -125,8 +128,9 @@ def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) 
     """Make dead letters of the labels that `examples` doesn't take in a batch of `max_bytes`.
 
     Whether a label fits is judged when it leaves, so that labels which have not left yet may be judged by another limit after a
-    restart. The impression is named as left out: a rebuild sees that it was accepted, and has its label. A correction that
-    doesn't fit is dropped, since the letter of the first label stands for both.
+    restart. The impression is named as left out: a rebuild sees that it was accepted, and has its label; and as matched where
+    the label is positive: a rebuild sees that it was clicked. A correction has a letter of its own, but where its first label
+    has one in the same step: the negative may have fitted, or been left out.
 
     Args:
         topic: of impressions, with `partition` where the letters say that the bytes are.
@@ -137,15 +141,21 @@ def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) 
     if largest + _HEADERS_BYTES <= max_bytes:
         return
     kept: list[Example] = []
+    firsts: set[int] = set()  # a correction stands behind its negative
     for example in plan.examples:
-        key, value, _, offset, click_ms, kind = example
+        key, value, time_ms, offset, click_ms, kind = example
         if len(key) + len(value) + _HEADERS_BYTES <= max_bytes:
             kept.append(example)
             continue
         plan.counts["negatives"] -= click_ms < 0
+        if click_ms >= 0:
+            plan.set_aside[time_ms, offset] = click_ms
+        if kind == CORRECTION and offset in firsts:
+            continue
+        message = f"expected an example of at most {max_bytes} bytes, found {len(key) + len(value)} in key and value alone"
+        plan.dead.append(DeadLetter("too_large", message, "$", topic, partition, offset, key, value))
         if kind == FIRST:
-            message = f"expected an example of at most {max_bytes} bytes, found {len(key) + len(value)} in key and value alone"
-            plan.dead.append(DeadLetter("too_large", message, "$", topic, partition, offset, key, value))
+            firsts.add(offset)
             plan.left_out.append(offset)
     plan.examples[:] = kept
 

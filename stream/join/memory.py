@@ -27,6 +27,7 @@ class Memory:
     cut: int = 0  # first labels are out below (watermark_ms, cut), by (event time + hold, offset)
     impressions_seen_ms: int = NEVER_MS
     clicks_seen_ms: int = NEVER_MS
+    life: str = ""  # of the progress: another one after offsets were reset by hand
     expired_ms: int = 0  # pending impressions before this event time have been deleted
     early: dict[bytes, dict[int, EarlyClick]] = field(default_factory=dict)
     _early_offsets: dict[int, None] = field(default_factory=dict)

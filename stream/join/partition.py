@@ -274,6 +274,7 @@ class PartitionJoin:
             terms=memory.history.terms,
             partitions=self._partitions,
             identity=self._identity,
+            life=memory.life,
         )
 
     def _apply(self, plan: Plan, after: Positions, chunk: Chunk | None) -> None:
@@ -304,6 +305,7 @@ class PartitionJoin:
                 cut=memory.cut,
                 impressions_seen_ms=memory.impressions_seen_ms,
                 clicks_seen_ms=memory.clicks_seen_ms,
+                life=memory.life,
             )
         )
         batch.write()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
+
 import msgspec
 
 from stream.join.terms import Terms
 
-__all__ = ["Progress", "decode_progress", "encode_progress"]
+__all__ = ["Progress", "decode_progress", "encode_progress", "new_life"]
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -29,6 +31,12 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     terms: tuple[Terms, ...] = msgspec.field(name="t", default=())  # () in progress that version 0.1.0 committed
     identity: str = msgspec.field(name="o", default="")  # of cluster and topics; "" in progress of version 0.1.0
     partitions: int = msgspec.field(name="n", default=0)  # of the topics when this was committed; 0 where it isn't known
+    life: str = msgspec.field(name="l", default="")  # drawn where nothing is committed; "" in progress from before it was drawn
+
+
+def new_life() -> str:
+    """A mark of all that follows from a first start, or from offsets that were reset: a state of before has another."""
+    return secrets.token_urlsafe(6)
 
 
 def encode_progress(progress: Progress) -> str:

@@ -25,7 +25,7 @@ from stream.join.examples import left_out_of, matched_of
 from stream.join.logic import packed_click
 from stream.join.memory import EarlyClick, Memory
 from stream.join.partition import Positions
-from stream.join.progress import Progress
+from stream.join.progress import Progress, new_life
 from stream.join.recovery import RebuildProgress
 from stream.join.terms import NEVER_MS, History, Terms
 from stream.settings import JoinSettings
@@ -77,12 +77,13 @@ class Rebuild:
         self._settings, self._names, self._number, self._identity = settings, names, number, identity
         self._consumer, self._state, self._committed, self._still_ours = consumer, state, committed, still_ours
         self._resolved: dict[int, bool] = {}  # source offset → clicked
-        self._held: dict[Place, int] = {}  # by what `examples` says: the earliest click that waits for a label
+        self._held: dict[Place, int] = {}  # by what `examples` says: the earliest click that waited for a label
         self._matched: set[tuple[bytes, int]] = set()  # clicks that are accounted for by it: id and event time
         self._foreign = 0  # records in `examples` that the join has not written
         self.impressions_read = self.clicks_read = 0
         last = committed.progress
         self._watermark_ms, self._cut = (last.watermark_ms, last.cut) if last else (NEVER_MS, 0)
+        self._life = last.life if last else new_life()
         self._history = self._terms_then()
         meta = state.meta()
         if meta is not None:
@@ -275,6 +276,9 @@ class Rebuild:
             if known is not None and time_ms <= known[0] + self._history.of(known[1]).horizon_ms:
                 continue
             clicked, is_out = self._resolved.get(offset), self._first_is_out((time_ms, offset))
+            if clicked is False and (time_ms, offset) in self._held:  # its positive label was too large
+                clicked = True
+                self._matched.add((key, self._held[time_ms, offset]))
             if clicked is None and (is_out or time_ms < terms.late_floor_ms):
                 continue
             remembered[key] = (time_ms, offset, bool(clicked))
@@ -292,10 +296,21 @@ class Rebuild:
             batch.write()
 
     def _hold(self) -> None:
-        """Keep the clicks that wait for a label; the impressions of these are clicked."""
-        places = [place for place in self._held if not self._first_is_out(place)]
-        rows, stored = self._state.pending(places), self._state.held(places)
+        """Keep the clicks that wait for a label; the impressions of these are clicked.
+
+        So are those whose positive label was too large.
+        """
         batch = self._batch()
+        places = [place for place in self._held if place[1] not in self._resolved and not self._first_is_out(place)]
+        set_aside = [place for place in self._held.keys() - set(places) if not self._resolved.get(place[1])]
+        found = [row for row in self._state.pending(set_aside) if row is not None]
+        for row, entry in zip(found, self._state.entries([row[2] for row in found]), strict=True):
+            place = row[:2]
+            self._matched.add((row[2], self._held[place]))
+            batch.drop_pending([place])
+            if entry is not None and entry[:2] == place:
+                batch.remember([(row[2], (*place, True))])
+        rows, stored = self._state.pending(places), self._state.held(places)
         waiting = [(place, row, held) for place, row, held in zip(places, rows, stored, strict=True) if row is not None]
         entries = self._state.entries([row[2] for _, row, _ in waiting])
         for (place, row, held_ms), entry in zip(waiting, entries, strict=True):
@@ -321,10 +336,10 @@ class Rebuild:
 
     def _waits(self, key: bytes, click_ms: int, offset: int, entry: Entry | None) -> bool:
         """Whether a click is not accounted for yet. One that labelled an id's earlier use is outside the newer use's window."""
-        history, current = self._history, self._history.current
+        history = self._history
         if (key, click_ms) in self._matched or click_ms + history.max_skew_ms < self._watermark_ms:
             return False
-        if offset < current.clicks_from and click_ms < current.orphan_floor_ms:
+        if history.was_orphan(offset, click_ms):
             return False
         if entry is None:
             return True
@@ -363,6 +378,7 @@ class Rebuild:
                 cut=self._cut,
                 impressions_seen_ms=progress.impressions_seen_ms if progress else NEVER_MS,
                 clicks_seen_ms=progress.clicks_seen_ms if progress else NEVER_MS,
+                life=self._life,
             )
         )
         batch.write()
@@ -381,7 +397,7 @@ class Rebuild:
         history = self._history.with_settings(
             self._settings, impressions=committed.impressions, clicks=committed.clicks, watermark_ms=self._watermark_ms
         )
-        memory = Memory(history)
+        memory = Memory(history, life=self._life)
         if progress is not None:
             memory.watermark_ms, memory.cut = progress.watermark_ms, progress.cut
             memory.impressions_seen_ms, memory.clicks_seen_ms = progress.impressions_seen_ms, progress.clicks_seen_ms

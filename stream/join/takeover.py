@@ -164,6 +164,13 @@ class Takeover:
                 f"{', '.join(tp.topic for tp in known)}: the other topic was deleted and made anew, which takes its offsets "
                 "away, or they were reset alone. To begin anew, reset those of both topics with Kafka's consumer-groups tool."
             )
+        if len(alone := [tp.topic for tp, offset in known.items() if not offset.metadata]) == 1:
+            raise PositionError(
+                f"group {self._group}, partition {number}: expected the join's progress with the committed offsets of "
+                f"impressions and clicks, found none with those of {alone[0]}: they were reset alone. What has its label can't "
+                "be told from what is pending then. To begin anew, reset those of both topics with Kafka's consumer-groups "
+                "tool."
+            )
         ends = await consumer.end_offsets([impressions, clicks])
         for tp, offset in known.items():
             if offset.offset > ends[tp]:
@@ -231,6 +238,7 @@ class Takeover:
             if (
                 meta is not None
                 and committed.progress is not None
+                and meta.life == committed.progress.life
                 and meta.identity.removesuffix("/layout 3") == self._identity  # version 0.1.0 had its layout in there
                 and committed.impressions_start <= meta.impressions_position <= committed.impressions
                 and committed.clicks_start <= meta.clicks_position <= committed.clicks
@@ -241,17 +249,18 @@ class Takeover:
                     committed.examples_start <= meta.examples_position
                     or (meta.impressions_position, meta.clicks_position) == (committed.impressions, committed.clicks)
                 )
-                and self._terms_known(state, committed.progress)
+                and self._terms_known(state, meta, committed.progress)
             ):
                 return state
             state.close()
-            if meta is None:  # new, or what an unfinished rebuild has left
+            # New, what an unfinished rebuild has left, or a start after which no event came.
+            if meta is None or max(meta.watermark_ms, meta.impressions_seen_ms, meta.clicks_seen_ms) == NEVER_MS:
                 JoinState.destroy(path)
             elif committed.progress is not None or meta.watermark_ms > NEVER_MS:
                 aside = JoinState.set_aside(path, "other")
                 log.warning(
-                    "local state of partition %d is of another log, not a part of this one, or from before settings that are "
-                    "not known any more: moved it aside to %s",
+                    "local state of partition %d is of another log, not a part of this one, from before offsets were reset, or "
+                    "from before settings that are not known any more: moved it aside to %s",
                     *(number, aside),
                 )
             else:
@@ -263,14 +272,19 @@ class Takeover:
         )
 
     @staticmethod
-    def _terms_known(state: JoinState, progress: Progress) -> bool:
-        """Whether the progress still says under which settings everything in the state was read.
+    def _terms_known(state: JoinState, meta: JoinMeta, progress: Progress) -> bool:
+        """Whether the progress still says under which settings everything was read: in the state, and behind its positions.
 
-        It doesn't about what is forgotten by now; an old state remembers that, and would label it again under those of today.
+        It doesn't about what is forgotten by now. An old state may remember that, or lie before it and read it again: it would
+        be decided under the settings of today.
         """
-        begin = progress.terms[0].impressions_from if progress.terms else 0
-        first = next(state.all_chunks(), None) if begin else None
-        return first is None or first.first_offset >= begin
+        if not progress.terms:
+            return True
+        oldest = progress.terms[0]
+        if meta.impressions_position < oldest.impressions_from or meta.clicks_position < oldest.clicks_from:
+            return False
+        first = next(state.all_chunks(), None) if oldest.impressions_from else None
+        return first is None or first.first_offset >= oldest.impressions_from
 
     def _opened(self, path: Path) -> tuple[JoinState, JoinMeta | None]:
         state = JoinState(path, self._options)

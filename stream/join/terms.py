@@ -34,7 +34,8 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
 
     `late_floor_ms`: impressions before this time were late when these terms began, and stay late: their ids may be forgotten.
     `legacy`: of version 0.1.0, which kept no terms; a pending impression itself says then whether its first label is out.
-    `orphan_floor_ms`: no click before this time was still waiting when these terms began. A longer skew doesn't wake it.
+    `orphan_floor_ms`: of the clicks read before these terms began, none before this time was still waiting then. A longer skew
+    doesn't wake it. Clicks read since go by their own terms, so the floor isn't carried on to the next ones.
     """
 
     impressions_from: int
@@ -129,9 +130,14 @@ class History:
         """
         return max(self.current.late_floor_ms, watermark_ms - self.max_late_ms)
 
-    def orphan_before(self, watermark_ms: int) -> int:
-        """Clicks before this time that were read under terms of before have been settled."""
-        return max(self.current.orphan_floor_ms, watermark_ms - self.max_skew_ms)
+    def orphan_before(self, watermark_ms: int, clicks: int) -> int:
+        """Clicks before this time that were read up to this offset have been settled."""
+        none_since = self.current.clicks_from >= clicks
+        return max(self.current.orphan_floor_ms if none_since else NEVER_MS, watermark_ms - self.max_skew_ms)
+
+    def was_orphan(self, offset: int, click_ms: int) -> bool:
+        """Whether a click was settled before some of these terms began."""
+        return any(offset < terms.clicks_from and click_ms < terms.orphan_floor_ms for terms in self.terms)
 
     def with_settings(self, settings: JoinSettings, *, impressions: int, clicks: int, watermark_ms: int) -> History:
         """The history when these settings come into force for what is read from these offsets on.
@@ -146,7 +152,7 @@ class History:
             impressions=impressions,
             clicks=clicks,
             late_floor_ms=self.late_before(watermark_ms),
-            orphan_floor_ms=self.orphan_before(watermark_ms),
+            orphan_floor_ms=self.orphan_before(watermark_ms, clicks),
         )
         if terms.same_settings(self.current):
             return self

@@ -26,6 +26,7 @@ from stream.join.recovery import RebuildProgress, told
 from stream.join.retention import RetentionWatch
 from stream.join.takeover import Takeover
 from stream.join.terms import NEVER_MS
+from stream.log_spans import high_watermarks
 from stream.membership import Membership
 from stream.offsets import committed_offsets
 from stream.runtime import build_app, fatal, new_registry, serve, source_part
@@ -339,7 +340,8 @@ async def run_join(
     partitions = cluster.partitions[names.impressions]
     sources = [TopicPartition(topic, number) for topic in (names.impressions, names.clicks) for number in range(partitions)]
     committed = await committed_offsets(kafka, f"{names.prefix}{settings.group}", sources)
-    check_partition_count(committed, names, partitions, settings.accept_partitions)
+    ends = await high_watermarks(kafka, sources)
+    check_partition_count(committed, ends, names, partitions, settings.accept_partitions)
     registry = new_registry()
     limits = OutputLimits(
         example_bytes=await letter_limit(kafka, names.examples),

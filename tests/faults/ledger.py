@@ -60,7 +60,7 @@ class Use:
     record: Any
     life: Life
     time_ms: int
-    oversize: bool = False  # larger than `examples` takes: named as left out, and a dead letter unless the rate leaves it out
+    oversize: bool = False  # larger than `examples` takes: named as left out, and a letter for each label that the rate keeps
     clicks: list[Sent] = field(default_factory=list)  # that count, and came before the window had passed
     clicks_read: bool = False  # whether the join has committed that it read one of them
     found: list[tuple[str, int]] = field(default_factory=list)  # kind, offset in examples
@@ -117,7 +117,7 @@ class Ledger:
         self._impressions(self._incoming(IMPRESSIONS))
         self._clicks(self._incoming(CLICKS))
         for (partition, offset), use in self.uses.items():
-            if use.oversize and not use.left_out:
+            if use.oversize and (use.clicks or not use.left_out):  # a correction has a letter, too
                 self._dead[IMPRESSIONS, partition, offset] = "too_large"
                 if use.due_ms >= until_ms:
                     self._not_due.add((IMPRESSIONS, partition, offset))
@@ -215,7 +215,9 @@ class Ledger:
             source = next((name for name in (IMPRESSIONS, CLICKS) if topic.endswith(name)), topic)
             place = source, int(headers["source_partition"]), int(headers["source_offset"])
             reason = headers["reason"].decode()
-            if place in found:
+            use = self.uses.get(place[1:]) if source == IMPRESSIONS else None
+            corrected = use is not None and use.oversize and bool(use.clicks) and not use.early_ms
+            if place in found and not corrected:
                 self._say("doubled", f"{_name(place)} is twice in dead-letters")
             record = sources.get(place)
             value = None if record is None else b"" if reason == "too_large" else record.value or b""

@@ -302,6 +302,19 @@ def test_a_record_that_is_too_large_is_named_and_leaves_no_bytes():
     assert case.counts() == (1, 0, 1)  # it can't have fitted
 
 
+def test_a_correction_that_is_too_large_has_a_letter_of_its_own():
+    for rate, letters in ((1.0, 2), (0.5, 1)):
+        case = Case(Life(WINDOW_MS, 0, HORIZON_MS, 0, rate))
+        case.send(Sent(IMPRESSIONS, b"b", b"x" * 100, 1_000, reason="too_large"))
+        case.click(b"b", 1_001)
+        case.write("examples", None, b"[0]", {"kind": "left_out"} | ({"rate": "0.5"} if rate < 1 else {}))
+        for _ in range(letters):
+            case.bury(IMPRESSIONS, 0, "too_large", b"")
+        assert case.counts() == (0, 0, 0)
+    case.records["dead_letters"].clear()
+    assert case.counts() == (1, 0, 0)  # the negative is left out by the rate, and the click is gone
+
+
 def test_a_record_that_is_too_large_may_be_left_out_by_the_rate():
     """A rate of one half leaves b out: nobody misses its bytes."""
     case = Case(Life(WINDOW_MS, 3_000, HORIZON_MS, 0, 0.5))

@@ -17,7 +17,7 @@ from stream.join.events import WATERMARK_HEADER
 from stream.join.memory import Memory
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, Positions, TakenOver
-from stream.join.progress import Progress, decode_progress, encode_progress
+from stream.join.progress import Progress, decode_progress, encode_progress, new_life
 from stream.join.terms import MAX_CHANGES, NEVER_MS, History, Terms
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics import TopicNames
@@ -305,6 +305,7 @@ def test_the_progress_always_fits_into_the_metadata_that_a_broker_takes():
         terms=terms,
         partitions=10**6,
         identity="/".join(["x" * 22] * 4 + ["999999"]),
+        life=new_life(),
     )
     assert len(encode_progress(progress)) < 4_096
     assert decode_progress(encode_progress(progress)) == progress

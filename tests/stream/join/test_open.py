@@ -8,13 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from state.errors import JoinStateError
 from state.join_state import LAYOUT, JoinMeta, JoinState, StateOptions
 from stream.errors import PositionError
 from stream.join import takeover
 from stream.join.logic import Memory
-from stream.join.progress import Progress
+from stream.join.progress import Progress, encode_progress
 from stream.join.rebuild import Committed, Rebuild
 from stream.join.takeover import Takeover
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
@@ -178,6 +179,39 @@ def test_labels_beyond_what_was_committed_stop_a_takeover(tmp_path: Path, local:
         PositionError, match=rf"impressions at or after offset {PENDING}, .*found something about offset {offset}"
     ):
         asyncio.run(rebuild())
+
+
+@pytest.mark.parametrize(("reset", "said"), [(NAMES.impressions, True), (NAMES.clicks, True), ("both", False)])
+def test_offsets_of_one_source_that_were_reset_alone_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reset: str, said: bool
+) -> None:
+    sources = [TopicPartition(topic, 0) for topic in (NAMES.impressions, NAMES.clicks)]
+    metadata = encode_progress(PROGRESS)
+    known = {tp: OffsetAndMetadata(0, "" if reset in (tp.topic, "both") else metadata) for tp in sources}
+    opening = Takeover(
+        kafka=KafkaSettings(),
+        settings=JoinSettings(),
+        names=NAMES,
+        group="g",
+        identity="i",
+        state_dir=tmp_path,
+        options=OPTIONS,
+    )
+
+    async def committed_offsets(*args: Any) -> dict[TopicPartition, OffsetAndMetadata]:
+        return known
+
+    async def ends(*args: Any) -> dict[TopicPartition, int]:
+        return dict.fromkeys((*sources, TopicPartition(NAMES.examples, 0)), 0)
+
+    monkeypatch.setattr(takeover, "committed_offsets", committed_offsets)
+    monkeypatch.setattr(takeover, "high_watermarks", ends)
+    consumer = SimpleNamespace(beginning_offsets=ends, end_offsets=ends)
+    if not said:
+        assert asyncio.run(opening._committed(consumer, 0)).progress is None
+        return
+    with pytest.raises(PositionError, match=f"found none with those of {reset}: they were reset alone"):
+        asyncio.run(opening._committed(consumer, 0))
 
 
 class Consumer(FakeConsumer):

@@ -10,17 +10,22 @@ from __future__ import annotations
 import asyncio
 import shutil
 import uuid
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from state.join_state import JoinState
 from stream.join import takeover
+from stream.join.partition import PartitionJoin
+from stream.join.progress import encode_progress
 from stream.settings import JoinSettings
+from stream.topic_limits import OutputLimits
 from tests.stream.join.fake_state import Disk
 from tests.stream.join.world import NAMES, World
 
@@ -29,7 +34,7 @@ SETTINGS = st.builds(
     window_ms=st.just(10),
     lateness_ms=st.sampled_from([0, 3]),
     dedupe_horizon_ms=st.sampled_from([0, 8, 40]),
-    negative_skew_ms=st.sampled_from([0, 0, 2]),
+    negative_skew_ms=st.sampled_from([0, 0, 2, 12]),
     max_outputs=st.sampled_from([1, 3, 10_000]),
     idle_timeout_ms=st.just(100),
     hold_ms=st.sampled_from([0, 4, 10]),
@@ -40,7 +45,7 @@ CHANGES = st.fixed_dictionaries(
         "hold_ms": st.sampled_from([0, 4, 10]),
         "window_ms": st.sampled_from([4, 10, 25]),
         "dedupe_horizon_ms": st.sampled_from([0, 8, 40]),
-        "negative_skew_ms": st.sampled_from([0, 2]),
+        "negative_skew_ms": st.sampled_from([0, 2, 12, 30]),
         "negative_rate": st.sampled_from([1.0, 0.4]),
         "max_future_ms": st.sampled_from([0, 3_600_000]),
     }
@@ -64,6 +69,7 @@ ACTIONS = st.lists(
         st.tuples(st.just("replay"), st.integers(0, 30)),
         st.tuples(st.just("lose"), st.sampled_from("ab")),
         st.tuples(st.just("settings"), CHANGES),
+        st.tuples(st.just("turn"), CHANGES, st.sampled_from("ab"), EVENTS, EVENTS),
     ),
     min_size=4,
     max_size=25,
@@ -101,6 +107,12 @@ async def live(world: World, actions: list[Any]) -> None:
             world.log.now_ms = rest[0]
         elif name == "settings":  # of whoever takes the partition next
             world.settings = world.settings.model_copy(update=rest[0])
+        elif name == "turn":  # all at once, so that terms follow one another while something waits
+            world.settings = world.settings.model_copy(update=rest[0])
+            await world.move(rest[1], [])
+            world.send(NAMES.impressions, rest[2])
+            world.send(NAMES.clicks, rest[3])
+            await world.step([9], [9])
         elif not world.is_open(rest[0]):
             world.lose(rest[0])
     await world.move("b", [])
@@ -285,6 +297,66 @@ KNOWN = {
         ("old", "a"),
         ("move", "a", []),
     ],
+    # Nothing is remembered in A's folder, so nothing there says which terms it is from; it lies before all that are known.
+    "an empty folder from before a longer horizon": [
+        ("impressions", [(b"x", 20)]),
+        ("mark", 60),
+        ("step", [9], [9], False, ""),
+        ("step", [], [], False, ""),
+        ("move", "b", []),
+        ("impressions", [(b"a", 70)]),
+        ("step", [9], [9], False, ""),
+        ("mark", 84),
+        ("step", [9], [9], False, ""),
+        ("step", [], [], False, ""),
+        ("settings", {"dedupe_horizon_ms": 40}),
+        ("move", "c", []),
+        ("impressions", [(b"a", 85)]),
+        ("step", [9], [9], False, ""),
+        ("impressions", [(b"q", 86)]),
+        ("step", [9], [9], False, ""),
+        ("move", "a", []),
+    ],
+    "an empty folder from before a wider bound on times ahead": [
+        ("settings", {"max_future_ms": 0}),
+        ("impressions", [(b"x", 20)]),
+        ("mark", 60),
+        ("step", [9], [9], False, ""),
+        ("step", [], [], False, ""),
+        ("move", "b", []),
+        ("arrival", 60),
+        ("impressions", [(b"a", 90)]),
+        ("clicks", [(b"b", 95)]),
+        ("step", [9], [9], False, ""),
+        ("settings", {"max_future_ms": 1_000}),
+        ("move", "c", []),
+        ("impressions", [(b"q", 86)]),
+        ("step", [9], [9], False, ""),
+        ("impressions", [(b"r", 87)]),
+        ("step", [9], [9], False, ""),
+        ("move", "a", []),
+        ("arrival", 10**12),
+        ("impressions", [(b"b", 94)]),
+        ("step", [9], [9], False, ""),
+    ],
+    # Of clicks alone there are terms of before: no impression was read under them.
+    "an empty folder from before a wider bound on times ahead, and clicks alone": [
+        ("settings", {"max_future_ms": 0}),
+        ("step", [9], [9], False, ""),
+        ("move", "b", []),
+        ("arrival", 60),
+        ("clicks", [(b"b", 95)]),
+        ("step", [9], [9], False, ""),
+        ("settings", {"max_future_ms": 1_000}),
+        ("move", "c", []),
+        ("clicks", [(b"q", 86)]),
+        ("step", [9], [9], False, ""),
+        ("step", [9], [9], False, ""),
+        ("move", "a", []),
+        ("arrival", 10**12),
+        ("impressions", [(b"b", 94)]),
+        ("step", [9], [9], False, ""),
+    ],
     # By the longer skew it would wait still, for a rebuild that reads it again.
     "a longer skew, and an orphan": [
         ("clicks", [(b"a", 90), (b"b", 50)]),
@@ -296,6 +368,25 @@ KNOWN = {
         ("step", [9], [9], False, ""),
         ("lose", "a"),
         ("move", "a", []),
+    ],
+    # The floor of the terms between is not that of the last: the click was read under them, and waits by their skew.
+    "two changes, the second while a click waits that is older than the first": [
+        ("impressions", [(b"z", 100)]),
+        ("clicks", [(b"z", 100)]),
+        ("step", [9], [9], False, ""),
+        ("settings", {"negative_skew_ms": 20}),
+        ("move", "b", []),
+        ("clicks", [(b"a", 90)]),
+        ("step", [9], [9], False, ""),
+        ("settings", {"hold_ms": 3}),
+        ("move", "a", []),
+        ("impressions", [(b"q", 100)]),
+        ("step", [9], [9], False, ""),
+        ("move", "b", []),
+        ("impressions", [(b"a", 95)]),
+        ("step", [9], [9], False, ""),
+        ("mark", 200),
+        ("step", [9], [9], False, ""),
     ],
     # Its impression is forgotten and its label no longer read, while a click of that time may wait.
     "a skew beyond the horizon, and a click that made a label": [
@@ -334,6 +425,133 @@ async def live_and_leave(world: World, actions: list[Any]) -> None:
         await live(world, actions)
     finally:
         await world.leave()
+
+
+def on_disk(check: Callable[[World, Disk], Awaitable[None]]) -> None:
+    """Run a check over a world with folders in memory."""
+    disk = Disk()
+    with patch.object(takeover, "JoinState", disk):
+        world = World(LOW, Path("/"), disk.destroy, disk.copy, plain_clocks=True)
+
+        async def run() -> None:
+            try:
+                await check(world, disk)
+            finally:
+                await world.leave()
+
+        asyncio.run(run())
+
+
+def test_a_folder_from_before_offsets_were_reset_is_moved_aside(caplog):
+    """Its positions, its watermark and its topics fit; what it has pending lies before the reset, and was given up by it."""
+
+    async def check(world: World, disk: Disk) -> None:
+        world.send(NAMES.impressions, [(b"a", 20)])
+        world.send(NAMES.clicks, [(b"x", 20)])
+        await world.own("b")
+        await world.step([9], [9])
+        await world.leave()
+        world.reset(1, 1)
+        world.oracle.accepted.clear()
+        world.oracle.waiting.clear()
+        await world.own("a")  # its own folder is new
+        world.send(NAMES.impressions, [(b"b", 22)])
+        world.send(NAMES.clicks, [(b"y", 22)])
+        await world.step([9], [9])
+        await world.leave()
+        await world.move("b", [])
+        assert "from before offsets were reset" in caplog.text
+        await world.end()
+        assert world.firsts == {1: -1}
+
+    on_disk(check)
+
+
+def test_a_life_goes_on_through_takeovers_and_none_is_one_too(caplog):
+    """Progress and folders of versions that drew none fit each other."""
+
+    async def check(world: World, disk: Disk) -> None:
+        def lives() -> tuple[str, str]:
+            state, progress = disk.get(Path("/b/partition-0")), world.committed().progress
+            assert state is not None and progress is not None
+            meta = state.meta()
+            assert meta is not None
+            return meta.life, progress.life
+
+        for worker in "ab":  # both look at what nobody has committed, and find their folders later
+            await world.own(worker)
+            await world.leave()
+        world.send(NAMES.impressions, [(b"a", 20)])
+        await world.own("b")
+        await world.step([9], [9])
+        life = lives()[1]
+        assert len(life) == 8
+        await world.move("a", [])
+        world.send(NAMES.impressions, [(b"b", 21)])
+        await world.step([9], [9])
+        await world.move("b", [])
+        assert lives() == (life, life)
+        await world.leave()
+        state, progress = disk.get(Path("/b/partition-0")), world.committed().progress
+        assert state is not None and progress is not None
+        state._meta = msgspec.structs.replace(state.meta(), life="")
+        metadata = encode_progress(msgspec.structs.replace(progress, life=""))
+        world.log.committed = {topic: (offset, metadata) for topic, (offset, _) in world.log.committed.items()}
+        world.send(NAMES.impressions, [(b"c", 22)])
+        await world.own("b")
+        await world.step([9], [9])
+        assert lives() == ("", "")
+        assert "moved it aside" not in caplog.text
+        await world.end()
+
+    on_disk(check)
+
+
+@pytest.mark.parametrize("found", ["nothing", "its folder of before the click", "its folder of before the label"])
+@pytest.mark.parametrize("click_ms", [22, 27], ids=["a first label", "a correction"])
+def test_a_click_whose_label_was_too_large_is_not_read_twice(click_ms, found):
+    """Nothing in `examples` is positive then, and a second click would correct what the first one has decided."""
+
+    async def check(world: World, disk: Disk) -> None:
+        world.settings = HELD
+        limits = OutputLimits(example_bytes=600)
+
+        async def step(partition: PartitionJoin) -> None:
+            for topic in (NAMES.impressions, NAMES.clicks):
+                at = partition.positions.impressions if topic == NAMES.impressions else partition.positions.clicks
+                await partition._step(world.runs(topic, at, [9]))
+
+        first = await world.own("a")
+        world.log.append(NAMES.impressions, b"a", b'{"impression_id":"a","timestamp":20,"features":"%b"}' % (b"x" * 90))
+        world.send(NAMES.impressions, [(b"b", 20)])
+        await step(first)
+        if found == "its folder of before the click":
+            world.copy("a", "c")
+        if click_ms > 24:
+            world.mark(25)
+            await step(first)  # the negative fits
+        world.send(NAMES.clicks, [(b"a", click_ms)])
+        first._limits = limits
+        if click_ms <= 24:
+            await step(first)
+        if found == "its folder of before the label":
+            world.copy("a", "c")
+        world.mark(26)
+        await step(first)
+        await first._step([])
+        letters = [dict(record.headers)["reason"] for record in world.log.records(NAMES.dead_letters)]
+        assert letters == [b"too_large"]
+        there = world.content(first)
+        await world.leave()
+        again = await world.own("c")
+        assert world.content(again) == there
+        said = len(world.log.records(NAMES.examples))
+        world.send(NAMES.clicks, [(b"a", 28)])
+        await step(again)
+        assert len(world.log.records(NAMES.examples)) == said
+        await world.leave()
+
+    on_disk(check)
 
 
 @settings(max_examples=300, deadline=None)

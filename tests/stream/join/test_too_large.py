@@ -90,6 +90,7 @@ def test_what_is_larger_than_the_outputs_take_is_a_dead_letter_without_its_bytes
                 (names.impressions, b"large", "too_large", 0),
                 (names.impressions, b"early", "too_large", 1),
                 (names.impressions, b"late", "too_large", 2),
+                (names.impressions, b"late", "too_large", 2),  # its correction
                 (names.impressions, b"broken", "too_large", 4),
                 (names.clicks, b"nobody", "too_large", 2),
             ]
@@ -132,10 +133,25 @@ def test_an_impression_whose_example_is_too_large_is_named_as_left_out():
     assert [(letter.reason, letter.partition, letter.offset) for letter in plan.dead] == [
         ("too_large", 4, 1),
         ("too_large", 4, 2),
+        ("too_large", 4, 3),
     ]
     whole = Plan(examples=list(rows))
     set_aside_too_large(whole, 2_000, "impressions", 4)
     assert whole == Plan(examples=rows)
+
+
+def test_a_correction_that_is_too_large_has_a_letter_where_its_negative_has_none_in_the_same_step():
+    """The negative went out under a higher limit, or was left out by the rate: without a letter the click is gone."""
+    correction = (b"a", b"x" * 900, 5, 0, 9, CORRECTION)
+    alone = Plan(examples=[correction], counts=Counter(negatives=0))
+    set_aside_too_large(alone, 1_000, "impressions", 4)
+    assert ([letter.offset for letter in alone.dead], alone.left_out, alone.examples) == ([0], [], [])
+    by_rate = Plan(examples=[correction], left_out=[0], counts=Counter(negatives=0))
+    set_aside_too_large(by_rate, 1_000, "impressions", 4)
+    assert ([letter.offset for letter in by_rate.dead], by_rate.left_out) == ([0], [0])
+    both = Plan(examples=[(b"a", b"x" * 900, 5, 0, -1, FIRST), correction], counts=Counter(negatives=1))
+    set_aside_too_large(both, 1_000, "impressions", 4)
+    assert ([letter.offset for letter in both.dead], both.left_out) == ([0], [0])
 
 
 def test_letters_go_to_a_partition_that_dead_letters_has():

@@ -78,7 +78,11 @@ class World:
         if not self.log.committed:
             return Committed(0, 0, *at, None)
         (impressions, metadata), (clicks, _) = (self.log.committed[topic] for topic in (NAMES.impressions, NAMES.clicks))
-        return Committed(impressions, clicks, *at, decode_progress(metadata))
+        return Committed(impressions, clicks, *at, decode_progress(metadata) if metadata else None)
+
+    def reset(self, impressions: int, clicks: int) -> None:
+        """Set the offsets by hand, as Kafka's consumer-groups tool does: without metadata."""
+        self.log.committed = {NAMES.impressions: (impressions, ""), NAMES.clicks: (clicks, "")}
 
     async def take(self, worker: str, still_ours: Callable[[], bool] = lambda: True) -> PartitionJoin:
         """As `Takeover.take` does, with the fakes."""
@@ -186,7 +190,9 @@ class World:
             for run in runs:
                 judge = self.oracle.impression if run.topic == NAMES.impressions else self.oracle.click
                 for record in run.records:
-                    if record.value:
+                    if record.value and time_of(record) > record.timestamp + partition._settings.max_future_ms:
+                        self.oracle.dead.add((f"future_timestamp in {run.topic}", record.offset))
+                    elif record.value:
                         judge(record.key, time_of(record), record.offset)
         assert partition is not None
         if self.log.committed != before:
@@ -225,7 +231,10 @@ class World:
             assert (record.key, record.value) == (source.key, source.value)
         for record in self.log.records(NAMES.dead_letters, self.audited[NAMES.dead_letters]):
             headers = dict(record.headers)
-            letter = headers["reason"].decode(), int(headers["source_offset"])
+            reason = headers["reason"].decode()
+            if reason == "future_timestamp":  # of either source
+                reason += f" in {headers['source_topic'].decode()}"
+            letter = reason, int(headers["source_offset"])
             assert letter not in self.dead, "said twice"
             self.dead.add(letter)
         for topic in self.audited:
