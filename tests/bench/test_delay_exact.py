@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
-import torch
 
 from bench.delay_exact import Stream, at_once, cut, held, play, simulated
 from bench.real_time_figures import Served, figures, ideal_in_band, stretches, within_window
@@ -18,11 +15,8 @@ SHORT = Simulation(count=20_000, rate=150, ctr=0.1, delay="lognormal", delay_ms=
 
 
 @pytest.fixture(scope="module")
-def stream() -> Iterator[Stream]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two wait for each other where other work runs
-    yield simulated(SHORT)
-    torch.set_num_threads(threads)
+def stream() -> Stream:
+    return simulated(SHORT)
 
 
 def test_first_labels_leave_in_impression_order_and_later_clicks_correct(stream: Stream) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from deploy.simulation import Simulation
 from model.features import FeatureDecoder
@@ -13,15 +10,6 @@ from model.predictor import Predictor
 from stream.settings import JoinSettings
 from tests.stream.trainer.factory import value
 from tests.stream.trainer.simulated import MODEL, SCHEMA, Chain
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of torch wait for one another longer than this small model computes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
