@@ -87,9 +87,7 @@ class Plan:
     left_out: list[int] = field(default_factory=list)
     held: dict[Place, int] = field(default_factory=dict)  # impressions whose label waits, and the time of their click
     dropped_held: list[Place] = field(default_factory=list)
-    set_aside: dict[Place, int] = field(
-        default_factory=dict
-    )  # impressions whose positive label is too large: time of its click
+    set_aside: dict[Place, int] = field(default_factory=dict)  # impressions whose positive label is too large, likewise
     settled: int = 0
     dead: list[DeadLetter] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)

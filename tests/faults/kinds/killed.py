@@ -56,7 +56,7 @@ async def _fall(step: str, run: Run, **fault: object) -> None:
     await run.end(worker)
     # With the disk lost, or of an older time, there is more to recover.
     shutil.rmtree(run.state_of("one"))
-    after = 1 if "reading" in step else run.draw.randrange(1, 3)
+    after = 1 if "being read" in step else run.draw.randrange(1, 3)
     run.start(worker, Fault(step=step, after=after, **fault))  # type: ignore[arg-type]
 
 

@@ -152,6 +152,7 @@ async def _slow_disk(run: Run) -> None:
     calls = "fsync,fdatasync,sync_file_range"
     trace = ["-e", f"trace={calls}", "-e", f"inject={calls}:delay_enter={delay_us}", "-o", "/dev/null"]
     run.before = ("strace", "-D", "-f", "-q", "--seccomp-bpf", *trace)
+    run.drains_late = True
     worker = run.worker("one", Fault(flush_s=0.1))
     await run.labels(run.draw.randrange(20, 100))
     await run.end(worker)
