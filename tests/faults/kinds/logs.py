@@ -19,7 +19,7 @@ kind = kinds(KINDS)
 REFUSES = {"settles": False, "sends": False, "static": True, "crashes": (2, 10)}
 
 
-async def _half(run: Run) -> None:
+async def _half(run: Run, ends: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGKILL)) -> None:
     """The first half of the stream, joined as far as it goes, and the worker ended; what is there now is looked at."""
     worker, rows = run.worker(), run.stream.rows
     await ready(worker)
@@ -28,7 +28,7 @@ async def _half(run: Run) -> None:
     async with happens("the first half is read"):
         while await asyncio.to_thread(run.logs.behind):
             await asyncio.sleep(POLL_S)
-    await run.end(worker, run.draw.choice([signal.SIGTERM, signal.SIGKILL]))
+    await run.end(worker, run.draw.choice(ends))
     await run.ledger()
 
 
@@ -103,8 +103,8 @@ async def _needed(run: Run) -> None:
 
 @kind("records deleted that were read, and the disk kept", static=True, sends=False)
 async def _read(run: Run) -> None:
-    """What is on the disk is enough to go on."""
-    await _half(run)
+    """What is on the disk is enough to go on, and a worker that stops in order has everything there."""
+    await _half(run, ends=(signal.SIGTERM,))
     committed = await asyncio.to_thread(run.logs.committed)
     for source in ("impressions", "clicks"):
         topic = getattr(names_of(run), source)
