@@ -79,7 +79,7 @@ class Intercept:
         return {"curvature": self._curvature.to("cpu", copy=True)}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over a saved state; an empty one, of a version from before there was any, begins anew."""
-        self._curvature.fill_(START)
+        """Takes over a saved state; in a version from before there was any, the bias is known from many clicks already."""
+        self._curvature.fill_(HORIZON)
         if state:
             self._curvature.copy_(take(state, "curvature", ()))

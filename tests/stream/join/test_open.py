@@ -42,12 +42,15 @@ def fill(path: Path, identity: str = "i") -> None:
     state.close()
 
 
-def open_state(folder: Path) -> JoinState:
+def takeover_in(folder: Path) -> Takeover:
     settings = JoinSettings()
-    opening = Takeover(
+    return Takeover(
         kafka=KafkaSettings(), settings=settings, names=NAMES, group="g", identity="i", state_dir=folder, options=OPTIONS
     )
-    return opening._open(0, COMMITTED)
+
+
+def open_state(folder: Path) -> JoinState:
+    return takeover_in(folder)._open(0, COMMITTED)
 
 
 def pending(folder: Path) -> int:
@@ -188,15 +191,7 @@ def test_offsets_of_one_source_that_were_reset_alone_are_refused(
     sources = [TopicPartition(topic, 0) for topic in (NAMES.impressions, NAMES.clicks)]
     metadata = encode_progress(PROGRESS)
     known = {tp: OffsetAndMetadata(0, "" if reset in (tp.topic, "both") else metadata) for tp in sources}
-    opening = Takeover(
-        kafka=KafkaSettings(),
-        settings=JoinSettings(),
-        names=NAMES,
-        group="g",
-        identity="i",
-        state_dir=tmp_path,
-        options=OPTIONS,
-    )
+    opening = takeover_in(tmp_path)
 
     async def committed_offsets(*args: Any) -> dict[TopicPartition, OffsetAndMetadata]:
         return known
@@ -238,15 +233,7 @@ def test_damage_that_is_found_on_reading_is_moved_aside_too(tmp_path: Path, monk
         return COMMITTED
 
     async def take() -> int:
-        opening = Takeover(
-            kafka=KafkaSettings(),
-            settings=JoinSettings(),
-            names=NAMES,
-            group="g",
-            identity="i",
-            state_dir=tmp_path,
-            options=StateOptions(8),
-        )
+        opening = takeover_in(tmp_path)
         for index in range(PENDING):
             log.append(NAMES.impressions, b"%d" % index, b'{"impression_id":"%d","timestamp":%d}' % (index, index))
         taken = await opening.take(0, lambda: True)
