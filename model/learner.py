@@ -155,14 +155,18 @@ class Learner:
     def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
         """Takes over a snapshot. Raises SnapshotMismatch when it is of another model or schema."""
         seen = take(trainer, "examples_seen", (), torch.int64)
-        moments = {name: take(trainer, f"adam.{name}", tuple(value.shape)) for name, value in self._adam.state().items()}
+        step = trainer.get("adam.step")
+        if step is not None and step.dtype == torch.float32:  # as versions of 0.1.0 hold it
+            trainer = {**trainer, "adam.step": step.long()}
+        moments = {
+            name: take(trainer, f"adam.{name}", tuple(value.shape), value.dtype) for name, value in self._adam.state().items()
+        }
         self._dense.restore(serving)
         self._typical.restore(serving)
         self._table.restore(serving, trainer)
         self._deferred.restore(_part(trainer, "deferred."), len(self._table))
         self._intercept.restore(_part(trainer, "intercept."))
-        for name, value in self._adam.state().items():
-            value.copy_(moments[name])
+        self._adam.restore(moments)
         self.examples_seen = int(seen)
 
     def _checked(self, name: str, values: npt.ArrayLike, rows: int, most: float) -> torch.Tensor:

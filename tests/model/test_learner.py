@@ -123,13 +123,24 @@ def test_a_step_equals_autograds(rate: float) -> None:
     learner = Learner(SCHEMA, SETTINGS.model_copy(update={"init_std": 0.3}), device="cpu")
     learner.negative_rate = rate
     learner.learn(batch, labels, np.zeros(60, np.float32))  # makes the rows, changes nothing
-    learner._adam.state()["step"].zero_()
+    learner._adam.restore({**learner._adam.state(), "step": torch.tensor(0)})
     expected = autograd_step(learner, batch, labels, weights, corrects)
     scores = learner.learn(batch, labels, weights, corrects)
     np.testing.assert_allclose(scores / (scores + (1 - scores) * rate), expected.pop("scores"), rtol=1e-5)
     serving = learner.serving_state()
     for name, value in expected.items():
         torch.testing.assert_close(serving[name].double(), value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_version_whose_step_is_a_float_is_taken_over() -> None:
+    """As 0.1.0 wrote it."""
+    batch, labels = records(60)
+    one, other = (Learner(SCHEMA, SETTINGS, device="cpu") for _ in range(2))
+    one.learn(batch, labels)
+    state = one.trainer_state()
+    other.restore(one.serving_state(), {**state, "adam.step": state["adam.step"].float()})
+    assert torch.equal(other.trainer_state()["adam.step"], state["adam.step"])
+    np.testing.assert_array_equal(one.learn(batch, labels), other.learn(batch, labels))
 
 
 @devices
