@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 
@@ -24,7 +24,7 @@ from deploy.scoring import Scoring
 from deploy.settings import Settings
 from stream.topics import TopicNames
 
-__all__ = ["Block", "ReplayStats", "Replayer", "merge"]
+__all__ = ["Block", "ReplayStats", "Replayer", "impressions", "merge"]
 
 _STEP = 1_000  # events handed over at once: batches stay large, and the two topics stay close in event time
 _SCORED_STEP = 256  # with score requests: an impression waits for its step's answers
@@ -50,6 +50,7 @@ class ReplayStats:
 
     impressions: int = 0
     clicks: int = 0
+    clicks_beyond_window: int = 0  # of the impressions sent: they come too late to label anything
     requests: int = 0
     answers: int = 0
     event_time_ms: int = -1  # of the last event sent
@@ -178,14 +179,8 @@ class Replayer:
         rows, click_rows = block.rows[step][~clicks].tolist(), block.rows[step][clicks].tolist()
         chunk = block.chunk
         served = await self._scoring.ask(chunk, rows) if self._scoring is not None and rows else {}
-        ids = [chunk.ids[row] for row in rows]
-        times = chunk.timestamps_ms[rows].tolist() if rows else []
-        values: list[bytes | None] = [
-            b'{"impression_id":%b,"timestamp":%d,"features":%b%b}'
-            % (_json(name), when, chunk.features[row], served.get(row, b""))
-            for name, when, row in zip(ids, times, rows, strict=True)
-        ]
-        await feed.send(self._topics.impressions, [name.encode() for name in ids], values)
+        keys = [chunk.ids[row].encode() for row in rows]
+        await feed.send(self._topics.impressions, keys, impressions(chunk, rows, served))
         clicked = [block.click_ids[row] for row in click_rows]
         values = [
             b'{"impression_id":%b,"timestamp":%d}' % (_json(name), when)
@@ -193,6 +188,8 @@ class Replayer:
         ]
         await feed.send(self._topics.clicks, [name.encode() for name in clicked], values)
         self.stats.impressions += len(rows)
+        delays_ms = (chunk.click_timestamps_ms - chunk.timestamps_ms)[rows][chunk.clicked[rows]]
+        self.stats.clicks_beyond_window += int((delays_ms > self._settings.join.window_ms).sum())
         self.stats.clicks += len(click_rows)
         self.stats.event_time_ms = int(block.times_ms[step.stop - 1])
 
@@ -210,6 +207,17 @@ class Replayer:
             if left is not None:
                 left -= len(chunk)
             yield chunk
+
+
+def impressions(chunk: Chunk, rows: Sequence[int], served: Mapping[int, bytes]) -> list[bytes]:
+    """The values of these rows' impressions; `served` has what an answer was, by row, in the place of the chunk's own."""
+    times = chunk.timestamps_ms[list(rows)].tolist() if rows else []
+    own = chunk.served
+    return [
+        b'{"impression_id":%b,"timestamp":%d,"features":%b%b}'
+        % (_json(chunk.ids[row]), when, chunk.features[row], served.get(row, b"" if own is None else own[row]))
+        for when, row in zip(times, rows, strict=True)
+    ]
 
 
 def merge(chunks: Iterator[Chunk]) -> Iterator[Block]:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from deploy.cli.common import echo_json, format_option
+from deploy.cli.mapping import mapping_options, open_mapped
 
 __all__ = ["data"]
 
@@ -61,7 +62,7 @@ def list_(output: str) -> None:
         for label, text in lines:
             click.echo(textwrap.fill(text, 110, initial_indent=f"  {label:8}", subsequent_indent=" " * 10))
         click.echo()
-    click.echo("Any file of yours: headrace replay jsonl|parquet --path FILE (see headrace replay --help).", err=True)
+    click.echo("Any file of yours: headrace replay jsonl|parquet|csv|tsv --path FILE (see headrace replay --help).", err=True)
 
 
 @data.command()
@@ -80,12 +81,12 @@ def fetch(name: str, archive: Path | None, output: str) -> None:
       headrace data fetch movielens-100k
       headrace data fetch kuairand --archive KuaiRand-Pure.tar.gz
     """
-    from deploy.datasets import open_data_set
+    from deploy.datasets import FILE_KINDS, open_data_set
     from deploy.errors import DataSetError
 
     if archive is not None and not archive.is_file():
         raise DataSetError(f"--archive: expected a file, found nothing at {archive}. Mend the path.")
-    one = open_data_set(name, path=None) if name not in ("jsonl", "parquet") else None
+    one = open_data_set(name, path=None) if name not in FILE_KINDS else None
     if one is None:
         raise DataSetError(f"{name}: expected a named data set, found a file format. Use: headrace replay {name} --path FILE")
     where = one.find()
@@ -100,20 +101,33 @@ def fetch(name: str, archive: Path | None, output: str) -> None:
 
 @data.command()
 @click.argument("name")
-@click.option("--path", type=click.Path(path_type=Path), help="The file, for jsonl and parquet.")
+@mapping_options
 @format_option
-def schema(name: str, path: Path | None, output: str) -> None:
+def schema(
+    name: str,
+    path: Path | None,
+    roles: dict[str, str | None],
+    own: tuple[str, ...],
+    drop: tuple[str, ...],
+    unit: str,
+    output: str,
+) -> None:
     """Print the data set's feature schema as TOML for headrace.toml. `simulation` is the one of `headrace simulate`.
+
+    For a file, pass the options that `headrace replay` gets: what is mapped or dropped there is no feature.
 
     \b
     Examples:
       headrace data schema movielens-100k >> headrace.toml
       headrace data schema simulation
+      headrace data schema csv --path log.csv --column timestamp=shown_at --unit s --drop session
     """
-    from deploy.datasets import open_data_set
     from deploy.simulation import simulation_schema
 
-    chosen = simulation_schema() if name == "simulation" else open_data_set(name, path=path).schema()
+    if name == "simulation":
+        chosen = simulation_schema()
+    else:
+        chosen = open_mapped(name, path=path, roles=roles, own=own, drop=drop, unit=unit).schema()
     if output == "json":
         echo_json(chosen.model_dump(mode="json"))
         return
@@ -127,4 +141,5 @@ def schema(name: str, path: Path | None, output: str) -> None:
 def _toml(value: Any) -> str:
     import msgspec
 
-    return msgspec.json.encode(value).decode()  # of strings and numbers, TOML writes the same
+    # Of strings and numbers TOML writes the same, but that it wants DEL escaped.
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from deploy.cli.common import echo_json, format_option
+from deploy.cli.mapping import mapping_options, open_mapped
 
 __all__ = ["replay"]
-
-_COLUMNS = ("id", "timestamp", "clicked", "click_timestamp", "user", "item")
-
-
-def _mapping(context: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str | None]:
-    mapped: dict[str, str | None] = {}
-    for pair in pairs:
-        role, equals, column = pair.partition("=")
-        if not equals or role not in _COLUMNS:
-            raise click.BadParameter(f"expected ROLE=COLUMN with ROLE one of {', '.join(_COLUMNS)}, found {pair!r}.")
-        mapped[role] = column or None
-    return mapped
 
 
 @click.command()
@@ -43,17 +31,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, pairs: tuple[st
 )
 @click.option("--candidates", type=click.IntRange(min=1), default=10, show_default=True, help="Items in a score request.")
 @click.option("--no-watermark", is_flag=True, help="Don't end with watermark records: the last impressions stay unlabelled.")
-@click.option("--path", type=click.Path(path_type=Path), help="The file (jsonl, parquet), or the folder of a named data set.")
-@click.option(
-    "--column",
-    "columns",
-    multiple=True,
-    callback=_mapping,
-    metavar="ROLE=COLUMN",
-    help=f"For files. ROLE: {', '.join(_COLUMNS)}.",
-)
-@click.option("--candidate-feature", "own", multiple=True, metavar="COLUMN", help="For files: a feature of the thing shown.")
-@click.option("--unit", type=click.Choice(["s", "ms", "us", "ns"]), default="ms", show_default=True, help="Of times in files.")
+@mapping_options
 @format_option
 def replay(
     name: str,
@@ -67,8 +45,9 @@ def replay(
     candidates: int,
     no_watermark: bool,
     path: Path | None,
-    columns: dict[str, str | None],
+    roles: dict[str, str | None],
     own: tuple[str, ...],
+    drop: tuple[str, ...],
     unit: str,
     output: str,
 ) -> None:
@@ -81,23 +60,26 @@ def replay(
       headrace replay kuairand --rate 5000 --scored 0.1   with score requests for a tenth
       headrace replay open-bandit --loop --rate 100       a stream that goes on
       headrace replay parquet --path log.parquet --column timestamp=ts --column clicked=label
+      headrace replay csv --path log.csv --unit s --drop session
+
+    A file is checked whole before anything is sent: a row that the pipeline would not take ends the command, with the file,
+    the column and the row.
 
     The topics must exist (`headrace topics create`), and the workers' feature schema should be the data set's
     (`headrace data schema NAME`). A second replay into the same topics is older than the first one's last watermark: its
     impressions are late. Use another topics.prefix, or `headrace kafka reset`.
     """
     from deploy.cli.feeding import progress_bar, stopping_on_interrupt
-    from deploy.datasets import FILE_KINDS, Columns, open_data_set
+    from deploy.datasets import FileDataSet
     from deploy.replay import Replayer
     from deploy.settings import load_settings
 
     if at_once and (speed is not None or rate is not None):
         raise click.UsageError("--max: expected neither --speed nor --rate beside it. Leave one out.")
-    if (columns or own) and name not in FILE_KINDS:
-        raise click.UsageError(f"--column, --candidate-feature: expected jsonl or parquet, found {name}. Leave them out.")
     settings = load_settings()
-    mapped: dict[str, Any] = dict(columns)
-    data_set = open_data_set(name, seed=seed, path=path, columns=Columns(**mapped, candidate=own, unit=unit))
+    data_set = open_mapped(name, path=path, roles=roles, own=own, drop=drop, unit=unit, seed=seed, settings=settings)
+    if isinstance(data_set, FileDataSet):
+        data_set.check(settings.features)
     size = data_set.size()
     total = limit if loop or size is None else min(size, limit or size)
     with progress_bar(f"replay {name}", total) as show:
@@ -121,6 +103,7 @@ def replay(
         "dataset": name,
         "impressions": stats.impressions,
         "clicks": stats.clicks,
+        "clicks_beyond_window": stats.clicks_beyond_window,
         "events_per_s": round(stats.events_per_s, 1),
         "elapsed_s": round(stats.elapsed_s, 3),
         "requests": stats.requests,
@@ -134,6 +117,9 @@ def replay(
         return
     click.echo(f"impressions  {stats.impressions:,}")
     click.echo(f"clicks       {stats.clicks:,}")
+    if stats.clicks_beyond_window:
+        after = f"more than join.window_ms ({settings.join.window_ms} ms) after their impressions"
+        click.echo(f"             {stats.clicks_beyond_window:,} of them {after}: they label nothing")
     click.echo(f"rate         {stats.events_per_s:,.0f} events/s for {stats.elapsed_s:,.1f} s")
     if stats.requests:
         p50 = f", p50 {told['answer_ms_p50']} ms" if latencies else ""

@@ -6,7 +6,7 @@
 | `movielens-100k` | 100,000 film ratings with real times; clicks are made of them |
 | `open-bandit` | 60,000 shop recommendations, 0.5 % clicks |
 | `criteo`, `avazu` | files that a user has, in their public formats |
-| `jsonl`, `parquet` | any file, with a mapping of columns |
+| `jsonl`, `parquet`, `csv`, `tsv` | any file, with a mapping of columns |
 
 A new one is a class with the members of `DataSet` and a line here.
 """
@@ -18,24 +18,31 @@ from pathlib import Path
 from deploy.datasets.avazu import Avazu
 from deploy.datasets.base import Chunk, DataSet
 from deploy.datasets.criteo import Criteo
-from deploy.datasets.files import Columns, FileDataSet
+from deploy.datasets.files import FILE_KINDS, Columns, FileDataSet, Limits
 from deploy.datasets.kuairand import KuaiRand
 from deploy.datasets.movielens import MovieLens100K
 from deploy.datasets.open_bandit import OpenBandit
 from deploy.errors import DataSetError
 
-__all__ = ["FILE_KINDS", "NAMED", "Chunk", "Columns", "DataSet", "FileDataSet", "default_data_set", "open_data_set"]
+__all__ = ["FILE_KINDS", "NAMED", "Chunk", "Columns", "DataSet", "FileDataSet", "Limits", "default_data_set", "open_data_set"]
 
 NAMED = {data_set.name: data_set for data_set in (KuaiRand, MovieLens100K, OpenBandit, Criteo, Avazu)}
-FILE_KINDS = ("jsonl", "parquet")
 
 
-def open_data_set(name: str, *, seed: int = 0, path: Path | None = None, columns: Columns | None = None) -> DataSet:
-    """The data set of that name; `path` and `columns` belong to `jsonl` and `parquet`.
+def open_data_set(
+    name: str,
+    *,
+    seed: int = 0,
+    path: Path | None = None,
+    columns: Columns | None = None,
+    limits: Limits | None = None,
+) -> DataSet:
+    """The data set of that name; `columns` and `limits` belong to files (`FILE_KINDS`).
 
     Args:
         seed: of drawn click delays.
-        path: for `jsonl` and `parquet` the file, for the others the folder to take it from instead of looking for it.
+        path: for files the file, for the others the folder to take it from instead of looking for it.
+        limits: what the pipeline takes; as shipped when None.
 
     Raises:
         DataSetError: no such name, or no path where one is needed.
@@ -43,7 +50,7 @@ def open_data_set(name: str, *, seed: int = 0, path: Path | None = None, columns
     if name in FILE_KINDS:
         if path is None:
             raise DataSetError(f"{name}: expected --path FILE, found none. Pass the file to read.")
-        return FileDataSet(path, name, columns, seed=seed)
+        return FileDataSet(path, name, columns, seed=seed, limits=limits)
     if name not in NAMED:
         raise DataSetError(
             f"data set {name!r}: expected {', '.join((*NAMED, *FILE_KINDS))}, found no such one. See `headrace data list`."

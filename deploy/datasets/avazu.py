@@ -11,8 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, draw_delays, look_for, make_chunk
+from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, draw_delays, look_for, make_chunk, not_there
+from deploy.datasets.columns import labels
 from deploy.datasets.encode import members, strings
+from deploy.datasets.refusal import refuse
+from deploy.datasets.text_files import one_line, open_text
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
 
@@ -66,7 +69,7 @@ class Avazu:
         folder = self.find()
         file = next((folder / name for name in FILES if (folder / name).is_file()), None) if folder else None
         if file is None:
-            raise DataSetError(f"avazu: expected {FILES[0]}, found none. {self.obtain}")
+            raise not_there(self, folder, FILES)
         row = 0
         for hour in _hours(file):
             start_ms = _start_ms(hour["hour"][0].as_py(), file)
@@ -76,7 +79,7 @@ class Avazu:
                 yield make_chunk(
                     ids=strings(rows["id"]),
                     timestamps_ms=start_ms + places * _HOUR_MS // len(hour),
-                    clicked=rows["click"].to_numpy() == 1,
+                    clicked=labels(file, "click", rows["click"], first_row=row + offset),
                     delays_ms=draw_delays(row + places, seed=self._seed),
                     context=members({name: rows[name] for name in _CONTEXT} | {"hour": _hour_of_day(rows)}),
                     candidate=members({name: rows[name] for name in _ADVERT}),
@@ -102,8 +105,14 @@ def _start_ms(hour: int, file: Path) -> int:
 def _hours(file: Path) -> Iterator[pa.Table]:
     """The rows of one hour at a time."""
     gathered: list[pa.Table] = []
+    row = 0
     for batch in _batches(file):
         table = pa.Table.from_batches([batch])
+        for name in ("id", "hour"):
+            if table[name].null_count:
+                missing = row + table[name].is_null().index(True).as_py()
+                refuse(file, "a value in every row", "null", "Fill it, or leave the row out.", column=name, row=missing)
+        row += len(table)
         hours = table["hour"].to_numpy()
         cuts = [0, *(np.flatnonzero(np.diff(hours)) + 1).tolist(), len(table)]
         for start, stop in pairwise(cuts):
@@ -121,16 +130,12 @@ def _hours(file: Path) -> Iterator[pa.Table]:
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
     types = {name: pa.string() for name in ("id", *_CONTEXT, *_ADVERT)} | {"click": pa.int8(), "hour": pa.int64()}
-    compressed = file.suffix == ".gz"
+    read = pyarrow.csv.ReadOptions(block_size=1 << 23)
+    convert = pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types))
     try:
-        with pa.input_stream(str(file), compression="gzip" if compressed else None) as stream:
-            yield from pyarrow.csv.open_csv(
-                stream,
-                read_options=pyarrow.csv.ReadOptions(block_size=1 << 23),
-                convert_options=pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types)),
-            )
+        with open_text(file) as stream:
+            yield from pyarrow.csv.open_csv(stream, read_options=read, convert_options=convert)
     except (pa.ArrowException, OSError) as error:
-        raise DataSetError(
-            f"{file}: expected CSV with the columns id, click, hour, C1, …, C21, found: {error}. Check that it is the file as "
-            "published."
-        ) from error
+        refuse(
+            file, "CSV with the columns id, click, hour, C1, …, C21", one_line(error), "Check that it is the file as published."
+        )

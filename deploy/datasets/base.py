@@ -32,6 +32,7 @@ __all__ = [
     "look_for",
     "make_chunk",
     "no_pair",
+    "not_there",
     "replacing",
 ]
 
@@ -62,7 +63,8 @@ class Chunk:
     `features` is the JSON object of the event; `contexts` and `candidates` are the same split into what is known before
     something is chosen (the user, the page) and what belongs to the thing shown, as JSON objects too: score requests are
     made of them. `pair` gives the members of features that are made of a user and an item together, so that another item can
-    be offered to this user.
+    be offered to this user. `served` holds what an event carries of the answer that it was shown with, as members of its JSON
+    object that begin with a comma, empty where nothing was served.
     """
 
     ids: list[str]  # of the impressions, unique
@@ -75,6 +77,7 @@ class Chunk:
     users: list[str]
     items: list[str]
     pair: Pair = no_pair
+    served: list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,6 +95,7 @@ class Chunk:
             candidates=self.candidates[:rows],
             users=self.users[:rows],
             items=self.items[:rows],
+            served=None if self.served is None else self.served[:rows],
         )
 
 
@@ -137,6 +141,7 @@ def make_chunk(
     items: list[str],
     both: pa.Array | None = None,
     pair: Pair = no_pair,
+    served: list[bytes] | None = None,
 ) -> Chunk:
     """Put a chunk together from the members of its JSON objects (`deploy.datasets.encode.members`).
 
@@ -155,6 +160,7 @@ def make_chunk(
         users=users,
         items=items,
         pair=pair,
+        served=served,
     )
 
 
@@ -186,6 +192,18 @@ def look_for(folder: str, files: tuple[str, ...]) -> Path | None:
         if all((place / folder / file).is_file() for file in files):
             return place / folder
     return None
+
+
+def not_there(data_set: DataSet, folder: Path | None, files: tuple[str, ...]) -> DataSetError:
+    """The error for a data set of which none of the files is in its folder."""
+    found = "none"
+    if folder is not None and folder.is_dir():
+        names = sorted(path.name for path in folder.iterdir())
+        found = ", ".join(names[:5]) if names else "nothing"
+    elif folder is not None and folder.exists():
+        found = "a file"
+    where = data_set.name if folder is None else str(folder)
+    return DataSetError(f"{where}: expected a folder with {' or '.join(files)}, found {found}. {data_set.obtain}")
 
 
 @contextmanager

@@ -9,8 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, draw_delays, look_for, make_chunk
+from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, draw_delays, look_for, make_chunk, not_there
+from deploy.datasets.columns import labels
 from deploy.datasets.encode import members
+from deploy.datasets.refusal import refuse
+from deploy.datasets.text_files import one_line, open_text
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
 
@@ -66,17 +69,18 @@ class Criteo:
         folder = self.find()
         file = next((folder / name for name in FILES if (folder / name).is_file()), None) if folder else None
         if file is None:
-            raise DataSetError(f"criteo: expected {FILES[0]}, found none. {self.obtain}")
+            raise not_there(self, folder, FILES)
         row = 0
         for batch in _batches(file):
             for offset in range(0, len(batch), CHUNK_ROWS):
                 rows = batch.slice(offset, CHUNK_ROWS)
                 numbers = np.arange(row, row + len(rows), dtype=np.int64)
+                clicked = labels(file, "label", rows["label"], first_row=row)
                 row += len(rows)
                 yield make_chunk(
                     ids=[str(number) for number in numbers.tolist()],
                     timestamps_ms=START_MS + SPACING_MS * numbers,
-                    clicked=rows["label"].to_numpy() == 1,
+                    clicked=clicked,
                     delays_ms=draw_delays(numbers, seed=self._seed),
                     context=members({name: rows[name] for name in (*_NUMBERS, *_CATEGORIES)}),
                     candidate=None,  # the columns are anonymous: nobody knows which belong to the advert
@@ -88,7 +92,7 @@ class Criteo:
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
     types = {"label": pa.int8(), **dict.fromkeys(_NUMBERS, pa.int64()), **dict.fromkeys(_CATEGORIES, pa.string())}
     try:
-        with pa.input_stream(str(file), compression="detect") as stream:
+        with open_text(file) as stream:
             yield from pyarrow.csv.open_csv(
                 stream,
                 read_options=pyarrow.csv.ReadOptions(column_names=list(types), block_size=1 << 23),
@@ -96,7 +100,5 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
                 convert_options=pyarrow.csv.ConvertOptions(column_types=types, null_values=[""], strings_can_be_null=True),
             )
     except (pa.ArrowException, OSError) as error:
-        raise DataSetError(
-            f"{file}: expected lines of 40 columns with tabs between (label, I1 to I13, C1 to C26), found: {error}. Check that "
-            "it is train.txt as published."
-        ) from error
+        expected = "lines of 40 columns with tabs between (label, I1 to I13, C1 to C26) and no header"
+        refuse(file, expected, one_line(error), "Check that it is train.txt as published.")

@@ -44,7 +44,7 @@ def tokens(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         encoded = pa.array([_encoded(value) for value in array.to_pylist()], pa.string())
     elif pa.types.is_decimal(kind):
-        encoded = _float_tokens(array.cast(pa.float64()))
+        encoded = array.cast(pa.string())  # every digit of it
     else:
         raise DataSetError(
             f"column of type {kind}: expected integers, floats, strings or lists of strings. Convert it, or leave it out."

@@ -1,72 +1,125 @@
-"""Any log in a file: Parquet or JSON lines, with a mapping of columns."""
+"""Any log in a file: Parquet, JSON lines, CSV or TSV, with a mapping of columns.
+
+Everything is checked before the first event is made: what the pipeline would refuse, round or lose is refused here, with the
+file, the column and the row.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json
-import pyarrow.parquet as pq
 
+from deploy.datasets import columns as checked
 from deploy.datasets.base import CHUNK_ROWS, Chunk, Int64s, Progress, draw_delays, make_chunk
-from deploy.datasets.encode import members, strings
+from deploy.datasets.encode import members, strings, tokens
+from deploy.datasets.features import check_kind, feature, field_kind
+from deploy.datasets.refusal import refuse
+from deploy.datasets.tables import FILE_KINDS, read_table
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
-from stream.time_units import MAX_AGE_MS, unit_of, wrong_unit
+from stream.settings import JoinSettings, TopicSettings
 
-__all__ = ["Columns", "FileDataSet"]
+__all__ = ["AUTO", "FILE_KINDS", "Columns", "FileDataSet", "Limits"]
 
-_UNITS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
-_SHORT = {"seconds": "s", "milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
-# Time zones and clocks aside, a log is of the past.
-MAX_FUTURE_MS = 86_400_000
+AUTO = "(auto)"
+"""A role that goes to the column of the contract's name where the file has one."""
+
+_ENVELOPE_BYTES = 300  # of an event beside its id and features: the names, a time, a score, a version
+_LISTED = 200  # characters of columns' names in an error
+_ESCAPED = 6  # JSON makes at most this many bytes of one of a string
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Which column is what. None: the file has none.
 
-    A feature is a column that isn't mapped to something else, or a member of a column `features` of objects.
+    A feature is a column that isn't mapped to something else and not dropped, or a member of a column `features` of objects.
     """
 
-    timestamp: str = "timestamp"  # event time: a timestamp type, or a number in `unit`
-    id: str | None = None  # `impression_id` where there is such a column, else the row number
+    timestamp: str | None = "timestamp"  # event time: a timestamp type, ISO 8601 text, or a number in `unit`
+    id: str | None = AUTO  # AUTO: `impression_id`; None: the row's number
     clicked: str | None = "clicked"  # true or 1
     click_timestamp: str | None = None  # null: no click, where `clicked` is None too
     user: str | None = None
     item: str | None = None
+    score: str | None = AUTO  # as served; AUTO: `score`, where the file has a column `features` of objects
+    model_version: str | None = AUTO  # as served; AUTO as for `score`
     candidate: tuple[str, ...] = ()  # features that belong to the thing shown; `item` is one of them
+    drop: frozenset[str] = frozenset()  # left out
     unit: str = "ms"  # of times that are numbers: s, ms, us or ns
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the pipeline takes: bytes of an event (topics.max_message_bytes), and how far ahead a time may be."""
+
+    event_bytes: int = TopicSettings().max_message_bytes
+    future_ms: int = JoinSettings().max_future_ms
+
+
+@dataclass(slots=True)
+class _Log:
+    """A file's rows, checked, in event-time order."""
+
+    ids: list[str] | None  # None: the rows' numbers
+    rows: Int64s  # (N,) their numbers in the file
+    times_ms: Int64s  # (N,)
+    clicked: npt.NDArray[np.bool_]  # (N,)
+    delays_ms: Int64s  # (N,)
+    served: list[bytes] | None  # members of the envelope
+    features: dict[str, pa.ChunkedArray] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
 class FileDataSet:
-    """One file, read whole and sorted by event time (stable)."""
+    """One file, read whole and sorted by event time (stable); a row that the pipeline would not take is refused."""
 
     terms = "Yours."
     clicks = "As the file says (click_timestamp); where it only says whether, a drawn delay within 60 s, seeded by row."
 
-    def __init__(self, path: Path, kind: str, columns: Columns | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self, path: Path, kind: str, columns: Columns | None = None, *, seed: int = 0, limits: Limits | None = None
+    ) -> None:
         self.name = kind
         self.title = f"{path} ({kind})"
         self.obtain = "Pass the file with --path and its columns with --column."
         self._path = path
         self._columns = columns or Columns()
         self._seed = seed
-        self._table: pa.Table | None = None
+        self._limits = limits or Limits()
+        self._log: _Log | None = None
 
     def schema(self) -> FeatureSchema:
-        """Guessed from the types: strings and integers are categories, floats numeric, lists lists."""
-        table = self._read()
-        kinds = {name: _kind(table.schema.field(name).type) for name in self._features(table)}
+        """Guessed from the types: strings and whole numbers are categories, floats numeric, lists lists."""
+        kinds = {name: field_kind(column) for name, column in self._read().features.items()}
         return FeatureSchema(fields=tuple(FieldSpec.model_validate({"name": n, "kind": k}) for n, k in kinds.items()))
 
+    def check(self, schema: FeatureSchema) -> None:
+        """Check that a model of this schema can learn from the file.
+
+        Raises:
+            DataSetError: it would refuse a value, or the file has none of the schema's fields.
+        """
+        features = self._read().features
+        known = [spec for spec in schema.fields if spec.name in features]
+        if schema.fields and not known:
+            names = ", ".join(spec.name for spec in schema.fields[:5])
+            do = "Change [features] in the settings (`headrace data schema` prints what fits), or rename the columns."
+            refuse(self._path, f"some of the settings' features ({names}, …)", _listed([*features]), do)
+        for spec in known:
+            check_kind(self._path, features[spec.name], spec)
+
     def find(self) -> Path | None:
-        return self._path if self._path.is_file() else None
+        return self._path if self._path.exists() else None
 
     def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
         raise DataSetError(f"{self.name}: expected a file that you have, found a fetch. {self.obtain}")
@@ -75,140 +128,176 @@ class FileDataSet:
         return len(self._read())
 
     def chunks(self) -> Iterator[Chunk]:
-        table = self._read()
+        log = self._read()
         columns = self._columns
-        times_ms = self._times_ms(table, columns.timestamp)
-        order = np.argsort(times_ms, kind="stable")
-        table, times_ms = table.take(pa.array(order)), times_ms[order]
-        clicked, delays_ms = self._clicks(table, times_ms, order)
-        names = self._features(table)
         own = {name for name in (columns.item, *columns.candidate) if name is not None}
-        if missing := own - set(names):
-            raise self._no_column(table, sorted(missing)[0], "item or candidate")
-        for start in range(0, len(table), CHUNK_ROWS):
-            rows = table.slice(start, CHUNK_ROWS)
-            part = slice(start, start + len(rows))
-            context = {name: rows[name] for name in names if name not in own}
-            candidate = {name: rows[name] for name in names if name in own}
+        for start in range(0, len(log), CHUNK_ROWS):
+            part = slice(start, start + CHUNK_ROWS)
+            rows = {name: column.slice(start, CHUNK_ROWS) for name, column in log.features.items()}
+            context = {name: column for name, column in rows.items() if name not in own}
+            candidate = {name: column for name, column in rows.items() if name in own}
             if not context and candidate:
                 context, candidate = candidate, {}
+            count = len(log.rows[part])
             yield make_chunk(
-                ids=strings(rows[columns.id]) if columns.id else [str(number) for number in order[part].tolist()],
-                timestamps_ms=times_ms[part],
-                clicked=clicked[part],
-                delays_ms=delays_ms[part],
+                ids=[str(number) for number in log.rows[part].tolist()] if log.ids is None else log.ids[part],
+                timestamps_ms=log.times_ms[part],
+                clicked=log.clicked[part],
+                delays_ms=log.delays_ms[part],
                 context=members(context),
                 candidate=members(candidate) if candidate else None,
-                users=strings(rows[columns.user]) if columns.user else [""] * len(rows),
-                items=strings(rows[columns.item]) if columns.item else [""] * len(rows),
+                users=strings(rows[columns.user]) if columns.user else [""] * count,
+                items=strings(rows[columns.item]) if columns.item else [""] * count,
+                served=None if log.served is None else log.served[part],
             )
 
-    def _read(self) -> pa.Table:
-        if self._table is None:
-            try:
-                table = pq.read_table(self._path) if self.name == "parquet" else pyarrow.json.read_json(self._path)
-            except (pa.ArrowException, OSError) as error:
-                raise DataSetError(
-                    f"{self._path}: expected {self.name}, found: {error}. Check the path and the format."
-                ) from error
-            if "features" in table.column_names and pa.types.is_struct(table.schema.field("features").type):
-                nested = table["features"].combine_chunks()
-                table = table.drop_columns(["features"])
-                for index, field in enumerate(nested.type):
-                    table = table.append_column(field.name, nested.field(index))
-            if self._columns.id is None and "impression_id" in table.column_names:
-                self._columns = replace(self._columns, id="impression_id")
-            for name in (self._columns.timestamp, self._columns.id, self._columns.clicked, self._columns.click_timestamp):
-                if name is not None and name not in table.column_names:
-                    raise self._no_column(table, name, "one of the mapped columns")
-            self._table = table
-        return self._table
+    def _read(self) -> _Log:
+        if self._log is None:
+            self._log = self._checked()
+        return self._log
 
-    def _features(self, table: pa.Table) -> list[str]:
-        columns = self._columns
-        taken = {columns.timestamp, columns.id, columns.clicked, columns.click_timestamp}
-        names = [name for name in table.column_names if name not in taken]
-        if not names:
-            raise DataSetError(
-                f"{self._path}: expected features beside {', '.join(sorted(n for n in taken if n))}, found none."
-            )
-        return names
+    def _checked(self) -> _Log:
+        roles, path = self._columns, self._path
+        if roles.unit not in checked.UNITS_PER_SECOND:
+            units = ", ".join(checked.UNITS_PER_SECOND)
+            raise DataSetError(f"unit: expected one of {units}, found {roles.unit!r}. Change --unit.")
+        if roles.timestamp is None:
+            raise DataSetError("timestamp: expected a column of event times, found none. Map one with --column timestamp=NAME.")
+        table = read_table(path, self.name, roles.drop)
+        top = {name: table[name] for name in table.column_names}
+        inner: dict[str, pa.ChunkedArray] = {}
+        nested = "features" in top and pa.types.is_struct(top["features"].type)
+        if nested:
+            struct = top.pop("features").combine_chunks()
+            inner = {part.name: pa.chunked_array([array]) for part, array in zip(struct.type, struct.flatten(), strict=True)}
+        if not len(table):
+            refuse(path, "at least one row", "none", "Check the file.")
 
-    def _times_ms(self, table: pa.Table, name: str) -> Int64s:
-        """Milliseconds since the epoch; -1 for null."""
-        column = table[name]
-        if pa.types.is_timestamp(column.type):
-            numbers = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
-        elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-            if self._columns.unit not in _UNITS_PER_SECOND:
-                raise DataSetError(
-                    f"unit: expected one of {', '.join(_UNITS_PER_SECOND)}, found {self._columns.unit!r}. Mend --unit."
-                )
-            per_second = _UNITS_PER_SECOND[self._columns.unit]
-            if pa.types.is_floating(column.type):
-                numbers = pc.round(pc.multiply(column.cast(pa.float64()), 1_000 / per_second))
-            elif per_second >= 1_000:
-                numbers = pc.divide(column.cast(pa.int64()), per_second // 1_000)
-            else:
-                numbers = pc.multiply(column.cast(pa.int64()), 1_000 // per_second)
-        else:
-            raise DataSetError(
-                f"{self._path}, column {name}: expected a timestamp or a number, found {column.type}. Convert it, or map "
-                "another column."
-            )
-        return pc.fill_null(numbers.cast(pa.int64()), -1).to_numpy()
+        def take(role: str, name: str | None, *, auto: str = "", when: bool = True) -> tuple[str, pa.ChunkedArray] | None:
+            """The column of a role, which is then no feature."""
+            if name == AUTO:
+                name = auto if when and auto in top else None
+            if name is None:
+                return None
+            for place in (top, inner):
+                if name in place:
+                    return name, place.pop(name)
+            raise self._no_column([*top, *inner], name, role)
 
-    def _clicks(self, table: pa.Table, times_ms: Int64s, rows: Int64s) -> tuple[np.ndarray, Int64s]:
-        columns = self._columns
-        if times_ms.size and times_ms[0] < 0:  # sorted: a null comes first
-            raise DataSetError(
-                f"{self._path}, column {columns.timestamp}: expected a time in every row, found null or one before 1970."
-            )
-        self._check_unit(table, times_ms)
-        delays_ms = draw_delays(rows.astype(np.int64), seed=self._seed)
-        clicks_ms = self._times_ms(table, columns.click_timestamp) if columns.click_timestamp else None
-        if columns.clicked is not None:
-            clicked = pc.fill_null(table[columns.clicked].cast(pa.float64()), 0).to_numpy() == 1
-        elif clicks_ms is not None:
-            clicked = clicks_ms >= 0
-        else:
-            clicked = np.zeros(len(table), dtype=bool)
-        if clicks_ms is not None:
-            delays_ms = np.where(clicks_ms >= 0, clicks_ms - times_ms, delays_ms)
-            if (clicked & (delays_ms < 0)).any():
-                raise DataSetError(
-                    f"{self._path}, column {columns.click_timestamp}: expected clicks at or after their impressions, found one "
-                    "before. Mend the file, or check --unit."
-                )
-        return clicked, delays_ms
-
-    def _check_unit(self, table: pa.Table, times_ms: Int64s) -> None:
-        """Refuse times of which the join would make dead letters. `times_ms` never fall.
-
-        Raises:
-            DataSetError: a time is more than 40 years old or in the future; the message guesses the unit.
-        """
-        name, now_ms = self._columns.timestamp, time.time_ns() // 1_000_000
-        for time_ms in times_ms[:1].tolist() + times_ms[-1:].tolist():
-            if -MAX_AGE_MS <= time_ms - now_ms <= MAX_FUTURE_MS:
-                continue
-            where = f"{self._path}, column {name}: expected event times of the last 40 years"
-            if pa.types.is_timestamp(table.schema.field(name).type):
-                raise DataSetError(f"{where}, found {time_ms} ms since 1970. Fix the file.")
-            unit = self._columns.unit
-            value = time_ms * _UNITS_PER_SECOND[unit] // 1_000
-            guess = _SHORT.get(unit_of(value, now_ms) or "", unit)
-            found = f"found {value}{'' if guess == unit else wrong_unit(value, now_ms) or f', which is plausible in {guess}'}"
-            raise DataSetError(f"{where} in {unit}, {found}. {'Fix the file' if guess == unit else f'Pass --unit {guess}'}.")
-
-    def _no_column(self, table: pa.Table, name: str, what: str) -> DataSetError:
-        return DataSetError(
-            f"{self._path}: expected a column {name!r} ({what}), found {', '.join(table.column_names)}. Name the right one "
-            "with --column."
+        when = take("timestamp", roles.timestamp)
+        assert when is not None
+        rules = checked.TimeRules(roles.unit, self._limits.future_ms)
+        times_ms = checked.times_ms(path, *when, rules, required=True)
+        named = take("id", roles.id, auto="impression_id")
+        ids = None if named is None else checked.ids(path, *named)
+        clicked, delays_ms = self._clicks(
+            take("clicked", roles.clicked), take("click_timestamp", roles.click_timestamp), times_ms
         )
+        served = _served(
+            path,
+            take("score", roles.score, auto="score", when=nested),
+            take("model_version", roles.model_version, auto="model_version", when=nested),
+        )
+        features = self._features(top, inner)
+        order = np.argsort(times_ms, kind="stable")
+        index = pa.array(order)
+        log = _Log(
+            ids=None if ids is None else ids.take(index).to_pylist(),
+            rows=order.astype(np.int64),
+            times_ms=times_ms[order],
+            clicked=clicked[order],
+            delays_ms=delays_ms[order],
+            served=None if served is None else served.take(index).to_pylist(),
+            features={name: column.take(index) for name, column in features.items()},
+        )
+        self._check_sizes(log)
+        return log
+
+    def _features(self, top: dict[str, pa.ChunkedArray], inner: dict[str, pa.ChunkedArray]) -> dict[str, pa.ChunkedArray]:
+        if both := sorted(set(top) & set(inner)):
+            do = f"Leave both out (--drop {both[0]}), or rename one."
+            refuse(self._path, f"one feature of the name {both[0]!r}", "a column and a member of `features`", do)
+        features = {name: feature(self._path, name, column) for name, column in (top | inner).items()}
+        if not features:
+            refuse(self._path, "features beside the mapped columns", "none", "Map fewer columns, or drop fewer.")
+        for name in (self._columns.user, self._columns.item, *self._columns.candidate):
+            if name is not None and name not in features:
+                raise self._no_column(list(features), name, "user, item or candidate feature")
+        return features
+
+    def _clicks(
+        self,
+        clicked: tuple[str, pa.ChunkedArray] | None,
+        clicked_at: tuple[str, pa.ChunkedArray] | None,
+        times_ms: Int64s,
+    ) -> tuple[npt.NDArray[np.bool_], Int64s]:
+        """Which rows were clicked, and how long after the impression, (N,) each."""
+        if clicked is None and clicked_at is None:
+            do = "Map one of them: --column clicked=NAME, --column click_timestamp=NAME."
+            raise DataSetError(f"{self._path}: expected a column of clicks or of click times, found neither. {do}")
+        delays_ms = draw_delays(np.arange(len(times_ms), dtype=np.int64), seed=self._seed)
+        labels = None if clicked is None else checked.labels(self._path, *clicked)
+        if clicked_at is None:
+            assert labels is not None
+            return labels, delays_ms
+        name, column = clicked_at
+        rules = checked.TimeRules(self._columns.unit, self._limits.future_ms)
+        clicks_ms = checked.times_ms(self._path, name, column, rules, required=False)
+        dated = clicks_ms >= 0
+        labels = dated if labels is None else labels
+        if len(wrong := np.flatnonzero(dated & ~labels)):
+            do = f"Decide for one of them: --column clicked= takes the times, --drop {name} the labels."
+            refuse(self._path, "no click time where the label is 0", "one", do, column=name, row=int(wrong[0]))
+        delays_ms = np.where(dated, clicks_ms - times_ms, delays_ms)
+        if len(wrong := np.flatnonzero(labels & (delays_ms < 0))):
+            found = f"one {-int(delays_ms[wrong[0]])} ms before"
+            do = "Fix the row, or check --unit."
+            refuse(self._path, "clicks at or after their impressions", found, do, column=name, row=int(wrong[0]))
+        return labels, delays_ms
+
+    def _check_sizes(self, log: _Log) -> None:
+        """Refuse rows that make events larger than the topic takes."""
+        room = self._limits.event_bytes - _ENVELOPE_BYTES
+        fixed = sum(len(name) * _ESCAPED + 32 for name in log.features)
+        bytes_each = np.full(len(log), fixed, np.int64)
+        if log.ids is not None:
+            bytes_each += 2 * _ESCAPED * np.array([len(name.encode()) for name in log.ids])
+        for column in log.features.values():
+            if pa.types.is_string(column.type):
+                bytes_each += _ESCAPED * pc.fill_null(pc.binary_length(column), 0).to_numpy()
+            elif pa.types.is_list(column.type):
+                bytes_each += [len(text.encode()) for text in tokens(column).to_pylist()]
+        for at in np.flatnonzero(bytes_each > room).tolist():  # few rows: their exact size
+            one = {name: column.slice(at, 1) for name, column in log.features.items()}
+            length = len(members(one)[0].as_py().encode()) + 2 * len(log.ids[at].encode() if log.ids else b"")
+            if length > room:
+                row, most = int(log.rows[at]), self._limits.event_bytes
+                do = "Leave columns out (--drop), or raise topics.max_message_bytes."
+                refuse(self._path, f"events of at most {most} bytes (topics.max_message_bytes)", f"{length}", do, row=row)
+
+    def _no_column(self, names: list[str], name: str, what: str) -> DataSetError:
+        do = f"Map another one: --column {what}=NAME." if " " not in what else "Name another one."
+        return DataSetError(f"{self._path}: expected a column {name!r} ({what}), found {_listed(names)}. {do}")
 
 
-def _kind(kind: pa.DataType) -> str:
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        return "numeric"
-    return "list" if pa.types.is_list(kind) or pa.types.is_large_list(kind) else "categorical"
+def _listed(names: list[str]) -> str:
+    text = ", ".join(names)
+    return text if len(text) <= _LISTED else f"{text[:_LISTED]}..."
+
+
+def _served(
+    path: Path, score: tuple[str, pa.ChunkedArray] | None, version: tuple[str, pa.ChunkedArray] | None
+) -> pa.Array | None:
+    """What each event carries of the answer that it was shown with, as members of its JSON object, (N,) bytes."""
+    parts = []
+    if score is not None:
+        parts.append((b',"score":', checked.scores(path, *score)))
+    if version is not None:
+        parts.append((b',"model_version":', checked.model_versions(path, *version)))
+    if not parts:
+        return None
+    written = []
+    for opening, column in parts:
+        values = column.to_pylist()
+        written.append([b"" if value is None else opening + msgspec.json.encode(value) for value in values])
+    return pa.array([b"".join(each) for each in zip(*written, strict=True)], pa.binary())

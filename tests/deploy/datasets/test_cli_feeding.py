@@ -15,6 +15,7 @@ from deploy.cli.common import own_errors
 from deploy.settings import Settings
 from headrace import Client
 from model.schema import FeatureSchema
+from tests.deploy.made_up import read_topic
 
 
 @pytest.fixture
@@ -95,7 +96,10 @@ def test_errors_are_ours_and_say_what_to_do(machine: Path, arguments: tuple[str,
     ("arguments", "message"),
     [
         (("replay", "kuairand", "--max", "--rate", "5"), "--max: expected neither --speed nor --rate"),
-        (("replay", "kuairand", "--column", "id=x"), "expected jsonl or parquet, found kuairand"),
+        (("replay", "kuairand", "--column", "id=x"), "expected one of jsonl, parquet, csv, tsv, found kuairand"),
+        (("replay", "jsonl", "--column", "id=a", "--column", "id=b"), "expected one column for each role, found id twice"),
+        (("data", "schema", "kuairand", "--drop", "x"), "expected one of jsonl, parquet, csv, tsv, found kuairand"),
+        (("replay", "jsonl", "--column", "id=a", "--drop", "a"), "--drop: expected columns that have no role, found a"),
         (("replay", "jsonl", "--column", "idx"), "expected ROLE=COLUMN with ROLE one of id, timestamp"),
         (("simulate",), "expected --count or --duration, found both or neither"),
         (("simulate", "--count", "1", "--duration", "1"), "expected --count or --duration"),
@@ -127,6 +131,52 @@ def test_replay_of_a_file_with_a_mapping(on_kafka: Settings) -> None:
     summary = told("replay", "jsonl", "--path", "log.jsonl", *columns)
     assert (summary["impressions"], summary["clicks"]) == (2, 1)
     assert summary["event_time_ms"] > 5_000
+
+
+def test_the_schema_of_a_file_has_what_the_mapping_leaves(machine: Path) -> None:
+    Path("log.csv").write_text("at,bought,bought_at,request,session,sku,price\n1700000000,1,1700000002,r0,s,a,2.5\n")
+    roles = ("timestamp=at", "clicked=bought", "click_timestamp=bought_at", "id=request")
+    options = [word for role in roles for word in ("--column", role)]
+    schema = told("data", "schema", "csv", "--path", "log.csv", "--unit", "s", "--drop", "session", *options)
+    assert [(field["name"], field["kind"]) for field in schema["fields"]] == [("sku", "categorical"), ("price", "numeric")]
+    Path("odd.jsonl").write_text('{"timestamp":1700000000000,"clicked":0,"\\u007f\\" 猫":1}\n')
+    text = run("data", "schema", "jsonl", "--path", "odd.jsonl").stdout
+    assert tomllib.loads(text)["features"]["fields"] == [{"name": '\x7f" 猫'}]
+
+
+@pytest.mark.kafka
+def test_a_file_with_a_bad_row_sends_nothing(on_kafka: Settings) -> None:
+    rows = [{"timestamp": 1_700_000_000_000 + n, "clicked": 0, "f": n} for n in range(20_000)]
+    rows[-1]["clicked"] = 2
+    Path("log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("replay", "jsonl", "--path", "log.jsonl")
+    assert isinstance(result.exception, own_errors())
+    assert str(result.exception).startswith("log.jsonl, column clicked, row 20000: expected 0 or 1 in every row, found 2.")
+    assert read_topic(on_kafka, "impressions") == []
+
+
+@pytest.mark.kafka
+def test_a_file_that_the_model_could_not_read_sends_nothing(on_kafka: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_FEATURES__FIELDS", '[{"name": "f", "kind": "list"}]')
+    Path("log.jsonl").write_text('{"timestamp":1700000000000,"clicked":0,"f":1}\n')
+    result = run("replay", "jsonl", "--path", "log.jsonl")
+    assert "column f: expected a list field, as the settings' features say, found the type int64." in str(result.exception)
+    assert read_topic(on_kafka, "impressions") == []
+
+
+@pytest.mark.kafka
+def test_clicks_beyond_the_window_are_told(on_kafka: Settings) -> None:
+    rows = [
+        {"timestamp": 1_700_000_000_000, "clicked": 1, "at": 1_700_000_000_000 + delay, "f": 1} for delay in (60_000, 60_001)
+    ]
+    Path("log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("jsonl", "--path", "log.jsonl", "--column", "click_timestamp=at")
+    summary = told("replay", *options)
+    assert (summary["clicks"], summary["clicks_beyond_window"]) == (2, 1)
+    assert (
+        "1 of them more than join.window_ms (60000 ms) after their impressions: they label nothing"
+        in run("replay", *options).stdout
+    )
 
 
 @pytest.mark.kafka

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 
 from deploy.datasets import Columns, FileDataSet
 from deploy.errors import DataSetError
+from deploy.replay import impressions
+from model.schema import FeatureSchema, FieldSpec
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -80,60 +84,513 @@ def test_units_of_time(tmp_path: Path, unit: str, value: float) -> None:
     assert chunk.timestamps_ms.tolist() == [1_650_812_741_436]
 
 
+def refused(file: Path, kind: str = "jsonl", columns: Columns | None = None) -> str:
+    """The message with which a file is refused, without its folder."""
+    with pytest.raises(DataSetError) as caught:
+        list(FileDataSet(file, kind, columns).chunks())
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(f"{file.parent}/", "")
+
+
+NO_TIME = "Event times decide what is learned when: map a column that has the time of day."
+NO_LABEL = "Without a label nobody knows whether it was clicked: fill it, or leave the row out."
+NO_COUNT = "Counts and ratings are no labels: make 0 and 1 of them first."
+ISO = "a time as 2024-05-01T10:00:00.123Z (the zone may be an offset, or left out for UTC)"
+OWN_ID = "map another column (--column id=NAME), or take the rows' numbers (--column id=)."
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
         (
-            [{"ts": 1, "f": 1}],
+            [{"ts": T, "f": 1}],
             Columns(),
-            r"expected a column 'timestamp' \(one of the mapped columns\), found ts, f\. .*--column",
+            ": expected a column 'timestamp' (timestamp), found ts, f. Map another one: --column timestamp=NAME.",
         ),
-        ([{"timestamp": 1, "f": 1}], Columns(), r"expected a column 'clicked'"),
-        ([{"timestamp": T, "clicked": 0}], Columns(), r"expected features beside clicked, timestamp, found none"),
-        ([{"timestamp": T, "clicked": 0, "f": 1}], Columns(item="sku"), r"expected a column 'sku' \(item or candidate\)"),
+        (
+            [{"timestamp": T, "f": 1}],
+            Columns(),
+            ": expected a column 'clicked' (clicked), found f. Map another one: --column clicked=NAME.",
+        ),
+        (
+            [{"timestamp": T, "f": 1}],
+            Columns(clicked=None),
+            ": expected a column of clicks or of click times, found neither. Map one of them: --column clicked=NAME, "
+            "--column click_timestamp=NAME.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0}],
+            Columns(),
+            ": expected features beside the mapped columns, found none. Map fewer columns, or drop fewer.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1}],
+            Columns(item="sku"),
+            ": expected a column 'sku' (user, item or candidate feature), found f. Name another one.",
+        ),
         (
             [{"timestamp": "noon", "clicked": 0, "f": 1}],
             Columns(),
-            r"column timestamp: expected a timestamp or a number, found string",
+            f", column timestamp, row 1: expected {ISO}, found 'noon'. Write it so, or as a number (--unit).",
         ),
         (
-            [{"timestamp": None, "clicked": 0, "f": 1}, {"timestamp": 1, "clicked": 0, "f": 1}],
+            [
+                {"timestamp": "2023-11-14T22:13:20Z", "clicked": 0, "f": 1},
+                {"timestamp": "2023-02-30T00:00:00Z", "clicked": 0, "f": 1},
+            ],
             Columns(),
-            r"expected a time in every row",
+            f", column timestamp, row 2: expected {ISO}, found '2023-02-30T00:00:00Z'. Write it so, or as a number (--unit).",
         ),
-        ([{"timestamp": 1, "clicked": 0, "f": 1}], Columns(unit="h"), r"unit: expected one of s, ms, us, ns, found 'h'"),
         (
-            [{"timestamp": 1_700_000_000_009, "clicked": 1, "at": 1_700_000_000_005, "f": 1}],
+            [{"timestamp": "2023-11-14", "clicked": 0, "f": 1}],
+            Columns(),
+            f", column timestamp, row 1: expected {ISO}, found '2023-11-14'. {NO_TIME}",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1}, {"timestamp": None, "clicked": 0, "f": 1}],
+            Columns(),
+            ", column timestamp, row 2: expected a time in every row, found null. Fill it, or leave the row out.",
+        ),
+        (
+            [{"timestamp": T + 9, "clicked": 1, "at": T + 5, "f": 1}],
             Columns(click_timestamp="at"),
-            r"column at: expected clicks at or after their impressions, found one before.*--unit",
+            ", column at, row 1: expected clicks at or after their impressions, found one 4 ms before. Fix the row, or "
+            "check --unit.",
         ),
-        ([{"timestamp": T, "clicked": 0, "f": {"a": 1}}], Columns(), r"column of type struct"),
         (
-            [{"timestamp": 1_700_000_000, "clicked": 0, "f": 1}],
+            [{"timestamp": T, "clicked": 0, "at": T + 5, "f": 1}],
+            Columns(click_timestamp="at"),
+            ", column at, row 1: expected no click time where the label is 0, found one. Decide for one of them: "
+            "--column clicked= takes "
+            "the times, --drop at the labels.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": {"a": 1}}],
             Columns(),
-            r"column timestamp: expected event times of the last 40 years in ms, found 1700000000, which looks like seconds\. "
-            r"Pass --unit s\.",
+            ", column f, row 1: expected a string, a number or a list of strings, found an object. Make columns of its "
+            "parts, or leave it "
+            "out: --drop f.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": [["a"]]}],
+            Columns(),
+            ", column f, row 1: expected a string, a number or a list of strings, found a list of lists or objects. "
+            "Make columns of its "
+            "parts, or leave it out: --drop f.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": [1.5]}],
+            Columns(),
+            ", column f: expected lists of strings or whole numbers, found the type list<item: double>. Lists hold "
+            "strings: make columns "
+            "of its parts, or leave it out: --drop f.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": ["a"]}, {"timestamp": T, "clicked": 0, "f": ["a", None]}],
+            Columns(),
+            ", column f, row 2: expected lists without null, found null. Leave it out of the list.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1}, {"timestamp": T, "clicked": 0, "f": "x"}],
+            Columns(),
+            ", column f, row 2: expected values of one type, found a string ('x') after a whole number (1). Write them "
+            "all as strings, say, "
+            "or leave the column out: --drop f.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 2**70}],
+            Columns(),
+            ", column f, row 1: expected whole numbers of at most 64 bits, found 1180591620717411303424. Write longer "
+            "ones as strings, or "
+            "leave the column out: --drop f.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 2**53 + 1}, {"timestamp": T, "clicked": 0, "f": 0.5}],
+            Columns(),
+            ", column f, row 1: expected numbers that a float holds, since the column has fractions, found "
+            "9007199254740993. Write the "
+            "column as strings.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1, "impression_id": 10**39}],
+            Columns(),
+            ", column impression_id, row 1: expected whole numbers of at most 38 digits, found one of 40 digits. Write "
+            "it as a string.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": "2023-11-14T22:13:20Z"}],
+            Columns(),
+            ", column f: expected strings, numbers or lists of strings, found a time. A time is no feature: map it (--column "
+            "click_timestamp=f), leave it out (--drop f), or convert it.",
+        ),
+        (
+            [{"timestamp": T // 1_000, "clicked": 0, "f": 1}],
+            Columns(),
+            ", column timestamp, row 1: expected times of the last 40 years in ms, found 1700000000, which looks like "
+            "seconds. Pass "
+            "--unit s.",
         ),
         (
             [{"timestamp": T * 1_000, "clicked": 0, "f": 1}],
             Columns(),
-            r"in ms, found 1700000000000000, which looks like microseconds\. Pass --unit us\.",
+            ", column timestamp, row 1: expected times of the last 40 years in ms, found 1700000000000000, which looks "
+            "like microseconds. "
+            "Pass --unit us.",
         ),
-        ([{"timestamp": T, "clicked": 0, "f": 1}], Columns(unit="s"), r"in s, found 1700000000000, .* Pass --unit ms\."),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1}],
+            Columns(unit="s"),
+            ", column timestamp, row 1: expected times of the last 40 years in s, found 1700000000000, which is "
+            "plausible in ms. Pass "
+            "--unit ms.",
+        ),
         (
             [{"timestamp": T, "clicked": 0, "f": 1}, {"timestamp": 5, "clicked": 0, "f": 1}],
             Columns(),
-            r"found 5\. Fix the file",
+            ", column timestamp, row 2: expected times of the last 40 years in ms, found 5. Fix the row, or leave it out.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1, "at": 5}],
+            Columns(clicked=None, click_timestamp="at"),
+            ", column at, row 1: expected times of the last 40 years in ms, found 5. Fix the row, or leave it out.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1}, {"timestamp": T, "clicked": None, "f": 1}],
+            Columns(),
+            f", column clicked, row 2: expected 0 or 1 in every row, found null. {NO_LABEL}",
+        ),
+        (
+            [{"timestamp": T, "clicked": 2, "f": 1}],
+            Columns(),
+            f", column clicked, row 1: expected 0 or 1 in every row, found 2. {NO_COUNT}",
+        ),
+        (
+            [{"timestamp": T, "clicked": -0.5, "f": 1}],
+            Columns(),
+            f", column clicked, row 1: expected 0 or 1 in every row, found -0.5. {NO_COUNT}",
+        ),
+        (
+            [{"timestamp": T, "clicked": "yes", "f": 1}],
+            Columns(),
+            ", column clicked: expected labels that are true and false, or 1 and 0, found the type string. Convert the "
+            "column, or map another "
+            "one.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1, "impression_id": x} for x in ("a", "b", "a")],
+            Columns(),
+            ", column impression_id, row 3: expected ids that are unique, found 'a' again, first in row 1. An "
+            "impression id is used once: " + OWN_ID,
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1, "impression_id": x} for x in ("a", None)],
+            Columns(),
+            f", column impression_id, row 2: expected an id in every row, found null. Fill it, {OWN_ID}",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1, "impression_id": x} for x in ("a", "")],
+            Columns(),
+            ", column impression_id, row 2: expected an id in every row, found an empty string. Fill it, or map "
+            "another column.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": 1, "impression_id": 1.5}],
+            Columns(),
+            ", column impression_id, row 1: expected whole numbers below 2^53, where the type is a float, found 1.5. "
+            "Write ids as integers "
+            "or strings.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "features": {"f": 1}, "score": 1.5}],
+            Columns(),
+            ", column score, row 1: expected a probability, found 1.5. Fix it, or leave it out: --column score=.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "features": {"f": 1}, "model_version": -1}],
+            Columns(),
+            ", column model_version, row 1: expected a version number, 0 or more, found -1. Fix it, or leave it out: --column "
+            "model_version=.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "features": {"f": 1}, "f": 2}],
+            Columns(),
+            ": expected one feature of the name 'f', found a column and a member of `features`. Leave both out (--drop "
+            "f), or rename one.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "features": {"f": 1}}, {"timestamp": T, "clicked": 0, "features": None}],
+            Columns(),
+            ", column features, row 2: expected an object of features, found null. Fix the line.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "f": "x" * 2_000_000}],
+            Columns(),
+            ", row 1: expected events of at most 1048588 bytes (topics.max_message_bytes), found 2000006. Leave "
+            "columns out (--drop), or "
+            "raise topics.max_message_bytes.",
+        ),
+        (
+            [{"timestamp": T, "clicked": 0, "": 1}],
+            Columns(),
+            ": expected features with names, found an empty name. Rename the column.",
         ),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path: Path, rows: list[dict[str, Any]], columns: Columns, message: str) -> None:
     file = write_lines(tmp_path / "log.jsonl", rows)
-    with pytest.raises(DataSetError, match=message):
-        list(FileDataSet(file, "jsonl", columns).chunks())
+    assert refused(file, columns=columns) == f"log.jsonl{message}"
+
+
+def test_what_is_dropped_does_no_harm(tmp_path: Path) -> None:
+    row = {"timestamp": T, "clicked": 0, "f": 1, "device": {"os": "a"}, "sku": [[1]], "signup": "2023-11-14T22:13:20Z"}
+    file = write_lines(tmp_path / "log.jsonl", [row, row | {"sku": 1, "device": None}])
+    (chunk,) = FileDataSet(file, "jsonl", Columns(drop=frozenset({"device", "sku", "signup"}))).chunks()
+    assert chunk.features == [b'{"f":1}', b'{"f":1}']
+
+
+def test_a_dump_of_impressions_keeps_its_envelope(tmp_path: Path) -> None:
+    row = {"impression_id": "i", "timestamp": T, "features": {"u": "x"}, "score": 0.25, "model_version": 3, "clicked": 0}
+    file = write_lines(tmp_path / "log.jsonl", [row, row | {"impression_id": "j", "score": None, "model_version": None}])
+    data_set = FileDataSet(file, "jsonl")
+    (chunk,) = data_set.chunks()
+    with_score, without = (json.loads(value) for value in impressions(chunk, [0, 1], {}))
+    assert with_score == {key: value for key, value in row.items() if key != "clicked"}
+    assert without == {"impression_id": "j", "timestamp": T, "features": {"u": "x"}}
+    assert [field.name for field in data_set.schema().fields] == ["u"]
+    (chunk,) = FileDataSet(file, "jsonl", Columns(score=None, model_version=None)).chunks()  # features then, as asked
+    assert json.loads(chunk.features[0]) == {"u": "x", "score": 0.25, "model_version": 3}
+
+
+def test_features_called_like_the_envelope_stay_features(tmp_path: Path) -> None:
+    row = {"impression_id": "i", "timestamp": T, "features": {"timestamp": "x", "score": 7}, "clicked": 0}
+    (chunk,) = FileDataSet(write_lines(tmp_path / "log.jsonl", [row]), "jsonl").chunks()
+    assert json.loads(chunk.features[0]) == {"timestamp": "x", "score": 7}
+    flat = {"timestamp": T, "clicked": 0, "score": 7}  # without `features` a column of that name is one of them
+    (chunk,) = FileDataSet(write_lines(tmp_path / "flat.jsonl", [flat]), "jsonl").chunks()
+    assert (json.loads(chunk.features[0]), chunk.served) == ({"score": 7}, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "time_ms"),
+    [
+        ("2023-11-14T22:13:20Z", T),
+        ("2023-11-14 22:13:20", T),
+        ("2023-11-15T03:43:20+05:30", T),
+        ("2023-11-15T03:43:20.123456789+0530", T + 123),
+        ("2023-11-14T22:13:20.5", T + 500),
+        ("2023-11-14T22:13Z", T - 20_000),
+        ("1700000000000", T),
+        (float(T), T),
+        ("1969-12-31T23:59:59.9999Z", None),
+    ],
+)
+def test_times_are_read_in_every_usual_way(tmp_path: Path, value: object, time_ms: int | None) -> None:
+    file = write_lines(tmp_path / "log.jsonl", [{"timestamp": value, "clicked": 0, "f": 1}])
+    if time_ms is None:
+        assert "expected times of the last 40 years" in refused(file)
+        return
+    (chunk,) = FileDataSet(file, "jsonl").chunks()
+    assert chunk.timestamps_ms.tolist() == [time_ms]
+
+
+def test_ids_are_taken_digit_by_digit(tmp_path: Path) -> None:
+    names = [10000169349117863715, 10000169349117863722, -3, 10**30]
+    file = write_lines(tmp_path / "log.jsonl", [{"id": name, "timestamp": T, "clicked": 0, "f": 1} for name in names])
+    (chunk,) = FileDataSet(file, "jsonl", Columns(id="id")).chunks()
+    assert chunk.ids == [str(name) for name in names]
+
+
+def test_text_stays_as_it_was_written(tmp_path: Path) -> None:
+    rows = [{"timestamp": T, "clicked": 0, "day": day, "zip": zip_} for day, zip_ in (("2021-01-01", "007"), ("x", "1e5"))]
+    (chunk,) = FileDataSet(write_lines(tmp_path / "log.jsonl", rows), "jsonl").chunks()
+    assert [json.loads(features) for features in chunk.features] == [{"day": row["day"], "zip": row["zip"]} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "expected at least one row, found none. Check the file."),
+        (b'[{"timestamp": 1}]', "found '[{\"timestamp\": 1}]' (Expected `object`, got `array`). Write one object a line"),
+        (
+            b'{\n"timestamp": 1}\n',
+            "row 1: expected one JSON object a line, in UTF-8, found '{' (Input data was truncated). Write one object",
+        ),
+        (b'{"a": 1} {"a": 2}\n', "row 1: expected one JSON object a line, in UTF-8, found"),
+        (b'{"a": "\xff"}\n', "row 1: expected one JSON object a line, in UTF-8, found"),
+        (b"[" * 100_000, "row 1: expected one JSON object a line, in UTF-8, found"),
+        ('{"a": 1}'.encode("utf-16"), "expected text in UTF-8, found UTF-16 or UTF-32. Convert it: iconv"),
+        (b"\x1f\x8bgarbage", "expected a readable file in the format jsonl, found"),
+    ],
+)
+def test_files_that_are_not_json_lines(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "log.jsonl").write_bytes(content)
+    assert found in refused(tmp_path / "log.jsonl")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, lambda text: pa.compress(text, "zstd", asbytes=True)])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("line_break", [b"\n", b"\r\n"])
+def test_files_as_people_have_them(tmp_path: Path, pack: Any, mark: bytes, line_break: bytes) -> None:
+    rows = [json.dumps({"timestamp": T + n, "clicked": n % 2, "f": n}).encode() for n in range(3)]
+    (tmp_path / "no suffix").write_bytes(pack(mark + line_break.join([rows[0], b"  ", *rows[1:]])))
+    (chunk,) = FileDataSet(tmp_path / "no suffix", "jsonl").chunks()
+    assert [json.loads(features) for features in chunk.features] == [{"f": n} for n in range(3)]
+
+
+def test_columns_that_change_between_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.datasets.text_files._BLOCK_BYTES", 64)
+    rows: list[dict[str, Any]] = [{"timestamp": T, "clicked": 0, "a": 1}] * 5 + [
+        {"timestamp": T, "clicked": 0, "a": 0.5, "b": "x"}
+    ] * 5
+    (chunk,) = FileDataSet(write_lines(tmp_path / "log.jsonl", rows), "jsonl").chunks()
+    assert [json.loads(features) for features in chunk.features] == [{"a": 1, "b": None}] * 5 + [{"a": 0.5, "b": "x"}] * 5
+    rows[7] = {"timestamp": T, "clicked": 0, "a": "x"}
+    assert "column a, row 8: expected values of one type" in refused(write_lines(tmp_path / "log.jsonl", rows))
+
+
+def test_csv_and_tsv(tmp_path: Path) -> None:
+    header = ["timestamp", "clicked", "user", "price", "zip", "long", "seen", "none", "note"]
+    lines = [
+        [str(T), "1", "7", "9.5", "007", "10000169349117863715000", "true", "", '"a\nb"'],
+        [str(T + 1), "0", "", "nan", "12", "1", "FALSE", "", '"NA"'],
+    ]
+    expected = [
+        {"user": 7, "price": 9.5, "zip": "007", "long": "10000169349117863715000", "seen": 1, "none": None, "note": "a\nb"},
+        {"user": None, "price": None, "zip": "12", "long": "1", "seen": 0, "none": None, "note": "NA"},
+    ]
+    for kind, delimiter in (("csv", ","), ("tsv", "\t")):
+        file = tmp_path / f"log.{kind}"
+        file.write_text("\ufeff" + "\r\n".join(delimiter.join(row) for row in [header, *lines]) + "\r\n")
+        data_set = FileDataSet(file, kind)
+        (chunk,) = data_set.chunks()
+        assert [json.loads(features) for features in chunk.features] == expected
+        assert chunk.clicked.tolist() == [True, False]
+        assert [field.kind for field in data_set.schema().fields][:3] == ["categorical", "numeric", "categorical"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("timestamp,clicked\n1,2,3\n", "expected comma-separated values in UTF-8, with a header line, found"),
+        ("timestamp,,f\n1,0,1\n", "expected a header line with a name for each column, found none for column 2"),
+        ("timestamp,f,f\n1,0,1\n", "expected columns of different names, found 'f' twice"),
+        ("", "expected comma-separated values in UTF-8, with a header line, found"),
+        (f"timestamp,clicked,f\n{T},0,inf\n", "column f, row 1: expected finite numbers, found inf"),
+        (f"timestamp,clicked,f\n{T},0,9007199254740993\n{T},0,0.5\n", "column f, row 1: expected numbers that a float holds"),
+    ],
+)
+def test_csv_that_does_not_fit(tmp_path: Path, text: str, found: str) -> None:
+    (tmp_path / "log.csv").write_text(text)
+    assert found in refused(tmp_path / "log.csv", "csv")
+
+
+def parquet(path: Path, **columns: Any) -> Path:
+    rows = len(next(iter(columns.values())))
+    pq.write_table(pa.table({"timestamp": [T] * rows, "clicked": [0] * rows} | columns), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("column", "sent"),
+    [
+        (pa.array([2**64 - 1], pa.uint64()), 2**64 - 1),
+        (pa.array([1.5], pa.float16()), 1.5),
+        (pa.array([Decimal("1.10")]), 1.1),
+        (pa.array([Decimal(2**60)], pa.decimal128(30, 0)), 2**60),
+        (pa.array(["a"]).dictionary_encode(), "a"),
+        (pa.array(["a"], pa.large_string()), "a"),
+        (pa.array([True]), 1),
+        (pa.array([[1, 2]]), ["1", "2"]),
+        (pa.array([["a"]], pa.list_(pa.string(), 1)), ["a"]),
+        (pa.array([["a"]], pa.large_list(pa.string())), ["a"]),
+        (pa.array([float("nan")]), None),
+        (pa.nulls(1), None),
+    ],
+)
+def test_types_of_parquet_that_are_taken(tmp_path: Path, column: pa.Array, sent: object) -> None:
+    (chunk,) = FileDataSet(parquet(tmp_path / "log.parquet", f=column), "parquet").chunks()
+    assert json.loads(chunk.features[0]) == {"f": sent}
+
+
+@pytest.mark.parametrize(
+    ("column", "found"),
+    [
+        (pa.array([b"a"]), "found the type binary. Convert it, make columns of its parts, or leave it out: --drop f."),
+        (pa.array([1], pa.date32()), "found the type date32[day]. A time is no feature: map it (--column click_timestamp=f)"),
+        (pa.array([1], pa.timestamp("us")), "found the type timestamp[us]. A time is no feature"),
+        (pa.array([1], pa.time32("s")), "found the type time32[ms]. A time is no feature"),
+        (pa.array([{"a": 1}]), "found the type struct<a: int64>. Convert it, make columns of its parts"),
+        (pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), "found the type map<string, int64"),
+        (pa.array([[1.5]]), "column f: expected lists of strings or whole numbers, found the type list<"),
+        (pa.array([float("-inf")]), "column f, row 1: expected finite numbers, found -inf"),
+    ],
+)
+def test_types_of_parquet_that_are_refused(tmp_path: Path, column: pa.Array, found: str) -> None:
+    assert found in refused(parquet(tmp_path / "log.parquet", f=column), "parquet")
+
+
+def test_times_of_parquet(tmp_path: Path) -> None:
+    for column, time_ms in (
+        (pa.array([T * 1_000 + 999], pa.timestamp("us", "Asia/Kolkata")), T),
+        (pa.array([T * 1_000_000], pa.timestamp("ns")), T),
+        (pa.array([T // 1_000], pa.timestamp("s")), T),
+    ):
+        file = parquet(tmp_path / "log.parquet", timestamp=column, f=pa.array([1]))
+        (chunk,) = FileDataSet(file, "parquet").chunks()
+        assert chunk.timestamps_ms.tolist() == [time_ms]
+    file = parquet(tmp_path / "log.parquet", timestamp=pa.array([19_675], pa.date32()), f=pa.array([1]))
+    assert refused(file, "parquet").endswith(f"found the type date32[day]. {NO_TIME}")
+
+
+def test_parquet_in_parts_is_one_log(tmp_path: Path) -> None:
+    for day in (1, 2):
+        (tmp_path / "log" / f"day={day}").mkdir(parents=True)
+        parquet(tmp_path / "log" / f"day={day}" / "0.parquet", f=pa.array([day * 10]))
+    (chunk,) = FileDataSet(tmp_path / "log", "parquet").chunks()
+    assert sorted(json.loads(features)["f"] for features in chunk.features) == [10, 20]
+    assert "found a folder. Pass one file" in refused(tmp_path / "log", "jsonl")
 
 
 def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("hello")
-    with pytest.raises(DataSetError, match=r"x\.parquet: expected parquet, found: "):
-        FileDataSet(tmp_path / "x.parquet", "parquet").size()
+    assert refused(tmp_path / "x.parquet", "parquet").startswith("x.parquet: expected Parquet, found ")
+    assert (
+        refused(tmp_path / "nowhere", "csv") == "nowhere: expected a file in the format csv, found nothing there. Check --path."
+    )
+    with pytest.raises(DataSetError, match=r"unit: expected one of s, ms, us, ns, found 'h'\. Change --unit\."):
+        FileDataSet(parquet(tmp_path / "y.parquet", f=pa.array([1])), "parquet", Columns(unit="h")).size()
+
+
+@pytest.mark.parametrize(
+    ("field", "found"),
+    [
+        (
+            {"name": "text", "kind": "numeric"},
+            "column text: expected a numeric field, as the settings' features say, found the type string.",
+        ),
+        ({"name": "text", "kind": "list"}, "column text: expected a list field"),
+        (
+            {"name": "part"},
+            "column part, row 2: expected a categorical field, as the settings' features say, found 0.5, which is no category.",
+        ),
+        ({"name": "tags"}, "column tags: expected a categorical field"),
+        ({"name": "tags", "kind": "numeric"}, "column tags: expected a numeric field"),
+        ({"name": "typo"}, "expected some of the settings' features (typo, …), found text, part, tags, whole."),
+        ({"name": "text"}, None),
+        ({"name": "whole", "kind": "numeric"}, None),
+        ({"name": "whole"}, None),
+        ({"name": "part", "kind": "numeric"}, None),
+        ({"name": "tags", "kind": "list"}, None),
+    ],
+)
+def test_a_model_that_could_not_read_it_is_named(tmp_path: Path, field: dict[str, Any], found: str | None) -> None:
+    columns = {"text": ["a", "b"], "part": [1.0, 0.5], "tags": [["a"], []], "whole": [1.0, 2.0]}
+    data_set = FileDataSet(parquet(tmp_path / "log.parquet", **columns), "parquet")
+    schema = FeatureSchema(fields=(FieldSpec.model_validate(field),))
+    if found is None:
+        data_set.check(schema)
+        return
+    with pytest.raises(DataSetError) as caught:
+        data_set.check(schema)
+    assert found in str(caught.value)

@@ -1,0 +1,30 @@
+"""Refusing a file of a user's: one line that names the file, the column, the row, what was expected, what was found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+from deploy.errors import DataSetError
+
+__all__ = ["refuse", "shown"]
+
+_SHOWN = 60  # characters of a value in an error: one line on a terminal, and no customer's data in full in a log
+
+
+def refuse(path: Path, expected: str, found: str, do: str, *, column: str | None = None, row: int | None = None) -> NoReturn:
+    """Raise the error. `row` counts from 0 as arrays do; people read it from 1, without the header and blank lines."""
+    where = [str(path)]
+    if column is not None:
+        where.append(f"column {column}")
+    if row is not None:
+        where.append(f"row {row + 1}")
+    raise DataSetError(f"{', '.join(where)}: expected {expected}, found {found}. {do}")
+
+
+def shown(value: Any) -> str:
+    """A value for an error's text: null, a number as it is, text in quotes, cut where it is long."""
+    if value is None:
+        return "null"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
