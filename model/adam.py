@@ -14,9 +14,9 @@ BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 
 # A parameter without a gradient (a unit that is off for every example) leaves moments that shrink until they are subnormal, and
-# there they stay: 0.9 of the smallest float32 rounds to itself. Arithmetic on such numbers is ten times slower on a CPU. Moments
-# below 1e-30 move a parameter by less than 1e-25, so they become zeros, often enough that none gets from there to
-# 1e-38 in between (0.9^175 is 1e-8).
+# there they stay: 0.9 of the smallest float32 rounds to itself. Arithmetic on such numbers is ten times slower on a CPU.
+# Moments below 1e-30 move a parameter by less than 1e-25, so they become zeros, often enough that none gets from there to 1e-38
+# in between (0.9^175 is 1e-8).
 _TINY = 1e-30
 _STEPS_BETWEEN = 128
 

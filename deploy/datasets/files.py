@@ -20,7 +20,7 @@ from deploy.datasets import columns as checked
 from deploy.datasets.base import CHUNK_ROWS, Chunk, Int64s, Progress, draw_delays, make_chunk
 from deploy.datasets.encode import members, strings, tokens
 from deploy.datasets.features import check_kind, feature, field_kind
-from deploy.datasets.refusal import refuse
+from deploy.datasets.refusal import printable, refuse
 from deploy.datasets.tables import FILE_KINDS, read_table
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
@@ -163,7 +163,7 @@ class FileDataSet:
             raise DataSetError(f"unit: expected one of {units}, found {roles.unit!r}. Change --unit.")
         if roles.timestamp is None:
             raise DataSetError("timestamp: expected a column of event times, found none. Map one with --column timestamp=NAME.")
-        table = read_table(path, self.name, roles.drop)
+        table = read_table(path, self.name, roles.drop, ids="impression_id" if roles.id == AUTO else roles.id)
         top = {name: table[name] for name in table.column_names}
         inner: dict[str, pa.ChunkedArray] = {}
         nested = "features" in top and pa.types.is_struct(top["features"].type)
@@ -277,7 +277,7 @@ class FileDataSet:
 
     def _no_column(self, names: list[str], name: str, what: str) -> DataSetError:
         do = f"Map another one: --column {what}=NAME." if " " not in what else "Name another one."
-        return DataSetError(f"{self._path}: expected a column {name!r} ({what}), found {_listed(names)}. {do}")
+        return DataSetError(printable(f"{self._path}: expected a column {name!r} ({what}), found {_listed(names)}. {do}"))
 
 
 def _listed(names: list[str]) -> str:

@@ -97,8 +97,12 @@ def _decode_line(path: Path, line: bytes, row: int) -> _Row:
         value = json.loads(line)
     except (ValueError, RecursionError):
         value = None
-    if isinstance(value, dict):
-        return value
+    if not isinstance(value, dict):
+        _not_an_object(path, line, reason, row)
+    return value
+
+
+def _not_an_object(path: Path, line: bytes, reason: str, row: int) -> NoReturn:
     found = f"{shown(line.decode('utf-8', 'replace'))} ({reason})"
     refuse(path, "one JSON object a line, in UTF-8", found, _ONE_EACH, row=row)
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from deploy.errors import DataSetError
 
-__all__ = ["refuse", "shown"]
+__all__ = ["printable", "refuse", "shown"]
 
 _SHOWN = 60  # characters of a value in an error: one line on a terminal, and no customer's data in full in a log
 
@@ -19,7 +19,12 @@ def refuse(path: Path, expected: str, found: str, do: str, *, column: str | None
         where.append(f"column {column}")
     if row is not None:
         where.append(f"row {row + 1}")
-    raise DataSetError(f"{', '.join(where)}: expected {expected}, found {found}. {do}")
+    raise DataSetError(printable(f"{', '.join(where)}: expected {expected}, found {found}. {do}"))
+
+
+def printable(text: str) -> str:
+    """On one line, whatever a file, a column or a value is called."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def shown(value: Any) -> str:

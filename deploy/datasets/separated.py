@@ -23,8 +23,8 @@ _TRUTH = r"^(?i:true|false)$"
 _LONG_WHOLE = r"^-?\d{16,}$"  # from 2^53, which has 16 digits, not every whole number is a double
 
 
-def read_separated(path: Path, delimiter: str, drop: Collection[str] = ()) -> pa.Table:
-    """The whole file, without the columns of `drop`: whole numbers, numbers, true and false, or text.
+def read_separated(path: Path, delimiter: str, drop: Collection[str] = (), *, ids: str | None = None) -> pa.Table:
+    """The whole file, without the columns of `drop`: whole numbers, numbers, true and false, or text; `ids` stay text.
 
     Raises:
         DataSetError: it isn't such a file.
@@ -49,7 +49,7 @@ def read_separated(path: Path, delimiter: str, drop: Collection[str] = ()) -> pa
         refuse(path, "a header line with a name for each column", f"none for column {names.index('') + 1}", "Add it.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         refuse(path, "columns of different names", f"{twice[0]!r} twice", "Rename one of them.")
-    kept = {name: _typed(path, name, table[name]) for name in names if name not in drop}
+    kept = {name: table[name] if name == ids else _typed(path, name, table[name]) for name in names if name not in drop}
     return pa.table(kept)
 
 

@@ -22,8 +22,11 @@ __all__ = ["FILE_KINDS", "read_table"]
 FILE_KINDS = ("jsonl", "parquet", "csv", "tsv")
 
 
-def read_table(path: Path, kind: str, drop: Collection[str] = ()) -> pa.Table:
+def read_table(path: Path, kind: str, drop: Collection[str] = (), *, ids: str | None = None) -> pa.Table:
     """The whole file, without the columns of `drop`; an object column `features` is a struct column.
+
+    Args:
+        ids: the column of ids, which stays text where the format has no types.
 
     Raises:
         DataSetError: there is no such file, it can't be read, or it isn't what `kind` says.
@@ -38,7 +41,7 @@ def read_table(path: Path, kind: str, drop: Collection[str] = ()) -> pa.Table:
         elif kind == "jsonl":
             table = read_json_lines(path, drop)
         else:
-            table = read_separated(path, "\t" if kind == "tsv" else ",", drop)
+            table = read_separated(path, "\t" if kind == "tsv" else ",", drop, ids=ids)
     except OSError as error:  # the file is gone, may not be read, or its compression is broken
         refuse(
             path, f"a readable file in the format {kind}", one_line(error), "Check the path, its permissions and the format."

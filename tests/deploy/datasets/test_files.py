@@ -450,10 +450,10 @@ def test_columns_that_change_between_blocks(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_csv_and_tsv(tmp_path: Path) -> None:
-    header = ["timestamp", "clicked", "user", "price", "zip", "long", "seen", "none", "note"]
+    header = ["impression_id", "timestamp", "clicked", "user", "price", "zip", "long", "seen", "none", "note"]
     lines = [
-        [str(T), "1", "7", "9.5", "007", "10000169349117863715000", "true", "", '"a\nb"'],
-        [str(T + 1), "0", "", "nan", "12", "1", "FALSE", "", '"NA"'],
+        ["1.0", str(T), "1", "7", "9.5", "007", "10000169349117863715000", "true", "", '"a\nb"'],
+        ["01", str(T + 1), "0", "", "nan", "12", "1", "FALSE", "", '"NA"'],
     ]
     expected = [
         {"user": 7, "price": 9.5, "zip": "007", "long": "10000169349117863715000", "seen": 1, "none": None, "note": "a\nb"},
@@ -465,7 +465,7 @@ def test_csv_and_tsv(tmp_path: Path) -> None:
         data_set = FileDataSet(file, kind)
         (chunk,) = data_set.chunks()
         assert [json.loads(features) for features in chunk.features] == expected
-        assert chunk.clicked.tolist() == [True, False]
+        assert (chunk.ids, chunk.clicked.tolist()) == (["1.0", "01"], [True, False])
         assert [field.kind for field in data_set.schema().fields][:3] == ["categorical", "numeric", "categorical"]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from deploy.datasets import FileDataSet
@@ -304,9 +304,11 @@ def csv_features(rows: int) -> st.SearchStrategy[Column]:
 @quick
 @given(table=tables(csv_features))
 def test_csv(tmp_path: Path, table: dict[str, Column]) -> None:
-    names = [name for name in table if not set(name) & {"\x00", "\r"}]
-    if len(names) < len(table):
-        return
+    names = list(table)
+    assume(not any(set(name) & {"\x00", "\r"} for name in names))
+    if "impression_id" in table:  # unquoted, such an id is a missing value
+        assume(not {"NaN", "nan", "NULL", "null", "NA", "N/A", "\\N"} & set(table["impression_id"].arrives))
+        assume(not any(set(str(name)) & {"\x00", "\r"} for name in table["impression_id"].values))
     out = io.StringIO()
     writer = csv.writer(out, quoting=csv.QUOTE_MINIMAL, lineterminator="\n")
     writer.writerow(names)
