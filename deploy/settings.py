@@ -13,6 +13,7 @@ prints them.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -162,4 +163,5 @@ def _found(problem: Any) -> str:
     if isinstance(problem["input"], dict):
         return ""
     secret = any(word in str(part) for part in problem["loc"] for word in ("password", "token"))
+    secret |= re.search(r"://[^/]*@", str(problem["input"])) is not None  # an address with a login in it
     return ", found a secret" if secret else f", found {problem['input']!r}"

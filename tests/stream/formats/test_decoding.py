@@ -16,6 +16,7 @@ from google.protobuf import descriptor_pb2
 from stream.formats import Formats, Refused, open_formats
 from stream.join.events import read_run
 from stream.settings import SchemaRegistrySettings
+from tests.stream.formats.official_frames import AVRO, EVENT, FEATURES_FILE, FILE, JSON, OFFICIAL
 from tests.stream.formats.stand_in import StandIn, avro_frame, framed, message_of, proto_file
 
 NOW_MS = 1_700_000_000_123
@@ -368,6 +369,14 @@ def test_a_type_of_schema_that_nobody_knows(registry):
     registry.register(9, "XML", "<schema/>")
     found = one(registry, framed(9, b"<event/>"))
     assert found == Refused("unusable_schema", "$", "schema id 9: expected AVRO, JSON or PROTOBUF, found type 'XML'")
+
+
+def test_frames_that_confluents_serializers_wrote(registry):
+    registry.register(5, "AVRO", AVRO)
+    registry.register(6, "JSON", JSON)
+    registry.register(7, "PROTOBUF", FEATURES_FILE, subject="features.proto")
+    registry.register(8, "PROTOBUF", FILE, references=(("features.proto", "features.proto", 7),))
+    assert {kind: one(registry, frame) for kind, frame in OFFICIAL.items()} == EVENT
 
 
 def test_frames_among_plain_json_in_one_run(registry):

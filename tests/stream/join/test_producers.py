@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import shutil
 import struct
@@ -25,6 +26,7 @@ from deploy.kafka_jars import jars
 from deploy.settings import Settings
 from stream.settings import SchemaRegistrySettings
 from stream.topics import TopicNames
+from tests.stream.formats.real_registry import JAR, WITHOUT, real_registry, register
 from tests.stream.formats.stand_in import StandIn, avro_frame, framed, message_of, proto_file
 from tests.stream.join.made_up import FIRST_MS, PATIENCE_S, Events, end, join_settings, join_worker, until
 from tests.stream.join.one_partition import read
@@ -248,6 +250,36 @@ def test_schema_registry_frames_through_an_outage_and_a_lost_disk(topics, start)
             assert decoded.keys() == {("avro",), ("json",), ("protobuf",)}
 
     asyncio.run(check())
+
+
+@pytest.mark.skipif(not JAR, reason=WITHOUT)
+def test_frames_by_a_real_registry(topics, start, tmp_path):
+    """Apicurio's: each type of schema, with a Protobuf import."""
+    with real_registry(tmp_path) as url:
+        shown, clicked = register(url, "shown", "AVRO", json.dumps(FLAT)), register(url, "clicked", "AVRO", json.dumps(CLICK))
+        draft = {"$schema": "http://json-schema.org/draft-07/schema#", "type": "object"}
+        plain_id = register(url, "plain", "JSON", json.dumps(draft))
+        proto = register(url, "proto", "PROTOBUF", base64.b64encode(FILE.SerializeToString()).decode())
+        chosen = topics.model_copy(update={"schema_registry": SchemaRegistrySettings(url=url)})
+        settings = join_settings(chosen)
+        worker = start(settings)
+        rd, messages = Librdkafka(topics), (message_of("shop.Shown", FILE), message_of("shop.Click", FILE))
+        groups = [
+            rd.pairs(
+                "avro", lambda e: avro_frame(shown, FLAT, flattened(e)), lambda e: avro_frame(clicked, CLICK, e), count=600
+            ),
+            rd.pairs("json", lambda e: framed(plain_id, plain(e)), lambda e: framed(plain_id, plain(e))),
+            rd.pairs(
+                "protobuf",
+                lambda e: framed(proto, b"\x02\x02" + messages[0](**flattened(e)).SerializeToString()),
+                lambda e: framed(proto, b"\x00" + messages[1](**e).SerializeToString()),
+            ),
+        ]
+        events = expected(*groups)
+        rd.send(0, b"unknown", framed(1_000_000, b"{}"))
+        rd.producer.flush(30)
+        events.dead["unknown_schema"] = 1
+        asyncio.run(came_out(settings, events, worker))
 
 
 def debezium(event: dict[str, Any], op: str = "c") -> dict[str, Any]:
