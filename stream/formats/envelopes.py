@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from stream.formats.refused import RefusedError
-from stream.formats.rows import row_json
+from stream.formats.rows import json_row
 
 __all__ = ["CONNECT", "DEBEZIUM", "envelope_of", "unwrapped", "unwrapped_row"]
 
@@ -107,7 +107,7 @@ def _row(value: bytes, outer: _Outer) -> bytes:
     features = bytes(outer.features)
     if not value.startswith(b"{") or features[:1] == b"{":
         return value
-    return row_json(msgspec.json.decode(value))
+    return json_row(value)
 
 
 def _no_row(op: Any) -> RefusedError:

@@ -35,6 +35,9 @@ UNKNOWN_S = 60.0
 # Ids that no registry has, remembered at once. Only values that were never frames have so many.
 MAX_UNKNOWN = 10_000
 
+# Questions under way at a time, and schemas from which on it is said that they are asked for: no producer has so many new ones
+# at once, so these are bytes that only look like frames.
+AT_ONCE, MANY = 8, 100
 # Registries keep ids in Java's `int`, and say something else than "no such schema" to what is none.
 MAX_ID = 0x7FFF_FFFF
 
@@ -45,7 +48,6 @@ class Formats:
     """One for a worker; all its partitions share the schemas.
 
     Attributes:
-        trouble: what the registry answers while it is out of order; None while it isn't.
         decoded: frames decoded so far, by the type of their schema.
     """
 
@@ -54,7 +56,8 @@ class Formats:
         self._decoders: dict[int, Decoder | Refused] = {}
         self._unknown: dict[int, float] = {}  # id → when the registry is asked again (monotonic)
         self._asking = asyncio.Lock()
-        self.trouble: str | None = None
+        self._away: str | None = None  # what the registry said last, while it is out of order
+        self._left = 0  # schemas to be asked for
         self.decoded: Counter[str] = Counter()
 
     async def prepare(self, records: Sequence[Any], form: str) -> None:
@@ -88,34 +91,49 @@ class Formats:
 
     async def _fetch(self, wanted: set[int]) -> set[int]:
         """Fetch these schemas; the ids that there are none of."""
+        unknown, ids = set[int](), sorted(wanted)
+        try:
+            for start in range(0, len(ids), AT_ONCE):
+                self._left = len(ids) - start
+                part = ids[start : start + AT_ONCE]
+                there = await asyncio.gather(*(self._ask(each) for each in part))
+                unknown.update(each for each, found in zip(part, there, strict=True) if not found)
+        finally:
+            self._left = 0
+        return unknown
+
+    async def _ask(self, schema_id: int) -> bool:
+        """Fetch one schema, however long that takes; False where there is none."""
         from stream.formats.registry import OutOfOrder, Unknown
 
         assert self._registry is not None
-        unknown, wait_s = set[int](), FIRST_WAIT_S
-        for each in sorted(wanted):
-            while True:
-                try:
-                    self._decoders[each] = await self._registry.decoder(each)
-                    self._unknown.pop(each, None)
-                except Unknown:
-                    unknown.add(each)
-                except OutOfOrder as error:
-                    self._say(str(error))
-                    await asyncio.sleep(wait_s)
-                    wait_s = min(2 * wait_s, LONGEST_WAIT_S)
-                    continue
-                if self.trouble is not None:
-                    log.info("the schema registry answers again")
-                    self.trouble = None
-                wait_s = FIRST_WAIT_S
-                break
-        return unknown
+        wait_s = FIRST_WAIT_S
+        while True:
+            try:
+                self._decoders[schema_id] = await self._registry.decoder(schema_id)
+                self._unknown.pop(schema_id, None)
+                there = True
+            except Unknown:
+                there = False
+            except OutOfOrder as error:
+                self._failed()
+                if self._away is None:
+                    log.warning("the schema registry doesn't answer (%s): records that need it wait; it is asked again", error)
+                self._away = str(error)
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+                continue
+            if self._away is not None:
+                log.info("the schema registry answers again")
+                self._away = None
+            return there
 
-    def _say(self, error: str) -> None:
-        self._failed()
-        if self.trouble is None:
-            log.warning("the schema registry doesn't answer (%s): records that need it wait; asking again until it does", error)
-        self.trouble = f"the schema registry doesn't answer: {error}"
+    @property
+    def trouble(self) -> str | None:
+        """Why records wait for the registry, for people; None where they don't, or not for long."""
+        if self._away is not None:
+            return f"the schema registry doesn't answer: {self._away}"
+        return f"the schema registry is asked for {self._left} schemas" if self._left > MANY else None
 
     def open(self, records: Sequence[Any], form: str) -> list[bytes | Refused | None]:
         """For each record JSON, or why there is none; its value as it is where it is in no format of this form.

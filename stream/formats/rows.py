@@ -33,7 +33,7 @@ CONTRACT = frozenset(("impression_id", "timestamp", "features", "score", "model_
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 
 _encode = msgspec.json.Encoder(decimal_format="number").encode
-_object = msgspec.json.Decoder(dict[str, Any]).decode
+_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def row_json(row: Any) -> bytes:
@@ -44,19 +44,38 @@ def row_json(row: Any) -> bytes:
     """
     if not isinstance(row, dict):
         raise RefusedError("wrong_type", "$", f"expected a record, found {_kind(row)}")
-    event = _plain(row, "$")
-    features = event.get("features")
-    if "features" not in event:
-        event = {name: value for name, value in event.items() if name in CONTRACT} | {
-            "features": {name: value for name, value in event.items() if name not in CONTRACT}
-        }
-    elif isinstance(features, str):
+    try:
+        return _encode(_event(_plain(row, "$")))
+    except (OverflowError, ValueError, TypeError, RecursionError) as error:  # of numbers beyond all bounds
+        raise RefusedError("malformed_frame", "$", f"expected what JSON can say, found {error}") from error
+
+
+def json_row(value: bytes) -> bytes:
+    """The event that a row in JSON stands for; every field keeps the bytes that it has.
+
+    Raises:
+        msgspec.DecodeError, RecursionError: it is no JSON object.
+        RefusedError: as `row_json`.
+    """
+    row: dict[str, Any] = dict(_object(value))
+    features = bytes(row.get("features", b""))
+    if features[:1] == b'"':
+        row["features"] = msgspec.json.decode(features, type=str)
+    return _encode(_event(row))
+
+
+def _event(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its features in their place."""
+    if "features" not in row:
+        features = {name: value for name, value in row.items() if name not in CONTRACT}
+        return {name: value for name, value in row.items() if name in CONTRACT} | {"features": features}
+    if isinstance(text := row["features"], str):
         try:
-            event["features"] = _object(features)
+            row["features"] = _object(text)
         except (msgspec.DecodeError, RecursionError):
-            message = f"expected a record, a map, or a string that holds a JSON object, found {features[:60]!r}"
+            message = f"expected a record, a map, or a string that holds a JSON object, found {text[:60]!r}"
             raise RefusedError("wrong_type", "$.features", message) from None
-    return _encode(event)
+    return row
 
 
 def _plain(value: Any, path: str) -> Any:

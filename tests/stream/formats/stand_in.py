@@ -36,6 +36,8 @@ class StandIn:
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version, wbufsize = "HTTP/1.1", -1  # connections stay, and an answer is one packet
+
             def do_GET(self) -> None:
                 outer._answer(self)
 

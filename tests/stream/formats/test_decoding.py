@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import datetime
 import json
 import uuid
@@ -12,8 +13,14 @@ from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 
+from stream.dead_letters import REASONS
 from stream.formats import Formats, Refused, open_formats
+from stream.formats.avro import avro_decoder
+from stream.formats.protobuf import protobuf_decoder
+from stream.formats.registry import Decoder
 from stream.join.events import read_run
 from stream.settings import SchemaRegistrySettings
 from tests.stream.formats.official_frames import AVRO, EVENT, FEATURES_FILE, FILE, JSON, OFFICIAL
@@ -377,6 +384,36 @@ def test_frames_that_confluents_serializers_wrote(registry):
     registry.register(7, "PROTOBUF", FEATURES_FILE, subject="features.proto")
     registry.register(8, "PROTOBUF", FILE, references=(("features.proto", "features.proto", 7),))
     assert {kind: one(registry, frame) for kind, frame in OFFICIAL.items()} == EVENT
+
+
+@given(st.sampled_from([1, 2, 3, 4]), st.binary(max_size=60), st.sampled_from(["f", "fc", "fd"]))
+def test_any_payload_gets_a_verdict(number, payload, form):
+    """Nothing but a `RefusedError` comes out of a decoder: anything else would end the worker, again and again."""
+    [found] = BUILT.open([record(framed(number, payload))], form)
+    assert isinstance(found, bytes | Refused)
+    if isinstance(found, Refused):
+        assert found.reason in REASONS
+
+
+ODD = flat(
+    {"name": "d", "type": logical("bytes", "decimal", precision=60, scale=5)},
+    {"name": "t", "type": logical("long", "timestamp-micros")},
+    {"name": "day", "type": logical("int", "date")},
+    {"name": "u", "type": ["null", "double", logical("string", "uuid"), {"type": "map", "values": "float"}]},
+)
+BUILT = Formats()
+BUILT._decoders = {
+    1: Decoder("avro", avro_decoder(json.dumps(IMPRESSION), {})),
+    2: Decoder("avro", avro_decoder(json.dumps(ODD), {})),
+    3: Decoder(
+        "protobuf",
+        protobuf_decoder(
+            base64.b64encode(EVENTS.SerializeToString()).decode(),
+            {"features.proto": base64.b64encode(FEATURES.SerializeToString()).decode()},
+        ),
+    ),
+    4: Decoder("json", None),
+}
 
 
 def test_frames_among_plain_json_in_one_run(registry):

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stream.formats import Formats
 from stream.join.events import Events, read_run
@@ -91,6 +93,13 @@ def test_a_row_without_features_is_written_as_an_event():
         assert json.loads(found) == expected
 
 
+def test_numbers_of_a_row_keep_their_digits():
+    """No way through Python's numbers: an id of 30 digits, a price as it was written, a number beyond all floats."""
+    row = b'{"impression_id":"i","timestamp":%d,"id":%b,"price":1.50,"huge":1e999}' % (TIME_MS, b"9" * 30)
+    [found] = read("d", debezium(row)).values
+    assert found.endswith(b'"features":{"id":%b,"price":1.50,"huge":1e999}}' % (b"9" * 30))
+
+
 def test_a_json_column_arrives_as_a_string():
     row = {**EVENT, "features": json.dumps(EVENT["features"])}
     [found] = read("d", debezium(json.dumps(row).encode())).values
@@ -122,3 +131,36 @@ def test_what_is_wrong_inside_is_said_of_the_inside():
     [letter] = read("d", debezium(json.dumps(late).encode())).dead
     assert (letter.reason, letter.path) == ("out_of_range", "$.timestamp")
     assert "looks like microseconds" in letter.message
+
+
+PIECES = st.sampled_from(
+    [
+        b"{",
+        b"}",
+        b'"schema":{}',
+        b'"payload":',
+        b'"after":',
+        b'"op":"c"',
+        b'"op":1e999',
+        b",",
+        b"null",
+        INNER,
+        b'"x"',
+        b"[",
+        b"1e999",
+    ]
+)
+VALUES = st.one_of(
+    st.sampled_from([INNER, connect(INNER), debezium(INNER), connect(debezium(INNER)), debezium(b"null"), b"", None]),
+    st.lists(PIECES, max_size=8).map(b"".join),
+)
+
+
+@given(st.lists(VALUES, max_size=5), st.sampled_from(["", "c", "d"]))
+def test_a_run_is_read_as_its_records_are_alone(values, form):
+    together = read(form, *values)
+    alone = [read(form, value) for value in values]
+    assert together.values == [found for each in alone for found in each.values]
+    assert [(letter.reason, letter.message, letter.value) for letter in together.dead] == [
+        (letter.reason, letter.message, letter.value) for each in alone for letter in each.dead
+    ]

@@ -146,6 +146,26 @@ def test_ids_that_no_registry_has_are_not_asked_for(registry):
     assert registry.asked == []
 
 
+def test_a_run_of_bytes_that_only_look_like_frames(registry):
+    """Hundreds of ids that nobody has: they are asked for, and the watchdog is told so meanwhile."""
+
+    async def go() -> list[Any]:
+        formats = open_formats(SchemaRegistrySettings(url=registry.url))
+        reading = asyncio.ensure_future(read(formats, *range(1_000, 1_400), 7))
+        while not formats._left:
+            await asyncio.sleep(0.001)
+        assert formats.trouble is not None
+        assert formats.trouble.startswith("the schema registry is asked for ")
+        found = await reading
+        assert formats.trouble is None
+        await formats.close()
+        return found
+
+    found = asyncio.run(go())
+    assert Counter(each.reason for each in found[:-1]) == {"unknown_schema": 400}
+    assert found[-1] == EVENT
+
+
 def test_several_addresses_and_who_asks(registry):
     def asked_with(**settings: Any) -> dict[str, str]:
         async def go() -> None:

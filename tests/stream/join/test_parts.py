@@ -163,7 +163,7 @@ def test_a_registry_that_is_away_is_told_and_ends_nothing(tmp_path: Path) -> Non
 
     def scene(bench: Bench) -> None:
         bench.ends[TP(NAMES.impressions, 0)] = 5_000
-        bench.worker._formats.trouble = "the schema registry doesn't answer: status 503"
+        bench.worker._formats._away = "status 503"
         said = bench.live(2 * PATIENCE_S)
         assert said is not None
         assert said.startswith("impressions, partition 0: no progress for ")
@@ -174,7 +174,7 @@ def test_a_registry_that_is_away_is_told_and_ends_nothing(tmp_path: Path) -> Non
         assert said is not None
         assert said.startswith("taking over partition 0: no progress for ")
         assert said.endswith("(the schema registry doesn't answer: status 503)")
-        bench.worker._formats.trouble = None
+        bench.worker._formats._away = None
         with pytest.raises(Ended):
             bench.live(PATIENCE_S)
 
