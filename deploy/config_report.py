@@ -15,6 +15,7 @@ from deploy.java import find_java
 from deploy.settings import Settings, settings_file
 from stream.clients import aiokafka_options
 from stream.errors import StreamError
+from stream.formats import open_formats
 from stream.topic_contract import topic_contracts
 
 __all__ = ["Entry", "Finding", "entries", "findings"]
@@ -167,6 +168,26 @@ def _security(settings: Settings) -> Iterator[Finding]:
             )
 
 
+def _schema_registry(settings: Settings) -> Iterator[Finding]:
+    chosen = settings.schema_registry
+    try:
+        open_formats(chosen)
+    except StreamError as error:
+        key = "ssl_cafile" if str(error).startswith("schema_registry.ssl_cafile") else "url"
+        yield Finding("error", f"schema_registry.{key}", str(error))
+    file = TomlConfigSettingsSource(Settings, settings_file())()
+    for key in ("password", "token"):
+        if _has(file, ("schema_registry", key)):
+            yield Finding(
+                "hint",
+                f"schema_registry.{key}",
+                f"in {settings_file()}, where whoever reads the file reads it. HEADRACE_SCHEMA_REGISTRY__{key.upper()} keeps "
+                "it out.",
+            )
+    if (chosen.username or chosen.token) and any(each.strip().startswith("http:") for each in (chosen.url or "").split(",")):
+        yield Finding("hint", "schema_registry.url", "http:// sends the login in the clear. https:// encrypts it.")
+
+
 def _scorer(settings: Settings) -> Iterator[Finding]:
     scorer = settings.scorer
     if scorer.lease_ms < 2 * scorer.heartbeat_ms:
@@ -201,6 +222,7 @@ _CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
     _retention,
     _topics,
     _security,
+    _schema_registry,
     _scorer,
     _snapshots,
     _java,

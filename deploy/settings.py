@@ -13,6 +13,7 @@ prints them.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,15 @@ from deploy.errors import ConfigError
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.settings import SnapshotSettings
-from stream.settings import HttpSettings, JoinSettings, KafkaSettings, ScorerSettings, TopicSettings, TrainerSettings
+from stream.settings import (
+    HttpSettings,
+    JoinSettings,
+    KafkaSettings,
+    SchemaRegistrySettings,
+    ScorerSettings,
+    TopicSettings,
+    TrainerSettings,
+)
 
 __all__ = ["LocalKafkaSettings", "Settings", "load_settings", "settings_file"]
 
@@ -64,6 +73,7 @@ class Settings(BaseSettings):
 
     kafka: KafkaSettings = KafkaSettings()
     topics: TopicSettings = TopicSettings()
+    schema_registry: SchemaRegistrySettings = SchemaRegistrySettings()
     join: JoinSettings = JoinSettings()
     trainer: TrainerSettings = TrainerSettings()
     scorer: ScorerSettings = ScorerSettings()
@@ -118,7 +128,7 @@ def load_settings(**overrides: Any) -> Settings:
                     f"{', '.join(sorted(Settings.model_fields))}. Unset it, or see `headrace config show`."
                 )
     try:
-        return _absolute(Settings(**overrides))
+        return _handed_down(_absolute(Settings(**overrides)))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: expected TOML, found: {error}. Mend the file.") from error
     except ValidationError as error:
@@ -143,9 +153,15 @@ def _absolute(settings: Settings) -> Settings:
     return settings.model_copy(update={"snapshots": snapshots, "local_kafka": local, "state_dir": state_dir})
 
 
+def _handed_down(settings: Settings) -> Settings:
+    """With the section `schema_registry` given to the part that reads events by it."""
+    return settings.model_copy(update={"join": settings.join.with_registry(settings.schema_registry)})
+
+
 def _found(problem: Any) -> str:
     """What stood there; nothing for a whole section, of which the message itself says what is wrong."""
     if isinstance(problem["input"], dict):
         return ""
-    secret = any("password" in str(part) for part in problem["loc"])
+    secret = any(word in str(part) for part in problem["loc"] for word in ("password", "token"))
+    secret |= re.search(r"://[^/]*@", str(problem["input"])) is not None  # an address with a login in it
     return ", found a secret" if secret else f", found {problem['input']!r}"

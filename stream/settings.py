@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
 
-__all__ = ["HttpSettings", "JoinSettings", "KafkaSettings", "ScorerSettings", "TopicSettings", "TrainerSettings"]
+__all__ = [
+    "HttpSettings",
+    "JoinSettings",
+    "KafkaSettings",
+    "SchemaRegistrySettings",
+    "ScorerSettings",
+    "TopicSettings",
+    "TrainerSettings",
+]
 
 
 class _Frozen(BaseModel):
@@ -62,6 +71,47 @@ class TopicSettings(_Frozen):
     max_message_bytes: int = Field(
         default=1_048_588, ge=1_024, description="Of one input record; examples and dead-letters get 64 KiB more."
     )
+
+
+class SchemaRegistrySettings(_Frozen):
+    """Where schemas are, when producers of impressions and clicks use Schema Registry serializers.
+
+    ```toml
+    [schema_registry]
+    url = "https://registry.example:8081"    # Apicurio: …/apis/ccompat/v7
+    username = "headrace"                    # HEADRACE_SCHEMA_REGISTRY__PASSWORD in the environment
+    ```
+    """
+
+    url: str | None = Field(
+        default=None,
+        description="Of a registry with Confluent's interface; several, separated by commas, are tried in their order. Frames "
+        "in impressions and clicks are decoded where it is set, and are dead letters `framed` where it isn't.",
+    )
+    username: str | None = Field(default=None, description="For basic authentication, with `password`.")
+    password: SecretStr | None = None
+    token: SecretStr | None = Field(default=None, description="Sent as a bearer token, in the place of a user name.")
+    ssl_cafile: Path | None = Field(default=None, description="PEM file of the authorities to trust; the system's when unset.")
+    request_timeout_ms: int = Field(default=10_000, ge=100, description="Longest wait for one answer; it is asked again.")
+
+    @field_validator("url")
+    @classmethod
+    def _http(cls, url: str | None) -> str | None:
+        for each in (url or "http://unset").split(","):
+            parts = urlsplit(each.strip())
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("expected http:// or https:// and a host")
+            if "@" in parts.netloc:
+                raise ValueError("expected no user in the address, since addresses are logged. Set username and password")
+        return url
+
+    @model_validator(mode="after")
+    def _one_login(self) -> Self:
+        if self.token is not None and self.username is not None:
+            raise ValueError("expected username or token, found both. Remove one")
+        if self.password is not None and self.username is None:
+            raise ValueError("password is set: expected username too, found none")
+        return self
 
 
 class JoinSettings(_Frozen):
@@ -125,12 +175,20 @@ class JoinSettings(_Frozen):
         default=256, ge=16, description="What all partitions of a worker hold in memory before it is written to their folders."
     )
 
+    envelope: Literal["none", "connect", "debezium"] = Field(
+        default="none",
+        description="What stands around the events: `connect` takes the payload of Kafka Connect's JsonConverter, `debezium` "
+        "the row after the change, also inside Connect's payload. Events without an envelope are taken as well.",
+    )
     accept_partitions: int | None = Field(
         default=None,
         ge=1,
         description="Number of partitions to go on with after it was changed under records that are still pending, whose "
         "clicks may be in other partitions now.",
     )
+
+    # The section `schema_registry`, which the settings tree hands down (`with_registry`).
+    _schema_registry: SchemaRegistrySettings = PrivateAttr(default_factory=SchemaRegistrySettings)
 
     @model_validator(mode="before")
     @classmethod
@@ -141,6 +199,23 @@ class JoinSettings(_Frozen):
                 "back), in the place of `fnw` set it to 0 (negatives at once); most need only the default. Remove label_policy."
             )
         return values
+
+    @property
+    def schema_registry(self) -> SchemaRegistrySettings:
+        """Where the schemas of framed events are."""
+        return self._schema_registry
+
+    def with_registry(self, registry: SchemaRegistrySettings) -> JoinSettings:
+        """These settings, reading frames by that registry."""
+        with_it = self.model_copy()
+        with_it._schema_registry = registry
+        return with_it
+
+    @property
+    def form(self) -> str:
+        """What events may be in, as `stream.formats` names it."""
+        frames = "f" if self._schema_registry.url is not None else ""
+        return frames + {"none": "", "connect": "c", "debezium": "d"}[self.envelope]
 
     @property
     def held_ms(self) -> int:

@@ -42,6 +42,16 @@ _CURES = {
     "restart the workers; `headrace dead-letters list --reason too_large` says which events they are",
     "unreadable": "find the producer of these batches: its compression is broken, or they expand to more than 64 MiB; "
     "`headrace dead-letters list --reason unreadable` says where they are",
+    "framed": "set schema_registry.url (pip install 'headrace[schema-registry]'), restart the join, then "
+    "`headrace dead-letters replay --reason framed`; or use plain JSON serializers (docs/producers.md)",
+    "enveloped": "set join.envelope to what `headrace dead-letters list --reason enveloped` names, restart the join, then "
+    "`headrace dead-letters replay --reason enveloped` (docs/producers.md)",
+    "unknown_schema": "make these producers and the join use the same registry (schema_registry.url), then "
+    "`headrace dead-letters replay --reason unknown_schema`",
+    "unusable_schema": "`headrace dead-letters list --reason unusable_schema` says what is wrong with which schema "
+    "(docs/producers.md)",
+    "malformed_frame": "`headrace dead-letters list --reason malformed_frame` says which schema they don't fit: their producer "
+    "writes by another one",
     "id_mismatch": "make the producers use `impression_id` as the record's key, the same bytes (docs/producers.md)",
 }
 

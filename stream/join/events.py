@@ -1,12 +1,12 @@
 """Reading a run of impressions or clicks: the envelope only (id, event time, well-formed JSON).
 
-The fast path decodes a whole run in one call. Whatever it can't vouch for goes record by record through `_read_one`, which has
-the last word: both use the same decoder, so they agree by construction where the run is one object a line.
+The fast path decodes a whole run in one call. Whatever it can't vouch for is opened first where its values may be in another
+format (`stream.formats`), and goes record by record through `_read_one`, which has the last word: both use the same decoder, so
+they agree by construction where the run is one object a line. No value that is in another format passes the fast path as it is.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -14,6 +14,9 @@ from typing import Annotated, Any
 import msgspec
 
 from stream.dead_letters import DeadLetter
+from stream.formats import Formats, Refused
+from stream.formats.hints import about_enveloped, about_key, about_unread, about_wrapped_string
+from stream.join.wrong_fields import about_field
 from stream.time_units import MAX_AGE_MS, wrong_unit
 
 __all__ = ["MAX_TIMESTAMP_MS", "WATERMARK_HEADER", "Events", "read_run"]
@@ -28,17 +31,17 @@ class _Envelope(msgspec.Struct):
     timestamp: Annotated[int, msgspec.Meta(ge=0, le=MAX_TIMESTAMP_MS)]
 
 
-class _AnyTime(msgspec.Struct):
-    timestamp: int
-
-
 _decoder = msgspec.json.Decoder(_Envelope)
-_any_time = msgspec.json.Decoder(_AnyTime).decode
+# Of a value: JSON as it came or as it was opened, or why there is none.
+_Opened = bytes | Refused | None
 
 
 @dataclass(slots=True)
 class Events:
-    """The usable events of one run, column by column, and what was found beside them."""
+    """The usable events of one run, column by column, and what was found beside them.
+
+    `values` are the contract's JSON; `records` have the bytes as they came, which may be in another format.
+    """
 
     keys: list[bytes] = field(default_factory=list)
     times_ms: list[int] = field(default_factory=list)
@@ -60,21 +63,35 @@ class Events:
         return max(self.times_ms, default=-1) if self.front_ms is None else self.front_ms
 
 
-def read_run(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int) -> Events:
+def read_run(
+    records: Sequence[Any],
+    max_future_ms: int,
+    max_watermark_future_ms: int,
+    formats: Formats | None = None,
+    form: str = "",
+) -> Events:
     """Read the envelopes of one run (aiokafka ConsumerRecords of one partition, in order of offset).
 
     An event more than `max_future_ms` ahead of its own arrival (the record's Kafka timestamp) is a dead letter: judged against
     the record and not against the clock, so that a replay decides the same. So is a watermark record that is more than
     `max_watermark_future_ms` ahead: believed, it would make every later impression late. And so are both when they lie more
     than `MAX_AGE_MS` before their arrival: such a time is in seconds, or made up.
+
+    Args:
+        formats: opens values that are in another format than plain JSON; `prepare` must have had these records.
+        form: which formats are looked for; none where it is empty.
     """
-    fast = _read_fast(records, max_future_ms)
-    return fast if fast is not None else _read_slow(records, max_future_ms, max_watermark_future_ms)
+    values: list[_Opened] = [record.value for record in records]
+    fast = _read_fast(records, max_future_ms, values)
+    if fast is None and formats is not None and form:
+        values = formats.open(records, form)
+        fast = _read_fast(records, max_future_ms, values)
+    return fast if fast is not None else _read_slow(records, max_future_ms, max_watermark_future_ms, values)
 
 
-def _read_fast(records: Sequence[Any], max_future_ms: int) -> Events | None:
+def _read_fast(records: Sequence[Any], max_future_ms: int, opened: Sequence[_Opened] | None = None) -> Events | None:
     """Decode a run in one call; None where any record needs a closer look."""
-    values = [record.value for record in records]
+    values: Any = [record.value for record in records] if opened is None else opened
     keys = [record.key for record in records]
     try:
         lines = b"\n".join(values)
@@ -97,10 +114,16 @@ def _read_fast(records: Sequence[Any], max_future_ms: int) -> Events | None:
     return Events(keys, times, [record.offset for record in records], values, list(records), arrivals)
 
 
-def _read_slow(records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int) -> Events:
+def _read_slow(
+    records: Sequence[Any], max_future_ms: int, max_watermark_future_ms: int, opened: Sequence[_Opened] | None = None
+) -> Events:
     events = Events()
-    for record in records:
-        verdict = _read_one(record, max_future_ms) if record.value else _read_mark(record, max_watermark_future_ms)
+    values = [record.value for record in records] if opened is None else opened
+    for record, value in zip(records, values, strict=True):
+        if isinstance(value, Refused):
+            events.dead.append(DeadLetter.of(record, *value))
+            continue
+        verdict = _read_one(record, value, max_future_ms) if value else _read_mark(record, max_watermark_future_ms)
         if isinstance(verdict, DeadLetter):
             events.dead.append(verdict)
         elif isinstance(verdict, int):
@@ -109,7 +132,7 @@ def _read_slow(records: Sequence[Any], max_future_ms: int, max_watermark_future_
             events.keys.append(record.key)
             events.times_ms.append(verdict.timestamp)
             events.offsets.append(record.offset)
-            events.values.append(record.value)
+            events.values.append(value)  # type: ignore[arg-type]  # not None: it had an envelope
             events.arrivals_ms.append(record.timestamp)
             events.records.append(record)
     return events
@@ -135,9 +158,11 @@ def _read_mark(record: Any, max_future_ms: int) -> DeadLetter | int:
     return int(mark)
 
 
-def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter:
-    """The verdict on one record with a value: its envelope, or a dead letter."""
-    value = record.value
+def _read_one(record: Any, value: bytes, max_future_ms: int) -> _Envelope | DeadLetter:
+    """The verdict on one record by its value in JSON: its envelope, or a dead letter."""
+    hint = about_unread(value)
+    if hint is not None:
+        return DeadLetter.of(record, *hint)
     try:
         value.decode()
     except UnicodeDecodeError as error:
@@ -145,19 +170,14 @@ def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter:
     try:
         envelope = _decoder.decode(value)
     except msgspec.ValidationError as error:
-        text = str(error)
-        reason = "missing_field" if "missing required field" in text else "wrong_type"
-        if any(mark in text for mark in ("Expected `int` >=", "Expected `int` <=", "length >=", "out of range")):
-            reason = "out_of_range"
-        if reason == "out_of_range" and _path_in(text) == "$.timestamp":
-            text = _out_of_range(value, text, record.timestamp)
-        return DeadLetter.of(record, reason, _path_in(text), text)
+        return DeadLetter.of(record, *_not_the_contract(value, str(error), record.timestamp))
     except RecursionError:
         return DeadLetter.of(record, "malformed_json", "$", "expected JSON nested less than some 600 levels deep")
     except msgspec.DecodeError as error:
         return DeadLetter.of(record, "malformed_json", "$", str(error))
     if envelope.impression_id.encode() != record.key:
-        message = f"expected the record's key {record.key!r}, found {envelope.impression_id!r}"
+        found = about_key(record.key, envelope.impression_id)
+        message = f"expected the id {envelope.impression_id!r} as the record's key, found {found}"
         return DeadLetter.of(record, "id_mismatch", "$.impression_id", message)
     if record.timestamp - envelope.timestamp > MAX_AGE_MS:
         return DeadLetter.of(record, "out_of_range", "$.timestamp", _too_old(envelope.timestamp, record.timestamp))
@@ -169,18 +189,20 @@ def _read_one(record: Any, max_future_ms: int) -> _Envelope | DeadLetter:
     return envelope
 
 
+def _not_the_contract(value: bytes, text: str, arrival_ms: int) -> Refused:
+    """What is wrong with JSON that msgspec, in this text, says is no event."""
+    path = _path_in(text)
+    if "missing required field" in text:
+        return about_enveloped(value) or Refused("missing_field", path, text)
+    if path == "$":
+        return Refused("wrong_type", path, text + about_wrapped_string(value))
+    beyond = any(mark in text for mark in ("Expected `int` >=", "Expected `int` <=", "length >=", "out of range"))
+    return Refused("out_of_range" if beyond else "wrong_type", path, about_field(value, path, arrival_ms) or text)
+
+
 def _too_old(time: int, arrival_ms: int) -> str:
     expected = f"expected milliseconds since 1970, at most 40 years before the record's arrival at {arrival_ms}"
     return f"{expected}, found {time}{wrong_unit(time, arrival_ms)}"
-
-
-def _out_of_range(value: bytes, text: str, arrival_ms: int) -> str:
-    """msgspec's message, and which unit the time is in where that can be guessed."""
-    with contextlib.suppress(msgspec.DecodeError):
-        found = _any_time(value).timestamp
-        said, _, path = text.partition(" - at ")
-        return f"{said}, found {found}{wrong_unit(found, arrival_ms)} - at {path}"
-    return text
 
 
 def _path_in(text: str) -> str:

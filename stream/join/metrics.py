@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -50,6 +51,17 @@ class JoinMetrics:
         self.foreign_examples = Counter(
             "headrace_join_foreign_examples",
             "Records in `examples` that the join has not written, passed over by rebuilds.",
+            registry=registry,
+        )
+        self.frames = Counter(
+            "headrace_join_frames_decoded",
+            "Values of Schema Registry serializers that were decoded, by the type of their schema; rebuilds read some again.",
+            ["type"],
+            registry=registry,
+        )
+        self.registry_failures = Counter(
+            "headrace_join_schema_registry_failures",
+            "Questions to the schema registry that it did not answer, or not as it should; each is asked again.",
             registry=registry,
         )
         self.dead_letters = Counter("headrace_join_dead_letters", "Records refused.", ["reason"], registry=registry)
@@ -170,6 +182,11 @@ class JoinMetrics:
     def observe_ahead(self, impressions: bool, number: int, events: int) -> None:
         """Count events ahead of their arrival."""
         self.events_ahead.labels("impressions" if impressions else "clicks", str(number)).inc(events)
+
+    def observe_frames(self, decoded: Collection[tuple[str, int]]) -> None:
+        """Count decoded frames, by the type of their schema."""
+        for kind, count in decoded:
+            self.frames.labels(kind).inc(count)
 
     def observe_rebuild(self, progress: RebuildProgress) -> None:
         """How far taking over a partition is."""

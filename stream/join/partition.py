@@ -19,6 +19,7 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from state.join_state import LAYOUT, Chunk, JoinMeta, JoinState
 from stream.batches import send_batches
 from stream.clients import quietly_stopped
+from stream.formats import Formats
 from stream.join.events import read_run
 from stream.join.examples import packed_plan, record_count, set_aside_too_large
 from stream.join.logic import Plan, Step, watermark
@@ -72,6 +73,7 @@ class PartitionJoin:
         log_end: the end of a source's partition by the last fetch, by topic name.
         fatal: called when a transaction fails; must not return. Nothing decided may be used after that.
         limits: what the topics of labels and dead letters take.
+        formats: opens events that aren't plain JSON; those of the worker, else none are opened.
     """
 
     def __init__(
@@ -89,7 +91,9 @@ class PartitionJoin:
         fatal: Callable[[str, BaseException], Any],
         metrics: JoinMetrics,
         limits: OutputLimits = OutputLimits(),  # noqa: B008 (frozen)
+        formats: Formats | None = None,
     ) -> None:
+        self._formats, self._form = formats or Formats(), settings.form
         self.number = number
         self._settings, self._names, self._group, self._identity = settings, names, group, identity
         self._partitions = partitions
@@ -136,7 +140,7 @@ class PartitionJoin:
         """Step until cancelled. Cancelling while a transaction is being committed lets that end first."""
         while True:
             # No name for the runs here: they would be held, and their bytes counted, until the next ones come.
-            step = asyncio.ensure_future(self._step(await self._gather()))
+            step = asyncio.ensure_future(self._step(await self._prepared(await self._gather())))
             try:
                 await asyncio.shield(step)
             except asyncio.CancelledError:
@@ -157,6 +161,13 @@ class PartitionJoin:
                         limit.reschedule(asyncio.get_running_loop().time() + self._settings.step_ms / 1000)
         return runs
 
+    async def _prepared(self, runs: list[Run]) -> list[Run]:
+        """The runs, when all is there that reading them takes. It waits, and may be cancelled, while a registry is away."""
+        if self._form:
+            for run in runs:
+                await self._formats.prepare(run.records, self._form)
+        return runs
+
     async def _step(self, runs: list[Run]) -> None:
         began = time.perf_counter()
         memory = self._memory
@@ -165,7 +176,13 @@ class PartitionJoin:
         step = Step(self._settings, self._state, memory)
         after = Positions(self.positions.impressions, self.positions.clicks, self.positions.examples)
         for run in runs:
-            events = read_run(run.records, self._settings.max_future_ms, self._settings.max_watermark_future_ms)
+            events = read_run(
+                run.records,
+                self._settings.max_future_ms,
+                self._settings.max_watermark_future_ms,
+                self._formats,
+                self._form,
+            )
             self._clocks[run.topic].read(events)
             if events.ahead:
                 self._metrics.observe_ahead(run.topic == self._names.impressions, self.number, events.ahead)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -20,6 +20,7 @@ from aiokafka.structs import TopicPartition
 from state.join_state import LAYOUT, Chunk, Entry, JoinMeta, JoinState, Place, StateBatch
 from stream.dead_letters import REPLAY_HEADER
 from stream.errors import Abandoned, NoAnswer, PositionError
+from stream.formats import Formats
 from stream.join.events import Events, read_run
 from stream.join.examples import left_out_of, matched_of
 from stream.join.logic import packed_click
@@ -28,6 +29,7 @@ from stream.join.partition import Positions
 from stream.join.progress import Progress, new_life
 from stream.join.recovery import RebuildProgress
 from stream.join.terms import NEVER_MS, History, Terms
+from stream.letter_log import Origin
 from stream.settings import JoinSettings
 from stream.topics import TopicNames
 
@@ -39,6 +41,10 @@ log = logging.getLogger(__name__)
 STALL_S = 90.0
 
 _END = (1 << 63, 0)  # behind every impression
+
+
+async def _none_known(origins: set[Origin]) -> set[Origin]:
+    return set()
 
 
 @dataclass(slots=True)
@@ -59,6 +65,10 @@ class Rebuild:
 
     The first thing written takes the positions away, the last one puts the new ones there: what an unfinished rebuild leaves
     stands for no position of the log, and is thrown away when it is opened again.
+
+    Args:
+        formats: opens events that aren't plain JSON, as they were opened then.
+        letters_of: which of some records became dead letters because the schema registry did not have their schema.
     """
 
     def __init__(
@@ -72,7 +82,11 @@ class Rebuild:
         committed: Committed,
         still_ours: Callable[[], bool],
         progress: RebuildProgress | None = None,
+        formats: Formats | None = None,
+        letters_of: Callable[[set[Origin]], Awaitable[set[Origin]]] = _none_known,
     ) -> None:
+        self._formats, self._letters_of = formats or Formats(), letters_of
+        self._without_schema: set[Origin] = set()  # records whose schema the registry does not have
         self._told = progress or RebuildProgress(number)
         self._settings, self._names, self._number, self._identity = settings, names, number, identity
         self._consumer, self._state, self._committed, self._still_ours = consumer, state, committed, still_ours
@@ -135,10 +149,13 @@ class Rebuild:
                 self._foreign,
             )
         async for records in self._read(names.impressions, self._from.impressions, committed.impressions):
+            await self._prepare(records, self._history.of)
             self._impressions(records)
         self._hold()
         async for records in self._read(names.clicks, self._from.clicks, committed.clicks):
+            await self._prepare(records, self._history.of_click)
             self._clicks(records)
+        await self._check_schemas()
         return (
             self._memory(self._settle(examples_end)),
             Positions(committed.impressions, committed.clicks, examples_end),
@@ -253,11 +270,37 @@ class Rebuild:
         self._resolved[offset] = True
         return key, time_ms, offset
 
+    async def _prepare(self, records: list[Any], of: Callable[[int], Terms]) -> None:
+        """Fetch the schemas of a run. It waits while the registry is away."""
+        for form, group in groupby(records, key=lambda record: of(record.offset).form):
+            await self._formats.prepare(list(group), form)
+
+    async def _check_schemas(self) -> None:
+        """Records whose schema isn't there must have been dead letters then: otherwise the schema was deleted since.
+
+        They can't be taken for dead letters: what is pending among them would lose its label without a trace.
+        """
+        if not self._without_schema:
+            return
+        lost = sorted(self._without_schema - await self._letters_of(self._without_schema))
+        if lost:
+            raise PositionError(
+                f"partition {self._number}: rebuilding reads {len(lost)} records again whose schema the registry does not have "
+                f"any more, such as {lost[0]} (TOPIC/PARTITION/OFFSET): register it again under its id. The state folder of "
+                "the worker that had this partition last, put in `state_dir`, still allows to go on without it."
+            )
+
     def _by_terms(self, records: list[Any], of: Callable[[int], Terms]) -> Iterator[tuple[Terms, Events]]:
         """The events of a run, apart by the settings that they were read under then."""
         settings = self._settings
         for terms, group in groupby(records, key=lambda record: of(record.offset)):
-            yield terms, read_run(list(group), terms.max_future_ms, settings.max_watermark_future_ms)
+            events = read_run(list(group), terms.max_future_ms, settings.max_watermark_future_ms, self._formats, terms.form)
+            self._without_schema.update(
+                Origin(letter.topic, letter.partition, letter.offset)
+                for letter in events.dead
+                if letter.reason == "unknown_schema"
+            )
+            yield terms, events
 
     def _impressions(self, records: list[Any]) -> None:
         """Remember what was accepted then: labelled since, or pending at the committed watermark. The rest came late."""

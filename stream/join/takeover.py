@@ -25,11 +25,13 @@ from state.join_state import JoinMeta, JoinState, StateOptions
 from stream.batches import BATCH_BYTES
 from stream.clients import aiokafka_options, quietly_stopped, started
 from stream.errors import PositionError
+from stream.formats import Formats
 from stream.join.partition import TakenOver
 from stream.join.progress import Progress, decode_progress
 from stream.join.rebuild import Committed, Rebuild
 from stream.join.recovery import RebuildProgress
 from stream.join.terms import NEVER_MS
+from stream.letter_log import LetterLog, Origin, Wanted
 from stream.log_spans import high_watermarks
 from stream.offsets import committed_offsets
 from stream.settings import JoinSettings, KafkaSettings
@@ -54,6 +56,7 @@ class Takeover:
     Args:
         identity: of cluster and topics; local state of another one is thrown away.
         group: the consumer group whose offsets hold the progress.
+        formats: opens events that aren't plain JSON.
     """
 
     def __init__(
@@ -66,7 +69,9 @@ class Takeover:
         identity: str,
         state_dir: Path,
         options: StateOptions,
+        formats: Formats | None = None,
     ) -> None:
+        self._formats = formats or Formats()
         self._kafka, self._settings, self._names, self._group = kafka, settings, names, group
         self._identity, self._state_dir, self._options = identity, state_dir, options
 
@@ -107,7 +112,17 @@ class Takeover:
                 told.at("its state folder to open")
                 state = self._open(number, committed)
                 rebuild = Rebuild(
-                    self._settings, self._names, number, self._identity, consumer, state, committed, still_ours, told
+                    self._settings,
+                    self._names,
+                    number,
+                    self._identity,
+                    consumer,
+                    state,
+                    committed,
+                    still_ours,
+                    told,
+                    self._formats,
+                    self._letters_of,
                 )
                 try:
                     memory, positions, pending = await rebuild.run()
@@ -138,6 +153,12 @@ class Takeover:
             pending,
         )
         return TakenOver(producer, state, memory, positions, pending)
+
+    async def _letters_of(self, origins: set[Origin]) -> set[Origin]:
+        """Which of these records became dead letters because the schema registry did not have their schema."""
+        async with LetterLog(self._kafka, self._names) as letters:
+            wanted = Wanted(reasons=("unknown_schema",), sources={origin.topic for origin in origins})
+            return {letter.origin async for letter in letters.letters(wanted)} & origins
 
     async def _committed(self, consumer: Any, number: int) -> Committed:
         """The committed offsets and their metadata; the start of the log before the first transaction."""

@@ -1,8 +1,9 @@
 """The settings that records were decided under, by offset: they travel with the committed progress.
 
 A record is decided under the settings of the worker that reads it first, and it keeps them: an impression its window, hold,
-dedupe horizon and skew, a record of either source the bound on times ahead of its arrival. So a worker that starts with other
-settings changes nothing for what is pending, and a rebuild decides each record as it was decided then.
+dedupe horizon and skew, a record of either source the bound on times ahead of its arrival and the formats that its value may be
+in. So a worker that starts with other settings changes nothing for what is pending, and a rebuild decides each record as it was
+decided then.
 
 ```python
 history = History().with_settings(settings, impressions=0, clicks=0, watermark_ms=NEVER_MS)
@@ -36,6 +37,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
     `legacy`: of version 0.1.0, which kept no terms; a pending impression itself says then whether its first label is out.
     `orphan_floor_ms`: of the clicks read before these terms began, none before this time was still waiting then. A longer skew
     doesn't wake it. Clicks read since go by their own terms, so the floor isn't carried on to the next ones.
+    `form`: what events could be in, beside plain JSON (`stream.formats`).
     """
 
     impressions_from: int
@@ -48,6 +50,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
     late_floor_ms: int = NEVER_MS
     legacy: bool = False
     orphan_floor_ms: int = NEVER_MS
+    form: str = ""
 
     @classmethod
     def of(
@@ -71,6 +74,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
             late_floor_ms,
             legacy,
             orphan_floor_ms,
+            "" if legacy else settings.form,
         )
 
     def counts(self, click_ms: int, impression_ms: int) -> bool:
@@ -78,7 +82,8 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
         return -self.skew_ms <= click_ms - impression_ms <= self.window_ms
 
     def same_settings(self, other: Terms) -> bool:
-        return msgspec.structs.astuple(self)[2:7] == msgspec.structs.astuple(other)[2:7] and self.legacy == other.legacy
+        mine, theirs = msgspec.structs.astuple(self), msgspec.structs.astuple(other)
+        return mine[2:7] == theirs[2:7] and (self.legacy, self.form) == (other.legacy, other.form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +165,9 @@ class History:
         kept = [each for each in self.terms if each.impressions_from < impressions or each.clicks_from < clicks]
         if len(kept) >= MAX_CHANGES:
             raise PositionError(
-                f"join: expected at most {MAX_CHANGES} changes of window_ms, hold_ms, dedupe_horizon_ms, negative_skew_ms and "
-                f"max_future_ms while impressions of before are still remembered, found {len(kept)}. Put the previous settings "
+                f"join: expected at most {MAX_CHANGES} changes of window_ms, hold_ms, dedupe_horizon_ms, negative_skew_ms, "
+                f"max_future_ms, envelope and of whether schema_registry.url is set, "
+                f"while impressions of before are still remembered, found {len(kept)}. Put the previous settings "
                 "back until they are forgotten (window + 2 dedupe horizons of event time), then change them again."
             )
         return History((*kept, terms))

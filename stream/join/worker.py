@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from state.join_state import StateOptions
 from stream.cluster import Cluster, ClusterWatch, describe_cluster
 from stream.errors import Abandoned, Replaced, TopicError
+from stream.formats import open_formats
 from stream.join.checks import check_topics
 from stream.join.file_limit import check_file_limit, open_files_each, raise_file_limit
 from stream.join.metrics import JoinMetrics
@@ -70,6 +72,7 @@ class JoinWorker:
         each = open_files_each(self._file_limit, cluster.partitions[names.impressions])
         self._options = StateOptions(settings.cache_mb, each, settings.write_buffers_mb)
         self._metrics = JoinMetrics(registry)
+        self._formats = open_formats(settings.schema_registry, self._metrics.registry_failures.inc)
         self.partitions: dict[int, PartitionJoin] = {}
         self._loops: dict[int, asyncio.Task[None]] = {}
         self._takeover_done = False
@@ -229,6 +232,7 @@ class JoinWorker:
             identity=identity,
             state_dir=self._state_dir,
             options=self._options,
+            formats=self._formats,
         )
         progress = self._rebuilds[number] = RebuildProgress(number, self._metrics.observe_rebuild)
         taken = await takeover.take(number, still_ours, progress)
@@ -242,10 +246,11 @@ class JoinWorker:
             partitions=cluster.partitions[names.impressions],
             taken=taken,
             log_end=lambda topic: self._log_end(TP(topic, number)),
-            after_step=self._balance_sources,
+            after_step=self._after_step,
             fatal=self._failed,
             metrics=self._metrics,
             limits=self._limits,
+            formats=self._formats,
         )
         self._metrics.takeover_seconds.observe(time.monotonic() - began)
         return partition
@@ -253,6 +258,12 @@ class JoinWorker:
     def _log_end(self, tp: TP) -> LogEnd | None:
         end: LogEnd | None = self.app.consumer.log_end(tp)
         return end
+
+    def _after_step(self, partition: PartitionJoin) -> None:
+        self._balance_sources(partition)
+        if decoded := self._formats.decoded:
+            self._metrics.observe_frames(decoded.items())
+            decoded.clear()
 
     def _balance_sources(self, partition: PartitionJoin) -> None:
         """Pause a source that runs far ahead of the other in event time, so that what is pending stays bounded."""
@@ -296,13 +307,14 @@ class JoinWorker:
             if not self._rebuilds:
                 yield Part("the group's assignment", self.app.consumer_generation_id, "partitions to be assigned")
             for number, rebuild in list(self._rebuilds.items()):
-                yield Part(f"taking over partition {number}", rebuild.progress, rebuild.stage)
+                yield Part(f"taking over partition {number}", rebuild.progress, rebuild.stage, self._formats.trouble)
             return
         for number, partition in self.partitions.items():
             committed = partition.positions
             for topic, position in ((self._names.impressions, committed.impressions), (self._names.clicks, committed.clicks)):
                 if (tp := TP(topic, number)) not in self._paused:
-                    yield source_part(self.app, self._watch, tp, position)
+                    part = source_part(self.app, self._watch, tp, position)
+                    yield part if part.outside else replace(part, outside=self._formats.trouble)
 
     async def drain(self) -> None:
         """Let the transactions under way end, and close everything.
@@ -318,6 +330,7 @@ class JoinWorker:
             await asyncio.wait(takeovers)
         await asyncio.gather(*(partition.close() for partition in self.partitions.values()))
         self.partitions.clear()
+        await self._formats.close()
 
 
 async def run_join(
@@ -334,7 +347,9 @@ async def run_join(
         TopicError: topics are missing, not co-partitioned, stamped by producers' clocks, or have another number of partitions
             than what is pending.
         NoAnswer: Kafka can't be reached.
+        StreamError: `schema_registry.url` is set, and what it needs isn't installed.
     """
+    open_formats(settings.schema_registry)  # asked first: what it lacks is said before anything is waited for
     cluster = await describe_cluster(kafka, (names.impressions, names.clicks, names.examples, names.dead_letters))
     await check_topics(kafka, names, cluster)
     partitions = cluster.partitions[names.impressions]

@@ -89,6 +89,14 @@ def test_a_key_that_was_replaced_says_by_what(monkeypatch: pytest.MonkeyPatch) -
             {"kafka": {"security_protocol": "SASL_PLAINTEXT", "sasl_username": "me", "sasl_password": "x"}},
             *("hint", "kafka.security_protocol", "in the clear"),
         ),
+        (
+            {"schema_registry": {"url": "https://a", "ssl_cafile": "/nowhere.pem"}},
+            *("error", "schema_registry.ssl_cafile", "expected a PEM file of authorities"),
+        ),
+        (
+            {"schema_registry": {"url": "https://a, http://b", "username": "me"}},
+            *("hint", "schema_registry.url", "in the clear"),
+        ),
         ({"scorer": {"lease_ms": 1_500}}, "error", "scorer.lease_ms", "at least twice scorer.heartbeat_ms (1000)"),
         (
             {"snapshots": {"served_calibration_band": (1.1, 1.2)}},
@@ -106,12 +114,37 @@ def test_findings(change: dict[str, Any], level: str, key: str, says: str) -> No
     assert not others, "one change, one finding"
 
 
-def test_a_secret_in_the_file_is_mentioned() -> None:
-    Path("headrace.toml").write_text('[kafka]\nsasl_password = "s3cret"\n')
+@pytest.mark.parametrize(("section", "key"), [("kafka", "sasl_password"), ("schema_registry", "token")])
+def test_a_secret_in_the_file_is_mentioned(section: str, key: str) -> None:
+    Path("headrace.toml").write_text(f'[{section}]\n{key} = "s3cret"\n')
     result = invoke("check")
-    assert "hint: kafka.sasl_password: in headrace.toml" in result.stdout
-    assert "HEADRACE_KAFKA__SASL_PASSWORD keeps it out" in result.stdout
+    assert f"hint: {section}.{key}: in headrace.toml" in result.stdout
+    assert f"HEADRACE_{section.upper()}__{key.upper()} keeps it out" in result.stdout
     assert "s3cret" not in result.output
+    assert shown()[f"{section}.{key}"]["value"] == "*" * 10
+
+
+def test_a_schema_registry_without_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream.formats.reader._there", lambda module: module != "fastavro")
+    [found] = [each for each in findings(Settings(schema_registry={"url": "https://a"})) if each.level == "error"]
+    assert found.key == "schema_registry.url"
+    assert "pip install 'headrace[schema-registry]'" in found.message
+
+
+def test_the_join_is_handed_the_schema_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_SCHEMA_REGISTRY__URL", "https://registry:8081")
+    monkeypatch.setenv("HEADRACE_JOIN__ENVELOPE", "debezium")
+    join = load_settings().join
+    assert (join.schema_registry.url, join.form) == ("https://registry:8081", "fd")
+    monkeypatch.setenv("HEADRACE_SCHEMA_REGISTRY__URL", "registry:8081")
+    with pytest.raises(
+        ConfigError, match=r"schema_registry.url: expected http:// or https:// and a host, found 'registry:8081'"
+    ):
+        load_settings()
+    monkeypatch.setenv("HEADRACE_SCHEMA_REGISTRY__URL", "https://me:s3cret@registry")
+    with pytest.raises(ConfigError, match="expected no user in the address") as told:
+        load_settings()
+    assert "s3cret" not in str(told.value)
 
 
 def test_check_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,9 @@ def test_orphans_and_other_dead_letters() -> None:
     )
     found = only(healthy(letters=letters(5, "impressions", "wrong_type")))
     assert found.what == "shop-impressions: wrong_type" and "headrace dead-letters list --reason wrong_type" in found.cure
+    for reason, named in (("framed", "set schema_registry.url"), ("enveloped", "set join.envelope")):
+        found = only(healthy(letters=letters(5, "impressions", reason)))
+        assert named in found.cure and f"headrace dead-letters replay --reason {reason}" in found.cure
     # Clicks that the watermark has not passed may still find their impression, and don't dilute the rate.
     half = {number: Committed(200, 200, progress(watermark_ms=NOW - 30_000)) for number in (0, 1)}
     found = only(healthy(letters=letters(20, "clicks", "orphan_click"), committed=half))

@@ -14,10 +14,11 @@ from faust.types import TP
 from prometheus_client import CollectorRegistry
 
 from stream.cluster import Cluster, ClusterWatch
+from stream.errors import StreamError
 from stream.join.partition import Positions
 from stream.join.recovery import RebuildProgress
-from stream.join.worker import JoinWorker
-from stream.settings import JoinSettings, KafkaSettings, TopicSettings
+from stream.join.worker import JoinWorker, run_join
+from stream.settings import HttpSettings, JoinSettings, KafkaSettings, SchemaRegistrySettings, TopicSettings
 from stream.topics import TopicNames
 from stream.transport import LogEnd
 from stream.watchdog import PATIENCE_S, TOLD_S, Watchdog
@@ -155,3 +156,36 @@ def test_an_assignment_that_never_comes(tmp_path: Path) -> None:
             bench.live(2 * PATIENCE_S)
 
     check(tmp_path, scene)
+
+
+def test_a_registry_that_is_away_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    """Records wait for it, and starting again would not help; a takeover that reads them again waits as well."""
+
+    def scene(bench: Bench) -> None:
+        bench.ends[TP(NAMES.impressions, 0)] = 5_000
+        bench.worker._formats._away = "status 503"
+        said = bench.live(2 * PATIENCE_S)
+        assert said is not None
+        assert said.startswith("impressions, partition 0: no progress for ")
+        assert said.endswith("(the schema registry doesn't answer: status 503)")
+        bench.worker._takeover_done = False
+        bench.worker._rebuilds[0] = RebuildProgress(0)
+        said = bench.live(2 * PATIENCE_S)
+        assert said is not None
+        assert said.startswith("taking over partition 0: no progress for ")
+        assert said.endswith("(the schema registry doesn't answer: status 503)")
+        bench.worker._formats._away = None
+        with pytest.raises(Ended):
+            bench.live(PATIENCE_S)
+
+    check(tmp_path, scene)
+
+
+def test_a_worker_without_the_packages_of_the_registry_does_not_start(monkeypatch, tmp_path: Path) -> None:
+    """Said before Kafka is asked for anything."""
+    monkeypatch.setattr("stream.formats.reader._there", lambda module: module != "fastavro")
+    chosen = JoinSettings().with_registry(SchemaRegistrySettings(url="http://registry:8081"))
+    nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1")
+    starting = run_join(kafka=nowhere, settings=chosen, names=NAMES, http=HttpSettings(), state_dir=tmp_path)
+    with pytest.raises(StreamError, match=r"found no fastavro. Install them: pip install 'headrace\[schema-registry\]'"):
+        asyncio.run(starting)

@@ -1,0 +1,23 @@
+"""Why a value has no JSON."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Refused", "RefusedError"]
+
+
+class Refused(NamedTuple):
+    """What the value's dead letter will say: a reason code of `stream.dead_letters`, a path in the value, and a text."""
+
+    reason: str
+    path: str
+    message: str
+
+
+class RefusedError(Exception):
+    """Carries a `Refused` out of a decoder."""
+
+    def __init__(self, reason: str, path: str, message: str) -> None:
+        super().__init__(message)
+        self.refused = Refused(reason, path, message)
