@@ -2,6 +2,10 @@
 # The first Python on PATH that is new enough; `make PYTHON=… setup` takes another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
+# What uv, pip and the jar cache keep goes below the user's home, and into the checkout where there is none to write to.
+ifneq ($(shell test -d "$(HOME)" && test -w "$(HOME)" && echo yes),yes)
+export HOME := $(CURDIR)/.home
+endif
 # Where deploy/install_uv.sh puts it when there is none on PATH.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(HOME)/.local/bin/uv)
 BIN := .venv/bin

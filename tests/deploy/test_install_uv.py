@@ -102,6 +102,12 @@ def test_the_makefile_uses_what_the_script_installed(machine: dict[str, str], tm
     assert f"{uv} pip sync --quiet --require-hashes" in result.stdout
 
 
+def test_without_a_home_to_write_to_the_checkout_takes_its_place(machine: dict[str, str], tmp_path: Path) -> None:
+    result = make(machine, tmp_path, "-n", "setup", HOME=str(tmp_path / "no such folder"))
+    assert result.returncode == 0, result.stderr
+    assert f"{tmp_path}/checkout/.home/.local/bin/uv pip sync" in result.stdout
+
+
 def test_the_makefile_prefers_a_uv_that_works(machine: dict[str, str], tmp_path: Path) -> None:
     uv = Path(machine["PATH"], "uv")
     uv.write_text("#!/bin/sh\nexit 127\n")
