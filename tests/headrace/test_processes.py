@@ -19,7 +19,15 @@ pytestmark = pytest.mark.kafka
 def run(code: str, settings: Settings, within_s: float = 60) -> subprocess.CompletedProcess[str]:
     """A program of its own, with the address and the topic prefix as arguments."""
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), settings.kafka.bootstrap_servers, settings.topics.prefix],
+        [
+            sys.executable,
+            "-W",
+            "ignore::DeprecationWarning",
+            "-c",
+            textwrap.dedent(code),
+            settings.kafka.bootstrap_servers,
+            settings.topics.prefix,
+        ],
         capture_output=True,
         text=True,
         timeout=within_s,
