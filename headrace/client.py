@@ -18,7 +18,7 @@ from typing import Any
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
-from headrace.connections import OPEN_MS, connect, connection_options, one_line
+from headrace.connections import OPEN_MS, close_producer, connect, connection_options, one_line
 from headrace.errors import DeliveryError, HeadraceError, InvalidEvent, InvalidOption, NoAnswer
 from headrace.events import (
     WATERMARK_HEADER,
@@ -300,8 +300,10 @@ class Client:
         self._lifetime.closed = True  # before the flush: what is sent from now on would not be waited for
         try:
             self._flush(timeout_ms)
-        finally:
-            self._disconnect()
+        except BaseException:
+            self._disconnect(0)  # the brokers had their time
+            raise
+        self._disconnect(_DISCONNECT_S)
 
     def __enter__(self) -> Client:
         return self
@@ -312,7 +314,7 @@ class Client:
         elif not self._lifetime.closed and not self._lifetime.forked:
             # What went wrong in the block must not be hidden by a delivery error, nor wait a minute for it.
             self._lifetime.closed = True
-            self._disconnect()
+            self._disconnect(_DISCONNECT_S)
 
     def __reduce__(self) -> Any:
         raise self._lifetime.refuse_to_travel()
@@ -341,16 +343,12 @@ class Client:
                 "the brokers, and flush again: an open client goes on trying."
             )
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, timeout_s: float) -> None:
         if self._router is not None:
             self._router.close(_DISCONNECT_S)
         for producer in (self._events, self._urgent):
             if producer is not None:
-                try:
-                    producer.close(timeout=_DISCONNECT_S)
-                except KafkaTimeoutError:  # flush is part of its close; the second call only forces
-                    with contextlib.suppress(KafkaTimeoutError):
-                        producer.close(timeout=0)
+                close_producer(producer, timeout_s)
 
     def _producer(self, linger_ms: float) -> Any:
         made = connect(

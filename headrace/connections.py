@@ -15,7 +15,7 @@ from kafka.net.compat import KafkaNetClient
 
 from headrace.errors import DeliveryError, InvalidOption
 
-__all__ = ["OPEN_MS", "connect", "connection_options", "one_line"]
+__all__ = ["OPEN_MS", "close_producer", "connect", "connection_options", "one_line"]
 
 OPEN_MS = 15_000  # longest wait for a first broker, and for a topic's partitions: with Kafka up, both take milliseconds
 
@@ -24,6 +24,7 @@ _OF_SENDING = {"acks", "batch_size", "enable_idempotence", "linger_ms", "max_blo
 _OF_READING = {"auto_commit_interval_ms", "auto_offset_reset", "consumer_timeout_ms", "enable_auto_commit", "group_id"}
 _OF_BYTES = {"key_deserializer", "key_serializer", "value_deserializer", "value_serializer"}
 _OURS = _OF_SENDING | _OF_READING | _OF_BYTES | {"allow_auto_create_topics", "group_instance_id", "kafka_client"}
+_FORCED_S = 1.0  # for a thread that is told to end at once
 _PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\],@]+):([0-9]{1,5})")
 
@@ -93,6 +94,19 @@ def connect(kind: Any, options: Mapping[str, Any], **more: Any) -> Any:
         ) from error
     _opened.add(made)
     return made
+
+
+def close_producer(producer: Any, timeout_s: float) -> None:
+    """Close a KafkaProducer, with or without what it still holds.
+
+    kafka-python's own `close` ends at the first record that isn't acknowledged in time, and leaves the thread that sends.
+    """
+    try:
+        producer.close(timeout=timeout_s)
+    except KafkaError:
+        producer._sender.force_close()
+        producer._sender.join(_FORCED_S)
+        producer._closed = True
 
 
 def one_line(error: Any) -> str:
