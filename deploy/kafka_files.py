@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import msgspec
 
-__all__ = ["Node", "logging_properties", "server_properties"]
+__all__ = ["DATA", "LOGGING", "SERVER", "Node", "logging_properties", "server_properties"]
+
+# Names in the folder of a node.
+DATA, LOGGING, SERVER = "data", "log4j2.properties", "server.properties"
 
 # The internal topics hold little here; with Kafka's defaults (50 partitions each) they cost seconds at the first group.
 INTERNAL_PARTITIONS = 8
@@ -23,8 +25,12 @@ class Node(msgspec.Struct, frozen=True):
     controller_port: int
 
 
-def server_properties(node: Node, nodes: Sequence[Node], data: Path) -> str:
-    """The properties of one node among `nodes`, with its data under `data`."""
+def server_properties(node: Node, nodes: Sequence[Node]) -> str:
+    """The properties of one node among `nodes`, which runs in its own folder.
+
+    Its data lies in `data` there. No path stands in the files: `log.dirs` is a list with commas, and a file of properties has
+    its own rules for backslashes and for whatever isn't Latin-1.
+    """
     replicas = min(3, len(nodes))
     in_sync = min(2, replicas)
     voters = ",".join(f"{other.id}@127.0.0.1:{other.controller_port}" for other in nodes)
@@ -36,7 +42,7 @@ def server_properties(node: Node, nodes: Sequence[Node], data: Path) -> str:
         "inter.broker.listener.name": "PLAINTEXT",
         "listeners": f"PLAINTEXT://127.0.0.1:{node.port},CONTROLLER://127.0.0.1:{node.controller_port}",
         "advertised.listeners": f"PLAINTEXT://127.0.0.1:{node.port}",
-        "log.dirs": data,
+        "log.dirs": DATA,
         # A mistyped name must be an error, not a new topic.
         "auto.create.topics.enable": "false",
         "default.replication.factor": replicas,
@@ -64,8 +70,9 @@ def server_properties(node: Node, nodes: Sequence[Node], data: Path) -> str:
     return "".join(f"{key}={value}\n" for key, value in properties.items())
 
 
-def logging_properties(log: Path) -> str:
-    """log4j2's properties: one file, rolled at 16 MiB, four kept."""
+def logging_properties(node: Node) -> str:
+    """log4j2's properties of a node that runs in its own folder: one file, rolled at 16 MiB, four kept."""
+    log = f"../logs/node-{node.id}.log"
     return f"""\
 status = error
 appender.file.type = RollingFile

@@ -5,13 +5,14 @@ python -m deploy.kafka_jars 4.2.2     # write the lock again, for that version o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import msgspec
 from deploy.errors import LocalKafkaError
 from deploy.settings import LocalKafkaSettings
 
-__all__ = ["LOCK", "Jar", "cache_root", "jars", "kafka_version", "read_lock", "write_lock"]
+__all__ = ["LOCK", "Jar", "cache_root", "in_utf8", "jars", "kafka_version", "read_lock", "write_lock"]
 
 LOCK = Path(__file__).parent / "kafka-jars.lock"
 KAFKA = "org.apache.kafka:kafka_2.13"
@@ -77,11 +78,26 @@ def kafka_version(path: Path = LOCK) -> str:
 
 
 def cache_root(settings: LocalKafkaSettings) -> Path:
-    """Where jars are kept, one folder a version of Kafka."""
-    if settings.cache_dir is not None:
-        return settings.cache_dir.expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "headrace" / "kafka"
+    """Where jars are kept, one folder a version of Kafka.
+
+    Raises:
+        LocalKafkaError: there is no home folder, or Java couldn't name the folder's files.
+    """
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "headrace" / "kafka" if settings.cache_dir is None else settings.cache_dir.expanduser()
+    except RuntimeError as error:
+        raise LocalKafkaError(
+            f"cache of Kafka's jars: expected a home folder, found none ({error}). Set "
+            "HEADRACE_LOCAL_KAFKA__CACHE_DIR to a folder."
+        ) from error
+    folder = folder.absolute()
+    if ":" in str(folder) or not in_utf8(folder):
+        raise LocalKafkaError(
+            f"cache of Kafka's jars: expected a path in UTF-8 without a colon, which separates Java's paths, found "
+            f"{str(folder)!r}. Set HEADRACE_LOCAL_KAFKA__CACHE_DIR to another folder."
+        )
+    return folder
 
 
 def jars(settings: LocalKafkaSettings, *, lock: Path = LOCK, on_progress: OnProgress = lambda done, total: None) -> list[Path]:
@@ -96,9 +112,8 @@ def jars(settings: LocalKafkaSettings, *, lock: Path = LOCK, on_progress: OnProg
     folder = cache_root(settings) / pinned[0].version
     missing = [jar for jar in pinned if not (folder / jar.filename).is_file()]
     if missing:
-        folder.mkdir(parents=True, exist_ok=True)
         on_progress(len(pinned) - len(missing), len(pinned))
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as aside:
+        with _aside(folder) as aside:
             fetch = _fetch_by_maven if settings.resolver == "mvn" else _fetch_by_jgo
             fetch(missing, Path(aside), lambda done: on_progress(len(pinned) - len(missing) + done, len(pinned)))
             for jar in missing:
@@ -109,6 +124,30 @@ def jars(settings: LocalKafkaSettings, *, lock: Path = LOCK, on_progress: OnProg
         file = folder / jar.filename
         _check(jar, file, f"the cached file was changed. Remove it (`rm {file}`) and start again.")
     return [folder / jar.filename for jar in pinned]
+
+
+@contextlib.contextmanager
+def _aside(folder: Path) -> Iterator[str]:
+    """A folder for downloads on the same disk; removed at the end. Raises LocalKafkaError where none can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-")
+    except OSError as error:
+        raise LocalKafkaError(
+            f"cache of Kafka's jars: expected a folder that can be written, found {error.strerror} at {folder}. Set "
+            "HEADRACE_LOCAL_KAFKA__CACHE_DIR to another folder."
+        ) from error
+    with made:
+        yield made.name
+
+
+def in_utf8(path: Path) -> bool:
+    """Whether Java, which reads names of files as UTF-8, sees the same path."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def write_lock(version: str, path: Path = LOCK) -> list[Jar]:

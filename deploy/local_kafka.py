@@ -6,7 +6,8 @@ with LocalKafka(settings.local_kafka) as kafka:
 ```
 
 Everything lives under `settings.dir`: `state.json` (cluster, ports, processes), `node-N/` (data), `logs/`. Any process that
-knows the folder can ask, stop or start again; ports are chosen once and kept.
+knows the folder can ask, stop or start again; ports are chosen once and kept. A broker runs in its own folder and has only
+relative paths, so that the folder may have any name.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import os
 import random
 import shutil
 import socket
@@ -30,8 +32,8 @@ import msgspec
 
 from deploy.errors import LocalKafkaError
 from deploy.java import find_java, java_version
-from deploy.kafka_files import Node, logging_properties, server_properties
-from deploy.kafka_jars import jars, kafka_version
+from deploy.kafka_files import DATA, LOGGING, SERVER, Node, logging_properties, server_properties
+from deploy.kafka_jars import in_utf8, jars, kafka_version
 from deploy.processes import Process, mark, stop_all
 from deploy.settings import LocalKafkaSettings
 
@@ -43,6 +45,8 @@ STOP_TIMEOUT_MS = 15_000  # a broker closes its logs in under a second here; a l
 POLL_S = 0.05
 LAST_LINES = 15
 LINE_WIDTH = 400  # some of Kafka's lines hold its whole configuration
+# A path has at most 4,095 bytes on Linux: below the folder come `/node-1/data/`, a topic's name (249), and its files' names.
+LONGEST_DIR = 3_700
 
 # pid → every broker that this process started and that has not ended: whichever object stops one, it must be waited for here.
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -98,7 +102,7 @@ class LocalKafka:
             )
         self.settings = settings
         self.brokers = brokers
-        self.dir = settings.dir.expanduser().absolute()
+        self.dir = _folder(settings.dir)
         self._on_progress = on_progress
         self._leash: subprocess.Popen[bytes] | None = None
 
@@ -138,10 +142,10 @@ class LocalKafka:
             The bootstrap servers.
 
         Raises:
-            LocalKafkaError: no Java, no jars, other brokers than asked for in the folder, or a broker that died or did not
-                answer in time (with the last lines of its log).
+            LocalKafkaError: no Java, no jars, a folder that can't be written, other brokers than asked for in it, or a broker
+                that died or did not answer in time (with the last lines of its log).
         """
-        with self._locked():
+        with self._own_errors(), self._locked():
             self._reap()
             state = self._read()
             if state is not None and len(state.nodes) != self.brokers:
@@ -178,19 +182,21 @@ class LocalKafka:
         Returns:
             The pids that had to be killed, since they did not stop when asked.
         """
-        if not self.dir.exists():
-            return []
-        with self._locked():
-            state = self._read()
-            running = [] if state is None else list(state.alive().values())
-            killed = stop_all(running, timeout_ms=STOP_TIMEOUT_MS)
-            self._reap(ended=running)
-            return killed
+        with self._own_errors():
+            if not self.dir.exists():
+                return []
+            with self._locked():
+                state = self._read()
+                running = [] if state is None else list(state.alive().values())
+                killed = stop_all(running, timeout_ms=STOP_TIMEOUT_MS)
+                self._reap(ended=running)
+                return killed
 
     def status(self) -> KafkaStatus:
         """What is there now; never writes."""
         self._reap()
-        state = self._read()
+        with self._own_errors():
+            state = self._read()
         if state is None:
             return KafkaStatus("absent", "", str(self.dir), kafka_version(), 0, {})
         alive = state.alive()
@@ -201,17 +207,27 @@ class LocalKafka:
     def reset(self) -> None:
         """Stop, and remove the data, the logs and the ports: the next start makes a new cluster. Other files stay."""
         self.stop()
-        if not self.dir.exists():
-            return
-        with self._locked():
-            for node in self.dir.glob("node-*"):
-                shutil.rmtree(node)
-            shutil.rmtree(self.dir / "logs", ignore_errors=True)
-            self._state_file.unlink(missing_ok=True)
+        with self._own_errors():
+            if not self.dir.exists():
+                return
+            with self._locked():
+                state = self._read()
+                for node in [] if state is None else state.nodes:
+                    if self._node(node).exists():
+                        shutil.rmtree(self._node(node))
+                    for log in self._logs.glob(f"node-{node.id}.*"):
+                        log.unlink()
+                with contextlib.suppress(OSError):  # none, or somebody keeps other logs there
+                    self._logs.rmdir()
+                self._state_file.unlink(missing_ok=True)
 
     def log(self, node: int) -> Path:
         """The log file of a broker."""
-        return self.dir / "logs" / f"node-{node}.log"
+        return self._logs / f"node-{node}.log"
+
+    @property
+    def _logs(self) -> Path:
+        return self.dir / "logs"
 
     @property
     def _state_file(self) -> Path:
@@ -224,6 +240,18 @@ class LocalKafka:
         with (self.dir / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        """What the system refuses, as an error of ours."""
+        try:
+            yield
+        except OSError as error:
+            what = f"{error.strerror} at {error.filename}" if error.filename else str(error)
+            raise LocalKafkaError(
+                f"{self.dir}: expected a folder where a local Kafka can keep its data, found: {what}. Choose another with "
+                "`--dir` or HEADRACE_LOCAL_KAFKA__DIR, or change its owner or its mode."
+            ) from error
 
     def _read(self) -> _State | None:
         try:
@@ -259,46 +287,52 @@ class LocalKafka:
                 for node in state.nodes
             ]
             state.version = kafka_version()
-        (self.dir / "logs").mkdir(exist_ok=True)
-        for node in state.nodes:
-            (self.dir / f"node-{node.id}").mkdir(exist_ok=True)
-            self._properties(node).write_text(server_properties(node, state.nodes, self._data(node)))
-            self._logging(node).write_text(logging_properties(self.log(node.id)))
         self._write(state)
+        self._logs.mkdir(exist_ok=True)
+        for node in state.nodes:
+            self._node(node).mkdir(exist_ok=True)
+            (self._node(node) / SERVER).write_text(server_properties(node, state.nodes))
+            (self._node(node) / LOGGING).write_text(logging_properties(node))
         return state
 
-    def _data(self, node: Node) -> Path:
-        return self.dir / f"node-{node.id}" / "data"
-
-    def _properties(self, node: Node) -> Path:
-        return self.dir / f"node-{node.id}" / "server.properties"
-
-    def _logging(self, node: Node) -> Path:
-        return self.dir / f"node-{node.id}" / "log4j2.properties"
+    def _node(self, node: Node) -> Path:
+        return self.dir / f"node-{node.id}"
 
     def _format(self, state: _State, node: Node, java: Path, classpath: list[Path]) -> None:
-        if (self._data(node) / "meta.properties").exists():
+        data = self._node(node) / DATA
+        if (data / "meta.properties").exists():
             return
-        command = [*self._java(node, java, classpath, heap_mb=128), "kafka.tools.StorageTool", "format"]
+        command = [*self._java(java, classpath, heap_mb=128), "kafka.tools.StorageTool", "format"]
         answer = subprocess.run(
-            [*command, "--cluster-id", state.cluster_id, "--config", str(self._properties(node))],
+            [*command, "--cluster-id", state.cluster_id, "--config", SERVER],
+            cwd=self._node(node),
+            env=_environment(),
             capture_output=True,
             text=True,
+            errors="replace",
             check=False,
         )
         if answer.returncode != 0:
             raise LocalKafkaError(
-                f"{self._data(node)}: expected to prepare it for broker {node.id}, found:\n"
+                f"{data}: expected to prepare it for broker {node.id}, found:\n"
                 f"{_tail(answer.stdout + answer.stderr)}\n"
                 "Mend what it names, or begin anew with `headrace kafka reset`."
             )
+        if not (data / "meta.properties").exists():
+            raise LocalKafkaError(
+                f"{data}: expected what Kafka had just written there, found nothing: this Java ({java}) reads the path "
+                "otherwise. Choose a folder with an ASCII name by `--dir`."
+            )
 
     def _spawn(self, state: _State, node: Node, java: Path, classpath: list[Path]) -> None:
-        command = [*self._java(node, java, classpath, heap_mb=self.settings.heap_mb), "kafka.Kafka"]
-        with (self.dir / "logs" / f"node-{node.id}.out").open("w") as out:
+        # The folder is there for people who look for a broker among the processes.
+        command = [*self._java(java, classpath, heap_mb=self.settings.heap_mb), f"-Dheadrace.dir={self.dir}", "kafka.Kafka"]
+        with (self._logs / f"node-{node.id}.out").open("w") as out:
             # In a session of its own: Ctrl-C on the terminal reaches the brokers' users first, and they can still finish.
             child = subprocess.Popen(
-                [*command, str(self._properties(node))],
+                [*command, SERVER],
+                cwd=self._node(node),
+                env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -310,11 +344,11 @@ class LocalKafka:
             state.processes[node.id] = process
         self._write(state)
 
-    def _java(self, node: Node, java: Path, classpath: list[Path], *, heap_mb: int) -> list[str]:
+    def _java(self, java: Path, classpath: list[Path], *, heap_mb: int) -> list[str]:
         # Measured on two cores, everything else running: with the serial collector a scorer's p99 was 35 ms, with G1, whose
         # threads want the cores all the time, 50 ms. It takes 40 MB more. C2 stays: without, a broker starts 0.4 s sooner.
         options = [f"-Xmx{heap_mb}m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError", "-Djava.awt.headless=true"]
-        options.append(f"-Dlog4j2.configurationFile={self._logging(node).as_uri()}")
+        options.append(f"-Dlog4j2.configurationFile={LOGGING}")
         if (java_version(java) or 0) >= 24:
             options.append("--enable-native-access=ALL-UNNAMED")  # zstd, lz4 and snappy; without, a warning each
         return [str(java), *options, "-cp", ":".join(str(jar) for jar in classpath)]
@@ -350,7 +384,7 @@ class LocalKafka:
 
     def _last_lines(self, node: Node) -> str:
         text = ""
-        for file in (self.log(node.id), self.dir / "logs" / f"node-{node.id}.out"):
+        for file in (self.log(node.id), self._logs / f"node-{node.id}.out"):
             with contextlib.suppress(FileNotFoundError):
                 text += file.read_text(errors="replace")
         return _tail(text)
@@ -378,6 +412,30 @@ class LocalKafka:
                 self._leash.stdin.close()
                 self._leash.wait()
                 self._leash = None
+
+
+def _folder(given: Path) -> Path:
+    """The folder as an absolute path. Raises LocalKafkaError for one that Java or Kafka couldn't use."""
+    try:
+        folder = given.expanduser().absolute()
+    except RuntimeError as error:
+        raise LocalKafkaError(f"{given}: expected a folder, found: {error} Write the path without `~`.") from error
+    if not in_utf8(folder):
+        raise LocalKafkaError(
+            f"{str(folder)!r}: expected a folder with a name in UTF-8, which Java can read, found other bytes. Choose another "
+            "with `--dir` or HEADRACE_LOCAL_KAFKA__DIR."
+        )
+    if len(os.fsencode(folder)) > LONGEST_DIR:
+        raise LocalKafkaError(
+            f"{str(folder)[:60]}…: expected a path of at most {LONGEST_DIR} bytes, found {len(os.fsencode(folder))}. Choose "
+            "another with `--dir` or HEADRACE_LOCAL_KAFKA__DIR."
+        )
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    """Java decodes the paths of its working folder and its jars by the locale; in the plain C locale, é becomes `?`."""
+    return {**os.environ, "LC_ALL": "C.UTF-8"}
 
 
 def _cluster_id() -> str:

@@ -15,7 +15,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from headrace.errors import DeliveryError, HeadraceError, InvalidEvent, NoAnswer
+from headrace.errors import (
+    DeliveryError,
+    HeadraceError,
+    InvalidAnswer,
+    InvalidEvent,
+    InvalidOption,
+    NoAnswer,
+    UnusableClient,
+)
 
 if TYPE_CHECKING:
     from headrace.client import Client
@@ -27,10 +35,13 @@ __all__ = [
     "Client",
     "DeliveryError",
     "HeadraceError",
+    "InvalidAnswer",
     "InvalidEvent",
+    "InvalidOption",
     "NoAnswer",
     "Score",
     "ScoreStream",
+    "UnusableClient",
 ]
 
 _LAZY = {"Answer": "scores", "AnswerError": "scores", "Client": "client", "Score": "scores", "ScoreStream": "scores"}

@@ -1,26 +1,73 @@
-"""Opening kafka-python's clients, and mending two things of theirs."""
+"""Opening kafka-python's clients: options checked, errors of our own, and nothing left that could hang a forked process."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import os
+import re
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kafka.errors import KafkaError
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.errors import BrokerResponseError, KafkaConfigurationError, KafkaError
 from kafka.net.compat import KafkaNetClient
 
-from headrace.errors import DeliveryError
+from headrace.errors import DeliveryError, InvalidOption
 
-__all__ = ["connect"]
+__all__ = ["OPEN_MS", "close_producer", "connect", "connection_options", "one_line"]
+
+OPEN_MS = 15_000  # longest wait for a first broker, and for a topic's partitions: with Kafka up, both take milliseconds
+
+# What the client is built on: acknowledged, in order, placed by murmur2, read from where it wants, bytes as they are.
+_OF_SENDING = {"acks", "batch_size", "enable_idempotence", "linger_ms", "max_block_ms", "partitioner", "transactional_id"}
+_OF_READING = {"auto_commit_interval_ms", "auto_offset_reset", "consumer_timeout_ms", "enable_auto_commit", "group_id"}
+_OF_BYTES = {"key_deserializer", "key_serializer", "value_deserializer", "value_serializer"}
+_OURS = _OF_SENDING | _OF_READING | _OF_BYTES | {"allow_auto_create_topics", "group_instance_id", "kafka_client"}
+_FORCED_S = 1.0  # for a thread that is told to end at once
+_PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\],@]+):([0-9]{1,5})")
+
+# Everything that was opened and may still be: a child process must not touch any of it, not even when it ends.
+_opened: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def connection_options(bootstrap_servers: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of every connection, from what the user gave.
+
+    Raises:
+        InvalidOption: an address or a name is wrong, or the client sets that option itself.
+    """
+    known = (KafkaProducer.DEFAULT_CONFIG.keys() | KafkaConsumer.DEFAULT_CONFIG.keys()) - _OURS
+    for name in options:
+        if name in _OURS:
+            raise InvalidOption(f"{name}: expected no such option, found it. The client sets it itself: leave it out.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            advice = f"Did you mean {near[0]}?" if near else "Leave it out; kafka-python documents the options that there are."
+            raise InvalidOption(f"{name}: expected an option of kafka-python's connections, found none of that name. {advice}")
+    # kafka-python tries a wrong protocol or file again and again, and then says only that no broker answers.
+    protocol = options.get("security_protocol", "PLAINTEXT")
+    if protocol not in _PROTOCOLS:
+        raise InvalidOption(
+            f"security_protocol: expected one of {', '.join(_PROTOCOLS)}, found {protocol!r}. Pass one of them."
+        )
+    for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_crlfile"):
+        file = options.get(name)
+        if file is not None and not os.access(file, os.R_OK):
+            raise InvalidOption(f"{name}: expected a file that can be read, found none at {str(file)!r}. Correct the path.")
+    return {"bootstrap_servers": _servers(bootstrap_servers), "bootstrap_timeout_ms": OPEN_MS, **options}
 
 
 def connect(kind: Any, options: Mapping[str, Any], **more: Any) -> Any:
-    """A KafkaProducer or KafkaConsumer with the user's options and ours.
+    """A KafkaProducer or KafkaConsumer with the user's options, as far as it knows them, and ours.
 
     kafka-python 3.0 leaves its sockets open when it can't connect, and doesn't hand `allow_auto_create_topics` down to its
     metadata requests: a mistyped prefix would make topics.
 
     Raises:
         DeliveryError: no broker answers.
+        InvalidOption: kafka-python refuses the value of an option.
     """
     opened: list[KafkaNetClient] = []
 
@@ -30,12 +77,78 @@ def connect(kind: Any, options: Mapping[str, Any], **more: Any) -> Any:
         opened.append(made)
         return made
 
+    own = {name: value for name, value in options.items() if name in kind.DEFAULT_CONFIG}
     try:
-        return kind(**options, **more, allow_auto_create_topics=False, kafka_client=client)
-    except KafkaError as error:
-        for made in opened:
-            made.close()
-        raise DeliveryError(
-            f"bootstrap_servers {','.join(options['bootstrap_servers'])}: expected a Kafka broker, found none that answers "
-            f"({error!r}). Start one (`headrace kafka start`), or mend the address or the security options."
+        made = kind(**own, **more, allow_auto_create_topics=False, kafka_client=client)
+    except Exception as error:
+        for left in opened:
+            left.close()
+        if isinstance(error, KafkaError) and not isinstance(error, KafkaConfigurationError):
+            raise DeliveryError(
+                f"bootstrap_servers {','.join(options['bootstrap_servers'])}: expected a Kafka broker, found none that answers "
+                f"({one_line(error)}). Start one (`headrace kafka start`), or correct the address or the security options."
+            ) from error
+        raise InvalidOption(
+            f"options of the connection: expected values that kafka-python takes, found that it refuses one: "
+            f"{one_line(error)}. Correct that option."
         ) from error
+    _opened.add(made)
+    return made
+
+
+def close_producer(producer: Any, timeout_s: float) -> None:
+    """Close a KafkaProducer, with or without what it still holds.
+
+    kafka-python's own `close` ends at the first record that isn't acknowledged in time, and leaves the thread that sends.
+    """
+    try:
+        producer.close(timeout=timeout_s)
+    except KafkaError:
+        producer._sender.force_close()
+        producer._sender.join(_FORCED_S)
+        producer._closed = True
+
+
+def one_line(error: Any) -> str:
+    """An exception in one line: its class where its text doesn't say it, and its text."""
+    text = " ".join(str(error).split())
+    if isinstance(error, BrokerResponseError) and error.args in ((), (None,)):  # a code of the broker: the rest is a lecture
+        text = str(error.description).split(". ")[0].rstrip(".")
+    name = type(error).__name__
+    return text if name in text else f"{name}: {text}" if text else name
+
+
+def _servers(given: Any) -> list[str]:
+    """The addresses, each `host:port`."""
+    if isinstance(given, str):
+        servers: list[Any] = [part.strip() for part in given.split(",")]
+    elif isinstance(given, Iterable) and not isinstance(given, bytes | bytearray | Mapping):
+        servers = list(given)
+    else:
+        servers = []
+    for server in servers:
+        match = _ADDRESS.fullmatch(server) if isinstance(server, str) else None
+        if match is None or not 0 < int(match[2]) < 65_536:
+            raise InvalidOption(_bad_servers(server))
+    if not servers:
+        raise InvalidOption(_bad_servers(given))
+    return servers
+
+
+def _bad_servers(found: Any) -> str:
+    return (
+        f"bootstrap_servers: expected host:port, several in a list or separated by commas, found {found!r}. Pass the address "
+        "of a broker, such as 127.0.0.1:9092."
+    )
+
+
+def _forget_in_child() -> None:
+    # A child has copies without threads, and perhaps with locks that a thread held: closing one, as kafka-python does when
+    # the interpreter ends or the object is collected, would wait for ever. Marked as closed, they do nothing.
+    for made in _opened:
+        made._closed = True
+    _opened.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -2,13 +2,16 @@
 
 HeadraceError
 ├── InvalidEvent     an event that the pipeline would refuse; `path` says where
+├── InvalidOption    an argument of the client, or an option of its connections, is wrong
+├── InvalidAnswer    a record of `scores` is not an answer
+├── UnusableClient   the client was closed, or was made before this process was forked
 ├── DeliveryError    Kafka could not be reached, or did not acknowledge a record
 └── NoAnswer         no answer to a score request came in time
 """
 
 from __future__ import annotations
 
-__all__ = ["DeliveryError", "HeadraceError", "InvalidEvent", "NoAnswer"]
+__all__ = ["DeliveryError", "HeadraceError", "InvalidAnswer", "InvalidEvent", "InvalidOption", "NoAnswer", "UnusableClient"]
 
 
 class HeadraceError(Exception):
@@ -21,6 +24,18 @@ class InvalidEvent(HeadraceError):
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(message)
         self.path = path
+
+
+class InvalidOption(HeadraceError):
+    """An argument of the client, or an option of its connections, is wrong."""
+
+
+class InvalidAnswer(HeadraceError):
+    """A record of `scores` is not what the contract says of an answer."""
+
+
+class UnusableClient(HeadraceError):
+    """The client, or the stream of answers, was closed or belongs to another process."""
 
 
 class DeliveryError(HeadraceError):

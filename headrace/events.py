@@ -9,6 +9,10 @@
 Ids are non-empty strings. Times are integers in milliseconds since 1970-01-01 UTC, at most 40 years old (a time in seconds
 looks older). A feature is a string, a finite number, a list of strings or None. What breaks that raises InvalidEvent here,
 instead of ending in `dead-letters` later.
+
+A numpy scalar is taken as the Python number or string of exactly its value (np.float32(0.1) as 0.10000000149011612), and a
+member of an enum of strings or integers as its value. Everything else is refused: booleans, arrays, sets, dates, decimals,
+bytes; the message says what to pass.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ __all__ = [
     "encode_impression",
     "encode_request",
     "now_ms",
+    "plain",
 ]
 
 FeatureValue = str | int | float | Sequence[str] | None
@@ -46,6 +51,21 @@ _LATEST_MS = 253_402_300_799_999  # the end of the year 9999: beyond lie microse
 _MAX_AGE_MS = 40 * 365 * 86_400_000  # the join's own: before lie seconds (read as milliseconds, they are in January 1970)
 _INTEGERS = range(-(1 << 63), 1 << 64)  # what the pipeline reads without losing digits
 _MAX_VERSION = (1 << 63) - 1
+
+_PLAIN = frozenset({str, int, float, bool, type(None), list, tuple, dict})
+_FEATURE = "a string, a number, a list of strings or None"
+_ADVICE = {
+    "ndarray": "For an array of strings, pass array.tolist()",
+    "Series": "For a series of strings, pass series.tolist()",
+    "set": "For a set of strings, pass sorted(value)",
+    "frozenset": "For a set of strings, pass sorted(value)",
+    "Decimal": "Pass float(value), or str(value) for a category",
+    "datetime": "Pass when.timestamp() for a number, or when.isoformat() for a category",
+    "date": "Pass when.isoformat() for a category",
+    "UUID": "Pass str(value)",
+    "bytes": "Pass value.decode()",
+    "generator": "For strings, pass list(value)",
+}
 
 _encode = msgspec.json.Encoder().encode
 
@@ -63,36 +83,39 @@ def encode_impression(
     model_version: int | None = None,
 ) -> tuple[bytes, bytes]:
     """Key and value of an impression. Raises InvalidEvent."""
-    event = {
-        "impression_id": _id(impression_id, "$.impression_id"),
+    name = _id(impression_id, "$.impression_id")
+    event: dict[str, Any] = {
+        "impression_id": name,
         "timestamp": check_time(timestamp_ms, "$.timestamp"),
         "features": _features(features, "$.features"),
     }
     if score is not None:
-        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 1:
+        served = plain(score)
+        if isinstance(served, bool) or not isinstance(served, int | float) or not 0 <= served <= 1:
             _refuse("$.score", "a probability between 0 and 1", score, "Leave it out when nothing was served")
-        event["score"] = score
+        event["score"] = served
     if model_version is not None:
-        if not _is_integer(model_version) or not 0 <= model_version <= _MAX_VERSION:
+        version = plain(model_version)
+        if not _is_integer(version) or not 0 <= version <= _MAX_VERSION:
             _refuse("$.model_version", "a version number, 0 or more", model_version, "Take it from the answer as it is")
-        event["model_version"] = model_version
-    return impression_id.encode(), _encode(event)
+        event["model_version"] = version
+    return name.encode(), _encode(event)
 
 
 def encode_click(impression_id: str, timestamp_ms: int) -> tuple[bytes, bytes]:
     """Key and value of a click. Raises InvalidEvent."""
-    event = {
-        "impression_id": _id(impression_id, "$.impression_id"),
-        "timestamp": check_time(timestamp_ms, "$.timestamp"),
-    }
-    return impression_id.encode(), _encode(event)
+    name = _id(impression_id, "$.impression_id")
+    event = {"impression_id": name, "timestamp": check_time(timestamp_ms, "$.timestamp")}
+    return name.encode(), _encode(event)
 
 
 def encode_request(
     request_id: str, context: Features, candidates: Iterable[Candidate], deadline_ms: int | None = None
 ) -> tuple[bytes, bytes]:
     """Key and value of a score request. Raises InvalidEvent; one bad candidate refuses the whole request."""
-    listed = []
+    listed: list[dict[str, Any]] = []
+    if not isinstance(candidates, Iterable):
+        _refuse("$.candidates", "pairs (id, features)", candidates, "Pass candidates as [(id, {name: value}), …]")
     for index, candidate in enumerate(candidates):
         path = f"$.candidates[{index}]"
         if not isinstance(candidate, tuple) or len(candidate) != 2:
@@ -101,25 +124,46 @@ def encode_request(
         listed.append({"id": _id(name, f"{path}.id"), "features": _features(own, f"{path}.features")})
     if not listed:
         _refuse("$.candidates", "at least one candidate", [], "Send no request when there is nothing to choose from")
+    own_id = _id(request_id, "$.request_id")
     event: dict[str, Any] = {
-        "request_id": _id(request_id, "$.request_id"),
+        "request_id": own_id,
         "context": _features(context, "$.context"),
         "candidates": listed,
     }
     if deadline_ms is not None:
         event["deadline_ms"] = check_time(deadline_ms, "$.deadline_ms")
-    return request_id.encode(), _encode(event)
+    return own_id.encode(), _encode(event)
 
 
 def check_time(value: Any, path: str) -> int:
     """The time itself when it can be one. Raises InvalidEvent."""
-    if not _is_integer(value) or not 0 <= value <= _LATEST_MS:
+    when = plain(value)
+    if not _is_integer(when) or not 0 <= when <= _LATEST_MS:
         expected = "milliseconds since 1970-01-01 UTC as an integer, before the year 10000"
-        _refuse(path, expected, value, _unit_advice(value) or "For a datetime, pass int(when.timestamp() * 1000)")
-    if value < now_ms() - _MAX_AGE_MS:
+        _refuse(path, expected, value, _unit_advice(when) or "For a datetime, pass int(when.timestamp() * 1000)")
+    if when < now_ms() - _MAX_AGE_MS:
         expected = "milliseconds since 1970-01-01 UTC, at most 40 years ago"
-        _refuse(path, expected, value, _unit_advice(value) or "Events older than that are never joined")
-    return int(value)
+        _refuse(path, expected, value, _unit_advice(when) or "Events older than that are never joined")
+    return int(when)
+
+
+def plain(value: Any) -> Any:
+    """A string, integer or float of exactly Python's own type, where the value is a numpy scalar or of a subclass.
+
+    Everything else comes back as it is, numpy's `longdouble`, dates and arrays too: they would lose something.
+    """
+    if type(value) in _PLAIN:
+        return value
+    # numpy is no dependency of the client, and asking the value needs no import: "U" is text, "b" a boolean. A duration ("m")
+    # is one of numpy's integers, and would lose its unit.
+    if getattr(value, "ndim", None) == 0 and getattr(getattr(value, "dtype", None), "kind", "") in tuple("iufUb"):
+        item = value.item()
+        return item if type(item) in _PLAIN else value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    return float.__float__(value) if isinstance(value, float) else value
 
 
 def _unit_advice(value: Any) -> str:
@@ -136,42 +180,57 @@ def _unit_advice(value: Any) -> str:
 
 
 def _id(value: Any, path: str) -> str:
-    if not isinstance(value, str) or not value:
-        _refuse(path, "a non-empty string", value, "For a number, pass str(number)")
-    return _text(value, path)
+    name = plain(value)
+    if not isinstance(name, str) or not name:
+        advice = "For bytes, pass value.decode()" if isinstance(value, bytes) else "For a number, pass str(number)"
+        _refuse(path, "a non-empty string", value, advice)
+    return _text(name, path)
 
 
 def _features(features: Any, path: str) -> dict[str, FeatureValue]:
     if not isinstance(features, Mapping):
         _refuse(path, "a mapping of names to values", features, "Pass {} when there are none")
-    return {_name(name, path): _feature(value, f"{path}.{name}") for name, value in features.items()}
+    taken = {_name(name, path): _feature(value, path, name) for name, value in features.items()}
+    if len(taken) != len(features):
+        _refuse(path, "names that differ", list(features), "Two of them are the same text: rename one")
+    return taken
 
 
 def _name(name: Any, path: str) -> str:
-    if not isinstance(name, str) or not name:
+    text = plain(name)
+    if not isinstance(text, str) or not text:
         _refuse(path, "names that are non-empty strings", name, "Rename that feature")
-    return _text(name, path)
+    return _text(text, path)
 
 
-def _feature(value: Any, path: str) -> FeatureValue:
+def _feature(given: Any, parent: str, name: str) -> FeatureValue:
+    value = plain(given)
+    if value is None:
+        return None
+    path = f"{parent}.{name}"
     if isinstance(value, str):
         return _text(value, path)
-    if value is None or (_is_integer(value) and value in _INTEGERS):
+    if isinstance(value, bool):
+        _refuse(path, _FEATURE, given, "For a yes or no, pass 1 and 0, or two strings")
+    if isinstance(value, int):
+        if value not in _INTEGERS:
+            _refuse(path, "an integer of at most 64 bits", given, "Pass longer ids as strings")
         return value
-    if _is_integer(value):
-        _refuse(path, "an integer of at most 64 bits", value, "Pass longer ids as strings")
     if isinstance(value, float):
         if not math.isfinite(value):
-            _refuse(path, "a finite number", value, "Pass None for a missing value")
+            _refuse(path, "a finite number", given, "Pass None for a missing value")
         return value
     if not isinstance(value, list | tuple):
-        expected = "a string, a number, a list of strings or None"
-        _refuse(path, expected, value, "Features are flat: convert it before sending")
-    for index, item in enumerate(value):
-        if not isinstance(item, str):
-            _refuse(f"{path}[{index}]", "a string", item, "Lists hold strings only")
-        _text(item, f"{path}[{index}]")
-    return value
+        _refuse(path, _FEATURE, given, _ADVICE.get(type(value).__name__, "Features are flat: convert it before sending"))
+    return [_item(item, path, index) for index, item in enumerate(value)]
+
+
+def _item(given: Any, parent: str, index: int) -> str:
+    path = f"{parent}[{index}]"
+    value = plain(given)
+    if not isinstance(value, str):
+        _refuse(path, "a string", given, "Lists hold strings only")
+    return _text(value, path)
 
 
 def _is_integer(value: Any) -> bool:
@@ -187,7 +246,7 @@ def _text(value: str, path: str) -> str:
 
 
 def _refuse(path: str, expected: str, found: Any, advice: str) -> NoReturn:
-    shown = repr(found)
+    shown = " ".join(repr(found).split())
     if len(shown) > 80:  # one line on a terminal, and no customer's data in full in a log
         shown = f"{shown[:77]}..."
     raise InvalidEvent(f"{path}: expected {expected}, found {shown} ({type(found).__name__}). {advice}.", path=path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -11,14 +14,19 @@ from typing import Any
 
 import msgspec
 from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, UnsupportedCodecError
 
-from headrace.connections import connect
-from headrace.errors import DeliveryError, HeadraceError
+from headrace.connections import OPEN_MS, connect, one_line
+from headrace.errors import DeliveryError, HeadraceError, InvalidAnswer, InvalidOption
+from headrace.events import plain
+from headrace.lifetime import Lifetime
 
-__all__ = ["Answer", "AnswerError", "AnswerRouter", "Score", "ScoreStream", "decode_answer"]
+__all__ = ["Answer", "AnswerError", "AnswerRouter", "Score", "ScoreStream", "check_wait", "decode_answer"]
+
+log = logging.getLogger(__name__)
 
 _POLL_MS = 200  # how soon a closed stream notices; records wake the poll at once
+_LONGEST_WAIT_MS = 10 * 24 * 3_600_000  # ten days: below what the system's timers take
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -83,12 +91,12 @@ def decode_answer(record: Any) -> Answer:
     """From a kafka-python record of `scores`.
 
     Raises:
-        HeadraceError: the value is not what the contract says.
+        InvalidAnswer: the value is not what the contract says.
     """
     try:
         value = _decode_value(record.value or b"")
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise HeadraceError(
+        raise InvalidAnswer(
             f"{record.topic}/{record.partition} offset {record.offset}: expected the answer of a scorer, found: {error}. "
             "Check that only scorers write to this topic."
         ) from error
@@ -109,6 +117,16 @@ def decode_answer(record: Any) -> Answer:
     )
 
 
+def check_wait(value: Any, name: str) -> Any:
+    """The time to wait, in ms, when it can be one. Raises InvalidOption."""
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LONGEST_WAIT_MS:
+        raise InvalidOption(
+            f"{name}: expected milliseconds, from 0 to {_LONGEST_WAIT_MS} (ten days), found {value!r}. Pass a number."
+        )
+    return value
+
+
 class ScoreStream:
     """The live score topic, all partitions, no consumer group: every stream sees every answer.
 
@@ -118,57 +136,121 @@ class ScoreStream:
 
     def __init__(self, topic: str, options: dict[str, Any], *, from_beginning: bool = False) -> None:
         self._topic = topic
-        self._closing = threading.Event()
+        self._lifetime = Lifetime("scores", "Subscribe again")
+        self._reading = threading.Lock()  # kafka-python's consumer takes one thread at a time
+        self._records: deque[Any] = deque()
+        self._failed: HeadraceError | None = None
         self._consumer = connect(KafkaConsumer, options, enable_auto_commit=False, auto_offset_reset="earliest")
         try:
-            partitions = self._consumer.partitions_for_topic(topic)
-            if not partitions:
-                raise DeliveryError(
-                    f"topic {topic!r}: expected the topic of answers, found none. Run `headrace topics create`, or check "
-                    "topic_prefix."
-                )
-            assigned = [TopicPartition(topic, partition) for partition in sorted(partitions)]
-            self._consumer.assign(assigned)
-            seek = self._consumer.seek_to_beginning if from_beginning else self._consumer.seek_to_end
-            seek(*assigned)
-            for partition in assigned:
-                self._consumer.position(partition)
+            self._find_positions(from_beginning)
+        except KafkaError as error:
+            self._consumer.close(timeout_ms=_POLL_MS)
+            raise self._unreadable(error) from error
         except BaseException:
-            self._consumer.close()
+            self._consumer.close(timeout_ms=_POLL_MS)
             raise
 
     def poll(self, timeout_ms: int = _POLL_MS) -> list[Answer]:
-        """The next answers, none when nothing came within the time. Raises HeadraceError."""
-        polled = self._consumer.poll(timeout_ms=timeout_ms)
-        return [decode_answer(record) for records in polled.values() for record in records]
+        """The next answers, none when nothing came within the time.
+
+        Raises:
+            InvalidAnswer: a record is not an answer. The next call goes on behind it.
+            HeadraceError: the topic can't be read, with the reason. So does every later call; subscribe again.
+            UnusableClient: the stream is closed, or was made before this process was forked.
+        """
+        until = time.monotonic() + check_wait(timeout_ms, "timeout_ms") / 1_000
+        while True:
+            self._lifetime.check_process()
+            with self._reading:  # for a moment at a time, so that `close` gets its turn
+                self._lifetime.check()
+                if not self._records:
+                    left_ms = max(0.0, until - time.monotonic()) * 1_000
+                    self._records.extend(self._fetch(min(_POLL_MS, left_ms)))
+                answers = self._decoded()
+            if answers or time.monotonic() >= until:
+                return answers
 
     def __iter__(self) -> Iterator[Answer]:
-        try:
-            while not self._closing.is_set():
-                yield from self.poll()
-        finally:
-            self._consumer.close()
-
-    def stop(self) -> None:
-        """End the iteration soon; safe from any thread."""
-        self._closing.set()
+        while not self._lifetime.closed:
+            yield from self.poll()
 
     def close(self) -> None:
-        """Leave the topic; for the thread that reads."""
-        self.stop()
-        self._consumer.close()
+        """Leave the topic; from any thread. Closing again does nothing."""
+        self._lifetime.check_process()
+        self._lifetime.closed = True
+        with self._reading:
+            self._consumer.close(timeout_ms=_POLL_MS)
 
     def __enter__(self) -> ScoreStream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        if kind is None or not self._lifetime.forked:
+            self.close()
+
+    def __reduce__(self) -> Any:
+        raise self._lifetime.refuse_to_travel()
+
+    def _find_positions(self, from_beginning: bool) -> None:
+        partitions = self._consumer.partitions_for_topic(self._topic)
+        if not partitions:
+            raise DeliveryError(
+                f"topic {self._topic!r}: expected the topic of answers, found none. Run `headrace topics create`, or check "
+                "topic_prefix."
+            )
+        assigned = [TopicPartition(self._topic, partition) for partition in sorted(partitions)]
+        self._consumer.assign(assigned)
+        seek = self._consumer.seek_to_beginning if from_beginning else self._consumer.seek_to_end
+        seek(*assigned)
+        for partition in assigned:
+            if self._consumer.position(partition, timeout_ms=OPEN_MS) is None:
+                raise DeliveryError(
+                    f"{self._topic}/{partition.partition}: expected its end within {OPEN_MS} ms, found no answer of its "
+                    "leader. Check the brokers."
+                )
+
+    def _fetch(self, timeout_ms: float) -> list[Any]:
+        if self._failed is not None:
+            raise self._failed
+        try:
+            polled = self._consumer.poll(timeout_ms=timeout_ms)
+        except Exception as error:  # kafka-python lets through what its decompressors raise, each its own kind
+            # After a batch that it couldn't unpack, its next poll would never return.
+            self._failed = self._unreadable(error)
+            raise self._failed from error
+        return [record for records in polled.values() for record in records]
+
+    def _decoded(self) -> list[Answer]:
+        """What was fetched, as far as the first record that is no answer; that one alone is raised, by the next call."""
+        answers: list[Answer] = []
+        while self._records:
+            try:
+                answers.append(decode_answer(self._records[0]))
+            except InvalidAnswer:
+                if answers:
+                    break
+                self._records.popleft()
+                raise
+            self._records.popleft()
+        return answers
+
+    def _unreadable(self, error: Exception) -> HeadraceError:
+        if isinstance(error, UnsupportedCodecError):
+            return HeadraceError(
+                f"topic {self._topic!r}: expected records that this Python can decompress, found a codec without its package "
+                f"({one_line(error)}). Install it: pip install 'kafka-python[lz4,snappy,zstd]'."
+            )
+        return HeadraceError(
+            f"topic {self._topic!r}: expected to read it, found: {one_line(error)}. Check the topic, its brokers and this "
+            "client's rights."
+        )
 
 
 class AnswerRouter:
     """Reads `scores` in a thread of its own and gives each answer to the one who asked.
 
-    An answer to somebody else's request, and a second answer to the same request, are dropped.
+    An answer to somebody else's request, and a second answer to the same request, are dropped. A record that is no answer
+    is logged and passed over.
     """
 
     def __init__(self, topic: str, options: dict[str, Any]) -> None:
@@ -176,6 +258,7 @@ class AnswerRouter:
         self._waiting: dict[str, Future[Answer]] = {}
         self._lock = threading.Lock()
         self._failed: BaseException | None = None
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="headrace-answers", daemon=True)
         self._thread.start()
 
@@ -183,13 +266,13 @@ class AnswerRouter:
         """A future for the answer; call it before the request is sent.
 
         Raises:
-            HeadraceError: the same id is already waited for, or the reading thread has died.
+            HeadraceError: the same id is already waited for, or the reading thread has ended.
         """
         future: Future[Answer] = Future()
         with self._lock:
             if self._failed is not None:
                 raise DeliveryError(
-                    f"answers: the thread that reads them has stopped ({self._failed}). Make a new Client."
+                    f"answers: expected a thread that reads them, found it ended. {self._failed} Then make a new Client."
                 ) from self._failed
             if request_id in self._waiting:
                 raise HeadraceError(
@@ -203,22 +286,28 @@ class AnswerRouter:
         with self._lock:
             self._waiting.pop(request_id, None)
 
-    def close(self) -> None:
+    def close(self, timeout_s: float) -> None:
         """Stop reading; whoever still waits gets an error."""
-        self._stream.stop()
-        self._thread.join()
+        self._closing.set()
+        self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        reason: BaseException = DeliveryError("answers: the client was closed while a request was outstanding.")
+        reason: BaseException = DeliveryError(
+            "answers: the client was closed while a request was outstanding. Close it after the last answer."
+        )
         try:
-            for answer in self._stream:
-                with self._lock:
-                    future = self._waiting.pop(answer.request_id, None)
-                if future is not None and future.set_running_or_notify_cancel():
-                    future.set_result(answer)
-        except (KafkaError, HeadraceError, OSError) as error:
+            while not self._closing.is_set():
+                try:
+                    answers = self._stream.poll()
+                except InvalidAnswer as error:
+                    log.warning("%s It is passed over.", error)
+                    continue
+                for answer in answers:
+                    self._give(answer)
+        except HeadraceError as error:
             reason = error
         finally:
+            self._stream.close()
             with self._lock:
                 self._failed = reason
                 left = list(self._waiting.values())
@@ -226,3 +315,9 @@ class AnswerRouter:
             for future in left:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(reason)
+
+    def _give(self, answer: Answer) -> None:
+        with self._lock:
+            future = self._waiting.pop(answer.request_id, None)
+        if future is not None and future.set_running_or_notify_cancel():
+            future.set_result(answer)

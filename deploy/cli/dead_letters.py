@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploy.cli.common import ask_kafka, echo_json, format_option, who
+from deploy.cli.tables import printable
 from deploy.cli.times import MOMENT, clock
 
 if TYPE_CHECKING:
@@ -297,8 +298,7 @@ def _bytes(name: str, data: bytes | None) -> dict[str, Any]:
 
 def _text(data: bytes) -> str:
     """For people: a line, control characters and what isn't UTF-8 escaped."""
-    text = data.decode(errors="backslashreplace")
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    return printable(data.decode(errors="backslashreplace"))
 
 
 def _short(data: bytes) -> str:

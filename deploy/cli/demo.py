@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploy.cli.common import echo_json, format_option
+from deploy.cli.tables import print_pairs
 
 if TYPE_CHECKING:
     from deploy.demo.play import DemoResult
@@ -79,11 +80,7 @@ def demo(dataset: str, limit: int | None, fast: bool, window_ms: int, keep: Path
 
 
 def _summary(result: DemoResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     waits = f"{result.click_to_served_ms_p50} / {result.click_to_served_ms_p99} ms"
-    table = Table(title=f"headrace demo · {result.dataset}", show_header=False, title_justify="left")
     rows: list[tuple[str, Any]] = [
         ("impressions, each labelled exactly once", f"{result.impressions:,}" if result.exactly_once else "NO, see below"),
         ("clicks / positives", f"{result.clicks:,} / {result.positives:,}"),
@@ -99,6 +96,5 @@ def _summary(result: DemoResult) -> None:
         ("peak memory", ", ".join(f"{kind} {mb:.0f} MB" for kind, mb in result.peak_rss_mb.items())),
         ("took", f"{result.seconds:.0f} s"),
     ]
-    for name, value in rows:
-        table.add_row(name, "–" if value is None else str(value))
-    Console().print(table)
+    pairs = [(name, "-" if value is None else value) for name, value in rows]
+    print_pairs(pairs, title=f"headrace demo: {result.dataset}")

@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from deploy.cli.common import format_option, on_terminal
+from deploy.cli.tables import printable, styled
 
 if TYPE_CHECKING:
     from headrace.scores import Answer
@@ -52,9 +53,7 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
     with ScoreStream(topic, kafka_python_options(settings.kafka), from_beginning=from_beginning) as stream:
         click.echo(f"following {topic} at {settings.kafka.bootstrap_servers}; Ctrl-C ends it", err=True)
         if output == "text":
-            click.echo(
-                click.style(f"{'time':12} {'version':>7} {'age':>8}  {'request':36} best candidates", bold=on_terminal())
-            )
+            click.echo(styled(f"{'time':12} {'version':>7} {'age':>8}  {'request':36} best candidates", bold=on_terminal()))
         left = limit
         try:
             while left is None or left > 0:
@@ -73,13 +72,13 @@ def _line(answer: Answer) -> str:
     version = "-" if answer.model_version is None else str(answer.model_version)
     age = "-" if answer.snapshot_age_ms is None else f"{answer.snapshot_age_ms / 1_000:.1f} s"
     if answer.error is not None:
-        told = click.style(str(answer.error), fg="red")
+        told = styled(printable(str(answer.error)), fg="red")
     else:
         best = sorted(answer.scores, key=lambda score: -score.score)
-        told = "  ".join(f"{score.id} {score.score:.4f}" for score in best[:_SHOWN])
+        told = "  ".join(f"{printable(score.id)} {score.score:.4f}" for score in best[:_SHOWN])
         told += f"  and {len(best) - _SHOWN} more" if len(best) > _SHOWN else ""
-        told += click.style("  stale", fg="yellow") if answer.stale else ""
-    return f"{_clock(answer.event):12} {version:>7} {age:>8}  {answer.request_id[:36]:36} {told}"
+        told += styled("  stale", fg="yellow") if answer.stale else ""
+    return f"{_clock(answer.event):12} {version:>7} {age:>8}  {printable(answer.request_id):36} {told}"
 
 
 def _clock(event: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ def show(version: int, output: str) -> None:
     Examples:
       headrace snapshot show 41
     """
-    from deploy.cli.snapshot_view import print_pairs, version_json
+    from deploy.cli.snapshot_view import print_version, version_json
     from state.errors import SnapshotNotFound
     from state.manifest import finite_or_null
     from state.store import SnapshotStore
@@ -100,7 +100,7 @@ def show(version: int, output: str) -> None:
             document["metrics"] = finite_or_null(manifest.metrics)
         echo_json({"version": version, "announced": announced, "manifest": document})
     else:
-        print_pairs(manifest, announced)
+        print_version(manifest, announced)
 
 
 @snapshot.command()

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
+import click
 import msgspec
 
+from deploy.cli.tables import print_pairs, print_table
 from deploy.cli.times import clock
 from state.manifest import Manifest, finite_or_null
 from state.registry import RegistryState, VersionRecord
 from stream.heartbeat import Heartbeat
 
-__all__ = ["beat_json", "print_pairs", "print_versions", "registry_json", "version_json"]
-
-# Width of a table that goes to a file or a pipe: wide enough that no column is cut.
-PIPE_COLUMNS = 400
+__all__ = ["beat_json", "print_version", "print_versions", "registry_json", "version_json"]
 
 
 def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[str, Any]:
@@ -80,56 +78,43 @@ def beat_json(beat: Heartbeat) -> dict[str, Any]:
 
 def print_versions(document: dict[str, Any]) -> None:
     """The table of `headrace snapshot list`, newest first."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("version", "tags", "kind"):
-        table.add_column(name, no_wrap=True)
-    for name in ("examples", "log loss", "auc", "calibration", "MB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("created (UTC)", no_wrap=True)
-    table.add_column("why")
+    numbers = ("examples", "log loss", "auc", "calibration", "MB")
+    rows = []
     for version in reversed(document["versions"]):
         metrics = version["metrics"]
         tags = [*version["tags"], *([] if version["in_store"] else ["not in store"])]
-        table.add_row(
-            str(version["version"]),
-            ", ".join(tags),
-            version["kind"],
-            f"{version['examples_seen']:,}",
-            *(_number(metrics, f"window_{name}") for name in ("log_loss", "auc", "calibration")),
-            f"{version['bytes'] / 1e6:.1f}",
-            clock(version["created_at_ms"]),
-            version["gate"],
+        rows.append(
+            [
+                str(version["version"]),
+                ", ".join(tags),
+                version["kind"],
+                f"{version['examples_seen']:,}",
+                *(_number(metrics, f"window_{name}") for name in ("log_loss", "auc", "calibration")),
+                f"{version['bytes'] / 1e6:.1f}",
+                clock(version["created_at_ms"]),
+                version["gate"],
+            ]
         )
-    console = _console()
-    console.print(table)
+    print_table(("version", "tags", "kind", *numbers, "created (UTC)", "why"), rows, right=numbers)
     held = "auto-promotion on"
     if document["held"]:
         held = f"auto-promotion held by {document['hold_who']} at {clock(document['hold_at_ms'])}: {document['hold_reason']}"
     champion = "none" if document["champion"] is None else document["champion"]
-    console.print(f"champion {champion} since {clock(document['since_ms'])}, {held}")
+    click.echo(f"champion {champion} since {clock(document['since_ms'])}, {held}")
     gate = document["gate"]
     if gate is not None:
-        console.print(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
+        click.echo(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
     for beat in document["scorers"]:
         version = "no version" if beat["version"] is None else f"version {beat['version']}"
         told = f"scorer {beat['worker']} on {beat['host']}: {version}{', stale' if beat['stale'] else ''}"
         if beat["fallback_of"] is not None:
             told += f"; it can't read version {beat['fallback_of']}: {beat['fallback_reason']}"
-        console.print(told)
+        click.echo(told)
 
 
-def print_pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:
+def print_version(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:
     """Everything that is known of one version, a line each."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for name, value in _pairs(manifest, announced):
-        table.add_row(name, value)
-    _console().print(table)
+    print_pairs(_pairs(manifest, announced))
 
 
 def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -204,12 +189,3 @@ def _number(metrics: Mapping[str, float | None], name: str) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:,.0f}" if name.endswith("examples") else f"{value:.4f}"
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    # Reasons are what people typed: brackets in them are no markup.
-    return Console(
-        file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False, highlight=False, emoji=False
-    )

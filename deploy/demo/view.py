@@ -84,7 +84,7 @@ class View:
     def _panel(self, figures: Figures) -> Panel:
         table = Table.grid(padding=(0, 3), expand=True)
         for _ in range(4):
-            table.add_column()
+            table.add_column(overflow="fold")  # a number is never cut
         rows = [
             ("events/s", f"{figures.events_per_s:,.0f}", "AUC (window)", _number(figures.auc)),
             ("joined", f"{figures.joined:,}", "NE (window)", _number(figures.normalised_entropy)),

@@ -34,6 +34,14 @@ def test_java_home_then_path_then_the_wheel(tmp_path: Path, monkeypatch: pytest.
     assert find_java(None) == Path(JAVA)
 
 
+def test_a_relative_path_of_a_java_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    java = fake_java(tmp_path / "jre", "21.0.1")
+    monkeypatch.chdir(tmp_path)
+    assert find_java(Path("jre/bin/java")) == java
+    monkeypatch.setenv("PATH", str(java.parent), prepend=":")
+    assert find_java(Path("java")) == java
+
+
 def test_an_old_java_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_java(tmp_path / "home", "11.0.2")
     path = fake_java(tmp_path / "path", "17.0.1")

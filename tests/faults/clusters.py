@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.java import find_java
+from deploy.kafka_files import SERVER
 from deploy.local_kafka import LocalKafka
 from deploy.settings import LocalKafkaSettings
 
@@ -55,7 +56,7 @@ class HurtKafka(LocalKafka):
     def _planned(self, state: Any) -> Any:
         planned = super()._planned(state)
         for node in planned.nodes:
-            with self._properties(node).open("a") as file:
+            with (self._node(node) / SERVER).open("a") as file:
                 file.writelines(f"{name}={value}\n" for name, value in PROPERTIES.items())
         return planned
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import decimal
+import enum
 import json
 import math
+import uuid
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -126,6 +131,100 @@ def test_client_and_join_have_one_rule_of_how_old_an_event_may_be() -> None:
     assert encode_click("i", oldest)[0] == b"i"
     with pytest.raises(InvalidEvent):
         encode_click("i", oldest - 120_000)
+
+
+class Colour(enum.StrEnum):
+    RED = "red"
+
+
+class Level(enum.IntEnum):
+    LOW = 3
+
+
+class Mixed(str, enum.Enum):  # noqa: UP042 - the older way to write a StrEnum
+    BLUE = "blue"
+
+
+class Plain(enum.Enum):
+    GREEN = "green"
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (np.float64(0.1), 0.1),
+        (np.float32(0.1), 0.10000000149011612),
+        (np.float16(0.1), 0.0999755859375),
+        (np.int64(-(1 << 63)), -(1 << 63)),
+        (np.uint64((1 << 64) - 1), (1 << 64) - 1),
+        (np.int8(3), 3),
+        (np.str_("é"), "é"),
+        (np.array(2.5), 2.5),
+        (["a", np.str_("b")], ["a", "b"]),
+        (("a", Colour.RED), ["a", "red"]),
+        (Colour.RED, "red"),
+        (Mixed.BLUE, "blue"),
+        (Level.LOW, 3),
+    ],
+)
+def test_numpy_scalars_and_enums_are_taken_at_exactly_their_value(given: Any, sent: Any) -> None:
+    _, value = encode_impression("i", T, {"f": given})
+    found = json.loads(value)["features"]["f"]
+    assert (found, type(found)) == (sent, type(sent))
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "advice"),
+    [
+        (np.bool_(True), "$.features.f", "For a yes or no, pass 1 and 0, or two strings."),
+        (np.float64("nan"), "$.features.f", "Pass None for a missing value."),
+        (np.longdouble(0.1), "$.features.f", "Features are flat"),
+        (np.complex128(1), "$.features.f", "Features are flat"),
+        (np.timedelta64(5, "s"), "$.features.f", "Features are flat"),
+        (np.datetime64("2024-05-01", "ns"), "$.features.f", "Features are flat"),
+        (np.bytes_(b"x"), "$.features.f", "Features are flat"),
+        (np.zeros((2, 2)), "$.features.f", "found array([[0., 0.], [0., 0.]]) (ndarray). For an array of strings"),
+        (np.array(["a"]), "$.features.f", "For an array of strings, pass array.tolist()."),
+        ([np.int64(1)], "$.features.f[0]", "Lists hold strings only."),
+        ({"a"}, "$.features.f", "For a set of strings, pass sorted(value)."),
+        (decimal.Decimal("1.5"), "$.features.f", "Pass float(value), or str(value) for a category."),
+        (dt.datetime(2024, 1, 1), "$.features.f", "Pass when.timestamp() for a number, or when.isoformat() for a category."),
+        (dt.date(2024, 1, 1), "$.features.f", "Pass when.isoformat() for a category."),
+        (uuid.UUID(int=1), "$.features.f", "Pass str(value)."),
+        (b"a", "$.features.f", "Pass value.decode()."),
+        ((x for x in "ab"), "$.features.f", "For strings, pass list(value)."),
+        (Plain.GREEN, "$.features.f", "Features are flat"),
+    ],
+)
+def test_what_would_lose_something_is_refused_with_what_to_pass(given: Any, path: str, advice: str) -> None:
+    with pytest.raises(InvalidEvent) as caught:
+        encode_impression("i", T, {"f": given})
+    assert caught.value.path == path
+    assert advice in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numpy_scalars_are_ids_times_scores_and_versions() -> None:
+    assert encode_impression(np.str_("i"), np.int64(T), {}, np.float32(0.5), np.int64(7)) == encode_impression(
+        "i", T, {}, 0.5, 7
+    )
+    assert encode_impression(Mixed.BLUE, T, {})[0] == b"blue"
+    for wrong in (np.float64(T), np.datetime64("2024-05-01"), dt.datetime.now(), str(T)):
+        with pytest.raises(InvalidEvent, match=r"\$.timestamp: expected milliseconds"):
+            encode_impression("i", wrong, {})
+    with pytest.raises(InvalidEvent, match=r"This looks like seconds: multiply by 1000"):
+        encode_impression("i", np.int32(1_700_000_000), {})
+    with pytest.raises(InvalidEvent, match=r"\$.score: expected a probability"):
+        encode_impression("i", T, {}, np.bool_(True))
+    with pytest.raises(InvalidEvent, match=r"\$.model_version: expected a version number"):
+        encode_impression("i", T, {}, 0.5, np.float32(1))
+
+
+def test_two_names_of_one_text_are_refused() -> None:
+    class Name(str):
+        __hash__ = object.__hash__
+
+    with pytest.raises(InvalidEvent, match=r"\$.features: expected names that differ"):
+        encode_impression("i", T, {"a": 1, Name("a"): 2})
 
 
 def test_a_long_value_is_not_shown_in_full() -> None:
