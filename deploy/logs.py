@@ -35,6 +35,6 @@ def setup_logs(*, verbose: bool = False) -> None:
     else:
         handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
-    if not verbose:
-        for name in ("faust", "mode", "aiokafka", "kafka", "stream.transport"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.NOTSET)  # commands leave it out
+    for name in ("faust", "mode", "aiokafka", "kafka", "stream.transport"):
+        logging.getLogger(name).setLevel(logging.NOTSET if verbose else logging.WARNING)

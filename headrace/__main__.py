@@ -7,9 +7,14 @@ import sys
 
 def main() -> None:
     """Run the command line."""
-    from deploy.cli import main as run
+    try:
+        from deploy.cli import main as run
+        from deploy.cli.standard_streams import prepare
 
-    sys.exit(run())
+        prepare()
+        sys.exit(run())
+    except KeyboardInterrupt:  # while modules are imported; later `deploy.cli.failures` does the same
+        sys.exit(130)
 
 
 if __name__ == "__main__":

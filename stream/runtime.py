@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
 
+from aiokafka.errors import KafkaError
 from faust.types import TP
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
@@ -46,9 +46,16 @@ MAX_POLL_INTERVAL_S = 86_400.0
 
 
 def fatal(what: str, error: BaseException) -> NoReturn:
-    """End the process at once: the log is read again by whoever comes next, and nothing half decided goes out."""
-    log.critical("%s: %r; the process ends, and takes up its work again from the log when it is started", what, error)
-    traceback.print_exception(error)
+    """End the process at once: the log is read again by whoever comes next, and nothing half decided goes out.
+
+    The log gets one line; with the traceback where the error is none that is written for people or comes from outside.
+    """
+    ours = type(error).__module__ in ("model.errors", "state.errors", "stream.errors")
+    log.critical(
+        "%s: %s The process ends, and takes up its work again from the log when it is started.",
+        *(what, error if ours else f"{error!r}."),
+        exc_info=None if ours or isinstance(error, (KafkaError, OSError)) else error,
+    )
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

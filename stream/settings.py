@@ -35,6 +35,11 @@ class KafkaSettings(_Frozen):
     ssl_certfile: Path | None = Field(default=None, description="PEM file of this client's certificate.")
     ssl_keyfile: Path | None = Field(default=None, description="PEM file of this client's key.")
     ssl_keyfile_password: SecretStr | None = None
+    connect_timeout_ms: int = Field(
+        default=10_000,
+        ge=100,
+        description="How long a command, or a worker that starts, tries to reach a broker before it gives up with exit code 1.",
+    )
     request_timeout_ms: int = Field(default=40_000, ge=1_000, description="Longest wait for an answer of a broker.")
 
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import msgspec
 
-from stream.clients import kafka_python_options
+from stream.clients import kafka_python_options, no_answer
 from stream.errors import TopicError
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topic_contract import TopicContract, topic_contracts
 
 __all__ = ["Difference", "Found", "Made", "check_topics", "create_topics", "differences", "find_topics"]
 
-CONNECT_TIMEOUT_MS = 10_000  # a broker that doesn't answer for so long is not there
 POLL_S = 0.2
 VISIBLE_TIMEOUT_MS = 30_000  # from creation until all leaders are elected, on a loaded cluster
 ALREADY_EXISTS = 36  # Kafka's error code: somebody else made it in the same moment
@@ -49,7 +48,8 @@ def create_topics(kafka: KafkaSettings, topics: TopicSettings, *, mend: bool = F
             are never changed.
 
     Raises:
-        TopicError: the cluster can't be reached or refuses a topic.
+        NoAnswer: the cluster can't be reached.
+        TopicError: it refuses a topic.
     """
     contracts = topic_contracts(topics)
     with _admin(kafka) as admin:
@@ -67,7 +67,7 @@ def check_topics(kafka: KafkaSettings, topics: TopicSettings) -> list[Difference
     """Where the cluster's topics differ from the contract; empty when they don't. Never writes.
 
     Raises:
-        TopicError: the cluster can't be reached.
+        NoAnswer: the cluster can't be reached.
     """
     return differences(topic_contracts(topics), find_topics(kafka, topics))
 
@@ -76,7 +76,7 @@ def find_topics(kafka: KafkaSettings, topics: TopicSettings) -> dict[str, Found]
     """Those of the eight topics that the cluster has, by name. Never writes.
 
     Raises:
-        TopicError: the cluster can't be reached.
+        NoAnswer: the cluster can't be reached.
     """
     with _admin(kafka) as admin:
         return _describe(admin, topic_contracts(topics))
@@ -145,26 +145,26 @@ def _admin(kafka: KafkaSettings) -> Iterator[Any]:
 
     options = kafka_python_options(kafka)
     try:
-        _await_listener(options["bootstrap_servers"])
-        admin = KafkaAdminClient(**options, bootstrap_timeout_ms=CONNECT_TIMEOUT_MS)
+        _await_listener(options["bootstrap_servers"], kafka.connect_timeout_ms / 1_000)
+        admin = KafkaAdminClient(**options, bootstrap_timeout_ms=kafka.connect_timeout_ms)
     except (KafkaError, OSError) as error:
-        raise _unreachable(kafka, error) from error
+        raise no_answer(kafka, "topics", error) from error
     try:
         yield admin
     except KafkaError as error:
-        raise _unreachable(kafka, error) from error
+        raise no_answer(kafka, "topics", error) from error
     finally:
         admin.close()
 
 
-def _await_listener(servers: Sequence[str]) -> None:
+def _await_listener(servers: Sequence[str], within_s: float) -> None:
     """Wait until one of the servers takes a connection: kafka-python's client leaks a socket for each refused one."""
-    deadline = time.monotonic() + CONNECT_TIMEOUT_MS / 1_000
+    deadline = time.monotonic() + within_s
     while True:
         for server in servers:
             host, _, port = server.rpartition(":")
             try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_MS / 1_000).close()
+                socket.create_connection((host.strip("[]"), int(port)), timeout=within_s).close()
             except OSError as error:
                 refusal = error
             else:
@@ -172,14 +172,6 @@ def _await_listener(servers: Sequence[str]) -> None:
         if time.monotonic() > deadline:
             raise refusal
         time.sleep(POLL_S)
-
-
-def _unreachable(kafka: KafkaSettings, error: Exception) -> TopicError:
-    return TopicError(
-        f"Kafka at {kafka.bootstrap_servers} ({kafka.security_protocol}): expected an answer, found "
-        f"{type(error).__name__}: {error}. Check that it runs (`headrace kafka status` for a local one) and that "
-        "HEADRACE_KAFKA__BOOTSTRAP_SERVERS and the security settings are right."
-    )
 
 
 def _describe(admin: Any, contracts: Sequence[TopicContract]) -> dict[str, Found]:

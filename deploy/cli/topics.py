@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import msgspec
 
-from deploy.cli.common import echo_json, format_option
+from deploy.cli.common import await_kafka, echo_json, format_option
 
 __all__ = ["topics"]
 
@@ -37,6 +37,7 @@ def create(mend: bool, output: str) -> None:
     from stream.topic_admin import create_topics
 
     settings = load_settings()
+    await_kafka(settings)
     made = create_topics(settings.kafka, settings.topics, mend=mend)
     if output == "json":
         echo_json(msgspec.to_builtins(made))
@@ -62,6 +63,7 @@ def check(output: str) -> None:
     from stream.topic_admin import check_topics
 
     settings = load_settings()
+    await_kafka(settings)
     found = check_topics(settings.kafka, settings.topics)
     if output == "json":
         echo_json(msgspec.to_builtins(found))

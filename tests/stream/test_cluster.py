@@ -40,7 +40,7 @@ def test_what_counts_as_a_change(now: Cluster, problem: str | None) -> None:
 def test_a_topic_must_be_missing_twice_and_an_outage_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = []
 
-    async def describe(kafka: KafkaSettings, topics: Any, *, within_s: float) -> Cluster:
+    async def describe(kafka: KafkaSettings, topics: Any, *, retry: bool) -> Cluster:
         if isinstance(answers[0], Exception):
             raise answers.pop(0)
         return answers.pop(0)

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from deploy.settings import Settings
-from stream.errors import TopicError
-from stream.settings import KafkaSettings
+from stream.errors import NoAnswer, TopicError
+from stream.settings import KafkaSettings, TopicSettings
 from stream.topic_admin import check_topics, create_topics
 from stream.topic_contract import topic_contracts
 
@@ -61,10 +61,7 @@ def test_errors_name_the_setting(settings: Settings) -> None:
         topic_contracts(settings.topics.model_copy(update={"min_insync_replicas": 2}))
 
 
-def test_nobody_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stream import topic_admin
-    from stream.settings import TopicSettings
-
-    monkeypatch.setattr(topic_admin, "CONNECT_TIMEOUT_MS", 300)
-    with pytest.raises(TopicError, match=r"127.0.0.1:1 \(PLAINTEXT\): expected an answer.*headrace kafka status"):
-        check_topics(KafkaSettings(bootstrap_servers="127.0.0.1:1"), TopicSettings())
+def test_nobody_at_the_address() -> None:
+    nobody = KafkaSettings(bootstrap_servers="127.0.0.1:1", connect_timeout_ms=300)
+    with pytest.raises(NoAnswer, match=r"127.0.0.1:1 \(PLAINTEXT\): expected an answer.*headrace kafka status"):
+        check_topics(nobody, TopicSettings())
