@@ -13,6 +13,7 @@ import click
 from pydantic import BaseModel, SecretStr
 
 from deploy.cli import cli
+from deploy.cli.failures import EXIT_CODES
 from deploy.settings import Settings
 
 __all__ = ["main", "pages"]
@@ -30,8 +31,13 @@ def _cli_page() -> str:
     parts = [
         "# Command line\n",
         NOTE,
-        "Data goes to stdout, messages and progress to stderr. Exit codes: 0 done, 1 an error (or a check that found "
-        "something), 2 wrong usage, 3 a rollback that not every live scorer confirmed, 130 a demo that Ctrl-C ended.\n",
+        "Data goes to stdout, messages and progress to stderr. JSON and TOML are UTF-8 in any locale; a character that a terminal's "
+        "encoding lacks is escaped.\n",
+        "An error is one line on stderr: `Error: object: expected …, found …. What to do.` `HEADRACE_TRACEBACK=1` prints where it "
+        "was raised, too.\n",
+        "| exit code | what |\n| --- | --- |",
+        *(f"| {code} | {what} |" for code, what in EXIT_CODES.items()),
+        "",
     ]
     parts.extend(_command_parts(cli, click.Context(cli, info_name="headrace", max_content_width=100, terminal_width=100)))
     return "\n".join(parts)

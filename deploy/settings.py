@@ -159,8 +159,8 @@ def _check_variables() -> None:
             section = variable.removeprefix("HEADRACE_").split("__")[0].upper()
             if section not in known:
                 raise ConfigError(
-                    f"environment {variable}: unknown section {section.lower()!r}, expected one of "
-                    f"{', '.join(sorted(Settings.model_fields))}. Unset it, or see `headrace config show`."
+                    f"environment {variable}: expected a section of the settings ({', '.join(sorted(Settings.model_fields))}), "
+                    f"found {section.lower()!r}. Unset it, or correct its name; `headrace config show` prints every key."
                 )
 
 

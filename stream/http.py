@@ -87,8 +87,8 @@ def _listening(settings: HttpSettings, handler: type[_Handler]) -> _Server:
         found = getattr(error, "strerror", None) or str(error)
         raise StreamError(
             f"http.port {settings.port}: expected a free port at {settings.host}, found: {found}. Nothing was changed, and a "
-            "worker that has the port goes on. Set HEADRACE_HTTP__PORT to another or to 0 for a free one, or HEADRACE_HTTP__HOST "
-            "to another address."
+            "worker that has the port goes on. Set HEADRACE_HTTP__PORT to another or to 0 for a free one, or the address, "
+            "HEADRACE_HTTP__HOST, to one of this machine's."
         ) from error
 
 

@@ -1,14 +1,7 @@
 """The one place where an error becomes what a user reads: one line on stderr, and an exit code.
 
-| exit code | what |
-| --- | --- |
-| 1 | an error that the line explains: Kafka, a file, a setting, a package |
-| 70 | an error that nobody expected: a bug; `HEADRACE_TRACEBACK=1` prints where |
-| 130 | Ctrl-C |
-| 141 | who read the output has gone (`headrace … | head -1`), as other Unix tools end |
-
 Errors of our own carry their line already. Errors of libraries are put into words here: the object, what was expected, what was
-found, what to do.
+found, what to do. What nobody expected is a bug, and its line says so; `HEADRACE_TRACEBACK=1` prints the traceback of any error.
 """
 
 from __future__ import annotations
@@ -25,11 +18,23 @@ import click
 
 from deploy.cli.standard_streams import STDOUT
 
-__all__ = ["EXIT_BUG", "EXIT_INTERRUPTED", "EXIT_PIPE", "Failure", "explained", "telling"]
+__all__ = ["EXIT_BUG", "EXIT_CODES", "EXIT_INTERRUPTED", "EXIT_PIPE", "Failure", "explained", "telling"]
 
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_INTERRUPTED = 128 + 2  # SIGINT
 EXIT_PIPE = 128 + 13  # SIGPIPE
+
+EXIT_CODES = {  # docs/cli.md
+    0: "done; also when Ctrl-C or SIGTERM ended a command that runs until then (a worker, `watermarks`, `scores tail`), or a "
+    "`replay` or `simulate` in order",
+    1: "an error that its line explains: Kafka, a setting, a file, a package. Or a check found something (`config check`, "
+    "`topics check`, `doctor`, `snapshot verify`, `kafka status`), or a question was answered with no",
+    2: "wrong usage",
+    3: "a rollback that not every live scorer confirmed in time; it stands",
+    EXIT_BUG: "an error that nobody expected: a bug",
+    EXIT_INTERRUPTED: "Ctrl-C",
+    EXIT_PIPE: "who read the output has gone, as `head -1` does after a line",
+}
 
 # Modules whose errors are written for people: one family in each room.
 OWN = ("deploy.errors", "headrace.errors", "model.errors", "state.errors", "stream.errors")
@@ -40,9 +45,9 @@ CURES = {
     errno.ENOSPC: "Free space on that disk, or use another one",
     errno.EDQUOT: "Free space within the quota, or use another disk",
     errno.EFBIG: "Raise the limit of file sizes (`ulimit -f`)",
-    errno.EROFS: "Take a folder on a disk that can be written (`headrace config show` prints the folders)",
-    errno.EACCES: "Give this user the right to it, or take another folder (`headrace config show` prints the folders)",
-    errno.EPERM: "Give this user the right to it, or take another folder (`headrace config show` prints the folders)",
+    errno.EROFS: "Use a folder on a disk that can be written",
+    errno.EACCES: "Give this user the right to it, or use another folder",
+    errno.EPERM: "Give this user the right to it, or use another folder",
     errno.EMFILE: "Raise the limit of open files (`ulimit -n`)",
     errno.ENFILE: "Close other programs, or raise the system's limit of open files (fs.file-max)",
     errno.ENOMEM: "Free memory, or give this process more",
