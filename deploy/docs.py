@@ -31,10 +31,10 @@ def _cli_page() -> str:
     parts = [
         "# Command line\n",
         NOTE,
-        "Data goes to stdout, messages and progress to stderr. JSON and TOML are UTF-8 in any locale; a character that a terminal's "
-        "encoding lacks is escaped.\n",
-        "An error is one line on stderr: `Error: object: expected …, found …. What to do.` `HEADRACE_TRACEBACK=1` prints where it "
-        "was raised, too.\n",
+        "Data goes to stdout, messages and progress to stderr. JSON and TOML are UTF-8 in any locale; a character that a "
+        "terminal's encoding lacks is escaped.\n",
+        "An error is one line on stderr: `Error: object: expected …, found …. What to do.` `HEADRACE_TRACEBACK=1` prints where "
+        "it was raised, too.\n",
         "| exit code | what |\n| --- | --- |",
         *(f"| {code} | {what} |" for code, what in EXIT_CODES.items()),
         "",

@@ -8,10 +8,8 @@ import sys
 def main() -> None:
     """Run the command line."""
     try:
-        from deploy.cli import main as run
-        from deploy.cli.standard_streams import prepare
+        from deploy.cli import console as run
 
-        prepare()
         sys.exit(run())
     except KeyboardInterrupt:  # while modules are imported; later `deploy.cli.failures` does the same
         sys.exit(130)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from stream.reach import reach
 from stream.requests import TopicIdsRequest
 from stream.settings import KafkaSettings
 
-__all__ = ["Cluster", "ClusterWatch", "describe_cluster", "topic_configs", "unequal"]
+__all__ = ["Cluster", "ClusterWatch", "describe_cluster", "topic_configs"]
 
 log = logging.getLogger(__name__)
 
@@ -177,11 +177,3 @@ class ClusterWatch:
                     "doctor`, and start them again when the topics are as they should be."
                 )
             )
-
-
-def unequal(counts: Mapping[str, int]) -> str | None:
-    """What is wrong where these topics should have one number of partitions, None when they do."""
-    if len(set(counts.values())) <= 1:
-        return None
-    found = ", ".join(f"{topic} {count}" for topic, count in counts.items())
-    return f"expected the same number of partitions, found {found}. Run `headrace topics check`."

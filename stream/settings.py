@@ -62,7 +62,9 @@ class TopicSettings(_Frozen):
     replication_factor: int = Field(default=1, ge=1, description="Copies of each partition on different brokers.")
     min_insync_replicas: int = Field(default=1, ge=1)
     retention_ms: int = Field(
-        default=7 * 86_400_000, ge=60_000, description="By arrival; must cover the longest pending window and downtime."
+        default=7 * 86_400_000,
+        ge=60_000,
+        description="By arrival; at least window + 2 × dedupe horizon + lateness + skew of the join, and its longest downtime.",
     )
     max_message_bytes: int = Field(
         default=1_048_588, ge=1_024, description="Of one input record; examples and dead-letters get 64 KiB more."

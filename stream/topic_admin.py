@@ -12,8 +12,10 @@ import msgspec
 
 from stream.clients import kafka_python_options, no_answer
 from stream.errors import TopicError
-from stream.settings import KafkaSettings, TopicSettings
-from stream.topic_contract import TopicContract, topic_contracts
+from stream.settings import JoinSettings, KafkaSettings, TopicSettings
+from stream.topic_contract import Difference, TopicContract, topic_contracts
+from stream.topic_needs import retention_shortfalls, unequal_partitions
+from stream.topics import TopicNames
 
 __all__ = ["Difference", "Found", "Made", "check_topics", "create_topics", "differences", "find_topics"]
 
@@ -30,30 +32,24 @@ class Made(msgspec.Struct, frozen=True):
     kept: list[str]
 
 
-class Difference(msgspec.Struct, frozen=True):
-    """Where a topic is not as the contract says, and what to do about it."""
-
-    topic: str
-    what: str
-    expected: str
-    found: str
-    cure: str
-
-
-def create_topics(kafka: KafkaSettings, topics: TopicSettings, *, mend: bool = False) -> Made:
+def create_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings | None = None, *, mend: bool = False) -> Made:
     """Make the topics that are missing; those that exist are left alone. Safe to repeat, also by two at once.
 
     Args:
+        join: what retention must cover; not looked at when None.
         mend: also set the configuration of existing topics as the contract says. Partitions and replicas of existing topics
             are never changed.
 
     Raises:
         NoAnswer: the cluster can't be reached.
-        TopicError: it refuses a topic.
+        TopicError: it refuses a topic, or topics would be made that the join can't use.
     """
-    contracts = topic_contracts(topics)
+    contracts, names = topic_contracts(topics), TopicNames.of(topics)
+    if join is not None:
+        _require_retention(names, topics, join)
     with _admin(kafka) as admin:
         found = _describe(admin, contracts)
+        _require_equal_partitions(names, contracts, found)
         missing = [contract for contract in contracts if contract.name not in found]
         if missing:
             _create(kafka, admin, missing)
@@ -63,13 +59,23 @@ def create_topics(kafka: KafkaSettings, topics: TopicSettings, *, mend: bool = F
     return Made(created=created, mended=mended, kept=kept)
 
 
-def check_topics(kafka: KafkaSettings, topics: TopicSettings) -> list[Difference]:
-    """Where the cluster's topics differ from the contract; empty when they don't. Never writes.
+def check_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings | None = None) -> list[Difference]:
+    """Where the cluster's topics differ from the contract, or from what the join needs; empty when they don't. Never writes.
+
+    Args:
+        join: what retention must cover; not looked at when None.
 
     Raises:
         NoAnswer: the cluster can't be reached.
     """
-    return differences(topic_contracts(topics), find_topics(kafka, topics))
+    found, names = find_topics(kafka, topics), TopicNames.of(topics)
+    problems = differences(topic_contracts(topics), found)
+    unequal = unequal_partitions(names, {name: topic.partitions for name, topic in found.items()})
+    if unequal is not None:
+        problems.append(unequal)
+    if join is not None:
+        problems += retention_shortfalls(names, join, {name: topic.configs for name, topic in found.items()})
+    return problems
 
 
 def find_topics(kafka: KafkaSettings, topics: TopicSettings) -> dict[str, Found]:
@@ -114,6 +120,33 @@ def differences(contracts: Sequence[TopicContract], found: Mapping[str, Found]) 
             if not _same(value, topic.configs.get(key))
         )
     return problems
+
+
+def _require_retention(names: TopicNames, topics: TopicSettings, join: JoinSettings) -> None:
+    wanted = {names.impressions: {"retention.ms": str(topics.retention_ms)}}
+    for short in retention_shortfalls(names, join, wanted):
+        raise TopicError(
+            f"topics.retention_ms: expected {short.expected}, found {short.found}. Nothing was made: {short.cure}."
+        )
+
+
+def _require_equal_partitions(names: TopicNames, contracts: Sequence[TopicContract], found: Mapping[str, Found]) -> None:
+    """Nothing is made beside topics of another number of partitions: the join refuses to start on them."""
+    counts = {contract.name: found[contract.name].partitions for contract in contracts if contract.name in found}
+    planned = {contract.name: contract.partitions for contract in contracts} | counts
+    unequal = unequal_partitions(names, planned)
+    if unequal is None or counts.keys() >= set(unequal.topic.split(", ")):  # those that are there `topics check` compares
+        return
+    there = sorted({counts[topic] for topic in unequal.topic.split(", ") if topic in counts})
+    cure = (
+        f"HEADRACE_TOPICS__PARTITIONS={there[0]} makes the missing ones like those that exist"
+        if len(there) == 1
+        else unequal.cure
+    )
+    raise TopicError(
+        f"topics {unequal.topic}: expected {unequal.expected}; found {unequal.found}, where those that are missing would have "
+        f"topics.partitions. Nothing was made: {cure}."
+    )
 
 
 def _partitions_cure(contract: TopicContract, found: int) -> str:

@@ -9,8 +9,9 @@ import click
 
 from deploy.cli.common import quiet_clients
 from deploy.cli.failures import telling
+from deploy.cli.standard_streams import prepare
 
-__all__ = ["cli", "main"]
+__all__ = ["cli", "console", "main"]
 
 # command → module:attribute. Importing this package imports none of them, so `headrace --help` needs neither torch nor Faust.
 COMMANDS = {
@@ -67,6 +68,12 @@ def cli() -> None:
       headrace snapshot rollback                  put the last good model back
     """
     quiet_clients()
+
+
+def console() -> Any:
+    """Run the command line as the process that it is: see `deploy.cli.standard_streams`."""
+    prepare()
+    return main()
 
 
 def main(argv: list[str] | None = None) -> Any:

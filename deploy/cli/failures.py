@@ -1,7 +1,7 @@
 """The one place where an error becomes what a user reads: one line on stderr, and an exit code.
 
 Errors of our own carry their line already. Errors of libraries are put into words here: the object, what was expected, what was
-found, what to do. What nobody expected is a bug, and its line says so; `HEADRACE_TRACEBACK=1` prints the traceback of any error.
+found, what to do. What nobody expected is a bug, and its line says so; `HEADRACE_TRACEBACK=1` prints any error's traceback.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def create(mend: bool, output: str) -> None:
 
     settings = load_settings()
     await_kafka(settings)
-    made = create_topics(settings.kafka, settings.topics, mend=mend)
+    made = create_topics(settings.kafka, settings.topics, settings.join, mend=mend)
     if output == "json":
         echo_json(msgspec.to_builtins(made))
         return
@@ -52,7 +52,9 @@ def create(mend: bool, output: str) -> None:
 @topics.command()
 @format_option
 def check(output: str) -> None:
-    """Say where topics differ from the contract, and what mends it. Never writes. Exit code 1 when something differs.
+    """Say where topics differ from the contract or from what the join needs, and what mends it.
+
+    Never writes. Exit code 1 when something differs.
 
     \b
     Examples:
@@ -64,7 +66,7 @@ def check(output: str) -> None:
 
     settings = load_settings()
     await_kafka(settings)
-    found = check_topics(settings.kafka, settings.topics)
+    found = check_topics(settings.kafka, settings.topics, settings.join)
     if output == "json":
         echo_json(msgspec.to_builtins(found))
     else:

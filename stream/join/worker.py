@@ -336,7 +336,7 @@ async def run_join(
         NoAnswer: Kafka can't be reached.
     """
     cluster = await describe_cluster(kafka, (names.impressions, names.clicks, names.examples, names.dead_letters))
-    await check_topics(kafka, names, cluster)
+    await check_topics(kafka, settings, names, cluster)
     partitions = cluster.partitions[names.impressions]
     sources = [TopicPartition(topic, number) for topic in (names.impressions, names.clicks) for number in range(partitions)]
     committed = await committed_offsets(kafka, f"{names.prefix}{settings.group}", sources)

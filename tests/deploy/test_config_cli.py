@@ -77,8 +77,8 @@ def test_a_key_that_was_replaced_says_by_what(monkeypatch: pytest.MonkeyPatch) -
     ("change", "level", "key", "says"),
     [
         ({}, "hint", "features.fields", "nothing to learn from"),
-        ({"join": {"window_ms": 700_000_000}}, "error", "join.window_ms", "deleted before they are labelled"),
-        ({"join": {"dedupe_horizon_ms": 700_000_000}}, "hint", "join.dedupe_horizon_ms", "could not remember"),
+        ({"join": {"window_ms": 700_000_000}}, "error", "topics.retention_ms", "deleted before they are labelled"),
+        ({"join": {"dedupe_horizon_ms": 700_000_000}}, "error", "topics.retention_ms", "1400065000 ms (window + 2 × dedupe"),
         ({"topics": {"retention_ms": 2_000_000}}, "hint", "topics.retention_ms", "less than twice"),
         ({"topics": {"min_insync_replicas": 2}}, "error", "topics.min_insync_replicas", "no write could ever succeed"),
         ({"kafka": {"bootstrap_servers": "broker:9092"}}, "hint", "topics.replication_factor", "loss of one"),

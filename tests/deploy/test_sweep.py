@@ -308,7 +308,7 @@ def with_kafka(topics: Settings) -> dict[str, str | None]:
 PRINTS = {
     "dead-letters list": 0,
     "dead-letters replay": 0,
-    "doctor": 1,
+    "doctor": 0,
     "replay": 0,
     "simulate": 0,
     "snapshot hold": 0,
