@@ -24,7 +24,7 @@ from stream.settings import HttpSettings, KafkaSettings
 from stream.transport import RunApp
 from stream.watchdog import Part, Watchdog
 
-__all__ = ["Worker", "build_app", "fatal", "new_registry", "serve", "source_part", "tame_collector"]
+__all__ = ["Worker", "build_app", "fatal", "new_registry", "serve", "source_part", "start_time", "tame_collector"]
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,11 @@ def new_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry
+
+
+def start_time(registry: CollectorRegistry) -> Gauge:
+    """The one metric of ours that every worker has."""
+    return Gauge("headrace_worker_start_time_seconds", "When this worker started.", ["worker"], registry=registry)
 
 
 def build_app(
@@ -173,8 +178,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    started = Gauge("headrace_worker_start_time_seconds", "When this worker started.", ["worker"], registry=registry)
-    started.labels(name).set_to_current_time()
+    start_time(registry).labels(name).set_to_current_time()
     dog = Watchdog(worker.parts, fatal)
     server = HttpServer(
         http,
