@@ -147,11 +147,17 @@ async def written(
 async def quietly_stopped(stop: Callable[[], Awaitable[object]]) -> None:
     """Stop a client whose word nobody waits for any more: not for long, and whatever the brokers say.
 
-    A transactional producer waits for its open transaction, and for ever where the brokers are gone.
+    A transactional producer waits for its open transaction, and for ever where the brokers are gone. A consumer without brokers
+    lets the cancelling of its own tasks out; that is no cancelling of ours.
     """
     try:
         async with asyncio.timeout(STOP_S):
             await stop()
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        log.debug("a client was left behind: %r", error)
     except Exception as error:  # the connections go with the process, and the transaction by the broker's own limit
         log.debug("a client was left behind: %r", error)
 

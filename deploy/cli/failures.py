@@ -6,6 +6,7 @@ found, what to do. What nobody expected is a bug, and its line says so; `HEADRAC
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -88,7 +89,7 @@ def telling(context: click.Context | None = None) -> Iterator[None]:
         if error.filename != STDOUT:
             raise Failure(_os_error(error), 1) from error
         raise Failure("", EXIT_PIPE) from error
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         if os.environ.get("HEADRACE_TRACEBACK"):
             traceback.print_exception(error)
         line = explained(error)

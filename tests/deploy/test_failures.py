@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from pathlib import Path
 
@@ -92,8 +93,16 @@ def test_errors_that_are_explained(error: Exception, line: str, monkeypatch: pyt
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("division\nby zero"), KeyError("a"), ImportError("x", name="stream.gone")])
-def test_a_bug_says_that_it_is_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+BUGS = [
+    ZeroDivisionError("division\nby zero"),
+    KeyError("a"),
+    ImportError("x", name="stream.gone"),
+    asyncio.CancelledError("x"),
+]
+
+
+@pytest.mark.parametrize("error", BUGS, ids=repr)
+def test_a_bug_says_that_it_is_one(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     assert explained(error) is None
     code, err = ends(error, monkeypatch)
     assert code == 70
