@@ -76,7 +76,11 @@ def telling(context: click.Context | None = None) -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()  # not left to the end of the process, where a failure could only be complained about
-    except (click.ClickException, click.exceptions.Exit, SystemExit):
+    except (click.ClickException, click.exceptions.Exit):
+        raise
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich makes one of it, with code 1
+            raise Failure("", EXIT_PIPE) from error
         raise
     except KeyboardInterrupt as error:
         raise Failure("", EXIT_INTERRUPTED) from error

@@ -364,7 +364,7 @@ def test_real_processes(tmp_path: Path) -> None:
     """What a fork can't show: the start and the end of the interpreter."""
     headrace = f"{sys.executable} -m headrace"
     script = f"""
-    {headrace} config show | head -1; echo "${{PIPESTATUS[0]}}"
+    {headrace} config show | true; echo "${{PIPESTATUS[0]}}"
     {headrace} --help > /dev/full; echo "$?"
     {headrace} config check >&- 2>&- <&-; echo "$?"
     {headrace} config check 2>/dev/full; echo "$?"
@@ -373,7 +373,7 @@ def test_real_processes(tmp_path: Path) -> None:
     (tmp_path / "ü→.toml").write_text("[kafka]\nclient_id = 'ü→'\n")
     ended = subprocess.run(["bash", "-c", script], env=env, capture_output=True, check=True, timeout=120)
     out = ended.stdout.decode("latin-1").splitlines()
-    assert (out[0].split()[0], out[1:4], out[-1]) == ("kafka.bootstrap_servers", ["141", "1", "0"], "0")
+    assert (out[:3], out[-1]) == (["141", "1", "0"], "0")
     assert f"The settings are valid ({tmp_path}/ü\\u2192.toml and the environment)." in out
     assert ended.stderr.decode("latin-1").splitlines() == [
         "Error: stdout: expected to write the output, found: No space left on device. Free space on that disk, or use another "

@@ -47,7 +47,6 @@ def test_each_address_says_what_was_found_there(caplog: pytest.LogCaptureFixture
         in told
     )
     assert "; 127.0.0.1:1: Connection refused. Check that it runs" in told
-    assert "Errno" not in fails("nowhere.invalid:9092")
     assert caplog.messages == []
     assert logging.getLogger("aiokafka").level != logging.CRITICAL
 
