@@ -17,6 +17,7 @@ from stream.clients import aiokafka_options
 from stream.errors import StreamError
 from stream.formats import open_formats
 from stream.topic_contract import topic_contracts
+from stream.topic_needs import RETENTION_FORMULA
 
 __all__ = ["Entry", "Finding", "entries", "findings"]
 
@@ -98,29 +99,21 @@ def _features(settings: Settings) -> Iterator[Finding]:
 
 
 def _retention(settings: Settings) -> Iterator[Finding]:
-    join = settings.join
-    needed = join.reaches_back_ms
-    kept = settings.topics.retention_ms
-    if join.window_ms + join.lateness_ms > kept:
+    needed, kept = settings.join.reaches_back_ms, settings.topics.retention_ms
+    if needed > kept:
         yield Finding(
             "error",
-            "join.window_ms",
-            f"expected the window and the lateness to lie within topics.retention_ms ({kept}), found "
-            f"{join.window_ms + join.lateness_ms}: records would be deleted before they are labelled. Raise "
-            "topics.retention_ms, or shorten the window.",
-        )
-    elif needed > kept:
-        yield Finding(
-            "hint",
-            "join.dedupe_horizon_ms",
-            f"window, lateness, skew and twice the horizon ({needed} ms) reach further than topics.retention_ms ({kept}): a "
-            "join that lost its local state could not remember every label. Raise topics.retention_ms, or shorten the horizon.",
+            "topics.retention_ms",
+            f"expected at least what the join needs, {needed} ms ({RETENTION_FORMULA}), found {kept}: impressions would be "
+            "deleted before they are labelled, or a join that lost its local state could not remember every label. Raise it, "
+            "or lower join.window_ms or join.dedupe_horizon_ms.",
         )
     elif needed * 2 > kept:
         yield Finding(
             "hint",
             "topics.retention_ms",
-            f"{kept} ms is less than twice what the join needs ({needed} ms): little is left for downtime. Raise it.",
+            f"{kept} ms is less than twice what the join needs, {needed} ms ({RETENTION_FORMULA}): little is left for "
+            "downtime. Raise it.",
         )
 
 

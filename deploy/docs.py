@@ -1,4 +1,5 @@
-"""Writes the generated pages: `docs/cli.md` from every command's `--help`, `docs/settings.md` from the settings tree.
+"""Writes the generated pages: `docs/cli.md` from every command's `--help`, `docs/settings.md` from the settings tree, and the
+tables of metrics in `docs/operations.md` from the workers' registries.
 
 `python -m deploy.docs --check` writes nothing and exits with 1 when a page isn't what the code says.
 """
@@ -7,31 +8,45 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
+from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, SecretStr
 
 from deploy.cli import cli
+from deploy.cli.failures import EXIT_CODES
 from deploy.settings import Settings
+from stream.join.metrics import JoinMetrics
+from stream.runtime import new_registry, start_time
+from stream.scorer.metrics import ScorerMetrics
+from stream.trainer.metrics import TrainerMetrics
 
-__all__ = ["main", "pages"]
+__all__ = ["Described", "main", "metrics", "pages"]
 
 ROOT = Path(__file__).resolve().parents[1]
+OPERATIONS = "docs/operations.md"
+METRICS_BEGIN = "<!-- These tables are written by `make docs` from the code; edit that instead. -->"
+METRICS_END = "<!-- The end of what `make docs` writes. -->"
 NOTE = "<!-- Written by `make docs` from the code; edit that instead. -->\n"
 
 
 def pages() -> dict[str, str]:
     """Every generated page: path below the checkout → content."""
-    return {"docs/cli.md": _cli_page(), "docs/settings.md": _settings_page()}
+    return {"docs/cli.md": _cli_page(), "docs/settings.md": _settings_page(), OPERATIONS: _operations_page()}
 
 
 def _cli_page() -> str:
     parts = [
         "# Command line\n",
         NOTE,
-        "Data goes to stdout, messages and progress to stderr. Exit codes: 0 done, 1 an error (or a check that found "
-        "something), 2 wrong usage, 3 a rollback that not every live scorer confirmed, 130 a demo that Ctrl-C ended.\n",
+        "Data goes to stdout, messages and progress to stderr. JSON and TOML are UTF-8 in any locale; a character that a "
+        "terminal's encoding lacks is escaped.\n",
+        "An error is one line on stderr: `Error: object: expected …, found …. What to do.` `HEADRACE_TRACEBACK=1` prints where "
+        "it was raised, too.\n",
+        "| exit code | what |\n| --- | --- |",
+        *(f"| {code} | {what} |" for code, what in EXIT_CODES.items()),
+        "",
     ]
     parts.extend(_command_parts(cli, click.Context(cli, info_name="headrace", max_content_width=100, terminal_width=100)))
     return "\n".join(parts)
@@ -75,6 +90,49 @@ def _row(key: str, field: Any) -> str:
     default = field.get_default(call_default_factory=True)
     shown = "unset" if default is None else "secret" if isinstance(default, SecretStr) else f"`{default}`"
     return f"| `{key}` | {shown} | {(field.description or '').replace('|', '/')} |"
+
+
+class Described(NamedTuple):
+    """A metric as a scrape names it."""
+
+    name: str
+    kind: str
+    labels: tuple[str, ...]
+    meaning: str
+
+
+def metrics() -> dict[str, list[Described]]:
+    """Every metric of each worker; under "every worker" those that all of them have."""
+    shared = new_registry()
+    start_time(shared)
+    registries = {"every worker": shared}
+    for name, kind in (("join", JoinMetrics), ("trainer", TrainerMetrics), ("scorer", ScorerMetrics)):
+        registries[name] = CollectorRegistry()
+        kind(registries[name])
+    return {name: _described(registry) for name, registry in registries.items()}
+
+
+def _described(registry: CollectorRegistry) -> list[Described]:
+    found = []
+    for collector in registry._collector_to_names:
+        labels = tuple(getattr(collector, "_labelnames", ()))
+        for family in collector.describe() if hasattr(collector, "describe") else collector.collect():
+            suffix = "_total" if family.type == "counter" else ""
+            found.append(Described(f"{family.name}{suffix}", family.type, labels, family.documentation))
+    return found
+
+
+def _operations_page() -> str:
+    before, rest = (ROOT / OPERATIONS).read_text().split(METRICS_BEGIN)
+    after = rest.split(METRICS_END)[1]
+    parts = [METRICS_BEGIN]
+    for worker, described in metrics().items():
+        parts += [f"\n### Of {'the ' if worker != 'every worker' else ''}{worker}\n", "| metric | type | labels | meaning |"]
+        parts.append("| --- | --- | --- | --- |")
+        for each in described:
+            labels = ", ".join(f"`{label}`" for label in each.labels)
+            parts.append(f"| `{each.name}` | {each.kind} | {labels} | {each.meaning.replace('|', '/')} |")
+    return before + "\n".join(parts) + "\n\n" + METRICS_END + after
 
 
 def main() -> int:

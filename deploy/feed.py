@@ -21,8 +21,10 @@ from aiokafka.errors import KafkaError
 from deploy.errors import FeedError
 from deploy.partitions import partitions_of
 from stream.batches import BATCH_BYTES, send_batches
-from stream.clients import aiokafka_options
+from stream.clients import aiokafka_options, no_answer, started
+from stream.errors import NoAnswer
 from stream.join.events import WATERMARK_HEADER
+from stream.reach import reach
 from stream.settings import KafkaSettings
 
 __all__ = ["Feed", "Pace"]
@@ -45,21 +47,19 @@ class Feed:
         self._partitions: dict[str, int] = {}
 
     async def __aenter__(self) -> Feed:
-        self._producer = AIOKafkaProducer(
-            **aiokafka_options(self._kafka),
-            acks="all",
-            enable_idempotence=True,
-            max_batch_size=BATCH_BYTES,
-            max_request_size=2 * BATCH_BYTES,
-        )
         try:
-            await self._producer.start()
-        except KafkaError as error:
-            await self._producer.stop()
-            raise FeedError(
-                f"kafka.bootstrap_servers {self._kafka.bootstrap_servers}: expected a Kafka broker, found none that answers "
-                f"({error!r}). Start one (`headrace kafka start`), or set HEADRACE_KAFKA__BOOTSTRAP_SERVERS."
-            ) from error
+            await reach(self._kafka)
+            self._producer = AIOKafkaProducer(
+                **aiokafka_options(self._kafka),
+                acks="all",
+                enable_idempotence=True,
+                max_batch_size=BATCH_BYTES,
+                max_request_size=2 * BATCH_BYTES,
+            )
+            await started(self._kafka, self._producer, "a producer")
+        except (KafkaError, NoAnswer) as error:
+            told = error if isinstance(error, NoAnswer) else no_answer(self._kafka, "a producer", error)
+            raise FeedError(str(told)) from error
         return self
 
     async def __aexit__(

@@ -12,6 +12,7 @@ prints them.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import tomllib
@@ -19,7 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
 
 from deploy.errors import ConfigError
 from model.schema import FeatureSchema
@@ -99,8 +106,18 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, settings_file())
 
 
-# Read by Headrace, but not settings: which file to read, and where data sets are looked for.
-NOT_SETTINGS = {"HEADRACE_CONFIG", "HEADRACE_DATA_DIR"}
+# What pydantic expected, where its own words don't say it to someone who writes TOML.
+IN_WORDS = {
+    "model_type": "a section with keys",
+    "path_type": "a path",
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "tuple_type": "a list",
+}
+
+# Read by Headrace, but not settings: which file to read, where data sets are, and whether errors print their traceback.
+NOT_SETTINGS = {"HEADRACE_CONFIG", "HEADRACE_DATA_DIR", "HEADRACE_TRACEBACK"}
 
 
 def settings_file() -> Path:
@@ -116,30 +133,82 @@ def load_settings(**overrides: Any) -> Settings:
             where it came from, what was expected and what was found.
     """
     file = settings_file()
-    if "HEADRACE_CONFIG" in os.environ and not file.is_file():
-        raise ConfigError(f"HEADRACE_CONFIG: expected a file, found nothing at {file}. Make it, or unset the variable.")
+    try:
+        _check_file(file)
+        _check_variables()
+        return _handed_down(_absolute(Settings(**overrides)))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: expected TOML, found: {error}. Correct the file.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file}: expected TOML in UTF-8, found the byte 0x{error.object[error.start]:02x} at position {error.start}. "
+            "Convert the file (`iconv -t UTF-8`)."
+        ) from error
+    except (SettingsError, ValidationError) as error:
+        raise ConfigError("\n".join(_problems(error))) from error
+
+
+def _check_file(file: Path) -> None:
+    """The file that HEADRACE_CONFIG names must be there; ./headrace.toml may be missing. Either must be readable."""
+    if "HEADRACE_CONFIG" not in os.environ and not file.exists():
+        return
+    named = "HEADRACE_CONFIG: expected a file" if "HEADRACE_CONFIG" in os.environ else "settings: expected a file"
+    if not file.is_file():
+        found = f"a folder at {file}" if file.is_dir() else f"nothing at {file}"
+        raise ConfigError(f"{named}, found {found}. Create it, or unset the variable.")
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"{named} to read, found {file}: {error.strerror}. Give this user the right to it.") from error
+
+
+def _check_variables() -> None:
     known = {name.upper() for name in Settings.model_fields}
     for variable in os.environ:
         if variable.startswith("HEADRACE_") and variable not in NOT_SETTINGS:
             section = variable.removeprefix("HEADRACE_").split("__")[0].upper()
             if section not in known:
                 raise ConfigError(
-                    f"environment {variable}: unknown section {section.lower()!r}, expected one of "
-                    f"{', '.join(sorted(Settings.model_fields))}. Unset it, or see `headrace config show`."
+                    f"environment {variable}: expected a section of the settings ({', '.join(sorted(Settings.model_fields))}), "
+                    f"found {section.lower()!r}. Unset it, or correct its name; `headrace config show` prints every key."
                 )
-    try:
-        return _handed_down(_absolute(Settings(**overrides)))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: expected TOML, found: {error}. Mend the file.") from error
-    except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg'].removeprefix('Value error, ')}{_found(problem)}"
-            for problem in error.errors()
-        ]
-        raise ConfigError(
-            "settings (arguments > environment HEADRACE_* > "
-            f"{file}):\n  " + "\n  ".join(lines) + "\nMend the key named; `headrace config show` prints every key."
-        ) from error
+
+
+def _problems(error: SettingsError | ValidationError) -> list[str]:
+    """A line for each wrong key: where it stands, what was expected, what was found, what to do."""
+    if isinstance(error, SettingsError):  # a variable of several values that isn't JSON
+        cause = f": {error.__cause__}" if error.__cause__ is not None else ""
+        return [f"environment HEADRACE_*: expected JSON for a section or a list, found: {error}{cause}. Correct the variable."]
+    return [_problem(problem) for problem in error.errors()]
+
+
+def _problem(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    variable = f"HEADRACE_{'__'.join(str(part) for part in problem['loc'][:2]).upper()}"
+    where = f"environment {variable}" if variable in os.environ else str(settings_file())
+    found = _found(problem)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _keys(Settings), n=1)
+        meant = f"Did you mean {near[0]}?" if near else "Remove it, or correct its name."
+        return f"{where}: {key}: expected a key that `headrace config show` prints, found an unknown one. {meant}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # in words of ours, with what to do
+        return f"{where}: {key}: {message}"
+    if problem["type"] == "missing":
+        return f"{where}: {key}: expected a value, found none. Add the key."
+    in_words = IN_WORDS.get(problem["type"])
+    expected = in_words.format(**problem.get("ctx", {})) if in_words else message.removeprefix("Input should be ")
+    return f"{where}: {key}: expected {expected}{found}. Correct it; `headrace config show` prints every key."
+
+
+def _keys(model: type[BaseModel], before: str = "") -> list[str]:
+    """Every key of the tree."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        inner = isinstance(kind, type) and issubclass(kind, BaseModel)
+        keys += _keys(kind, f"{before}{name}.") if inner else [f"{before}{name}"]  # type: ignore[arg-type]  # looked at above
+    return keys
 
 
 def _absolute(settings: Settings) -> Settings:

@@ -7,6 +7,7 @@ click-through rate.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,12 +279,10 @@ class TruthFile:
                 ("item_age_ms", pa.int64()),
             ]
         )
-        try:
+        with self._writing():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._parquet = pq.ParquetWriter(path, self._schema) if path.suffix == ".parquet" else None
             self._lines = None if self._parquet is not None else path.open("wb")
-        except OSError as error:
-            raise DeployError(f"--truth {path}: expected a file that can be written, found: {error}. Name another.") from error
 
     def write(self, batch: Batch) -> None:
         """Add a batch."""
@@ -297,13 +296,26 @@ class TruthFile:
             pa.array(batch.item_ages_ms, mask=batch.item_ages_ms < 0),
         ]
         table = pa.table(columns, schema=self._schema)
-        if self._parquet is not None:
-            self._parquet.write_table(table)
-        elif self._lines is not None:
-            self._lines.write(b"".join(msgspec.json.encode(row) + b"\n" for row in table.to_pylist()))
+        with self._writing():
+            if self._parquet is not None:
+                self._parquet.write_table(table)
+            elif self._lines is not None:
+                self._lines.write(b"".join(msgspec.json.encode(row) + b"\n" for row in table.to_pylist()))
 
     def close(self) -> None:
         """Finish the file."""
-        for file in (self._parquet, self._lines):
-            if file is not None:
-                file.close()
+        with self._writing():
+            for file in (self._parquet, self._lines):
+                if file is not None:
+                    file.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            found = error.strerror or str(error)
+            raise DeployError(
+                f"--truth {self._path.absolute()}: expected a file that can be written, found: {found}. Free space there, or "
+                "name another file."
+            ) from error

@@ -7,9 +7,12 @@ import sys
 
 def main() -> None:
     """Run the command line."""
-    from deploy.cli import main as run
+    try:
+        from deploy.cli import console as run
 
-    sys.exit(run())
+        sys.exit(run())
+    except KeyboardInterrupt:  # while modules are imported; later `deploy.cli.failures` does the same
+        sys.exit(130)
 
 
 if __name__ == "__main__":

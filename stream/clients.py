@@ -25,6 +25,7 @@ __all__ = [
     "bootstrap_list",
     "faust_options",
     "kafka_python_options",
+    "no_answer",
     "quietly_stopped",
     "ssl_context",
     "started",
@@ -108,11 +109,23 @@ async def _reached(
     try:
         await answer(kafka, start(), what, within_s=within_s)
     except KafkaConnectionError as error:
-        raise NoAnswer(
-            f"Kafka at {kafka.bootstrap_servers} ({kafka.security_protocol}): expected an answer about {what}, found: {error}. "
-            "Check that it runs (`headrace kafka status` for a local one) and that HEADRACE_KAFKA__BOOTSTRAP_SERVERS and the "
-            "security settings are right."
-        ) from error
+        raise no_answer(kafka, what, error) from error
+
+
+def no_answer(kafka: KafkaSettings, what: str, error: BaseException) -> NoAnswer:
+    """What a user reads when Kafka answers a question with an error, or not at all.
+
+    Args:
+        error: an error of either client library's, or a time-out.
+    """
+    name, found = type(error).__name__, " ".join(str(error).split())
+    if not found.startswith(name):  # as aiokafka's errors do
+        found = f"{name}: {found}" if found else name
+    return NoAnswer(
+        f"Kafka at {kafka.bootstrap_servers} ({kafka.security_protocol}): expected an answer about {what}, found {found}. "
+        "Check that it runs (`headrace kafka status` for a local one) and that HEADRACE_KAFKA__BOOTSTRAP_SERVERS and the "
+        "security settings are right."
+    )
 
 
 async def written(
@@ -134,11 +147,17 @@ async def written(
 async def quietly_stopped(stop: Callable[[], Awaitable[object]]) -> None:
     """Stop a client whose word nobody waits for any more: not for long, and whatever the brokers say.
 
-    A transactional producer waits for its open transaction, and for ever where the brokers are gone.
+    A transactional producer waits for its open transaction, and for ever where the brokers are gone. A consumer without brokers
+    lets the cancelling of its own tasks out; that is no cancelling of ours.
     """
     try:
         async with asyncio.timeout(STOP_S):
             await stop()
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        log.debug("a client was left behind: %r", error)
     except Exception as error:  # the connections go with the process, and the transaction by the broker's own limit
         log.debug("a client was left behind: %r", error)
 

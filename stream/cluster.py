@@ -5,24 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
 
-from stream.clients import admin_client, answer
+from stream.clients import admin_client, answer, no_answer
 from stream.errors import NoAnswer, TopicError
+from stream.reach import reach
 from stream.requests import TopicIdsRequest
 from stream.settings import KafkaSettings
 
-__all__ = ["Cluster", "ClusterWatch", "describe_cluster", "topic_configs", "unequal"]
+__all__ = ["Cluster", "ClusterWatch", "describe_cluster", "topic_configs"]
 
 log = logging.getLogger(__name__)
 
-# At a start: a broker that is just starting refuses connections. Later the supervisor's own patience counts.
-REACH_S = 10.0
 RETRY_S = 0.5
 # How often a running worker looks whether its topics are still those that it began with: a new connection and one question.
 LOOK_EVERY_S = 10.0
@@ -56,17 +55,20 @@ class Cluster:
         return problems
 
 
-async def describe_cluster(kafka: KafkaSettings, topics: Sequence[str], *, within_s: float = REACH_S) -> Cluster:
+async def describe_cluster(kafka: KafkaSettings, topics: Sequence[str], *, retry: bool = True) -> Cluster:
     """Ask the cluster about these topics.
 
     Args:
-        within_s: how long to try again where no broker takes a connection.
+        retry: wait for Kafka, and ask again where it answers with an error, for kafka.connect_timeout_ms. A broker that is just
+            starting does both.
 
     Raises:
         TopicError: a topic is missing.
         NoAnswer: Kafka can't be reached.
     """
-    deadline = time.monotonic() + within_s
+    deadline = time.monotonic() + (kafka.connect_timeout_ms / 1_000 if retry else 0.0)
+    if retry:
+        await reach(kafka)
     while True:
         try:
             async with admin_client(kafka) as admin:
@@ -76,9 +78,7 @@ async def describe_cluster(kafka: KafkaSettings, topics: Sequence[str], *, withi
             if time.monotonic() > deadline:
                 if isinstance(error, NoAnswer):
                     raise
-                raise NoAnswer(
-                    f"Kafka at {kafka.bootstrap_servers}: expected an answer about topics, found {error!r}."
-                ) from error
+                raise no_answer(kafka, "topics", error) from error
         await asyncio.sleep(RETRY_S)
 
 
@@ -156,7 +156,7 @@ class ClusterWatch:
         """Look once. That Kafka can't be reached is no change: it comes back, or other waits end."""
         began = time.monotonic()
         try:
-            now = await describe_cluster(self._kafka, list(self._cluster.topic_ids), within_s=0.0)
+            now = await describe_cluster(self._kafka, list(self._cluster.topic_ids), retry=False)
         except TopicError as error:
             # A broker that has just started may not have heard of a topic yet, so one look isn't enough.
             self._missing += 1
@@ -177,11 +177,3 @@ class ClusterWatch:
                     "doctor`, and start them again when the topics are as they should be."
                 )
             )
-
-
-def unequal(counts: Mapping[str, int]) -> str | None:
-    """What is wrong where these topics should have one number of partitions, None when they do."""
-    if len(set(counts.values())) <= 1:
-        return None
-    found = ", ".join(f"{topic} {count}" for topic, count in counts.items())
-    return f"expected the same number of partitions, found {found}. Run `headrace topics check`."

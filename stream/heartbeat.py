@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from stream.clients import STOP_S, aiokafka_options, answer, quietly_stopped, started
-from stream.errors import NoAnswer, StreamError, TopicError
+from stream.clients import STOP_S, aiokafka_options, answer, no_answer, quietly_stopped, started
+from stream.errors import NoAnswer, TopicError
 from stream.settings import KafkaSettings
 from stream.topics import TopicNames
 
@@ -91,7 +91,7 @@ class HeartbeatSender:
         """Connect.
 
         Raises:
-            StreamError: Kafka can't be reached.
+            NoAnswer: Kafka can't be reached.
         """
         from aiokafka import AIOKafkaProducer
         from aiokafka.errors import KafkaError
@@ -100,7 +100,7 @@ class HeartbeatSender:
         try:
             self._producer = await started(self._kafka, producer, "a producer of heartbeats")
         except (KafkaError, NoAnswer) as error:
-            raise _unreachable(self._kafka, error) from error
+            raise no_answer(self._kafka, "the scorers", error) from error
 
     async def send(
         self,
@@ -191,7 +191,7 @@ class HeartbeatReader:
             await self._read_to(end)
         except KafkaError as error:
             await consumer.stop()
-            raise _unreachable(self._kafka, error) from error
+            raise no_answer(self._kafka, "the scorers", error) from error
         except BaseException:
             await consumer.stop()
             raise
@@ -257,13 +257,6 @@ class HeartbeatReader:
                     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                         continue  # a newer or foreign writer's; the worker counts by its last readable one
                 self._last[worker] = (record.timestamp, beat)
-
-
-def _unreachable(kafka: KafkaSettings, error: Exception) -> StreamError:
-    return StreamError(
-        f"Kafka at {kafka.bootstrap_servers}: expected an answer about the scorers, found {error!r}. Is it running? "
-        "`headrace kafka status`; another address: HEADRACE_KAFKA__BOOTSTRAP_SERVERS."
-    )
 
 
 def _now_ms() -> int:

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import sys
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from socketserver import ThreadingTCPServer
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, MetricsHandler
 
+from stream.errors import StreamError
 from stream.settings import HttpSettings
 
-__all__ = ["HttpServer"]
+__all__ = ["HttpServer", "require_free"]
 
+log = logging.getLogger(__name__)
 
-class _Quiet(WSGIRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        """Scrapes every few seconds are no news."""
+# From a connection to the end of its answer. A scrape of some hundred series takes milliseconds; Prometheus waits 10 s.
+PATIENCE_S = 10.0
+# Connections at once: a thread each. Beyond it the oldest is dropped, so that a probe is answered however many do nothing.
+MOST_CONNECTIONS = 64
+# How often connections are looked at for their age.
+LOOK_EVERY_S = 0.25
 
 
 class HttpServer:
-    """Answers in a thread of its own, so that a busy event loop still says how it is.
+    """Answers in threads of its own, so that a busy event loop still says how it is.
+
+    A connection that sends nothing, sends slowly or doesn't read its answer holds up nobody else, and is closed after 10 s.
 
     Args:
         healthy: None when the process should live on, else what is wrong (`/healthz` answers 503).
         ready: None when it does its work, else what it waits for (`/readyz` answers 503).
+
+    Raises:
+        StreamError: the address can't be listened on.
     """
 
     def __init__(
@@ -35,26 +50,13 @@ class HttpServer:
         healthy: Callable[[], str | None],
         ready: Callable[[], str | None],
     ) -> None:
-        metrics = make_wsgi_app(registry)
-        checks = {"/healthz": healthy, "/readyz": ready}
-
-        def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-            path = environ.get("PATH_INFO", "")
-            if path == "/metrics":
-                return metrics(environ, start_response)
-            if path not in checks:
-                start_response("404 Not Found", [("Content-Type", "text/plain")])
-                return [b"expected /metrics, /healthz or /readyz\n"]
-            problem = checks[path]()
-            start_response("503 Service Unavailable" if problem else "200 OK", [("Content-Type", "text/plain")])
-            return [f"{problem or 'ok'}\n".encode()]
-
-        self._server = make_server(settings.host, settings.port, application, WSGIServer, _Quiet)
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        kind = type("Handler", (_Handler,), {"registry": registry, "checks": {"/healthz": healthy, "/readyz": ready}})
+        self._server = _listening(settings, kind)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(LOOK_EVERY_S,), name="http", daemon=True)
 
     @property
     def port(self) -> int:
-        return int(self._server.server_port)
+        return int(self._server.server_address[1])
 
     def start(self) -> None:
         self._thread.start()
@@ -62,3 +64,111 @@ class HttpServer:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def require_free(settings: HttpSettings) -> None:
+    """See whether the port can be had: another worker on this machine may have it.
+
+    Raises:
+        StreamError: it is taken.
+    """
+    if settings.port:
+        _listening(settings, _Handler).server_close()
+
+
+def _listening(settings: HttpSettings, handler: type[_Handler]) -> _Server:
+    try:
+        return (
+            _Server6((settings.host, settings.port), handler)
+            if ":" in settings.host
+            else _Server((settings.host, settings.port), handler)
+        )
+    except (OSError, OverflowError) as error:
+        found = getattr(error, "strerror", None) or str(error)
+        raise StreamError(
+            f"http.port {settings.port}: expected a free port at {settings.host}, found: {found}. Nothing was changed, and a "
+            "worker that has the port goes on. Set HEADRACE_HTTP__PORT to another or to 0 for a free one, or the address, "
+            "HEADRACE_HTTP__HOST, to one of this machine's."
+        ) from error
+
+
+class _Handler(MetricsHandler):
+    """One request a connection."""
+
+    checks: dict[str, Callable[[], str | None]]
+    server_version = "Headrace"
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        path = self.path.split("?", 1)[0]
+        if path == "/metrics" and self.command == "GET":
+            super().do_GET()
+        elif path == "/metrics":
+            self._answer(HTTPStatus.OK, "")
+        elif path in self.checks:
+            problem = self.checks[path]()
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE if problem else HTTPStatus.OK, problem or "ok")
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, "expected /metrics, /healthz or /readyz")
+
+    do_HEAD = do_GET
+
+    def _answer(self, status: HTTPStatus, text: str) -> None:
+        body = f"{text}\n".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+class _Server(ThreadingTCPServer):
+    """A thread a connection, and a limit to how long and how many."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
+        self._open: dict[socket.socket, float] = {}  # since when, oldest first
+        self._lock = threading.Lock()
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        request.settimeout(PATIENCE_S)
+        with self._lock:
+            for oldest in list(self._open)[: len(self._open) + 1 - MOST_CONNECTIONS]:
+                self._drop(oldest)
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Called between connections and every LOOK_EVERY_S: a socket's own time-out begins anew with every byte."""
+        with self._lock:
+            for request, since in list(self._open.items()):
+                if time.monotonic() - since > PATIENCE_S:
+                    self._drop(request)
+
+    def _drop(self, request: socket.socket) -> None:
+        """Its thread wakes with an error, and closes it."""
+        self._open.pop(request, None)
+        try:
+            request.shutdown(socket.SHUT_RDWR)
+        except OSError:  # it has gone by itself
+            return
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Connections that break off are no news; anything else is a mistake of ours."""
+        if not isinstance(sys.exception(), OSError):
+            log.warning("answering %s over HTTP failed", client_address[0], exc_info=True)
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from state.registry import RegistryState
-from stream.clients import aiokafka_options, quietly_stopped
+from stream.clients import aiokafka_options, no_answer, quietly_stopped
 from stream.errors import RegistryError, TopicError
 from stream.settings import KafkaSettings
 from stream.topics import TopicNames
@@ -138,10 +138,7 @@ class RegistryLog:
 
 def unreachable(kafka: KafkaSettings, error: BaseException) -> RegistryError:
     """What a user is told when Kafka doesn't answer."""
-    return RegistryError(
-        f"Kafka at {kafka.bootstrap_servers}: expected an answer about the snapshot registry, found {error!r}. "
-        "Is it running? `headrace kafka status`; another address: HEADRACE_KAFKA__BOOTSTRAP_SERVERS."
-    )
+    return RegistryError(str(no_answer(kafka, "the snapshot registry", error)))
 
 
 async def read_registry(kafka: KafkaSettings, names: TopicNames, *, timeout_ms: int = 15_000) -> RegistryState:

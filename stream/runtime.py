@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
 
+from aiokafka.errors import KafkaError
 from faust.types import TP
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
@@ -24,7 +24,7 @@ from stream.settings import HttpSettings, KafkaSettings
 from stream.transport import RunApp
 from stream.watchdog import Part, Watchdog
 
-__all__ = ["Worker", "build_app", "fatal", "new_registry", "serve", "source_part", "tame_collector"]
+__all__ = ["Worker", "build_app", "fatal", "new_registry", "serve", "source_part", "start_time", "tame_collector"]
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,16 @@ MAX_POLL_INTERVAL_S = 86_400.0
 
 
 def fatal(what: str, error: BaseException) -> NoReturn:
-    """End the process at once: the log is read again by whoever comes next, and nothing half decided goes out."""
-    log.critical("%s: %r; the process ends, and takes up its work again from the log when it is started", what, error)
-    traceback.print_exception(error)
+    """End the process at once: the log is read again by whoever comes next, and nothing half decided goes out.
+
+    The log gets one line; with the traceback where the error is none that is written for people or comes from outside.
+    """
+    ours = type(error).__module__ in ("model.errors", "state.errors", "stream.errors")
+    log.critical(
+        "%s: %s The process ends, and takes up its work again from the log when it is started.",
+        *(what, error if ours else f"{error!r}."),
+        exc_info=None if ours or isinstance(error, (KafkaError, OSError)) else error,
+    )
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -60,6 +67,11 @@ def new_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     return registry
+
+
+def start_time(registry: CollectorRegistry) -> Gauge:
+    """The one metric of ours that every worker has."""
+    return Gauge("headrace_worker_start_time_seconds", "When this worker started.", ["worker"], registry=registry)
 
 
 def build_app(
@@ -166,8 +178,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    started = Gauge("headrace_worker_start_time_seconds", "When this worker started.", ["worker"], registry=registry)
-    started.labels(name).set_to_current_time()
+    start_time(registry).labels(name).set_to_current_time()
     dog = Watchdog(worker.parts, fatal)
     server = HttpServer(
         http,

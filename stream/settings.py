@@ -44,6 +44,11 @@ class KafkaSettings(_Frozen):
     ssl_certfile: Path | None = Field(default=None, description="PEM file of this client's certificate.")
     ssl_keyfile: Path | None = Field(default=None, description="PEM file of this client's key.")
     ssl_keyfile_password: SecretStr | None = None
+    connect_timeout_ms: int = Field(
+        default=10_000,
+        ge=100,
+        description="How long a command, or a worker that starts, tries to reach a broker before it gives up with exit code 1.",
+    )
     request_timeout_ms: int = Field(default=40_000, ge=1_000, description="Longest wait for an answer of a broker.")
 
 
@@ -66,7 +71,9 @@ class TopicSettings(_Frozen):
     replication_factor: int = Field(default=1, ge=1, description="Copies of each partition on different brokers.")
     min_insync_replicas: int = Field(default=1, ge=1)
     retention_ms: int = Field(
-        default=7 * 86_400_000, ge=60_000, description="By arrival; must cover the longest pending window and downtime."
+        default=7 * 86_400_000,
+        ge=60_000,
+        description="By arrival; at least window + 2 × dedupe horizon + lateness + skew of the join, and its longest downtime.",
     )
     max_message_bytes: int = Field(
         default=1_048_588, ge=1_024, description="Of one input record; examples and dead-letters get 64 KiB more."

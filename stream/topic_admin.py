@@ -10,14 +10,15 @@ from typing import Any
 
 import msgspec
 
-from stream.clients import kafka_python_options
+from stream.clients import kafka_python_options, no_answer
 from stream.errors import TopicError
-from stream.settings import KafkaSettings, TopicSettings
-from stream.topic_contract import TopicContract, topic_contracts
+from stream.settings import JoinSettings, KafkaSettings, TopicSettings
+from stream.topic_contract import Difference, TopicContract, topic_contracts
+from stream.topic_needs import retention_shortfalls, unequal_partitions
+from stream.topics import TopicNames
 
 __all__ = ["Difference", "Found", "Made", "check_topics", "create_topics", "differences", "find_topics"]
 
-CONNECT_TIMEOUT_MS = 10_000  # a broker that doesn't answer for so long is not there
 POLL_S = 0.2
 VISIBLE_TIMEOUT_MS = 30_000  # from creation until all leaders are elected, on a loaded cluster
 ALREADY_EXISTS = 36  # Kafka's error code: somebody else made it in the same moment
@@ -31,29 +32,24 @@ class Made(msgspec.Struct, frozen=True):
     kept: list[str]
 
 
-class Difference(msgspec.Struct, frozen=True):
-    """Where a topic is not as the contract says, and what to do about it."""
-
-    topic: str
-    what: str
-    expected: str
-    found: str
-    cure: str
-
-
-def create_topics(kafka: KafkaSettings, topics: TopicSettings, *, mend: bool = False) -> Made:
+def create_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings | None = None, *, mend: bool = False) -> Made:
     """Make the topics that are missing; those that exist are left alone. Safe to repeat, also by two at once.
 
     Args:
+        join: what retention must cover; not looked at when None.
         mend: also set the configuration of existing topics as the contract says. Partitions and replicas of existing topics
             are never changed.
 
     Raises:
-        TopicError: the cluster can't be reached or refuses a topic.
+        NoAnswer: the cluster can't be reached.
+        TopicError: it refuses a topic, or topics would be made that the join can't use.
     """
-    contracts = topic_contracts(topics)
+    contracts, names = topic_contracts(topics), TopicNames.of(topics)
+    if join is not None:
+        _require_retention(names, topics, join)
     with _admin(kafka) as admin:
         found = _describe(admin, contracts)
+        _require_equal_partitions(names, contracts, found)
         missing = [contract for contract in contracts if contract.name not in found]
         if missing:
             _create(kafka, admin, missing)
@@ -63,20 +59,30 @@ def create_topics(kafka: KafkaSettings, topics: TopicSettings, *, mend: bool = F
     return Made(created=created, mended=mended, kept=kept)
 
 
-def check_topics(kafka: KafkaSettings, topics: TopicSettings) -> list[Difference]:
-    """Where the cluster's topics differ from the contract; empty when they don't. Never writes.
+def check_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings | None = None) -> list[Difference]:
+    """Where the cluster's topics differ from the contract, or from what the join needs; empty when they don't. Never writes.
+
+    Args:
+        join: what retention must cover; not looked at when None.
 
     Raises:
-        TopicError: the cluster can't be reached.
+        NoAnswer: the cluster can't be reached.
     """
-    return differences(topic_contracts(topics), find_topics(kafka, topics))
+    found, names = find_topics(kafka, topics), TopicNames.of(topics)
+    problems = differences(topic_contracts(topics), found)
+    unequal = unequal_partitions(names, {name: topic.partitions for name, topic in found.items()})
+    if unequal is not None:
+        problems.append(unequal)
+    if join is not None:
+        problems += retention_shortfalls(names, join, {name: topic.configs for name, topic in found.items()})
+    return problems
 
 
 def find_topics(kafka: KafkaSettings, topics: TopicSettings) -> dict[str, Found]:
     """Those of the eight topics that the cluster has, by name. Never writes.
 
     Raises:
-        TopicError: the cluster can't be reached.
+        NoAnswer: the cluster can't be reached.
     """
     with _admin(kafka) as admin:
         return _describe(admin, topic_contracts(topics))
@@ -116,6 +122,33 @@ def differences(contracts: Sequence[TopicContract], found: Mapping[str, Found]) 
     return problems
 
 
+def _require_retention(names: TopicNames, topics: TopicSettings, join: JoinSettings) -> None:
+    wanted = {names.impressions: {"retention.ms": str(topics.retention_ms)}}
+    for short in retention_shortfalls(names, join, wanted):
+        raise TopicError(
+            f"topics.retention_ms: expected {short.expected}, found {short.found}. Nothing was made: {short.cure}."
+        )
+
+
+def _require_equal_partitions(names: TopicNames, contracts: Sequence[TopicContract], found: Mapping[str, Found]) -> None:
+    """Nothing is made beside topics of another number of partitions: the join refuses to start on them."""
+    counts = {contract.name: found[contract.name].partitions for contract in contracts if contract.name in found}
+    planned = {contract.name: contract.partitions for contract in contracts} | counts
+    unequal = unequal_partitions(names, planned)
+    if unequal is None or counts.keys() >= set(unequal.topic.split(", ")):  # those that are there `topics check` compares
+        return
+    there = sorted({counts[topic] for topic in unequal.topic.split(", ") if topic in counts})
+    cure = (
+        f"HEADRACE_TOPICS__PARTITIONS={there[0]} makes the missing ones like those that exist"
+        if len(there) == 1
+        else unequal.cure
+    )
+    raise TopicError(
+        f"topics {unequal.topic}: expected {unequal.expected}; found {unequal.found}, where those that are missing would have "
+        f"topics.partitions. Nothing was made: {cure}."
+    )
+
+
 def _partitions_cure(contract: TopicContract, found: int) -> str:
     if contract.partitions_setting is None:
         return (
@@ -145,26 +178,26 @@ def _admin(kafka: KafkaSettings) -> Iterator[Any]:
 
     options = kafka_python_options(kafka)
     try:
-        _await_listener(options["bootstrap_servers"])
-        admin = KafkaAdminClient(**options, bootstrap_timeout_ms=CONNECT_TIMEOUT_MS)
+        _await_listener(options["bootstrap_servers"], kafka.connect_timeout_ms / 1_000)
+        admin = KafkaAdminClient(**options, bootstrap_timeout_ms=kafka.connect_timeout_ms)
     except (KafkaError, OSError) as error:
-        raise _unreachable(kafka, error) from error
+        raise no_answer(kafka, "topics", error) from error
     try:
         yield admin
     except KafkaError as error:
-        raise _unreachable(kafka, error) from error
+        raise no_answer(kafka, "topics", error) from error
     finally:
         admin.close()
 
 
-def _await_listener(servers: Sequence[str]) -> None:
+def _await_listener(servers: Sequence[str], within_s: float) -> None:
     """Wait until one of the servers takes a connection: kafka-python's client leaks a socket for each refused one."""
-    deadline = time.monotonic() + CONNECT_TIMEOUT_MS / 1_000
+    deadline = time.monotonic() + within_s
     while True:
         for server in servers:
             host, _, port = server.rpartition(":")
             try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_MS / 1_000).close()
+                socket.create_connection((host.strip("[]"), int(port)), timeout=within_s).close()
             except OSError as error:
                 refusal = error
             else:
@@ -172,14 +205,6 @@ def _await_listener(servers: Sequence[str]) -> None:
         if time.monotonic() > deadline:
             raise refusal
         time.sleep(POLL_S)
-
-
-def _unreachable(kafka: KafkaSettings, error: Exception) -> TopicError:
-    return TopicError(
-        f"Kafka at {kafka.bootstrap_servers} ({kafka.security_protocol}): expected an answer, found "
-        f"{type(error).__name__}: {error}. Check that it runs (`headrace kafka status` for a local one) and that "
-        "HEADRACE_KAFKA__BOOTSTRAP_SERVERS and the security settings are right."
-    )
 
 
 def _describe(admin: Any, contracts: Sequence[TopicContract]) -> dict[str, Found]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from stream.errors import TopicError
 from stream.settings import TopicSettings
 from stream.topics import TopicNames
 
-__all__ = ["OUTPUT_MARGIN_BYTES", "TopicContract", "topic_contracts"]
+__all__ = ["OUTPUT_MARGIN_BYTES", "Difference", "TopicContract", "topic_contracts"]
 
 # An example or a dead letter is an input record as it came, with headers of ours: a record at the limit must still fit.
 OUTPUT_MARGIN_BYTES = 65_536
@@ -35,6 +37,16 @@ class TopicContract:
     configs: dict[str, str]
     partitions_setting: str | None
     """The setting that says how many partitions; None where the number is fixed."""
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """Where a topic is not as the contract says, and what to do about it."""
+
+    topic: str
+    what: str
+    expected: str
+    found: str
+    cure: str
 
 
 def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import yaml
 
-from deploy.docs import pages
+from deploy.docs import metrics, pages
 from headrace.events import encode_click, encode_impression, encode_request
 from stream.dead_letters import REASONS, DeadLetter
 from stream.heartbeat import Heartbeat
@@ -21,6 +21,7 @@ from stream.settings import TopicSettings
 from stream.topic_contract import topic_contracts
 
 ROOT = Path(__file__).resolve().parents[1]
+DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "headrace.json"
 ASYNCAPI: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "asyncapi.yaml").read_text())
 
 
@@ -108,6 +109,44 @@ def test_the_code_uses_no_other_reason_code() -> None:
             used |= set(re.findall(r"_refuse\(\s*\"([a-z_0-9]+)\"", path.read_text()))
     assert {"late_impression", "not_finite"} <= used, "the pattern no longer finds where codes are written"
     assert used <= REASONS.keys()
+
+
+def known_metrics() -> dict[str, str]:
+    """Every name that a scrape has, and the metric's type."""
+    known = {}
+    for each in (each for described in metrics().values() for each in described):
+        endings = ("_bucket", "_sum", "_count") if each.kind == "histogram" else ("",)
+        known |= {f"{each.name}{ending}": each.kind for ending in endings} | {each.name: each.kind}
+    return known
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", *sorted((ROOT / "deploy").rglob("*.yml")), DASHBOARD],
+    ids=str,
+)
+def test_a_metric_that_is_named_exists(path: Path) -> None:
+    used = set(re.findall(r"\b(?:headrace_(?:join|trainer|scorer|worker)|process)_[a-z0-9_]+\b", path.read_text()))
+    assert {
+        name for name in used if name.startswith("headrace_") or name.endswith(("_bytes", "_seconds"))
+    } <= known_metrics().keys()
+
+
+def test_every_metric_is_documented_with_type_labels_and_meaning() -> None:
+    page = (ROOT / "docs" / "operations.md").read_text()
+    assert len(known_metrics()) > 80
+    for each in (each for described in metrics().values() for each in described):
+        assert each.meaning.endswith("."), f"{each.name}: its help is a sentence"
+        labels = ", ".join(f"`{label}`" for label in each.labels)
+        assert f"| `{each.name}` | {each.kind} | {labels} | {each.meaning} |" in page
+
+
+def test_metrics_are_made_where_the_pages_look_for_them() -> None:
+    makers = re.compile(r"from prometheus_client import .*\b(?:Counter|Gauge|Histogram|Summary|Info|Enum)\b")
+    found = {str(path.relative_to(ROOT)) for path in (ROOT / "stream").rglob("*.py") if makers.search(path.read_text())}
+    assert found == {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer")} | {"stream/runtime.py"}
+    for room in ("deploy", "headrace", "model", "state"):
+        assert not [path for path in (ROOT / room).rglob("*.py") if makers.search(path.read_text())]
 
 
 def test_links_between_pages_resolve() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
 import click
 
-__all__ = ["cli", "main"]
+from deploy.cli.common import quiet_clients
+from deploy.cli.failures import telling
+from deploy.cli.standard_streams import prepare
+
+__all__ = ["cli", "console", "main"]
 
 # command → module:attribute. Importing this package imports none of them, so `headrace --help` needs neither torch nor Faust.
 COMMANDS = {
@@ -29,7 +32,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported on first use."""
+    """A group whose commands are imported on first use, and whose errors all end as one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -41,6 +44,14 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with telling():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with telling(ctx):
+            return super().invoke(ctx)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,14 +67,15 @@ def cli() -> None:
       headrace replay kuairand --speed 1000       feed real impressions
       headrace snapshot rollback                  put the last good model back
     """
+    quiet_clients()
+
+
+def console() -> Any:
+    """Run the command line as the process that it is: see `deploy.cli.standard_streams`."""
+    prepare()
+    return main()
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Run the command line; errors of our own end as one message on stderr and exit code 1 (2 for wrong usage)."""
-    from deploy.cli.common import own_errors
-
-    try:
-        return cli.main(args=argv, prog_name="headrace", standalone_mode=True)
-    except own_errors() as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
+    """Run the command line and end the process; every error is one line on stderr (`deploy.cli.failures`)."""
+    return cli.main(args=argv, prog_name="headrace", standalone_mode=True)

@@ -16,13 +16,13 @@ import msgspec
 if TYPE_CHECKING:
     from deploy.settings import Settings
 
-__all__ = ["ask_kafka", "echo_json", "format_option", "on_terminal", "own_errors", "who"]
+__all__ = ["ask_kafka", "await_kafka", "echo_document", "echo_json", "format_option", "on_terminal", "quiet_clients", "who"]
 
 T = TypeVar("T")
 
 
 def ask_kafka(settings: Settings, doing: Coroutine[Any, Any, T], about: str) -> T:
-    """Run it without the clients' own logs.
+    """Run it once Kafka can be reached.
 
     Raises:
         StreamError: Kafka can't be reached, or doesn't answer.
@@ -30,19 +30,37 @@ def ask_kafka(settings: Settings, doing: Coroutine[Any, Any, T], about: str) -> 
     from aiokafka.errors import KafkaError
     from kafka.errors import KafkaError as AdminError
 
-    from stream.errors import StreamError
+    from stream.clients import no_answer
+    from stream.reach import reach
 
-    # aiokafka logs every fencing as an error, and asyncio what its producer then leaves behind; here it is how one command
-    # waits for another or ends it. What fails is told in words of ours.
-    for name in ("aiokafka", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    async def ask() -> T:
+        try:
+            await reach(settings.kafka)
+            return await doing
+        finally:
+            doing.close()  # not begun where Kafka can't be reached
+
     try:
-        return asyncio.run(doing)
-    except (KafkaError, AdminError, OSError) as error:
-        raise StreamError(
-            f"Kafka at {settings.kafka.bootstrap_servers}: expected an answer about {about}, found {error!r}. Is it running? "
-            "`headrace kafka status` for a local one; another address: HEADRACE_KAFKA__BOOTSTRAP_SERVERS."
-        ) from error
+        return asyncio.run(ask())
+    except (KafkaError, AdminError, TimeoutError, ConnectionError) as error:
+        raise no_answer(settings.kafka, about, error) from error
+
+
+def await_kafka(settings: Settings) -> None:
+    """Return once Kafka can be reached. For commands that go on without `ask_kafka`. Raises NoAnswer."""
+    from stream.reach import reach
+
+    asyncio.run(reach(settings.kafka))
+
+
+def quiet_clients() -> None:
+    """Leave out the clients' own logs: what fails is reported in words of ours.
+
+    aiokafka logs every fencing as an error, and asyncio what its producer then leaves behind; in a command, fencing is how one
+    waits for another or ends it. Workers set their logs up themselves (`deploy.logs`).
+    """
+    for name in ("aiokafka", "asyncio", "kafka"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def who() -> str:
@@ -54,17 +72,6 @@ def who() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def own_errors() -> tuple[type[Exception], ...]:
-    """The roots of every room's errors: what is written for people, shown without a traceback."""
-    from deploy.errors import DeployError
-    from headrace.errors import HeadraceError
-    from model.errors import ModelError
-    from state.errors import StateError
-    from stream.errors import StreamError
-
-    return DeployError, HeadraceError, ModelError, StateError, StreamError
-
-
 def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add `--format text|json` as the argument `output`."""
     return click.option(
@@ -74,7 +81,12 @@ def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def echo_json(value: Any) -> None:
     """Print one JSON document on stdout."""
-    click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2 if on_terminal() else 0).decode())
+    echo_document(msgspec.json.format(msgspec.json.encode(value), indent=2 if on_terminal() else 0))
+
+
+def echo_document(text: bytes | str) -> None:
+    """Print what a machine reads (JSON, TOML): in UTF-8, whatever the terminal's encoding is."""
+    click.echo(text if isinstance(text, bytes) else text.encode())
 
 
 def on_terminal() -> bool:

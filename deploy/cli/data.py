@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from deploy.cli.common import echo_json, format_option
+from deploy.cli.common import echo_document, echo_json, format_option
 from deploy.cli.mapping import mapping_options, open_mapped
 
 __all__ = ["data"]
@@ -131,11 +131,11 @@ def schema(
     if output == "json":
         echo_json(chosen.model_dump(mode="json"))
         return
-    click.echo(f"[features]\nembedding_dim = {chosen.embedding_dim}\nfields = [")
+    echo_document(f"[features]\nembedding_dim = {chosen.embedding_dim}\nfields = [")
     for field in chosen.fields:
         told = field.model_dump(mode="json", exclude_defaults=True)
-        click.echo(f"  {{ {', '.join(f'{key} = {_toml(value)}' for key, value in told.items())} }},")
-    click.echo("]")
+        echo_document(f"  {{ {', '.join(f'{key} = {_toml(value)}' for key, value in told.items())} }},")
+    echo_document("]")
 
 
 def _toml(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from deploy.cli.common import format_option, on_terminal
+from deploy.cli.common import await_kafka, echo_document, format_option, on_terminal
 from deploy.cli.tables import printable, styled
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
     from stream.topics import TopicNames
 
     settings = load_settings()
+    await_kafka(settings)
     topic = TopicNames.of(settings.topics).scores
     with ScoreStream(topic, kafka_python_options(settings.kafka), from_beginning=from_beginning) as stream:
         click.echo(f"following {topic} at {settings.kafka.bootstrap_servers}; Ctrl-C ends it", err=True)
@@ -58,14 +59,13 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
         try:
             while left is None or left > 0:
                 for answer in stream.poll()[:left]:
-                    click.echo(_json(answer) if output == "json" else _line(answer))
+                    if output == "json":
+                        echo_document(msgspec.json.encode(answer))
+                    else:
+                        click.echo(_line(answer))
                     left = None if left is None else left - 1
         except KeyboardInterrupt:
             click.echo(err=True)
-
-
-def _json(answer: Answer) -> str:
-    return msgspec.json.encode(answer).decode()
 
 
 def _line(answer: Answer) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from stream.durations import duration
+
 __all__ = ["DURATION", "MOMENT", "TIME", "clock", "duration"]
 
 _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
@@ -68,11 +70,3 @@ def clock(at_ms: int | None) -> str:
     if not at_ms:
         return "-"
     return datetime.datetime.fromtimestamp(at_ms / 1_000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def duration(span_ms: float) -> str:
-    """Three digits and a unit that suits them."""
-    for unit, size_ms in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)):
-        if span_ms >= size_ms:
-            return f"{span_ms / size_ms:.3g} {unit}"
-    return f"{span_ms:.0f} ms"

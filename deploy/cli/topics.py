@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 import msgspec
 
-from deploy.cli.common import echo_json, format_option
+from deploy.cli.common import await_kafka, echo_json, format_option
 
 __all__ = ["topics"]
 
@@ -37,7 +37,8 @@ def create(mend: bool, output: str) -> None:
     from stream.topic_admin import create_topics
 
     settings = load_settings()
-    made = create_topics(settings.kafka, settings.topics, mend=mend)
+    await_kafka(settings)
+    made = create_topics(settings.kafka, settings.topics, settings.join, mend=mend)
     if output == "json":
         echo_json(msgspec.to_builtins(made))
         return
@@ -51,7 +52,9 @@ def create(mend: bool, output: str) -> None:
 @topics.command()
 @format_option
 def check(output: str) -> None:
-    """Say where topics differ from the contract, and what mends it. Never writes. Exit code 1 when something differs.
+    """Say where topics differ from the contract or from what the join needs, and what mends it.
+
+    Never writes. Exit code 1 when something differs.
 
     \b
     Examples:
@@ -62,7 +65,8 @@ def check(output: str) -> None:
     from stream.topic_admin import check_topics
 
     settings = load_settings()
-    found = check_topics(settings.kafka, settings.topics)
+    await_kafka(settings)
+    found = check_topics(settings.kafka, settings.topics, settings.join)
     if output == "json":
         echo_json(msgspec.to_builtins(found))
     else:

@@ -15,8 +15,9 @@ from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from stream.heartbeat import Heartbeat
 from stream.join.progress import Progress
-from stream.settings import JoinSettings
-from stream.topic_admin import Difference
+from stream.settings import JoinSettings, TopicSettings
+from stream.topic_contract import Difference
+from stream.topics import TopicNames
 
 __all__ = ["Committed", "LogReading", "Place", "Readings", "Tail"]
 
@@ -95,6 +96,10 @@ class Readings:
 
     def arrived(self, topic: str, partition: int, offset: int) -> int | None:
         return self.arrivals.get((topic, partition, offset))
+
+    @property
+    def names(self) -> TopicNames:
+        return TopicNames.of(TopicSettings(prefix=self.prefix))
 
     def topic(self, short: str) -> str:
         """The full name, for people."""

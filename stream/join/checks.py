@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from stream.cluster import Cluster, topic_configs, unequal
+from stream.cluster import Cluster, topic_configs
 from stream.errors import TopicError
-from stream.settings import KafkaSettings
+from stream.settings import JoinSettings, KafkaSettings
 from stream.topic_contract import OUTPUT_MARGIN_BYTES
+from stream.topic_needs import retention_shortfalls, unequal_partitions
 from stream.topics import TopicNames
 
 __all__ = ["check_topics"]
@@ -15,18 +16,23 @@ __all__ = ["check_topics"]
 log = logging.getLogger(__name__)
 
 STAMPED, LARGEST = "message.timestamp.type", "max.message.bytes"
+KEPT = ("retention.ms", "retention.bytes")
 
 
-async def check_topics(kafka: KafkaSettings, names: TopicNames, cluster: Cluster) -> None:
-    """Look at the four topics of the join. Configurations that we may not read are not judged.
+async def check_topics(kafka: KafkaSettings, settings: JoinSettings, names: TopicNames, cluster: Cluster) -> None:
+    """Look at the four topics of the join, and warn where they may lose something. Configurations that we may not read are not
+    judged.
 
     Raises:
         TopicError: their partition counts differ, or producers' clocks stamp a source's records.
     """
     sources, outputs = (names.impressions, names.clicks), (names.examples, names.dead_letters)
-    if problem := unequal({topic: cluster.partitions[topic] for topic in (*sources, *outputs)}):
-        raise TopicError(problem)
-    configs = await topic_configs(kafka, (*sources, *outputs), (STAMPED, LARGEST))
+    if problem := unequal_partitions(names, cluster.partitions):
+        raise TopicError(f"{problem.topic}: expected {problem.expected}, found {problem.found}. To go on, {problem.cure}.")
+    configs = await topic_configs(kafka, (*sources, *outputs), (STAMPED, LARGEST, *KEPT))
+    for short in retention_shortfalls(names, settings, {topic: found for topic, found in configs.items() if KEPT[0] in found}):
+        told = (short.topic, short.what, short.expected, short.found, short.cure)
+        log.warning("%s: %s: expected %s, found %s. To fix it, %s.", *told)
     for topic in sources:
         if (found := configs.get(topic, {}).get(STAMPED, "LogAppendTime")) != "LogAppendTime":
             raise TopicError(

@@ -351,7 +351,7 @@ async def run_join(
     """
     open_formats(settings.schema_registry)  # asked first: what it lacks is said before anything is waited for
     cluster = await describe_cluster(kafka, (names.impressions, names.clicks, names.examples, names.dead_letters))
-    await check_topics(kafka, names, cluster)
+    await check_topics(kafka, settings, names, cluster)
     partitions = cluster.partitions[names.impressions]
     sources = [TopicPartition(topic, number) for topic in (names.impressions, names.clicks) for number in range(partitions)]
     committed = await committed_offsets(kafka, f"{names.prefix}{settings.group}", sources)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from dataclasses import dataclass
 
 from model.learner import Learner
@@ -19,12 +18,11 @@ from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.clients import aiokafka_options, answer, quietly_stopped, started
 from stream.cluster import Cluster
-from stream.errors import StreamError
-from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
+from stream.settings import KafkaSettings, TrainerSettings
 from stream.topics import TopicNames
 from stream.trainer.start import Start, first_positions, go_on
 
-__all__ = ["Prepared", "gate_state", "prepare", "require_free", "topic_ids"]
+__all__ = ["Prepared", "gate_state", "prepare", "topic_ids"]
 
 log = logging.getLogger(__name__)
 
@@ -81,26 +79,6 @@ def gate_state(start: Start, epoch: int) -> GateState:
 def topic_ids(cluster: Cluster, names: TopicNames) -> dict[str, str]:
     """Kafka's ids of the two topics that a version belongs to, under the names without a prefix."""
     return {name: cluster.topic_ids[topic] for name, topic in (("examples", names.examples), ("snapshots", names.snapshots))}
-
-
-def require_free(http: HttpSettings) -> None:
-    """See whether the port for metrics can be had: a running trainer on this machine may have it.
-
-    Raises:
-        StreamError: it is taken.
-    """
-    if not http.port:
-        return
-    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((http.host, http.port))
-        except OSError as error:
-            raise StreamError(
-                f"http.port {http.port}: expected a free port at {http.host}, found: {error.strerror}. Nothing was changed, "
-                "and a trainer that runs goes on. Set HEADRACE_HTTP__PORT to another, or to 0 for a free one."
-            ) from error
 
 
 async def _log_bounds(kafka: KafkaSettings, topic: str, partitions: int) -> tuple[dict[int, int], dict[int, int]]:

@@ -27,6 +27,7 @@ from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.cluster import ClusterWatch, describe_cluster
 from stream.errors import Fenced, RegistryError
+from stream.http import require_free
 from stream.registry import RegistryWriter
 from stream.registry_log import read_registry
 from stream.registry_reader import RegistryReader
@@ -40,7 +41,7 @@ from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
-from stream.trainer.prepare import gate_state, prepare, require_free, topic_ids
+from stream.trainer.prepare import gate_state, prepare, topic_ids
 from stream.trainer.scores import Scores
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher

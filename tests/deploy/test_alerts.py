@@ -9,12 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
 
-from stream.join.metrics import JoinMetrics
-from stream.scorer.metrics import ScorerMetrics
+from deploy.docs import metrics
 from stream.settings import ScorerSettings
-from stream.trainer.metrics import TrainerMetrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {"type": "string", "minLength": 10}
@@ -63,13 +60,9 @@ RULES: dict[str, dict[str, Any]] = {rule["alert"]: rule for group in LOADED["gro
 
 def known() -> dict[str, tuple[str, ...]]:
     """Every metric of the workers, and its labels."""
-    registry = CollectorRegistry()
-    found = dict[str, tuple[str, ...]]()
-    for kind in (JoinMetrics, TrainerMetrics, ScorerMetrics):
-        kind(registry)
-    for collector, names in registry._collector_to_names.items():
-        found |= dict.fromkeys(names, tuple(getattr(collector, "_labelnames", ())))
-    return found | {"headrace_worker_start_time_seconds": ("worker",)}  # of every worker: stream/runtime.py
+    found = [each for described in metrics().values() for each in described]
+    endings = ("", "_bucket", "_sum", "_count")
+    return {f"{each.name}{ending}": each.labels for each in found for ending in endings}
 
 
 def test_structure() -> None:

@@ -235,6 +235,6 @@ def test_a_missing_topic_and_an_empty_data_set_say_so(settings: Settings, topics
 
 
 def test_no_broker_says_how_to_start_one() -> None:
-    nowhere = Settings(kafka=KafkaSettings(bootstrap_servers="127.0.0.1:1"))
-    with pytest.raises(FeedError, match=r"kafka.bootstrap_servers 127.0.0.1:1: expected a Kafka broker.*headrace kafka start"):
+    nowhere = Settings(kafka=KafkaSettings(bootstrap_servers="127.0.0.1:1", connect_timeout_ms=300))
+    with pytest.raises(FeedError, match=r"127.0.0.1:1 \(PLAINTEXT\): expected a broker that answers.*headrace kafka status"):
         Replayer(MadeUp([(1, 1)]), nowhere).run()

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import asyncio
 import shutil
 import ssl
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from stream.clients import aiokafka_options, bootstrap_list, faust_options, kafka_python_options, ssl_context
+from stream.clients import (
+    aiokafka_options,
+    bootstrap_list,
+    faust_options,
+    kafka_python_options,
+    quietly_stopped,
+    ssl_context,
+)
 from stream.errors import SecurityError
 from stream.settings import KafkaSettings
 
@@ -143,3 +152,23 @@ def test_tls_files_are_not_read_without_tls() -> None:
 
 def test_ipv6_addresses() -> None:
     assert bootstrap_list(KafkaSettings(bootstrap_servers="[::1]:9092")) == ["[::1]:9092"]
+
+
+def test_a_client_that_lets_its_own_cancelling_out_is_left_behind() -> None:
+    """As aiokafka's consumer does when its fetches sleep between two tries; the worker's own end must not be one of it."""
+
+    async def stop() -> None:
+        sleeping = asyncio.ensure_future(asyncio.sleep(60))
+        await asyncio.sleep(0)
+        sleeping.cancel()
+        await sleeping
+
+    async def check() -> None:
+        await quietly_stopped(stop)
+        outer = asyncio.ensure_future(quietly_stopped(partial(asyncio.sleep, 60)))
+        await asyncio.sleep(0.01)
+        outer.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await outer
+
+    asyncio.run(check())

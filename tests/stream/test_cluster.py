@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from aiokafka.admin import NewPartitions
+from aiokafka.admin import NewPartitions, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from stream import cluster as module
@@ -15,7 +15,6 @@ from stream.cluster import Cluster, ClusterWatch, describe_cluster, topic_config
 from stream.errors import NoAnswer, TopicError
 from stream.join.checks import check_topics
 from stream.settings import KafkaSettings
-from stream.topic_admin import create_topics
 from stream.topics import TopicNames
 from tests.stream.join.made_up import join_settings, join_worker, until
 
@@ -40,7 +39,7 @@ def test_what_counts_as_a_change(now: Cluster, problem: str | None) -> None:
 def test_a_topic_must_be_missing_twice_and_an_outage_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[Any] = []
 
-    async def describe(kafka: KafkaSettings, topics: Any, *, within_s: float) -> Cluster:
+    async def describe(kafka: KafkaSettings, topics: Any, *, retry: bool) -> Cluster:
         if isinstance(answers[0], Exception):
             raise answers.pop(0)
         return answers.pop(0)
@@ -88,7 +87,7 @@ def test_a_topic_made_anew_or_grown_is_noticed(topics):
             await admin.delete_topics([names.impressions])
             while names.impressions in await admin.list_topics():
                 await asyncio.sleep(0.1)
-        await asyncio.to_thread(create_topics, topics.kafka, topics.topics)
+            await admin.create_topics([NewTopic(names.impressions, 2, 1)])
         told.clear()
         await _until_told(watch)
         assert f"{names.impressions}: expected the topic with id {cluster.topic_ids[names.impressions]}" in told[-1]
@@ -117,18 +116,23 @@ def test_topics_that_the_join_can_not_rely_on(topics, caplog):
 
     async def check() -> None:
         cluster = await describe_cluster(topics.kafka, four)
-        await check_topics(topics.kafka, names, cluster)
+        await check_topics(topics.kafka, topics.join, names, cluster)
         assert caplog.messages == []
         counts = {**cluster.partitions, names.dead_letters: 1}
-        with pytest.raises(TopicError, match=rf"same number of partitions, found .*{names.dead_letters} 1\. Run `headrace top"):
-            await check_topics(topics.kafka, names, Cluster(cluster.cluster_id, cluster.topic_ids, counts))
+        with pytest.raises(TopicError, match=rf"same number of partitions: .*, found .*{names.dead_letters} 1\. To go on, "):
+            await check_topics(topics.kafka, topics.join, names, Cluster(cluster.cluster_id, cluster.topic_ids, counts))
+        await _set(topics, names.examples, "retention.ms", "1200000")
+        await check_topics(topics.kafka, topics.join, names, cluster)
+        assert (
+            f"{names.examples}: retention.ms: expected at least 21.1 m (window + 2 × dedupe horizon + lateness" in caplog.text
+        )
         await _set(topics, names.examples, "max.message.bytes", "1048588")
-        await check_topics(topics.kafka, names, cluster)
+        await check_topics(topics.kafka, topics.join, names, cluster)
         assert f"{names.examples}: expected max.message.bytes of at least 1114124, " in caplog.text
         await _set(topics, names.clicks, "message.timestamp.type", "CreateTime")
         wanted = rf"{names.clicks}: expected message.timestamp.type=LogAppendTime, found CreateTime.*kafka-configs.sh .*--alter"
         with pytest.raises(TopicError, match=wanted):
-            await check_topics(topics.kafka, names, cluster)
+            await check_topics(topics.kafka, topics.join, names, cluster)
 
     asyncio.run(check())
 

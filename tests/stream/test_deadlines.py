@@ -35,7 +35,7 @@ def mute() -> Iterator[KafkaSettings]:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda kafka: describe_cluster(kafka, ["impressions"], within_s=0.0),
+        lambda kafka: describe_cluster(kafka, ["impressions"], retry=False),
         lambda kafka: topic_configs(kafka, ["impressions"], ["retention.ms"]),
         lambda kafka: committed_offsets(kafka, "g", [PLACE]),
         lambda kafka: high_watermarks(kafka, [PLACE]),

@@ -236,7 +236,7 @@ def test_what_is_not_there(settings: Settings) -> None:
     nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1")
     attempts: list[Any] = [read(nowhere), HeartbeatSender(nowhere, TopicNames.of(TopicSettings()), worker="w").start()]
     for attempt in attempts:
-        with pytest.raises(StreamError, match=r"Kafka at 127\.0\.0\.1:1: expected an answer about the scorers"):
+        with pytest.raises(StreamError, match=r"Kafka at 127\.0\.0\.1:1 \(PLAINTEXT\): expected an answer about the scorers"):
             asyncio.run(attempt)
 
 

@@ -389,5 +389,7 @@ def test_a_kafka_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         await RegistryWriter(nowhere, names, who="me").hold("x")
 
     for attempt in (write(), read_registry(nowhere, names), RegistryReader(nowhere, names).start()):
-        with pytest.raises(RegistryError, match=r"Kafka at 127\.0\.0\.1:1: expected an answer .* `headrace kafka status`"):
+        with pytest.raises(
+            RegistryError, match=r"Kafka at 127\.0\.0\.1:1 \(PLAINTEXT\): expected an answer .*`headrace kafka status`"
+        ):
             asyncio.run(attempt)  # type: ignore[arg-type]

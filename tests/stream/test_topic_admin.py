@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import contextlib
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from kafka.admin import KafkaAdminClient
 
 from deploy.settings import Settings
-from stream.errors import TopicError
-from stream.settings import KafkaSettings
-from stream.topic_admin import check_topics, create_topics
+from stream.clients import kafka_python_options
+from stream.errors import NoAnswer, TopicError
+from stream.settings import KafkaSettings, TopicSettings
+from stream.topic_admin import check_topics, create_topics, find_topics
 from stream.topic_contract import topic_contracts
+from stream.topics import TopicNames
 
 pytestmark = pytest.mark.kafka
 
@@ -53,6 +58,50 @@ def test_check_says_what_differs_and_mend_mends_it(topics: Settings) -> None:
     assert {problem.what for problem in check_topics(topics.kafka, wanted)} == {"partitions"}
 
 
+def test_nothing_is_made_beside_topics_of_another_partition_count(settings: Settings) -> None:
+    create_topics(settings.kafka, settings.topics)
+    names = TopicNames.of(settings.topics)
+    removed = KafkaAdminClient(**kafka_python_options(settings.kafka))
+    with contextlib.closing(removed):
+        removed.delete_topics([names.dead_letters, names.scores])
+    while {names.dead_letters, names.scores} & find_topics(settings.kafka, settings.topics).keys():
+        time.sleep(0.1)
+    wanted = settings.topics.model_copy(update={"partitions": 3})
+    with pytest.raises(TopicError) as told:
+        create_topics(settings.kafka, wanted)
+    assert f"{names.examples} 2, {names.dead_letters} 3, where those that are missing would have topics.partitions" in str(
+        told.value
+    )
+    assert "Nothing was made: HEADRACE_TOPICS__PARTITIONS=2 makes the missing ones" in str(told.value)
+    assert {each.topic for each in check_topics(settings.kafka, settings.topics)} == {names.dead_letters, names.scores}
+    assert create_topics(settings.kafka, settings.topics).created == [names.dead_letters, names.scores]
+
+
+def test_unequal_topics_are_found_by_check(settings: Settings) -> None:
+    names = TopicNames.of(settings.topics)
+    admin = KafkaAdminClient(**kafka_python_options(settings.kafka))
+    with contextlib.closing(admin):
+        counts = {names.impressions: 2, names.clicks: 2, names.examples: 2, names.dead_letters: 1}
+        admin.create_topics({name: {"num_partitions": count, "replication_factor": 1} for name, count in counts.items()})
+        admin.wait_for_topics(list(counts), timeout_ms=30_000)
+    create_topics(settings.kafka, settings.topics, mend=True)
+    found = check_topics(settings.kafka, settings.topics)
+    assert [each.topic for each in found if each.expected.startswith("the same number of partitions")] == [", ".join(counts)]
+
+
+def test_retention_that_the_join_needs(topics: Settings) -> None:
+    """One formula: refused before topics are made, and found in those that are there."""
+    short = topics.topics.model_copy(update={"retention_ms": 1_264_999})
+    with pytest.raises(TopicError, match=r"topics.retention_ms: expected at least 21.1 m \(window \+ 2 × .* Nothing was made"):
+        create_topics(topics.kafka, short, topics.join)
+    create_topics(topics.kafka, short, mend=True)
+    found = check_topics(topics.kafka, short, topics.join)
+    assert [(each.what, each.found) for each in found] == [("retention.ms", "21.1 m")] * 3
+    enough = short.model_copy(update={"retention_ms": 1_265_000})
+    create_topics(topics.kafka, enough, topics.join, mend=True)
+    assert check_topics(topics.kafka, enough, topics.join) == []
+
+
 def test_errors_name_the_setting(settings: Settings) -> None:
     wanted = settings.topics.model_copy(update={"replication_factor": 3})
     with pytest.raises(TopicError, match=r"3 replica\(s\).*InvalidReplicationFactor.*HEADRACE_TOPICS__"):
@@ -61,10 +110,7 @@ def test_errors_name_the_setting(settings: Settings) -> None:
         topic_contracts(settings.topics.model_copy(update={"min_insync_replicas": 2}))
 
 
-def test_nobody_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stream import topic_admin
-    from stream.settings import TopicSettings
-
-    monkeypatch.setattr(topic_admin, "CONNECT_TIMEOUT_MS", 300)
-    with pytest.raises(TopicError, match=r"127.0.0.1:1 \(PLAINTEXT\): expected an answer.*headrace kafka status"):
-        check_topics(KafkaSettings(bootstrap_servers="127.0.0.1:1"), TopicSettings())
+def test_nobody_at_the_address() -> None:
+    nobody = KafkaSettings(bootstrap_servers="127.0.0.1:1", connect_timeout_ms=300)
+    with pytest.raises(NoAnswer, match=r"127.0.0.1:1 \(PLAINTEXT\): expected an answer.*headrace kafka status"):
+        check_topics(nobody, TopicSettings())

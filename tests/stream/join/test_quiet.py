@@ -97,8 +97,8 @@ def test_the_last_labels_of_a_stream_that_stops_come_with_the_sender_and_not_wit
 
 
 def test_the_sender_says_what_is_missing() -> None:
-    nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1", request_timeout_ms=1_000)
-    with pytest.raises(FeedError, match=r"127\.0\.0\.1:1: expected a Kafka broker"):
+    nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1", connect_timeout_ms=300)
+    with pytest.raises(FeedError, match=r"127\.0\.0\.1:1 \(PLAINTEXT\): expected a broker that answers"):
         asyncio.run(send_watermarks(nowhere, TopicNames.of(TopicSettings()), lateness_ms=0, every_ms=10))
     with pytest.raises(ValueError, match="expected 0 or more, found -1"):
         asyncio.run(send_watermarks(nowhere, TopicNames.of(TopicSettings()), lateness_ms=-1, every_ms=10))

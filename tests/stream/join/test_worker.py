@@ -280,7 +280,7 @@ def test_a_worker_that_is_fenced_ends_and_writes_nothing_more(topics, start):
         await send(settings, events.part(0.5, 1.0))
         await until(lambda: worker.returncode is not None, "the fenced worker's end")
         assert worker.returncode == 1
-        assert "the process ends" in worker.log.read_text()
+        assert "The process ends" in worker.log.read_text()
         assert await examples_end(settings, 0) == written
         worker.start()
         await settled(settings, events, worker)
