@@ -105,11 +105,11 @@ class SchemaRegistrySettings(_Frozen):
     @classmethod
     def _http(cls, url: str | None) -> str | None:
         for each in (url or "http://unset").split(","):
+            if "@" in each:
+                raise ValueError("expected no user in the address, found one; addresses are logged. Set username and password")
             parts = urlsplit(each.strip())
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError("expected http:// or https:// and a host")
-            if "@" in parts.netloc:
-                raise ValueError("expected no user in the address, since addresses are logged. Set username and password")
+                raise ValueError(f"expected http:// or https:// and a host, found {each!r}. Write it as http://host:8081")
         return url
 
     @model_validator(mode="after")
