@@ -27,6 +27,7 @@ __all__ = [
     "Pair",
     "Progress",
     "cache_folder",
+    "cache_to_write",
     "draw_delays",
     "draw_uniform",
     "look_for",
@@ -169,6 +170,25 @@ def cache_folder() -> Path:
     # The XDG specification: a relative path is to be ignored.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (base if base.is_absolute() else Path.home() / ".cache") / "headrace" / "data"
+
+
+def cache_to_write() -> Path:
+    """The same, made where it is missing; asked before anything is downloaded.
+
+    Raises:
+        DataSetError: this user can't write there.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise DataSetError(
+            f"cache of data sets: expected a folder that can be written, found {error.strerror} at {folder}. Set XDG_CACHE_HOME "
+            "to another folder, or put the files into a folder of HEADRACE_DATA_DIR."
+        ) from error
+    return folder
 
 
 def look_for(folder: str, files: tuple[str, ...]) -> Path | None:

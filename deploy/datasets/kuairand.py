@@ -10,7 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from deploy.datasets.base import CHUNK_ROWS, Chunk, Int64s, Progress, cache_folder, draw_delays, look_for, make_chunk
+from deploy.datasets.base import (
+    CHUNK_ROWS,
+    Chunk,
+    Int64s,
+    Progress,
+    cache_folder,
+    cache_to_write,
+    draw_delays,
+    look_for,
+    make_chunk,
+)
 from deploy.datasets.encode import concat, members, strings
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
@@ -67,7 +77,7 @@ class KuaiRand:
 
         if archive is None:
             raise DataSetError(f"kuairand: expected --archive, found none: the authors publish it themselves. {self.obtain}")
-        return convert(archive, cache_folder() / FOLDER, progress)
+        return convert(archive, cache_to_write() / FOLDER, progress)
 
     def size(self) -> int:
         return int(pq.read_metadata(self._path() / FILES[0]).num_rows)

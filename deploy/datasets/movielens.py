@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, cache_folder, draw_delays, look_for, make_chunk
+from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, cache_folder, cache_to_write, draw_delays, look_for, make_chunk
 from deploy.datasets.encode import members, strings
 from deploy.datasets.wheels import download_wheel, extract
 from deploy.errors import DataSetError
@@ -58,10 +58,11 @@ class MovieLens100K:
         return self._folder or look_for(FOLDER, FILES)
 
     def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
+        target = cache_to_write() / FOLDER
         files = {f"recbole/dataset_example/ml-100k/{file}": file for file in FILES}
         with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
             wheel = archive or download_wheel(REQUIREMENT, Path(folder), progress)
-            return extract(wheel, files, cache_folder() / FOLDER)
+            return extract(wheel, files, target)
 
     def size(self) -> int:
         with (self._path() / FILES[0]).open("rb") as file:

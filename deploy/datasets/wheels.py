@@ -65,7 +65,7 @@ def extract(wheel: Path, files: dict[str, str], target: Path) -> Path:
                 path = part / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(archive.read(inside))
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
+    except (zipfile.BadZipFile, KeyError) as error:
         raise DataSetError(
             f"{wheel}: expected a wheel with {', '.join(files)}, found: {error}. Take the version that `headrace data list` "
             "names."

@@ -133,6 +133,18 @@ def test_each_says_its_terms_how_clicks_are_dated_and_how_to_get_it(name: str) -
         list(data_set.chunks())
 
 
+@pytest.mark.parametrize("name", ["movielens-100k", "open-bandit", "kuairand"])
+def test_a_cache_that_cannot_be_written_is_named_before_anything_is_downloaded(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(
+        DataSetError, match=r"cache of data sets: expected a folder that can be written, found .*XDG_CACHE_HOME"
+    ):
+        open_data_set(name).fetch(pytest.fail, tmp_path / "archive")
+
+
 @pytest.mark.parametrize("name", ["criteo", "avazu"])
 def test_what_only_users_may_have_cannot_be_fetched(name: str) -> None:
     with pytest.raises(DataSetError, match=rf"{name}: expected .*its terms don't let others pass it on.*HEADRACE_DATA_DIR"):
