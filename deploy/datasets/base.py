@@ -185,8 +185,8 @@ def cache_to_write() -> Path:
             pass
     except OSError as error:
         raise DataSetError(
-            f"cache of data sets: expected a folder that can be written, found {error.strerror} at {folder}. Set XDG_CACHE_HOME "
-            "to another folder, or put the files into a folder of HEADRACE_DATA_DIR."
+            f"cache of data sets: expected a folder that can be written, found {error.strerror} at {folder}. Set "
+            "XDG_CACHE_HOME to another folder, or put the files into a folder of HEADRACE_DATA_DIR."
         ) from error
     return folder
 

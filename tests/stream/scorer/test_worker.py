@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -233,7 +235,9 @@ def test_a_scorer_killed_and_restarted_answers_every_request(scene: Scene) -> No
     asyncio.run(publish(scene.settings, 1))
     first = scene.scorer(instance_id="one")
     names = [f"r{index}" for index in range(4_000)]
+    os.kill(first.pid, signal.SIGSTOP)  # so that it can't be done before the test gets to killing it
     scene.ask(*names[:3_000], candidates=300)
+    os.kill(first.pid, signal.SIGCONT)
     scene.until(lambda: len(scene.answers) > 0)
     first.kill()
     assert sum(offset or 0 for offset in scene.committed().values()) < 3_000, "the test must kill it at work"
