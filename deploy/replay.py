@@ -30,6 +30,7 @@ _STEP = 1_000  # events handed over at once: batches stay large, and the two top
 _SCORED_STEP = 256  # with score requests: an impression waits for its step's answers
 _json = msgspec.json.Encoder().encode
 
+_RECORD_BYTES = 100  # of a batch with one record, beside its key and value
 _MARGIN_MS = 1_000  # of the last watermark beyond the last window
 
 
@@ -180,7 +181,9 @@ class Replayer:
         chunk = block.chunk
         served = await self._scoring.ask(chunk, rows) if self._scoring is not None and rows else {}
         keys = [chunk.ids[row].encode() for row in rows]
-        await feed.send(self._topics.impressions, keys, impressions(chunk, rows, served))
+        values: list[bytes] = impressions(chunk, rows, served)
+        self._check_sizes(keys, values)
+        await feed.send(self._topics.impressions, keys, values)
         clicked = [block.click_ids[row] for row in click_rows]
         values = [
             b'{"impression_id":%b,"timestamp":%d}' % (_json(name), when)
@@ -193,6 +196,15 @@ class Replayer:
         self.stats.clicks += len(click_rows)
         self.stats.event_time_ms = int(block.times_ms[step.stop - 1])
 
+    def _check_sizes(self, keys: list[bytes], values: list[bytes]) -> None:
+        most = self._settings.topics.max_message_bytes
+        for key, value in zip(keys, values, strict=True):
+            if len(key) + len(value) + _RECORD_BYTES > most:
+                raise DataSetError(
+                    f"impression {key.decode()!r}: expected an event of at most {most} bytes (topics.max_message_bytes), found "
+                    f"{len(value)}. Shorten its features, or raise topics.max_message_bytes."
+                )
+
     def _report(self, began: float) -> None:
         self.stats.elapsed_s = time.monotonic() - began
         if self._on_progress is not None:
@@ -200,7 +212,7 @@ class Replayer:
 
     def _chunks(self) -> Iterator[Chunk]:
         left = self._limit
-        for chunk in _looped(self._data_set) if self._loop else self._data_set.chunks():
+        for chunk in _looped(self._data_set, self._settings.join.max_future_ms) if self._loop else self._data_set.chunks():
             if left is not None and len(chunk) >= left:
                 yield chunk.head(left)
                 return
@@ -256,14 +268,26 @@ def _block(chunk: Chunk, click_ids: list[str], clicks_ms: npt.NDArray[np.int64],
     return Block(chunk, click_ids, times_ms[order], is_click[order], every[order])
 
 
-def _looped(data_set: DataSet) -> Iterator[Chunk]:
-    """The data set again and again: each round begins where the last one's clicks have ended, with new ids."""
+def _looped(data_set: DataSet, max_future_ms: int) -> Iterator[Chunk]:
+    """The data set again and again: each round begins where the last one's clicks have ended, with new ids.
+
+    Raises:
+        DataSetError: a round would be of the future, or ids could be those of another round.
+    """
     shift_ms, number = 0, 0
     while True:
         first_ms, last_ms = -1, -1
         for chunk in data_set.chunks():
             first_ms = int(chunk.timestamps_ms[0]) if first_ms < 0 else first_ms
             last_ms = max(last_ms, int(chunk.timestamps_ms[-1]), int(chunk.click_timestamps_ms.max()))
+            if number == 0 and (odd := next((name for name in chunk.ids if "~" in name), None)):
+                raise DataSetError(f"--loop: expected ids without '~', which marks a later round, found {odd!r}. Leave it out.")
+            if number and last_ms + shift_ms > time.time() * 1_000 + max_future_ms:
+                raise DataSetError(
+                    f"--loop: expected round {number + 1} to lie in the past, found that it reaches more than "
+                    "join.max_future_ms ahead of now: the join would refuse its events. Replay a log that ended longer ago, or "
+                    "stop at --limit."
+                )
             yield _shifted(chunk, shift_ms, number) if number else chunk
         if first_ms < 0:
             return

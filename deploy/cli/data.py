@@ -109,6 +109,7 @@ def schema(
     roles: dict[str, str | None],
     own: tuple[str, ...],
     drop: tuple[str, ...],
+    text: tuple[str, ...],
     unit: str,
     output: str,
 ) -> None:
@@ -127,7 +128,7 @@ def schema(
     if name == "simulation":
         chosen = simulation_schema()
     else:
-        chosen = open_mapped(name, path=path, roles=roles, own=own, drop=drop, unit=unit).schema()
+        chosen = open_mapped(name, path=path, roles=roles, own=own, drop=drop, text=text, unit=unit).schema()
     if output == "json":
         echo_json(chosen.model_dump(mode="json"))
         return

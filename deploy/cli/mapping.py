@@ -30,7 +30,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, pairs: tuple[st
 
 
 def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --path, --column, --candidate-feature, --drop and --unit, as the arguments of `open_mapped`."""
+    """Add --path, --column, --candidate-feature, --drop, --text and --unit, as the arguments of `open_mapped`."""
     for option in reversed(
         (
             click.option(
@@ -51,6 +51,12 @@ def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--drop", multiple=True, metavar="COLUMN", help="For files: a column to leave out."),
             click.option(
+                "--text",
+                multiple=True,
+                metavar="COLUMN",
+                help="For csv and tsv: a column that is text, whatever it looks like.",
+            ),
+            click.option(
                 "--unit",
                 type=click.Choice(["s", "ms", "us", "ns"]),
                 default="ms",
@@ -70,6 +76,7 @@ def open_mapped(
     roles: dict[str, str | None],
     own: tuple[str, ...],
     drop: tuple[str, ...],
+    text: tuple[str, ...],
     unit: str,
     seed: int = 0,
     settings: Settings | None = None,
@@ -86,11 +93,13 @@ def open_mapped(
         raise click.UsageError(
             f"--column, --candidate-feature, --drop: expected one of {', '.join(FILE_KINDS)}, found {name}. Leave them out."
         )
+    if text and name not in ("csv", "tsv"):
+        raise click.UsageError(f"--text: expected csv or tsv, found {name}, which has types of its own. Leave it out.")
     if both := sorted({column for column in (*roles.values(), *own) if column} & set(drop)):
         raise click.UsageError(
             f"--drop: expected columns that have no role, found {both[0]}. Leave out one of the two options."
         )
     mapped: dict[str, Any] = dict(roles)
-    columns = Columns(**mapped, candidate=own, drop=frozenset(drop), unit=unit)
+    columns = Columns(**mapped, candidate=own, drop=frozenset(drop), text=frozenset(text), unit=unit)
     limits = Limits() if settings is None else Limits(settings.topics.max_message_bytes, settings.join.max_future_ms)
     return open_data_set(name, seed=seed, path=path, columns=columns, limits=limits)

@@ -48,6 +48,7 @@ def replay(
     roles: dict[str, str | None],
     own: tuple[str, ...],
     drop: tuple[str, ...],
+    text: tuple[str, ...],
     unit: str,
     output: str,
 ) -> None:
@@ -77,7 +78,7 @@ def replay(
     if at_once and (speed is not None or rate is not None):
         raise click.UsageError("--max: expected neither --speed nor --rate beside it. Leave one out.")
     settings = load_settings()
-    data_set = open_mapped(name, path=path, roles=roles, own=own, drop=drop, unit=unit, seed=seed, settings=settings)
+    data_set = open_mapped(name, path=path, roles=roles, own=own, drop=drop, text=text, unit=unit, seed=seed, settings=settings)
     if isinstance(data_set, FileDataSet):
         data_set.check(settings.features)
     size = data_set.size()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, draw_delays, look_for, make_chunk, not_there
@@ -18,6 +19,7 @@ from deploy.datasets.refusal import refuse
 from deploy.datasets.text_files import one_line, open_text
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
+from stream.time_units import MAX_AGE_MS
 
 __all__ = ["FOLDER", "Avazu"]
 
@@ -95,10 +97,13 @@ def _hour_of_day(rows: pa.Table) -> pa.Array:
 
 def _start_ms(hour: int, file: Path) -> int:
     try:
-        return int(datetime.strptime(f"{hour:08d}", "%y%m%d%H").replace(tzinfo=UTC).timestamp() * 1_000)
+        start = datetime.strptime(f"{hour:08d}", "%y%m%d%H").replace(tzinfo=UTC)
+        if not datetime.now(UTC) - timedelta(milliseconds=MAX_AGE_MS) < start < datetime.now(UTC):
+            raise ValueError
+        return int(start.timestamp() * 1_000)
     except ValueError as error:
         raise DataSetError(
-            f"{file}: expected hours as YYMMDDHH, found {hour}. Check that it is the file as published."
+            f"{file}: expected hours of the last 40 years as YYMMDDHH, found {hour}. Check that it is the file as published."
         ) from error
 
 
@@ -108,10 +113,10 @@ def _hours(file: Path) -> Iterator[pa.Table]:
     row = 0
     for batch in _batches(file):
         table = pa.Table.from_batches([batch])
-        for name in ("id", "hour"):
-            if table[name].null_count:
-                missing = row + table[name].is_null().index(True).as_py()
-                refuse(file, "a value in every row", "null", "Fill it, or leave the row out.", column=name, row=missing)
+        for name, missing in (("id", pc.equal(table["id"], "")), ("hour", pc.is_null(table["hour"]))):
+            if pc.any(missing).as_py():
+                at = row + pc.index(missing, True).as_py()
+                refuse(file, "a value in every row", "none", "Fill it, or leave the row out.", column=name, row=at)
         row += len(table)
         hours = table["hour"].to_numpy()
         cuts = [0, *(np.flatnonzero(np.diff(hours)) + 1).tolist(), len(table)]
@@ -131,10 +136,11 @@ def _hours(file: Path) -> Iterator[pa.Table]:
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:
     types = {name: pa.string() for name in ("id", *_CONTEXT, *_ADVERT)} | {"click": pa.int8(), "hour": pa.int64()}
     read = pyarrow.csv.ReadOptions(block_size=1 << 23)
+    parse = pyarrow.csv.ParseOptions(quote_char=False)
     convert = pyarrow.csv.ConvertOptions(column_types=types, include_columns=list(types))
     try:
         with open_text(file) as stream:
-            yield from pyarrow.csv.open_csv(stream, read_options=read, convert_options=convert)
+            yield from pyarrow.csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, OSError) as error:
         refuse(
             file, "CSV with the columns id, click, hour, C1, …, C21", one_line(error), "Check that it is the file as published."

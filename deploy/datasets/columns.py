@@ -6,8 +6,10 @@ pipeline would refuse, round or lose.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ __all__ = [
     "EXACT_FLOAT",
     "UNITS_PER_SECOND",
     "TimeRules",
+    "digits",
     "first",
     "ids",
     "is_iso",
@@ -36,10 +39,11 @@ __all__ = [
 
 UNITS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _SHORT = {"seconds": "s", "milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
+_FAR = 1 << 62  # beyond every time
 EXACT_FLOAT = 2.0**53  # below it every whole number is a double
-# ISO 8601 with a time of day, as JSON and CSV hold it; a zone is Z or an offset.
-_ISO = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z|[-+]\d\d(:?\d\d)?)?$"
-_ZONE = r"(Z|[-+]\d\d(:?\d\d)?)$"
+# ISO 8601 with a time of day, as JSON and CSV hold it; a zone is Z, an offset, or UTC, as BigQuery writes it.
+_ISO = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z| ?UTC|[-+]\d\d(:?\d\d)?)?$"
+_ZONE = r"(Z|UTC|[-+]\d\d(:?\d\d)?)$"
 _NO_TIME_OF_DAY = "Event times decide what is learned when: map a column that has the time of day."
 
 
@@ -57,6 +61,8 @@ def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
         column = column.cast(column.type.value_type)
     if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
         column = column.cast(pa.string())
+    if pa.types.is_decimal(column.type) and column.type.bit_width < 128:  # for which Arrow has few functions
+        column = column.cast(pa.decimal128(38, column.type.scale))
     return column
 
 
@@ -83,19 +89,10 @@ def ids(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         DataSetError: an id is missing, empty, used twice, or of a type that is no id.
     """
     column = plain(column)
-    kind = column.type
     if (row := first(_null(column))) is not None:
         do = "Fill it, map another column (--column id=NAME), or take the rows' numbers (--column id=)."
         refuse(path, "an id in every row", "null", do, column=name, row=row)
-    if pa.types.is_floating(kind):
-        values = column.cast(pa.float64()).to_numpy()
-        if (row := first((np.abs(values) >= EXACT_FLOAT) | (values != np.floor(values)))) is not None:
-            expected = "whole numbers below 2^53, where the type is a float"
-            refuse(path, expected, repr(float(values[row])), "Write ids as integers or strings.", column=name, row=row)
-        column = column.cast(pa.float64()).cast(pa.int64())
-    elif not (pa.types.is_integer(kind) or pa.types.is_string(kind) or is_whole_decimal(kind)):
-        refuse(path, "ids that are strings or whole numbers", f"the type {kind}", "Convert the column.", column=name)
-    texts = column.cast(pa.string())
+    texts = digits(path, name, column)
     if (row := first(pc.equal(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False))) is not None:
         refuse(path, "an id in every row", "an empty string", "Fill it, or map another column.", column=name, row=row)
     whole = texts.combine_chunks()
@@ -108,6 +105,27 @@ def ids(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         do = "An impression id is used once: map another column (--column id=NAME), or take the rows' numbers (--column id=)."
         refuse(path, "ids that are unique", found, do, column=name, row=int(again))
     return texts
+
+
+def digits(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Strings as they are, whole numbers digit by digit; null where there is none.
+
+    Raises:
+        DataSetError: the column is of another type, or a float isn't whole.
+    """
+    column = plain(column)
+    kind = column.type
+    if pa.types.is_floating(kind):
+        values = column.cast(pa.float64())
+        numbers = pc.fill_null(values, 0).to_numpy()
+        missing = _null(values)
+        if (row := first(~missing & ~((np.abs(numbers) < EXACT_FLOAT) & (numbers == np.floor(numbers))))) is not None:
+            expected = "whole numbers below 2^53, where the type is a float"
+            refuse(path, expected, repr(float(numbers[row])), "Write ids as integers or strings.", column=name, row=row)
+        column = pa.chunked_array([pa.array(np.where(missing, 0, numbers).astype(np.int64), mask=missing)])
+    elif not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_null(kind) or is_whole_decimal(kind)):
+        refuse(path, "ids that are strings or whole numbers", f"the type {kind}", "Convert the column.", column=name)
+    return column.cast(pa.string())
 
 
 def times_ms(path: Path, name: str, column: pa.ChunkedArray, rules: TimeRules, *, required: bool) -> Int64s:
@@ -125,19 +143,19 @@ def times_ms(path: Path, name: str, column: pa.ChunkedArray, rules: TimeRules, *
         refuse(path, "a time in every row", "null", "Fill it, or leave the row out.", column=name, row=row)
     if pa.types.is_null(column.type):
         return np.full(len(column), -1, np.int64)
-    if pa.types.is_string(column.type) and _all_match(column, r"^-?\d{1,18}$"):
-        column = column.cast(pa.int64())
+    if pa.types.is_string(column.type) and _all_match(column, r"^-?\d{1,38}$"):
+        column = column.cast(pa.decimal128(38, 0))
     if pa.types.is_string(column.type):
         times = _iso_ms(path, name, column)
     elif pa.types.is_timestamp(column.type):
-        times = pc.floor_temporal(column, unit="millisecond").cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
+        times = _in_ms(pc.fill_null(column.cast(pa.int64()), 0).to_numpy(), column.type.unit)
     elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or is_whole_decimal(column.type):
-        times = _number_ms(path, name, column, rules.unit)
+        times = _in_ms(_numbers(column), rules.unit)
     else:
         kind = column.type
         do = _NO_TIME_OF_DAY if pa.types.is_date(kind) else "Convert it, or map another column."
         refuse(path, "a timestamp, an ISO 8601 text or a number", f"the type {kind}", do, column=name)
-    result: Int64s = np.where(missing, -1, pc.fill_null(times, -1).to_numpy())
+    result: Int64s = np.where(missing, -1, times)
     _check_range(path, name, column, result, missing, rules)
     return result
 
@@ -146,13 +164,14 @@ def _all_match(column: pa.ChunkedArray, pattern: str) -> bool:
     return bool(pc.all(pc.match_substring_regex(column, pattern)).as_py())
 
 
-def _iso_ms(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+def _iso_ms(path: Path, name: str, column: pa.ChunkedArray) -> Int64s:
     good = pc.fill_null(pc.match_substring_regex(column, _ISO), True).to_numpy(zero_copy_only=False)
     zoned = pc.fill_null(pc.match_substring_regex(column, _ZONE), False)
     try:
         if (row := first(~good)) is not None:
             raise pa.ArrowInvalid(column[row].as_py())
         null = pa.scalar(None, pa.string())
+        column = pc.replace_substring_regex(column, " ?UTC$", "Z")
         with_zone = pc.if_else(zoned, column, null).cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
         without = pc.if_else(zoned, null, column).cast(pa.timestamp("ns")).cast(pa.int64())
     except pa.ArrowInvalid:  # a form that isn't ISO's, or no day of the calendar: the first such row is looked for
@@ -161,12 +180,27 @@ def _iso_ms(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         do = _NO_TIME_OF_DAY if len(text) == len("2023-11-14") else "Write it so, or as a number (--unit)."
         expected = "a time as 2024-05-01T10:00:00.123Z (the zone may be an offset, or left out for UTC)"
         refuse(path, expected, shown(text), do, column=name, row=row)
-    return _floor(pc.coalesce(with_zone, without), 1_000_000)
+    return _in_ms(pc.fill_null(pc.coalesce(with_zone, without), 0).to_numpy(), "ns")
 
 
-def _floor(numbers: pa.ChunkedArray, by: int) -> pa.ChunkedArray:
-    values = pc.fill_null(numbers, 0).to_numpy() // by
-    return pa.chunked_array([pa.array(values, mask=numbers.is_null().to_numpy(zero_copy_only=False))])
+def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64] | npt.NDArray[np.float64]:
+    """The numbers of a column, 0 where there is none; floats where they don't fit in 64 bits."""
+    if pa.types.is_floating(column.type):
+        return np.nan_to_num(pc.fill_null(column.cast(pa.float64()), 0).to_numpy(), posinf=_FAR, neginf=-_FAR)
+    try:
+        return pc.fill_null(column.cast(pa.int64()), 0).to_numpy()
+    except pa.ArrowInvalid:
+        return np.array([float(value or 0) for value in column.to_pylist()])
+
+
+def _in_ms(numbers: npt.NDArray[np.int64] | npt.NDArray[np.float64], unit: str) -> Int64s:
+    """Milliseconds, cut off far beyond all times."""
+    per_second = UNITS_PER_SECOND[unit]
+    if numbers.dtype == np.int64 and per_second >= 1_000:
+        return np.asarray(numbers // (per_second // 1_000))
+    if numbers.dtype == np.int64:
+        return np.asarray(np.clip(numbers, -_FAR // 1_000, _FAR // 1_000) * (1_000 // per_second))
+    return np.asarray(np.clip(np.rint(numbers * (1_000 / per_second)), -_FAR, _FAR).astype(np.int64))
 
 
 def is_iso(column: pa.ChunkedArray) -> bool:
@@ -180,28 +214,10 @@ def _is_iso(text: str) -> bool:
         return False
     zone = "UTC" if pc.match_substring_regex(column, _ZONE)[0].as_py() else None
     try:
-        column.cast(pa.timestamp("ns", zone))
+        pc.replace_substring_regex(column, " ?UTC$", "Z").cast(pa.timestamp("ns", zone))
     except pa.ArrowInvalid:
         return False
     return True
-
-
-def _number_ms(path: Path, name: str, column: pa.ChunkedArray, unit: str) -> pa.ChunkedArray:
-    per_second = UNITS_PER_SECOND[unit]
-    if pa.types.is_floating(column.type):
-        values = column.cast(pa.float64())
-        finite = pc.fill_null(pc.is_finite(values), True).to_numpy(zero_copy_only=False)
-        if (row := first(~finite & ~_null(values))) is not None:
-            refuse(path, "a finite time", shown(values[row].as_py()), "Fix it.", column=name, row=row)
-        return pc.round(pc.multiply(pc.if_else(pc.is_finite(values), values, None), 1_000 / per_second)).cast(pa.int64())
-    try:
-        whole = column.cast(pa.int64())
-        if per_second >= 1_000:
-            return _floor(whole, per_second // 1_000)
-        return pc.multiply_checked(whole, 1_000 // per_second)
-    except pa.ArrowInvalid:
-        largest = pc.max(pc.abs(column.cast(pa.decimal128(38, 0)))).as_py()
-        refuse(path, f"times in {unit}", str(largest), "Fix it, or map another column.", column=name)
 
 
 def _check_range(
@@ -213,14 +229,17 @@ def _check_range(
     row = first(outside)
     if row is None:
         return
-    value = column[row].as_py()
+    try:
+        value = column[row].as_py()
+    except (ValueError, OverflowError):  # none that Python can write
+        value = f"{times[row]} ms since 1970"
     expected = "times of the last 40 years"
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | Decimal) and math.isfinite(value):
         guess = _SHORT.get(unit_of(int(value), now_ms) or "", unit)
         hint = "" if guess == unit else wrong_unit(int(value), now_ms) or f", which is plausible in {guess}"
         do = "Fix the row, or leave it out." if guess == unit else f"Pass --unit {guess}."
         refuse(path, f"{expected} in {unit}", f"{value}{hint}", do, column=name, row=row)
-    refuse(path, expected, shown(str(value)), "Fix the row, or leave it out.", column=name, row=row)
+    refuse(path, expected, str(value), "Fix the row, or leave it out.", column=name, row=row)
 
 
 def labels(path: Path, name: str, column: pa.ChunkedArray, *, first_row: int = 0) -> npt.NDArray[np.bool_]:
@@ -241,11 +260,14 @@ def labels(path: Path, name: str, column: pa.ChunkedArray, *, first_row: int = 0
         return np.asarray(column.to_numpy(zero_copy_only=False), np.bool_)
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or is_whole_decimal(column.type)):
         expected = "labels that are true and false, or 1 and 0"
-        refuse(path, expected, f"the type {column.type}", "Convert the column, or map another one.", column=name)
-    values = column.cast(pa.float64()).to_numpy()
+        do = "Convert the column, or map another one."
+        if pa.types.is_string(column.type) and len(column):
+            refuse(path, expected, f"the text {shown(column[0].as_py())}", do, column=name, row=first_row)
+        refuse(path, expected, f"the type {column.type}", do, column=name)
+    values = column.cast(pa.float64(), safe=False).to_numpy()
     if (row := first((values != 0) & (values != 1))) is not None:
         do = "Counts and ratings are no labels: make 0 and 1 of them first."
-        refuse(path, "0 or 1 in every row", shown(column[row].as_py()), do, column=name, row=first_row + row)
+        refuse(path, "0 or 1 in every row", str(column[row].as_py()), do, column=name, row=first_row + row)
     return np.asarray(values == 1)
 
 
@@ -256,7 +278,7 @@ def scores(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         return column.cast(pa.float64())
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type) or pa.types.is_decimal(column.type)):
         refuse(path, "served scores that are numbers", f"the type {column.type}", _unmapped("score"), column=name)
-    values = column.cast(pa.float64())
+    values = column.cast(pa.float64(), safe=False)
     numbers = pc.fill_null(values, np.nan).to_numpy()
     if (row := first(~np.isnan(numbers) & ~((numbers >= 0) & (numbers <= 1)))) is not None:
         refuse(path, "a probability", shown(float(numbers[row])), _unmapped("score"), column=name, row=row)
@@ -270,7 +292,7 @@ def model_versions(path: Path, name: str, column: pa.ChunkedArray) -> pa.Chunked
         return column.cast(pa.int64())
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         refuse(path, "whole version numbers", f"the type {column.type}", _unmapped("model_version"), column=name)
-    numbers = pc.fill_null(column.cast(pa.float64()), np.nan).to_numpy()
+    numbers = pc.fill_null(column.cast(pa.float64(), safe=False), np.nan).to_numpy()
     known = ~np.isnan(numbers)
     if (row := first(known & ((numbers < 0) | (numbers >= 2.0**63) | (numbers != np.floor(numbers))))) is not None:
         found = shown(column[row].as_py())

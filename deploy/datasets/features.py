@@ -38,15 +38,7 @@ def feature(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
             refuse(path, "finite numbers", shown(values[row].as_py()), do, column=name, row=row)
         return values
     if is_whole_decimal(kind):
-        numbers = column.cast(pa.decimal128(38, 0)) if pa.types.is_decimal128(kind) else column
-        for whole in (pa.int64(), pa.uint64()):
-            try:
-                return numbers.cast(whole)
-            except pa.ArrowInvalid:
-                continue
-        row = next(r for r, v in enumerate(column.to_pylist()) if v is not None and not -(1 << 63) <= int(v) < 1 << 64)
-        do = f"Write longer ones as strings, or leave the column out: --drop {name}."
-        refuse(path, "whole numbers of at most 64 bits", str(column[row].as_py()), do, column=name, row=row)
+        return _whole_numbers(path, name, column)
     # A text that is a time in every row is one, as it is where the file's format has a type for it.
     if pa.types.is_temporal(kind) or (pa.types.is_string(kind) and is_iso(column)):
         kind = "a time" if pa.types.is_string(kind) else f"the type {kind}"
@@ -58,11 +50,27 @@ def feature(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column
 
 
+def _whole_numbers(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A decimal column without fractions, as integers where one type of theirs holds it."""
+    for row, value in enumerate(column.to_pylist()):
+        if value is not None and not -(1 << 63) <= value < 1 << 64:
+            do = f"Write longer ones as strings, or leave the column out: --drop {name}."
+            refuse(path, "whole numbers of at most 64 bits", f"{value:f}", do, column=name, row=row)
+    column = column.cast(pa.decimal128(38, 0))
+    for kind in (pa.int64(), pa.uint64()):
+        try:
+            return column.cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    return column
+
+
 def _list_feature(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     kind = column.type
     inner = kind.value_type
     whole = pa.types.is_integer(inner)
-    text = pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)
+    text = pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner)
+    text = text or pa.types.is_null(inner)
     if not (whole or text or pa.types.is_dictionary(inner)):
         do = f"Lists hold strings: make columns of its parts, or leave it out: --drop {name}."
         refuse(path, "lists of strings or whole numbers", f"the type {kind}", do, column=name)
@@ -80,7 +88,7 @@ def _list_feature(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedA
 def field_kind(column: pa.ChunkedArray) -> str:
     """The kind of feature that a column's type suggests: categorical, numeric or list."""
     kind = column.type
-    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+    if pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and not is_whole_decimal(kind)):
         return "numeric"
     return "list" if pa.types.is_list(kind) else "categorical"
 
@@ -98,10 +106,10 @@ def check_kind(path: Path, column: pa.ChunkedArray, field: FieldSpec) -> None:
         fits = pa.types.is_list(kind)
     elif field.kind == "numeric":
         fits = not (pa.types.is_string(kind) or pa.types.is_list(kind))
-    elif pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+    elif pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and not is_whole_decimal(kind)):
         numbers = pc.fill_null(column.cast(pa.float64()), 0).to_numpy()
         numbers = np.where(np.isnan(numbers), 0, numbers)
-        row = first((numbers != np.floor(numbers)) | (np.abs(numbers) > EXACT_FLOAT))
+        row = first((numbers != np.floor(numbers)) | (np.abs(numbers) >= EXACT_FLOAT))
         fits = row is None
     else:
         fits = not pa.types.is_list(kind)

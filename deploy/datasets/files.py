@@ -20,7 +20,7 @@ from deploy.datasets import columns as checked
 from deploy.datasets.base import CHUNK_ROWS, Chunk, Int64s, Progress, draw_delays, make_chunk
 from deploy.datasets.encode import members, strings, tokens
 from deploy.datasets.features import check_kind, feature, field_kind
-from deploy.datasets.refusal import printable, refuse
+from deploy.datasets.refusal import listed, printable, refuse
 from deploy.datasets.tables import FILE_KINDS, read_table
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
@@ -28,31 +28,32 @@ from stream.settings import JoinSettings, TopicSettings
 
 __all__ = ["AUTO", "FILE_KINDS", "Columns", "FileDataSet", "Limits"]
 
-AUTO = "(auto)"
+AUTO = "\0auto"
 """A role that goes to the column of the contract's name where the file has one."""
 
 _ENVELOPE_BYTES = 300  # of an event beside its id and features: the names, a time, a score, a version
-_LISTED = 200  # characters of columns' names in an error
 _ESCAPED = 6  # JSON makes at most this many bytes of one of a string
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column is what. None: the file has none.
+    """Which column is what. None: the file has none, and a column of the contract's name is left out.
 
-    A feature is a column that isn't mapped to something else and not dropped, or a member of a column `features` of objects.
+    AUTO: the column of the contract's name, where there is one. A feature is a column that isn't mapped to something else and
+    not dropped, or a member of a column `features` of objects.
     """
 
     timestamp: str | None = "timestamp"  # event time: a timestamp type, ISO 8601 text, or a number in `unit`
-    id: str | None = AUTO  # AUTO: `impression_id`; None: the row's number
+    id: str | None = AUTO  # the row's number where there is none
     clicked: str | None = "clicked"  # true or 1
-    click_timestamp: str | None = None  # null: no click, where `clicked` is None too
+    click_timestamp: str | None = AUTO  # null: no click, where `clicked` is None too
     user: str | None = None
     item: str | None = None
-    score: str | None = AUTO  # as served; AUTO: `score`, where the file has a column `features` of objects
+    score: str | None = AUTO  # as served; AUTO only in a file with a column `features` of objects
     model_version: str | None = AUTO  # as served; AUTO as for `score`
     candidate: tuple[str, ...] = ()  # features that belong to the thing shown; `item` is one of them
     drop: frozenset[str] = frozenset()  # left out
+    text: frozenset[str] = frozenset()  # of CSV and TSV: text, whatever the values look like
     unit: str = "ms"  # of times that are numbers: s, ms, us or ns
 
 
@@ -114,7 +115,7 @@ class FileDataSet:
         if schema.fields and not known:
             names = ", ".join(spec.name for spec in schema.fields[:5])
             do = "Change [features] in the settings (`headrace data schema` prints what fits), or rename the columns."
-            refuse(self._path, f"some of the settings' features ({names}, …)", _listed([*features]), do)
+            refuse(self._path, f"some of the settings' features ({names}, …)", listed([*features]), do)
         for spec in known:
             check_kind(self._path, features[spec.name], spec)
 
@@ -146,10 +147,13 @@ class FileDataSet:
                 delays_ms=log.delays_ms[part],
                 context=members(context),
                 candidate=members(candidate) if candidate else None,
-                users=strings(rows[columns.user]) if columns.user else [""] * count,
-                items=strings(rows[columns.item]) if columns.item else [""] * count,
+                users=self._names(columns.user, rows, count),
+                items=self._names(columns.item, rows, count),
                 served=None if log.served is None else log.served[part],
             )
+
+    def _names(self, name: str | None, rows: dict[str, pa.ChunkedArray], count: int) -> list[str]:
+        return [""] * count if name is None else strings(checked.digits(self._path, name, rows[name]))
 
     def _read(self) -> _Log:
         if self._log is None:
@@ -163,7 +167,9 @@ class FileDataSet:
             raise DataSetError(f"unit: expected one of {units}, found {roles.unit!r}. Change --unit.")
         if roles.timestamp is None:
             raise DataSetError("timestamp: expected a column of event times, found none. Map one with --column timestamp=NAME.")
-        table = read_table(path, self.name, roles.drop, ids="impression_id" if roles.id == AUTO else roles.id)
+        self._check_roles()
+        names = {"impression_id" if roles.id == AUTO else roles.id, roles.user, roles.item}
+        table = read_table(path, self.name, roles.drop, text=roles.text, ids={name for name in names if name is not None})
         top = {name: table[name] for name in table.column_names}
         inner: dict[str, pa.ChunkedArray] = {}
         nested = "features" in top and pa.types.is_struct(top["features"].type)
@@ -173,30 +179,33 @@ class FileDataSet:
         if not len(table):
             refuse(path, "at least one row", "none", "Check the file.")
 
-        def take(role: str, name: str | None, *, auto: str = "", when: bool = True) -> tuple[str, pa.ChunkedArray] | None:
-            """The column of a role, which is then no feature."""
-            if name == AUTO:
-                name = auto if when and auto in top else None
+        def take(role: str, name: str | None, *, contract: str, auto: bool = True) -> tuple[str, pa.ChunkedArray] | None:
+            """The column of a role, which is then no feature; without one the column of the contract's name is none either."""
             if name is None:
+                top.pop(contract, None)
                 return None
+            if name == AUTO:
+                return (contract, top.pop(contract)) if auto and contract in top else None
             for place in (top, inner):
                 if name in place:
                     return name, place.pop(name)
             raise self._no_column([*top, *inner], name, role)
 
-        when = take("timestamp", roles.timestamp)
+        when = take("timestamp", roles.timestamp, contract="timestamp")
         assert when is not None
         rules = checked.TimeRules(roles.unit, self._limits.future_ms)
         times_ms = checked.times_ms(path, *when, rules, required=True)
-        named = take("id", roles.id, auto="impression_id")
+        named = take("id", roles.id, contract="impression_id")
         ids = None if named is None else checked.ids(path, *named)
         clicked, delays_ms = self._clicks(
-            take("clicked", roles.clicked), take("click_timestamp", roles.click_timestamp), times_ms
+            take("clicked", roles.clicked, contract="clicked"),
+            take("click_timestamp", roles.click_timestamp, contract="click_timestamp"),
+            times_ms,
         )
         served = _served(
             path,
-            take("score", roles.score, auto="score", when=nested),
-            take("model_version", roles.model_version, auto="model_version", when=nested),
+            take("score", roles.score, contract="score", auto=nested),
+            take("model_version", roles.model_version, contract="model_version", auto=nested),
         )
         features = self._features(top, inner)
         order = np.argsort(times_ms, kind="stable")
@@ -213,6 +222,20 @@ class FileDataSet:
         self._check_sizes(log)
         return log
 
+    def _check_roles(self) -> None:
+        roles = self._columns
+        taken: dict[str, str] = {}
+        for role in ("timestamp", "id", "clicked", "click_timestamp", "score", "model_version", "user", "item"):
+            name = getattr(roles, role)
+            if name is None or name == AUTO or (role == "item" and taken.get(name) == "user"):
+                continue
+            if name in taken:
+                raise DataSetError(
+                    f"{self._path}: expected one role for the column {name!r}, found {taken[name]} and {role}. Copy the column "
+                    "in the file, or leave one role out."
+                )
+            taken[name] = role
+
     def _features(self, top: dict[str, pa.ChunkedArray], inner: dict[str, pa.ChunkedArray]) -> dict[str, pa.ChunkedArray]:
         if both := sorted(set(top) & set(inner)):
             do = f"Leave both out (--drop {both[0]}), or rename one."
@@ -223,6 +246,9 @@ class FileDataSet:
         for name in (self._columns.user, self._columns.item, *self._columns.candidate):
             if name is not None and name not in features:
                 raise self._no_column(list(features), name, "user, item or candidate feature")
+        for name in (self._columns.user, self._columns.item):
+            if name is not None:
+                checked.digits(self._path, name, features[name])
         return features
 
     def _clicks(
@@ -277,12 +303,7 @@ class FileDataSet:
 
     def _no_column(self, names: list[str], name: str, what: str) -> DataSetError:
         do = f"Map another one: --column {what}=NAME." if " " not in what else "Name another one."
-        return DataSetError(printable(f"{self._path}: expected a column {name!r} ({what}), found {_listed(names)}. {do}"))
-
-
-def _listed(names: list[str]) -> str:
-    text = ", ".join(names)
-    return text if len(text) <= _LISTED else f"{text[:_LISTED]}..."
+        return DataSetError(printable(f"{self._path}: expected a column {name!r} ({what}), found {listed(names)}. {do}"))
 
 
 def _served(

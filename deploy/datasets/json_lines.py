@@ -30,32 +30,38 @@ _Row = dict[str, Any]
 _decoder = msgspec.json.Decoder(_Row)
 
 
-def read_json_lines(path: Path, drop: Collection[str] = ()) -> pa.Table:
-    """The whole file, without the columns of `drop`; an object `features` becomes a struct column.
+def read_json_lines(path: Path, drop: Collection[str] = ()) -> tuple[pa.Table, list[str]]:
+    """The whole file without the columns of `drop`, and the names of all columns; `features` becomes a struct column.
+
+    Of a key that an object has twice the last value counts.
 
     Raises:
         DataSetError: a line isn't a JSON object, or no column type holds every value of a column exactly.
         OSError: the file can't be read.
     """
     flat, features = _Columns(path, drop), _Columns(path, drop)
-    nested = False
+    nested, rows = False, 0
     for objects, before in _objects(path):
         nested = nested or any(isinstance(each.get("features"), dict) for each in objects)
         if nested and "features" not in drop:
             features.look([_features(path, each, before + row) for row, each in enumerate(objects)], before)
         flat.look(objects, before)
+        rows = before + len(objects)
     flat.decide()
     features.decide()
     for objects, before in _objects(path):
+        known = objects[: rows - before]  # a file that somebody writes to has more rows by now
         if features.types:
-            features.fill([_features(path, each, before + row) for row, each in enumerate(objects)])
-        flat.fill(objects)
-    table = flat.table()
+            features.fill([_features(path, each, before + row) for row, each in enumerate(known)])
+        flat.fill(known)
+        if before + len(objects) >= rows:
+            break
+    columns = flat.columns()
     if features.types:
-        inner = features.table()
-        arrays = [column.combine_chunks() for column in inner.columns]
-        table = table.append_column("features", pa.StructArray.from_arrays(arrays, inner.column_names))
-    return table
+        inner = features.columns()
+        struct = pa.StructArray.from_arrays([column.combine_chunks() for column in inner.values()], list(inner))
+        columns["features"] = pa.chunked_array([struct])
+    return pa.table(columns), [*flat.names, *features.names]
 
 
 def _features(path: Path, row: _Row, number: int) -> _Row:
@@ -116,13 +122,23 @@ class _Columns:
         self._shapes: dict[str, _Shape] = {}
         self._chunks: dict[str, list[pa.Array]] = {}
         self.types: dict[str, pa.DataType] = {}
+        self.names: set[str] = set()  # of all columns, those of `drop` too
 
     def look(self, rows: Sequence[_Row], before: int) -> None:
         """Take in which types the values of these rows have; `before` rows came before them."""
         for name in dict.fromkeys(chain.from_iterable(rows)):
+            if name not in self.names:
+                self._check_name(name)
+                self.names.add(name)
             if name not in self._drop:
                 shape = self._shapes.setdefault(name, _Shape())
                 shape.look([row.get(name) for row in rows], range(before, before + len(rows)))
+
+    def _check_name(self, name: str) -> None:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            refuse(self._path, "names that UTF-8 can hold", f"half of a surrogate pair in {name!a}", "Fix its source.")
 
     def decide(self) -> None:
         """Choose the columns' types. Raises DataSetError: there is none that holds every value exactly."""
@@ -137,9 +153,9 @@ class _Columns:
             except UnicodeEncodeError:
                 refuse(self._path, "text that UTF-8 can hold", "half of a surrogate pair", "Fix its source.", column=name)
 
-    def table(self) -> pa.Table:
+    def columns(self) -> dict[str, pa.ChunkedArray]:
         """All that was filled in."""
-        return pa.table({name: pa.chunked_array(self._chunks[name], kind) for name, kind in self.types.items()})
+        return {name: pa.chunked_array(self._chunks[name], kind) for name, kind in self.types.items()}
 
 
 class _Shape:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from deploy.errors import DataSetError
 
-__all__ = ["printable", "refuse", "shown"]
+__all__ = ["listed", "printable", "refuse", "shown"]
 
+_LISTED = 200  # characters of columns' names in an error
 _SHOWN = 60  # characters of a value in an error: one line on a terminal, and no customer's data in full in a log
 
 
@@ -33,3 +35,9 @@ def shown(value: Any) -> str:
         return "null"
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """Columns' names for an error's text, cut where they are many."""
+    text = ", ".join(names) or "no column"
+    return text if len(text) <= _LISTED else f"{text[: _LISTED - 3]}..."

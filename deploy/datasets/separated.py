@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -9,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from deploy.datasets.refusal import refuse
-from deploy.datasets.text_files import one_line, open_text
+from deploy.datasets.refusal import refuse, shown
+from deploy.datasets.text_files import blocks, one_line, open_text
 
 __all__ = ["read_separated"]
 
@@ -23,14 +25,22 @@ _TRUTH = r"^(?i:true|false)$"
 _LONG_WHOLE = r"^-?\d{16,}$"  # from 2^53, which has 16 digits, not every whole number is a double
 
 
-def read_separated(path: Path, delimiter: str, drop: Collection[str] = (), *, ids: str | None = None) -> pa.Table:
-    """The whole file, without the columns of `drop`: whole numbers, numbers, true and false, or text; `ids` stay text.
+def read_separated(
+    path: Path, delimiter: str, drop: Collection[str] = (), *, text: Collection[str] = ()
+) -> tuple[pa.Table, list[str]]:
+    """The whole file without the columns of `drop`, and the names of all columns.
+
+    A column is one of whole numbers, of numbers, of true and false, or of text; those of `text` stay text. Values in CSV may be
+    in quotes (RFC 4180); in TSV a quote is a character like any other.
 
     Raises:
         DataSetError: it isn't such a file.
         OSError: it can't be read.
     """
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    quoted = delimiter == ","
+    if quoted:
+        _check_quotes(path)
+    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=quoted, quote_char='"' if quoted else False)
     try:
         with open_text(path) as stream:
             names = pyarrow.csv.open_csv(stream, parse_options=parse).schema.names
@@ -42,20 +52,47 @@ def read_separated(path: Path, delimiter: str, drop: Collection[str] = (), *, id
         )
         with open_text(path) as stream:
             table = pyarrow.csv.read_csv(stream, parse_options=parse, convert_options=convert)
-    except pa.ArrowException as error:
-        kind = "tab-separated values" if delimiter == "\t" else "comma-separated values"
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        kind = "comma-separated values" if quoted else "tab-separated values"
         refuse(path, f"{kind} in UTF-8, with a header line", one_line(error), "Check the file, and --path.")
     if "" in names:
         refuse(path, "a header line with a name for each column", f"none for column {names.index('') + 1}", "Add it.")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         refuse(path, "columns of different names", f"{twice[0]!r} twice", "Rename one of them.")
-    kept = {name: table[name] if name == ids else _typed(path, name, table[name]) for name in names if name not in drop}
-    return pa.table(kept)
+    kept = {name: table[name] for name in names if name not in drop}
+    if not quoted:
+        _check_unquoted(path, kept)
+    return pa.table({name: column if name in text else _typed(path, name, column) for name, column in kept.items()}), names
+
+
+def _check_quotes(path: Path) -> None:
+    """Arrow's reader takes what stands after a closing quote for part of the value, and an open quote's rest for one value."""
+    if not any(b'"' in block for block in blocks(path)):
+        return
+    csv.field_size_limit(sys.maxsize)
+    lines = (line for block in blocks(path) for line in block.decode("utf-8", "replace").splitlines(keepends=True))
+    reader, row = csv.reader(lines, strict=True), -1
+    try:
+        for row, _ in enumerate(reader):  # noqa: B007  # the last one read, for the error
+            pass
+    except csv.Error as error:
+        do = "A quote within quotes is written twice; other escapes aren't read."
+        refuse(path, "values in quotes as RFC 4180 has them", f"{one_line(error)} near line {reader.line_num}", do, row=row)
+
+
+def _check_unquoted(path: Path, columns: dict[str, pa.ChunkedArray]) -> None:
+    """Whether a value in quotes has them or is written in them can't be told."""
+    for name, column in columns.items():
+        in_quotes = pc.fill_null(pc.match_substring_regex(column, r'(?s)^".*"$'), False)
+        if pc.any(in_quotes).as_py():
+            row = pc.index(in_quotes, True).as_py()
+            found = shown(column[row].as_py())
+            refuse(path, "TSV, which has no quotes", found, "Write it without them, or as CSV.", column=name, row=row)
 
 
 def _typed(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     if column.null_count == len(column):
-        return column.cast(pa.null()) if len(column) == 0 else pa.chunked_array([pa.nulls(len(column))])
+        return pa.chunked_array([pa.nulls(len(column))])
     if _all(column, _WHOLE):
         return _whole(column)
     if _all(column, _NUMBER):

@@ -17,6 +17,7 @@ DECIDING = (
     "requirements.lock",
     "state/*.py",
     "stream/*.py",
+    "stream/formats/*.py",
     "stream/join/*.py",
     "model/schema.py",
     "model/settings.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -273,9 +274,8 @@ OWN_ID = "map another column (--column id=NAME), or take the rows' numbers (--co
         (
             [{"timestamp": T, "clicked": "yes", "f": 1}],
             Columns(),
-            ", column clicked: expected labels that are true and false, or 1 and 0, found the type string. Convert the "
-            "column, or map another "
-            "one.",
+            ", column clicked, row 1: expected labels that are true and false, or 1 and 0, found the text 'yes'. Convert the "
+            "column, or map another one.",
         ),
         (
             [{"timestamp": T, "clicked": 0, "f": 1, "impression_id": x} for x in ("a", "b", "a")],
@@ -358,8 +358,8 @@ def test_a_dump_of_impressions_keeps_its_envelope(tmp_path: Path) -> None:
     assert with_score == {key: value for key, value in row.items() if key != "clicked"}
     assert without == {"impression_id": "j", "timestamp": T, "features": {"u": "x"}}
     assert [field.name for field in data_set.schema().fields] == ["u"]
-    (chunk,) = FileDataSet(file, "jsonl", Columns(score=None, model_version=None)).chunks()  # features then, as asked
-    assert json.loads(chunk.features[0]) == {"u": "x", "score": 0.25, "model_version": 3}
+    (chunk,) = FileDataSet(file, "jsonl", Columns(score=None, model_version=None)).chunks()
+    assert (chunk.features[0], chunk.served) == (b'{"u":"x"}', None)
 
 
 def test_features_called_like_the_envelope_stay_features(tmp_path: Path) -> None:
@@ -460,6 +460,9 @@ def test_csv_and_tsv(tmp_path: Path) -> None:
         {"user": None, "price": None, "zip": "12", "long": "1", "seen": 0, "none": None, "note": "NA"},
     ]
     for kind, delimiter in (("csv", ","), ("tsv", "\t")):
+        if kind == "tsv":  # which has no quotes
+            lines = [[cell.replace('"', "").replace("\n", " ") for cell in row] for row in lines]
+            expected = [expected[0] | {"note": "a b"}, expected[1] | {"note": None}]
         file = tmp_path / f"log.{kind}"
         file.write_text("\ufeff" + "\r\n".join(delimiter.join(row) for row in [header, *lines]) + "\r\n")
         data_set = FileDataSet(file, kind)
@@ -594,3 +597,207 @@ def test_a_model_that_could_not_read_it_is_named(tmp_path: Path, field: dict[str
     with pytest.raises(DataSetError) as caught:
         data_set.check(schema)
     assert found in str(caught.value)
+
+
+@pytest.mark.parametrize("role", ["clicked", "id", "score", "model_version", "click_timestamp"])
+def test_a_role_that_is_said_to_have_no_column_leaves_the_contracts_column_out(tmp_path: Path, role: str) -> None:
+    row = {"timestamp": T, "clicked": 1, "click_timestamp": T, "impression_id": "a", "score": 0.5, "model_version": 1, "f": 1}
+    file = write_lines(tmp_path / "log.jsonl", [row])
+    roles: dict[str, Any] = {"score": None, "model_version": None, role: None}
+    (chunk,) = FileDataSet(file, "jsonl", Columns(**roles)).chunks()
+    assert (chunk.features, chunk.clicked.tolist()) == ([b'{"f":1}'], [True])
+
+
+def test_a_column_has_one_role(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "log.jsonl", [{"timestamp": T, "clicked": 1, "f": 1}])
+    assert refused(file, columns=Columns(id="timestamp")) == (
+        "log.jsonl: expected one role for the column 'timestamp', found timestamp and id. Copy the column in the file, "
+        "or leave one "
+        "role out."
+    )
+
+
+def test_an_option_for_a_column_that_is_not_there(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "log.jsonl", [{"timestamp": T, "clicked": 1, "f": 1}])
+    told = "found timestamp, clicked, f. Correct the name, or leave the option out."
+    message = refused(file, columns=Columns(drop=frozenset({"typo"})))
+    assert message.startswith("log.jsonl: expected a column 'typo' (--drop), found ")
+    assert {*message.partition("found ")[2].partition(". ")[0].split(", ")} == {"timestamp", "clicked", "f"}, told
+    (tmp_path / "log.csv").write_text(f"timestamp,clicked,f\n{T},1,1\n")
+    message = refused(tmp_path / "log.csv", "csv", Columns(text=frozenset({"typo"})))
+    assert message == f"log.csv: expected a column 'typo' (--text), {told}"
+
+
+def test_text_of_csv_stays_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text(f"timestamp,clicked,version,sku,price\n{T},1,1.10,10e4,2.50\n{T},0,1.1,1e5,3\n")
+    columns = Columns(item="sku", text=frozenset({"version"}))
+    (chunk,) = FileDataSet(tmp_path / "log.csv", "csv", columns).chunks()
+    assert [json.loads(features) | json.loads(own) for features, own in zip(chunk.features, chunk.candidates, strict=True)] == [
+        {"version": "1.10", "price": 2.5, "sku": "10e4"},
+        {"version": "1.1", "price": 3, "sku": "1e5"},
+    ]
+    assert chunk.items == ["10e4", "1e5"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "found"),
+    [
+        (
+            "csv",
+            f'{T},0,"abc',
+            "log.csv, row 1: expected values in quotes as RFC 4180 has them, found",
+        ),
+        (
+            "csv",
+            f'{T},0,"say \\"hi\\""',
+            "log.csv, row 1: expected values in quotes as RFC 4180 has them, found ',' expected after",
+        ),
+        ("csv", f'{T},0,"abc" def', "log.csv, row 1: expected values in quotes as RFC 4180 has them"),
+        ("tsv", f'{T}\t0\t"abc"', "log.tsv, column f, row 1: expected TSV, which has no quotes, found '\"abc\"'."),
+    ],
+)
+def test_quotes_that_could_mean_two_things(tmp_path: Path, kind: str, line: str, found: str) -> None:
+    header = ("," if kind == "csv" else "\t").join(["timestamp", "clicked", "f"])
+    (tmp_path / f"log.{kind}").write_text(f"{header}\n{line}\n{line.replace('abc', 'x')}\n")
+    assert refused(tmp_path / f"log.{kind}", kind).startswith(found)
+
+
+def test_quotes_in_tsv_are_characters(tmp_path: Path) -> None:
+    (tmp_path / "log.tsv").write_text(
+        "timestamp\tclicked\tf\n" + "".join(f"{T}\t0\t{cell}\n" for cell in ('"foo', 'b"', '"a" b'))
+    )
+    (chunk,) = FileDataSet(tmp_path / "log.tsv", "tsv").chunks()
+    assert [json.loads(features)["f"] for features in chunk.features] == ['"foo', 'b"', '"a" b']
+
+
+def test_parts_of_parquet_must_agree(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    folder.mkdir()
+    parquet(folder / "0.parquet", f=pa.array([1.5], pa.float32()), g=pa.nulls(1))
+    parquet(folder / "1.parquet", f=pa.array([2.5], pa.float32()), g=pa.array(["x"]), h=pa.array([7]))
+    (chunk,) = FileDataSet(folder, "parquet").chunks()
+    assert [json.loads(features) for features in chunk.features] == [
+        {"f": 1.5, "g": None, "h": None},
+        {"f": 2.5, "g": "x", "h": 7},
+    ]
+    parquet(folder / "1.parquet", f=pa.array([0.1]))
+    message = refused(folder, "parquet")
+    assert message.startswith(
+        "log, column f: expected one type in all parts, found double in 1.parquet and float in 0.parquet."
+    )
+    parquet(folder / "1.parquet", f=pa.array([0.5], pa.float32()), clicked=pa.array([True]))
+    assert "column clicked: expected one type in all parts, found bool in 1.parquet and int64" in refused(folder, "parquet")
+
+
+def test_names_of_folders_are_text(tmp_path: Path) -> None:
+    for code in ("7", "007"):
+        (tmp_path / "log" / f"code={code}").mkdir(parents=True)
+        parquet(tmp_path / "log" / f"code={code}" / "0.parquet", f=pa.array([1]))
+    (chunk,) = FileDataSet(tmp_path / "log", "parquet").chunks()
+    assert sorted(json.loads(features)["code"] for features in chunk.features) == ["007", "7"]
+
+
+@pytest.mark.parametrize(
+    ("column", "time_ms"),
+    [
+        (pa.array([1_698_539_400_000_000], pa.timestamp("us", "Europe/Berlin")), 1_698_539_400_000),  # an hour that comes twice
+        (pa.array([T], pa.timestamp("ms", "PST")), T),
+        (pa.array([123_456_789], pa.timestamp("ns")), None),
+        (pa.array([-(2**63) + 1], pa.timestamp("ms")), None),
+        (pa.array([2**63 - 1], pa.timestamp("us")), None),
+        (pa.array([Decimal(10**50)], pa.decimal256(60, 0)), None),
+        (pa.array([1e300]), None),
+        (pa.array([float("inf")]), None),
+        (pa.array([2**64 - 1], pa.uint64()), None),
+    ],
+)
+def test_times_at_the_edges(tmp_path: Path, column: pa.Array, time_ms: int | None) -> None:
+    file = parquet(tmp_path / "log.parquet", timestamp=column, f=pa.array([1]))
+    if time_ms is None:
+        assert "column timestamp, row 1: expected times of the last 40 years" in refused(file, "parquet")
+    else:
+        (chunk,) = FileDataSet(file, "parquet").chunks()
+        assert chunk.timestamps_ms.tolist() == [time_ms]
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        (
+            {"clicked": pa.array([2**64 - 1], pa.uint64())},
+            "column clicked, row 1: expected 0 or 1 in every row, found 18446744073709551615",
+        ),
+        (
+            {"features": pa.array([{"a": 1}]), "model_version": pa.array([2**64 - 1], pa.uint64())},
+            "column model_version, row 1: expected a version number, 0 or more, found 18446744073709551615",
+        ),
+        ({"f": pa.array([["a"]])}, "column f: expected ids that are strings or whole numbers, found the type list"),
+        ({"f": pa.array([0.5])}, "column f, row 1: expected whole numbers below 2^53, where the type is a float, found 0.5"),
+    ],
+)
+def test_numbers_at_the_edges(tmp_path: Path, columns: dict[str, pa.Array], found: str) -> None:
+    file = parquet(tmp_path / "log.parquet", **columns)
+    assert found in refused(file, "parquet", Columns(user="f") if "f" in columns else None)
+
+
+def test_whole_numbers_of_both_signs_and_64_bits(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "log.jsonl", [{"timestamp": T, "clicked": 0, "f": value} for value in (-1, 2**64 - 1)])
+    data_set = FileDataSet(file, "jsonl")
+    (chunk,) = data_set.chunks()
+    assert [json.loads(features)["f"] for features in chunk.features] == [-1, 2**64 - 1]
+    assert data_set.schema().fields[0].kind == "categorical"
+    file = parquet(tmp_path / "log.parquet", f=pa.array([Decimal(7)], pa.decimal32(5, 0)))
+    (chunk,) = FileDataSet(file, "parquet").chunks()
+    assert chunk.features == [b'{"f":7}']
+
+
+def test_everything_inside_features(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "log.jsonl", [{"features": {"timestamp": T, "clicked": 1, "f": 1}}])
+    (chunk,) = FileDataSet(file, "jsonl").chunks()
+    assert (chunk.timestamps_ms.tolist(), chunk.features) == ([T], [b'{"f":1}'])
+
+
+def test_a_file_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_lines(tmp_path / "log.jsonl", [{"timestamp": T, "clicked": 1, "f": 1}])
+    from deploy.datasets import json_lines
+
+    decide = json_lines._Columns.decide
+
+    def grow(columns: json_lines._Columns) -> None:
+        decide(columns)
+        with file.open("a") as out:
+            out.write(json.dumps({"timestamp": T, "clicked": 1, "f": 2.5, "g": "x"}) + "\n")
+
+    monkeypatch.setattr(json_lines._Columns, "decide", grow)
+    (chunk,) = FileDataSet(file, "jsonl").chunks()
+    assert chunk.features == [b'{"f":1}']
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b'{"\\ud800": 1}\n', "expected names that UTF-8 can hold, found half of a surrogate pair in '\\ud800'"),
+        (b'{"timestamp": NaN, "\\ud800": 1}\n', "expected names that UTF-8 can hold"),
+    ],
+)
+def test_names_that_no_file_can_hold(tmp_path: Path, content: bytes, found: str) -> None:
+    (tmp_path / "log.jsonl").write_bytes(content)
+    message = refused(tmp_path / "log.jsonl")
+    assert found in message or "expected one JSON object a line" in message
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for kind in ("jsonl", "csv", "parquet"):
+        assert refused(tmp_path / "pipe", kind) == (
+            f"pipe: expected a file in the format {kind}, found a pipe or a device. It is read twice: write it to a file first."
+        )
+
+
+def test_a_header_alone_and_a_header_in_latin_1(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("timestamp,clicked,f\n")
+    assert refused(tmp_path / "log.csv", "csv") == "log.csv: expected at least one row, found none. Check the file."
+    (tmp_path / "log.csv").write_bytes(f"timestamp,clicked,\xe9\n{T},1,1\n".encode("latin-1"))
+    assert refused(tmp_path / "log.csv", "csv").startswith(
+        "log.csv: expected comma-separated values in UTF-8, with a header line"
+    )
