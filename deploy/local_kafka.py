@@ -188,7 +188,13 @@ class LocalKafka:
             with self._locked():
                 state = self._read()
                 running = [] if state is None else list(state.alive().values())
-                killed = stop_all(running, timeout_ms=STOP_TIMEOUT_MS)
+                try:
+                    killed = stop_all(running, timeout_ms=STOP_TIMEOUT_MS)
+                except PermissionError as error:
+                    pids = ", ".join(str(process.pid) for process in running)
+                    raise LocalKafkaError(
+                        f"{self.dir}: expected brokers of this user, found another user's (pid {pids}). Stop them as that user."
+                    ) from error
                 self._reap(ended=running)
                 return killed
 

@@ -32,7 +32,7 @@ class Process(msgspec.Struct, frozen=True):
         return _started(self.pid) == self.started
 
     def send(self, number: signal.Signals) -> bool:
-        """Send a signal if this very process still runs; whether it was sent."""
+        """Send a signal if this very process still runs; whether it was sent. Raises PermissionError: it is another user's."""
         if not self.alive:
             return False
         with contextlib.suppress(ProcessLookupError):

@@ -68,7 +68,7 @@ class LocalKafkaSettings(BaseModel):
     cache_dir: Path | None = Field(default=None, description="Where jars are kept; ~/.cache/headrace/kafka when unset.")
     java: Path | None = Field(default=None, description="A java binary, 17 or newer; found by itself when unset.")
     heap_mb: int = Field(default=512, ge=128)
-    start_timeout_ms: int = Field(default=60_000, ge=1_000)
+    start_timeout_ms: int = Field(default=60_000, ge=1_000, le=3_600_000)
 
 
 class Settings(BaseSettings):
@@ -122,7 +122,7 @@ NOT_SETTINGS = {"HEADRACE_CONFIG", "HEADRACE_DATA_DIR", "HEADRACE_TRACEBACK"}
 
 def settings_file() -> Path:
     """The file that settings are read from; it need not exist."""
-    return Path(os.environ.get("HEADRACE_CONFIG", DEFAULT_FILE))
+    return Path(os.environ.get("HEADRACE_CONFIG") or DEFAULT_FILE)
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -150,9 +150,9 @@ def load_settings(**overrides: Any) -> Settings:
 
 def _check_file(file: Path) -> None:
     """The file that HEADRACE_CONFIG names must be there; ./headrace.toml may be missing. Either must be readable."""
-    if "HEADRACE_CONFIG" not in os.environ and not file.exists():
+    if not os.environ.get("HEADRACE_CONFIG") and not file.exists():
         return
-    named = "HEADRACE_CONFIG: expected a file" if "HEADRACE_CONFIG" in os.environ else "settings: expected a file"
+    named = "HEADRACE_CONFIG: expected a file" if os.environ.get("HEADRACE_CONFIG") else "settings: expected a file"
     if not file.is_file():
         found = f"a folder at {file}" if file.is_dir() else f"nothing at {file}"
         raise ConfigError(f"{named}, found {found}. Create it, or unset the variable.")

@@ -30,6 +30,7 @@ from headrace.events import (
     encode_request,
     now_ms,
     plain,
+    shown,
 )
 from headrace.lifetime import Lifetime
 from headrace.scores import Answer, AnswerRouter, ScoreStream, check_wait
@@ -154,7 +155,7 @@ class Client:
         if watermark_ms is None:
             if not isinstance(lateness_ms, int) or isinstance(lateness_ms, bool) or lateness_ms < 0:
                 raise InvalidEvent(
-                    f"lateness_ms: expected whole milliseconds, 0 or more, found {lateness_ms!r}. Pass how long an event "
+                    f"lateness_ms: expected whole milliseconds, 0 or more, found {shown(lateness_ms)}. Pass how long an event "
                     "takes to arrive at most.",
                     path="lateness_ms",
                 )
@@ -487,13 +488,15 @@ def _source(source: Any) -> bytes:
     try:
         return str.encode(source)
     except (TypeError, UnicodeEncodeError):
-        raise InvalidOption(f"source: expected the name of this producer as text, found {source!r}. Pass a string.") from None
+        raise InvalidOption(
+            f"source: expected the name of this producer as text, found {shown(source)}. Pass a string."
+        ) from None
 
 
 def _raw(topic: Any, key: Any, value: Any, headers: Any) -> tuple[str, bytes | None, bytes, list[Header]]:
     """The arguments of `send_raw`. Raises InvalidOption."""
     if not isinstance(topic, str) or not _TOPIC.fullmatch(topic):
-        raise InvalidOption(f"topic: expected a topic's full name, found {topic!r}. Pass it with the prefix.")
+        raise InvalidOption(f"topic: expected a topic's full name, found {shown(topic)}. Pass it with the prefix.")
     for name, found in (("key", key), ("value", value)):
         if not isinstance(found, bytes) and not (name == "key" and found is None):
             raise InvalidOption(f"{name}: expected bytes, found {type(found).__name__}. Encode it first.")

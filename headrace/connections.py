@@ -14,6 +14,7 @@ from kafka.errors import BrokerResponseError, KafkaConfigurationError, KafkaErro
 from kafka.net.compat import KafkaNetClient
 
 from headrace.errors import DeliveryError, InvalidOption
+from headrace.events import shown
 
 __all__ = ["OPEN_MS", "close_producer", "connect", "connection_options", "one_line"]
 
@@ -26,6 +27,12 @@ _OF_BYTES = {"key_deserializer", "key_serializer", "value_deserializer", "value_
 _OURS = _OF_SENDING | _OF_READING | _OF_BYTES | {"allow_auto_create_topics", "group_instance_id", "kafka_client"}
 _FORCED_S = 1.0  # for a thread that is told to end at once
 _PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+_MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "OAUTHBEARER", "AWS_MSK_IAM")
+_WAITS = {
+    *("bootstrap_timeout_ms", "request_timeout_ms", "metadata_max_age_ms", "retry_backoff_ms", "reconnect_backoff_ms"),
+    *("reconnect_backoff_max_ms", "connections_max_idle_ms", "api_version_auto_timeout_ms", "delivery_timeout_ms"),
+}
+_LONGEST_MS = 86_400_000  # a day
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\],@]+):([0-9]{1,5})")
 
 # Everything that was opened and may still be: a child process must not touch any of it, not even when it ends.
@@ -50,13 +57,32 @@ def connection_options(bootstrap_servers: Any, options: Mapping[str, Any]) -> di
     protocol = options.get("security_protocol", "PLAINTEXT")
     if protocol not in _PROTOCOLS:
         raise InvalidOption(
-            f"security_protocol: expected one of {', '.join(_PROTOCOLS)}, found {protocol!r}. Pass one of them."
+            f"security_protocol: expected one of {', '.join(_PROTOCOLS)}, found {shown(protocol)}. Pass one of them."
         )
     for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile", "ssl_crlfile"):
         file = options.get(name)
-        if file is not None and not os.access(file, os.R_OK):
-            raise InvalidOption(f"{name}: expected a file that can be read, found none at {str(file)!r}. Correct the path.")
+        if file is not None and not (isinstance(file, str | os.PathLike) and os.access(file, os.R_OK)):
+            raise InvalidOption(f"{name}: expected a file that can be read, found none at {shown(file)}. Correct the path.")
+    # Of these it takes any value, and then waits for ever or finds out when nobody can tell any more.
+    for name, value in options.items():
+        if name in _WAITS and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LONGEST_MS):
+            raise InvalidOption(f"{name}: expected milliseconds, from 0 to {_LONGEST_MS}, found {shown(value)}. Pass a number.")
+    _check_login(protocol, options)
     return {"bootstrap_servers": _servers(bootstrap_servers), "bootstrap_timeout_ms": OPEN_MS, **options}
+
+
+def _check_login(protocol: str, options: Mapping[str, Any]) -> None:
+    mechanism = options.get("sasl_mechanism")
+    if mechanism is not None and mechanism not in _MECHANISMS:
+        raise InvalidOption(
+            f"sasl_mechanism: expected one of {', '.join(_MECHANISMS)}, found {shown(mechanism)}. Pass one of them."
+        )
+    if protocol.startswith("SASL") and mechanism is None:
+        raise InvalidOption(f"sasl_mechanism: expected one beside security_protocol {protocol}, found none. Pass it.")
+    if mechanism is not None and (mechanism == "PLAIN" or mechanism.startswith("SCRAM")):
+        for name in ("sasl_plain_username", "sasl_plain_password"):
+            if not isinstance(options.get(name), str):
+                raise InvalidOption(f"{name}: expected text beside sasl_mechanism {mechanism}, found none. Pass it.")
 
 
 def connect(kind: Any, options: Mapping[str, Any], **more: Any) -> Any:
@@ -137,8 +163,8 @@ def _servers(given: Any) -> list[str]:
 
 def _bad_servers(found: Any) -> str:
     return (
-        f"bootstrap_servers: expected host:port, several in a list or separated by commas, found {found!r}. Pass the address "
-        "of a broker, such as 127.0.0.1:9092."
+        f"bootstrap_servers: expected host:port, several in a list or separated by commas, found {shown(found)}. Pass the "
+        "address of a broker, such as 127.0.0.1:9092."
     )
 
 

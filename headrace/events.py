@@ -37,6 +37,7 @@ __all__ = [
     "encode_request",
     "now_ms",
     "plain",
+    "shown",
 ]
 
 FeatureValue = str | int | float | Sequence[str] | None
@@ -154,6 +155,8 @@ def plain(value: Any) -> Any:
     """
     if type(value) in _PLAIN:
         return value
+    if type(value).__name__ == "MaskedConstant":  # numpy's for a missing value, whose item is 0
+        return value
     # numpy is no dependency of the client, and asking the value needs no import: "U" is text, "b" a boolean. A duration ("m")
     # is one of numpy's integers, and would lose its unit.
     if getattr(value, "ndim", None) == 0 and getattr(getattr(value, "dtype", None), "kind", "") in tuple("iufUb"):
@@ -168,7 +171,7 @@ def plain(value: Any) -> Any:
 
 def _unit_advice(value: Any) -> str:
     """What to do about a time in another unit, by which unit makes it a time of the last or next 40 years."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LATEST_MS * 10**7:
         for unit, per_ms, how in (
             ("seconds", 0.001, "multiply by 1000"),
             ("microseconds", 1_000, "divide by 1000"),
@@ -246,7 +249,13 @@ def _text(value: str, path: str) -> str:
 
 
 def _refuse(path: str, expected: str, found: Any, advice: str) -> NoReturn:
-    shown = " ".join(repr(found).split())
-    if len(shown) > 80:  # one line on a terminal, and no customer's data in full in a log
-        shown = f"{shown[:77]}..."
-    raise InvalidEvent(f"{path}: expected {expected}, found {shown} ({type(found).__name__}). {advice}.", path=path)
+    raise InvalidEvent(f"{path}: expected {expected}, found {shown(found)} ({type(found).__name__}). {advice}.", path=path)
+
+
+def shown(value: Any) -> str:
+    """A value for an error's text: on one line, and cut, so that no customer's data is in a log in full."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a whole number of more than 4,300 digits, or an object's own
+        return "one that can't be written"
+    return text if len(text) <= 80 else f"{text[:77]}..."

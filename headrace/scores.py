@@ -18,7 +18,7 @@ from kafka.errors import KafkaError, UnsupportedCodecError
 
 from headrace.connections import OPEN_MS, connect, one_line
 from headrace.errors import DeliveryError, HeadraceError, InvalidAnswer, InvalidOption
-from headrace.events import plain
+from headrace.events import plain, shown
 from headrace.lifetime import Lifetime
 
 __all__ = ["Answer", "AnswerError", "AnswerRouter", "Score", "ScoreStream", "check_wait", "decode_answer"]
@@ -95,7 +95,7 @@ def decode_answer(record: Any) -> Answer:
     """
     try:
         value = _decode_value(record.value or b"")
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidAnswer(
             f"{record.topic}/{record.partition} offset {record.offset}: expected the answer of a scorer, found: {error}. "
             "Check that only scorers write to this topic."
@@ -122,7 +122,7 @@ def check_wait(value: Any, name: str) -> Any:
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LONGEST_WAIT_MS:
         raise InvalidOption(
-            f"{name}: expected milliseconds, from 0 to {_LONGEST_WAIT_MS} (ten days), found {value!r}. Pass a number."
+            f"{name}: expected milliseconds, from 0 to {_LONGEST_WAIT_MS} (ten days), found {shown(value)}. Pass a number."
         )
     return value
 
@@ -289,7 +289,8 @@ class AnswerRouter:
     def close(self, timeout_s: float) -> None:
         """Stop reading; whoever still waits gets an error."""
         self._closing.set()
-        self._thread.join(timeout_s)
+        if threading.current_thread() is not self._thread:  # which runs the callbacks of answers
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         reason: BaseException = DeliveryError(

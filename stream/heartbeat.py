@@ -118,6 +118,8 @@ class HeartbeatSender:
             aiokafka.errors.KafkaError: it didn't get there; the next one may.
             NoAnswer: likewise.
         """
+        if self._producer is None:  # closed: the worker ends
+            return
         beat = Heartbeat(
             worker=self._worker,
             version=version,

@@ -53,7 +53,7 @@ def fatal(what: str, error: BaseException) -> NoReturn:
     ours = type(error).__module__ in ("model.errors", "state.errors", "stream.errors")
     log.critical(
         "%s: %s The process ends, and takes up its work again from the log when it is started.",
-        *(what, error if ours else f"{error!r}."),
+        *(what, error if ours else f"{type(error).__name__}: {error}." if isinstance(error, OSError) else f"{error!r}."),
         exc_info=None if ours or isinstance(error, (KafkaError, OSError)) else error,
     )
     logging.shutdown()

@@ -19,6 +19,9 @@ __all__ = [
 ]
 
 
+DEVICES = r"^(auto|cpu|cuda(:\d+)?)$"  # what torch calls them
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,9 +50,12 @@ class KafkaSettings(_Frozen):
     connect_timeout_ms: int = Field(
         default=10_000,
         ge=100,
+        le=3_600_000,
         description="How long a command, or a worker that starts, tries to reach a broker before it gives up with exit code 1.",
     )
-    request_timeout_ms: int = Field(default=40_000, ge=1_000, description="Longest wait for an answer of a broker.")
+    request_timeout_ms: int = Field(
+        default=40_000, ge=1_000, le=3_600_000, description="Longest wait for an answer of a broker."
+    )
 
 
 class TopicSettings(_Frozen):
@@ -99,7 +105,9 @@ class SchemaRegistrySettings(_Frozen):
     password: SecretStr | None = None
     token: SecretStr | None = Field(default=None, description="Sent as a bearer token, in the place of a user name.")
     ssl_cafile: Path | None = Field(default=None, description="PEM file of the authorities to trust; the system's when unset.")
-    request_timeout_ms: int = Field(default=10_000, ge=100, description="Longest wait for one answer; it is asked again.")
+    request_timeout_ms: int = Field(
+        default=10_000, ge=100, le=3_600_000, description="Longest wait for one answer; it is asked again."
+    )
 
     @field_validator("url")
     @classmethod
@@ -251,7 +259,7 @@ class TrainerSettings(_Frozen):
     """
 
     group: str = "headrace-trainer"
-    device: str = Field(default="auto", description="auto takes cuda when there is one, else cpu.")
+    device: str = Field(default="auto", pattern=DEVICES, description="auto takes cuda when there is one, else cpu.")
     max_batch_age_ms: int = Field(default=500, ge=1)
     threads: int = Field(default=0, ge=0, description="Threads of torch; 0 lets it choose.")
     metrics_window: int = Field(default=20_000, ge=100, description="Examples in the windowed metrics.")
@@ -276,7 +284,7 @@ class ScorerSettings(_Frozen):
     """
 
     group: str = "headrace-scorer"
-    device: str = "auto"
+    device: str = Field(default="auto", pattern=DEVICES)
     threads: int = Field(
         default=1, ge=0, description="Threads of torch; 0 lets it choose. One request is too little work to share."
     )
@@ -288,7 +296,9 @@ class ScorerSettings(_Frozen):
         "an earlier `deadline_ms` is answered shortly before that.",
     )
     heartbeat_ms: int = Field(default=1_000, ge=100)
-    lease_ms: int = Field(default=10_000, ge=500, description="Without the registry's end for this long, answers say `stale`.")
+    lease_ms: int = Field(
+        default=10_000, ge=500, le=86_400_000, description="Without the registry's end for this long, answers say `stale`."
+    )
     instance_id: str | None = Field(
         default=None,
         description="Stable name of this worker (a pod's name), in the group and in heartbeats; drawn at start when unset.",

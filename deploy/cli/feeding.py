@@ -47,17 +47,19 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[_Counts], N
 
 @contextmanager
 def stopping_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C ends the stream early, its last watermark included; the second one breaks off."""
+    """The first Ctrl-C, or SIGTERM, ends the stream early, its last watermark included; the second one breaks off."""
     if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
         yield
         return
 
     def interrupted(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
+        for known, handler in before.items():
+            signal.signal(known, handler)
         stop()
 
-    before = signal.signal(signal.SIGINT, interrupted)
+    before = {known: signal.signal(known, interrupted) for known in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for known, handler in before.items():
+            signal.signal(known, handler)

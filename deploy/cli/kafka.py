@@ -21,11 +21,20 @@ __all__ = ["kafka"]
 VARIABLE = "HEADRACE_KAFKA__BOOTSTRAP_SERVERS"
 
 
+class _Folder(click.Path):
+    """A folder's name. An empty one is an unset variable of a shell; `reset` would take it for the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("expected a folder, found an empty name. Pass one; `.` is the current folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def _dir_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--dir",
         "folder",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=_Folder(file_okay=False, path_type=Path),
         help="Folder of its data, logs and ports; the setting local_kafka.dir when not given.",
     )(function)
 

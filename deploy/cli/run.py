@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 import click
@@ -82,7 +83,15 @@ def join(http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
     )
 
 
-_device = click.option("--device", help="auto, cpu or cuda; instead of the setting.")
+def _known_device(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    from stream.settings import DEVICES
+
+    if name is not None and not re.fullmatch(DEVICES, name):
+        raise click.BadParameter(f"expected auto, cpu, cuda or cuda:N, found {name!r}.")
+    return name
+
+
+_device = click.option("--device", callback=_known_device, help="auto, cpu or cuda; instead of the setting.")
 
 
 @run.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
       headrace scores tail --format json | jq .model_version
     """
     from deploy.settings import load_settings
+    from headrace.errors import InvalidAnswer
     from headrace.scores import ScoreStream
     from stream.clients import kafka_python_options
     from stream.topics import TopicNames
@@ -52,13 +54,19 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
     await_kafka(settings)
     topic = TopicNames.of(settings.topics).scores
     with ScoreStream(topic, kafka_python_options(settings.kafka), from_beginning=from_beginning) as stream:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
         click.echo(f"following {topic} at {settings.kafka.bootstrap_servers}; Ctrl-C ends it", err=True)
         if output == "text":
             click.echo(styled(f"{'time':12} {'version':>7} {'age':>8}  {'request':36} best candidates", bold=on_terminal()))
         left = limit
         try:
             while left is None or left > 0:
-                for answer in stream.poll()[:left]:
+                try:
+                    answers = stream.poll()
+                except InvalidAnswer as error:
+                    click.echo(f"{error} It is passed over.", err=True)
+                    continue
+                for answer in answers[:left]:
                     if output == "json":
                         echo_document(msgspec.json.encode(answer))
                     else:

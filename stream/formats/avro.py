@@ -5,16 +5,28 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import fastavro
+import fastavro.read
 
 from stream.formats.refused import RefusedError
 
 __all__ = ["avro_decoder"]
 
+
+def _in_ms(per_ms: int, number: int, writer: Any = None, reader: Any = None) -> int:
+    return number // per_ms
+
+
 # Left out of the schema, so that the number is handed over as it was written: milliseconds are what the contract wants.
 _AS_WRITTEN = ("timestamp-millis", "local-timestamp-millis", "time-millis", "time-micros")
+
+# Milliseconds, as the contract has times. fastavro makes datetimes of micros, which end in the year 9999, and knows no nanos.
+for _kind, _per_ms in (("micros", 1_000), ("nanos", 1_000_000)):
+    for _prefix in ("", "local-"):
+        fastavro.read.LOGICAL_READERS[f"long-{_prefix}timestamp-{_kind}"] = partial(_in_ms, _per_ms)
 
 
 def avro_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], Any]:

@@ -76,6 +76,7 @@ def unwrapped(value: bytes, form: str) -> bytes:
             inner = bytes(outer.payload).strip()
             if inner == b"null":
                 raise RefusedError("empty_value", "$.payload", "expected an event in Connect's envelope, found null")
+            _require_object(inner, "$.payload", "Connect's envelope")
             outer = _outer(inner)
             kind = outer.kind
         if kind != DEBEZIUM:
@@ -85,6 +86,7 @@ def unwrapped(value: bytes, form: str) -> bytes:
         row = bytes(outer.after).strip()
         if row in (b"", b"null"):
             raise _no_row(msgspec.json.decode(bytes(outer.op)))
+        _require_object(row, "$.after", "Debezium's envelope")
         return _row(row, _outer(row))
     except (msgspec.DecodeError, RecursionError):
         return value  # the contract's own check says what is wrong with it
@@ -96,9 +98,11 @@ def unwrapped_row(row: Any, form: str) -> Any:
     Raises:
         RefusedError: as `unwrapped`.
     """
-    if form != DEBEZIUM or not isinstance(row, dict) or "impression_id" in row or "op" not in row or "after" not in row:
+    if form != DEBEZIUM or not isinstance(row, dict) or "impression_id" in row or "op" not in row:
         return row
-    if row["after"] is None:
+    if "after" not in row and "before" not in row:
+        return row
+    if row.get("after") is None:  # Protobuf leaves out what isn't set
         raise _no_row(row["op"])
     return row["after"]
 
@@ -108,6 +112,13 @@ def _row(value: bytes, outer: _Outer) -> bytes:
     if not value.startswith(b"{") or features[:1] == b"{":
         return value
     return json_row(value)
+
+
+def _require_object(value: bytes, path: str, where: str) -> None:
+    if not value.startswith(b"{"):
+        found = "a string" if value.startswith(b'"') else "a list" if value.startswith(b"[") else "no object"
+        do = "unwrap it in the connector (MongoDB's: ExtractNewDocumentState)" if path == "$.after" else "send the event itself"
+        raise RefusedError("wrong_type", path, f"expected an object in {where}, found {found}: {do}")
 
 
 def _no_row(op: Any) -> RefusedError:

@@ -67,7 +67,7 @@ def about_wrapped_string(value: bytes) -> str:
     """For the end of a text about a value that is no object: where it is a JSON string that holds JSON."""
     try:
         text = msgspec.json.decode(value, type=str).lstrip()
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
     if text[:1] in ("{", "[", '"'):
         return ": a JSON string that holds JSON. The event was encoded twice; send the object itself"
@@ -89,7 +89,7 @@ def about_key(key: bytes | None, impression_id: str) -> str:
         try:
             if msgspec.json.decode(key, type=str) == impression_id:
                 return f"{shown}: the id as a JSON string. Use a plain string serializer for keys"
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             pass
     if key.startswith(b"{"):
         return f"{shown}: a JSON object. Send the id alone (Kafka Connect: ExtractField$Key and a StringConverter for keys)"

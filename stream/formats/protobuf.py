@@ -173,11 +173,20 @@ def _key(key: Any) -> str:
 
 def _one(value: Any, field: Any) -> Any:
     if field.type == FieldDescriptor.TYPE_ENUM:
+        if field.enum_type.full_name == "google.protobuf.NullValue":
+            return None
         symbol = field.enum_type.values_by_number.get(value)
         return value if symbol is None else symbol.name
     if field.message_type is None:
         return value
     return _message_value(value)
+
+
+# Messages that stand for a value which may be missing (google/protobuf/wrappers.proto).
+_WRAPPERS = {
+    f"google.protobuf.{kind}Value"
+    for kind in ("Double", "Float", "Int64", "UInt64", "Int32", "UInt32", "Bool", "String", "Bytes")
+}
 
 
 def _message_value(message: Any) -> Any:
@@ -194,6 +203,6 @@ def _message_value(message: Any) -> Any:
             return None
         held = getattr(message, kind)
         return _message_value(held) if kind in ("struct_value", "list_value") else held
-    if name.startswith("google.protobuf.") and name.endswith("Value"):
+    if name in _WRAPPERS:
         return message.value
     return _values(message)

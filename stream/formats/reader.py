@@ -143,7 +143,7 @@ class Formats:
         envelope = form.replace(FRAMES, "")
         found: list[bytes | Refused | None] = []
         for record in records:
-            value = record.value
+            value, number = record.value, None
             try:
                 number = schema_id(value) if FRAMES in form else None
                 if number is not None:
@@ -153,6 +153,12 @@ class Formats:
                 found.append(value)
             except RefusedError as error:
                 found.append(error.refused)
+            except UnicodeDecodeError as error:
+                found.append(Refused("bad_utf8", "$", f"expected UTF-8, found {error.reason} in a string of the event"))
+            except Exception as error:  # one record must not end every worker that reads it, whatever a library makes of it
+                log.exception("%s/%s/%s could not be opened", record.topic, record.partition, record.offset)
+                reason = "malformed_json" if number is None else "malformed_frame"
+                found.append(Refused(reason, "$", f"expected an event, found one that can't be read ({type(error).__name__})"))
         return found
 
     def _unframed(self, value: bytes, number: int, envelope: str) -> bytes:

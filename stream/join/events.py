@@ -7,6 +7,7 @@ they agree by construction where the run is one object a line. No value that is 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -18,6 +19,8 @@ from stream.formats import Formats, Refused
 from stream.formats.hints import about_enveloped, about_key, about_unread, about_wrapped_string
 from stream.join.wrong_fields import about_field
 from stream.time_units import MAX_AGE_MS, wrong_unit
+
+log = logging.getLogger(__name__)
 
 __all__ = ["MAX_TIMESTAMP_MS", "WATERMARK_HEADER", "Events", "read_run"]
 
@@ -123,7 +126,12 @@ def _read_slow(
         if isinstance(value, Refused):
             events.dead.append(DeadLetter.of(record, *value))
             continue
-        verdict = _read_one(record, value, max_future_ms) if value else _read_mark(record, max_watermark_future_ms)
+        try:
+            verdict = _read_one(record, value, max_future_ms) if value else _read_mark(record, max_watermark_future_ms)
+        except Exception as error:  # one record must not end every worker that reads it
+            log.exception("%s/%s/%s could not be judged", record.topic, record.partition, record.offset)
+            message = f"expected an event, found one that can't be read ({type(error).__name__})"
+            verdict = DeadLetter.of(record, "malformed_json", "$", message)
         if isinstance(verdict, DeadLetter):
             events.dead.append(verdict)
         elif isinstance(verdict, int):

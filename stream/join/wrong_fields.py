@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 
 import msgspec
@@ -11,6 +12,7 @@ from stream.time_units import unit_of, wrong_unit
 __all__ = ["about_field"]
 
 _SHOWN = 60
+_WHOLE = re.compile(r"-?[0-9]{1,40}")
 _ABSENT = msgspec.Raw(b"")
 _TIME = "expected milliseconds since 1970 as an integer"
 
@@ -53,7 +55,7 @@ def _about_time(found: bytes, arrival_ms: int) -> str:
         return f"{_TIME}, found {shown}"
     try:
         number = float(text)
-        whole = int(text) if text.lstrip("-").isdigit() and len(text) < 40 else int(number)
+        whole = int(text) if _WHOLE.fullmatch(text) else int(number)
     except (ValueError, OverflowError):
         return f"{_TIME}, found {shown}"
     if text.lstrip("-").isdigit():
@@ -66,7 +68,7 @@ def _about_time(found: bytes, arrival_ms: int) -> str:
 
 def _in_a_string(text: str, arrival_ms: int) -> str:
     """What to do about a time in a string."""
-    if text.lstrip("-").isdigit() and len(text) < 40:
+    if _WHOLE.fullmatch(text):
         return f": a number in quotes{wrong_unit(int(text), arrival_ms)}. Send it without them"
     try:
         moment = datetime.fromisoformat(text)

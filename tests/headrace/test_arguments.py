@@ -56,7 +56,14 @@ def test_addresses_that_are_none(servers: Any) -> None:
         ),
         ({"ssl_cafile": "/nowhere.pem"}, "ssl_cafile: expected a file that can be read, found none at '/nowhere.pem'."),
         ({"compression_type": "brotli"}, "kafka-python"),
-        ({"bootstrap_timeout_ms": "1s"}, "options of the connection: expected values that kafka-python takes"),
+        ({"bootstrap_timeout_ms": "1s"}, "bootstrap_timeout_ms: expected milliseconds, from 0 to 86400000, found '1s'."),
+        ({"bootstrap_timeout_ms": None}, "bootstrap_timeout_ms: expected milliseconds, from 0 to 86400000, found None."),
+        ({"request_timeout_ms": -5}, "request_timeout_ms: expected milliseconds, from 0 to 86400000, found -5."),
+        ({"retry_backoff_ms": "x"}, "retry_backoff_ms: expected milliseconds"),
+        ({"ssl_cafile": 5.5}, "ssl_cafile: expected a file that can be read, found none at 5.5."),
+        ({"sasl_mechanism": "NONE"}, "sasl_mechanism: expected one of PLAIN, SCRAM-SHA-256"),
+        ({"security_protocol": "SASL_SSL"}, "sasl_mechanism: expected one beside security_protocol SASL_SSL, found none."),
+        ({"sasl_mechanism": "PLAIN"}, "sasl_plain_username: expected text beside sasl_mechanism PLAIN, found none."),
     ],
 )
 @pytest.mark.kafka

@@ -16,7 +16,7 @@ from kafka.partitioner import murmur2
 
 import headrace.client
 from deploy.settings import Settings
-from headrace import Client, DeliveryError, InvalidEvent, NoAnswer
+from headrace import Client, DeliveryError, InvalidAnswer, InvalidEvent, NoAnswer
 from stream.topic_admin import create_topics
 
 pytestmark = pytest.mark.kafka
@@ -298,3 +298,34 @@ def test_the_client_imports_neither_torch_nor_faust_nor_numpy() -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_record_nested_too_deeply_is_passed_over(client: Client, topics: Settings) -> None:
+    deep = b'{"request_id":"r","scores":[],"odd":' + b"[" * 1_500 + b"]" * 1_500 + b"}"
+    with client.subscribe_scores(from_beginning=True) as answers:
+        client.send_raw(f"{topics.topics.prefix}scores", b"r", deep)
+        client.send_raw(f"{topics.topics.prefix}scores", b"s", b'{"request_id":"s","scores":[],"model_version":1}')
+        client.flush()
+        found: list[str] = []
+        refused = 0
+        while not found:
+            try:
+                found += [answer.request_id for answer in answers.poll()]
+            except InvalidAnswer as error:
+                refused += 1
+                assert "expected the answer of a scorer" in str(error)
+    assert (found, refused) == (["s"], 1)
+
+
+def test_a_client_may_be_closed_by_the_callback_of_an_answer(topics: Settings) -> None:
+    client = Client(topics.kafka.bootstrap_servers, topic_prefix=topics.topics.prefix)
+    done = threading.Event()
+
+    def close(future: Any) -> None:
+        client.close()
+        done.set()
+
+    client.ask_later({}, [("a", {})], request_id="r").add_done_callback(close)
+    with Client(topics.kafka.bootstrap_servers, topic_prefix=topics.topics.prefix) as scorer:
+        scorer.send_raw(f"{topics.topics.prefix}scores", b"r", b'{"request_id":"r","scores":[],"model_version":1}')
+    assert done.wait(30)

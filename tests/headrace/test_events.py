@@ -266,3 +266,15 @@ def test_what_the_client_takes_the_pipeline_takes(name: str, when: int, value: A
     kind = "list" if isinstance(value, list) else "numeric" if isinstance(value, float) else "categorical"
     schema = FeatureSchema(fields=(FieldSpec.model_validate({"name": "f", "kind": kind}),))
     decode_impression(payload, schema)  # raises for what the trainer would dead-letter
+
+
+@pytest.mark.parametrize("huge", [10**5_000, -(10**5_000)], ids=["above", "below"])
+def test_a_number_that_python_refuses_to_write_is_refused_in_our_words(huge: int) -> None:
+    for arguments in (("i", 1_700_000_000_000, {"x": huge}), ("i", huge, {}), (huge, 1_700_000_000_000, {})):
+        with pytest.raises(InvalidEvent, match="found one that can't be written"):
+            encode_impression(*arguments)
+
+
+def test_a_missing_value_of_numpys_masked_arrays_is_no_zero() -> None:
+    with pytest.raises(InvalidEvent, match=r"\$\.features\.x: expected .* found masked \(MaskedConstant\)"):
+        encode_impression("i", 1_700_000_000_000, {"x": np.ma.masked})

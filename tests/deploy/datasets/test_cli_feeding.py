@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -207,3 +211,36 @@ def test_scores_tail_follows_the_live_topic(on_kafka: Settings) -> None:
     lines = run("scores", "tail", "--from-beginning", "--limit", 2, "--format", "json").stdout.splitlines()
     answers = [json.loads(line) for line in lines]
     assert (answers[0]["model_version"], answers[0]["event"]["type"], answers[1]["error"]["reason"]) == (12, "t", "no_model")
+
+
+@pytest.mark.kafka
+def test_scores_tail_passes_over_a_record_that_is_no_answer(on_kafka: Settings) -> None:
+    with Client(on_kafka.kafka.bootstrap_servers, topic_prefix=on_kafka.topics.prefix) as client:
+        topic = f"{on_kafka.topics.prefix}scores"
+        client.send_raw(topic, b"r", b"garbage")
+        client.send_raw(topic, b"r", b'{"request_id":"r","model_version":12,"scores":[]}')
+    result = run("scores", "tail", "--from-beginning", "--limit", 1)
+    assert result.exit_code == 0, result.output
+    assert "expected the answer of a scorer" in result.stderr
+    assert " 12 " in result.stdout
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("arguments", [("scores", "tail"), ("simulate", "--rate", "50", "--duration", "600")])
+def test_a_command_that_runs_until_then_ends_in_order(on_kafka: Settings, arguments: tuple[str, ...], number: int) -> None:
+    command = [sys.executable, "-m", "headrace", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        if arguments[0] == "scores":
+            assert process.stderr is not None
+            assert "following" in process.stderr.readline()
+        else:
+            until = time.monotonic() + 60
+            while not read_topic(on_kafka, "impressions"):
+                assert time.monotonic() < until
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    if arguments[0] == "simulate":
+        marks = [record for record in read_topic(on_kafka, "impressions") if not record.value]
+        assert len(marks) == 2, "a watermark to each partition"

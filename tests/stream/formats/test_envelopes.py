@@ -164,3 +164,36 @@ def test_a_run_is_read_as_its_records_are_alone(values, form):
     assert [(letter.reason, letter.message, letter.value) for letter in together.dead] == [
         (letter.reason, letter.message, letter.value) for each in alone for letter in each.dead
     ]
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "reason", "path"),
+    [
+        ("c", connect(b'"a string"'), "wrong_type", "$.payload"),
+        ("c", connect(b"[1]"), "wrong_type", "$.payload"),
+        ("d", debezium(b'"{\\"impression_id\\": 1}"'), "wrong_type", "$.after"),
+        ("d", debezium(b"[]"), "wrong_type", "$.after"),
+        ("c", connect(b'{"impression_id":"i","timestamp":1,"features":"\xff"}'), "bad_utf8", "$"),
+        ("c", connect(b'{"impression_id":"i","timestamp":1,"\xff":1}'), "bad_utf8", "$"),
+        ("d", b'{"before":null,"after":null,"op":"\xff"}', "bad_utf8", "$"),
+    ],
+)
+def test_what_is_inside_an_envelope_and_is_no_event(form, value, reason, path):
+    good = connect(INNER) if form == "c" else debezium(INNER)
+    events = read(form, good, value, good)
+    [letter] = events.dead
+    assert (letter.reason, letter.path, letter.value) == (reason, path, value)
+    assert "set join.envelope" not in letter.message
+    assert len(events) == 2, "its neighbours are taken"
+
+
+def test_a_value_that_breaks_a_decoder_is_a_dead_letter(monkeypatch):
+    def broken(*arguments):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr("stream.formats.reader.unwrapped", broken)
+    [letter] = read("c", connect(INNER)).dead
+    assert (letter.reason, letter.message) == (
+        "malformed_json",
+        "expected an event, found one that can't be read (AttributeError)",
+    )

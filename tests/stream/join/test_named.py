@@ -79,6 +79,7 @@ def test_an_id_that_is_none(found, reason, message):
         (b"\0\0\0\0\x03\x02i", "a Schema Registry frame with schema id 3 as the key: use a plain string serializer for keys. "
          "The schema's id differs between the topics, so framed keys of one id lie in different partitions"),
         (b"another", "b'another'"),
+        (b'"\xff"', "b'\"\\xff\"'"),
     ],
 )  # fmt: skip
 def test_a_key_that_is_not_the_id(key, found):
@@ -112,3 +113,21 @@ def test_a_value_in_another_format(value, reason, said):
     letter = letter_of(value)
     assert (letter.reason, letter.path) == (reason, "$")
     assert said in letter.message
+
+
+@pytest.mark.parametrize("found", ['"--5"', '"\u00b2"', '"1\u0660"', '"' + "9" * 50 + '"', '"0001-01-01T00:00:00+23:00"'])
+def test_a_time_that_only_looks_like_a_number(found):
+    letter = letter_of(b'{"impression_id":"i","timestamp":%b}' % found.encode())
+    assert (letter.reason, letter.path) == ("wrong_type", "$.timestamp")
+    assert letter.message.startswith("expected milliseconds since 1970 as an integer, found the string ")
+
+
+def test_a_record_that_breaks_the_reader_is_a_dead_letter(monkeypatch):
+    """Whatever a library makes of it: otherwise it would end every worker that reads it, one after the other."""
+
+    def broken(*arguments):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("stream.join.events.about_key", broken)
+    letter = letter_of(envelope("i"), b"another")
+    assert (letter.reason, letter.message) == ("malformed_json", "expected an event, found one that can't be read (ValueError)")
