@@ -24,9 +24,6 @@ __all__ = ["Deferred"]
 
 # Clicks over which the share of late ones and their delay are averaged: some minutes of a small stream, and known to 2 %.
 CLICKS = 5_000.0
-# Share of a charge that is deferred at most, however many clicks come later. A row pays what it owes when it is seen again:
-# where values are seen a few times each, much of what they owe isn't paid yet when it is needed, and all of it was too much.
-MOST_DEFERRED = 0.6
 # Share of the unit slope below which an example's own slope can't be divided by: float32 has 7 digits.
 LEAST_SLOPE = 1e-6
 
@@ -91,7 +88,7 @@ class Deferred:
         self._changes = None
         self.bias_charge.zero_()
         self._next_means = self._delays(labels, corrects, impression_ms)
-        later = min(1 - self.known_share, MOST_DEFERRED)
+        later = 1 - self.known_share
         if not later:
             return None
         now_ms = float(self._next_means[3])
