@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.datasets.base import Chunk, DataSet
+from deploy.ended_streams import refuse_late
 from deploy.errors import DataSetError
 from deploy.feed import Feed, Pace
 from deploy.scoring import Scoring
@@ -139,7 +140,7 @@ class Replayer:
         """Replay it all.
 
         Raises:
-            DataSetError: the data set is not there, not readable or empty.
+            DataSetError: the data set is not there, not readable or empty, or the topics hold a stream that ended later.
             FeedError: Kafka or a topic is not there, or doesn't take the events.
         """
         began = time.monotonic()
@@ -149,6 +150,7 @@ class Replayer:
                 await stack.enter_async_context(self._scoring.using(feed))
             for block in merge(self._chunks()):
                 if self.stats.event_time_ms < 0:
+                    await refuse_late(self._settings.kafka, self._topics, self._settings.join, int(block.times_ms[0]))
                     self._pace.begin(int(block.times_ms[0]))
                 await self._send_block(feed, block, began)
                 if self._stop.is_set():

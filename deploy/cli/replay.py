@@ -67,8 +67,8 @@ def replay(
     the column and the row.
 
     The topics must exist (`headrace topics create`), and the workers' feature schema should be the data set's
-    (`headrace data schema NAME`). A second replay into the same topics is older than the first one's last watermark: its
-    impressions are late. Use another topics.prefix, or `headrace kafka reset`.
+    (`headrace data schema NAME`). A second replay into the same topics may be older than the first one's last watermark: it
+    is refused where all of it would be late. Use another topics.prefix, or `headrace kafka reset`.
     """
     from deploy.cli.feeding import progress_bar, stopping_on_interrupt
     from deploy.datasets import FileDataSet

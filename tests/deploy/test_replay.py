@@ -238,3 +238,17 @@ def test_no_broker_says_how_to_start_one() -> None:
     nowhere = Settings(kafka=KafkaSettings(bootstrap_servers="127.0.0.1:1", connect_timeout_ms=300))
     with pytest.raises(FeedError, match=r"127.0.0.1:1 \(PLAINTEXT\): expected a broker that answers.*headrace kafka status"):
         Replayer(MadeUp([(1, 1)]), nowhere).run()
+
+
+@pytest.mark.kafka
+def test_a_replay_that_would_be_late_sends_nothing(topics: Settings) -> None:
+    """Its events lie before the watermark at which another stream has ended."""
+    made_up = MadeUp([(1_700_000_000_000 + 1_000 * n, 500) for n in range(20)])
+    Replayer(made_up, topics).run()
+    Replayer(made_up, topics).run()  # within the horizon: duplicates, which the join drops
+    later = 1_700_000_000_000 + topics.join.window_ms + topics.join.dedupe_horizon_ms + 3_600_000
+    Replayer(MadeUp([(later + n, -1) for n in range(20)]), topics).run()
+    before = len(read_topic(topics, "impressions"))
+    with pytest.raises(DataSetError, match=r"expected no stream that ended later than this one begins, found a watermark of"):
+        Replayer(made_up, topics).run()
+    assert len(read_topic(topics, "impressions")) == before
