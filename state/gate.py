@@ -10,7 +10,7 @@ A block's mean difference of log loss is a weighted mean of two groups, clicks a
 
 The means come from the compared sample, the share of clicks from the whole stream (post-stratification, Cochran, "Sampling
 Techniques", section 5A.9). A model that is wrong by a constant differs between the groups and hardly within them, so
-it shows with a sixteenth of the forward passes as soon as it would with all of them.
+it shows with few of the forward passes nearly as soon as it would with all of them.
 
 Pure: no Kafka, no torch, no clock. `docs/training.md` derives the rule and says what it finds how soon.
 """

@@ -51,7 +51,7 @@ class SnapshotSettings(BaseModel):
         default=10, ge=1, description="Clicks among them, and as many non-clicks: nothing that has seen one class is served."
     )
     gate_sample: int = Field(
-        default=16, ge=1, description="One impression in so many, by a hash of its id, is scored by the anchor too."
+        default=32, ge=1, description="One impression in so many, by a hash of its id, is scored by the anchor too."
     )
     gate_block_clicks: int = Field(default=200, ge=1, description="Clicks after which the gate compares and decides.")
     gate_loss_margin: float = Field(

@@ -70,13 +70,13 @@ def labels_of(rows: int, share: float = 0.1):
 def test_the_anchor_scores_the_sample_of_several_batches_at_once():
     judge, anchor = Judge(SnapshotSettings(gate_block_clicks=10**9), GateState()), Constant(0.05)
     judge.compare_with(Anchor(3, anchor))
-    for index in range(300):
+    for index in range(600):
         judge.observe(batch(labels_of(128, 0.02), np.arange(128) + 128 * index), np.full(128, 0.05, np.float32))
     assert anchor.asked
     assert min(anchor.asked[:-1]) >= GATHERED_ROWS
     judge.state()
-    # One impression in 16, and every click among the others: 300 × 128 × (1/16 + 0.02 × 15/16) is 3,120.
-    assert sum(anchor.asked) == pytest.approx(3_120, rel=0.1)
+    # One impression in 32, and every click among the others: 600 × 128 × (1/32 + 0.02 × 31/32) is 3,888.
+    assert sum(anchor.asked) == pytest.approx(3_888, rel=0.1)
 
 
 def test_live_weights_that_are_worse_are_withheld():
