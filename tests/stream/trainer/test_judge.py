@@ -112,7 +112,7 @@ def test_the_features_compared_are_those_of_the_sampled_rows():
         def predict(self, batch):
             return (batch.keys[:, 0] / 10_000).astype(np.float32)
 
-    judge = Judge(SnapshotSettings(gate_sample=3), GateState())
+    judge = Judge(SnapshotSettings(gate_sample=3, gate_block_clicks=10**9), GateState())
     judge.compare_with(Anchor(3, ByKey()))
     at = 1
     for _ in range(7):
