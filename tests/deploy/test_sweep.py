@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -90,7 +91,7 @@ def cases(folder: Path, names: Sequence[str] = tuple(ARGUMENTS), kafka: str = "1
     for name in names:
         own = folder / name.replace(" ", "-")
         (own / "data").mkdir(parents=True)
-        event = {"impression_id": "i", "timestamp": 1_700_000_000_000, "clicked": 1, "ü→": "é", "user": "u"}
+        event = {"impression_id": "i", "timestamp": time.time_ns() // 1_000_000, "clicked": 1, "ü→": "é", "user": "u"}
         (own / "events.jsonl").write_text(json.dumps(event) + "\n")
         env: dict[str, str | None] = {
             "HEADRACE_KAFKA__BOOTSTRAP_SERVERS": kafka,
