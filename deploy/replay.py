@@ -200,6 +200,8 @@ class Replayer:
 
     def _check_sizes(self, keys: list[bytes], values: list[bytes]) -> None:
         most = self._settings.topics.max_message_bytes
+        if not values or max(map(len, keys)) + max(map(len, values)) + _RECORD_BYTES <= most:
+            return
         for key, value in zip(keys, values, strict=True):
             if len(key) + len(value) + _RECORD_BYTES > most:
                 raise DataSetError(

@@ -103,16 +103,7 @@ def fetch(name: str, archive: Path | None, output: str) -> None:
 @click.argument("name")
 @mapping_options
 @format_option
-def schema(
-    name: str,
-    path: Path | None,
-    roles: dict[str, str | None],
-    own: tuple[str, ...],
-    drop: tuple[str, ...],
-    text: tuple[str, ...],
-    unit: str,
-    output: str,
-) -> None:
+def schema(name: str, output: str, **mapping: Any) -> None:
     """Print the data set's feature schema as TOML for headrace.toml. `simulation` is the one of `headrace simulate`.
 
     For a file, pass the options that `headrace replay` gets: what is mapped or dropped there is no feature.
@@ -125,10 +116,7 @@ def schema(
     """
     from deploy.simulation import simulation_schema
 
-    if name == "simulation":
-        chosen = simulation_schema()
-    else:
-        chosen = open_mapped(name, path=path, roles=roles, own=own, drop=drop, text=text, unit=unit).schema()
+    chosen = simulation_schema() if name == "simulation" else open_mapped(name, **mapping).schema()
     if output == "json":
         echo_json(chosen.model_dump(mode="json"))
         return

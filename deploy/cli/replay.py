@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -44,13 +44,8 @@ def replay(
     scored: float,
     candidates: int,
     no_watermark: bool,
-    path: Path | None,
-    roles: dict[str, str | None],
-    own: tuple[str, ...],
-    drop: tuple[str, ...],
-    text: tuple[str, ...],
-    unit: str,
     output: str,
+    **mapping: Any,
 ) -> None:
     """Send a data set's impressions and clicks in event-time order, then a watermark beyond the last window.
 
@@ -78,7 +73,7 @@ def replay(
     if at_once and (speed is not None or rate is not None):
         raise click.UsageError("--max: expected neither --speed nor --rate beside it. Leave one out.")
     settings = load_settings()
-    data_set = open_mapped(name, path=path, roles=roles, own=own, drop=drop, text=text, unit=unit, seed=seed, settings=settings)
+    data_set = open_mapped(name, seed=seed, settings=settings, **mapping)
     if isinstance(data_set, FileDataSet):
         data_set.check(settings.features)
     size = data_set.size()

@@ -773,17 +773,9 @@ def test_a_file_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     assert chunk.features == [b'{"f":1}']
 
 
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (b'{"\\ud800": 1}\n', "expected names that UTF-8 can hold, found half of a surrogate pair in '\\ud800'"),
-        (b'{"timestamp": NaN, "\\ud800": 1}\n', "expected names that UTF-8 can hold"),
-    ],
-)
-def test_names_that_no_file_can_hold(tmp_path: Path, content: bytes, found: str) -> None:
-    (tmp_path / "log.jsonl").write_bytes(content)
-    message = refused(tmp_path / "log.jsonl")
-    assert found in message or "expected one JSON object a line" in message
+def test_a_name_that_no_file_can_hold(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_bytes(b'{"\\ud800": 1}\n')
+    assert "expected names that UTF-8 can hold, found half of a surrogate pair in '\\ud800'" in refused(tmp_path / "log.jsonl")
 
 
 def test_a_pipe_is_no_file(tmp_path: Path) -> None:
