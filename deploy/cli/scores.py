@@ -55,11 +55,11 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
     topic = TopicNames.of(settings.topics).scores
     with ScoreStream(topic, kafka_python_options(settings.kafka), from_beginning=from_beginning) as stream:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
-        click.echo(f"following {topic} at {settings.kafka.bootstrap_servers}; Ctrl-C ends it", err=True)
-        if output == "text":
-            click.echo(styled(f"{'time':12} {'version':>7} {'age':>8}  {'request':36} best candidates", bold=on_terminal()))
         left = limit
         try:
+            click.echo(f"following {topic} at {settings.kafka.bootstrap_servers}; Ctrl-C ends it", err=True)
+            if output == "text":
+                click.echo(styled(f"{'time':12} {'version':>7} {'age':>8}  {'request':36} best candidates", bold=on_terminal()))
             while left is None or left > 0:
                 try:
                     answers = stream.poll()
