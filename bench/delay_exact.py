@@ -16,7 +16,7 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deploy.datasets import DataSet
-from deploy.simulation import Simulation, generate, simulation_schema
+from deploy.feeding.simulation import Simulation, generate, simulation_schema
 from model.batch import FeatureBatch
 from model.features import FeatureDecoder
 from model.learner import Learner

@@ -16,7 +16,7 @@ from stream.formats import Formats
 from stream.formats.avro import avro_decoder
 from stream.formats.protobuf import protobuf_decoder
 from stream.formats.reader import FRAMES
-from stream.formats.registry import Decoder
+from stream.formats.schema_registry import Decoder
 from stream.join.events import read_run
 
 RECORDS, ROUNDS = 6_000, 15

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.common import report, warn_if_busy
 from bench.delay_exact import Stream, at_once, from_data_set, held, play, simulated
 from deploy.datasets import open_data_set
+from deploy.feeding.simulation import Simulation
 from deploy.settings import Settings
-from deploy.simulation import Simulation
 from model.metrics import measure
 from model.settings import ModelSettings
 from stream.settings import JoinSettings

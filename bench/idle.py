@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.common import report, warn_if_busy
 from bench.join import usage
 from deploy.demo.play import worker_environment
-from deploy.demo.workers import Worker
-from deploy.local_kafka import LocalKafka
+from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
 from stream.settings import KafkaSettings, TopicSettings
-from stream.topic_admin import create_topics
+from stream.topics.admin import create_topics
 
 STRETCH_S = 10.0
 PATIENCE_S = 120.0

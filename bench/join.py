@@ -44,13 +44,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.common import report, warn_if_busy
 from bench.peer_kafka_streams import KafkaStreamsPeer, pinned
 from deploy.demo.play import worker_environment
-from deploy.demo.workers import Worker
-from deploy.local_kafka import LocalKafka
+from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
-from stream.batches import BATCH_BYTES, send_batches
+from stream.kafka.batches import BATCH_BYTES, send_batches
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
-from stream.topic_admin import create_topics
-from stream.topics import TopicNames
+from stream.topics.admin import create_topics
+from stream.topics.names import TopicNames
 
 PARTITIONS = 4
 WINDOW_MS = 60_000

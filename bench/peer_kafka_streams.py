@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from deploy.java import find_java
-from deploy.kafka_jars import cache_root, kafka_version, read_lock
+from deploy.local_kafka.jars import cache_root, kafka_version, read_lock
+from deploy.local_kafka.java import find_java
 from deploy.settings import LocalKafkaSettings, Settings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 
 __all__ = ["KafkaStreamsPeer", "build", "pinned"]
 

@@ -42,11 +42,11 @@ from bench.real_time_figures import SETTLED_MS, Seen, Served, figures, ideal_in_
 from bench.real_time_live import LiveRun, run_live
 from deploy.cli.simulate import CtrStep
 from deploy.demo.play import worker_environment
-from deploy.local_kafka import LocalKafka
+from deploy.feeding.simulation import Simulation, simulation_schema
+from deploy.local_kafka.cluster import LocalKafka
 from deploy.settings import LocalKafkaSettings, Settings
-from deploy.simulation import Simulation, simulation_schema
 from stream.settings import JoinSettings
-from stream.topic_admin import create_topics
+from stream.topics.admin import create_topics
 
 COMMIT_MS = 200  # from a label's time to the trainer: a step of the join and a transaction
 SWAP_MS = 400  # from a version's capture until it answers

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.delay_exact import Floats, Labels, Stream, at_once, play
-from deploy.simulation import Simulation, Truth
+from deploy.feeding.simulation import Simulation, Truth
 from model.settings import ModelSettings
 
 __all__ = ["Seen", "Served", "figures", "ideal_in_band", "stretches", "within_window"]

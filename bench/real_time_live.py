@@ -18,15 +18,15 @@ from aiokafka.structs import TopicPartition
 
 from bench.delay_exact import Stream, simulated
 from bench.real_time_figures import Served
-from deploy.arrivals import arrivals
-from deploy.demo.workers import Worker
-from deploy.feed import Feed
+from deploy.feeding.arrivals import arrivals
+from deploy.feeding.feed import Feed
+from deploy.feeding.simulation import Simulation, generate
+from deploy.processes.workers import Worker
 from deploy.settings import Settings
-from deploy.simulation import Simulation, generate
 from state.store import SnapshotStore
-from stream.clients import aiokafka_options
-from stream.registry_log import read_registry
-from stream.topics import TopicNames
+from stream.kafka.clients import aiokafka_options
+from stream.registry.log import read_registry
+from stream.topics.names import TopicNames
 
 __all__ = ["LiveRun", "run_live"]
 

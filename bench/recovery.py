@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.common import report, warn_if_busy
 from bench.join import PARTITIONS, fill
 from deploy.demo.play import worker_environment
-from deploy.demo.workers import Worker
-from deploy.local_kafka import LocalKafka
+from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 

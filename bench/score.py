@@ -31,14 +31,14 @@ from bench.common import report, warn_if_busy
 from bench.score_load import Load, Offered, request_bodies
 from deploy.datasets import DataSet, default_data_set, open_data_set
 from deploy.demo.play import BEHIND_NICE, demo_settings, worker_environment
-from deploy.demo.workers import Worker
-from deploy.local_kafka import LocalKafka
-from deploy.priority import give_way
+from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.priority import give_way
+from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
 from state.store import SnapshotStore
 from stream.settings import TopicSettings
-from stream.topic_admin import create_topics
-from stream.topics import TopicNames
+from stream.topics.admin import create_topics
+from stream.topics.names import TopicNames
 
 RATE = 200.0
 CANDIDATES = 50

@@ -11,13 +11,13 @@ from pydantic import BaseModel, SecretStr
 from pydantic_settings import EnvSettingsSource, TomlConfigSettingsSource
 
 from deploy.errors import DeployError
-from deploy.java import find_java
+from deploy.local_kafka.java import find_java
 from deploy.settings import Settings, settings_file
-from stream.clients import aiokafka_options
 from stream.errors import StreamError
 from stream.formats import open_formats
-from stream.topic_contract import topic_contracts
-from stream.topic_needs import RETENTION_FORMULA
+from stream.kafka.clients import aiokafka_options
+from stream.topics.contract import topic_contracts
+from stream.topics.needs import RETENTION_FORMULA
 
 __all__ = ["Entry", "Finding", "entries", "findings"]
 

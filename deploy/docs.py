@@ -18,9 +18,9 @@ from deploy.cli import cli
 from deploy.cli.failures import EXIT_CODES
 from deploy.settings import Settings
 from stream.join.metrics import JoinMetrics
-from stream.runtime import new_registry, start_time
 from stream.scorer.metrics import ScorerMetrics
 from stream.trainer.metrics import TrainerMetrics
+from stream.worker.runtime import new_registry, start_time
 
 __all__ = ["Described", "main", "metrics", "pages"]
 

@@ -60,5 +60,5 @@ def setup_logs(*, verbose: bool = False) -> None:
         handler.setFormatter(_JsonLines())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.NOTSET)  # commands leave it out
-    for name in (*LIBRARIES, "stream.transport"):
+    for name in (*LIBRARIES, "stream.kafka.transport"):
         logging.getLogger(name).setLevel(logging.NOTSET if verbose else logging.WARNING)

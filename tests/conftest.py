@@ -11,11 +11,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from deploy.local_kafka import LocalKafka
+from deploy.local_kafka.cluster import LocalKafka
 from deploy.settings import LocalKafkaSettings, Settings
 from state.settings import SnapshotSettings
 from stream.settings import KafkaSettings, TopicSettings
-from stream.topic_admin import create_topics
+from stream.topics.admin import create_topics
 
 # Where a red run must mean a change for the worse, the same examples are tried every time; by hand, new ones. No test asserts
 # how long an example takes: a busy machine would fail it.

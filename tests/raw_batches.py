@@ -1,6 +1,6 @@
 """Record batches byte by byte, as clients other than aiokafka's may write them: header names of any bytes, every codec, bombs.
 
-Shares no code with the parser in `stream/batch_reader.py`.
+Shares no code with the parser in `stream/kafka/batch_reader.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.record.util import calc_crc32c
 
 from deploy.settings import Settings
-from stream.clients import aiokafka_options
+from stream.kafka.clients import aiokafka_options
 
 __all__ = ["CODECS", "Codec", "RawRecord", "raw_batch", "raw_records", "send_raw_batch"]
 

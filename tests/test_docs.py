@@ -13,12 +13,12 @@ import yaml
 
 from deploy.docs import metrics, pages
 from headrace.events import encode_click, encode_impression, encode_request
-from stream.dead_letters import REASONS, DeadLetter
-from stream.heartbeat import Heartbeat
-from stream.join.examples import plan_records
 from stream.join.logic import CORRECTION, FIRST, Plan
+from stream.records.dead_letter import REASONS, DeadLetter
+from stream.records.example import plan_records
+from stream.registry.heartbeat import Heartbeat
 from stream.settings import TopicSettings
-from stream.topic_contract import topic_contracts
+from stream.topics.contract import topic_contracts
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "headrace.json"
@@ -144,7 +144,7 @@ def test_every_metric_is_documented_with_type_labels_and_meaning() -> None:
 def test_metrics_are_made_where_the_pages_look_for_them() -> None:
     makers = re.compile(r"from prometheus_client import .*\b(?:Counter|Gauge|Histogram|Summary|Info|Enum)\b")
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "stream").rglob("*.py") if makers.search(path.read_text())}
-    assert found == {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer")} | {"stream/runtime.py"}
+    assert found == {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer")} | {"stream/worker/runtime.py"}
     for room in ("deploy", "headrace", "model", "state"):
         assert not [path for path in (ROOT / room).rglob("*.py") if makers.search(path.read_text())]
 

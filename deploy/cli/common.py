@@ -30,8 +30,8 @@ def ask_kafka(settings: Settings, doing: Coroutine[Any, Any, T], about: str) -> 
     from aiokafka.errors import KafkaError
     from kafka.errors import KafkaError as AdminError
 
-    from stream.clients import no_answer
-    from stream.reach import reach
+    from stream.kafka.clients import no_answer
+    from stream.kafka.reach import reach
 
     async def ask() -> T:
         try:
@@ -48,7 +48,7 @@ def ask_kafka(settings: Settings, doing: Coroutine[Any, Any, T], about: str) -> 
 
 def await_kafka(settings: Settings) -> None:
     """Return once Kafka can be reached. For commands that go on without `ask_kafka`. Raises NoAnswer."""
-    from stream.reach import reach
+    from stream.kafka.reach import reach
 
     asyncio.run(reach(settings.kafka))
 

@@ -114,7 +114,7 @@ def schema(name: str, output: str, **mapping: Any) -> None:
       headrace data schema simulation
       headrace data schema csv --path log.csv --column timestamp=shown_at --unit s --drop session
     """
-    from deploy.simulation import simulation_schema
+    from deploy.feeding.simulation import simulation_schema
 
     chosen = simulation_schema() if name == "simulation" else open_mapped(name, **mapping).schema()
     if output == "json":

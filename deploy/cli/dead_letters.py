@@ -17,9 +17,9 @@ from deploy.cli.times import MOMENT, clock
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
-    from stream.letter_log import Letter, Wanted
-    from stream.letter_replay import Replay
-    from stream.topics import TopicNames
+    from stream.letters.log import Letter, Wanted
+    from stream.letters.replay import Replay
+    from stream.topics.names import TopicNames
 
 __all__ = ["dead_letters"]
 
@@ -79,7 +79,7 @@ def list_(
       headrace dead-letters list --reason malformed_json --since 1h --last 100
       headrace dead-letters list --source clicks --format json
     """
-    from stream.letter_log import LetterLog
+    from stream.letters.log import LetterLog
 
     settings, names = _settings()
     wanted = _wanted(names, reasons, sources, since_ms, until_ms)
@@ -133,7 +133,7 @@ def show(place: str, raw: bool, output: str) -> None:
       headrace dead-letters show 0/17
       headrace dead-letters show 0/17 --raw > record.json
     """
-    from stream.letter_log import LetterLog
+    from stream.letters.log import LetterLog
 
     partition, offset = _place(place)
     settings, names = _settings()
@@ -193,7 +193,7 @@ def replay(
       headrace dead-letters replay 0/17 3/4
       headrace dead-letters replay --all --yes --format json
     """
-    from stream.letter_replay import plan_replay, replay_letters
+    from stream.letters.replay import plan_replay, replay_letters
 
     if not (places or reasons or sources or everything or since_ms is not None or until_ms is not None):
         raise click.UsageError("expected PARTITION/OFFSET, --reason, --source, --since, --until or --all, found none of them.")
@@ -332,8 +332,8 @@ def _wanted(
     until_ms: int | None,
     places: tuple[str, ...] = (),
 ) -> Wanted:
-    from stream.dead_letters import REASONS
-    from stream.letter_log import Wanted
+    from stream.letters.log import Wanted
+    from stream.records.dead_letter import REASONS
 
     for reason in reasons:
         if reason not in REASONS:
@@ -344,7 +344,7 @@ def _wanted(
 
 def _settings() -> tuple[Settings, TopicNames]:
     from deploy.settings import load_settings
-    from stream.topics import TopicNames
+    from stream.topics.names import TopicNames
 
     settings = load_settings()
     return settings, TopicNames.of(settings.topics)

@@ -13,7 +13,7 @@ import msgspec
 from deploy.cli.common import echo_json, format_option
 
 if TYPE_CHECKING:
-    from deploy.local_kafka import KafkaStatus, LocalKafka
+    from deploy.local_kafka.cluster import KafkaStatus, LocalKafka
     from deploy.settings import LocalKafkaSettings
 
 __all__ = ["kafka"]
@@ -69,7 +69,7 @@ def start(brokers: str | None, folder: Path | None, output: str) -> None:
       headrace kafka start
       headrace kafka start --brokers 3 --dir /tmp/three
     """
-    from deploy.local_kafka import LocalKafka
+    from deploy.local_kafka.cluster import LocalKafka
 
     settings = _local_settings(folder)
     count = int(brokers) if brokers else LocalKafka(settings).status().brokers or 1
@@ -160,7 +160,7 @@ def _local_settings(folder: Path | None) -> LocalKafkaSettings:
 
 
 def _local(folder: Path | None) -> LocalKafka:
-    from deploy.local_kafka import LocalKafka
+    from deploy.local_kafka.cluster import LocalKafka
 
     return LocalKafka(_local_settings(folder))
 

@@ -67,7 +67,7 @@ def replay(
     """
     from deploy.cli.feeding import progress_bar, stopping_on_interrupt
     from deploy.datasets import FileDataSet
-    from deploy.replay import Replayer
+    from deploy.feeding.replay import Replayer
     from deploy.settings import load_settings
 
     if at_once and (speed is not None or rate is not None):

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from deploy.leash import hold_leash
-from deploy.priority import give_way
+from deploy.processes.leash import hold_leash
+from deploy.processes.priority import give_way
 
 __all__ = ["run"]
 
@@ -70,7 +70,7 @@ def join(http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
     """
     settings = _settings(http_port, nice, verbose, leash)
     from stream.join.worker import run_join
-    from stream.topics import TopicNames
+    from stream.topics.names import TopicNames
 
     asyncio.run(
         run_join(
@@ -113,7 +113,7 @@ def trainer(device: str | None, new_model: bool, http_port: int | None, nice: in
       headrace run trainer --new-model               another schema, or a model that is to be learned anew
     """
     settings = _settings(http_port, nice, verbose, leash)
-    from stream.topics import TopicNames
+    from stream.topics.names import TopicNames
     from stream.trainer.worker import run_trainer
 
     trainer_settings = settings.trainer.model_copy(update={"device": device}) if device else settings.trainer
@@ -144,7 +144,7 @@ def scorer(device: str | None, http_port: int | None, nice: int, verbose: bool, 
     """
     settings = _settings(http_port, nice, verbose, leash)
     from stream.scorer.worker import run_scorer
-    from stream.topics import TopicNames
+    from stream.topics.names import TopicNames
 
     scorer_settings = settings.scorer.model_copy(update={"device": device}) if device else settings.scorer
     asyncio.run(

@@ -47,8 +47,8 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
     from deploy.settings import load_settings
     from headrace.errors import InvalidAnswer
     from headrace.scores import ScoreStream
-    from stream.clients import kafka_python_options
-    from stream.topics import TopicNames
+    from stream.kafka.clients import kafka_python_options
+    from stream.topics.names import TopicNames
 
     settings = load_settings()
     await_kafka(settings)

@@ -162,9 +162,9 @@ def simulate(
     don't count, so keep --delay-ms well below it.
     """
     from deploy.cli.feeding import progress_bar, stopping_on_interrupt
+    from deploy.feeding.simulate import Simulator
+    from deploy.feeding.simulation import Simulation, TruthFile
     from deploy.settings import load_settings
-    from deploy.simulate import Simulator
-    from deploy.simulation import Simulation, TruthFile
 
     if (count is None) == (duration is None):
         raise click.UsageError("expected --count or --duration, found both or neither. Give one of them.")

@@ -14,9 +14,9 @@ from deploy.cli.times import DURATION, TIME, clock, duration
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
-    from stream.heartbeat import Heartbeat
-    from stream.operations import Rollback
-    from stream.registry import RegistryWriter
+    from stream.registry.heartbeat import Heartbeat
+    from stream.registry.operations import Rollback
+    from stream.registry.writer import RegistryWriter
 
 __all__ = ["snapshot"]
 
@@ -54,7 +54,7 @@ def list_(last: int, output: str) -> None:
     """
     from deploy.cli.snapshot_view import beat_json, print_versions, registry_json
     from state.store import SnapshotStore
-    from stream.operations import look
+    from stream.registry.operations import look
 
     settings = _settings()
     state, live = ask_kafka(settings, look(settings.kafka, _names(settings)), ABOUT)
@@ -80,7 +80,7 @@ def show(version: int, output: str) -> None:
     from state.errors import SnapshotNotFound
     from state.manifest import finite_or_null
     from state.store import SnapshotStore
-    from stream.registry_log import read_registry
+    from stream.registry.log import read_registry
 
     settings = _settings()
     state = ask_kafka(settings, read_registry(settings.kafka, _names(settings)), ABOUT)
@@ -203,7 +203,7 @@ def rollback(
       headrace snapshot rollback --back 10m --dry-run
       headrace snapshot rollback --before 2024-05-01T12:00:00Z --yes --format json
     """
-    from stream.operations import plan_rollback, roll_back
+    from stream.registry.operations import plan_rollback, roll_back
 
     settings = _settings()
     began = time.monotonic()
@@ -327,7 +327,7 @@ def _show_rollback(done: Rollback, output: str) -> None:
 def _rehearse(settings: Settings, version: int, reason: str, hold: bool | None, hold_reason: str) -> Any:
     from state.decisions import Cause
     from state.decisions import promote as decide
-    from stream.registry_log import read_registry
+    from stream.registry.log import read_registry
 
     state = ask_kafka(settings, read_registry(settings.kafka, _names(settings)), ABOUT)
     cause = Cause(who(), time.time_ns() // 1_000_000, reason, "dry-run")
@@ -335,7 +335,7 @@ def _rehearse(settings: Settings, version: int, reason: str, hold: bool | None, 
 
 
 def _write(settings: Settings, change: Callable[[RegistryWriter], Awaitable[T]]) -> T:
-    from stream.registry import RegistryWriter
+    from stream.registry.writer import RegistryWriter
 
     async def run() -> T:
         writer = RegistryWriter(settings.kafka, _names(settings), who=who())
@@ -372,7 +372,7 @@ def _settings() -> Settings:
 
 
 def _names(settings: Settings) -> Any:
-    from stream.topics import TopicNames
+    from stream.topics.names import TopicNames
 
     return TopicNames.of(settings.topics)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from stream.durations import duration
+from stream.records.times import duration
 
 __all__ = ["DURATION", "MOMENT", "TIME", "clock", "duration"]
 

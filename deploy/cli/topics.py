@@ -34,7 +34,7 @@ def create(mend: bool, output: str) -> None:
       headrace topics create --mend        and set retention, compaction and limits as the settings say
     """
     from deploy.settings import load_settings
-    from stream.topic_admin import create_topics
+    from stream.topics.admin import create_topics
 
     settings = load_settings()
     await_kafka(settings)
@@ -62,7 +62,7 @@ def check(output: str) -> None:
       headrace topics check --format json
     """
     from deploy.settings import load_settings
-    from stream.topic_admin import check_topics
+    from stream.topics.admin import check_topics
 
     settings = load_settings()
     await_kafka(settings)

@@ -36,9 +36,9 @@ def watermarks(lateness_ms: int | None, every_ms: int, limit: int | None) -> Non
       headrace watermarks --lateness 30s --every 5s
       headrace watermarks --limit 1                    from a cron job
     """
+    from deploy.feeding.watermarks import send_watermarks
     from deploy.settings import load_settings
-    from deploy.watermarks import send_watermarks
-    from stream.topics import TopicNames
+    from stream.topics.names import TopicNames
 
     settings = load_settings()
     lateness = settings.join.lateness_ms + 5_000 if lateness_ms is None else lateness_ms

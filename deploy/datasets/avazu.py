@@ -19,7 +19,7 @@ from deploy.datasets.refusal import refuse
 from deploy.datasets.text_files import one_line, open_text
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
-from stream.time_units import MAX_AGE_MS
+from stream.records.times import MAX_AGE_MS
 
 __all__ = ["FOLDER", "Avazu"]
 

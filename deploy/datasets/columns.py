@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from deploy.datasets.base import Int64s
 from deploy.datasets.refusal import refuse, shown
-from stream.time_units import MAX_AGE_MS, unit_of, wrong_unit
+from stream.records.times import MAX_AGE_MS, unit_of, wrong_unit
 
 __all__ = [
     "EXACT_FLOAT",

@@ -12,10 +12,10 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
 from deploy.settings import Settings
-from stream.clients import aiokafka_options
-from stream.join.examples import left_out_of
-from stream.letter_log import read_letter
-from stream.topics import TopicNames
+from stream.kafka.clients import aiokafka_options
+from stream.letters.log import read_letter
+from stream.records.example import left_out_of
+from stream.topics.names import TopicNames
 
 __all__ = ["Audit", "Ledger", "Place"]
 

@@ -15,17 +15,17 @@ import numpy as np
 from deploy.datasets import DataSet
 from deploy.demo.audit import Audit, Ledger
 from deploy.demo.view import Figures, View
-from deploy.demo.workers import Worker, stop_workers
 from deploy.errors import DeployError
-from deploy.local_kafka import LocalKafka
-from deploy.replay import Replayer
+from deploy.feeding.replay import Replayer
+from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.workers import Worker, stop_workers
 from deploy.settings import NOT_SETTINGS, LocalKafkaSettings, Settings
-from stream.heartbeat import HeartbeatReader
-from stream.operations import Rollback, roll_back
-from stream.registry import RegistryWriter
-from stream.registry_log import read_registry
-from stream.topic_admin import create_topics
-from stream.topics import TopicNames
+from stream.registry.heartbeat import HeartbeatReader
+from stream.registry.log import read_registry
+from stream.registry.operations import Rollback, roll_back
+from stream.registry.writer import RegistryWriter
+from stream.topics.admin import create_topics
+from stream.topics.names import TopicNames
 
 __all__ = ["DemoResult", "demo_settings", "play", "worker_environment"]
 

@@ -13,8 +13,8 @@ from deploy.cli.times import duration
 from deploy.doctor.finding import Finding
 from deploy.doctor.producers import Sent, who_sent
 from deploy.doctor.readings import Readings, Tail
-from deploy.partitions import partitions_of
-from stream.time_units import unit_of
+from deploy.feeding.partitions import partitions_of
+from stream.records.times import unit_of
 
 __all__ = ["clocks", "dead_letters", "partitioner", "time_units"]
 

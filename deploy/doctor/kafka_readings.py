@@ -23,18 +23,18 @@ from deploy.settings import Settings
 from state.errors import SnapshotError
 from state.registry import RegistryState
 from state.store import SnapshotStore
-from stream.clients import kafka_python_options
 from stream.errors import StreamError
-from stream.heartbeat import Heartbeat, HeartbeatReader
+from stream.join.commit_metadata import decode_progress
 from stream.join.events import WATERMARK_HEADER
-from stream.join.progress import decode_progress
-from stream.letter_log import read_letter
-from stream.log_spans import Span, first_records, high_watermarks, read_spans, span_consumer
-from stream.offsets import committed_offsets
-from stream.registry_log import read_registry
-from stream.topic_admin import Found, differences, find_topics
-from stream.topic_contract import topic_contracts
-from stream.topics import TopicNames
+from stream.kafka.clients import kafka_python_options
+from stream.kafka.log_spans import Span, first_records, high_watermarks, read_spans, span_consumer
+from stream.kafka.offsets import committed_offsets
+from stream.letters.log import read_letter
+from stream.registry.heartbeat import Heartbeat, HeartbeatReader
+from stream.registry.log import read_registry
+from stream.topics.admin import Found, differences, find_topics
+from stream.topics.contract import topic_contracts
+from stream.topics.names import TopicNames
 
 __all__ = ["read_everything"]
 

@@ -11,7 +11,7 @@ from deploy.doctor.finding import Finding
 from deploy.doctor.model_checks import publishes_nothing
 from deploy.doctor.readings import Readings
 from stream.join.events import MAX_TIMESTAMP_MS
-from stream.topic_needs import MEND
+from stream.topics.needs import MEND
 
 __all__ = ["deleted", "lag", "low_water", "open_transactions", "watermark"]
 

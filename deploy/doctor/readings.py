@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
-from stream.heartbeat import Heartbeat
-from stream.join.progress import Progress
+from stream.join.commit_metadata import Progress
+from stream.registry.heartbeat import Heartbeat
 from stream.settings import JoinSettings, TopicSettings
-from stream.topic_contract import Difference
-from stream.topics import TopicNames
+from stream.topics.contract import Difference
+from stream.topics.names import TopicNames
 
 __all__ = ["Committed", "LogReading", "Place", "Readings", "Tail"]
 

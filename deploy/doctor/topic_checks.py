@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from deploy.doctor.finding import Finding
 from deploy.doctor.readings import Readings
-from stream.durations import duration
-from stream.topic_contract import Difference
-from stream.topic_needs import MEND, retention_shortfalls, shown, unequal_partitions
+from stream.records.times import duration
+from stream.topics.contract import Difference
+from stream.topics.needs import MEND, retention_shortfalls, shown, unequal_partitions
 
 __all__ = ["co_partitioning", "retention", "topics"]
 

@@ -17,7 +17,7 @@ values = formats.open(records, form)          # for each record JSON bytes, or a
 | `reader.py` | `Formats`, which puts these together |
 
 A form says which of these are looked for: "f" frames, "c" Connect's envelopes, "d" Debezium's. It is kept with the settings
-that records were decided under (`stream.join.terms`), so that a rebuild reads each record as it was read then.
+that records were decided under (`stream.join.settings_history`), so that a rebuild reads each record as it was read then.
 """
 
 from __future__ import annotations

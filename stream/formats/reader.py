@@ -19,7 +19,7 @@ from stream.formats.rows import row_json
 from stream.settings import SchemaRegistrySettings
 
 if TYPE_CHECKING:
-    from stream.formats.registry import Decoder, SchemaRegistry
+    from stream.formats.schema_registry import Decoder, SchemaRegistry
 
 __all__ = ["FRAMES", "Formats", "open_formats"]
 
@@ -104,7 +104,7 @@ class Formats:
 
     async def _ask(self, schema_id: int) -> bool:
         """Fetch one schema, however long that takes; False where there is none."""
-        from stream.formats.registry import OutOfOrder, Unknown
+        from stream.formats.schema_registry import OutOfOrder, Unknown
 
         assert self._registry is not None
         wait_s = FIRST_WAIT_S
@@ -212,7 +212,7 @@ def open_formats(settings: SchemaRegistrySettings, failed: Callable[[], None] = 
                 f"schema_registry.ssl_cafile: expected a PEM file of authorities at {settings.ssl_cafile}, found: {error}. "
                 "Correct the path or the file."
             ) from error
-    from stream.formats.registry import SchemaRegistry
+    from stream.formats.schema_registry import SchemaRegistry
 
     return Formats(SchemaRegistry(settings), failed)
 

@@ -8,7 +8,7 @@ __all__ = ["Refused", "RefusedError"]
 
 
 class Refused(NamedTuple):
-    """What the value's dead letter will say: a reason code of `stream.dead_letters`, a path in the value, and a text."""
+    """What the value's dead letter will say: a reason code of `stream.records.dead_letter`, a path in the value, and a text."""
 
     reason: str
     path: str

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from stream.cluster import Cluster, topic_configs
 from stream.errors import TopicError
+from stream.kafka.cluster import Cluster, topic_configs
 from stream.settings import JoinSettings, KafkaSettings
-from stream.topic_contract import OUTPUT_MARGIN_BYTES
-from stream.topic_needs import retention_shortfalls, unequal_partitions
-from stream.topics import TopicNames
+from stream.topics.contract import OUTPUT_MARGIN_BYTES
+from stream.topics.names import TopicNames
+from stream.topics.needs import retention_shortfalls, unequal_partitions
 
 __all__ = ["check_topics"]
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-from stream.dead_letters import DeadLetter
 from stream.formats import Formats, Refused
 from stream.formats.hints import about_enveloped, about_key, about_unread, about_wrapped_string
 from stream.join.wrong_fields import about_field
-from stream.time_units import MAX_AGE_MS, wrong_unit
+from stream.records.dead_letter import DeadLetter
+from stream.records.times import MAX_AGE_MS, wrong_unit
 
 log = logging.getLogger(__name__)
 

@@ -30,11 +30,11 @@ from typing import Any, Protocol
 import msgspec
 
 from state.join_state import Chunk, Entry, Pending
-from stream.dead_letters import DeadLetter, Header
 from stream.join.events import Events
 from stream.join.memory import EarlyClick, Memory
 from stream.join.sampling import Sampling
-from stream.join.terms import NEVER_MS, Terms
+from stream.join.settings_history import NEVER_MS, Terms
+from stream.records.dead_letter import DeadLetter, Header
 from stream.settings import JoinSettings
 
 __all__ = [

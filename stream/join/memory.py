@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from state.join_state import Chunk
-from stream.join.terms import NEVER_MS, History, Terms
+from stream.join.settings_history import NEVER_MS, History, Terms
 
 __all__ = ["EarlyClick", "Memory"]
 

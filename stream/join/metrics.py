@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from stream.join.logic import CORRECTION, Plan
-from stream.join.recovery import RebuildProgress
-from stream.join.terms import NEVER_MS
+from stream.join.rebuild_progress import RebuildProgress
+from stream.join.settings_history import NEVER_MS
 
 if TYPE_CHECKING:
     from stream.join.partition import PartitionJoin

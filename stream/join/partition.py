@@ -17,20 +17,20 @@ from typing import Any
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from state.join_state import LAYOUT, Chunk, JoinMeta, JoinState
-from stream.batches import send_batches
-from stream.clients import quietly_stopped
 from stream.formats import Formats
+from stream.join.commit_metadata import Progress, encode_progress
 from stream.join.events import read_run
-from stream.join.examples import packed_plan, record_count, set_aside_too_large
 from stream.join.logic import Plan, Step, watermark
 from stream.join.memory import Memory
 from stream.join.metrics import JoinMetrics
-from stream.join.progress import Progress, encode_progress
 from stream.join.source_clock import SourceClock
+from stream.kafka.batches import send_batches
+from stream.kafka.clients import quietly_stopped
+from stream.kafka.transport import LogEnd, Run
+from stream.records.example import packed_plan, record_count, set_aside_too_large
 from stream.settings import JoinSettings
-from stream.topic_limits import OutputLimits
-from stream.topics import TopicNames
-from stream.transport import LogEnd, Run
+from stream.topics.limits import OutputLimits
+from stream.topics.names import TopicNames
 
 __all__ = ["PartitionJoin", "Positions", "TakenOver"]
 

@@ -13,8 +13,8 @@ import msgspec
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.errors import TopicError
-from stream.join.progress import decode_progress
-from stream.topics import TopicNames
+from stream.join.commit_metadata import decode_progress
+from stream.topics.names import TopicNames
 
 __all__ = ["check_partition_count"]
 

@@ -18,20 +18,20 @@ import msgspec
 from aiokafka.structs import TopicPartition
 
 from state.join_state import LAYOUT, Chunk, Entry, JoinMeta, JoinState, Place, StateBatch
-from stream.dead_letters import REPLAY_HEADER
 from stream.errors import Abandoned, NoAnswer, PositionError
 from stream.formats import Formats
+from stream.join.commit_metadata import Progress, new_life
 from stream.join.events import Events, read_run
-from stream.join.examples import left_out_of, matched_of
 from stream.join.logic import packed_click
 from stream.join.memory import EarlyClick, Memory
 from stream.join.partition import Positions
-from stream.join.progress import Progress, new_life
-from stream.join.recovery import RebuildProgress
-from stream.join.terms import NEVER_MS, History, Terms
-from stream.letter_log import Origin
+from stream.join.rebuild_progress import RebuildProgress
+from stream.join.settings_history import NEVER_MS, History, Terms
+from stream.letters.log import Origin
+from stream.records.dead_letter import REPLAY_HEADER
+from stream.records.example import left_out_of, matched_of
 from stream.settings import JoinSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 
 __all__ = ["Committed", "Rebuild"]
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from aiokafka.structs import TopicPartition
 
-from stream.clients import answer, quietly_stopped, started
-from stream.cluster import topic_configs
 from stream.join.metrics import JoinMetrics
-from stream.log_spans import first_records, span_consumer
+from stream.kafka.clients import answer, quietly_stopped, started
+from stream.kafka.cluster import topic_configs
+from stream.kafka.log_spans import first_records, span_consumer
 from stream.settings import KafkaSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 
 __all__ = ["LowWater", "Margin", "RetentionWatch"]
 

@@ -22,20 +22,20 @@ from aiokafka.structs import TopicPartition
 from state.errors import JoinStateError, StateDamaged, StateInUse
 from state.join_folder import state_error
 from state.join_state import JoinMeta, JoinState, StateOptions
-from stream.batches import BATCH_BYTES
-from stream.clients import aiokafka_options, quietly_stopped, started
 from stream.errors import PositionError
 from stream.formats import Formats
+from stream.join.commit_metadata import Progress, decode_progress
 from stream.join.partition import TakenOver
-from stream.join.progress import Progress, decode_progress
 from stream.join.rebuild import Committed, Rebuild
-from stream.join.recovery import RebuildProgress
-from stream.join.terms import NEVER_MS
-from stream.letter_log import LetterLog, Origin, Wanted
-from stream.log_spans import high_watermarks
-from stream.offsets import committed_offsets
+from stream.join.rebuild_progress import RebuildProgress
+from stream.join.settings_history import NEVER_MS
+from stream.kafka.batches import BATCH_BYTES
+from stream.kafka.clients import aiokafka_options, quietly_stopped, started
+from stream.kafka.log_spans import high_watermarks
+from stream.kafka.offsets import committed_offsets
+from stream.letters.log import LetterLog, Origin, Wanted
 from stream.settings import JoinSettings, KafkaSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 
 __all__ = ["Takeover", "transactional_id"]
 

@@ -16,7 +16,6 @@ from faust.types import TP
 from prometheus_client import CollectorRegistry
 
 from state.join_state import StateOptions
-from stream.cluster import Cluster, ClusterWatch, describe_cluster
 from stream.errors import Abandoned, Replaced, TopicError
 from stream.formats import open_formats
 from stream.join.checks import check_topics
@@ -24,19 +23,20 @@ from stream.join.file_limit import check_file_limit, open_files_each, raise_file
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin
 from stream.join.partition_count import check_partition_count
-from stream.join.recovery import RebuildProgress, told
+from stream.join.rebuild_progress import RebuildProgress, told
 from stream.join.retention import RetentionWatch
+from stream.join.settings_history import NEVER_MS
 from stream.join.takeover import Takeover
-from stream.join.terms import NEVER_MS
-from stream.log_spans import high_watermarks
-from stream.membership import Membership
-from stream.offsets import committed_offsets
-from stream.runtime import build_app, fatal, new_registry, serve, source_part
+from stream.kafka.cluster import Cluster, ClusterWatch, describe_cluster
+from stream.kafka.log_spans import high_watermarks
+from stream.kafka.offsets import committed_offsets
+from stream.kafka.transport import LogEnd, Run, RunSchema
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings
-from stream.topic_limits import OutputLimits, letter_limit
-from stream.topics import TopicNames
-from stream.transport import LogEnd, Run, RunSchema
-from stream.watchdog import Part
+from stream.topics.limits import OutputLimits, letter_limit
+from stream.topics.names import TopicNames
+from stream.worker.membership import Membership
+from stream.worker.runtime import build_app, fatal, new_registry, serve, source_part
+from stream.worker.watchdog import Part
 
 __all__ = ["JoinWorker", "run_join"]
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from stream.time_units import unit_of, wrong_unit
+from stream.records.times import unit_of, wrong_unit
 
 __all__ = ["about_field"]
 

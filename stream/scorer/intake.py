@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stream.transport import Run
+from stream.kafka.transport import Run
 
 __all__ = ["MAX_REQUESTS", "Batch", "Intake"]
 

@@ -10,11 +10,11 @@ from typing import Any
 from aiokafka import AIOKafkaProducer
 from aiokafka.partitioner import DefaultPartitioner
 
-from stream.batches import BATCH_BYTES, Outgoing, send_batches
-from stream.clients import aiokafka_options, quietly_stopped, started
+from stream.kafka.batches import BATCH_BYTES, Outgoing, send_batches
+from stream.kafka.clients import aiokafka_options, quietly_stopped, started
 from stream.scorer.answers import Answers
 from stream.settings import KafkaSettings
-from stream.topic_limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit
+from stream.topics.limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit
 
 __all__ = ["Outbox"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from model.errors import ModelError
 from model.predictor import Predictor
+from model.requests import RequestDecoder
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.errors import SnapshotCorrupt
 from state.registry import VersionRecord
 from state.store import SnapshotStore
-from stream.scorer.decode import RequestDecoder
 
 __all__ = ["Served", "load_version"]
 

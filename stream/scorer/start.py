@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
-from stream.clients import aiokafka_options, answer, quietly_stopped, started
-from stream.offsets import committed_offsets
+from stream.kafka.clients import aiokafka_options, answer, quietly_stopped, started
+from stream.kafka.offsets import committed_offsets
 from stream.settings import KafkaSettings
 
 __all__ = ["choose_positions", "committed_positions"]

@@ -22,12 +22,12 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import CommitFailedError, KafkaError
 from aiokafka.structs import TopicPartition
 
-from stream.clients import aiokafka_options
 from stream.errors import StreamError
-from stream.heartbeat import Heartbeat, HeartbeatReader
+from stream.kafka.clients import aiokafka_options
+from stream.registry.heartbeat import Heartbeat, HeartbeatReader
 from stream.scorer.start import committed_positions
 from stream.settings import KafkaSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 
 __all__ = ["WaitingRoom", "due_ms", "is_first"]
 

@@ -31,12 +31,11 @@ from faust.types import TP
 
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.cluster import ClusterWatch, describe_cluster
 from stream.errors import NoAnswer, Replaced
-from stream.heartbeat import HeartbeatSender
-from stream.membership import Membership
-from stream.registry_reader import RegistryReader
-from stream.runtime import build_app, fatal, new_registry, serve, source_part
+from stream.kafka.cluster import ClusterWatch, describe_cluster
+from stream.kafka.transport import Run, RunSchema
+from stream.registry.follower import RegistryReader
+from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.answers import Answers, answer_requests
 from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
@@ -46,10 +45,11 @@ from stream.scorer.start import committed_positions
 from stream.scorer.swap import Swapper
 from stream.scorer.waiting import WaitingRoom
 from stream.settings import HttpSettings, KafkaSettings, ScorerSettings
-from stream.topic_limits import max_message_bytes
-from stream.topics import TopicNames
-from stream.transport import Run, RunSchema
-from stream.watchdog import Part
+from stream.topics.limits import max_message_bytes
+from stream.topics.names import TopicNames
+from stream.worker.membership import Membership
+from stream.worker.runtime import build_app, fatal, new_registry, serve, source_part
+from stream.worker.watchdog import Part
 
 __all__ = ["ScorerWorker", "run_scorer"]
 
@@ -61,7 +61,7 @@ COMMIT_S = 0.2
 # Batches scored whose answers are not sent yet: enough that scoring never waits for a round trip.
 SCORED_WAITING = 4
 # Longest wait for answers under way: while partitions are taken away no heartbeat goes to the group (SESSION_TIMEOUT_MS);
-# at the end all has to fit into the supervisor's patience (stream/runtime.py).
+# at the end all has to fit into the supervisor's patience (stream/worker/runtime.py).
 REVOKE_S, DRAIN_S = 3.0, 4.0
 
 

@@ -16,9 +16,9 @@ import pyarrow as pa
 from model.features import FeatureBatch, FeatureDecoder
 from model.hashing import hash_strings, space_seed
 from model.schema import FeatureSchema
-from stream.dead_letters import DeadLetter
 from stream.join.events import MAX_TIMESTAMP_MS
-from stream.transport import Run
+from stream.kafka.transport import Run
+from stream.records.dead_letter import DeadLetter
 
 __all__ = ["DecodedRun", "ExampleDecoder", "hash_ids"]
 
@@ -28,7 +28,7 @@ Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Headers = dict[str, bytes]
 
-# The headers of records, without a key, that are no examples (`stream.join.examples`).
+# The headers of records, without a key, that are no examples (`stream.records.example`).
 NO_EXAMPLES = (("kind", b"left_out"), ("kind", b"matched"))
 # 18 digits always fit an int64. Milliseconds up to the end of year 9999, which the join takes (`stream.join.events`), have 15.
 MAX_DIGITS = 18
@@ -107,9 +107,9 @@ class ExampleDecoder:
         self._features = FeatureDecoder(schema)
 
     def decode(self, run: Run) -> DecodedRun:
-        """Columns of a run. Bad records become dead letters (reason codes of `stream.dead_letters`), never errors.
+        """Columns of a run. Bad records become dead letters (reason codes of `stream.records.dead_letter`), never errors.
 
-        Records of the join's own bookkeeping (`stream.join.examples`) are no examples and are passed over.
+        Records of the join's own bookkeeping (`stream.records.example`) are no examples and are passed over.
         """
         records: Sequence[Any] = [record for record in run.records if record.key is not None or not _is_bookkeeping(record)]
         letters: list[DeadLetter] = []

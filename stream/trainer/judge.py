@@ -28,8 +28,8 @@ from state.gate import Gate, GateReport, GateState, sample
 from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
 from stream.trainer.batching import TrainingBatch
-from stream.trainer.kept import State, from_json, to_json
-from stream.trainer.scores import counts
+from stream.trainer.bookkeeping import State, from_json, to_json
+from stream.trainer.evaluation import counts
 
 __all__ = ["Anchor", "Judge", "Predicts", "choose_anchor"]
 

@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stream.batches import BATCH_BYTES, send_batches
-from stream.clients import aiokafka_options, quietly_stopped, started, written
-from stream.dead_letters import DeadLetter
+from stream.kafka.batches import BATCH_BYTES, send_batches
+from stream.kafka.clients import aiokafka_options, quietly_stopped, started, written
+from stream.records.dead_letter import DeadLetter
 from stream.settings import KafkaSettings
-from stream.topic_limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit
+from stream.topics.limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit
 from stream.trainer.metrics import TrainerMetrics
 
 __all__ = ["LetterBox"]

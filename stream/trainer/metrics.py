@@ -11,7 +11,7 @@ from model.metrics import Metrics
 from state.gate import GateReport
 from state.manifest import Manifest
 from stream.trainer.batching import TrainingBatch
-from stream.trainer.scores import Report
+from stream.trainer.evaluation import Report
 
 __all__ = ["TrainerMetrics"]
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from stream.dead_letters import DeadLetter
+from stream.kafka.transport import Run
+from stream.records.dead_letter import DeadLetter
 from stream.trainer.examples import DecodedRun, ExampleDecoder
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.training import Captured, Training
-from stream.transport import Run
 
 __all__ = ["Pipeline"]
 

@@ -16,10 +16,10 @@ from model.settings import ModelSettings
 from state.gate import GateState
 from state.registry import RegistryState
 from state.store import SnapshotStore
-from stream.clients import aiokafka_options, answer, quietly_stopped, started
-from stream.cluster import Cluster
+from stream.kafka.clients import aiokafka_options, answer, quietly_stopped, started
+from stream.kafka.cluster import Cluster
 from stream.settings import KafkaSettings, TrainerSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 from stream.trainer.start import Start, first_positions, go_on
 
 __all__ = ["Prepared", "gate_state", "prepare", "topic_ids"]

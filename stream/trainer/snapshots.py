@@ -18,10 +18,10 @@ from state.manifest import Manifest
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import Fenced, RegistryError
+from stream.trainer.evaluation import manifest_metrics
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.sanity import weight_problems
-from stream.trainer.scores import manifest_metrics
 from stream.trainer.start import Start
 from stream.trainer.training import Captured
 

@@ -23,7 +23,7 @@ from state.manifest import Manifest
 from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.errors import PositionError
-from stream.trainer.kept import kept_of
+from stream.trainer.bookkeeping import kept_of
 
 __all__ = ["Start", "find_start", "first_positions", "go_on", "restore"]
 
@@ -43,7 +43,7 @@ class Start:
 
     manifest  of the version to restore; None begins a new model at the start of the log
     newest    largest version number ever announced: new ones lie above it
-    kept      what the version holds beside the model (`stream.trainer.kept`)
+    kept      what the version holds beside the model (`stream.trainer.bookkeeping`)
     """
 
     manifest: Manifest | None

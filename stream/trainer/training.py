@@ -15,13 +15,13 @@ import torch
 from model.errors import UpdateNotFinite
 from model.features import FeatureBatch
 from state.gate import GateReport
-from stream.dead_letters import DeadLetter
+from stream.records.dead_letter import DeadLetter
 from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.bookkeeping import Kept, restore_kept, state_of
+from stream.trainer.evaluation import FrozenScores, Scores
 from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Judge
-from stream.trainer.kept import Kept, restore_kept, state_of
 from stream.trainer.metrics import TrainerMetrics
-from stream.trainer.scores import FrozenScores, Scores
 
 __all__ = ["Captured", "Learns", "Observer", "Training"]
 
@@ -136,7 +136,7 @@ class Training:
         return self._learner.examples_seen
 
     def restore(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Go on with what a version keeps beside the model (`stream.trainer.kept`); before the first batch."""
+        """Go on with what a version keeps beside the model (`stream.trainer.bookkeeping`); before the first batch."""
         restore_kept(self._kept, kept)
 
     def add(self, run: DecodedRun) -> None:

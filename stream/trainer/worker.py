@@ -25,29 +25,29 @@ from model.settings import ModelSettings
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.cluster import ClusterWatch, describe_cluster
 from stream.errors import Fenced, RegistryError
-from stream.http import require_free
-from stream.registry import RegistryWriter
-from stream.registry_log import read_registry
-from stream.registry_reader import RegistryReader
-from stream.runtime import build_app, fatal, new_registry, serve, source_part
+from stream.kafka.cluster import ClusterWatch, describe_cluster
+from stream.kafka.transport import LogEnd, Run, RunSchema
+from stream.registry.follower import RegistryReader
+from stream.registry.log import read_registry
+from stream.registry.writer import RegistryWriter
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
+from stream.trainer.evaluation import Scores
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
 from stream.trainer.prepare import gate_state, prepare, topic_ids
-from stream.trainer.scores import Scores
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher
 from stream.trainer.training import Training
-from stream.transport import LogEnd, Run, RunSchema
-from stream.watchdog import Part
+from stream.worker.http import require_free
+from stream.worker.runtime import build_app, fatal, new_registry, serve, source_part
+from stream.worker.watchdog import Part
 
 __all__ = ["TrainerWorker", "run_trainer"]
 

@@ -7,7 +7,7 @@ import pytest
 
 from bench.delay_exact import Stream, at_once, cut, held, play, simulated
 from bench.real_time_figures import Served, figures, ideal_in_band, stretches, within_window
-from deploy.simulation import Simulation, generate, simulation_schema
+from deploy.feeding.simulation import Simulation, generate, simulation_schema
 from model.settings import ModelSettings
 
 MODEL = ModelSettings(hidden=(8,), initial_rows=1024, batch_rows=128)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from deploy.datasets.movielens import MovieLens100K
-from deploy.kafka_jars import kafka_version
+from deploy.local_kafka.jars import kafka_version
 from deploy.settings import Settings
 from model.schema import FeatureSchema
 

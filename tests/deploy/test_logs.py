@@ -14,7 +14,7 @@ from deploy.logs import setup_logs
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    root, names = logging.getLogger(), ("asyncio", "stream.transport", *logs.LIBRARIES)
+    root, names = logging.getLogger(), ("asyncio", "stream.kafka.transport", *logs.LIBRARIES)
     handlers, level, levels = root.handlers[:], root.level, {name: logging.getLogger(name).level for name in names}
     yield
     root.handlers[:], root.level = handlers, level

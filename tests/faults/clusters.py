@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deploy.java import find_java
-from deploy.kafka_files import SERVER
-from deploy.local_kafka import LocalKafka
+from deploy.local_kafka.cluster import LocalKafka
+from deploy.local_kafka.files import SERVER
+from deploy.local_kafka.java import find_java
 from deploy.settings import LocalKafkaSettings
 
 __all__ = ["Clock", "Clusters", "Skipped"]

@@ -27,7 +27,7 @@ ENDED = "the process that forks workers has ended; start again, what is done is 
 
 
 class Child:
-    """A forked worker, with what `deploy.demo.workers.Worker` uses of `subprocess.Popen`."""
+    """A forked worker, with what `deploy.processes.workers.Worker` uses of `subprocess.Popen`."""
 
     def __init__(self, pid: int, stdin: BinaryIO) -> None:
         self.pid, self.stdin = pid, stdin

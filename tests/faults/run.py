@@ -23,14 +23,14 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
 from deploy.demo.play import worker_environment
-from deploy.demo.workers import Worker
-from deploy.local_kafka import LocalKafka
+from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.workers import Worker
 from deploy.settings import Settings
 from state.settings import SnapshotSettings
-from stream.clients import aiokafka_options
+from stream.kafka.clients import aiokafka_options
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
-from stream.topic_admin import create_topics
-from stream.topics import TopicNames
+from stream.topics.admin import create_topics
+from stream.topics.names import TopicNames
 from tests.faults.clusters import Clusters, Skipped
 from tests.faults.ledger import FOREVER_MS, Ledger, Life
 from tests.faults.logs import Logs

@@ -11,10 +11,10 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
-from deploy.feed import Feed
+from deploy.feeding.feed import Feed
 from deploy.settings import Settings
-from stream.clients import aiokafka_options
-from stream.topics import TopicNames
+from stream.kafka.clients import aiokafka_options
+from stream.topics.names import TopicNames
 from tests.faults.stream import CLICKS, IMPRESSIONS, Sent
 
 __all__ = ["Sender"]

@@ -17,7 +17,7 @@ from kafka.partitioner import murmur2
 import headrace.client
 from deploy.settings import Settings
 from headrace import Client, DeliveryError, InvalidAnswer, InvalidEvent, NoAnswer
-from stream.topic_admin import create_topics
+from stream.topics.admin import create_topics
 
 pytestmark = pytest.mark.kafka
 

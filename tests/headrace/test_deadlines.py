@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deploy.local_kafka import LocalKafka
+from deploy.local_kafka.cluster import LocalKafka
 from deploy.settings import Settings
 from headrace import Client, DeliveryError, NoAnswer
 

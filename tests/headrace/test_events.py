@@ -21,7 +21,7 @@ from headrace.events import encode_click, encode_impression, encode_request
 from model.features_reference import decode_impression
 from model.schema import FeatureSchema, FieldSpec
 from stream.join.events import read_run
-from stream.time_units import MAX_AGE_MS
+from stream.records.times import MAX_AGE_MS
 
 T = 1_700_000_000_000
 

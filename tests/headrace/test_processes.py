@@ -10,7 +10,7 @@ import time
 import pytest
 
 from deploy.settings import Settings
-from stream.topic_admin import create_topics
+from stream.topics.admin import create_topics
 from tests.headrace.test_client import records
 
 pytestmark = pytest.mark.kafka

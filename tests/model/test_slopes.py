@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.simulation import Simulation, generate, simulation_schema
+from deploy.feeding.simulation import Simulation, generate, simulation_schema
 from model.batch import FeatureBatch
 from model.features import FeatureDecoder
 from model.learner import Learner

@@ -16,7 +16,7 @@ import pytest
 
 from deploy.datasets import Columns, FileDataSet
 from deploy.errors import DataSetError
-from deploy.replay import impressions
+from deploy.feeding.replay import impressions
 from model.schema import FeatureSchema, FieldSpec
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from deploy.datasets import FileDataSet
 from deploy.errors import DataSetError
-from deploy.replay import impressions
+from deploy.feeding.replay import impressions
 from model.features import FeatureDecoder
 from model.features_reference import decode_impression
 from model.schema import FeatureSchema

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 from tests.faults.admin import Admin
 from tests.faults.run import POLL_S, FaultWorker, Kind, Run
 

@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import signal
 
-from stream.topic_admin import create_topics
+from stream.topics.admin import create_topics
 from tests.faults.kinds.base import ask, kinds, names_of, ready
 from tests.faults.run import POLL_S, Kind, Run, happens
 from tests.faults.sender import Sender

@@ -16,12 +16,12 @@ from google.protobuf import descriptor_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.dead_letters import REASONS
 from stream.formats import Formats, Refused, open_formats
 from stream.formats.avro import avro_decoder
 from stream.formats.protobuf import protobuf_decoder
-from stream.formats.registry import Decoder
+from stream.formats.schema_registry import Decoder
 from stream.join.events import read_run
+from stream.records.dead_letter import REASONS
 from stream.settings import SchemaRegistrySettings
 from tests.stream.formats.official_frames import AVRO, EVENT, FEATURES_FILE, FILE, JSON, OFFICIAL
 from tests.stream.formats.stand_in import StandIn, avro_frame, framed, message_of, proto_file

@@ -6,7 +6,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 
 __all__ = ["Crash", "FakeConsumer", "FakeLog", "FakeProducer"]
 

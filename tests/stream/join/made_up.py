@@ -12,10 +12,10 @@ from pathlib import Path
 
 from deploy.demo.audit import Audit, Ledger
 from deploy.demo.play import worker_environment
-from deploy.demo.workers import Worker
-from deploy.feed import Feed
+from deploy.feeding.feed import Feed
+from deploy.processes.workers import Worker
 from deploy.settings import Settings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 
 __all__ = ["FIRST_MS", "Events", "end", "join_settings", "join_worker", "made_up", "send", "send_by", "settled", "until"]
 

@@ -11,12 +11,12 @@ from prometheus_client import CollectorRegistry
 
 from deploy.settings import Settings
 from state.join_state import StateOptions
-from stream.clients import aiokafka_options
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin
 from stream.join.takeover import Takeover
-from stream.topics import TopicNames
-from stream.transport import Run
+from stream.kafka.clients import aiokafka_options
+from stream.kafka.transport import Run
+from stream.topics.names import TopicNames
 
 __all__ = ["GROUP", "Fatal", "read", "runs", "take"]
 

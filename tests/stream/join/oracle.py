@@ -14,7 +14,7 @@ from state.join_state import Chunk
 from stream.join.events import Events
 from stream.join.logic import Plan, Step, watermark
 from stream.join.memory import Memory
-from stream.join.terms import NEVER_MS, History
+from stream.join.settings_history import NEVER_MS, History
 from stream.settings import JoinSettings
 from tests.stream.join.fake_state import DictState
 

@@ -7,10 +7,10 @@ import asyncio
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from stream.clients import aiokafka_options
-from stream.dead_letters import REPLAY_HEADER
 from stream.join.events import WATERMARK_HEADER
-from stream.topics import TopicNames
+from stream.kafka.clients import aiokafka_options
+from stream.records.dead_letter import REPLAY_HEADER
+from stream.topics.names import TopicNames
 from tests.stream.join.one_partition import read, runs, take
 
 pytestmark = pytest.mark.kafka

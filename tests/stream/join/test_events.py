@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.features import FeatureDecoder
-from stream import batch_reader
-from stream.batches import batch_bytes
-from stream.dead_letters import MAX_TEXT, REASONS, DeadLetter
 from stream.join.events import MAX_TIMESTAMP_MS, WATERMARK_HEADER, Events, _read_fast, _read_slow, read_run
+from stream.kafka import batch_reader
+from stream.kafka.batches import batch_bytes
+from stream.records.dead_letter import MAX_TEXT, REASONS, DeadLetter
+from stream.records.times import MAX_AGE_MS
 from stream.settings import JoinSettings, TopicSettings
-from stream.time_units import MAX_AGE_MS
-from stream.topic_contract import OUTPUT_MARGIN_BYTES
+from stream.topics.contract import OUTPUT_MARGIN_BYTES
 from tests.corpus import CORPUS, SCHEMA, TIME_MS, Case, envelope
 from tests.raw_batches import CODECS, raw_batch, raw_records
 

@@ -11,9 +11,9 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from deploy.settings import Settings
 from state.join_state import StateOptions
 from stream.errors import PositionError
-from stream.join.progress import Progress, encode_progress
+from stream.join.commit_metadata import Progress, encode_progress
 from stream.join.takeover import Takeover
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 
 pytestmark = pytest.mark.kafka
 

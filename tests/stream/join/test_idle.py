@@ -8,8 +8,8 @@ import pytest
 
 from stream.join import partition as partition_module
 from stream.join.source_clock import AGREEING
+from stream.kafka.transport import LogEnd
 from stream.settings import JoinSettings
-from stream.transport import LogEnd
 from tests.stream.join.test_commit import NAMES, Bench
 
 CHOSEN = JoinSettings(window_ms=10, lateness_ms=0, dedupe_horizon_ms=0, idle_timeout_ms=1_000)

@@ -13,7 +13,7 @@ from state.join_state import Chunk
 from stream.join import logic
 from stream.join.logic import CORRECTION, FIRST, watermark
 from stream.join.memory import Memory
-from stream.join.terms import NEVER_MS, History
+from stream.join.settings_history import NEVER_MS, History
 from stream.settings import JoinSettings
 from tests.stream.join.oracle import Oracle, Partition, run_of
 

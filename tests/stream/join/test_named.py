@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from stream.dead_letters import DeadLetter
 from stream.join.events import read_run
+from stream.records.dead_letter import DeadLetter
 from tests.corpus import TIME_MS, envelope
 
 

@@ -14,12 +14,12 @@ from state.errors import JoinStateError
 from state.join_state import LAYOUT, JoinMeta, JoinState, StateOptions
 from stream.errors import PositionError
 from stream.join import takeover
+from stream.join.commit_metadata import Progress, encode_progress
 from stream.join.logic import Memory
-from stream.join.progress import Progress, encode_progress
 from stream.join.rebuild import Committed, Rebuild
 from stream.join.takeover import Takeover
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 from tests.stream.join.fake_log import FakeConsumer, FakeLog
 
 NAMES = TopicNames.of(TopicSettings())

@@ -8,8 +8,8 @@ import pytest
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.errors import TopicError
+from stream.join.commit_metadata import Progress, encode_progress
 from stream.join.partition_count import check_partition_count
-from stream.join.progress import Progress, encode_progress
 from tests.stream.join.world import NAMES
 
 ENDS = {TopicPartition(NAMES.impressions, 0): 100, TopicPartition(NAMES.clicks, 0): 30}

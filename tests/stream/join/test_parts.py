@@ -13,15 +13,15 @@ import pytest
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
-from stream.cluster import Cluster, ClusterWatch
 from stream.errors import StreamError
 from stream.join.partition import Positions
-from stream.join.recovery import RebuildProgress
+from stream.join.rebuild_progress import RebuildProgress
 from stream.join.worker import JoinWorker, run_join
+from stream.kafka.cluster import Cluster, ClusterWatch
+from stream.kafka.transport import LogEnd
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings, SchemaRegistrySettings, TopicSettings
-from stream.topics import TopicNames
-from stream.transport import LogEnd
-from stream.watchdog import PATIENCE_S, TOLD_S, Watchdog
+from stream.topics.names import TopicNames
+from stream.worker.watchdog import PATIENCE_S, TOLD_S, Watchdog
 
 NAMES = TopicNames.of(TopicSettings())
 TOPICS = (NAMES.impressions, NAMES.clicks, NAMES.examples, NAMES.dead_letters)

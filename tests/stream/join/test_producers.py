@@ -19,13 +19,13 @@ from confluent_kafka import Producer
 from kafka import KafkaProducer
 
 from deploy.demo.audit import Audit
-from deploy.demo.workers import Worker
 from deploy.errors import LocalKafkaError
-from deploy.java import find_java
-from deploy.kafka_jars import jars
+from deploy.local_kafka.jars import jars
+from deploy.local_kafka.java import find_java
+from deploy.processes.workers import Worker
 from deploy.settings import Settings
 from stream.settings import SchemaRegistrySettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 from tests.stream.formats.real_registry import JAR, WITHOUT, real_registry, register
 from tests.stream.formats.stand_in import StandIn, avro_frame, framed, message_of, proto_file
 from tests.stream.join.made_up import FIRST_MS, PATIENCE_S, Events, end, join_settings, join_worker, until

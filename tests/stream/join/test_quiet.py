@@ -16,14 +16,14 @@ from deploy.doctor.examination import examine
 from deploy.doctor.kafka_readings import read_everything
 from deploy.doctor.progress_checks import QUIET_MS
 from deploy.errors import FeedError
+from deploy.feeding.watermarks import send_watermarks
 from deploy.settings import Settings
-from deploy.watermarks import send_watermarks
 from headrace.events import encode_click, encode_impression
 from stream.join import metrics as metrics_module
 from stream.join.logic import Plan
 from stream.join.metrics import JoinMetrics
 from stream.settings import KafkaSettings, TopicSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 from tests.stream.join.made_up import PATIENCE_S, join_settings, join_worker, send, until
 
 AGE = "headrace_join_watermark_age_seconds"

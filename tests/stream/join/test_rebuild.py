@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from state.join_state import JoinState
 from stream.join import takeover
+from stream.join.commit_metadata import encode_progress
 from stream.join.partition import PartitionJoin
-from stream.join.progress import encode_progress
 from stream.settings import JoinSettings
-from stream.topic_limits import OutputLimits
+from stream.topics.limits import OutputLimits
 from tests.stream.join.fake_state import Disk
 from tests.stream.join.world import NAMES, World
 

@@ -14,13 +14,13 @@ from prometheus_client import CollectorRegistry
 from state.join_state import JoinState, StateOptions
 from stream.errors import PositionError, StreamError
 from stream.formats import Formats, open_formats
+from stream.join.commit_metadata import decode_progress
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, TakenOver
-from stream.join.progress import decode_progress
 from stream.join.rebuild import Committed, Rebuild
-from stream.letter_log import Origin
+from stream.kafka.transport import LogEnd, Run
+from stream.letters.log import Origin
 from stream.settings import JoinSettings, SchemaRegistrySettings
-from stream.transport import LogEnd, Run
 from tests.stream.formats.stand_in import StandIn, avro_frame, framed
 from tests.stream.join.fake_log import FakeConsumer, FakeLog, FakeProducer
 from tests.stream.join.world import NAMES

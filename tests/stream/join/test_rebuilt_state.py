@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from stream.errors import Abandoned, PositionError
 from stream.join import takeover
+from stream.join.commit_metadata import decode_progress, encode_progress
 from stream.join.partition import PartitionJoin
-from stream.join.progress import decode_progress, encode_progress
 from stream.settings import JoinSettings
 from tests.stream.join.fake_log import FakeLog
 from tests.stream.join.fake_state import DictState, Disk

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.join.examples import plan_records, record_count
 from stream.join.logic import CORRECTION, FIRST, Plan
 from stream.join.sampling import Sampling
+from stream.records.example import plan_records, record_count
 
 
 @given(st.binary(min_size=1, max_size=40), st.floats(1e-6, 1), st.floats(1e-6, 1))

@@ -12,7 +12,7 @@ from aiokafka.partitioner import DefaultPartitioner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stream.join.terms import NEVER_MS
+from stream.join.settings_history import NEVER_MS
 from stream.settings import JoinSettings
 from tests.stream.join.test_logic import END_MS, SETTINGS, Checked
 

@@ -13,13 +13,13 @@ import pytest
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
-from stream.cluster import Cluster, ClusterWatch
 from stream.errors import Abandoned
 from stream.join import worker as module
-from stream.join.recovery import RebuildProgress
+from stream.join.rebuild_progress import RebuildProgress
 from stream.join.worker import JoinWorker
+from stream.kafka.cluster import Cluster, ClusterWatch
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 
 NAMES = TopicNames.of(TopicSettings())
 TOPICS = (NAMES.impressions, NAMES.clicks, NAMES.examples, NAMES.dead_letters)

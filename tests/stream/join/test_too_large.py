@@ -10,15 +10,15 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from deploy.settings import Settings
-from stream.clients import aiokafka_options
 from stream.join.events import WATERMARK_HEADER
-from stream.join.examples import set_aside_too_large
 from stream.join.logic import CORRECTION, FIRST, Plan
 from stream.join.partition import PartitionJoin
-from stream.letter_log import read_letter
-from stream.topic_limits import OutputLimits
-from stream.topics import TopicNames
-from stream.transport import Run
+from stream.kafka.clients import aiokafka_options
+from stream.kafka.transport import Run
+from stream.letters.log import read_letter
+from stream.records.example import set_aside_too_large
+from stream.topics.limits import OutputLimits
+from stream.topics.names import TopicNames
 from tests.raw_batches import RawRecord, raw_batch, raw_records, send_raw_batch
 from tests.stream.join.one_partition import read, runs, take
 

@@ -19,13 +19,13 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import TopicPartition
 
 from deploy.demo.audit import Audit
-from deploy.demo.workers import Worker
+from deploy.processes.workers import Worker
 from deploy.settings import Settings
 from state.join_state import JoinState, StateOptions
-from stream.clients import aiokafka_options
 from stream.join.sampling import Sampling
 from stream.join.takeover import transactional_id
-from stream.topics import TopicNames
+from stream.kafka.clients import aiokafka_options
+from stream.topics.names import TopicNames
 from tests.stream.join.made_up import PATIENCE_S, end, join_settings, join_worker, made_up, send, settled, until
 
 pytestmark = pytest.mark.kafka

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.demo.workers import Worker
+from deploy.processes.workers import Worker
 from deploy.settings import Settings
 from tests.stream.join.made_up import join_settings, join_worker, made_up, send, settled, until
 
@@ -48,7 +48,7 @@ def test_the_one_that_was_put_out_says_so_and_does_not_come_back(topics, start):
     """Two workers with one instance id: before, they put each other out every few seconds."""
     settings = join_settings(topics, session_timeout_ms=6_000)
     away = settings.model_copy(update={"state_dir": settings.state_dir.with_name("away")})
-    quick = "import stream.membership; stream.membership.PUT_OUT_S = 4.0"
+    quick = "import stream.worker.membership; stream.worker.membership.PUT_OUT_S = 4.0"
 
     async def check() -> None:
         events = made_up(2_000, seed=3)

@@ -11,17 +11,17 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from state.join_state import StateOptions
-from stream.dead_letters import REPLAY_HEADER
 from stream.errors import Abandoned
+from stream.join.commit_metadata import decode_progress
 from stream.join.events import WATERMARK_HEADER, Events
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, TakenOver
-from stream.join.progress import decode_progress
 from stream.join.rebuild import Committed, Rebuild
 from stream.join.takeover import Takeover
+from stream.kafka.transport import LogEnd, Run
+from stream.records.dead_letter import REPLAY_HEADER
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
-from stream.topics import TopicNames
-from stream.transport import LogEnd, Run
+from stream.topics.names import TopicNames
 from tests.stream.join.fake_log import Crash, FakeConsumer, FakeLog, FakeProducer
 from tests.stream.join.oracle import Oracle
 

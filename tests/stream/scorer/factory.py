@@ -14,14 +14,14 @@ import torch
 from deploy.settings import Settings
 from model.learner import Learner
 from model.predictor import Predictor
+from model.requests import RequestDecoder
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from state.manifest import Manifest
 from state.store import SnapshotStore
-from stream.registry import RegistryWriter
-from stream.scorer.decode import RequestDecoder
+from stream.registry.writer import RegistryWriter
 from stream.scorer.serving import Served
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 from tests.judged import JUDGED
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="price", kind="numeric")), embedding_dim=4)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from model.features import FeatureDecoder
 from model.learner import Learner
-from stream.dead_letters import REASONS
+from stream.records.dead_letter import REASONS
 from stream.scorer import answers as module
 from stream.scorer.answers import ANSWER_REASONS, Answers, answer_requests
 from stream.scorer.serving import Served

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
-from stream.clients import kafka_python_options
-from stream.registry import RegistryWriter
+from stream.kafka.clients import kafka_python_options
+from stream.registry.writer import RegistryWriter
 from tests.stream.scorer.factory import publish, request
 from tests.stream.scorer.test_worker import Scene, scene
 

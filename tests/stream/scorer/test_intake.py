@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stream.kafka.transport import Run
 from stream.scorer import intake as module
 from stream.scorer.intake import Intake
-from stream.transport import Run
 from tests.stream.scorer.factory import record
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from stream.heartbeat import Heartbeat
+from stream.registry.heartbeat import Heartbeat
 from stream.scorer import waiting
 from stream.scorer.waiting import WaitingRoom, due_ms, is_first
 from stream.settings import KafkaSettings, TopicSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 from tests.stream.scorer.factory import record
 
 NOW = 1_700_000_000_000

@@ -18,16 +18,16 @@ import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from deploy.demo.play import worker_environment
-from deploy.demo.workers import Worker, stop_workers
+from deploy.processes.workers import Worker, stop_workers
 from deploy.settings import Settings
 from headrace.scores import Answer, ScoreStream
 from state.settings import SnapshotSettings
-from stream.clients import aiokafka_options, kafka_python_options
-from stream.heartbeat import Heartbeat, HeartbeatReader
-from stream.operations import roll_back
-from stream.registry import RegistryWriter
-from stream.topic_limits import max_message_bytes
-from stream.topics import TopicNames
+from stream.kafka.clients import aiokafka_options, kafka_python_options
+from stream.registry.heartbeat import Heartbeat, HeartbeatReader
+from stream.registry.operations import roll_back
+from stream.registry.writer import RegistryWriter
+from stream.topics.limits import max_message_bytes
+from stream.topics.names import TopicNames
 from tests.stream.scorer.factory import publish, request
 
 pytestmark = pytest.mark.kafka

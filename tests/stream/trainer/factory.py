@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry
 from model.features import FeatureBatch
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
-from stream.dead_letters import DeadLetter
+from stream.kafka.transport import Run
+from stream.records.dead_letter import DeadLetter
 from stream.trainer.examples import DecodedRun, hash_ids
 from stream.trainer.metrics import TrainerMetrics
-from stream.transport import Run
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="item")), embedding_dim=4)
 MODEL = ModelSettings(hidden=(8,), batch_rows=32, initial_rows=16)

@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from deploy.simulation import Batch, Simulation, generate
+from deploy.feeding.simulation import Batch, Simulation, generate
 from model.features import FeatureDecoder
 from model.learner import Learner
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from state.join_state import JoinState, StateOptions
 from stream.join.events import Events
-from stream.join.examples import plan_records
+from stream.kafka.transport import Run
+from stream.records.example import plan_records
 from stream.settings import JoinSettings
 from stream.trainer.batching import BatchCutter
+from stream.trainer.evaluation import Report, Scores
 from stream.trainer.examples import ExampleDecoder
-from stream.trainer.scores import Report, Scores
 from stream.trainer.training import Training
-from stream.transport import Run
 from tests.stream.join.oracle import Partition
 from tests.stream.trainer.factory import metrics
 

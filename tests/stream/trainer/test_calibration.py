@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.simulation import Simulation
+from deploy.feeding.simulation import Simulation
 from model.features import FeatureDecoder
 from model.predictor import Predictor
 from stream.settings import JoinSettings

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.hashing import hash_bytes
-from stream.dead_letters import REASONS
-from stream.join.examples import plan_records
 from stream.join.logic import CORRECTION, FIRST, Plan
 from stream.join.sampling import Sampling
+from stream.records.dead_letter import REASONS
+from stream.records.example import plan_records
 from stream.trainer.examples import ExampleDecoder, _BadHeader, _check, _columns, hash_ids
 from tests.stream.trainer.factory import ARRIVED_MS, FIRST_MS, SCHEMA, record, run, value
 

@@ -17,9 +17,9 @@ from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.bookkeeping import from_json
+from stream.trainer.evaluation import Scores
 from stream.trainer.judge import GATHERED_ROWS, SPREAD_EXAMPLES, Anchor, Judge, choose_anchor
-from stream.trainer.kept import from_json
-from stream.trainer.scores import Scores
 from stream.trainer.training import Training
 from tests.judged import judged
 from tests.stream.trainer.factory import MODEL, SCHEMA, columns, metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from types import SimpleNamespace
 
-from stream.dead_letters import DeadLetter
+from stream.records.dead_letter import DeadLetter
 from stream.trainer.letters import LetterBox
 
 LETTER = DeadLetter("wrong_type", "", "", "examples", 0, 0, None, None)

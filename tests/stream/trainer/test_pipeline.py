@@ -11,9 +11,9 @@ import pytest
 from model.errors import UpdateNotFinite
 from model.learner import Learner
 from stream.trainer.batching import BatchCutter
+from stream.trainer.evaluation import Scores
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.pipeline import RUNS_WAITING, Pipeline
-from stream.trainer.scores import Scores
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import MODEL, SCHEMA, columns, metrics, record, run
 from tests.stream.trainer.test_training import FakeLearner

@@ -13,10 +13,10 @@ from state.manifest import Manifest
 from state.registry import Champion, RegistryState, VersionRecord
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.cluster import Cluster
 from stream.errors import PositionError
+from stream.kafka.cluster import Cluster
 from stream.settings import HttpSettings, KafkaSettings, TopicSettings, TrainerSettings
-from stream.topics import TopicNames
+from stream.topics.names import TopicNames
 from stream.trainer import prepare, worker
 from tests.judged import judged
 from tests.stream.trainer.factory import MODEL, SCHEMA

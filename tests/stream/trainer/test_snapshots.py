@@ -14,7 +14,7 @@ from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import Fenced, RegistryError
 from stream.trainer import snapshots
-from stream.trainer.scores import Scores
+from stream.trainer.evaluation import Scores
 from stream.trainer.snapshots import Publisher
 from stream.trainer.start import Start
 from stream.trainer.training import Captured

@@ -10,11 +10,11 @@ import torch
 
 from model.errors import ModelError
 from model.learner import Learner
-from stream.dead_letters import REASONS
+from stream.records.dead_letter import REASONS
 from stream.trainer.batching import BatchCutter
+from stream.trainer.bookkeeping import kept_of
+from stream.trainer.evaluation import Scores
 from stream.trainer.examples import ExampleDecoder, hash_ids
-from stream.trainer.kept import kept_of
-from stream.trainer.scores import Scores
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import ARRIVED_MS, FIRST_MS, MODEL, SCHEMA, columns, metrics, record, run
 

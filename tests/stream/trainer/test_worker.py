@@ -21,13 +21,13 @@ from model.errors import SnapshotMismatch
 from model.learner import Learner
 from state.manifest import Manifest
 from state.store import SnapshotStore
-from stream.batches import BATCH_BYTES, send_batches
-from stream.clients import aiokafka_options
-from stream.registry import RegistryWriter
-from stream.registry_log import read_registry
+from stream.kafka.batches import BATCH_BYTES, send_batches
+from stream.kafka.clients import aiokafka_options
+from stream.registry.log import read_registry
+from stream.registry.writer import RegistryWriter
 from stream.settings import TopicSettings
-from stream.topic_admin import create_topics
-from stream.topics import TopicNames
+from stream.topics.admin import create_topics
+from stream.topics.names import TopicNames
 from stream.trainer.worker import run_trainer
 from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, headers, value
 

@@ -1,0 +1,203 @@
+"""Asking for scores before impressions are sent: the thing shown among others of that hour, for the user about to see it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+from aiokafka import AIOKafkaConsumer
+from aiokafka.structs import TopicPartition
+
+from deploy.datasets.base import Chunk, draw_uniform
+from deploy.feeding.feed import Feed
+from deploy.settings import Settings
+from stream.kafka.clients import aiokafka_options
+from stream.topics.names import TopicNames
+
+if TYPE_CHECKING:
+    from deploy.feeding.replay import ReplayStats
+
+__all__ = ["Scoring"]
+
+_HOUR_MS = 3_600_000
+_SAMPLES = 100_000  # latencies kept, so that a long replay's memory stays flat
+
+
+class _Score(msgspec.Struct):
+    id: str
+    score: float
+
+
+class _Answer(msgspec.Struct):
+    request_id: str
+    scores: list[_Score] = []
+    model_version: int | None = None
+
+
+class Scoring:
+    """Sends the requests of a step and gathers their answers.
+
+    A request's id is the impression's, a candidate's id is the item's, so that the answer tells which was shown. Its place
+    among the candidates is drawn.
+
+    No step waits longer than `timeout_ms`. After one without any answer the next ones don't wait at all, until an answer
+    comes: before there is a model, and when scorers are down, the stream flows on unscored.
+    """
+
+    def __init__(
+        self, settings: Settings, stats: ReplayStats, *, fraction: float, candidates: int, timeout_ms: int, seed: int
+    ) -> None:
+        self._settings = settings
+        self._topics = TopicNames.of(settings.topics)
+        self._fraction = fraction
+        self._others = candidates - 1
+        self._timeout_ms = timeout_ms
+        self._seed = seed
+        self._random = random.Random(seed)
+        self._stats = stats
+        self._row = 0  # impressions seen
+        self._shown: list[tuple[int, str, bytes]] = []  # event time, item, its features: the last hour's
+        self._oldest = 0  # where the last hour begins in `_shown`
+        self._asked: dict[str, tuple[str, float]] = {}  # request → item shown, when asked
+        self._answered: dict[str, bytes] = {}  # request → what the impression is to carry
+        self._news = asyncio.Event()
+        self._alive = True
+        self._feed: Feed | None = None
+        self._decode = msgspec.json.Decoder(_Answer).decode
+
+    @asynccontextmanager
+    async def using(self, feed: Feed) -> AsyncIterator[None]:
+        """Read answers while the block runs. Raises FeedError when the topic is missing."""
+        self._feed = feed
+        topic = self._topics.scores
+        partitions = [TopicPartition(topic, number) for number in range(await feed.partitions(topic))]
+        consumer = AIOKafkaConsumer(
+            **aiokafka_options(self._settings.kafka),
+            enable_auto_commit=False,
+            auto_offset_reset="latest",
+            fetch_max_wait_ms=100,
+        )
+        await consumer.start()
+        reader: asyncio.Task[None] | None = None
+        try:
+            consumer.assign(partitions)
+            await consumer.seek_to_end(*partitions)
+            for partition in partitions:
+                await consumer.position(partition)
+            reader = asyncio.create_task(self._read(consumer))
+            yield
+        finally:
+            if reader is not None:
+                reader.cancel()
+                with suppress(asyncio.CancelledError):
+                    await reader
+            await consumer.stop()
+
+    async def ask(self, chunk: Chunk, rows: Sequence[int]) -> dict[int, bytes]:
+        """Ask for a sample of the rows; what each is to carry, by row, for those answered in time. Raises FeedError."""
+        assert self._feed is not None
+        drawn = draw_uniform(np.arange(self._row, self._row + len(rows)), seed=self._seed + 1) < self._fraction
+        self._row += len(rows)
+        keys: list[bytes] = []
+        values: list[bytes | None] = []
+        sampled: dict[str, int] = {}
+        deadline_ms = int(time.time() * 1_000) + self._timeout_ms
+        for row, wanted in zip(rows, drawn.tolist(), strict=True):
+            item, now_ms = chunk.items[row], int(chunk.timestamps_ms[row])
+            if wanted:
+                name = chunk.ids[row]
+                keys.append(name.encode())
+                values.append(self._request(name, chunk, row, now_ms, deadline_ms))
+                sampled[name] = row
+                self._asked[name] = (item, time.monotonic())
+            self._shown.append((now_ms, item, chunk.candidates[row]))
+        if not sampled:
+            return {}
+        await self._feed.send(self._topics.score_requests, keys, values)
+        self._stats.requests += len(keys)
+        await self._gather(sampled)
+        served = {row: self._answered[name] for name, row in sampled.items() if name in self._answered}
+        self._answered.clear()
+        for name in sampled:
+            self._asked.pop(name, None)
+        return served
+
+    def _request(self, name: str, chunk: Chunk, row: int, now_ms: int, deadline_ms: int) -> bytes:
+        shown = (chunk.items[row], chunk.candidates[row])
+        listed = [*self._drawn(shown[0], now_ms), shown]
+        self._random.shuffle(listed)
+        user = chunk.users[row]
+        candidates = b",".join(
+            b'{"id":%b,"features":%b}' % (msgspec.json.encode(item or "-"), _with(features, chunk.pair(user, item)))
+            for item, features in listed
+        )
+        return b'{"request_id":%b,"context":%b,"candidates":[%b],"deadline_ms":%d}' % (
+            msgspec.json.encode(name),
+            chunk.contexts[row],
+            candidates,
+            deadline_ms,
+        )
+
+    def _drawn(self, item: str, now_ms: int) -> list[tuple[str, bytes]]:
+        """Other items shown within the hour before."""
+        shown = self._shown
+        while self._oldest < len(shown) and shown[self._oldest][0] < now_ms - _HOUR_MS:
+            self._oldest += 1
+        if self._oldest > 100_000:  # forget in large pieces: each costs a copy
+            del shown[: self._oldest]
+            self._oldest = 0
+        others: dict[str, bytes] = {}
+        # Repeats and the item itself are among the draws: four times as many nearly always suffice, and fewer do no harm.
+        for _ in range(4 * self._others if len(shown) > self._oldest else 0):
+            _, name, features = shown[self._random.randrange(self._oldest, len(shown))]
+            if name != item:
+                others[name] = features
+            if len(others) == self._others:
+                break
+        return list(others.items())
+
+    async def _gather(self, sampled: dict[str, int]) -> None:
+        until = time.monotonic() + self._timeout_ms / 1_000
+        while self._alive and not sampled.keys() <= self._answered.keys():
+            self._news.clear()
+            try:
+                async with asyncio.timeout(until - time.monotonic()):
+                    await self._news.wait()
+            except TimeoutError:
+                break
+        self._alive = self._alive and any(name in self._answered for name in sampled)
+
+    async def _read(self, consumer: Any) -> None:
+        async for record in consumer:
+            try:
+                answer = self._decode(record.value or b"")
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                continue  # somebody else's record; `headrace scores tail` shows it
+            self._alive = self._alive or answer.model_version is not None
+            asked = self._asked.pop(answer.request_id, None)
+            if asked is None or answer.model_version is None:
+                continue
+            item, since = asked
+            score = next((scored.score for scored in answer.scores if scored.id == (item or "-")), None)
+            if score is not None:
+                self._answered[answer.request_id] = b',"score":%b,"model_version":%d' % (
+                    msgspec.json.encode(score),
+                    answer.model_version,
+                )
+                self._stats.answers += 1
+                if len(self._stats.answer_ms) < _SAMPLES:
+                    self._stats.answer_ms.append((time.monotonic() - since) * 1_000)
+            self._news.set()
+
+
+def _with(features: bytes, more: bytes) -> bytes:
+    """A JSON object with more members."""
+    if not more:
+        return features
+    return b"%b,%b}" % (features[:-1], more) if features != b"{}" else b"{%b}" % more

@@ -1,0 +1,308 @@
+"""What each Kafka client is built with, from one settings object: addresses, client id, security; and how long to wait for it.
+
+Secrets are unmasked here and nowhere else; what these functions return must not be logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeVar
+
+from pydantic import SecretStr
+
+from stream.errors import NoAnswer, SecurityError
+from stream.kafka import batch_reader, fetched
+from stream.settings import KafkaSettings
+
+__all__ = [
+    "admin_client",
+    "aiokafka_options",
+    "answer",
+    "bootstrap_list",
+    "faust_options",
+    "kafka_python_options",
+    "no_answer",
+    "quietly_stopped",
+    "ssl_context",
+    "started",
+    "written",
+]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# How long to wait for one answer, in request timeouts (kafka.request_timeout_ms, 40 s). A request to a broker that has just
+# died takes a whole one, and the next broker's answer a part of another. aiokafka asks again for ever in some places, such as
+# for the coordinator of a transaction.
+PATIENCE = 1.5
+# Saying goodbye to a broker that doesn't answer. Two of these fit into the time that a worker has for draining (9 s).
+STOP_S = 4.0
+
+
+async def answer(kafka: KafkaSettings, asked: Awaitable[T], what: str, *, within_s: float | None = None) -> T:
+    """Await an answer of Kafka's, at most so long.
+
+    ```python
+    ends = await answer(settings, consumer.end_offsets(places), "the ends of examples")
+    ```
+
+    Args:
+        what: what was asked, for the message.
+        within_s: 1.5 times kafka.request_timeout_ms when not given.
+
+    Raises:
+        NoAnswer: none came in time. What was asked is cancelled.
+        aiokafka.errors.KafkaError: as what was asked raises.
+    """
+    limit_s = kafka.request_timeout_ms * PATIENCE / 1_000 if within_s is None else within_s
+    limit = asyncio.timeout(limit_s)
+    try:
+        async with limit:
+            return await asked
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise NoAnswer(
+            f"Kafka at {kafka.bootstrap_servers}: expected an answer about {what} within {limit_s:g} s, found none. Check that "
+            "its brokers run and that each partition has a leader (`headrace doctor`); kafka.request_timeout_ms says how long "
+            "to wait for one request."
+        ) from error
+
+
+class Client(Protocol):
+    """aiokafka's consumer and producer."""
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+C = TypeVar("C", bound=Client)
+
+
+async def started(kafka: KafkaSettings, client: C, what: str, *, within_s: float | None = None) -> C:
+    """Start a client; one that can't be started is stopped again.
+
+    Raises:
+        NoAnswer: Kafka can't be reached, or the client couldn't start in time.
+        aiokafka.errors.KafkaError: as `start` raises.
+    """
+    try:
+        await _reached(kafka, client.start, what, within_s)
+    except BaseException:
+        await quietly_stopped(client.stop)
+        raise
+    return client
+
+
+async def _reached(
+    kafka: KafkaSettings, start: Callable[[], Awaitable[object]], what: str, within_s: float | None = None
+) -> None:
+    """Start a client, with words for a Kafka that isn't there."""
+    from aiokafka.errors import KafkaConnectionError
+
+    try:
+        await answer(kafka, start(), what, within_s=within_s)
+    except KafkaConnectionError as error:
+        raise no_answer(kafka, what, error) from error
+
+
+def no_answer(kafka: KafkaSettings, what: str, error: BaseException) -> NoAnswer:
+    """What a user reads when Kafka answers a question with an error, or not at all.
+
+    Args:
+        error: an error of either client library's, or a time-out.
+    """
+    name, found = type(error).__name__, " ".join(str(error).split())
+    if not found.startswith(name):  # as aiokafka's errors do
+        found = f"{name}: {found}" if found else name
+    return NoAnswer(
+        f"Kafka at {kafka.bootstrap_servers} ({kafka.security_protocol}): expected an answer about {what}, found {found}. "
+        "Check that it runs (`headrace kafka status` for a local one) and that HEADRACE_KAFKA__BOOTSTRAP_SERVERS and the "
+        "security settings are right."
+    )
+
+
+async def written(
+    kafka: KafkaSettings, futures: Sequence[asyncio.Future[T]], what: str, *, within_s: float | None = None
+) -> list[T]:
+    """Await what a producer was given. (An idempotent one of aiokafka's tries again for ever.)
+
+    Raises:
+        NoAnswer: something isn't written in time; whether it will be is not known.
+        aiokafka.errors.KafkaError: as the brokers refuse it.
+    """
+    if not futures:
+        return []
+    # Not awaited one by one under a timeout: that would cancel futures that are the producer's own.
+    await answer(kafka, asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION), f"what was sent: {what}", within_s=within_s)
+    return [await future for future in futures]
+
+
+async def quietly_stopped(stop: Callable[[], Awaitable[object]]) -> None:
+    """Stop a client whose word nobody waits for any more: not for long, and whatever the brokers say.
+
+    A transactional producer waits for its open transaction, and for ever where the brokers are gone. A consumer without brokers
+    lets the cancelling of its own tasks out; that is no cancelling of ours.
+    """
+    try:
+        async with asyncio.timeout(STOP_S):
+            await stop()
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        log.debug("a client was left behind: %r", error)
+    except Exception as error:  # the connections go with the process, and the transaction by the broker's own limit
+        log.debug("a client was left behind: %r", error)
+
+
+@asynccontextmanager
+async def admin_client(kafka: KafkaSettings) -> AsyncIterator[Any]:
+    """An aiokafka admin client that has started; each of its requests has kafka.request_timeout_ms.
+
+    Raises:
+        NoAnswer: Kafka can't be reached.
+    """
+    from aiokafka.admin import AIOKafkaAdminClient
+
+    admin = AIOKafkaAdminClient(**aiokafka_options(kafka))
+    try:
+        await _reached(kafka, admin.start, "the cluster")
+        yield admin
+    finally:
+        await quietly_stopped(admin.close)
+
+
+def bootstrap_list(settings: KafkaSettings) -> list[str]:
+    """The bootstrap servers, one `host:port` each.
+
+    Raises:
+        SecurityError: no address, or one without a port.
+    """
+    servers = [server.strip() for server in settings.bootstrap_servers.split(",") if server.strip()]
+    if not servers:
+        raise SecurityError(
+            "kafka.bootstrap_servers: expected host:port, found nothing. Set HEADRACE_KAFKA__BOOTSTRAP_SERVERS, or run "
+            "`headrace kafka start`, which prints the address of a local Kafka."
+        )
+    for server in servers:
+        host, _, port = server.rpartition(":")
+        if not host or not port.isdigit():
+            raise SecurityError(
+                f"kafka.bootstrap_servers: expected host:port, several separated by commas, found {server!r}. "
+                "Add the port (Kafka's own default is 9092)."
+            )
+    return servers
+
+
+def ssl_context(settings: KafkaSettings) -> ssl.SSLContext | None:
+    """The TLS context, or None where the protocol has no TLS. Certificates and host names are always checked.
+
+    Raises:
+        SecurityError: a file that is missing or unreadable as PEM, a wrong password, or a key without its certificate.
+    """
+    if settings.security_protocol not in ("SSL", "SASL_SSL"):
+        return None
+    for key in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
+        file = getattr(settings, key)
+        if file is not None and not file.is_file():
+            raise SecurityError(f"kafka.{key}: expected a PEM file, found nothing at {file}. Mend the path.")
+    if settings.ssl_keyfile is not None and settings.ssl_certfile is None:
+        raise SecurityError(
+            "kafka.ssl_keyfile: expected kafka.ssl_certfile beside it, found none. Set both, or neither when the brokers "
+            "ask for no client certificate."
+        )
+    try:
+        context = ssl.create_default_context(cafile=settings.ssl_cafile)
+    except ssl.SSLError as error:
+        raise SecurityError(
+            f"kafka.ssl_cafile: expected certificates in PEM, found {settings.ssl_cafile} ({error}). Convert it with "
+            "`openssl x509 -in FILE -out FILE.pem`."
+        ) from error
+    if settings.ssl_certfile is not None:
+        try:
+            # A function, since with a plain None OpenSSL would ask on the terminal, and a worker would wait for ever.
+            context.load_cert_chain(
+                settings.ssl_certfile, settings.ssl_keyfile, lambda: _unmasked(settings.ssl_keyfile_password) or ""
+            )
+        except (ssl.SSLError, ValueError) as error:
+            raise SecurityError(
+                f"kafka.ssl_certfile {settings.ssl_certfile}, kafka.ssl_keyfile {settings.ssl_keyfile}: expected a "
+                f"certificate and its key in PEM, found: {error}. Check that they belong together, and "
+                "kafka.ssl_keyfile_password when the key is encrypted."
+            ) from error
+    return context
+
+
+def aiokafka_options(settings: KafkaSettings) -> dict[str, Any]:
+    """Keyword arguments for aiokafka's consumer, producer and admin client."""
+    fetched.install()
+    batch_reader.install()
+    return _options(settings)
+
+
+def kafka_python_options(settings: KafkaSettings) -> dict[str, Any]:
+    """Keyword arguments for kafka-python's consumer, producer and admin client."""
+    return _options(settings)
+
+
+def faust_options(settings: KafkaSettings) -> dict[str, Any]:
+    """Keyword arguments for `faust.App`: broker URLs, client id, timeout in seconds, credentials."""
+    import faust
+
+    fetched.install()
+    batch_reader.install()
+    options: dict[str, Any] = {
+        "broker": [f"kafka://{server}" for server in bootstrap_list(settings)],
+        "broker_client_id": settings.client_id,
+        "broker_request_timeout": settings.request_timeout_ms / 1_000,
+    }
+    context = ssl_context(settings)
+    if settings.security_protocol.startswith("SASL_"):
+        username, password = _sasl(settings)
+        options["broker_credentials"] = faust.SASLCredentials(
+            username=username, password=password, ssl_context=context, mechanism=settings.sasl_mechanism
+        )
+    elif context is not None:
+        options["broker_credentials"] = faust.SSLCredentials(context)
+    return options
+
+
+def _options(settings: KafkaSettings) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "bootstrap_servers": bootstrap_list(settings),
+        "client_id": settings.client_id,
+        "request_timeout_ms": settings.request_timeout_ms,
+        "security_protocol": settings.security_protocol,
+    }
+    context = ssl_context(settings)
+    if context is not None:
+        options["ssl_context"] = context
+    if settings.security_protocol.startswith("SASL_"):
+        username, password = _sasl(settings)
+        options["sasl_mechanism"] = settings.sasl_mechanism
+        options["sasl_plain_username"] = username
+        options["sasl_plain_password"] = password
+    return options
+
+
+def _sasl(settings: KafkaSettings) -> tuple[str, str]:
+    username, password = settings.sasl_username, _unmasked(settings.sasl_password)
+    for key, value in (("sasl_username", username), ("sasl_password", password)):
+        if not value:
+            raise SecurityError(
+                f"kafka.{key}: expected a value, since kafka.security_protocol is {settings.security_protocol}, found "
+                f"none. Set HEADRACE_KAFKA__{key.upper()}, or another protocol."
+            )
+    assert username is not None and password is not None
+    return username, password
+
+
+def _unmasked(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()

@@ -1,0 +1,39 @@
+"""Times of events: which unit a time is in, and lengths of time for people.
+
+The client has the same rule of units for itself (`headrace/events.py`).
+"""
+
+from __future__ import annotations
+
+__all__ = ["MAX_AGE_MS", "duration", "unit_of", "wrong_unit"]
+
+# How far an event may lie before its arrival. Logs of the past are replayed years later, and 40 years reach back to before
+# there were click logs. A time in seconds, read as milliseconds, lies further back: in January 1970.
+MAX_AGE_MS = 40 * 365 * 86_400_000
+
+
+def unit_of(time: int, near_ms: int) -> str | None:
+    """The unit in which `time` is within `MAX_AGE_MS` of a moment; None where it is in none."""
+    for unit, time_ms in (
+        ("milliseconds", time),
+        ("seconds", time * 1_000),
+        ("microseconds", time // 1_000),
+        ("nanoseconds", time // 1_000_000),
+    ):
+        if abs(near_ms - time_ms) <= MAX_AGE_MS:
+            return unit
+    return None
+
+
+def wrong_unit(time: int, near_ms: int) -> str:
+    """For the end of an error: which other unit the time looks like. Empty where it looks like none."""
+    unit = unit_of(time, near_ms)
+    return "" if unit in (None, "milliseconds") else f", which looks like {unit}"
+
+
+def duration(span_ms: float) -> str:
+    """A length of time for people: three digits and a unit that suits them."""
+    for unit, size_ms in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000)):
+        if span_ms >= size_ms:
+            return f"{span_ms / size_ms:.3g} {unit}"
+    return f"{span_ms:.0f} ms"

@@ -1,0 +1,144 @@
+"""Follows the snapshot registry for as long as a worker lives."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from state.registry import RegistryState
+from stream.registry.log import RegistryLog, unreachable
+from stream.settings import KafkaSettings
+from stream.topics.names import TopicNames
+
+__all__ = ["RegistryReader"]
+
+logger = logging.getLogger(__name__)
+
+# One wait for news; records wake it at once, so this only says how often the end of the log is looked at.
+POLL_MS = 200
+# First reading: the topic is compacted, so this is minutes of slack for a broker that is just starting.
+START_TIMEOUT_S = 60.0
+# Wait before connecting anew after an error that the client couldn't mend itself.
+RECONNECT_S = 1.0
+
+
+class RegistryReader:
+    """A background task that keeps `state` as the registry is; no consumer group, committed records only.
+
+    ```python
+    reader = RegistryReader(settings.kafka, names, on_change=lambda state: swap_to(state.champion.version))
+    await reader.start()              # has read everything there is
+    reader.state.champion.version
+    ```
+
+    `on_change` is called with the state at the end of `start` and whenever records were read and the end is reached again.
+    It runs on the event loop, so it starts work rather than doing it; what it raises is logged and changes nothing here.
+    """
+
+    def __init__(
+        self, kafka: KafkaSettings, names: TopicNames, *, on_change: Callable[[RegistryState], object] | None = None
+    ) -> None:
+        self._kafka = kafka
+        self._names = names
+        self._on_change = on_change
+        self._log = RegistryLog(kafka, names, follow=True)
+        self._caught_up_at: float | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> RegistryState:
+        """The registry as of `position`."""
+        return self._log.state
+
+    @property
+    def position(self) -> int:
+        """The next offset to read: everything below it is in `state`. A heartbeat's `registry_offset`."""
+        return self._log.position
+
+    @property
+    def caught_up_at(self) -> float | None:
+        """`time.monotonic()` when it was last known to stand at the end; older than the lease means stale."""
+        return self._caught_up_at
+
+    async def start(self) -> None:
+        """Read the whole registry, then follow it in the background.
+
+        Raises:
+            TopicError: the topic isn't there.
+            RegistryError: Kafka can't be reached.
+        """
+        from aiokafka.errors import KafkaError
+
+        try:
+            fresh = await self._opened()
+        except (KafkaError, TimeoutError) as error:
+            raise unreachable(self._kafka, error) from error
+        self._adopt(fresh)
+        self._task = asyncio.create_task(self._follow(), name="registry-reader")
+
+    async def close(self) -> None:
+        """Stop following; `state` stays readable."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        await self._log.close()
+
+    async def _opened(self) -> RegistryLog:
+        log = RegistryLog(self._kafka, self._names, follow=True)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                await log.open()
+                await log.catch_up()
+        except BaseException:
+            await log.close()
+            raise
+        return log
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                await self._poll_until_it_fails()
+            except Exception:
+                logger.warning("registry: lost, connecting again in %g s", RECONNECT_S, exc_info=True)
+            await asyncio.sleep(RECONNECT_S)
+            try:
+                # The old state stands until the new one is whole.
+                fresh = await self._opened()
+            except Exception:
+                logger.warning("registry: still out of reach", exc_info=True)
+                continue
+            await self._log.close()
+            self._adopt(fresh)
+
+    async def _poll_until_it_fails(self) -> None:
+        news = False
+        while True:
+            before = self._log.state
+            news = await self._log.poll(POLL_MS) > 0 or news or self._log.state is not before
+            at_the_end = self._note_end()
+            if news and at_the_end:
+                news = False
+                self._tell()
+
+    def _adopt(self, log: RegistryLog) -> None:
+        """Go on with a log that has just been read to its end."""
+        self._log = log
+        self._caught_up_at = time.monotonic()
+        self._tell()
+
+    def _note_end(self) -> bool:
+        at = self._log.caught_up_at()
+        if at is not None:
+            self._caught_up_at = at
+        return at is not None
+
+    def _tell(self) -> None:
+        if self._on_change is None:
+            return
+        try:
+            self._on_change(self._log.state)
+        except Exception:
+            logger.exception("registry: the callback failed on a change")

@@ -1,0 +1,94 @@
+"""What each of the eight topics must be: partitions, replication, and how Kafka keeps its records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from stream.errors import TopicError
+from stream.settings import TopicSettings
+from stream.topics.names import TopicNames
+
+__all__ = ["OUTPUT_MARGIN_BYTES", "Difference", "TopicContract", "topic_contracts"]
+
+# An example or a dead letter is an input record as it came, with headers of ours: a record at the limit must still fit.
+OUTPUT_MARGIN_BYTES = 65_536
+
+# Only closed segments are compacted. A version is announced every few seconds: an hour of them is a short read for a scorer
+# that starts.
+SNAPSHOTS_SEGMENT_MS = 3_600_000
+# Each scorer sends a heartbeat a second and a reader wants the last one only, so segments close after a minute.
+SCORERS_SEGMENT_MS = 60_000
+SCORERS_SEGMENT_BYTES = 4 * 1024 * 1024
+# A reader takes seconds from the first heartbeat to the last; a tombstone must outlive that, and ten minutes leave it room.
+SCORERS_TOMBSTONE_MS = 600_000
+# Kafka waits by default until half of a compacted log is stale.
+STALE_RATIO = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class TopicContract:
+    """One topic as it must be. `configs` are Kafka's own names and values, as text."""
+
+    name: str
+    partitions: int
+    replication_factor: int
+    configs: dict[str, str]
+    partitions_setting: str | None
+    """The setting that says how many partitions; None where the number is fixed."""
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """Where a topic is not as the contract says, and what to do about it."""
+
+    topic: str
+    what: str
+    expected: str
+    found: str
+    cure: str
+
+
+def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
+    """The eight contracts, in the order of the flow.
+
+    Raises:
+        TopicError: more replicas must be in sync than there are.
+    """
+    if settings.min_insync_replicas > settings.replication_factor:
+        raise TopicError(
+            f"topics.min_insync_replicas: expected at most topics.replication_factor ({settings.replication_factor}), found "
+            f"{settings.min_insync_replicas}: no write could ever succeed. Lower it, or raise the replication factor."
+        )
+    names = TopicNames.of(settings)
+    deleted = {"cleanup.policy": "delete", "retention.ms": str(settings.retention_ms)}
+    compacted = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": str(STALE_RATIO)}
+    snapshots = compacted | {"segment.ms": str(SNAPSHOTS_SEGMENT_MS)}
+    scorers = compacted | {
+        "segment.ms": str(SCORERS_SEGMENT_MS),
+        "segment.bytes": str(SCORERS_SEGMENT_BYTES),
+        "delete.retention.ms": str(SCORERS_TOMBSTONE_MS),
+    }
+    source, larger = settings.max_message_bytes, settings.max_message_bytes + OUTPUT_MARGIN_BYTES
+    events, requests = "topics.partitions", "topics.request_partitions"
+
+    def contract(name: str, partitions_setting: str | None, max_bytes: int, kept: dict[str, str]) -> TopicContract:
+        partitions = {events: settings.partitions, requests: settings.request_partitions, None: 1}[partitions_setting]
+        configs = {
+            # Arrival, by the broker's clock: event time is in the value, and must not decide when a record is deleted.
+            "message.timestamp.type": "LogAppendTime",
+            "max.message.bytes": str(max_bytes),
+            "min.insync.replicas": str(settings.min_insync_replicas),
+        }
+        return TopicContract(name, partitions, settings.replication_factor, configs | kept, partitions_setting)
+
+    return (
+        contract(names.impressions, events, source, deleted),
+        contract(names.clicks, events, source, deleted),
+        contract(names.examples, events, larger, deleted),
+        contract(names.dead_letters, events, larger, deleted),
+        contract(names.score_requests, requests, source, deleted),
+        contract(names.scores, requests, source, deleted),
+        contract(names.snapshots, None, source, snapshots),
+        contract(names.scorers, None, source, scorers),
+    )

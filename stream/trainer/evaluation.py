@@ -1,0 +1,236 @@
+"""How good the scores are, as the labels come in.
+
+Progressive: the model's own score of each example, taken just before it learned it. Served: the score that the impression
+carries from the moment it was shown. A progressive score is taken when the label arrives, after the model has learned what came
+between; a served one knows nothing of that. Both stand side by side.
+
+Both are of the stream as it was before negatives were left out: one that was sent at rate r counts 1 / r times. A correction to
+1 adds its click and takes back one negative, whether or not that of its impression was sent: on average just what these count
+for, and at rate 1 exactly so for the served score, which is the same in both. A correction to 0 adds a negative and takes back
+one click, which was sent at any rate. The progressive score is taken back at that of the correction, since the first label's
+isn't kept.
+
+Three scopes: `window` (the last examples), `total` (since the model began) and, where asked for, `evaluation` (since an event
+time: "the last 80 % of the stream"). All travel with the versions, so that a restart goes on with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.metrics import Metrics, ProgressiveMetrics, auc
+from stream.trainer.batching import TrainingBatch
+from stream.trainer.bookkeeping import from_json, to_json
+
+__all__ = ["FrozenScores", "Kind", "Report", "Scope", "Scores", "counts", "manifest_metrics"]
+
+Kind = Literal["progressive", "served"]
+Scope = Literal["window", "total", "evaluation"]
+Report = Mapping[tuple[Kind, Scope], Metrics]
+
+# Examples gathered before the sums are updated: a small batch would cost more to count than to gather.
+GATHERED = 4_096
+# Scores kept for an exact AUC over the evaluation: 20 MB. Beyond, and after a restart, it comes from bins (within 1e-4).
+EXACT_EXAMPLES = 2_000_000
+_EXACT = np.dtype([("score", np.float32), ("weight", np.float32), ("label", np.bool_), ("corrects", np.bool_)])
+
+
+class _Evaluation:
+    """Metrics since an event time, with an exact AUC up to `EXACT_EXAMPLES` where no restart lies between."""
+
+    def __init__(self) -> None:
+        self._sums = ProgressiveMetrics(1)
+        self._rows = np.empty(GATHERED, _EXACT)
+        self._kept = 0
+        self._all_kept = True
+
+    def update(
+        self,
+        scores: npt.NDArray[np.float32],
+        labels: npt.NDArray[np.float32],
+        weights: npt.NDArray[np.float32],
+        corrects: npt.NDArray[np.bool_],
+    ) -> None:
+        self._sums.update(scores, labels, weights, corrects)
+        after = self._kept + len(scores)
+        if not self._all_kept or after > EXACT_EXAMPLES:
+            self._all_kept = False
+            return
+        if after > len(self._rows):
+            # A new array, so that what `frozen` has handed out stays as it was.
+            room = max(after, 2 * len(self._rows))
+            self._rows = np.concatenate([self._rows[: self._kept], np.empty(room - self._kept, _EXACT)])
+        new = self._rows[self._kept : after]
+        new["score"], new["weight"], new["label"], new["corrects"] = scores, weights, labels > 0.5, corrects
+        self._kept = after
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        return self._sums.state()
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Goes on from a version's sums; its single scores aren't kept, so the AUC comes from bins from then on."""
+        self._sums.restore(state)
+        self._all_kept = self._sums.total().examples == 0
+
+    def frozen(self) -> _Evaluation:
+        """As it stands now; cheap, since what is kept is only ever appended to."""
+        twin = copy.copy(self)
+        twin._sums = copy.deepcopy(self._sums)
+        return twin
+
+    def metrics(self) -> Metrics:
+        total = self._sums.total()
+        if not self._all_kept:
+            return total
+        rows = self._rows[: self._kept]
+        return replace(total, auc=auc(rows["score"], rows["label"], rows["weight"], rows["corrects"]))
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenScores:
+    """The scores up to one moment. Working out what they come to may take its time."""
+
+    counted: Mapping[Kind, ProgressiveMetrics]
+    evaluated: Mapping[Kind, _Evaluation]
+
+    def report(self) -> Report:
+        """All metrics of both kinds in every scope."""
+        report: dict[tuple[Kind, Scope], Metrics] = {}
+        for kind, counted in self.counted.items():
+            report[kind, "window"], report[kind, "total"] = counted.window(), counted.total()
+        for kind, evaluated in self.evaluated.items():
+            report[kind, "evaluation"] = evaluated.metrics()
+        return report
+
+
+class Scores:
+    """Counts scored examples. `add` is for the training thread, `freeze` for any.
+
+    Args:
+        window: examples in the scope `window`.
+        evaluation_from_ms: event time from which examples count in the scope `evaluation`; None leaves that scope out.
+    """
+
+    def __init__(self, window: int, evaluation_from_ms: int | None = None) -> None:
+        kinds: tuple[Kind, Kind] = ("progressive", "served")
+        self._lock = threading.Lock()
+        self._from_ms = evaluation_from_ms
+        self._window = window
+        self._counted: dict[Kind, ProgressiveMetrics] = {kind: ProgressiveMetrics(window) for kind in kinds}
+        self._evaluated: dict[Kind, _Evaluation] = {} if evaluation_from_ms is None else {kind: _Evaluation() for kind in kinds}
+        self._gathered: list[tuple[npt.NDArray[np.float32], TrainingBatch]] = []
+        self._rows = 0
+
+    def add(self, scores: npt.NDArray[np.float32], batch: TrainingBatch) -> None:
+        """Count the examples of a batch, with the scores that the model gave them before it learned them."""
+        with self._lock:
+            self._gathered.append((scores, batch))
+            self._rows += len(batch)
+            if self._rows >= GATHERED:
+                self._count()
+
+    def freeze(self) -> FrozenScores:
+        """Everything added so far."""
+        with self._lock:
+            self._count()
+            return FrozenScores(
+                {kind: copy.deepcopy(counted) for kind, counted in self._counted.items()},
+                {kind: evaluated.frozen() for kind, evaluated in self._evaluated.items()},
+            )
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything added so far, for `restore` (`stream.trainer.bookkeeping.Kept`)."""
+        with self._lock:
+            self._count()
+            parts = {(kind, "counted"): counted.state() for kind, counted in self._counted.items()}
+            parts |= {(kind, "evaluated"): evaluated.state() for kind, evaluated in self._evaluated.items()}
+        tensors = {
+            f"{kind}.{scope}.{name}": torch.from_numpy(array)
+            for (kind, scope), arrays in parts.items()
+            for name, array in arrays.items()
+        }
+        return {"evaluation_from_ms": to_json(self._from_ms), **tensors}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave. An evaluation since another event time begins anew."""
+        same_evaluation = from_json(state.get("evaluation_from_ms")) == self._from_ms
+        counted: dict[Kind, ProgressiveMetrics] = {kind: ProgressiveMetrics(self._window) for kind in self._counted}
+        evaluated: dict[Kind, _Evaluation] = {kind: _Evaluation() for kind in self._evaluated}
+        for kind, metrics in counted.items():
+            metrics.restore(_under(state, f"{kind}.counted."))
+        for kind, evaluation in evaluated.items():
+            if same_evaluation:
+                evaluation.restore(_under(state, f"{kind}.evaluated."))
+        with self._lock:
+            self._counted, self._evaluated = counted, evaluated
+
+    def _count(self) -> None:
+        if not self._gathered:
+            return
+        gathered, self._gathered, self._rows = self._gathered, [], 0
+        labels = np.concatenate([batch.labels for _, batch in gathered])
+        weights = np.concatenate([counts(batch) for _, batch in gathered])
+        corrects = np.concatenate(
+            [np.zeros(len(batch), np.bool_) if batch.corrects is None else batch.corrects for _, batch in gathered]
+        )
+        served = np.concatenate([batch.served for _, batch in gathered])
+        progressive = np.concatenate([scores for scores, _ in gathered])
+        pairs: tuple[tuple[Kind, npt.NDArray[np.float32]], ...] = (("progressive", progressive), ("served", served))
+        for kind, scores in pairs:
+            there = ~np.isnan(scores)
+            self._counted[kind].update(scores[there], labels[there], weights[there], corrects[there])
+            if self._from_ms is not None:
+                there &= np.concatenate([batch.impression_ms for _, batch in gathered]) >= self._from_ms
+                self._evaluated[kind].update(scores[there], labels[there], weights[there], corrects[there])
+
+
+def _under(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, npt.NDArray[Any]]:
+    return {name.removeprefix(prefix): tensor.numpy() for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def counts(batch: TrainingBatch) -> npt.NDArray[np.float32]:
+    """How often each example counts: its weight, and a negative besides for those that were left out."""
+    weights = np.ones(len(batch), np.float32) if batch.weights is None else batch.weights
+    if batch.rates is None:
+        return weights
+    sent_at_any_rate = batch.labels > 0.5
+    if batch.corrects is not None:
+        sent_at_any_rate |= batch.corrects
+    return np.where(sent_at_any_rate, weights, weights / batch.rates).astype(np.float32)
+
+
+_PREFIXES: dict[tuple[Kind, Scope], str] = {
+    ("progressive", "window"): "window",
+    ("progressive", "total"): "total",
+    ("progressive", "evaluation"): "evaluation",
+    ("served", "window"): "served",
+    ("served", "total"): "served_total",
+    ("served", "evaluation"): "evaluation_served",
+}
+
+
+def manifest_metrics(report: Report) -> dict[str, float]:
+    """Flat names, as manifests carry them: `window_auc`, `served_calibration`, `evaluation_served_ne`, …
+
+    Of nothing there is only the count. What isn't defined, like the AUC of a window without a click, is NaN.
+    """
+    flat: dict[str, float] = {}
+    for place, metrics in report.items():
+        prefix = _PREFIXES[place]
+        flat[f"{prefix}_examples"] = metrics.examples
+        if metrics.examples:
+            flat[f"{prefix}_log_loss"] = metrics.log_loss
+            flat[f"{prefix}_auc"] = metrics.auc
+            flat[f"{prefix}_ne"] = metrics.normalised_entropy
+            flat[f"{prefix}_calibration"] = metrics.calibration
+    # A loss over examples of weight 0 alone is no sign of a broken model.
+    return {name: value for name, value in flat.items() if not (name.endswith("log_loss") and math.isnan(value))}

@@ -1,0 +1,261 @@
+"""`headrace snapshot …` as a user sees it: output, exit codes, messages."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from deploy.cli.common import who
+from deploy.cli.times import DURATION, TIME, clock, duration
+from deploy.settings import Settings
+from state.manifest import Manifest
+from state.settings import SnapshotSettings
+from state.store import SnapshotStore
+from stream.registry.follower import RegistryReader
+from stream.registry.heartbeat import HeartbeatSender
+from stream.registry.writer import RegistryWriter
+from stream.topics.names import TopicNames
+from tests.deploy.conftest import Run
+from tests.judged import JUDGED
+
+GATE = SnapshotSettings(first_examples=0, good_after_ms=0)
+
+
+@pytest.fixture
+def three(topics: Settings) -> Settings:
+    """Three versions in the store and announced, each promoted; 1 and 2 are good."""
+
+    async def announce() -> None:
+        store = SnapshotStore(topics.snapshots)
+        writer = RegistryWriter(topics.kafka, TopicNames.of(topics.topics), who="trainer@test")
+        epoch = await writer.take_trainer_epoch()
+        for version in (1, 2, 3):
+            metrics = {"window_examples": 1_000.0, "window_log_loss": 0.5, "window_calibration": 1.0, "window_auc": 0.7}
+            manifest = Manifest(
+                version=version,
+                epoch=epoch,
+                created_at_ms=1_700_000_000_000,
+                examples_seen=1_234,
+                metrics=metrics,
+                verdict=JUDGED,
+            )
+            written = store.write(manifest, {"rows": torch.ones(3)}, {"adam": torch.ones(3)})
+            assert (await writer.announce(written, gate=GATE)).promoted
+        await writer.tag_good(1, 2)
+        await writer.close()
+
+    asyncio.run(announce())
+    return topics
+
+
+@contextmanager
+def scorer(settings: Settings, worker: str, *, deaf: bool = False) -> Iterator[None]:
+    """A scorer of its own loop in a thread, which swaps at once, or never once it has begun."""
+    ready, stop = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        names = TopicNames.of(settings.topics)
+        reader = RegistryReader(settings.kafka, names)
+        sender = HeartbeatSender(settings.kafka, names, worker=worker, host="h1")
+        await sender.start()
+        await reader.start()
+        sent = None
+        while not stop.is_set():
+            now = (reader.state.champion.version, reader.position)
+            if now != sent and not (deaf and sent):
+                await sender.send(now[0] or -1, 0, now[1])
+                sent = now
+                ready.set()
+            await asyncio.sleep(0.01)
+        await reader.close()
+        await sender.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(20)
+
+
+def test_list_shows_what_there_is(run: Run, three: Settings) -> None:
+    document = run("snapshot list --format json").json
+    assert (document["champion"], document["held"], document["trainer_epoch"]) == (3, False, 1)
+    assert [version["version"] for version in document["versions"]] == [1, 2, 3]
+    assert [version["tags"] for version in document["versions"]] == [["good"], ["good"], ["champion"]]
+    assert all(version["in_store"] and version["bytes"] > 0 for version in document["versions"])
+    assert [version["version"] for version in run("snapshot list --last 1 --format json").json["versions"]] == [3]
+
+    SnapshotStore(three.snapshots).delete(2)
+    text = run("snapshot list").out.splitlines()
+    assert text[0].split()[:4] == ["version", "tags", "kind", "examples"]
+    assert text[1].split()[:4] == ["3", "champion", "full", "1,234"] and "2023-11-14T22:13:20Z" in text[1]
+    assert "promoted: flowing: nothing was compared yet" in text[1]
+    assert text[2].split()[:5] == ["2", "good,", "not", "in", "store"]
+    assert text[-2].startswith("champion 3 since ") and text[-2].endswith(", auto-promotion on")
+    assert text[-1] == "gate flowing since -: nothing was compared yet"
+
+
+def test_list_shows_what_scorers_say(run: Run, three: Settings) -> None:
+    async def say() -> None:
+        sender = HeartbeatSender(three.kafka, TopicNames.of(three.topics), worker="s1", host="h1")
+        await sender.start()
+        await sender.send(2, 0, 1, fallback_of=3, fallback_reason="a broken file")
+        await sender._producer.stop()  # no goodbye
+
+    asyncio.run(say())
+    (told,) = run("snapshot list --format json").json["scorers"]
+    assert (told["worker"], told["version"], told["fallback_of"], told["fallback_reason"]) == ("s1", 2, 3, "a broken file")
+    assert run("snapshot list").out.splitlines()[-1] == "scorer s1 on h1: version 2; it can't read version 3: a broken file"
+
+
+def test_list_of_an_empty_registry(run: Run, topics: Settings) -> None:
+    ran = run("snapshot list")
+    assert ran.code == 0 and "champion none since -, auto-promotion on" in ran.out
+    assert run("snapshot list --format json").json["versions"] == []
+    assert not Path(topics.snapshots.url).exists()  # looking makes nothing
+
+
+def test_show(run: Run, three: Settings) -> None:
+    shown = run("snapshot show 2 --format json").json
+    assert shown["announced"]["tags"] == ["good"] and shown["manifest"]["examples_seen"] == 1_234
+    text = run("snapshot show 2").out
+    assert "serving.safetensors" in text and "SHA-256" in text and "by trainer@test" in text
+    assert "flowing since -: nothing was compared yet" in text and "100 clicks and 900 non-clicks seen" in text
+    assert shown["announced"]["verdict"]["flow"] == "flowing"
+    ran = run("snapshot show 9")
+    assert ran.code == 1 and "version 9: expected a whole version in" in ran.err and ran.out == ""
+    SnapshotStore(three.snapshots).delete(2)
+    assert "no: it can't be promoted" in run("snapshot show 2").out
+
+
+def test_verify(run: Run, three: Settings) -> None:
+    ran = run("snapshot verify 2")
+    assert ran.code == 0 and ran.out.startswith("version 2 is whole: 2 files, ") and ran.err == ""
+    file = Path(three.snapshots.url) / "v0000000002" / "serving.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    ran = run("snapshot verify 2 --format json")
+    assert ran.code == 1 and ran.json["whole"] is False
+    assert "serving.safetensors: expected SHA-256 " in ran.err and ran.json["problems"] == [ran.err.strip()]
+
+
+def test_promote_prints_what_undoes_it(run: Run, three: Settings) -> None:
+    dry = run("snapshot promote 1 --reason test --dry-run")
+    assert dry.out.splitlines()[0] == "champion: 3 → 1 (dry run: nothing was written)"
+    assert run("snapshot list --format json").json["champion"] == 3
+    ran = run("snapshot promote 1 --reason 'for a test' --hold 'pin it'")
+    undo = "headrace snapshot promote 3 --reason 'undo of 1' --resume"
+    assert ran.out.splitlines() == ["champion: 3 → 1", "auto-promotion: held", f"undo: {undo}"]
+    document = run("snapshot list --format json").json
+    assert (document["champion"], document["hold_reason"], document["reason"]) == (1, "pin it", "for a test")
+    assert "@" in document["who"]
+    undone = run(undo.removeprefix("headrace ") + " --format json").json
+    assert undone["to"] == 3 and undone["held"] is False
+    assert undone["undo"] == "headrace snapshot promote 1 --reason 'undo of 3' --hold 'pin it'"
+    ran = run("snapshot promote 3 --reason again")
+    assert ran.code == 1 and "Error: version 3: it is champion already, since" in ran.err
+
+
+def test_nobody_is_sent_to_a_version_that_is_not_whole(run: Run, three: Settings) -> None:
+    (Path(three.snapshots.url) / "v0000000002" / "serving.safetensors").unlink()
+    for command in ("promote 2 --reason x", "rollback --yes", "rollback --dry-run"):
+        ran = run(f"snapshot {command}")
+        assert ran.code == 1 and "serving.safetensors: expected " in ran.err and "found no file" in ran.err
+        assert ran.err.strip().endswith("Nothing was changed; --unchecked goes there all the same.")
+    assert run("snapshot list --format json").json["champion"] == 3
+    assert run("snapshot rollback --unchecked --format json").json["to"] == 2
+
+
+def test_rollback_confirmed_and_undone(run: Run, three: Settings) -> None:
+    with scorer(three, "s1"), scorer(three, "s2"):
+        plan = run("snapshot rollback --dry-run --format json").json
+        assert plan == {"from": 3, "to": 2, "held_already": False, "live": ["s1", "s2"], "dry_run": True}
+        ran = run("snapshot rollback --reason 'CTR fell' --format json")
+        assert ran.code == 0, ran.err
+        done = ran.json
+        assert (done["from"], done["to"], done["held"], done["unconfirmed"]) == (3, 2, True, [])
+        assert sorted(each["worker"] for each in done["confirmed"]) == ["s1", "s2"]
+        assert 0 < done["rollback_ms"] < 5_000
+        assert done["undo"] == "headrace snapshot promote 3 --reason 'undo of 2' --resume"
+        assert run(done["undo"].removeprefix("headrace ")).code == 0
+        document = run("snapshot list --format json").json
+        assert (document["champion"], document["held"], document["hold_reason"]) == (3, False, "")
+        text = run("snapshot rollback --to 1 --yes").out.splitlines()
+        assert text[0] == "champion: 3 → 1, auto-promotion held until `headrace snapshot resume`"
+        assert text[1].startswith("2 of 2 scorers confirmed (") and text[1].endswith(" after the command")
+        assert text[2] == "undo: headrace snapshot promote 3 --reason 'undo of 1' --resume"
+
+
+def test_rollback_that_someone_does_not_confirm(run: Run, three: Settings) -> None:
+    with scorer(three, "s1"), scorer(three, "deaf", deaf=True):
+        ran = run("snapshot rollback --timeout 700ms --format json")
+    assert ran.code == 3
+    assert [each["worker"] for each in ran.json["confirmed"]] == ["s1"]
+    assert [each["worker"] for each in ran.json["unconfirmed"]] == ["deaf"]
+    assert "scorer deaf on h1: expected version 2 within 700 ms, found version 3 at registry offset " in ran.err
+    assert "The rollback stands; look at that scorer's log, or stop it." in ran.err
+
+
+def test_rollback_without_scorers_or_without_a_target(run: Run, three: Settings) -> None:
+    ran = run("snapshot rollback --back 0s")
+    assert ran.code == 1 and "expected one older than the champion, 3. --to can name: 2 (champion at " in ran.err
+    ran = run("snapshot rollback --to 1 --back 1m")
+    assert ran.code == 1 and "expected one of --to, --back and --before, found several" in ran.err
+    ran = run("snapshot rollback --before 2001-01-01")
+    assert ran.code == 1 and "expected a champion at 2001-01-01T00:00:00Z, found none remembered" in ran.err
+    ran = run("snapshot rollback")
+    assert ran.code == 0 and "no scorer is live: nobody had to confirm (" in ran.out
+
+
+def test_hold_and_resume(run: Run, three: Settings) -> None:
+    by = rf"\(by {re.escape(who())} at \d{{4}}-\S+Z\)"
+    held = run("snapshot hold --reason sale").out.splitlines()
+    assert re.fullmatch(f"auto-promotion: held: sale {by}", held[0])
+    assert held[1:] == ["undo: headrace snapshot resume"]
+    again = run("snapshot hold --reason other --format json").json
+    assert (again["held"], again["reason"], again["changed"], again["undo"]) == (True, "sale", False, None)
+    assert again["who"] == who() and again["since_ms"] > 0
+    text = run("snapshot hold --reason other").out.splitlines()
+    assert re.fullmatch(f"auto-promotion: held: sale {by}", text[0])
+    assert text[1:] == ["It was so already; nothing was written."]
+    (line,) = (line for line in run("snapshot list").out.splitlines() if line.startswith("champion "))
+    assert re.search(rf"auto-promotion held by {re.escape(who())} at \S+Z: sale$", line)
+    resumed = run("snapshot resume").out.splitlines()
+    assert resumed[0].startswith("auto-promotion: on (by ")
+    assert resumed[1:] == ["undo: headrace snapshot hold --reason sale"]
+    assert run("snapshot resume").out.splitlines()[-1] == "It was so already; nothing was written."
+
+
+def test_usage(run: Run) -> None:
+    assert run("snapshot rollback --back tomorrow").code == 2
+    ran = run("snapshot promote 1 --reason x --hold y --resume")
+    assert ran.code == 2 and "--hold and --resume: expected one of them, found both." in ran.err
+    ran = run("snapshot rollback --help")
+    text = " ".join(ran.out.split())
+    assert ran.code == 0 and "Exit code 3 when someone didn't confirm" in text and "headrace snapshot rollback --to 39" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "found"), [("500ms", 500), ("10s", 10_000), ("1.5m", 90_000), ("2h", 7_200_000), ("1d", 86_400_000)]
+)
+def test_durations(text: str, found: int) -> None:
+    assert DURATION.convert(text, None, None) == found
+
+
+def test_times_are_utc_unless_they_say_otherwise() -> None:
+    assert TIME.convert("2024-05-01T12:00:00Z", None, None) == TIME.convert("2024-05-01T12:00", None, None)
+    assert TIME.convert("2024-05-01T14:00+02:00", None, None) == TIME.convert("2024-05-01 12:00:00", None, None)
+    assert clock(TIME.convert("2024-05-01T12:00:00Z", None, None)) == "2024-05-01T12:00:00Z"
+    assert clock(None) == "-"
+    assert [duration(span) for span in (12, 1_234, 90_000, 7_200_000)] == ["12 ms", "1.23 s", "1.5 m", "2 h"]

@@ -1,0 +1,55 @@
+"""Reading stretches of a log whose offsets aren't all records."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.structs import TopicPartition
+
+from stream.kafka.clients import aiokafka_options
+from stream.kafka.log_spans import first_records, read_spans, span_consumer
+from stream.topics.names import TopicNames
+
+PATIENCE_S = 60.0
+
+
+@pytest.mark.kafka
+def test_where_markers_and_aborted_records_lie(topics):
+    """Offsets of one partition: 0 and 1 records, 2 their marker, 3 aborted, 4 its marker, 5 a record, 6 its marker."""
+    topic = TopicNames.of(topics.topics).impressions
+    one, empty = TopicPartition(topic, 0), TopicPartition(topic, 1)
+
+    async def check() -> None:
+        async with AIOKafkaProducer(**aiokafka_options(topics.kafka), transactional_id=f"{topic}-test") as producer:
+            for values, ends in (((b"0", b"1"), True), ((b"3",), False), ((b"5",), True)):
+                await producer.begin_transaction()
+                for value in values:
+                    await producer.send_and_wait(topic, value, partition=0)
+                await (producer.commit_transaction() if ends else producer.abort_transaction())
+        for committed, behind_two in ((True, 5), (False, 3)):
+            consumer = span_consumer(topics.kafka, committed=committed, max_partition_fetch_bytes=1)
+            await consumer.start()
+            began = time.monotonic()
+            try:
+                for span, offset in (
+                    ((0, 7), 0),
+                    ((1, 7), 1),
+                    ((2, 3), None),
+                    ((2, 7), behind_two),
+                    ((4, 5), None),
+                    ((6, 7), None),
+                    ((7, 7), None),
+                ):
+                    first = await first_records(consumer, {one: span, empty: (0, 0)}, within_s=PATIENCE_S)
+                    assert {tp: record and record.offset for tp, record in first.items()} == {one: offset, empty: None}
+                assert await first_records(consumer, {one: (7, 8)}, within_s=0.5) == {}
+                read = [record.offset async for _, run in read_spans(consumer, {one: (1, 7)}, stall_s=20) for record in run]
+            finally:
+                await consumer.stop()
+            assert time.monotonic() - began < PATIENCE_S, "where no record is the position says so, and nobody waits for one"
+            assert read == ([1, 5] if committed else [1, 3, 5])
+
+    asyncio.run(check())

@@ -1,0 +1,71 @@
+"""What the watchdog is told of a trainer and of a scorer: partitions by what is trained, and by what is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from faust.types import TP
+
+from stream.kafka.cluster import Cluster, ClusterWatch
+from stream.kafka.transport import LogEnd
+from stream.scorer.worker import ScorerWorker
+from stream.settings import KafkaSettings, ScorerSettings, TopicSettings
+from stream.topics.names import TopicNames
+from stream.trainer.worker import TrainerWorker
+from stream.worker.watchdog import Part
+
+NAMES = TopicNames.of(TopicSettings())
+WATCH = ClusterWatch(KafkaSettings(), Cluster("c", {}, {}), changed=lambda error: None)
+
+
+def trainer(positions: dict[int, int]) -> Any:
+    worker: Any = TrainerWorker(
+        kafka=KafkaSettings(),
+        group="g",
+        topic=NAMES.examples,
+        pipeline=SimpleNamespace(training=SimpleNamespace(positions=positions)),  # type: ignore[arg-type]
+        watch=WATCH,
+        **dict.fromkeys(  # type: ignore[arg-type]
+            ("snapshots", "publisher", "letters", "registry", "follower", "judge", "anchors", "scores", "metrics")
+        ),
+    )
+    worker._accepted = dict.fromkeys(positions, 9_999)  # what waits in queues is no progress
+    return worker
+
+
+def scorer(positions: dict[int, int]) -> Any:
+    worker: Any = ScorerWorker(
+        kafka=KafkaSettings(),
+        settings=ScorerSettings(),
+        names=NAMES,
+        stale=lambda: False,
+        worker_id="w",
+        max_bytes=1,
+        watch=WATCH,
+        **dict.fromkeys(("swapper", "outbox", "heartbeats", "metrics")),  # type: ignore[arg-type]
+    )
+    worker._answered, worker._joins = positions, True
+    return worker
+
+
+@pytest.mark.parametrize(("make", "topic"), [(trainer, NAMES.examples), (scorer, NAMES.score_requests)])
+def test_each_partition_by_what_is_done(make: Any, topic: str) -> None:
+    async def check() -> None:
+        worker = make({0: 5, 1: 10})
+        ends = {TP(topic, 0): 10, TP(topic, 1): 10}
+        worker.app.consumer = SimpleNamespace(
+            log_end=lambda tp: LogEnd(ends[tp], int(time.time() * 1000), ends[tp]), assignment=set, stop_flow=lambda: None
+        )
+        worker._standing = "joining the group"
+        assert [part.name for part in worker.parts()] == ["the group's assignment"]
+        worker._standing = ""
+        assert list(worker.parts()) == [
+            Part(f"{topic}, partition 0", 5, "records from offset 5 to 10 waiting"),
+            Part(f"{topic}, partition 1", 10, None),
+        ]
+
+    asyncio.run(check())
