@@ -58,7 +58,7 @@ faults: setup ## hurt the join RUNS times from SEED on (kills, brokers, disks, n
 	$(BIN)/python -m tests.faults --runs $(RUNS) --seed $(SEED) --jobs $(JOBS) --write-docs
 
 lock: ## resolve requirements.lock again from pyproject.toml
-	$(UV) pip compile pyproject.toml --extra worker --extra schema-registry --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock
+	$(UV) pip compile pyproject.toml --group worker --group schema-registry --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock
 
 clean: ## remove .venv and what the local Kafka and the workers left
 	rm -rf .venv .headrace

@@ -16,17 +16,16 @@ import msgspec
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError, UnsupportedCodecError
 
+from headrace.arguments import check_wait
 from headrace.connections import OPEN_MS, connect, one_line
-from headrace.errors import DeliveryError, HeadraceError, InvalidAnswer, InvalidOption
-from headrace.events import plain, shown
+from headrace.errors import DeliveryError, HeadraceError, InvalidAnswer
 from headrace.lifetime import Lifetime
 
-__all__ = ["Answer", "AnswerError", "AnswerRouter", "Score", "ScoreStream", "check_wait", "decode_answer"]
+__all__ = ["Answer", "AnswerError", "AnswerRouter", "Score", "ScoreStream", "decode_answer"]
 
 log = logging.getLogger(__name__)
 
 _POLL_MS = 200  # how soon a closed stream notices; records wake the poll at once
-_LONGEST_WAIT_MS = 10 * 24 * 3_600_000  # ten days: below what the system's timers take
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -115,16 +114,6 @@ def decode_answer(record: Any) -> Answer:
         partition=record.partition,
         offset=record.offset,
     )
-
-
-def check_wait(value: Any, name: str) -> Any:
-    """The time to wait, in ms, when it can be one. Raises InvalidOption."""
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LONGEST_WAIT_MS:
-        raise InvalidOption(
-            f"{name}: expected milliseconds, from 0 to {_LONGEST_WAIT_MS} (ten days), found {shown(value)}. Pass a number."
-        )
-    return value
 
 
 class ScoreStream:

@@ -154,8 +154,8 @@ def _import_error(error: ImportError) -> str | None:
         return None
     found = "none" if isinstance(error, ModuleNotFoundError) else f"one that can't be loaded ({_shown(error)})"
     return (
-        f"Python package {package or 'of the workers'}: expected it for this command, found {found}. Install what workers and "
-        "this command need: pip install 'headrace[worker]' (in a checkout: make setup)."
+        f"Python package {package or 'of the workers'}: expected it for this command, found {found}. Run `make setup` in "
+        "the checkout, which installs what workers and commands need."
     )
 
 

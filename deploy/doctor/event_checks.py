@@ -42,7 +42,7 @@ _CURES = {
     "restart the workers; `headrace dead-letters list --reason too_large` says which events they are",
     "unreadable": "find the producer of these batches: its compression is broken, or they expand to more than 64 MiB; "
     "`headrace dead-letters list --reason unreadable` says where they are",
-    "framed": "set schema_registry.url (pip install 'headrace[schema-registry]'), restart the join, then "
+    "framed": "set schema_registry.url, restart the join, then "
     "`headrace dead-letters replay --reason framed`; or use plain JSON serializers (docs/producers.md)",
     "enveloped": "set join.envelope to what `headrace dead-letters list --reason enveloped` names, restart the join, then "
     "`headrace dead-letters replay --reason enveloped` (docs/producers.md)",

@@ -128,7 +128,7 @@ def test_a_schema_registry_without_its_packages(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("stream.formats.reader._there", lambda module: module != "fastavro")
     [found] = [each for each in findings(Settings(schema_registry={"url": "https://a"})) if each.level == "error"]
     assert found.key == "schema_registry.url"
-    assert "pip install 'headrace[schema-registry]'" in found.message
+    assert "Run `make setup` in the checkout" in found.message
 
 
 def test_the_join_is_handed_the_schema_registry(monkeypatch: pytest.MonkeyPatch) -> None:

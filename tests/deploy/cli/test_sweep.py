@@ -256,9 +256,17 @@ def test_packages_of_the_workers_that_are_not_installed(tmp_path: Path) -> None:
     judge(ended, dict.fromkeys(ARGUMENTS, 1) | {"kafka reset": 0, "kafka stop": 0})
     for each in ended:
         local = named(each).startswith("kafka ")  # looks for a Java first
-        assert local or (each.err.startswith("Error: Python package ") and "pip install 'headrace[worker]'" in each.err), (
+        assert local or (each.err.startswith("Error: Python package ") and "Run `make setup` in the checkout" in each.err), (
             each.err
         )
+
+
+def test_the_clients_packages_alone(tmp_path: Path) -> None:
+    """As after `pip install -e .` in a checkout: not even the command line's own packages are there."""
+    ended = run_all(cases(tmp_path, without=("click", "rich", "pydantic", "pydantic_settings", "psutil", *EXTRA)))
+    judge(ended, dict.fromkeys(ARGUMENTS, 1))
+    for each in ended:
+        assert each.err.startswith("Error: Python package click: expected it for the command line, found none."), each.err
 
 
 @pytest.mark.parametrize("package", ["torch", "rocksdict", "faust", "pyarrow"])

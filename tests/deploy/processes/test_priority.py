@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,12 +41,17 @@ def in_a_new_session(program: str) -> list[int]:
     return [int(number) for number in ran.stdout.split()]
 
 
+OWN = os.nice(0)  # of the tests, which may run under `nice`
+
+
+@pytest.mark.skipif(OWN > 12, reason=f"niceness {OWN} leaves no room for 7 more")
 def test_a_process_is_nice() -> None:
-    assert in_a_new_session(WORKER) == [7]
-    assert in_a_new_session(SHELL) == [7, 0]
+    assert in_a_new_session(WORKER) == [OWN + 7]
+    assert in_a_new_session(SHELL) == [OWN + 7, OWN]
 
 
+@pytest.mark.skipif(OWN > 12, reason=f"niceness {OWN} leaves no room for 7 more")
 @pytest.mark.skipif(not AUTOGROUP.exists(), reason="this kernel has no autogroups (CONFIG_SCHED_AUTOGROUP)")
 def test_a_session_is_nice_only_when_it_is_the_workers_own() -> None:
-    assert in_a_new_session(WORKER + TELL_GROUP) == [7, 7]
-    assert in_a_new_session(SHELL + TELL_GROUP) == [7, 0, 0]
+    assert in_a_new_session(WORKER + TELL_GROUP)[1:] == [7]
+    assert in_a_new_session(SHELL + TELL_GROUP)[2:] == [0]

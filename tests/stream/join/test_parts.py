@@ -187,5 +187,5 @@ def test_a_worker_without_the_packages_of_the_registry_does_not_start(monkeypatc
     chosen = JoinSettings().with_registry(SchemaRegistrySettings(url="http://registry:8081"))
     nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1")
     starting = run_join(kafka=nowhere, settings=chosen, names=NAMES, http=HttpSettings(), state_dir=tmp_path)
-    with pytest.raises(StreamError, match=r"found no fastavro. Install them: pip install 'headrace\[schema-registry\]'"):
+    with pytest.raises(StreamError, match=r"found no fastavro. Run `make setup` in the checkout"):
         asyncio.run(starting)
