@@ -27,7 +27,6 @@ from stream.join.source_clock import SourceClock
 LATENESS_MS = 5_000
 NOW_MS = 1_750_000_000_000
 PAST_MS = 1_650_000_000_000
-RUN = 50  # events handed over at once
 
 Int64s = npt.NDArray[np.int64]
 

@@ -97,13 +97,6 @@ def at_once(stream: Stream, window_ms: int) -> Labels:
     return Labels(rows, stream.labels(window_ms).astype(np.float32), np.zeros(len(rows), np.bool_), stream.shown_ms)
 
 
-def clicks_first(stream: Stream, window_ms: int) -> Labels:
-    """A click leaves at once, a negative when the window has passed: how labels must not leave."""
-    clicked = stream.labels(window_ms)
-    known_ms = np.where(clicked, stream.clicked_ms, stream.shown_ms + window_ms)
-    return _ordered(np.arange(len(stream)), clicked, np.zeros(len(stream), np.bool_), known_ms)
-
-
 def _ordered(rows: Int64s, labels: Bools, corrects: Bools, known_ms: Int64s) -> Labels:
     order = np.argsort(known_ms, kind="stable")  # a correction of the same time comes after the first labels
     return Labels(rows[order], labels[order].astype(np.float32), corrects[order], known_ms[order])

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deploy.cli.times import duration
 from deploy.doctor.finding import Finding
 from deploy.doctor.producers import Sent, who_sent
 from deploy.doctor.readings import Readings, Tail
 from deploy.feeding.partitions import partitions_of
-from stream.records.times import unit_of
+from stream.records.times import duration, unit_of
 
 __all__ = ["clocks", "dead_letters", "partitioner", "time_units"]
 

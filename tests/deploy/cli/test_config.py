@@ -104,7 +104,7 @@ def test_a_key_that_was_replaced_says_by_what(monkeypatch: pytest.MonkeyPatch) -
             "snapshots.served_calibration_band",
             "the alarm would never end",
         ),
-        ({"local_kafka": {"java": "/nowhere/java"}}, "error", "local_kafka.java", "Mend the path"),
+        ({"local_kafka": {"java": "/nowhere/java"}}, "error", "local_kafka.java", "Correct the path"),
     ],
 )
 def test_findings(change: dict[str, Any], level: str, key: str, says: str) -> None:
