@@ -1,4 +1,4 @@
-"""The client: sends events and score requests, hears the answers."""
+"""The client: sends events and score requests, and reads the answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from headrace.scores import Answer, ScoreStream
 
 __all__ = ["Client"]
 
-_LINGER_MS = 20  # events wait this long for company: they matter in seconds, and a batch costs one round trip
+_LINGER_MS = 20  # an event waits this long for others: a batch costs one round trip, and freshness is counted in seconds
 
 
 class Client:
@@ -40,15 +40,20 @@ class Client:
         answer = client.ask({"user_id": "u7"}, [("item-1", {"price": 9.5}), ("item-2", {"price": 4.0})])
     ```
 
-    `bootstrap_servers` is `host:port`, several in a list or separated by commas. `topic_prefix` is the pipeline's own
-    setting of that name. `source` names this producer: impressions and clicks carry it in a header of that name, by which
-    `headrace doctor` names who sends what is wrong. Further options are kafka-python's (`security_protocol`, `sasl_mechanism`,
-    `sasl_plain_username`, `sasl_plain_password`, `ssl_cafile`, `client_id`, `request_timeout_ms`, …) and go to every
-    connection. Records are keyed by id, placed by murmur2, sent in batches by an idempotent producer and acknowledged by
-    all in-sync replicas. Sending returns at once; `flush`, and leaving the `with` block, wait and raise what failed.
+    - `bootstrap_servers` is `host:port`; several addresses stand in a list or are separated by commas.
+    - `topic_prefix` is the pipeline's setting `topics.prefix`.
+    - `source` names this producer. Impressions and clicks carry the name in a header `source`, and `headrace doctor` prints it
+      beside wrong events.
+    - `linger_ms` is how long an event waits for others, so that a batch takes them all.
+    - Further options are kafka-python's (`security_protocol`, `sasl_mechanism`, `sasl_plain_username`, `sasl_plain_password`,
+      `ssl_cafile`, `client_id`, `request_timeout_ms`, …) and go to every connection.
 
-    A client belongs to the process that made it: make it after a fork, not before. A program that ends without `close` still
-    sends what is outstanding, for at most 10 s, and logs an error when that fails.
+    Records are keyed by id, partitioned by murmur2, sent in batches by an idempotent producer, and acknowledged by all in-sync
+    replicas. Sending returns at once. `flush`, and leaving the `with` block, wait for acknowledgements and raise an error when
+    records failed.
+
+    A client belongs to the process that made it: make a client after a fork, not before. A program that ends without `close`
+    still sends outstanding records, for at most 10 s, and logs an error when that fails.
 
     Raises:
         InvalidOption: an argument or an option is wrong.
@@ -82,13 +87,15 @@ class Client:
         score: float | None = None,
         model_version: int | None = None,
     ) -> None:
-        """Something was shown. `score` and `model_version` say what the scorer had answered, if it was asked.
+        """Send an impression: something was shown.
 
         Args:
-            timestamp_ms: when it was shown, ms since 1970-01-01 UTC; now when None.
+            features: name → value: a string, a finite number, a list of strings or None.
+            timestamp_ms: when it was shown, in ms since 1970-01-01 UTC; now when None.
+            score, model_version: what the scorer answered for it, where it was asked.
 
         Raises:
-            InvalidEvent: the pipeline would refuse it; nothing was sent.
+            InvalidEvent: the pipeline would reject the event; nothing was sent.
             DeliveryError: the topic is missing, or too much is outstanding for 15 s.
             UnusableClient: the client is closed, or was made before this process was forked.
         """
@@ -98,25 +105,27 @@ class Client:
         self._delivery.send_event(self._impressions, key, value, self._headers)
 
     def send_click(self, impression_id: str, *, timestamp_ms: int | None = None) -> None:
-        """What was shown as `impression_id` was clicked at `timestamp_ms` (now when None). Raises as `send_impression`."""
+        """Send a click on the impression of that id, at `timestamp_ms` (now when None). Raises as `send_impression`."""
         self._delivery.lifetime.check()
         key, value = encode_click(impression_id, now_ms() if timestamp_ms is None else timestamp_ms)
         self._delivery.send_event(self._clicks, key, value, self._headers)
 
     def send_watermark(self, watermark_ms: int | None = None, *, lateness_ms: int = 0) -> None:
-        """Promise that no older event comes any more, to every partition of impressions and clicks.
+        """Promise every partition of impressions and clicks that no older event will come.
 
-        Without a watermark the join waits for the next event, and so do the labels. A producer of a sparse stream calls
-        `send_watermark(lateness_ms=…)` on a timer (`headrace watermarks` does the same); whatever ends a stream sends a
-        watermark beyond the last window, so that the last impressions get their labels. It comes after everything that this
-        client has sent before.
+        Without a watermark the join waits for the next event before it sends labels. Two cases need one:
+
+        - A producer of a sparse stream calls `send_watermark(lateness_ms=…)` on a timer. `headrace watermarks` does the same.
+        - The end of a stream needs a watermark beyond the last window, so that the last impressions get their labels.
+
+        The watermark arrives after everything that this client has sent before.
 
         Args:
             watermark_ms: ms since 1970-01-01 UTC; now less `lateness_ms` when None.
-            lateness_ms: longest time from an event to its arrival in Kafka; only without a `watermark_ms`.
+            lateness_ms: longest time from an event to its arrival in Kafka, in ms; only without a `watermark_ms`.
 
         Raises:
-            InvalidEvent: the watermark or the lateness is no such time; nothing was sent.
+            InvalidEvent: the watermark or the lateness is not a valid time; nothing was sent.
             DeliveryError, UnusableClient: as `send_impression`.
         """
         self._delivery.lifetime.check()
@@ -149,13 +158,13 @@ class Client:
         request_id: str | None = None,
         deadline_ms: int | None = None,
     ) -> str:
-        """Ask for scores without waiting; the answer comes on `scores` (see `subscribe_scores`).
+        """Ask for scores without waiting. The answer arrives on the topic `scores` (see `subscribe_scores`).
 
         Args:
             context: features that all candidates share (the user, the page).
-            candidates: pairs (id, features); a candidate's feature wins over the context's of the same name.
-            request_id: unique; drawn when None. The same id sent twice may be answered twice.
-            deadline_ms: ms since 1970-01-01 UTC, after which the answer is not wanted any more.
+            candidates: pairs (id, features). A candidate's feature takes the place of the context's feature of the same name.
+            request_id: a unique id; a random one when None. The same id sent twice may be answered twice.
+            deadline_ms: ms since 1970-01-01 UTC, after which an answer is of no use.
 
         Returns:
             The request's id. Raises as `send_impression`.
@@ -173,10 +182,10 @@ class Client:
         request_id: str | None = None,
         deadline_ms: int | None = None,
     ) -> Future[Answer]:
-        """Ask for scores; the future gets the answer. Any number may be outstanding.
+        """Ask for scores, and get the answer by a future. Any number of requests may be outstanding.
 
-        The future ends by an answer or by `close`; a caller who gives up earlier passes a timeout to `result`.
-        Arguments and errors as of `request_scores`.
+        The future ends with the answer, or with an error when the client is closed. To wait for less, pass a timeout to its
+        `result`. Arguments and errors are those of `request_scores`.
         """
         self._delivery.lifetime.check()
         key, value = encode_request(request_id_or_new(request_id), context, candidates, deadline_ms)
@@ -199,13 +208,13 @@ class Client:
         timeout_ms: int = 1_000,
         request_id: str | None = None,
     ) -> Answer:
-        """Ask for scores and wait. The request carries the deadline, so that scorers don't answer when it has passed.
+        """Ask for scores and wait. The request carries the deadline, so that scorers don't answer after it.
 
-        The first call also opens the connections for it and starts the thread that reads answers, some 100 ms. It raises
-        DeliveryError when no broker answers within 15 s (`bootstrap_timeout_ms`).
+        The first call also opens the connections for requests and starts the thread that reads answers, which takes about
+        100 ms. It raises DeliveryError when no broker answers within 15 s (`bootstrap_timeout_ms`).
 
         Raises:
-            NoAnswer: none came within `timeout_ms`.
+            NoAnswer: no answer came within `timeout_ms`.
             InvalidOption: `timeout_ms` is not a number of milliseconds.
             InvalidEvent, DeliveryError, UnusableClient: as `send_impression`.
         """
@@ -225,7 +234,7 @@ class Client:
             ) from error
 
     def subscribe_scores(self, *, from_beginning: bool = False) -> ScoreStream:
-        """Follow all answers, from now on or from the oldest kept. Iterate over what it returns, and close it.
+        """Follow all answers, from now on or from the oldest that Kafka keeps. Iterate over the stream, and close it.
 
         Raises:
             DeliveryError: no broker answers within 15 s (`bootstrap_timeout_ms`), or the topic is missing.
@@ -235,9 +244,7 @@ class Client:
         return ScoreStream(self._scores, self._options, from_beginning=from_beginning)
 
     def send_raw(self, topic: str, key: bytes | None, value: bytes, headers: Iterable[Header] = ()) -> None:
-        """Send bytes as they are to `topic` (full name, no prefix added): for replays of what was encoded before.
-
-        What the bytes say is not checked.
+        """Send bytes as they are to `topic`, by its full name, for replays of encoded events. The bytes are not checked.
 
         Raises:
             InvalidOption: an argument is of the wrong type.
@@ -248,10 +255,10 @@ class Client:
         self._delivery.send_event(*check_raw(topic, key, value, headers))
 
     def flush(self, timeout_ms: int = 60_000) -> None:
-        """Wait until everything sent so far is acknowledged.
+        """Wait until every record sent so far is acknowledged.
 
         Raises:
-            DeliveryError: records that failed since the last flush, or are still outstanding after `timeout_ms`.
+            DeliveryError: records failed since the last flush, or are still outstanding after `timeout_ms`.
             InvalidOption: `timeout_ms` is not a number of milliseconds.
             UnusableClient: as `send_impression`.
         """
@@ -259,9 +266,9 @@ class Client:
         self._delivery.flush(check_wait(timeout_ms, "timeout_ms"))
 
     def close(self, timeout_ms: int = 60_000) -> None:
-        """Flush, then disconnect, which takes at most 15 s more. Closing again does nothing.
+        """Flush, then disconnect, which takes at most 15 s more. Closing a closed client does nothing.
 
-        Raises as `flush`; the connections are closed all the same.
+        Raises as `flush`; the connections are closed even then.
         """
         self._delivery.lifetime.check_process()
         self._delivery.close(check_wait(timeout_ms, "timeout_ms"))
