@@ -44,7 +44,7 @@ check: setup ## lint, format, types, imports, declared dependencies, dead code, 
 	$(BIN)/deptry tests bench --exclude '\.venv' --ignore DEP002 --non-dev-dependency-groups worker,schema-registry,dev
 	$(BIN)/python -m tests.house
 	$(BIN)/python -m deploy.docs --check
-	$(BIN)/python -m pytest -q tests/test_docs.py
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_asyncapi.py
 
 format: setup ## fix what the formatter and the linter can
 	$(BIN)/ruff check --fix .

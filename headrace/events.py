@@ -157,7 +157,7 @@ def plain(value: Any) -> Any:
         return value
     if type(value).__name__ == "MaskedConstant":  # numpy's for a missing value, whose item is 0
         return value
-    # numpy is no dependency of the client, and a value's attributes need no import: kind "U" is text, "b" a boolean. A duration,
+    # numpy is no dependency of the client, and attributes need no import: kind "U" is text, "b" a boolean. A duration,
     # kind "m", is one of numpy's integers, and would lose its unit.
     if getattr(value, "ndim", None) == 0 and getattr(getattr(value, "dtype", None), "kind", "") in tuple("iufUb"):
         item = value.item()
