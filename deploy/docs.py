@@ -99,7 +99,8 @@ def _operations_page() -> str:
     after = rest.split(METRICS_END)[1]
     parts = [METRICS_BEGIN]
     for worker, described in metrics().items():
-        parts += [f"\n### Of {'the ' if worker != 'every worker' else ''}{worker}\n", "| metric | type | labels | meaning |"]
+        title = "Every worker" if worker == "every worker" else f"The {worker}"
+        parts += [f"\n### {title}\n", "| metric | type | labels | meaning |"]
         parts.append("| --- | --- | --- | --- |")
         for each in described:
             labels = ", ".join(f"`{label}`" for label in each.labels)
