@@ -299,7 +299,7 @@ class JoinSettings(_Frozen):
     def _without_policies(cls, values: Any) -> Any:
         if isinstance(values, dict) and "label_policy" in values:
             raise ValueError(
-                "label_policy was replaced by hold_ms. Instead of `wait` set hold_ms to window_ms (no label is ever corrected), "
+                "label_policy was replaced by hold_ms. Instead of `wait` set hold_ms to window_ms (no label is corrected), "
                 "instead of `fnw` set it to 0 (negatives leave at once); most need only the default. Remove label_policy."
             )
         return values
@@ -328,8 +328,8 @@ class JoinSettings(_Frozen):
 
     @property
     def reaches_back_ms(self) -> int:
-        """How far behind the newest events a join that has lost its disk begins to read: ids are remembered until they are older
-        than watermark - window - 2 × horizon, and the watermark is `lateness_ms` behind the events."""
+        """How far behind the newest events a join that has lost its disk begins to read. Ids are remembered until they are
+        older than watermark - window - 2 × horizon, and the watermark is `lateness_ms` behind the events."""
         return self.window_ms + 2 * self.dedupe_horizon_ms + self.lateness_ms + self.negative_skew_ms
 
     @property
