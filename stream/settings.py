@@ -1,4 +1,7 @@
-"""Settings of everything that touches Kafka."""
+"""Settings of everything that touches Kafka: a class for each section of `headrace.toml`, from `kafka` to `http`.
+
+The file is long because every setting has its description here, from which docs/settings.md is written.
+"""
 
 from __future__ import annotations
 
