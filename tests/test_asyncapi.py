@@ -1,4 +1,4 @@
-"""The payloads in docs/asyncapi.yaml are those of the code: the same fields, of the same types, as msgspec describes its structs."""
+"""The payloads in docs/asyncapi.yaml have the fields of the structs that are sent, and the types that msgspec gives them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAYLOADS = {"heartbeat": Heartbeat, "replayReceipt": letters._Receipt, "scoreAns
 
 
 def shape(schema: dict[str, Any], document: dict[str, Any]) -> Any:
-    """What a JSON schema says of types: names of types, lists of shapes, fields with their shapes; no descriptions or limits."""
+    """The types in a JSON schema: names of types, lists of shapes, fields with their shapes; no descriptions or limits."""
     if "$ref" in schema:
         target: Any = document
         for part in schema["$ref"].removeprefix("#/").split("/"):

@@ -24,6 +24,7 @@ __all__ = [
     "MAX_DELAY_MS",
     "Chunk",
     "DataSet",
+    "Int64s",
     "Pair",
     "Progress",
     "cache_folder",

@@ -19,6 +19,7 @@ from stream.kafka import batch_reader, fetched
 from stream.settings import KafkaSettings
 
 __all__ = [
+    "STOP_S",
     "admin_client",
     "aiokafka_options",
     "answer",

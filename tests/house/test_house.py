@@ -27,10 +27,10 @@ def write(checkout: Path, **files: str) -> None:
 def test_a_long_file_needs_a_reason(checkout: Path) -> None:
     lines = "x = 1\n" * 400
     write(checkout, model__short=lines, model__long=lines + "x = 2\n")
-    write(checkout, tests__table=f'"""Cases.\n\nLonger than 400 lines: one table of cases.\n"""\n{lines}')
+    write(checkout, tests__table=f'"""Cases.\n\nThis file is long because it is one table of cases.\n"""\n{lines}')
     assert list(sizes.problems(checkout)) == [
         "model/long.py: expected at most 400 lines, found 401. Split it by ideas, or say why not in its first 15 lines: "
-        "`Longer than 400 lines: …`."
+        "`This file is long because …`."
     ]
 
 

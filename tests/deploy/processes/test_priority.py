@@ -53,5 +53,5 @@ def test_a_process_is_nice() -> None:
 @pytest.mark.skipif(OWN > 12, reason=f"niceness {OWN} leaves no room for 7 more")
 @pytest.mark.skipif(not AUTOGROUP.exists(), reason="this kernel has no autogroups (CONFIG_SCHED_AUTOGROUP)")
 def test_a_session_is_nice_only_when_it_is_the_workers_own() -> None:
-    assert in_a_new_session(WORKER + TELL_GROUP)[1:] == [7]
-    assert in_a_new_session(SHELL + TELL_GROUP)[2:] == [0]
+    assert in_a_new_session(WORKER + TELL_GROUP) == [OWN + 7, 7]
+    assert in_a_new_session(SHELL + TELL_GROUP) == [OWN + 7, OWN, 0]
