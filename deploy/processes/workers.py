@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.errors import DeployError
+from deploy.processes.usage import usage
 
 __all__ = ["Worker", "stop_workers"]
 
@@ -45,7 +47,7 @@ class Worker:
         self._env, self._cwd = dict(env), cwd
         self.program = [sys.executable, "-m", "headrace"]
         self._process: subprocess.Popen[bytes] | None = None
-        self._peak_kb = 0
+        self._peak_rss_mb = 0.0
 
     @property
     def pid(self) -> int:
@@ -107,11 +109,9 @@ class Worker:
 
     def peak_rss_mb(self) -> float:
         """The most memory that the worker has held, in MiB; after its end, the last value that was read."""
-        # VmHWM, which psutil doesn't report.
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-            self._peak_kb = int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-        return round(self._peak_kb / 1024, 1)
+        with contextlib.suppress(psutil.Error):
+            self._peak_rss_mb = usage(self.pid).peak_rss_mb or self._peak_rss_mb  # 0 of one that has ended
+        return round(self._peak_rss_mb, 1)
 
     def kill(self) -> None:
         """SIGKILL: what a crash looks like."""

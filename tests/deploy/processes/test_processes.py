@@ -13,6 +13,7 @@ import pytest
 
 from deploy.processes import background
 from deploy.processes.background import Process, mark, stop_all
+from deploy.processes.usage import usage
 
 
 @pytest.fixture
@@ -81,3 +82,16 @@ def test_a_clock_set_between_two_readings_ends_nothing(
     readings = iter([psutil.boot_time() + 1.0])
     monkeypatch.setattr(background.psutil, "boot_time", lambda: next(readings, psutil._pslinux.boot_time()))
     assert process is not None and process.alive
+
+
+def test_usage_of_a_process() -> None:
+    program = "import sys; held = bytearray(64 << 20); del held; sum(range(3_000_000)); print(flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=pipe, stdout=pipe) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.readline()
+        used = usage(child.pid)
+        child.stdin.close()
+    assert used.cpu_seconds > 0 and 0 < used.rss_mb < used.peak_rss_mb - 50, used
+    with pytest.raises(psutil.NoSuchProcess):
+        usage(child.pid)
