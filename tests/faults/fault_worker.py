@@ -27,16 +27,16 @@ class FaultWorker(Worker):
     def __init__(self, env: dict[str, str], log: Path, *, cwd: Path, before: Sequence[str] = ()) -> None:
         super().__init__("join", env, log, cwd=cwd)
         self.program = [*before, sys.executable, "-m", "tests.faults.worker"]
-        # What strace or the loader must have to do with is executed; the others are forked.
+        # A worker that strace or the loader has to take part in is executed; all others are forked.
         self._forked = not before and "LD_PRELOAD" not in env
         self.wanted = False
-        self.ended: list[int] = []  # exit codes of the ends that nobody asked for
+        self.ended: list[int] = []  # exit codes of the times that it ended without being asked to
 
     def arm(self, fault: Fault) -> None:
         self._env["FAULT"] = msgspec.json.encode(fault).decode()
 
     def settings(self, settings: Settings) -> None:
-        """From its next start on."""
+        """Use other settings from the next start on."""
         self._env = worker_environment(settings) | {"FAULT": self._env.get("FAULT", "{}")}
 
     def start(self) -> None:
@@ -49,7 +49,7 @@ class FaultWorker(Worker):
         self.wanted = True
 
     def end(self, number: int = signal.SIGKILL) -> None:
-        """End it, and leave it ended; blocks."""
+        """End the worker and keep it ended. Blocks."""
         self.wanted = False
         assert self._process is not None
         self._process.send_signal(number)

@@ -30,7 +30,7 @@ Maker = Callable[[int, int, int], Stream]
 
 
 class Result(msgspec.Struct):
-    """What one run came to: a line of the results' file."""
+    """The result of one run: a line of the results file."""
 
     kind: str
     seed: int
@@ -49,7 +49,7 @@ class Result(msgspec.Struct):
     skipped: str = ""
     """Why the fault can't be made on this machine; such a run counts for nothing."""
     code: str = ""
-    """What it is a result of; see `tests.faults.code`."""
+    """The code that the result is of; see `tests.faults.code`."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Kind:
     """A kind of fault.
 
     Args:
-        play: makes it happen while the stream goes in; may send the stream by itself when `sends` is false.
+        play: makes the fault happen while the stream goes in; sends the stream itself where `sends` is false.
         cluster: `shared`, `alone`, `three` or `clock`.
         static: whether workers have an instance id; None draws.
-        stream: makes it from a seed, the hold and the skew.
-        sends: whether the stream is sent while it plays.
-        settles: whether everything must be there in the end; else the join has refused to go on, and nothing may be wrong.
+        stream: makes the stream from a seed, the hold and the skew.
+        sends: whether the run sends the stream while the fault plays.
+        settles: whether every label must be there in the end. Otherwise the join stops for good, and nothing may be wrong.
         killed: how often a worker kills itself, exactly.
-        crashes: how often workers may end with 1, least and most: where the fault is one that a worker must not live on.
+        crashes: how often workers may exit with 1, least and most: for faults that a worker must not survive.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Kind:
     crashes: tuple[int, int] = (0, 0)
 
     def unexpected(self, ended: list[int]) -> list[str]:
-        """What is wrong with the exit codes of workers that nobody asked to end."""
+        """Problems with the exit codes of workers that were not asked to end."""
         killed, crashed = ended.count(-signal.SIGKILL), ended.count(1)
         least, most = self.crashes
         if killed == self.killed and least <= crashed <= most and killed + crashed == len(ended):
@@ -88,7 +88,7 @@ class Kind:
 
 
 def variant(name: str, seed: int) -> dict[str, Any]:
-    """The holds, rates and skews that runs mix."""
+    """The hold, the rate and the skew of a run, drawn from its kind and seed."""
     draw = random.Random(f"variant of {name} {seed}")
     return {
         "hold_ms": draw.choice([0, 300, 3_000, WINDOW_MS]),
@@ -99,7 +99,7 @@ def variant(name: str, seed: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _ended(run: Run) -> Iterator[None]:
-    """No worker is left, whatever happened."""
+    """End every worker of the run at last, whatever happened."""
     try:
         yield
     finally:

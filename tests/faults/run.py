@@ -35,14 +35,14 @@ from tests.faults.worker import Fault
 __all__ = ["POLL_S", "Run", "happens"]
 
 PATIENCE_S = 120.0
-FAULT_S = 40.0  # for a fault to happen
+FAULT_S = 40.0  # the longest wait for a fault to happen
 POLL_S = 0.2
 MAX_RESTARTS = 20
 
 
 @contextlib.asynccontextmanager
 async def happens(what: str) -> AsyncIterator[None]:
-    """A part of the fault that is waited for: without it the run is an error."""
+    """Wait for a part of the fault. A run without it is an error, never a success."""
     try:
         async with asyncio.timeout(FAULT_S):
             yield
@@ -51,15 +51,15 @@ async def happens(what: str) -> AsyncIterator[None]:
 
 
 class Run:
-    """What a kind of fault has to work with.
+    """One run: the cluster, the stream, the workers, and the actions that a kind of fault takes on them.
 
     Attributes:
-        draw: everything random comes from here, so that a seed says it all.
+        draw: the source of everything random, so that a seed repeats a run.
         kafka: the cluster.
-        logs: what the topics hold.
-        lives: the settings that the stream was joined under so far.
-        everyone: all workers ever started, also those whose name another has now.
-        fault_over: when the fault was over (monotonic); from then on recovery is timed.
+        logs: reads what the topics hold.
+        lives: the settings that the stream was joined under so far, one entry for each change.
+        everyone: all workers ever started, also those whose name another worker has now.
+        fault_over: when the fault ended, in monotonic seconds. Recovery is timed from then on.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class Run:
         self.draw, self.kafka, self.folder, self.stream = random.Random(seed), kafka, folder, stream
         self.clusters = clusters
         self.links: dict[str, int] = {}
-        self.before: tuple[str, ...] = ()  # what the command of a worker begins with
-        self.environment: dict[str, str] = {}  # of workers, besides the settings
-        self.drains_late = False  # asked to stop at the end, a worker may take longer than the drain limit, and end with 1
+        self.before: tuple[str, ...] = ()  # words before a worker's command, such as strace
+        self.environment: dict[str, str] = {}  # more environment of the workers, besides their settings
+        self.drains_late = False  # whether a worker may exceed its drain limit at the end, and exit with 1
         replicas = kafka.brokers
         base = Settings(
             kafka=KafkaSettings(bootstrap_servers=kafka.bootstrap_servers),
@@ -92,8 +92,10 @@ class Run:
         self.sent = False
         self._second_half = asyncio.Event()
         self._second_half.set()
-        self._ends: dict[int, int] = {}  # of `examples`, by partition, as last seen
-        self._committed: list[tuple[float, float, int]] = []  # since when, and when, a partition of it was seen to have grown
+        self._ends: dict[int, int] = {}  # partition of `examples` → its end, as last seen
+        self._committed: list[
+            tuple[float, float, int]
+        ] = []  # (asked before, seen at, partition): when `examples` was seen to have grown
 
     def state_of(self, name: str) -> Path:
         return self.folder / f"state-{name}"
@@ -101,7 +103,7 @@ class Run:
     def worker(
         self, name: str = "one", fault: Fault | None = None, *, state: Path | None = None, instance: str = ""
     ) -> FaultWorker:
-        """Start a worker; with a fault that it has until its next start."""
+        """Start a worker. It has the fault until its next start."""
         settings = self.settings.model_copy(update={"state_dir": state or self.state_of(name)})
         if self.settings.join.instance_id is not None:
             settings = _with_join(settings, instance_id=instance or name)
@@ -119,32 +121,32 @@ class Run:
         worker.arm(Fault(links=self.links))
 
     async def end(self, worker: FaultWorker, number: int = signal.SIGKILL) -> None:
-        """End a worker, and leave it ended."""
+        """End a worker; the supervisor doesn't start it again."""
         await asyncio.to_thread(worker.end, number)
 
     async def leave(self, worker: FaultWorker) -> None:
-        """End a worker while others stay, in order or not. Only what is killed leaves something to recover from."""
+        """End one worker among others, by SIGTERM or SIGKILL at random. Recovery is timed only after SIGKILL."""
         number = self.draw.choice([signal.SIGTERM, signal.SIGKILL])
         await self.end(worker, number)
         if number == signal.SIGKILL:
             self.over()
 
     async def died(self, worker: FaultWorker, code: int = -signal.SIGKILL) -> None:
-        """Wait until the fault built in has happened, and the supervisor has started the worker again."""
+        """Wait until the worker's built-in fault has ended it, and the supervisor has started it again."""
         async with happens("the worker ends by the fault"):
             while not worker.ended:
                 await asyncio.sleep(POLL_S)
         assert worker.ended[0] == code, f"expected the fault to end the worker with {code}, found {worker.ended[0]}"
 
     async def labels(self, count: int = 1) -> None:
-        """Wait until that many more labels or so are seen committed, or all is sent."""
+        """Wait until about `count` more labels are seen committed, or all events are sent."""
         began, have = time.monotonic(), sum(self._ends.values())
         while sum(self._ends.values()) < have + count and not self.sent:
             assert time.monotonic() - began < PATIENCE_S, "no labels"
             await asyncio.sleep(POLL_S)
 
     async def change(self, worker: FaultWorker, **join: object) -> None:
-        """Other settings for a worker that has ended, the only one: from what it has committed on."""
+        """Give the only worker, which has ended, other settings. They hold from what the worker has committed on."""
         await asyncio.sleep(0.5)  # a commit that the kill came upon is through by then
         committed, ends = await asyncio.to_thread(lambda: (self.logs.committed(), self.logs.ends("examples")))
         self.settings = _with_join(self.settings, **join)
@@ -155,7 +157,7 @@ class Run:
         self.lives.append(replace(life(self.settings.join), impressions_from=since, examples_from=ends))
 
     async def refused(self, pattern: str, *workers: FaultWorker) -> None:
-        """Wait until each worker has refused to go on for a second time, and leave it ended."""
+        """Wait until each worker has exited with 1 for a second time, with `pattern` in its log; then keep it ended."""
         for worker in workers:
             async with happens(f"the worker ends, and says {pattern!r}"):
                 while worker.ended.count(1) < 2:
@@ -166,7 +168,7 @@ class Run:
             assert re.search(pattern, log), f"expected the worker to say {pattern!r}, found:\n{log[-3_000:]}"
 
     def hold(self) -> None:
-        """Keep back the second half of the stream's last phase until `go_on`: what is hurt by then has work left."""
+        """Keep back the second half of the stream's last phase until `go_on`, so that workers still have work after the fault."""
         self._second_half.clear()
 
     def go_on(self) -> None:
@@ -176,7 +178,7 @@ class Run:
         await asyncio.sleep(self.draw.uniform(least_s, most_s))
 
     def over(self) -> None:
-        """The fault is over: from now on it is recovery."""
+        """Note that the fault is over: recovery begins."""
         self.fault_over = time.monotonic()
 
     def recovery_s(self) -> float | None:
@@ -210,7 +212,7 @@ class Run:
         self.sent = True
 
     async def supervise(self) -> None:
-        """Start again what ends by itself, as a supervisor would."""
+        """Start workers again that end by themselves, as a supervisor would."""
         while True:
             for worker in self.workers.values():
                 if worker.wanted and (code := worker.returncode) is not None:
@@ -221,7 +223,7 @@ class Run:
             await asyncio.sleep(POLL_S)
 
     async def watch(self) -> None:
-        """See how far `examples` is committed."""
+        """Note how far `examples` is committed, again and again."""
         topic = TopicNames.of(self.settings.topics).examples
         places = [TopicPartition(topic, number) for number in range(self.settings.topics.partitions)]
         options = {**aiokafka_options(self.settings.kafka), "request_timeout_ms": 5_000}
@@ -230,7 +232,7 @@ class Run:
                 consumer = AIOKafkaConsumer(**options, isolation_level="read_committed")
                 try:
                     await consumer.start()
-                    since = 0.0  # when the answer before was asked for
+                    since = 0.0  # when the previous answer was asked for
                     while True:
                         asked = time.monotonic()
                         # Not `wait_for`, which before Python 3.12 may swallow the cancellation that ends this.
@@ -242,17 +244,17 @@ class Run:
                                 self._committed.append((since, time.monotonic(), tp.partition))
                         since = asked
                         await asyncio.sleep(POLL_S)
-                finally:  # also of one that could not start
+                finally:  # also for a consumer that could not start
                     await consumer.stop()
             await asyncio.sleep(POLL_S)
 
     async def ledger(self, sent: list[Sent] | None = None, until_ms: int = FOREVER_MS) -> Ledger:
-        """What is there now, held against what was sent."""
+        """A ledger of the logs as they are now against the events that were sent."""
         found = await asyncio.to_thread(self.logs.read)
         return Ledger(self.lives, found, self.stream.rows if sent is None else sent, until_ms=until_ms)
 
     async def complete(self, sent: list[Sent] | None = None, until_ms: int = FOREVER_MS) -> Ledger:
-        """Wait until nothing is missing of what the watermark settles, or there is something wrong."""
+        """Wait until no label that the watermark settles is missing, or until something is doubled or wrong."""
         ends = time.monotonic() + PATIENCE_S
         while (ledger := await self.ledger(sent, until_ms)).lost and not ledger.doubled and not ledger.wrong:
             if time.monotonic() > ends:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.faults.code import ROOT
 from tests.faults.report import BEGIN, END, table, write_table
-from tests.faults.run import Result
+from tests.faults.play import Result
 
 
 def result(kind: str = "a kill", **changes: object) -> Result:
