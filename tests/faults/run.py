@@ -93,9 +93,7 @@ class Run:
         self._second_half = asyncio.Event()
         self._second_half.set()
         self._ends: dict[int, int] = {}  # partition of `examples` → its end, as last seen
-        self._committed: list[
-            tuple[float, float, int]
-        ] = []  # (asked before, seen at, partition): when `examples` was seen to have grown
+        self._committed: list[tuple[float, float, int]] = []  # (previous look, this look, partition), each time it grew
 
     def state_of(self, name: str) -> Path:
         return self.folder / f"state-{name}"
@@ -168,7 +166,7 @@ class Run:
             assert re.search(pattern, log), f"expected the worker to say {pattern!r}, found:\n{log[-3_000:]}"
 
     def hold(self) -> None:
-        """Keep back the second half of the stream's last phase until `go_on`, so that workers still have work after the fault."""
+        """Keep back the second half of the stream's last phase until `go_on`: workers have work left after the fault."""
         self._second_half.clear()
 
     def go_on(self) -> None:
