@@ -1,9 +1,9 @@
-"""Decoding of events into hashed features, a run of records at a time.
+"""Decodes events into hashed features, a run of records at a time.
 
-The fast path hands the whole run to Arrow's JSON reader, straight into columns. It takes a run only when nothing about
-it is in doubt; otherwise the run is halved, and what is left of a few records is decoded one by one by
-`features_reference`, which has the last word. So one bad record costs its neighbours little, and both paths give the
-same verdict and the same keys.
+The fast path gives the whole run to Arrow's JSON reader, which reads it into columns. If the fast path can't be sure that it
+agrees with `features_reference` on every record of the run, the run is halved and both halves are tried. Runs of a few records
+are then decoded one by one by `features_reference`, whose verdict is final. So one bad record slows down few of its neighbours,
+and both paths accept the same records and give the same keys.
 """
 
 from __future__ import annotations
@@ -28,23 +28,26 @@ from model.schema import FeatureSchema, FieldSpec
 __all__ = ["BadRecord", "DecodedImpressions", "DecodedRequests", "FeatureBatch", "FeatureDecoder"]
 
 _SLOW_ROWS = 8
-"""Runs this short are not halved further: Arrow's cost for a call is about that of ten records one by one."""
+"""Runs this short are not halved further: a call of Arrow's reader costs about as much as ten records one by one."""
 
 _SURE_DEPTH = 100
-"""Nesting that the reference surely reads (Python's JSON gives up near 1,000); Arrow has no such limit."""
+"""The fast path takes records nested up to here. Python's JSON reader fails near 1,000; Arrow has no such limit."""
 
 _Types = dict[str, pa.DataType]
 
 
 class _Doubt(Exception):
-    """The fast path can't vouch for a run."""
+    """The fast path isn't sure that it agrees with the reference on this run."""
 
 
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that can't be used. `index` is its position in the run, `path` where in it the fault is.
+    """A record that can't be used.
 
-    Reasons: malformed_json, bad_utf8, wrong_type, nested, not_finite, missing_field, out_of_range.
+    index    its position in the run
+    reason   malformed_json, bad_utf8, wrong_type, nested, not_finite, missing_field or out_of_range
+    path     the part of the record that is at fault, as `$.features.price`
+    message  what was expected and found
     """
 
     index: int
@@ -57,10 +60,10 @@ class BadRecord:
 class DecodedImpressions:
     """The good records of a run, and the bad ones.
 
-    batch           the good records' features, B rows
+    batch           features of the good records, B rows
     rows            int64 (B,)    their positions in the run
-    served_score    float32 (B,)  the score they were shown with, NaN where absent
-    served_version  int64 (B,)    the version it came from, -1 where absent
+    served_score    float32 (B,)  the score that the impression was shown with, NaN where absent
+    served_version  int64 (B,)    the model version that gave this score, -1 where absent
     """
 
     batch: FeatureBatch
@@ -72,10 +75,14 @@ class DecodedImpressions:
 
 @dataclass(frozen=True, slots=True)
 class DecodedRequests:
-    """The good requests of a run, R of them, their candidates flattened into one batch, and the bad ones.
+    """The R good requests of a run, and the bad ones.
 
-    Candidates of request r are rows `offsets[r]` to `offsets[r + 1]` of `batch`.
-    `deadlines_ms` int64 (R,): epoch milliseconds, -1 where absent. `rows` int64 (R,): positions in the run.
+    batch          features of all candidates, one row each
+    offsets        int64 (R + 1,): the candidates of request r are rows `offsets[r]` to `offsets[r + 1]` of `batch`
+    request_ids    R ids
+    candidate_ids  the ids of each request's candidates
+    deadlines_ms   int64 (R,): milliseconds since the epoch, -1 where absent
+    rows           int64 (R,): the requests' positions in the run
     """
 
     batch: FeatureBatch
@@ -89,10 +96,10 @@ class DecodedRequests:
 
 @dataclass(slots=True)
 class _Seen:
-    """How the categorical fields of one part of the records were written last: strings or integers."""
+    """The types (string or integer) that the categorical fields of one `features` object of the records had last."""
 
     types: _Types = field(default_factory=dict)
-    struct: pa.DataType | None = None  # Arrow's type for the whole object, made when first needed
+    struct: pa.DataType | None = None  # Arrow's type of the whole object; None until it is needed
 
 
 _Decoded = TypeVar("_Decoded", DecodedImpressions, DecodedRequests)
@@ -106,7 +113,10 @@ class FeatureDecoder:
         scores = predictor.predict(decoded.batch)
         for bad in decoded.bad: ...             # bad.index, bad.reason, bad.path, bad.message
 
-    It remembers how each categorical field was written (string or integer), nothing else. Not for two threads at once.
+    Its only state is the type (string or integer) that each categorical field had last. Don't use it from two threads at once.
+
+    Raises:
+        ModelError: the schema has no fields.
     """
 
     def __init__(self, schema: FeatureSchema) -> None:
@@ -119,7 +129,7 @@ class FeatureDecoder:
         self._candidate_types = _Seen()
 
     def impressions(self, payloads: Sequence[bytes | None]) -> DecodedImpressions:
-        """Features of a run of impressions. Bad records are reported, never raised."""
+        """Features of a run of impressions. Bad records are in `bad`; none raises an error."""
         pieces = self._decode(payloads, self._fast_impressions, self._slow_impressions, self._guess_impression)
         return DecodedImpressions(
             batch=FeatureBatch.concat([piece.batch for _, piece in pieces]),
@@ -130,7 +140,7 @@ class FeatureDecoder:
         )
 
     def requests(self, payloads: Sequence[bytes | None]) -> DecodedRequests:
-        """Features of all candidates of a run of score requests. A candidate's feature wins over the context's."""
+        """Features of all candidates of a run of score requests. A candidate's own value of a field wins over the context's."""
         pieces = self._decode(payloads, self._fast_requests, self._slow_requests, self._guess_request)
         counts = np.concatenate([np.diff(piece.offsets) for _, piece in pieces])
         return DecodedRequests(
@@ -150,7 +160,7 @@ class FeatureDecoder:
         slow: Callable[[Sequence[bytes | None]], _Decoded],
         guess: Callable[[bytes], bool],
     ) -> list[tuple[int, _Decoded]]:
-        """Pieces of the run with their first positions, in order; at least one."""
+        """The run in one or more decoded pieces, in order, each with the position of its first record."""
         if len(payloads) <= _SLOW_ROWS and sum(map(len, filter(None, payloads))) < _SLOW_ROWS * 1024:
             return [(0, slow(payloads))]
         whole = [payload or b"" for payload in payloads]
@@ -258,14 +268,14 @@ class FeatureDecoder:
     # Fields
 
     def _struct(self, seen: _Seen) -> pa.DataType:
-        """Arrow's type for a features object, categorical fields as they were written last."""
+        """Arrow's type for a features object, with categorical fields of the type that they had last."""
         if seen.struct is None:
             types = zip(self.schema.fields, self._default_types, strict=True)
             seen.struct = pa.struct([(spec.name, seen.types.get(spec.name, default)) for spec, default in types])
         return seen.struct
 
     def _guess(self, seen: _Seen, features: Any) -> bool:
-        """Takes the types of the categorical fields from one features object; True when that changed something."""
+        """Reads the types of the categorical fields off one features object. True if a type has changed."""
         if not isinstance(features, dict):
             return False
         before = dict(seen.types)
@@ -279,7 +289,7 @@ class FeatureDecoder:
         return True
 
     def _arrays(self, values: list[list[reference.Value]]) -> list[pa.Array]:
-        """Canonical values of N rows as a column for each field."""
+        """Canonical values of N rows, as one column for each field."""
         return [pa.array([row[i] for row in values], default) for i, default in enumerate(self._default_types)]
 
     def _batch(
@@ -307,7 +317,7 @@ def _default_type(spec: FieldSpec) -> pa.DataType:
 
 
 def _part(payload: bytes, *path: str | int) -> Any:
-    """A part of a record, None when there is no such thing or the record is bad."""
+    """The part of a record at `path`; None if there is none or the record can't be parsed."""
     try:
         value: Any = reference.parse(payload)
         for step in path:
@@ -350,7 +360,7 @@ def _below_zero(table: pa.Table, name: str) -> bool:
 
 
 def _depth(payload: bytes) -> int:
-    """How deep the brackets of a JSON text nest, those in strings not counted."""
+    """How deep the brackets of a JSON text nest; brackets in strings don't count."""
     text = np.frombuffer(payload.replace(rb"\\", b"  ").replace(rb"\"", b"  "), np.uint8)
     outside = (np.cumsum(text == ord('"')) & 1) == 0
     opens = ((text == ord("{")) | (text == ord("["))) & outside
@@ -359,11 +369,14 @@ def _depth(payload: bytes) -> int:
 
 
 def _read(payloads: Sequence[bytes], layout: pa.Schema) -> pa.Table:
-    """One row for each payload, or _Doubt.
+    """One row for each payload. Raises _Doubt.
 
-    Arrow's reader accepts more than JSON, and doesn't mind where a record ends. What it is shown is first narrowed to
-    texts on which it and the reference agree: each starts with { and ends with }, no control characters (so records
-    are parted by newlines only and no string runs on into the next), UTF-8, no NaN or infinity, no deep nesting.
+    Arrow's reader accepts more than JSON, and ignores which payload a record comes from. So it only gets texts that it and the
+    reference read alike:
+
+    - each payload starts with { and ends with };
+    - there are no control characters, so that only the newlines in between separate records, and no string spans two payloads;
+    - the text is UTF-8, without NaN and infinity, and without deep nesting.
     """
     joined = b"\n".join(payloads)
     text = np.frombuffer(joined, np.uint8)

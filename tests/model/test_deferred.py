@@ -28,10 +28,10 @@ def charge(deferred: Deferred, row: int, scores: list[float], labels: list[float
     """One batch of one row; what the row is charged in it: its slopes with the labels taken out."""
     f, y, back = torch.tensor(scores), torch.tensor(labels), torch.tensor(corrects)
     slopes = torch.where(back, -torch.ones(len(f)), f - y)
-    place = torch.zeros(len(f), dtype=torch.int64)
+    inverse = torch.zeros(len(f), dtype=torch.int64)
     times = torch.full((len(f),), at_ms, dtype=torch.float64)
     factors = deferred.factors(
-        torch.tensor([row]), place, torch.arange(len(f)), f, slopes, y, back if back.any() else None, times
+        torch.tensor([row]), inverse, torch.arange(len(f)), f, slopes, y, back if back.any() else None, times
     )
     deferred.keep()
     own = slopes if factors is None else slopes * factors

@@ -324,7 +324,7 @@ def test_devices_and_schemas_that_arent_there() -> None:
     with pytest.raises(ModelError, match="device: expected auto, cpu or cuda, found 'meta'"):
         Learner(SCHEMA, SETTINGS, device="meta")
     if not torch.cuda.is_available():
-        with pytest.raises(ModelError, match="no CUDA device here; use cpu or auto"):
+        with pytest.raises(ModelError, match="expected a CUDA device for 'cuda', found none on this machine; use cpu or auto"):
             Learner(SCHEMA, SETTINGS, device="cuda")
     with pytest.raises(ModelError, match=r"features\.fields is empty"):
         Learner(FeatureSchema(), SETTINGS)

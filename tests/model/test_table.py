@@ -49,7 +49,7 @@ def test_large_batches_and_growth(device: str) -> None:
     assert not table.lookup(everything + 1).any()
 
 
-def test_keys_that_crowd_one_place() -> None:
+def test_keys_that_share_a_home_slot() -> None:
     # Inverse of the multiplier: keys whose home slots are 0, 0, 0, …: the longest run of probes there can be.
     inverse = pow(-7046029254386353131 % 2**64, -1, 2**64)
     crowd = tensor([(n * inverse + 2**63) % 2**64 - 2**63 for n in range(500)])
@@ -75,9 +75,9 @@ def test_the_empty_key_is_nobodys() -> None:
 @given(st.lists(st.integers(0, 40), max_size=200))
 def test_unique_without_sorting(rows: list[int]) -> None:
     scratch = torch.full((41,), 7, dtype=torch.int32)
-    distinct, place = unique_rows(tensor(rows), scratch)
+    distinct, inverse = unique_rows(tensor(rows), scratch)
     assert sorted(distinct.tolist()) == sorted(set(rows))
-    assert torch.equal(distinct[place], tensor(rows))
+    assert torch.equal(distinct[inverse], tensor(rows))
 
 
 # First weights
@@ -134,7 +134,7 @@ def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
     rows = insert(table, [5, 6, 7])
     before = table.serving_state()
     gathered = table.gather(rows[[2, 0, 2]])
-    order = gathered.place[:2]  # where among the distinct rows those of the keys 7 and 5 are
+    order = gathered.inverse[:2]  # where among the distinct rows those of the keys 7 and 5 are
     gradient, first = torch.zeros(2, 4), torch.zeros(2)
     gradient[order], first[order] = torch.tensor([[1.0, -2, 0, 3], [0.5, 0, 0, 0]]), torch.tensor([2.0, -1])
     table.step(gathered, gradient, first, rate=0.1)
@@ -151,8 +151,8 @@ def test_the_absent_row_reads_zero() -> None:
     table = make_table()
     insert(table, [5])
     gathered = table.gather(table.keys.lookup(tensor([8, 5, 9])))
-    assert not gathered.embedding[gathered.place[[0, 2]]].any()
-    assert gathered.embedding[gathered.place[1]].any()
+    assert not gathered.embedding[gathered.inverse[[0, 2]]].any()
+    assert gathered.embedding[gathered.inverse[1]].any()
 
 
 def test_rows_begin_where_their_kind_does_and_a_key_of_two_kinds_is_of_the_first() -> None:
