@@ -1,4 +1,4 @@
-"""Both paths of the decoder against each other, on one corpus and on whatever hypothesis finds."""
+"""Both paths of the decoder accept the same records and give the same keys, on a fixed corpus and on hypothesis' records."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ BAD = [
 CORPUS: list[bytes | None] = [*GOOD, *(payload for payload, _, _ in BAD)]
 
 
-# What a row's keys must be, worked out value by value.
+# The keys that a row must have, computed value by value.
 
 
 def reference_row(values: list[reference.Value]) -> tuple[list[int], list[float], list[list[int]]]:
@@ -219,7 +219,7 @@ def test_good_impressions(payload: bytes) -> None:
 
 @pytest.mark.parametrize("payload", CORPUS)
 def test_the_fast_path_never_accepts_more(payload: bytes | None) -> None:
-    # Among good neighbours, so that a record that swallows or adds one would be seen.
+    # Between good records, so that a record that swallows or adds one is noticed.
     neighbour = raw('{"user":"n"}')
     decoder = FeatureDecoder(SCHEMA)
     try:

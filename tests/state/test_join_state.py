@@ -1,4 +1,4 @@
-"""The join's local state: what is written is read back, what is dropped is gone, and damage never looks like an end."""
+"""The join's local state: writes are read back, drops are gone, and a damaged file never looks like the end of the data."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ DROPS = st.lists(st.one_of(st.tuples(st.integers(-50, 320), st.integers(-50, 320
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PLACES, DROPS, PLACES, BOUNDS, BOUNDS)
 def test_pending_is_dropped_by_range_and_by_place(state, first, drops, later, begin, end):
-    """Against a set; what a batch adds after a drop stays, as in a step that expires and remembers."""
+    """Compared with a set. Impressions that a batch adds after a drop stay, as in a step that expires and remembers."""
     batch, expected = state.batch(), set(first)
     batch.drop_pending_before(0, 1 << 60)  # of the example before
     batch.add_pending((*place, b"k", b"v%d-%d" % place) for place in first)
@@ -151,7 +151,7 @@ def test_forgetting_spares_an_id_that_was_used_again(state):
     batch.remember([(b"twice", (120, 10, False))])
     batch.add_chunk(again, [b"twice"])
     batch.write()
-    # In the batch that forgets, one is used again, and one was clicked a moment before.
+    # The batch that forgets also has a new use of one id, and a click of another.
     batch = state.batch()
     changed = {b"now": (130, 11, False), b"gone": (20, 3, True)}
     batch.remember(changed.items())
@@ -166,8 +166,8 @@ def test_forgetting_spares_an_id_that_was_used_again(state):
     assert list(state.all_chunks()) == []
 
 
-def test_chunks_come_by_first_offset_and_share_none(state):
-    # Two rebuilds of which one was given up may cut the same offsets in two ways.
+def test_chunks_come_by_first_offset_and_chunks_of_one_offset_stay_apart(state):
+    # A rebuild that was abandoned and the next one may divide the same offsets into different chunks.
     chunks = [Chunk(0, 5, 0), Chunk(0, 7, 0), Chunk(3, 1, 2), Chunk(300, 0, 0), Chunk(70_000, 0, 0)]
     batch = state.batch()
     for chunk in reversed(chunks):
@@ -178,7 +178,7 @@ def test_chunks_come_by_first_offset_and_share_none(state):
 
 @pytest.mark.parametrize("write_buffers_mb", [256, 16])
 def test_a_process_that_ends_at_once_leaves_a_prefix(tmp_path, write_buffers_mb):
-    """No write-ahead log: what was not flushed is lost, of every family up to the same batch."""
+    """Without a write-ahead log, a crash loses the last batches, and all families end at the same batch."""
     program = """
 import os, sys
 from pathlib import Path
@@ -219,7 +219,7 @@ os._exit(1)
 
 @pytest.mark.parametrize("end", ["state.flush(); time.sleep(0.5); write(700)", "state.close(); JoinState(path, OPTIONS)"])
 def test_all_families_reach_the_disk_at_one_point(tmp_path, end):
-    """Small writes, far from filling any buffer, then a crash: the disk has the first 700 of every family, or none."""
+    """After small writes, far from filling any buffer, and a crash, the disk has the first 700 batches in every family."""
     program = f"""
 import os, signal, sys, time
 from pathlib import Path
@@ -271,7 +271,7 @@ JoinState(Path({str(state.path)!r}), StateOptions(8))
     assert "While lock file" in other.stderr
 
 
-def test_closing_gives_up_the_lock_and_twice_is_fine(state):
+def test_closing_releases_the_lock_and_closing_twice_is_allowed(state):
     state.close()
     state.close()
     JoinState(state.path, OPTIONS).close()
@@ -291,7 +291,7 @@ def fill(path: Path) -> None:
 
 
 def read_all(path: Path) -> list[int]:
-    # Options of its own: a copy shares what the block cache has of its original, which would hide the damage.
+    # Separate options: a copy would find blocks of its original in a shared block cache, which would hide the damage.
     state = JoinState(path, StateOptions(8))
     try:
         state.meta()
@@ -312,7 +312,7 @@ WHOLE = [5_000, 5_000, 5_000, 5_000, 5_000, 10]
 
 
 def test_damage_is_an_error_and_never_an_end(tmp_path):
-    """Every data file in turn, damaged in several ways: nothing is silently missing."""
+    """Every data file in turn is damaged in several ways. No data is missing without an error."""
     fill(tmp_path / "whole")
     assert read_all(tmp_path / "whole") == WHOLE
     names = [each.name for each in (tmp_path / "whole").iterdir() if each.name.startswith(("CURRENT", "MANIFEST", "0"))]
@@ -336,7 +336,7 @@ def test_damage_is_an_error_and_never_an_end(tmp_path):
                 state = JoinState(path, OPTIONS)
                 begins_anew = state.meta() is None
                 state.close()
-                if begins_anew:  # a cut list of files is an older one: taking over throws this away
+                if begins_anew:  # a truncated list of files is an older list: taking over discards such a state
                     continue
                 assert read_all(path) == WHOLE, (name, place)
             except StateDamaged as error:
@@ -356,7 +356,7 @@ def test_destroying_leaves_nothing(tmp_path):
 
 
 def test_a_database_of_layout_3_is_opened_as_it_is(tmp_path):
-    """Version 0.1.0 had no family `held`, and its meta said no layout."""
+    """Headrace 0.1.0 had no family `held`, and no layout in its `meta`."""
     old = {name: OPTIONS.family(write_buffer_mb=1) for name in ("ids", "payloads", "early", "chunks")}
     database = Rdict(str(tmp_path / "old"), OPTIONS.database(), old, AccessType.read_write())
     meta = json.loads(msgspec.json.encode(META))
@@ -382,8 +382,8 @@ def test_meta_that_cannot_be_read_is_damage(state, meta):
         state.meta()
 
 
-def test_a_newer_layout_is_refused_and_never_taken_for_damage(state):
-    """Whatever else it may have changed."""
+def test_a_newer_layout_is_rejected_and_never_taken_for_damage(state):
+    """Whatever else the newer layout may have changed in `meta`."""
     state.db[b"meta"] = b'{"layout":%d,"identity":7}' % (LAYOUT + 1)
     with pytest.raises(
         JoinStateError, match=rf"layout {LAYOUT} or older, found {LAYOUT + 1}: a newer version.*left as it is"
@@ -392,8 +392,8 @@ def test_a_newer_layout_is_refused_and_never_taken_for_damage(state):
     assert not isinstance(error.value, StateDamaged)
 
 
-def test_all_partitions_share_one_bound_of_what_is_not_written_out(tmp_path):
-    """Each alone is far from filling its own buffers."""
+def test_all_partitions_share_one_bound_for_their_write_buffers(tmp_path):
+    """Each partition alone is far from filling its own buffers."""
     options = StateOptions(8, write_buffers_mb=4)
     states = [JoinState(tmp_path / str(number), options) for number in range(3)]
     try:
@@ -402,7 +402,7 @@ def test_all_partitions_share_one_bound_of_what_is_not_written_out(tmp_path):
             batch = state.batch()
             batch.add_pending([(index, index, key, os.urandom(40_000))])
             batch.write()
-        assert options._buffers.get_usage() <= 8 << 20  # one half may be on its way to the disk
+        assert options._buffers.get_usage() <= 8 << 20  # one half may be being flushed
         assert all(list((tmp_path / str(number)).glob("*.sst")) for number in range(3))
     finally:
         for state in states:
