@@ -1,4 +1,4 @@
-"""The results' file, its totals, and the table in docs/reliability.md."""
+"""The file of results, their totals, and the table in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BEGIN, END = "<!-- faults: made by `make faults` -->", "<!-- end of faults -->"
 
 
 def read_results(path: Path) -> list[Result]:
-    """All results so far; none when there is no file. A line that a killed run left half written is left out."""
+    """All results so far; none if there is no file. An incomplete line, left by a run that was killed, is skipped."""
     if not path.exists():
         return []
     results = []
@@ -30,7 +30,7 @@ def read_results(path: Path) -> list[Result]:
 
 
 def totals(results: list[Result]) -> str:
-    """The last line: everything added up. What couldn't be made here is no run."""
+    """The last line of output: sums over all runs, without the skipped ones."""
     results, skipped = [result for result in results if not result.skipped], sum(bool(result.skipped) for result in results)
     failed = sum(bool(result.problems) for result in results)
     kinds = len({result.kind for result in results})
@@ -43,7 +43,7 @@ def totals(results: list[Result]) -> str:
 
 
 def table(results: list[Result], commit: str) -> str:
-    """A line a kind, as Markdown, and which code it is of."""
+    """A Markdown table with one line for each kind, and the commit of the code."""
     by_kind: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         if result.skipped:
@@ -70,7 +70,7 @@ def table(results: list[Result], commit: str) -> str:
 
 
 def write_table(results: list[Result], page: Path, commit: str) -> None:
-    """Put the table between the page's two marks."""
+    """Write the table between the two marks of the page."""
     text = page.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -386,7 +386,7 @@ def test_a_newer_layout_is_rejected_and_never_taken_for_damage(state):
     """Whatever else the newer layout may have changed in `meta`."""
     state.db[b"meta"] = b'{"layout":%d,"identity":7}' % (LAYOUT + 1)
     with pytest.raises(
-        JoinStateError, match=rf"layout {LAYOUT} or older, found {LAYOUT + 1}: a newer version.*left as it is"
+        JoinStateError, match=rf"layout {LAYOUT} or older, found layout {LAYOUT + 1}: a newer version.*left as it is"
     ) as error:
         state.meta()
     assert not isinstance(error.value, StateDamaged)
