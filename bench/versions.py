@@ -5,8 +5,8 @@
     .venv/bin/python bench/versions.py HEAD~20 --only train --pairs 3
 
 Each revision runs its own `bench/join.py`, `bench/train.py` and `bench/score.py` on its own code, with this checkout's `.venv`.
-A pair is one run of each revision, and the order changes from pair to pair. The result of a figure is the median, over the pairs,
-of the ratio within a pair: above 1 this checkout is better. Peers are left out where the benchmark allows it.
+A pair is one run of each revision, and the order changes from pair to pair. The result of a figure is the median, over the
+pairs, of the ratio within a pair: above 1 this checkout is better. Peers are left out where the benchmark allows it.
 """
 
 from __future__ import annotations

@@ -88,49 +88,51 @@ def test_nothing_is_seen_before_the_batch_is_written(state):
     assert (state.entries([b"a"]), list(state.pending_places()), state.meta()) == ([(5, 0, False)], [(5, 0)], META)
 
 
-PLACES = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3)), unique=True, max_size=20)
+IMPRESSIONS = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3)), unique=True, max_size=20)
 BOUNDS = st.tuples(st.integers(0, 310), st.integers(0, 4))
-DROPS = st.lists(st.one_of(st.tuples(st.integers(-50, 320), st.integers(-50, 320)), PLACES), max_size=6)
+DROPS = st.lists(st.one_of(st.tuples(st.integers(-50, 320), st.integers(-50, 320)), IMPRESSIONS), max_size=6)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(PLACES, DROPS, PLACES, BOUNDS, BOUNDS)
-def test_pending_is_dropped_by_range_and_by_place(state, first, drops, later, begin, end):
+@given(IMPRESSIONS, DROPS, IMPRESSIONS, BOUNDS, BOUNDS)
+def test_pending_is_dropped_by_range_and_one_by_one(state, first, drops, later, begin, end):
     """Compared with a set. Impressions that a batch adds after a drop stay, as in a step that expires and remembers."""
     batch, expected = state.batch(), set(first)
     batch.drop_pending_before(0, 1 << 60)  # of the example before
-    batch.add_pending((*place, b"k", b"v%d-%d" % place) for place in first)
+    batch.add_pending((*impression, b"k", b"v%d-%d" % impression) for impression in first)
     batch.write()
     for drop in drops:
         batch = state.batch()
         if isinstance(drop, tuple):
             batch.drop_pending_before(*drop)
-            expected -= {place for place in expected if drop[0] <= place[0] < drop[1]}
+            expected -= {impression for impression in expected if drop[0] <= impression[0] < drop[1]}
         else:
             batch.drop_pending(drop)
             expected -= set(drop)
-        batch.add_pending((*place, b"k", b"v%d-%d" % place) for place in later)
+        batch.add_pending((*impression, b"k", b"v%d-%d" % impression) for impression in later)
         expected |= set(later)
         batch.write()
     between = [(time_ms, offset) for time_ms, offset, *_ in state.pending_between(begin, end)]
     assert between == sorted(place for place in expected if begin <= place < end)
     assert list(state.pending_places()) == sorted(expected)
     asked = sorted(set(first) | set(later))
-    found = [(*place, b"k", b"v%d-%d" % place, False) if place in expected else None for place in asked]
+    found = [(*impression, b"k", b"v%d-%d" % impression, False) if impression in expected else None for impression in asked]
     assert state.pending(asked) == found
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(PLACES, PLACES, BOUNDS, BOUNDS)
-def test_clicks_are_held_by_place(state, first, drops, begin, end):
+@given(IMPRESSIONS, IMPRESSIONS, BOUNDS, BOUNDS)
+def test_clicks_are_held_by_impression(state, first, drops, begin, end):
     batch = state.batch()
     batch.drop_held(state.held_between((0, 0), ALL))  # of the example before
-    batch.hold((place, place[0] + 3) for place in first)
+    batch.hold((impression, impression[0] + 3) for impression in first)
     batch.drop_held(drops)
     batch.write()
-    expected = {place: place[0] + 3 for place in first if place not in drops}
-    assert state.held_between(begin, end) == {place: ms for place, ms in expected.items() if begin <= place < end}
-    assert state.held(first) == [expected.get(place) for place in first]
+    expected = {impression: impression[0] + 3 for impression in first if impression not in drops}
+    assert state.held_between(begin, end) == {
+        impression: ms for impression, ms in expected.items() if begin <= impression < end
+    }
+    assert state.held(first) == [expected.get(impression) for impression in first]
 
 
 def test_early_clicks_are_dropped_one_by_one(state):
@@ -319,17 +321,17 @@ def test_damage_is_an_error_and_never_an_end(tmp_path):
     assert sum(name.endswith(".sst") for name in names) >= 4
     path, found = tmp_path / "damaged", set()
     for name in names:
-        for place in (0.0, 0.3, 0.6, 1.0, "cut", "gone"):
+        for where in (0.0, 0.3, 0.6, 1.0, "cut", "gone"):
             shutil.rmtree(path, ignore_errors=True)
             shutil.copytree(tmp_path / "whole", path)
             content = bytearray((path / name).read_bytes())
-            if place == "gone":
+            if where == "gone":
                 (path / name).unlink()
             else:
-                if place == "cut":
+                if where == "cut":
                     del content[len(content) // 2 :]
                 else:
-                    start = int(place * max(len(content) - 16, 0))
+                    start = int(where * max(len(content) - 16, 0))
                     content[start : start + 16] = bytes(byte ^ 0xFF for byte in content[start : start + 16])
                 (path / name).write_bytes(content)
             try:
@@ -338,13 +340,13 @@ def test_damage_is_an_error_and_never_an_end(tmp_path):
                 state.close()
                 if begins_anew:  # a truncated list of files is an older list: taking over discards such a state
                     continue
-                assert read_all(path) == WHOLE, (name, place)
+                assert read_all(path) == WHOLE, (name, where)
             except StateDamaged as error:
                 found.add("opening")
                 assert str(path) in str(error)
             except Exception as error:
                 found.add("reading")
-                assert isinstance(state_error(path, "could not read it", error), StateDamaged), (name, place)
+                assert isinstance(state_error(path, "could not read it", error), StateDamaged), (name, where)
     assert found == {"opening", "reading"}
 
 
