@@ -14,12 +14,11 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json as pj
 
 from model import features_reference as reference
+from model.arrow_json import Doubt, read_json
 from model.batch import FeatureBatch, Float32Array, Int64Array
 from model.columns import build_batch, encode_columns, fall_back
 from model.errors import FeatureError, ModelError
@@ -30,14 +29,7 @@ __all__ = ["BadRecord", "DecodedImpressions", "DecodedRequests", "FeatureBatch",
 _SLOW_ROWS = 8
 """Runs this short are not halved further: a call of Arrow's reader costs about as much as ten records one by one."""
 
-_SURE_DEPTH = 100
-"""The fast path takes records nested up to here. Python's JSON reader fails near 1,000; Arrow has no such limit."""
-
 _Types = dict[str, pa.DataType]
-
-
-class _Doubt(Exception):
-    """The fast path isn't sure that it agrees with the reference on this run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +158,12 @@ class FeatureDecoder:
         whole = [payload or b"" for payload in payloads]
         try:
             return [(0, fast(whole))]
-        except _Doubt:
+        except Doubt:
             pass
         if guess(whole[0]):
             try:
                 return [(0, fast(whole))]
-            except _Doubt:
+            except Doubt:
                 pass
         if len(payloads) <= _SLOW_ROWS:
             return [(0, slow(payloads))]
@@ -188,12 +180,12 @@ class FeatureDecoder:
             ("model_version", pa.int64()),
             ("features", self._struct(self._impression_types)),
         ]
-        table = _read(payloads, pa.schema(layout))
+        table = read_json(payloads, pa.schema(layout))
         rows = len(payloads)
         score = table.column("score").fill_null(np.nan).to_numpy()
         version = table.column("model_version").fill_null(-1).to_numpy()
         if table.column("features").null_count or ((score < 0) | (score > 1)).any() or _below_zero(table, "model_version"):
-            raise _Doubt
+            raise Doubt
         return DecodedImpressions(
             batch=self._batch(table.column("features").chunk(0).flatten()),
             rows=np.arange(rows),
@@ -225,14 +217,14 @@ class FeatureDecoder:
             ("context", self._struct(self._context_types)),
             ("candidates", pa.list_(pa.struct(candidate))),
         ]
-        table = _read(payloads, pa.schema(layout))
+        table = read_json(payloads, pa.schema(layout))
         lists = table.column("candidates").chunk(0)
         candidates = lists.flatten()
         ids, features = candidates.flatten()
         deadlines = table.column("deadline_ms").fill_null(-1).to_numpy()
         required = (table.column("request_id"), lists, candidates, ids)
         if any(column.null_count for column in required) or _below_zero(table, "deadline_ms"):
-            raise _Doubt
+            raise Doubt
         counts = pc.list_value_length(lists).to_numpy().astype(np.int64)
         offsets = np.concatenate(([0], np.cumsum(counts)))
         context = table.column("context").chunk(0).flatten()
@@ -302,9 +294,9 @@ class FeatureDecoder:
             if column.null_count == len(column):
                 continue
             if spec.kind == "list" and column.flatten().null_count:
-                raise _Doubt
+                raise Doubt
             if spec.kind == "numeric" and not np.isfinite(column.drop_null().to_numpy()).all():
-                raise _Doubt
+                raise Doubt
         keyed = encode_columns(columns, self.schema.fields)
         if context is not None and context_rows is not None:
             shared = encode_columns(context, self.schema.fields)
@@ -357,46 +349,3 @@ def _one_by_one(
 def _below_zero(table: pa.Table, name: str) -> bool:
     least = pc.min(table.column(name)).as_py()
     return least is not None and least < 0
-
-
-def _depth(payload: bytes) -> int:
-    """How deep the brackets of a JSON text nest; brackets in strings don't count."""
-    text = np.frombuffer(payload.replace(rb"\\", b"  ").replace(rb"\"", b"  "), np.uint8)
-    outside = (np.cumsum(text == ord('"')) & 1) == 0
-    opens = ((text == ord("{")) | (text == ord("["))) & outside
-    closes = ((text == ord("}")) | (text == ord("]"))) & outside
-    return int(np.cumsum(opens.astype(np.int64) - closes).max(initial=0))
-
-
-def _read(payloads: Sequence[bytes], layout: pa.Schema) -> pa.Table:
-    """One row for each payload. Raises _Doubt.
-
-    Arrow's reader accepts more than JSON, and ignores which payload a record comes from. So it only gets texts that it and the
-    reference read alike:
-
-    - each payload starts with { and ends with };
-    - there are no control characters, so that only the newlines in between separate records, and no string spans two payloads;
-    - the text is UTF-8, without NaN and infinity, and without deep nesting.
-    """
-    joined = b"\n".join(payloads)
-    text = np.frombuffer(joined, np.uint8)
-    lengths: npt.NDArray[np.int64] = np.fromiter(map(len, payloads), np.int64, len(payloads))
-    ends = np.cumsum(lengths + 1) - 1
-    if (lengths < 2).any() or (text[ends - lengths] != ord("{")).any() or (text[ends - 1] != ord("}")).any():
-        raise _Doubt
-    if np.count_nonzero(text < 32) != len(payloads) - 1 or b"NaN" in joined or b"Inf" in joined:
-        raise _Doubt
-    if any(p.count(b"{") + p.count(b"[") > _SURE_DEPTH and _depth(p) > _SURE_DEPTH for p in payloads):
-        raise _Doubt
-    try:
-        joined.decode("utf-8")
-        table = pj.read_json(
-            pa.BufferReader(joined),
-            read_options=pj.ReadOptions(use_threads=False, block_size=len(joined) + 1),  # one block: one chunk a column
-            parse_options=pj.ParseOptions(explicit_schema=layout, unexpected_field_behavior="ignore"),
-        )
-    except (UnicodeDecodeError, pa.ArrowException, ValueError) as error:
-        raise _Doubt from error
-    if table.num_rows != len(payloads):
-        raise _Doubt
-    return table

@@ -90,9 +90,8 @@ class _Layout(msgspec.Struct):
 class StateOptions:
     """RocksDB options shared by all partitions of a worker: one block cache, and one bound for all write buffers.
 
-    Without the bound each partition fills its own buffers, with some 120 MB including those that are being flushed: 64
-    partitions would take 7.5 GB. At the bound RocksDB flushes the partition that is being written to, with all of its families
-    at once.
+    Without the bound each partition's buffers take some 120 MB, those being flushed included: 7.5 GB with 64 partitions. At the
+    bound RocksDB flushes the partition that is being written to, with all of its families at once.
     """
 
     def __init__(self, cache_mb: int = 64, max_open_files: int = 256, write_buffers_mb: int = 256) -> None:
@@ -108,8 +107,7 @@ class StateOptions:
         options.set_keep_log_file_num(2)
         # Table files for each partition; by default RocksDB keeps all of them open.
         options.set_max_open_files(self._max_open_files)
-        # There is no write-ahead log. A crash loses what was not flushed, at the same point in every family, and leaves an
-        # older state of all of them.
+        # There is no write-ahead log. After a crash all families are as they were at the last flush.
         options.set_atomic_flush(True)
         options.set_write_buffer_manager(self._buffers)
         return options
@@ -180,9 +178,8 @@ class StateBatch:
     def forget(self, chunk: Chunk, before_ms: Callable[[int], int], changed: Mapping[bytes, Entry]) -> None:
         """Forget the ids of a chunk, except ids that a newer impression has used again.
 
-        Args:
-            before_ms: an id is forgotten if the event time of its impression is below this function of the impression's offset.
-            changed: entries that this batch writes, which the state doesn't have yet.
+        An id is forgotten if the event time of its impression is below `before_ms` of the impression's offset. `changed` has
+        the entries that this batch writes, which the state doesn't have yet.
         """
         name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.examples_position)
         packed = self._state.chunks.get(name)

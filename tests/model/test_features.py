@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import features_reference as reference
+from model.arrow_json import Doubt
 from model.batch import FeatureBatch
 from model.errors import FeatureError, ModelError
-from model.features import FeatureDecoder, _Doubt
+from model.features import FeatureDecoder
 from model.hashing import hash_bytes, missing_key, number_key
 from model.schema import FeatureSchema, FieldSpec
 
@@ -224,7 +225,7 @@ def test_the_fast_path_never_accepts_more(payload: bytes | None) -> None:
     decoder = FeatureDecoder(SCHEMA)
     try:
         fast = decoder._fast_impressions([neighbour, payload or b"", neighbour])
-    except _Doubt:
+    except Doubt:
         return
     assert rows_of(fast.batch)[1][::2] == reference_row(reference.decode_impression(payload, SCHEMA).values)[::2]
 
@@ -237,7 +238,7 @@ def test_the_fast_path_takes_ordinary_records() -> None:
 def test_records_that_only_balance_together_are_refused() -> None:
     split = [b'{"features":{"user":"a"}', b"}"], [b'{"features":{}}{"features":{}}', b" "]
     for payloads in split:
-        with pytest.raises(_Doubt):
+        with pytest.raises(Doubt):
             FeatureDecoder(SCHEMA)._fast_impressions(payloads)
 
 
@@ -294,7 +295,7 @@ def test_mangled_records(payload: bytes, data: st.DataObject) -> None:
     payloads = [neighbour, bytes(mangled), neighbour]
     try:
         fast = FeatureDecoder(SCHEMA)._fast_impressions(payloads)
-    except _Doubt:
+    except Doubt:
         return
     expected = reference_row(reference.decode_impression(bytes(mangled), SCHEMA).values)
     assert rows_of(fast.batch)[1][::2] == expected[::2]
