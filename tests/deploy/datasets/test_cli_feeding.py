@@ -26,7 +26,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No data folder, an empty cache, no settings file."""
     monkeypatch.delenv("HEADRACE_DATA_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("deploy.datasets.base.CHECKOUT", tmp_path / "checkout")
+    monkeypatch.setattr("deploy.datasets.folders.CHECKOUT", tmp_path / "checkout")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
