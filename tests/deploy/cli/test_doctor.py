@@ -213,11 +213,11 @@ def test_the_newest_dead_letters_of_several_partitions(run: Run, topics: Setting
         for partition in (0, 1):
             each = DeadLetter("malformed_json", "e", "$", names.clicks, partition, offset, b"k", b"{")
             write(topics, [(names.dead_letters, partition, each.key, each.value, each.out_headers())])
-    places = {
+    last_letters = {
         last: [letter["place"] for letter in run(f"dead-letters list --last {last} --format json").json["letters"]]
         for last in (2, 3, 0)
     }
-    assert places == {2: ["0/1", "1/1"], 3: ["1/0", "0/1", "1/1"], 0: ["0/0", "1/0", "0/1", "1/1"]}
+    assert last_letters == {2: ["0/1", "1/1"], 3: ["1/0", "0/1", "1/1"], 0: ["0/0", "1/0", "0/1", "1/1"]}
 
 
 def test_usage(run: Run) -> None:

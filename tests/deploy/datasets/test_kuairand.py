@@ -17,7 +17,7 @@ from deploy.errors import DataSetError
 
 ROOT = Path(__file__).resolve().parents[3]
 PARENTS = [
-    Path(place) for place in (os.environ.get("HEADRACE_DATA_DIR"), ROOT / "data", ROOT.parent / "shared" / "data") if place
+    Path(parent) for parent in (os.environ.get("HEADRACE_DATA_DIR"), ROOT / "data", ROOT.parent / "shared" / "data") if parent
 ]
 REAL = next(
     (parent / KuaiRand.folder_name for parent in PARENTS if (parent / KuaiRand.folder_name / kuairand.FILES[0]).is_file()), None
