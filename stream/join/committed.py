@@ -83,7 +83,7 @@ class CommittedReader:
         if len(known) != 2:
             raise PositionError(
                 f"group {self.group}, partition {number}: expected committed offsets of impressions and clicks, found only "
-                f"{', '.join(tp.topic for tp in known)}: the other topic was deleted and created again, which deletes its "
+                f"{', '.join(tp.topic for tp in known)}: the other topic was deleted and made anew, which deletes its "
                 "offsets, or they were reset alone. To begin again, reset those of both topics with Kafka's consumer-groups "
                 "tool."
             )
@@ -107,7 +107,7 @@ class CommittedReader:
             if offset.offset > ends[tp]:
                 raise PositionError(
                     f"{tp.topic}, partition {number}: committed up to {offset.offset}, found the log ending at {ends[tp]}. "
-                    "The topic was created again or lost data: reset the group's offsets with Kafka's consumer-groups tool."
+                    "The topic was made anew or lost data: reset the group's offsets with Kafka's consumer-groups tool."
                 )
             if offset.offset < starts[tp]:
                 raise PositionError(
@@ -138,7 +138,7 @@ class CommittedReader:
         """What differs between an identity committed earlier and this one."""
         names = ("the cluster", self.names.impressions, self.names.clicks, self.names.examples)
         pairs = zip(names, then.split("/"), self.identity.split("/"), strict=False)
-        return ", ".join(f"{name} was created again (id {new}, before {old})" for name, old, new in pairs if old != new)
+        return ", ".join(f"{name} was made anew (id {new}, before {old})" for name, old, new in pairs if old != new)
 
 
 async def _holds_records(consumer: Any, tp: TopicPartition, start: int, end: int) -> bool:
