@@ -59,7 +59,8 @@ def _command_parts(command: click.Command, context: click.Context) -> list[str]:
             child = command.get_command(context, name)
             assert child is not None
             if not child.hidden:
-                inner = click.Context(child, info_name=name, parent=context, max_content_width=100, terminal_width=100)
+                shape = {**child.context_settings, "max_content_width": 100, "terminal_width": 100}
+                inner = click.Context(child, info_name=name, parent=context, **shape)
                 parts.extend(_command_parts(child, inner))
     return parts
 
