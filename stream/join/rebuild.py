@@ -8,8 +8,7 @@ record is decided under the settings that it was decided under then (`terms.py`)
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -18,7 +17,7 @@ import msgspec
 from aiokafka.structs import TopicPartition
 
 from state.join_state import LAYOUT, Chunk, Entry, JoinMeta, JoinState, Place, StateBatch
-from stream.errors import Abandoned, NoAnswer, PositionError
+from stream.errors import Abandoned, PositionError
 from stream.formats import Formats
 from stream.join.commit_metadata import Progress, new_life
 from stream.join.events import Events, read_run
@@ -27,9 +26,11 @@ from stream.join.memory import EarlyClick, Memory
 from stream.join.partition import Positions
 from stream.join.rebuild_progress import RebuildProgress
 from stream.join.settings_history import NEVER_MS, History, Terms
+from stream.kafka.read_log import Span, read_spans
 from stream.letters.log import Origin
 from stream.records.dead_letter import REPLAY_HEADER
 from stream.records.example import left_out_of, matched_of
+from stream.records.record import Record
 from stream.settings import JoinSettings
 from stream.topics.names import TopicNames
 
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 # Longest wait for a record that is there: a replay's open transaction ends within its timeout of 60 s.
 STALL_S = 90.0
+POLL_MS = 500  # one wait for records
 
 _END = (1 << 63, 0)  # behind every impression
 
@@ -174,30 +176,23 @@ class Rebuild:
                 "tool gives up the former (offsets beyond it) or repeats the latter (offsets before it)."
             )
 
-    async def _read(self, topic: str, start: int, until: int) -> AsyncIterator[list[Any]]:
+    async def _read(self, topic: str, start: int, until: int) -> AsyncIterator[list[Record]]:
         """Committed records of `start <= offset < until`, as they are fetched."""
         if start >= until:
             return
         tp = TopicPartition(topic, self._number)
-        self._consumer.assign([tp])
-        self._consumer.seek(tp, start)
-        position, moved_at = start, time.monotonic()
-        while position < until:
-            if not self._still_ours():
-                raise Abandoned(f"partition {self._number} went to another worker while its state was rebuilt")
-            fetched = await self._consumer.getmany(tp, timeout_ms=500)
-            records = [record for record in fetched.get(tp, ()) if record.offset < until]
-            if records:
-                yield records
-            before, position = position, min(await self._consumer.position(tp), until)
+        position = start
+
+        def on_round(positions: Mapping[TopicPartition, int]) -> None:
+            nonlocal position
+            before, position = position, min(positions[tp], until)
             self._told.advance(position - before)
-            if position > before:
-                moved_at = time.monotonic()
-            elif time.monotonic() - moved_at > STALL_S:
-                raise NoAnswer(
-                    f"{topic}, partition {self._number}: expected to read up to offset {until}, found nothing after {position} "
-                    f"for {STALL_S:.0f} s. A transaction is open there, or no broker leads the partition: `headrace doctor`."
-                )
+            if position < until and not self._still_ours():
+                raise Abandoned(f"partition {self._number} went to another worker while its state was rebuilt")
+
+        spans = {tp: Span(start, until)}
+        async for _, records in read_spans(self._consumer, spans, stall_s=STALL_S, poll_ms=POLL_MS, on_round=on_round):
+            yield records
 
     def _batch(self) -> StateBatch:
         batch = self._state.batch()

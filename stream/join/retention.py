@@ -17,9 +17,9 @@ from typing import Any
 from aiokafka.structs import TopicPartition
 
 from stream.join.metrics import JoinMetrics
-from stream.kafka.clients import answer, quietly_stopped, started
+from stream.kafka.clients import quietly_stopped, started
 from stream.kafka.cluster import topic_configs
-from stream.kafka.log_spans import first_records, span_consumer
+from stream.kafka.read_log import Span, first_records, log_consumer, log_spans
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
@@ -106,19 +106,20 @@ class RetentionWatch:
             return {}
         retention_ms = await self._retention()
         kafka = self._kafka
-        consumer = span_consumer(kafka, committed=False, max_partition_fetch_bytes=1)
+        consumer = log_consumer(kafka, committed=False, max_partition_fetch_bytes=1)
         await started(kafka, consumer, "how near retention is")
         try:
-            starts = await answer(kafka, consumer.beginning_offsets(list(low)), "the beginnings of logs")
-            ends = await answer(kafka, consumer.end_offsets(list(low)), "the ends of logs")
-            arrivals = await self._read_arrivals(consumer, {tp: max(offset, starts[tp]) for tp, offset in low.items()}, ends)
+            logs = await log_spans(kafka, consumer, list(low))
+            arrivals = await self._read_arrivals(
+                consumer, {tp: Span(max(offset, logs[tp].start), logs[tp].end) for tp, offset in low.items()}
+            )
         finally:
             await quietly_stopped(consumer.stop)
         owned = self._low_water()  # a partition may have gone meanwhile
         margins = {
             tp: Margin.of(
                 low=offset,
-                start=starts[tp],
+                start=logs[tp].start,
                 arrival_ms=arrivals.get(tp),
                 retention_ms=retention_ms.get(tp.topic, -1),  # nothing where we may not ask
                 now_ms=time.time() * 1000,
@@ -134,14 +135,12 @@ class RetentionWatch:
         configs = await topic_configs(self._kafka, self._topics, ("retention.ms",))
         return {topic: int(found["retention.ms"]) for topic, found in configs.items() if "retention.ms" in found}
 
-    async def _read_arrivals(
-        self, consumer: Any, low: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]
-    ) -> dict[TopicPartition, int]:
+    async def _read_arrivals(self, consumer: Any, left: Mapping[TopicPartition, Span]) -> dict[TopicPartition, int]:
         """When the first record at or behind each low water came, where there is one; not read again while low water stays."""
-        self._arrivals = {tp: known for tp, known in self._arrivals.items() if low.get(tp) == known[0]}
-        wanted = {tp: (offset, ends[tp]) for tp, offset in low.items() if tp not in self._arrivals}
+        self._arrivals = {tp: known for tp, known in self._arrivals.items() if tp in left and left[tp].start == known[0]}
+        wanted = {tp: span for tp, span in left.items() if tp not in self._arrivals}
         first = await first_records(consumer, wanted, within_s=READ_S)
-        self._arrivals |= {tp: (low[tp], record.timestamp) for tp, record in first.items() if record is not None}
+        self._arrivals |= {tp: (left[tp].start, record.timestamp) for tp, record in first.items() if record is not None}
         return {tp: arrival_ms for tp, (_, arrival_ms) in self._arrivals.items()}
 
     def _tell(self, margins: Mapping[TopicPartition, Margin]) -> None:

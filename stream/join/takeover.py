@@ -26,13 +26,13 @@ from stream.errors import PositionError
 from stream.formats import Formats
 from stream.join.commit_metadata import Progress, decode_progress
 from stream.join.partition import TakenOver
-from stream.join.rebuild import Committed, Rebuild
+from stream.join.rebuild import STALL_S, Committed, Rebuild
 from stream.join.rebuild_progress import RebuildProgress
 from stream.join.settings_history import NEVER_MS
 from stream.kafka.batches import BATCH_BYTES
 from stream.kafka.clients import aiokafka_options, quietly_stopped, started
-from stream.kafka.log_spans import high_watermarks
 from stream.kafka.offsets import committed_offsets
+from stream.kafka.read_log import Span, high_watermarks, read_spans
 from stream.letters.log import LetterLog, Origin, Wanted
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics.names import TopicNames
@@ -231,13 +231,8 @@ class Takeover:
 
     async def _holds_records(self, consumer: Any, tp: TopicPartition, start: int, end: int) -> bool:
         """Whether any was ever committed there; what a first transaction left when it was aborted doesn't count."""
-        if start == end:
-            return False
-        consumer.assign([tp])
-        consumer.seek(tp, start)
-        while await consumer.position(tp) < end:
-            if (await consumer.getmany(tp, timeout_ms=500, max_records=1)).get(tp):
-                return True
+        async for _ in read_spans(consumer, {tp: Span(start, end)}, stall_s=STALL_S):
+            return True
         return False
 
     def _open(self, number: int, committed: Committed) -> JoinState:

@@ -28,8 +28,8 @@ from stream.join.retention import RetentionWatch
 from stream.join.settings_history import NEVER_MS
 from stream.join.takeover import Takeover
 from stream.kafka.cluster import Cluster, ClusterWatch, describe_cluster
-from stream.kafka.log_spans import high_watermarks
 from stream.kafka.offsets import committed_offsets
+from stream.kafka.read_log import high_watermarks
 from stream.kafka.transport import LogEnd, Run, RunSchema
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings
 from stream.topics.limits import OutputLimits, letter_limit

@@ -34,7 +34,7 @@ from state.store import SnapshotStore
 from stream.errors import NoAnswer, Replaced
 from stream.kafka.cluster import ClusterWatch, describe_cluster
 from stream.kafka.transport import Run, RunSchema
-from stream.registry.follower import RegistryReader
+from stream.registry.follower import RegistryFollower
 from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.answers import Answers, answer_requests
 from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
@@ -365,7 +365,7 @@ async def run_scorer(
     registry = new_registry()
     metrics = ScorerMetrics(registry)
     store = SnapshotStore(snapshots)
-    reader = RegistryReader(kafka, names, on_change=lambda state: swapper.want(state, reader.position))
+    reader = RegistryFollower(kafka, names, on_change=lambda state: swapper.want(state, reader.position))
 
     def load(version: int) -> Served:
         return load_version(store, version, device=settings.device, announced=reader.state.versions.get(version))

@@ -25,10 +25,10 @@ from model.settings import ModelSettings
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import Fenced, RegistryError
+from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.kafka.cluster import ClusterWatch, describe_cluster
 from stream.kafka.transport import LogEnd, Run, RunSchema
-from stream.registry.follower import RegistryReader
+from stream.registry.follower import RegistryFollower
 from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
@@ -78,7 +78,7 @@ class TrainerWorker:
         publisher: Publisher,
         letters: LetterBox,
         registry: RegistryWriter,
-        follower: RegistryReader,
+        follower: RegistryFollower,
         judge: Judge,
         anchors: Anchors,
         scores: Scores,
@@ -166,7 +166,7 @@ class TrainerWorker:
                 await self._show_gate()
             try:
                 await self._registry.tag_due(self._snapshots)
-            except RegistryError as error:  # also when fenced: then the next announcement says so
+            except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
                 log.warning("tagging good versions: %s", error)
 
     async def _show_gate(self) -> None:
@@ -264,7 +264,7 @@ async def run_trainer(
             taken = f"epoch {state.trainer.epoch} was taken by {state.trainer.who}, this trainer's is {epoch}"
             fatal("trainer", Fenced(f"expected to be the only trainer: {taken}. Run one at a time."))
 
-    follower = RegistryReader(kafka, names, on_change=end_if_replaced)
+    follower = RegistryFollower(kafka, names, on_change=end_if_replaced)
     try:
         # An epoch ends the trainer that runs, so first everything that could keep this one from starting.
         require_free(http)

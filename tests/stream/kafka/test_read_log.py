@@ -10,7 +10,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.structs import TopicPartition
 
 from stream.kafka.clients import aiokafka_options
-from stream.kafka.log_spans import first_records, read_spans, span_consumer
+from stream.kafka.read_log import Span, first_records, log_consumer, read_spans
 from stream.topics.names import TopicNames
 
 PATIENCE_S = 60.0
@@ -30,7 +30,7 @@ def test_where_markers_and_aborted_records_lie(topics):
                     await producer.send_and_wait(topic, value, partition=0)
                 await (producer.commit_transaction() if ends else producer.abort_transaction())
         for committed, behind_two in ((True, 5), (False, 3)):
-            consumer = span_consumer(topics.kafka, committed=committed, max_partition_fetch_bytes=1)
+            consumer = log_consumer(topics.kafka, committed=committed, max_partition_fetch_bytes=1)
             await consumer.start()
             began = time.monotonic()
             try:
@@ -43,10 +43,10 @@ def test_where_markers_and_aborted_records_lie(topics):
                     ((6, 7), None),
                     ((7, 7), None),
                 ):
-                    first = await first_records(consumer, {one: span, empty: (0, 0)}, within_s=PATIENCE_S)
+                    first = await first_records(consumer, {one: Span(*span), empty: Span(0, 0)}, within_s=PATIENCE_S)
                     assert {tp: record and record.offset for tp, record in first.items()} == {one: offset, empty: None}
-                assert await first_records(consumer, {one: (7, 8)}, within_s=0.5) == {}
-                read = [record.offset async for _, run in read_spans(consumer, {one: (1, 7)}, stall_s=20) for record in run]
+                assert await first_records(consumer, {one: Span(7, 8)}, within_s=0.5) == {}
+                read = [record.offset async for _, run in read_spans(consumer, {one: Span(1, 7)}, stall_s=20) for record in run]
             finally:
                 await consumer.stop()
             assert time.monotonic() - began < PATIENCE_S, "where no record is the position says so, and nobody waits for one"
