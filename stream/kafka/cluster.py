@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
+from aiokafka.protocol.api import Response
 
 from stream.errors import NoAnswer, TopicError
 from stream.kafka.clients import admin_client, answer, unreachable
@@ -124,12 +125,12 @@ class _Topic(NamedTuple):
         return cls(error_code, name, str(topic_id), [_Partition(*partition[:3]) for partition in partitions])
 
 
-async def _metadata(kafka: KafkaSettings, topics: Collection[str]) -> Any:
+async def _metadata(kafka: KafkaSettings, topics: Collection[str]) -> Response:
     async with admin_client(kafka) as admin:
         return await answer(kafka, admin._send_request(TopicIdsRequest(list(topics))), "topics")
 
 
-def _cluster(kafka: KafkaSettings, topics: Sequence[str], answered: Any) -> Cluster:
+def _cluster(kafka: KafkaSettings, topics: Sequence[str], answered: Response) -> Cluster:
     described = [_Topic.of(row) for row in answered.topics]
     found = {topic.name: topic for topic in described if topic.error_code == 0}
     codes = {topic.name: topic.error_code for topic in described}

@@ -9,7 +9,6 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 from aiokafka.errors import (
     CoordinatorLoadInProgressError,
@@ -20,6 +19,7 @@ from aiokafka.errors import (
     RequestTimedOutError,
     for_code,
 )
+from aiokafka.protocol.api import Response
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.errors import NoAnswer
@@ -76,7 +76,7 @@ async def committed_offsets(
             await asyncio.sleep(RETRY_S)
 
 
-def _read(response: Any, group: str) -> dict[TopicPartition, OffsetAndMetadata]:
+def _read(response: Response, group: str) -> dict[TopicPartition, OffsetAndMetadata]:
     """Raises on any error code: an error that is passed over would look like a partition without a committed offset."""
     _check(response.error_code, f"group {group}")
     found: dict[TopicPartition, OffsetAndMetadata] = {}
