@@ -9,8 +9,9 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.structs import TopicPartition
 
-from stream.kafka.clients import aiokafka_options
-from stream.kafka.read_log import Span, first_records, log_consumer, read_spans
+from stream.errors import Abandoned, NoAnswer
+from stream.kafka.clients import aiokafka_options, started
+from stream.kafka.read_log import Positions, Span, first_records, log_consumer, log_spans, read_spans, read_to
 from stream.topics.names import TopicNames
 
 PATIENCE_S = 60.0
@@ -51,5 +52,47 @@ def test_where_markers_and_aborted_records_lie(topics):
                 await consumer.stop()
             assert time.monotonic() - began < PATIENCE_S, "where no record is the position says so, and nobody waits for one"
             assert read == ([1, 5] if committed else [1, 3, 5])
+
+    asyncio.run(check())
+
+
+@pytest.mark.kafka
+def test_reading_goes_on_from_where_it_was(topics):
+    topic = TopicNames.of(topics.topics).impressions
+    one = TopicPartition(topic, 0)
+
+    async def check() -> None:
+        async with AIOKafkaProducer(**aiokafka_options(topics.kafka)) as producer:
+            for number in range(10):
+                await producer.send_and_wait(topic, b"%d" % number, partition=0)
+        consumer = await started(topics.kafka, log_consumer(topics.kafka), "a test")
+        try:
+            assert await log_spans(topics.kafka, consumer, [one]) == {one: Span(0, 10)}
+            consumer.assign([one])
+            consumer.seek(one, 0)
+            read: list[int] = []
+            rounds: list[int] = []
+            for end in (5, 10, 10):  # the last finds nothing to read
+                async for tp, records in read_to(
+                    consumer, {one: end}, max_records=4, on_round=lambda at: rounds.append(at[one])
+                ):
+                    assert tp == one
+                    read += [record.offset for record in records]
+                assert await consumer.position(one) >= end and rounds[-1] >= end
+            assert read == list(range(10)), "each record once, also those that came with the end of an earlier reading"
+            assert rounds == sorted(rounds) and rounds[0] == 0
+
+            def leave(at: Positions) -> None:
+                raise Abandoned("enough")
+
+            consumer.seek(one, 0)
+            with pytest.raises(Abandoned, match="enough"):
+                async for _ in read_to(consumer, {one: 10}, on_round=leave):
+                    raise AssertionError("nothing is read once the caller has enough")
+            with pytest.raises(NoAnswer, match=rf"{topic}, partition 0: expected to read up to offset 11, found nothing"):
+                async for _ in read_spans(consumer, {one: Span(0, 11)}, stall_s=0.5):
+                    pass
+        finally:
+            await consumer.stop()
 
     asyncio.run(check())
