@@ -106,7 +106,7 @@ def test_the_code_uses_no_other_reason_code() -> None:
                     r"DeadLetter(?:\.of)?\(\s*(?:record,\s*|events\.records\[index\],\s*)?\"([a-z_0-9]+)\"", path.read_text()
                 )
             )
-            used |= set(re.findall(r"_refuse\(\s*\"([a-z_0-9]+)\"", path.read_text()))
+            used |= set(re.findall(r"_reject\(\s*\"([a-z_0-9]+)\"", path.read_text()))
     assert {"late_impression", "not_finite"} <= used, "the pattern no longer finds where codes are written"
     assert used <= REASONS.keys()
 
