@@ -137,7 +137,8 @@ async def read_to(
             )
         fetched = await consumer.getmany(*left, timeout_ms=poll_ms, max_records=max_records)
         for partition, records in fetched.items():
-            yield partition, records
+            if records:
+                yield partition, records
 
 
 async def read_spans(
