@@ -40,9 +40,9 @@ from bench.common import report, warn_if_busy
 from bench.delay_exact import Labels, Stream, held, play, simulated
 from bench.real_time_figures import SETTLED_MS, Seen, Served, figures, ideal_in_band, mean_of, stretches, within_window
 from bench.real_time_live import LiveRun, run_live
-from deploy.cli.simulate import CtrStep
+from deploy.cli.simulate import CTR_STEP
 from deploy.demo.play import worker_environment
-from deploy.feeding.simulation import Simulation, simulation_schema
+from deploy.feeding.simulation import CtrStep, Simulation, simulation_schema
 from deploy.local_kafka.cluster import LocalKafka
 from deploy.settings import LocalKafkaSettings, Settings
 from stream.settings import JoinSettings
@@ -117,7 +117,7 @@ def accelerated(simulation: Simulation, settings: Settings, *, saturate: bool) -
 @click.option("--lateness-ms", type=int, help="Instead of the default of join.lateness_ms.")
 @click.option("--interval-ms", type=int, help="Instead of the default of snapshots.interval_ms.")
 @click.option("--ctr", default=0.05, show_default=True)
-@click.option("--ctr-step", "ctr_steps", type=CtrStep(), multiple=True, metavar="SECONDS:CTR")
+@click.option("--ctr-step", "ctr_steps", type=CTR_STEP, multiple=True, metavar="SECONDS:CTR")
 @click.option("--hour-effect", default=0.2, show_default=True, help="Standard deviation of an hour's effect on the log odds.")
 @click.option("--saturate", is_flag=True, help="Begin with logits of 6 everywhere (with --accelerated).")
 @click.option("--no-reference", is_flag=True, help="Leave out ne_lost_share.")
@@ -130,7 +130,7 @@ def main(
     lateness_ms: int | None,
     interval_ms: int | None,
     ctr: float,
-    ctr_steps: tuple[tuple[float, float], ...],
+    ctr_steps: tuple[CtrStep, ...],
     hour_effect: float,
     saturate: bool,
     no_reference: bool,

@@ -19,7 +19,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
-from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail
+from deploy.doctor.readings import Committed, LogReading, Partition, Readings, SampledLetter, Tail
 from deploy.settings import Settings
 from state.errors import SnapshotError
 from state.registry import RegistryState
@@ -95,7 +95,7 @@ class _Reader:
 
     def __init__(self, settings: Settings, names: TopicNames, there: Mapping[str, Found], every: Set[str]) -> None:
         self._settings, self._names, self._all = settings, names, every
-        self._places = [(short, number) for short, topic in there.items() for number in range(topic.partitions)]
+        self._partitions = [(short, number) for short, topic in there.items() for number in range(topic.partitions)]
         self._consumer: AIOKafkaConsumer = None
         self._unread: list[str] = []
         self._unread_positions: set[str] = set()
@@ -132,16 +132,16 @@ class _Reader:
         if self._consumer is not None:
             await self._consumer.stop()
 
-    def _tp(self, place: Place) -> TopicPartition:
-        return TopicPartition(_full(self._names, place[0]), place[1])
+    def _tp(self, partition: Partition) -> TopicPartition:
+        return TopicPartition(_full(self._names, partition[0]), partition[1])
 
-    async def _logs(self) -> dict[Place, LogReading]:
-        places = {self._tp(place): place for place in self._places}
-        if not places:
+    async def _logs(self) -> dict[Partition, LogReading]:
+        partitions = {self._tp(partition): partition for partition in self._partitions}
+        if not partitions:
             return {}
-        logs = await log_spans(self._settings.kafka, self._consumer, list(places))
-        ends = await high_watermarks(self._settings.kafka, list(places))
-        return {place: LogReading(logs[tp].start, logs[tp].end, ends[tp]) for tp, place in places.items()}
+        logs = await log_spans(self._settings.kafka, self._consumer, list(partitions))
+        ends = await high_watermarks(self._settings.kafka, list(partitions))
+        return {partition: LogReading(logs[tp].start, logs[tp].end, ends[tp]) for tp, partition in partitions.items()}
 
     def _admin(self) -> tuple[int | None, dict[str, int]]:
         """How long brokers keep committed offsets (ms), and the number of members of each group.
@@ -183,17 +183,17 @@ class _Reader:
     def _group(self, worker: str) -> str:
         return f"{self._names.prefix}{getattr(self._settings, worker).group}"
 
-    async def _offsets(self, worker: str, shorts: Iterable[str]) -> dict[Place, OffsetAndMetadata]:
-        places = {self._tp(place): place for place in self._places if place[0] in shorts}
-        if not places:
+    async def _offsets(self, worker: str, shorts: Iterable[str]) -> dict[Partition, OffsetAndMetadata]:
+        partitions = {self._tp(partition): partition for partition in self._partitions if partition[0] in shorts}
+        if not partitions:
             return {}
         try:
-            found = await committed_offsets(self._settings.kafka, self._group(worker), list(places))
+            found = await committed_offsets(self._settings.kafka, self._group(worker), list(partitions))
         except (KafkaError, StreamError) as error:
             self._unread.append(f"what {self._group(worker)} has committed: {error!r}")
             self._unread_positions.add(worker)
             return {}
-        return {places[tp]: at for tp, at in found.items()}
+        return {partitions[tp]: at for tp, at in found.items()}
 
     async def _committed(self) -> dict[int, Committed]:
         found = await self._offsets("join", ("impressions", "clicks"))
@@ -250,25 +250,25 @@ class _Reader:
     def _not_read(self, what: str, error: Exception) -> None:
         self._unread.append(f"{what}: {repr(error) if isinstance(error, KafkaError) else error}")
 
-    async def _newest(self, logs: Mapping[Place, LogReading], short: str, sample: int) -> dict[Place, list[Record]]:
+    async def _newest(self, logs: Mapping[Partition, LogReading], short: str, sample: int) -> dict[Partition, list[Record]]:
         """The last records of a topic, by partition."""
-        places = {self._tp(place): place for place in logs if place[0] == short}
-        share = max(sample // max(len(places), 1), 1)
+        partitions = {self._tp(partition): partition for partition in logs if partition[0] == short}
+        share = max(sample // max(len(partitions), 1), 1)
         spans = {
-            tp: Span(max(logs[place].start, logs[place].stable_end - share), logs[place].stable_end)
-            for tp, place in places.items()
+            tp: Span(max(logs[partition].start, logs[partition].stable_end - share), logs[partition].stable_end)
+            for tp, partition in partitions.items()
         }
-        records: dict[Place, list[Record]] = defaultdict(list)
+        records: dict[Partition, list[Record]] = defaultdict(list)
         async for tp, run in read_spans(self._consumer, spans, stall_s=STALL_S):
-            records[places[tp]] += run
-        return {place: records[place] for place in places.values()}
+            records[partitions[tp]] += run
+        return {partition: records[partition] for partition in partitions.values()}
 
-    async def _tails(self, logs: Mapping[Place, LogReading], sample: int) -> dict[Place, Tail]:
+    async def _tails(self, logs: Mapping[Partition, LogReading], sample: int) -> dict[Partition, Tail]:
         tails = {}
         for short in ("impressions", "clicks"):
-            for place, records in (await self._newest(logs, short, sample)).items():
+            for partition, records in (await self._newest(logs, short, sample)).items():
                 events = [record for record in records if record.value or WATERMARK_HEADER not in dict(record.headers)]
-                tails[place] = Tail(
+                tails[partition] = Tail(
                     offsets=np.array([record.offset for record in events], np.int64),
                     keys=[record.key for record in events],
                     arrived_ms=np.array([record.timestamp for record in events], np.int64),
@@ -277,43 +277,44 @@ class _Reader:
                 )
         return tails
 
-    async def _letters(self, logs: Mapping[Place, LogReading], sample: int) -> list[tuple[str, Place, int]]:
+    async def _letters(self, logs: Mapping[Partition, LogReading], sample: int) -> list[SampledLetter]:
         shorts = {_full(self._names, short): short for short in MEASURED}
         letters = []
         for records in (await self._newest(logs, "dead-letters", sample)).values():
             for letter in filter(None, map(read_letter, records)):
                 short = shorts.get(letter.origin.topic)
                 if short is not None:
-                    letters.append((letter.reason, (short, letter.origin.partition), letter.origin.offset))
+                    letters.append(SampledLetter(letter.reason, (short, letter.origin.partition), letter.origin.offset))
         return letters
 
     async def _first_records(
-        self, logs: Mapping[Place, LogReading], wanted: Mapping[Place, set[int]]
+        self, logs: Mapping[Partition, LogReading], wanted: Mapping[Partition, set[int]]
     ) -> dict[tuple[str, int, int], int]:
         """The arrival of the first record at or after each offset. One round reads one offset of every partition."""
         arrivals = {}
-        left = {place: sorted(offsets) for place, offsets in wanted.items()}
+        left = {partition: sorted(offsets) for partition, offsets in wanted.items()}
         while left:
-            places = {self._tp(place): place for place in left}
+            partitions = {self._tp(partition): partition for partition in left}
             for tp, record in (
                 await self._first(
-                    self._consumer, {tp: Span(left[place][0], logs[place].stable_end) for tp, place in places.items()}
+                    self._consumer,
+                    {tp: Span(left[partition][0], logs[partition].stable_end) for tp, partition in partitions.items()},
                 )
             ).items():
-                arrivals[*places[tp], left[places[tp]][0]] = record.timestamp
-            left = {place: offsets[1:] for place, offsets in left.items() if offsets[1:]}
+                arrivals[*partitions[tp], left[partitions[tp]][0]] = record.timestamp
+            left = {partition: offsets[1:] for partition, offsets in left.items() if offsets[1:]}
         return arrivals
 
-    async def _open(self, logs: Mapping[Place, LogReading]) -> dict[Place, int]:
+    async def _open(self, logs: Mapping[Partition, LogReading]) -> dict[Partition, int]:
         """For each log whose committed readers stop before its end: when the transaction began that they stop at."""
-        stopped = {self._tp(place): place for place, log in logs.items() if log.stable_end < log.end}
+        stopped = {self._tp(partition): partition for partition, log in logs.items() if log.stable_end < log.end}
         if not stopped:
             return {}
         consumer = log_consumer(self._settings.kafka, committed=False)
         await consumer.start()
         try:
             first = await self._first(
-                consumer, {tp: Span(logs[place].stable_end, logs[place].end) for tp, place in stopped.items()}
+                consumer, {tp: Span(logs[partition].stable_end, logs[partition].end) for tp, partition in stopped.items()}
             )
         finally:
             await consumer.stop()
@@ -327,9 +328,9 @@ class _Reader:
         return {tp: record for tp, record in first.items() if record is not None}
 
 
-def _offsets_of_interest(readings: Readings) -> dict[Place, set[int]]:
+def _offsets_of_interest(readings: Readings) -> dict[Partition, set[int]]:
     """Offsets for which the checks need a record's arrival. Only offsets before the end: no record is at the others."""
-    wanted: dict[Place, set[int]] = defaultdict(set)
+    wanted: dict[Partition, set[int]] = defaultdict(set)
 
     def add(topic: str, number: int, offset: int | None) -> None:
         log = readings.logs.get((topic, number))

@@ -26,6 +26,8 @@ from aiokafka import AIOKafkaProducer
 
 from state.join_state import JoinState
 from stream.join import partition
+from stream.join.committed import CommittedReader
+from stream.join.local_state import LocalState
 from stream.join.partition import PartitionJoin
 from stream.join.rebuild import Rebuild
 from stream.join.takeover import Takeover
@@ -59,8 +61,8 @@ STEPS: dict[str, tuple[type, str, str]] = {
 }
 # Steps of taking over and of rebuilding, which a worker reaches when it starts or gets a partition.
 RECOVERY: dict[str, tuple[type, str, str]] = {
-    "taking over: producer started": (Takeover, "_committed", "before"),
-    "taking over: offsets read": (Takeover, "_open", "before"),
+    "taking over: producer started": (CommittedReader, "read", "before"),
+    "taking over: offsets read": (LocalState, "open", "before"),
     "taking over: state opened": (Rebuild, "run", "before"),
     "recovery: labels being read": (Rebuild, "_resolve", "after"),
     "recovery: impressions being read": (Rebuild, "_impressions", "after"),
@@ -70,8 +72,8 @@ RECOVERY: dict[str, tuple[type, str, str]] = {
     "taking over: done": (Takeover, "take", "after"),
 }
 REVOKE: dict[str, tuple[type, str, str]] = {
-    "on revoke": (JoinWorker, "_on_revoked", "before"),
-    "after revoke": (JoinWorker, "_on_revoked", "after"),
+    "on revoke": (JoinWorker, "revoked", "before"),
+    "after revoke": (JoinWorker, "revoked", "after"),
 }
 
 
