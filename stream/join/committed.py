@@ -11,12 +11,15 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.errors import PositionError
 from stream.join.commit_metadata import Progress, decode_progress
-from stream.kafka.log_spans import high_watermarks
 from stream.kafka.offsets import committed_offsets
+from stream.kafka.read_log import Span, high_watermarks, read_spans
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
-__all__ = ["Committed", "CommittedReader"]
+__all__ = ["STALL_S", "Committed", "CommittedReader"]
+
+# Longest wait for a record that is there: the open transaction of a replay ends within its timeout of 60 s.
+STALL_S = 90.0
 
 
 @dataclass(slots=True)
@@ -143,11 +146,6 @@ class CommittedReader:
 
 async def _holds_records(consumer: Any, tp: TopicPartition, start: int, end: int) -> bool:
     """Whether any record was ever committed there; markers of an aborted first transaction don't count."""
-    if start == end:
-        return False
-    consumer.assign([tp])
-    consumer.seek(tp, start)
-    while await consumer.position(tp) < end:
-        if (await consumer.getmany(tp, timeout_ms=500, max_records=1)).get(tp):
-            return True
+    async for _ in read_spans(consumer, {tp: Span(start, end)}, stall_s=STALL_S):
+        return True
     return False
