@@ -5,7 +5,9 @@ The client has the same rule of units for itself (`headrace/events.py`).
 
 from __future__ import annotations
 
-__all__ = ["MAX_AGE_MS", "duration", "unit_of", "wrong_unit"]
+import datetime
+
+__all__ = ["MAX_AGE_MS", "clock", "duration", "unit_of", "wrong_unit"]
 
 # How far an event may lie before its arrival. Logs of the past are replayed years later, and 40 years reach back to before
 # there were click logs. A time in seconds, read as milliseconds, lies further back: in January 1970.
@@ -37,3 +39,10 @@ def duration(span_ms: float) -> str:
         if span_ms >= size_ms:
             return f"{span_ms / size_ms:.3g} {unit}"
     return f"{span_ms:.0f} ms"
+
+
+def clock(at_ms: int | None) -> str:
+    """A time in UTC to the second, in the form that `--before` reads. A dash for never."""
+    if not at_ms:
+        return "-"
+    return datetime.datetime.fromtimestamp(at_ms / 1_000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -18,7 +18,7 @@ import torch
 
 from model.errors import ModelError
 
-__all__ = ["Kept", "from_json", "kept_of", "restore_kept", "state_of", "to_json"]
+__all__ = ["Kept", "State", "from_json", "kept_of", "restore_kept", "state_of", "to_json"]
 
 log = logging.getLogger(__name__)
 

@@ -108,7 +108,7 @@ def test_a_bug_says_that_it_is_one(error: BaseException, monkeypatch: pytest.Mon
     assert code == 70
     assert len(err.splitlines()) == 1
     assert f"Error: headrace fail: expected no such error, found {type(error).__name__}: " in err
-    assert "This is a bug in Headrace: please report it with what the same command prints under HEADRACE_TRACEBACK=1." in err
+    assert "This is a bug in Headrace: please report it with the output of the same command under HEADRACE_TRACEBACK=1." in err
     monkeypatch.setenv("HEADRACE_TRACEBACK", "1")
     assert "Traceback (most recent call last)" in ends(error, monkeypatch)[1]
 
