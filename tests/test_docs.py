@@ -182,3 +182,15 @@ def test_the_tests_that_a_page_names_exist(page: str) -> None:
         if not (any(each.startswith(name) for each in names) if cut else name in names):
             missing.append(f"{file}::{name}")
     assert missing == []
+
+
+ROOMS = ("headrace", "stream", "model", "state", "deploy", "bench", "tests", "docs")
+
+
+@pytest.mark.parametrize("page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))], ids=str)
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    """A code span that is a path from the top of the checkout, such as `stream/join/logic.py`; join-rules.md names tests."""
+    top = ROOT / "tests" if page.name == "join-rules.md" else ROOT
+    named = re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w./-]*)(?:::\w+)?`", page.read_text())
+    missing = [name for name in named if not (ROOT / name).exists() and not (top / name).exists()]
+    assert missing == []
