@@ -153,7 +153,7 @@ def test_the_summary_of_a_demo_on_a_narrow_terminal(terminal: Wide, capsys: pyte
 
 @pytest.mark.parametrize("term", ["dumb", "xterm-256color"])
 def test_a_real_terminal(term: str) -> None:
-    code = "from tests.deploy.test_cli_tables import VERSIONS, print_versions; print_versions(VERSIONS)"
+    code = "from tests.deploy.cli.test_tables import VERSIONS, print_versions; print_versions(VERSIONS)"
     main, child = pty.openpty()
     environment = {**os.environ, "COLUMNS": "40", "TERM": term}
     with subprocess.Popen([sys.executable, "-c", code], stdout=child, env=environment) as process:

@@ -15,10 +15,10 @@ from state.registry import RegistryState, encode_record, version_key
 from state.settings import SnapshotSettings
 from stream.errors import Fenced, RegistryError, TopicError
 from stream.kafka.clients import aiokafka_options
+from stream.registry import writer as registry
 from stream.registry.follower import RegistryReader
 from stream.registry.log import RegistryLog, read_registry
 from stream.registry.writer import RegistryWriter, registry_transactional_id
-from stream.registry.writer import writer as registry
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topics.names import TopicNames
 from tests.judged import JUDGED
