@@ -18,7 +18,7 @@ import numpy as np
 from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
-from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail
+from deploy.doctor.readings import Committed, LogReading, Partition, Readings, SampledLetter, Tail
 from deploy.settings import Settings
 from state.errors import SnapshotError
 from state.registry import RegistryState
@@ -126,10 +126,10 @@ class _Reader:
         if self._consumer is not None:
             await self._consumer.stop()
 
-    def _tp(self, place: Place) -> TopicPartition:
+    def _tp(self, place: Partition) -> TopicPartition:
         return TopicPartition(_full(self._names, place[0]), place[1])
 
-    async def _logs(self) -> dict[Place, LogReading]:
+    async def _logs(self) -> dict[Partition, LogReading]:
         places = {self._tp(place): place for place in self._places}
         if not places:
             return {}
@@ -174,7 +174,7 @@ class _Reader:
     def _group(self, worker: str) -> str:
         return f"{self._names.prefix}{getattr(self._settings, worker).group}"
 
-    async def _offsets(self, worker: str, shorts: Iterable[str]) -> dict[Place, Any]:
+    async def _offsets(self, worker: str, shorts: Iterable[str]) -> dict[Partition, Any]:
         places = {self._tp(place): place for place in self._places if place[0] in shorts}
         if not places:
             return {}
@@ -241,19 +241,19 @@ class _Reader:
     def _not_read(self, what: str, error: Exception) -> None:
         self._unread.append(f"{what}: {repr(error) if isinstance(error, KafkaError) else error}")
 
-    async def _newest(self, logs: Mapping[Place, LogReading], short: str, sample: int) -> dict[Place, list[Any]]:
+    async def _newest(self, logs: Mapping[Partition, LogReading], short: str, sample: int) -> dict[Partition, list[Any]]:
         """The last records of a topic by partition."""
         places = {self._tp(place): place for place in logs if place[0] == short}
         share = max(sample // max(len(places), 1), 1)
         spans = {
             tp: (max(logs[place].start, logs[place].stable_end - share), logs[place].stable_end) for tp, place in places.items()
         }
-        records: dict[Place, list[Any]] = defaultdict(list)
+        records: dict[Partition, list[Any]] = defaultdict(list)
         async for tp, run in read_spans(self._consumer, spans, stall_s=STALL_S):
             records[places[tp]] += run
         return {place: records[place] for place in places.values()}
 
-    async def _tails(self, logs: Mapping[Place, LogReading], sample: int) -> dict[Place, Tail]:
+    async def _tails(self, logs: Mapping[Partition, LogReading], sample: int) -> dict[Partition, Tail]:
         tails = {}
         for short in ("impressions", "clicks"):
             for place, records in (await self._newest(logs, short, sample)).items():
@@ -267,18 +267,18 @@ class _Reader:
                 )
         return tails
 
-    async def _letters(self, logs: Mapping[Place, LogReading], sample: int) -> list[tuple[str, Place, int]]:
+    async def _letters(self, logs: Mapping[Partition, LogReading], sample: int) -> list[SampledLetter]:
         shorts = {_full(self._names, short): short for short in MEASURED}
         letters = []
         for records in (await self._newest(logs, "dead-letters", sample)).values():
             for letter in filter(None, map(read_letter, records)):
                 short = shorts.get(letter.origin.topic)
                 if short is not None:
-                    letters.append((letter.reason, (short, letter.origin.partition), letter.origin.offset))
+                    letters.append(SampledLetter(letter.reason, (short, letter.origin.partition), letter.origin.offset))
         return letters
 
     async def _first_records(
-        self, logs: Mapping[Place, LogReading], wanted: Mapping[Place, set[int]]
+        self, logs: Mapping[Partition, LogReading], wanted: Mapping[Partition, set[int]]
     ) -> dict[tuple[str, int, int], int]:
         """Arrival of the first record at or after each offset: a round for each partition's first, second, … offset."""
         arrivals = {}
@@ -294,7 +294,7 @@ class _Reader:
             left = {place: offsets[1:] for place, offsets in left.items() if offsets[1:]}
         return arrivals
 
-    async def _open(self, logs: Mapping[Place, LogReading]) -> dict[Place, int]:
+    async def _open(self, logs: Mapping[Partition, LogReading]) -> dict[Partition, int]:
         """Where committed readers stop before the end: when the transaction began that they stop at."""
         stopped = {self._tp(place): place for place, log in logs.items() if log.stable_end < log.end}
         if not stopped:
@@ -317,9 +317,9 @@ class _Reader:
         return {tp: record for tp, record in first.items() if record is not None}
 
 
-def _offsets_of_interest(readings: Readings) -> dict[Place, set[int]]:
+def _offsets_of_interest(readings: Readings) -> dict[Partition, set[int]]:
     """Where the checks need to know a record's arrival; only offsets before the end, else there is nothing to wait for."""
-    wanted: dict[Place, set[int]] = defaultdict(set)
+    wanted: dict[Partition, set[int]] = defaultdict(set)
 
     def add(topic: str, number: int, offset: int | None) -> None:
         log = readings.logs.get((topic, number))

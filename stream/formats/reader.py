@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stream.errors import StreamError
-from stream.formats.envelopes import unwrapped, unwrapped_row
+from stream.formats.envelopes import CONNECT, DEBEZIUM, unwrapped, unwrapped_row
 from stream.formats.frames import HEADER_BYTES, schema_id, schema_ids
 from stream.formats.refused import Refused, RefusedError
 from stream.formats.rows import row_json
@@ -26,6 +26,7 @@ __all__ = ["FRAMES", "Formats", "open_formats"]
 log = logging.getLogger(__name__)
 
 FRAMES = "f"
+_ENVELOPES = {"none": "", "connect": CONNECT, "debezium": DEBEZIUM}  # `join.envelope` → its letter in a form
 # Between two questions to a registry that is out of order; doubled each time.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 # Between the two answers "no such schema" that are believed.
@@ -59,6 +60,10 @@ class Formats:
         self._away: str | None = None  # what the registry said last, while it is out of order
         self._left = 0  # schemas to be asked for
         self.decoded: Counter[str] = Counter()
+
+    def form(self, envelope: str) -> str:
+        """What events may be in: frames where there is a schema registry, and the envelope of `join.envelope`."""
+        return (FRAMES if self._registry is not None else "") + _ENVELOPES[envelope]
 
     async def prepare(self, records: Sequence[Any], form: str) -> None:
         """Fetch the schemas that these records' frames name. It waits for as long as the registry is out of order.

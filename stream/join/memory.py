@@ -5,13 +5,22 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from state.join_state import Chunk
 from stream.join.settings_history import NEVER_MS, History, Terms
 
-__all__ = ["EarlyClick", "Memory"]
+__all__ = ["EarlyClick", "LowWater", "Memory"]
 
 EarlyClick = tuple[int, int, bytes]  # event time, offset, the record as `logic.packed_click` has it
+
+
+class LowWater(NamedTuple):
+    """The earliest offsets that taking over a partition without local state would read."""
+
+    impressions: int
+    clicks: int
+    examples: int
 
 
 @dataclass(slots=True)
@@ -77,7 +86,7 @@ class Memory:
             del self._chunks[due[-1]]
         return due
 
-    def low_water(self, impressions: int, clicks: int, examples: int) -> tuple[int, int, int]:
+    def low_water(self, impressions: int, clicks: int, examples: int) -> LowWater:
         """The earliest offsets that what is remembered still needs, given the positions now."""
         for chunk in self._chunks:
             impressions, examples = min(impressions, chunk.first_offset), min(examples, chunk.examples_position)
@@ -85,4 +94,4 @@ class Memory:
         for offset in self._early_offsets:
             clicks = min(clicks, offset)
             break
-        return impressions, clicks, examples
+        return LowWater(impressions, clicks, examples)

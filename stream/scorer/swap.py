@@ -79,8 +79,8 @@ class Swapper:
         self._metrics.champion_version.set(-1 if self._wanted is None else self._wanted)
         self._settle()
 
-    async def tried(self) -> None:
-        """Wait until what is being loaded is served, or has failed."""
+    async def first_load_ended(self) -> None:
+        """Wait until each version that is being loaded is served, or has failed."""
         if self._loading:
             await asyncio.wait(list(self._loading.values()))
 

@@ -1,14 +1,14 @@
-"""The trainer: labelled examples in, a learned model and its snapshots out.
+"""The trainer: learns from labelled examples, and writes snapshots of the model.
 
 | module | what it does |
 | --- | --- |
-| `worker` | the Faust side: membership, positions, runs in |
+| `worker` | the process: membership, positions, runs |
 | `pipeline` | a decoding thread and a training thread, so that the event loop never waits for either |
 | `examples` | a run of `examples` → columns and dead letters |
 | `batching` | columns → batches, and how far the log is trained |
 | `training` | learn batch after batch; what a snapshot holds |
-| `scores` | how good the scores are: progressive, served, over a stretch of event time |
-| `kept` | what travels with the versions beside the model |
+| `evaluation` | how good the scores are: progressive, served, over a stretch of event time |
+| `bookkeeping` | what travels with the versions beside the model |
 | `letters` | dead letters, written before a version relies on them |
 | `skew` | served scores computed again from the impressions' features |
 | `snapshots` | when and how versions are written and announced |

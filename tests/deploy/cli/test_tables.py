@@ -114,12 +114,12 @@ def test_nothing_is_cut_whatever_the_values(rows: list[tuple[int, str, str]], co
         patch.setattr(tables.click, "echo", lambda text="": said.append(text))
         patch.setenv("COLUMNS", str(columns))
         print_table(("version", "tags", "why"), [(str(number), tag, why) for number, tag, why in rows])
-        told = "".join(words("\n".join(said)))
+        shown = "".join(words("\n".join(said)))
         for number, tag, why in rows:
-            assert str(number) in told
+            assert str(number) in shown
             for value in (tag, why):
                 for word in tables.printable(value).split():
-                    assert word in told
+                    assert word in shown
         said.clear()
         print_pairs([("version", number) for number, _, _ in rows] or [("version", 1)])
         assert [words(line)[-1] for line in said] == [str(number) for number, _, _ in rows] or not rows

@@ -106,13 +106,13 @@ def test_a_start_waits_for_the_first_version_or_its_failure() -> None:
     async def run() -> None:
         it = Serving()
         it.want(None)
-        await it.swapper.tried()  # nothing to wait for
+        await it.swapper.first_load_ended()  # nothing to wait for
         it.want(1)
-        await it.swapper.tried()
+        await it.swapper.first_load_ended()
         assert it.version == 1
         it.store.broken.add(2)
         it.want(2)
-        await it.swapper.tried()
+        await it.swapper.first_load_ended()
         assert it.version == 1 and it.count("swap_failures") == 1
 
     asyncio.run(run())
