@@ -29,7 +29,8 @@ import click
 import numpy as np
 
 from bench.common import report
-from state.gate import Gate, GateState, sample
+from state.gate import Gate, GateState
+from state.gate_blocks import sample
 from state.settings import SnapshotSettings
 
 Fault = Literal["none", "rate_times_100", "field_zeroed", "logits_plus_0.7"]

@@ -25,6 +25,7 @@ from deploy.processes.workers import Worker
 from deploy.settings import Settings
 from state.store import SnapshotStore
 from stream.kafka.clients import aiokafka_options
+from stream.kafka.read_log import read_to
 from stream.registry.log import read_registry
 from stream.topics.names import TopicNames
 
@@ -305,13 +306,12 @@ async def _seen(settings: Settings, names: TopicNames, versions: list[int]) -> d
         consumer.assign(partitions)
         ends = await consumer.end_offsets(partitions)
         await consumer.seek_to_beginning(*partitions)
-        while any([await consumer.position(partition) < ends[partition] for partition in partitions]):
-            for partition, records in (await consumer.getmany(timeout_ms=200)).items():
-                kept = labels.setdefault(partition.partition, [])
-                for record in records:
-                    label = dict(record.headers).get("label")
-                    if label is not None:
-                        kept.append((record.offset, label == b"1"))
+        async for partition, records in read_to(consumer, ends):
+            kept = labels.setdefault(partition.partition, [])
+            for record in records:
+                label = dict(record.headers).get("label")
+                if label is not None:
+                    kept.append((record.offset, label == b"1"))
     finally:
         await consumer.stop()
     store = SnapshotStore(settings.snapshots)

@@ -1,4 +1,4 @@
-"""Durations and times as people type them."""
+"""Durations and times as users type them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Time(click.ParamType):
 
 
 class _Moment(click.ParamType):
-    """A time, or how long ago: `2h` → ms since epoch."""
+    """A time, or how long ago, such as `2h` → ms since epoch."""
 
     name = "moment"
 

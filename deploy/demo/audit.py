@@ -13,6 +13,7 @@ from aiokafka.structs import TopicPartition
 
 from deploy.settings import Settings
 from stream.kafka.clients import aiokafka_options
+from stream.kafka.read_log import read_to
 from stream.letters.log import read_letter
 from stream.records.example import left_out_of
 from stream.topics.names import TopicNames
@@ -111,14 +112,11 @@ class Audit:
     async def read(self) -> Ledger:
         """Read on to the ends of the logs as they are now."""
         ends = await self._consumer.end_offsets(list(self._consumer.assignment()))
-        while True:
-            waiting = [tp for tp, end in ends.items() if await self._consumer.position(tp) < end]
-            if not waiting:
-                return self.ledger
-            for tp, records in (await self._consumer.getmany(*waiting, timeout_ms=300, max_records=20_000)).items():
-                self._add(tp, records)
+        async for tp, records in read_to(self._consumer, ends, poll_ms=300, max_records=20_000):
+            self._add(tp, records)
+        return self.ledger
 
-    def _add(self, tp: Any, records: list[Any]) -> None:
+    def _add(self, tp: TopicPartition, records: list[Any]) -> None:
         ledger, names = self.ledger, self._names
         if tp.topic == names.impressions:
             for record in records:

@@ -23,7 +23,7 @@ from deploy.feeding.partitions import partitions_of
 from stream.errors import NoAnswer
 from stream.join.events import WATERMARK_HEADER
 from stream.kafka.batches import BATCH_BYTES, send_batches
-from stream.kafka.clients import aiokafka_options, no_answer, started
+from stream.kafka.clients import aiokafka_options, started, unreachable
 from stream.kafka.reach import reach
 from stream.settings import KafkaSettings
 
@@ -58,8 +58,8 @@ class Feed:
             )
             await started(self._kafka, self._producer, "a producer")
         except (KafkaError, NoAnswer) as error:
-            unreachable = error if isinstance(error, NoAnswer) else no_answer(self._kafka, "a producer", error)
-            raise FeedError(str(unreachable)) from error
+            failure = error if isinstance(error, NoAnswer) else unreachable(self._kafka, "an answer about a producer", error)
+            raise FeedError(str(failure)) from error
         return self
 
     async def __aexit__(

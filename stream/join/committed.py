@@ -11,12 +11,15 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.errors import PositionError
 from stream.join.commit_metadata import Progress, decode_progress
-from stream.kafka.log_spans import high_watermarks
 from stream.kafka.offsets import committed_offsets
+from stream.kafka.read_log import Span, high_watermarks, read_spans
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
-__all__ = ["Committed", "CommittedReader"]
+__all__ = ["STALL_S", "Committed", "CommittedReader"]
+
+# Longest wait for a record that is there: the open transaction of a replay ends within its timeout of 60 s.
+STALL_S = 90.0
 
 
 @dataclass(slots=True)
@@ -83,7 +86,7 @@ class CommittedReader:
         if len(known) != 2:
             raise PositionError(
                 f"group {self.group}, partition {number}: expected committed offsets of impressions and clicks, found only "
-                f"{', '.join(tp.topic for tp in known)}: the other topic was deleted and created again, which deletes its "
+                f"{', '.join(tp.topic for tp in known)}: the other topic was deleted and made anew, which deletes its "
                 "offsets, or they were reset alone. To begin again, reset those of both topics with Kafka's consumer-groups "
                 "tool."
             )
@@ -107,7 +110,7 @@ class CommittedReader:
             if offset.offset > ends[tp]:
                 raise PositionError(
                     f"{tp.topic}, partition {number}: committed up to {offset.offset}, found the log ending at {ends[tp]}. "
-                    "The topic was created again or lost data: reset the group's offsets with Kafka's consumer-groups tool."
+                    "The topic was made anew or lost data: reset the group's offsets with Kafka's consumer-groups tool."
                 )
             if offset.offset < starts[tp]:
                 raise PositionError(
@@ -138,16 +141,11 @@ class CommittedReader:
         """What differs between an identity committed earlier and this one."""
         names = ("the cluster", self.names.impressions, self.names.clicks, self.names.examples)
         pairs = zip(names, then.split("/"), self.identity.split("/"), strict=False)
-        return ", ".join(f"{name} was created again (id {new}, before {old})" for name, old, new in pairs if old != new)
+        return ", ".join(f"{name} was made anew (id {new}, before {old})" for name, old, new in pairs if old != new)
 
 
 async def _holds_records(consumer: Any, tp: TopicPartition, start: int, end: int) -> bool:
     """Whether any record was ever committed there; markers of an aborted first transaction don't count."""
-    if start == end:
-        return False
-    consumer.assign([tp])
-    consumer.seek(tp, start)
-    while await consumer.position(tp) < end:
-        if (await consumer.getmany(tp, timeout_ms=500, max_records=1)).get(tp):
-            return True
+    async for _ in read_spans(consumer, {tp: Span(start, end)}, stall_s=STALL_S):
+        return True
     return False

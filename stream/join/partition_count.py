@@ -15,8 +15,8 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.errors import TopicError
 from stream.join.commit_metadata import Progress, decode_progress
-from stream.kafka.log_spans import high_watermarks
 from stream.kafka.offsets import committed_offsets
+from stream.kafka.read_log import high_watermarks
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics.names import TopicNames
 

@@ -7,8 +7,7 @@ impressions, then the clicks; both are decided again and written into the state 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 from aiokafka.structs import TopicPartition
 
 from state.join_state import LAYOUT, JoinMeta, JoinState
-from stream.errors import Abandoned, NoAnswer, PositionError
+from stream.errors import Abandoned, PositionError
 from stream.formats import Formats
 from stream.join.commit_metadata import new_life
-from stream.join.committed import Committed
+from stream.join.committed import STALL_S, Committed
 from stream.join.events import Events, read_run
 from stream.join.memory import EarlyClick, Memory
 from stream.join.partition import Positions
@@ -27,7 +26,9 @@ from stream.join.rebuild_labels import Labels
 from stream.join.rebuild_progress import RebuildProgress
 from stream.join.rebuild_state import RebuiltState
 from stream.join.settings_history import NEVER_MS, History, Terms
+from stream.kafka.read_log import Span, read_spans
 from stream.letters.log import Origin
+from stream.records.record import Record
 from stream.settings import JoinSettings
 from stream.topics.names import TopicNames
 
@@ -35,8 +36,7 @@ __all__ = ["Rebuild", "Rebuilt"]
 
 log = logging.getLogger(__name__)
 
-# Longest wait for a record that is there: the open transaction of a replay ends within its timeout of 60 s.
-STALL_S = 90.0
+POLL_MS = 500  # one wait for records
 
 
 async def _none_known(origins: set[Origin]) -> set[Origin]:
@@ -168,30 +168,23 @@ class Rebuild:
                 "former (offsets beyond it) or repeats the latter (offsets before it)."
             )
 
-    async def _read(self, topic: str, start: int, until: int) -> AsyncIterator[list[Any]]:
+    async def _read(self, topic: str, start: int, until: int) -> AsyncIterator[list[Record]]:
         """Committed records of `start <= offset < until`, as they are fetched."""
         if start >= until:
             return
         tp = TopicPartition(topic, self._number)
-        self._consumer.assign([tp])
-        self._consumer.seek(tp, start)
-        position, moved_at = start, time.monotonic()
-        while position < until:
-            if not self._still_ours():
-                raise Abandoned(f"partition {self._number} went to another worker while its state was rebuilt")
-            fetched = await self._consumer.getmany(tp, timeout_ms=500)
-            records = [record for record in fetched.get(tp, ()) if record.offset < until]
-            if records:
-                yield records
-            before, position = position, min(await self._consumer.position(tp), until)
+        position = start
+
+        def on_round(positions: Mapping[TopicPartition, int]) -> None:
+            nonlocal position
+            before, position = position, min(positions[tp], until)
             self._progress.advance(position - before)
-            if position > before:
-                moved_at = time.monotonic()
-            elif time.monotonic() - moved_at > STALL_S:
-                raise NoAnswer(
-                    f"{topic}, partition {self._number}: expected to read up to offset {until}, found nothing after {position} "
-                    f"for {STALL_S:.0f} s. A transaction is open there, or no broker leads the partition: `headrace doctor`."
-                )
+            if position < until and not self._still_ours():
+                raise Abandoned(f"partition {self._number} went to another worker while its state was rebuilt")
+
+        spans = {tp: Span(start, until)}
+        async for _, records in read_spans(self._consumer, spans, stall_s=STALL_S, poll_ms=POLL_MS, on_round=on_round):
+            yield records
 
     async def _read_labels(self, start: int, end: int, *, older: bool) -> None:
         """Read `examples`. Unless the state is `older` than the committed offsets, it stays as it is."""

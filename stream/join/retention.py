@@ -18,9 +18,9 @@ from aiokafka.structs import TopicPartition
 
 from stream.join.memory import LowWater
 from stream.join.metrics import JoinMetrics
-from stream.kafka.clients import answer, quietly_stopped, started
+from stream.kafka.clients import quietly_stopped, started
 from stream.kafka.cluster import topic_configs
-from stream.kafka.log_spans import first_records, span_consumer
+from stream.kafka.read_log import Span, first_records, log_consumer, log_spans
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
@@ -119,19 +119,20 @@ class RetentionWatch:
             return {}
         retention_ms = await self._retention()
         kafka = self._kafka
-        consumer = span_consumer(kafka, committed=False, max_partition_fetch_bytes=1)
+        consumer = log_consumer(kafka, committed=False, max_partition_fetch_bytes=1)
         await started(kafka, consumer, "how near retention is")
         try:
-            starts = await answer(kafka, consumer.beginning_offsets(list(low)), "the beginnings of logs")
-            ends = await answer(kafka, consumer.end_offsets(list(low)), "the ends of logs")
-            arrivals = await self._read_arrivals(consumer, {tp: max(offset, starts[tp]) for tp, offset in low.items()}, ends)
+            logs = await log_spans(kafka, consumer, list(low))
+            arrivals = await self._read_arrivals(
+                consumer, {tp: Span(max(offset, logs[tp].start), logs[tp].end) for tp, offset in low.items()}
+            )
         finally:
             await quietly_stopped(consumer.stop)
         owned = self._low_water()  # a partition may have gone to another worker meanwhile
         margins = {
             tp: Margin.of(
                 low=offset,
-                start=starts[tp],
+                start=logs[tp].start,
                 arrival_ms=arrivals.get(tp),
                 retention_ms=retention_ms.get(tp.topic, -1),  # absent where we lack the permission to ask
                 now_ms=time.time() * 1000,
@@ -147,17 +148,15 @@ class RetentionWatch:
         configs = await topic_configs(self._kafka, self._topics, ("retention.ms",))
         return {topic: int(found["retention.ms"]) for topic, found in configs.items() if "retention.ms" in found}
 
-    async def _read_arrivals(
-        self, consumer: Any, low: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]
-    ) -> dict[TopicPartition, int]:
+    async def _read_arrivals(self, consumer: Any, left: Mapping[TopicPartition, Span]) -> dict[TopicPartition, int]:
         """When the first record at or after each low-water offset arrived, where there is one.
 
         It is not read again while the low-water offset stays the same.
         """
-        self._arrivals = {tp: known for tp, known in self._arrivals.items() if low.get(tp) == known.low}
-        wanted = {tp: (offset, ends[tp]) for tp, offset in low.items() if tp not in self._arrivals}
+        self._arrivals = {tp: known for tp, known in self._arrivals.items() if tp in left and left[tp].start == known.low}
+        wanted = {tp: span for tp, span in left.items() if tp not in self._arrivals}
         first = await first_records(consumer, wanted, within_s=READ_S)
-        self._arrivals |= {tp: _Arrival(low[tp], record.timestamp) for tp, record in first.items() if record is not None}
+        self._arrivals |= {tp: _Arrival(left[tp].start, record.timestamp) for tp, record in first.items() if record is not None}
         return {tp: known.at_ms for tp, known in self._arrivals.items()}
 
     def _report(self, margins: Mapping[TopicPartition, Margin]) -> None:

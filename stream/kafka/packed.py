@@ -1,9 +1,9 @@
-"""Record batches of Kafka's format 2, written in Python from parts that are packed already.
+"""Writes record batches of Kafka's format 2 in Python, from parts that are packed already.
 
-aiokafka's compiled builder packs each header of each record anew and computes checksums in software: 2.7 µs a labelled example.
-All examples of a step have the same headers but for a few numbers, so these are packed once (`pack_headers`), a record is one
-`bytes.join`, and the checksum is `crc32c`'s, which uses the processor's own instruction: 1.0 µs. The bytes are the same;
-`tests/stream/kafka/test_packed.py` compares them.
+aiokafka's compiled builder packs every header of every record, and computes checksums in software: 2.7 µs a labelled example.
+All examples of a step have the same headers except for a few numbers. So here the equal headers are packed once
+(`pack_headers`), a record is one `bytes.join`, and `crc32c` computes the checksum with the processor's own instruction: 1.0 µs.
+The bytes are the same; `tests/stream/kafka/test_packed.py` compares them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _BEFORE = struct.Struct(">qiibI")
 _CHECKED = struct.Struct(">hiqqqhii")
 EMPTY_BATCH_BYTES = _BEFORE.size + _CHECKED.size
 _FORMAT, _TRANSACTIONAL = 2, 0x10
-_NO_OFFSET_LENGTH = 12  # what the length field doesn't count: the base offset and itself
-# The largest number that is kept packed: offsets in a batch and lengths of usual values.
+_NO_OFFSET_LENGTH = 12  # bytes that the length field doesn't count: the base offset and the field itself
+# The largest number whose packed form is kept: enough for offsets in a batch and for lengths of usual values.
 _KEPT = 1 << 14
 
 
 class _Varints(dict[int, bytes]):
-    """Numbers as Kafka packs them: zigzag, then seven bits a byte, the lowest first."""
+    """Numbers as Kafka packs them: zigzag, then seven bits a byte, the lowest bits first."""
 
     def __missing__(self, number: int) -> bytes:
         rest, packed = (number << 1) ^ (number >> 63), bytearray()
@@ -46,18 +46,18 @@ varint = _Varints()
 
 
 def pack_header(name: str, value: bytes | None) -> bytes:
-    """One header; `pack_headers` without its count."""
+    """Pack one header. `pack_headers` adds the number of headers."""
     key = name.encode()
     return varint[len(key)] + key + (varint[-1] if value is None else varint[len(value)] + value)
 
 
 def pack_headers(headers: Sequence[tuple[str, bytes | None]]) -> bytes:
-    """The last part of a record: how many headers, and each."""
+    """Pack the last part of a record: the number of headers, and the headers."""
     return varint[len(headers)] + b"".join([pack_header(name, value) for name, value in headers])
 
 
 def unpack_headers(packed: bytes) -> list[tuple[str, bytes | None]]:
-    """What `pack_headers` was given."""
+    """Reverse `pack_headers`."""
     position = 0
 
     def number() -> int:
@@ -85,7 +85,7 @@ def unpack_headers(packed: bytes) -> list[tuple[str, bytes | None]]:
 
 
 def pack_record(index: int, key: bytes | None, value: bytes | None, headers: bytes) -> bytes:
-    """A record without its length: attributes and time difference of 0, its place in the batch, key, value, headers."""
+    """Pack a record without its length: attributes and time difference of 0, its index in the batch, key, value, headers."""
     if key is None or value is None:
         return b"".join(
             (
@@ -100,12 +100,12 @@ def pack_record(index: int, key: bytes | None, value: bytes | None, headers: byt
 
 
 class PackedBatch(BatchBuilder):
-    """A whole batch of packed records, in the place of a builder that aiokafka would have filled.
+    """A full batch of packed records, in the form of a builder that aiokafka would have filled.
 
     Args:
-        parts: the records in order, the length of each before it.
-        count: how many they are.
-        timestamp_ms: of all of them.
+        parts: the records in order, each one after its length.
+        count: the number of records.
+        timestamp_ms: the timestamp of all of them (ms since epoch).
     """
 
     _buffer: bytes | None
@@ -119,7 +119,7 @@ class PackedBatch(BatchBuilder):
         self.close()
 
     def append(self, **record: Any) -> None:
-        """It is full."""
+        """Returns None, which means that the batch is full."""
 
     def _set_producer_state(self, producer_id: int, producer_epoch: int, base_sequence: int) -> None:
         self._producer = (producer_id, producer_epoch, base_sequence)

@@ -42,7 +42,7 @@ def duration(span_ms: float) -> str:
 
 
 def clock(at_ms: int | None) -> str:
-    """UTC to the second, as `--before` takes it; a dash for never."""
+    """A time in UTC to the second, in the form that `--before` reads. A dash for never."""
     if not at_ms:
         return "-"
     return datetime.datetime.fromtimestamp(at_ms / 1_000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -29,7 +29,7 @@ from state.store import SnapshotStore
 from stream.errors import NoAnswer
 from stream.kafka.cluster import Cluster, describe_cluster
 from stream.kafka.transport import Run
-from stream.registry.follower import RegistryReader
+from stream.registry.follower import RegistryFollower
 from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.answering import Answering
 from stream.scorer.metrics import ScorerMetrics
@@ -250,7 +250,7 @@ async def run_scorer(
     prometheus = new_prometheus()
     metrics = ScorerMetrics(prometheus)
     store = SnapshotStore(snapshots)
-    reader = RegistryReader(kafka, names, on_change=lambda state: swapper.want(state, reader.position))
+    reader = RegistryFollower(kafka, names, on_change=lambda state: swapper.want(state, reader.position))
 
     def load(version: int) -> Served:
         return load_version(store, version, device=settings.device, announced=reader.state.versions.get(version))

@@ -24,7 +24,9 @@ import numpy.typing as npt
 import torch
 
 from model.batch import FeatureBatch
-from state.gate import Gate, GateReport, GateState, sample
+from state.gate import Gate, GateState
+from state.gate_blocks import sample
+from state.gate_report import GateReport
 from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
 from stream.trainer.batching import TrainingBatch

@@ -28,11 +28,11 @@ from model.settings import ModelSettings
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import Fenced, RegistryError
+from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.kafka.cluster import Cluster, describe_cluster
 from stream.kafka.transport import Run
 from stream.records.dead_letter import DeadLetter
-from stream.registry.follower import RegistryReader
+from stream.registry.follower import RegistryFollower
 from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
@@ -87,7 +87,7 @@ class TrainerWorker(Worker):
         publisher: Publisher,
         letters: LetterBox,
         registry: RegistryWriter,
-        follower: RegistryReader,
+        follower: RegistryFollower,
         judge: Judge,
         anchors: Anchors,
         scores: Scores,
@@ -173,7 +173,7 @@ class TrainerWorker(Worker):
                 await self._show_gate()
             try:
                 await self._registry.tag_due(self._snapshots)
-            except RegistryError as error:  # also when fenced: then the next announcement says so
+            except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
                 log.warning("tagging good versions: %s", error)
 
     async def _show_gate(self) -> None:
@@ -257,7 +257,7 @@ async def run_trainer(
             taken = f"epoch {state.trainer.epoch} was taken by {state.trainer.who}, this trainer's is {epoch}"
             fatal("trainer", Fenced(f"expected to be the only trainer: {taken}. Run one at a time."))
 
-    follower = RegistryReader(kafka, names, on_change=end_if_replaced)
+    follower = RegistryFollower(kafka, names, on_change=end_if_replaced)
     try:
         # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
         require_free(http)
@@ -305,7 +305,7 @@ async def _built(
     snapshots: SnapshotSettings,
     store: SnapshotStore,
     registry: RegistryWriter,
-    follower: RegistryReader,
+    follower: RegistryFollower,
     prometheus: CollectorRegistry,
 ) -> TrainerWorker:
     """The worker with all its parts."""

@@ -56,8 +56,8 @@ class Membership:
         if other is not None:
             self.put_out = (
                 f"{self._setting}: expected to be the only worker of group {self._group} with the instance id "
-                f"{self._instance_id!r}, found another one, which has taken over this worker's membership: {other}. Give each "
-                "worker an id of its own (a pod's name), or none."
+                f"{self._instance_id!r}, found another one, which has taken this worker's place: {other}. Give each worker an "
+                "id of its own (a pod's name), or none."
             )
         return self.put_out
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from state import decisions
-from state.decisions import Cause, Change
+from state.decisions import Cause, Change, Undo
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
 from state.registry import RegistryState, encode_record
@@ -194,7 +194,7 @@ class Operations(RuleBasedStateMachine):
             assert moved.version == max(good)
         self.check_undo(before, moved.undo)
 
-    def check_undo(self, before: tuple[int | None, bool, str], undo: str | None) -> None:
+    def check_undo(self, before: tuple[int | None, bool, str], undo: Undo | None) -> None:
         """Run the undo on a copy, so that the sequence continues after the change."""
         if before[0] is None:
             assert undo is None
@@ -204,7 +204,7 @@ class Operations(RuleBasedStateMachine):
         copy.now_ms, copy.count = self.log.now_ms, 10_000
         for key, value in self.log.compacted.items():
             copy.state.apply(key.encode(), value, 0)
-        copy.run(undo)
+        copy.run(undo.command)
         assert copy.served() == before
 
     @rule()
@@ -215,7 +215,7 @@ class Operations(RuleBasedStateMachine):
         if held.undo is None:
             assert before[1] and self.log.served() == before
         else:
-            self.log.run(held.undo)
+            self.log.run(held.undo.command)
             assert self.log.served() == before
 
     @rule()
@@ -268,8 +268,8 @@ def test_a_rollback_goes_to_the_newest_good_one_and_comes_back() -> None:
     assert (moved.previous, moved.version, moved.held) == (5, 3, True)
     assert log.served() == (3, True, "rolled back: why")
     assert not log.announce(6).promoted
-    assert moved.undo == "headrace snapshot promote 5 --reason 'undo of 3' --resume"
-    log.run(moved.undo)
+    assert moved.undo.command == "headrace snapshot promote 5 --reason 'undo of 3' --resume"
+    log.run(moved.undo.command)
     assert log.served() == (5, False, "")
     assert log.announce(7).promoted
 
@@ -289,8 +289,8 @@ def test_a_hold_from_before_outlives_rollback_and_undo() -> None:
     log.write(decisions.hold(log.state, log.cause("sale")))
     moved = log.rollback()
     assert log.served() == (2, True, "sale")
-    assert moved.undo == "headrace snapshot promote 3 --reason 'undo of 2'"
-    log.run(moved.undo)
+    assert moved.undo.command == "headrace snapshot promote 3 --reason 'undo of 2'"
+    log.run(moved.undo.command)
     assert log.served() == (3, True, "sale")
 
 
@@ -361,7 +361,7 @@ def test_a_promotion_that_changes_nothing_is_rejected() -> None:
     with pytest.raises(Refused, match=r"version 2: it is champion already, since 1970-01-01T00:16:50Z\. Nothing was changed"):
         decisions.promote(log.state, 2, log.cause())
     moved = log.write(decisions.promote(log.state, 2, log.cause(), hold=True, hold_reason="pin"))
-    assert log.served() == (2, True, "pin") and moved.undo.endswith("--resume")  # type: ignore[attr-defined]
+    assert log.served() == (2, True, "pin") and moved.undo.command.endswith("--resume")  # type: ignore[attr-defined]
     with pytest.raises(Refused, match="version 7: expected an announced version"):
         decisions.promote(log.state, 7, log.cause())
 
@@ -439,7 +439,7 @@ def test_a_retry_of_a_hold_that_was_written_reports_it_as_its_own_change() -> No
     cause = Cause("ann", 5_000, "sale", "first")
     log.write(decisions.hold(log.state, cause))
     again = decisions.hold(log.state, cause).outcome
-    assert (again.changed, again.undo) == (True, "headrace snapshot resume")
+    assert again.changed and again.undo is not None and again.undo.command == "headrace snapshot resume"
     resume = Cause("ann", 6_000, "", "second")
     log.write(decisions.resume(log.state, resume))
     assert decisions.resume(log.state, resume).outcome.changed

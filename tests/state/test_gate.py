@@ -8,7 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from state.gate import Gate, GateState, compare, judge_version, sample
+from state.gate import Gate, GateState
+from state.gate_blocks import compare, sample
+from state.gate_report import judge_version
 from state.settings import SnapshotSettings
 from tests.judged import judged
 

@@ -19,7 +19,7 @@ from deploy.settings import Settings
 from state.manifest import Manifest
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.registry.follower import RegistryReader
+from stream.registry.follower import RegistryFollower
 from stream.registry.heartbeat import HeartbeatSender
 from stream.registry.writer import RegistryWriter
 from stream.topics.names import TopicNames
@@ -63,7 +63,7 @@ def scorer(settings: Settings, worker: str, *, deaf: bool = False) -> Iterator[N
 
     async def serve() -> None:
         names = TopicNames.of(settings.topics)
-        reader = RegistryReader(settings.kafka, names)
+        reader = RegistryFollower(settings.kafka, names)
         sender = HeartbeatSender(settings.kafka, names, worker=worker, host="h1")
         await sender.start()
         await reader.start()

@@ -61,8 +61,7 @@ def test_an_aborted_first_transaction_is_still_a_first_start(topics: Settings) -
 
 
 @pytest.mark.parametrize(
-    ("now", "said"),
-    [("c/i/k/E/0", r"examples was created again \(id E, before e\)"), ("c/I/k/e/0", "impressions was created again")],
+    ("now", "said"), [("c/i/k/E/0", r"examples was made anew \(id E, before e\)"), ("c/I/k/e/0", "impressions was made anew")]
 )
 def test_progress_of_topics_that_were_made_anew_is_refused(topics: Settings, now: str, said: str) -> None:
     """Labels of before are gone with their topic: going on would give impressions that are still remembered a second one."""

@@ -71,7 +71,7 @@ class Stage:
         monkeypatch.setattr(worker, "describe_cluster", cluster)
         monkeypatch.setattr(worker, "read_registry", registry)
         monkeypatch.setattr(worker, "RegistryWriter", Writer)
-        monkeypatch.setattr(worker, "RegistryReader", Reader)
+        monkeypatch.setattr(worker, "RegistryFollower", Reader)
         monkeypatch.setattr(worker, "serve", serve)
         monkeypatch.setattr(prepare, "_log_bounds", bounds)
 
