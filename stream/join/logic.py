@@ -34,7 +34,8 @@ from stream.join.events import Events
 from stream.join.memory import EarlyClick, Memory
 from stream.join.sampling import Sampling
 from stream.join.settings_history import NEVER_MS, Terms
-from stream.records.dead_letter import DeadLetter, Header
+from stream.records.dead_letter import DeadLetter
+from stream.records.record import Header
 from stream.settings import JoinSettings
 
 __all__ = [

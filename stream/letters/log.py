@@ -18,7 +18,8 @@ from stream.errors import TopicError
 from stream.kafka.batches import Outgoing
 from stream.kafka.cluster import describe_cluster
 from stream.kafka.log_spans import Span, high_watermarks, read_spans, span_consumer
-from stream.records.dead_letter import ORIGINAL, OUR_HEADERS, SIZE_HEADER, WITHOUT_BYTES, Header
+from stream.records.dead_letter import ORIGINAL, OUR_HEADERS, SIZE_HEADER, WITHOUT_BYTES
+from stream.records.record import Header
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 

@@ -23,7 +23,8 @@ from stream.errors import Fenced, StreamError
 from stream.kafka.batches import BATCH_BYTES, send_batches
 from stream.kafka.clients import aiokafka_options
 from stream.letters.log import Letter, LetterLog, Origin, Wanted, receipt
-from stream.records.dead_letter import REPLAY_HEADER, Header
+from stream.records.dead_letter import REPLAY_HEADER
+from stream.records.record import Header
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 

@@ -7,14 +7,14 @@ that compresses can send a record far larger than any topic's limit.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from stream.kafka.batch_reader import UNREADABLE_HEADER
 from stream.kafka.batches import Outgoing, batch_bytes
+from stream.records.record import Header, Record
 
-__all__ = ["ORIGINAL", "OUR_HEADERS", "REASONS", "REPLAY_HEADER", "SIZE_HEADER", "WITHOUT_BYTES", "DeadLetter", "Header"]
+__all__ = ["ORIGINAL", "OUR_HEADERS", "REASONS", "REPLAY_HEADER", "SIZE_HEADER", "WITHOUT_BYTES", "DeadLetter"]
 
-Header = tuple[str, bytes | None]
 
 # Characters of an error text and of a path. Both may quote an id or a field's name as large as the record itself, which must
 # still fit into `dead-letters`: twice this, at 4 bytes each, is far below the 64 KiB that the topic takes above its sources.
@@ -79,7 +79,7 @@ class DeadLetter(NamedTuple):
     headers: tuple[Header, ...] = ()
 
     @classmethod
-    def of(cls, record: Any, reason: str, path: str, message: str) -> DeadLetter:
+    def of(cls, record: Record, reason: str, path: str, message: str) -> DeadLetter:
         """From an aiokafka ConsumerRecord.
 
         Where it stands in the place of records that can't be read (`stream.kafka.batch_reader`), the reason is `unreadable`.
