@@ -14,7 +14,7 @@ from deploy.cli.times import DURATION, TIME, clock, duration
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
-    from stream.registry.heartbeat import Heartbeat
+    from stream.records.heartbeat import Heartbeat
     from stream.registry.operations import Rollback
     from stream.registry.writer import RegistryWriter
 

@@ -12,8 +12,8 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
 from deploy.errors import DataSetError
-from stream.join.events import WATERMARK_HEADER
 from stream.kafka.clients import aiokafka_options
+from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics.names import TopicNames
 

@@ -17,19 +17,20 @@ from typing import Any
 import msgspec
 from aiokafka.structs import TopicPartition
 
-from state.join_state import LAYOUT, Chunk, Entry, JoinMeta, JoinState, Place, StateBatch
+from state.join_state import LAYOUT, Chunk, Entry, JoinMeta, JoinState, StateBatch, TimeOffset
 from stream.errors import Abandoned, NoAnswer, PositionError
 from stream.formats import Formats
 from stream.join.commit_metadata import Progress, new_life
 from stream.join.events import Events, read_run
-from stream.join.logic import packed_click
 from stream.join.memory import EarlyClick, Memory
 from stream.join.partition import Positions
 from stream.join.rebuild_progress import RebuildProgress
 from stream.join.settings_history import NEVER_MS, History, Terms
-from stream.letters.log import Origin
-from stream.records.dead_letter import REPLAY_HEADER
-from stream.records.example import left_out_of, matched_of
+from stream.records.dead_letter import Origin
+from stream.records.example import FIRST, REPLAY, Example, read_example
+from stream.records.join_notes import read_left_out, read_matched
+from stream.records.record import Record
+from stream.records.replay import is_replayed
 from stream.settings import JoinSettings
 from stream.topics.names import TopicNames
 
@@ -91,7 +92,7 @@ class Rebuild:
         self._settings, self._names, self._number, self._identity = settings, names, number, identity
         self._consumer, self._state, self._committed, self._still_ours = consumer, state, committed, still_ours
         self._resolved: dict[int, bool] = {}  # source offset → clicked
-        self._held: dict[Place, int] = {}  # by what `examples` says: the earliest click that waited for a label
+        self._held: dict[TimeOffset, int] = {}  # by what `examples` says: the earliest click that waited for a label
         self._matched: set[tuple[bytes, int]] = set()  # clicks that are accounted for by it: id and event time
         self._foreign = 0  # records in `examples` that the join has not written
         self.impressions_read = self.clicks_read = 0
@@ -174,7 +175,7 @@ class Rebuild:
                 "tool gives up the former (offsets beyond it) or repeats the latter (offsets before it)."
             )
 
-    async def _read(self, topic: str, start: int, until: int) -> AsyncIterator[list[Any]]:
+    async def _read(self, topic: str, start: int, until: int) -> AsyncIterator[list[Record]]:
         """Committed records of `start <= offset < until`, as they are fetched."""
         if start >= until:
             return
@@ -204,22 +205,21 @@ class Rebuild:
         batch.drop_meta()
         return batch
 
-    def _first_is_out(self, place: Place) -> bool:
+    def _first_is_out(self, place: TimeOffset) -> bool:
         """Whether the committed watermark has passed the hold of an impression."""
         return (place[0] + self._history.of(place[1]).hold_ms, place[1]) < (self._watermark_ms, self._cut)
 
-    def _resolve(self, records: list[Any], *, apply: bool = True) -> None:
+    def _resolve(self, records: list[Record], *, apply: bool = True) -> None:
         """Note which impressions have their label, and mark those of the local state that were clicked since.
 
         Without `apply` the state stays as it is.
         """
-        clicked: list[tuple[bytes, int, int]] = []
+        clicked: list[Example] = []
         for record in records:
-            headers = dict(record.headers)
-            if REPLAY_HEADER in headers:
+            if is_replayed(record):
                 continue  # written before, as the record that became a dead letter; a correction may have followed
             try:
-                left_out, matched = left_out_of(record), matched_of(record)
+                left_out, matched = read_left_out(record), read_matched(record)
                 if left_out is not None:
                     self._resolved.update(dict.fromkeys(left_out, False))
                 elif matched is not None:
@@ -227,17 +227,21 @@ class Rebuild:
                         place = _storable(time_ms), _storable(offset)
                         self._held[place] = min(click_ms, self._held.get(place, click_ms))
                 else:
-                    row = self._label(record.key, headers)
-                    clicked += [] if row is None else [row]
+                    example = read_example(record)
+                    if self._label(example):
+                        clicked.append(example)
             except (KeyError, TypeError, ValueError, msgspec.DecodeError):
                 self._foreign += 1
         if not apply:
             return
-        entries = self._state.entries([key for key, _, _ in clicked])
-        known = [row for row, entry in zip(clicked, entries, strict=True) if entry is not None and entry[:2] == row[1:]]
+        entries = self._state.entries([example.key for example in clicked])
         batch = self._batch()
-        batch.remember((key, (time_ms, offset, True)) for key, time_ms, offset in known)
-        batch.drop_pending((time_ms, offset) for _, time_ms, offset in clicked)
+        batch.remember(
+            (example.key, (example.impression_ms, example.source_offset, True))
+            for example, entry in zip(clicked, entries, strict=True)
+            if entry is not None and entry[:2] == (example.impression_ms, example.source_offset)
+        )
+        batch.drop_pending((example.impression_ms, example.source_offset) for example in clicked)
         batch.write()
 
     def _check_beyond(self) -> None:
@@ -252,25 +256,23 @@ class Rebuild:
                 "consumer-groups tool, and labels of what lies between are given again."
             )
 
-    def _label(self, key: bytes | None, headers: dict[str, bytes]) -> tuple[bytes, int, int] | None:
-        """Note one label; id, event time and offset of a clicked impression.
+    def _label(self, example: Example) -> bool:
+        """Note one label; whether it is of a clicked impression.
 
         Raises:
-            KeyError, TypeError, ValueError: the record isn't one of the join's.
+            ValueError: the record isn't one of the join's.
         """
-        kind, label = headers["kind"], headers["label"]
-        if key is None or kind not in (b"first", b"correction") or label not in (b"0", b"1"):
-            raise ValueError(kind)
-        offset, time_ms = _storable(int(headers["source_offset"])), _storable(int(headers["impression_ms"]))
-        if label == b"0":
-            if kind == b"first":
-                self._resolved[offset] = False
-            return None  # a correction to 0 is somebody else's, and its impression stays clicked
-        self._matched.add((key, int(headers["click_ms"])))
-        self._resolved[offset] = True
-        return key, time_ms, offset
+        if example.kind == REPLAY:
+            raise ValueError(example.kind)  # without the header of a replay
+        if example.click_ms < 0:
+            if example.kind == FIRST:
+                self._resolved[example.source_offset] = False
+            return False  # a correction to 0 is somebody else's, and its impression stays clicked
+        self._matched.add((example.key, example.click_ms))
+        self._resolved[example.source_offset] = True
+        return True
 
-    async def _prepare(self, records: list[Any], of: Callable[[int], Terms]) -> None:
+    async def _prepare(self, records: list[Record], of: Callable[[int], Terms]) -> None:
         """Fetch the schemas of a run. It waits while the registry is away."""
         for form, group in groupby(records, key=lambda record: of(record.offset).form):
             await self._formats.prepare(list(group), form)
@@ -290,7 +292,7 @@ class Rebuild:
                 "the worker that had this partition last, put in `state_dir`, still allows to go on without it."
             )
 
-    def _by_terms(self, records: list[Any], of: Callable[[int], Terms]) -> Iterator[tuple[Terms, Events]]:
+    def _by_terms(self, records: list[Record], of: Callable[[int], Terms]) -> Iterator[tuple[Terms, Events]]:
         """The events of a run, apart by the settings that they were read under then."""
         settings = self._settings
         for terms, group in groupby(records, key=lambda record: of(record.offset)):
@@ -302,7 +304,7 @@ class Rebuild:
             )
             yield terms, events
 
-    def _impressions(self, records: list[Any]) -> None:
+    def _impressions(self, records: list[Record]) -> None:
         """Remember what was accepted then: labelled since, or pending at the committed watermark. The rest came late."""
         self.impressions_read += len(records)
         for terms, events in self._by_terms(records, self._history.of):
@@ -364,7 +366,7 @@ class Rebuild:
                 batch.remember([(row[2], (*place, True))])
         batch.write()
 
-    def _clicks(self, records: list[Any]) -> None:
+    def _clicks(self, records: list[Record]) -> None:
         """Keep the clicks that still wait for their impression; the others have been accounted for."""
         self.clicks_read += len(records)
         batch = self._batch()
@@ -374,7 +376,7 @@ class Rebuild:
                 events.keys, events.times_ms, events.offsets, events.records, entries, strict=True
             ):
                 if self._waits(key, time_ms, offset, entry):
-                    batch.add_early([(key, (time_ms, offset, packed_click(record)))])
+                    batch.add_early([(key, EarlyClick.of(record, time_ms))])
         batch.write()
 
     def _waits(self, key: bytes, click_ms: int, offset: int, entry: Entry | None) -> bool:
@@ -401,7 +403,7 @@ class Rebuild:
         labelled = [place for place in self._state.held_between((0, 0), _END) if self._first_is_out(place)]
         batch.drop_held(labelled)
         batch.drop_pending(labelled)
-        early = list(self._state.early_clicks())
+        early = [(key, EarlyClick(*click)) for key, click in self._state.early_clicks()]
         entries = self._state.entries([key for key, _ in early])
         waiting: dict[tuple[bytes, int], tuple[bytes, EarlyClick]] = {}
         for (key, click), entry in sorted(zip(early, entries, strict=True), key=lambda row: row[0][1][1]):
@@ -432,7 +434,7 @@ class Rebuild:
         if any(terms.legacy for terms in self._history.terms):
             rows = self._state.pending_between((0, 0), _END)
             return sum(not labelled and not self._first_is_out((time_ms, offset)) for time_ms, offset, _, _, labelled in rows)
-        return sum(not self._first_is_out(place) for place in self._state.pending_places())
+        return sum(not self._first_is_out(place) for place in self._state.pending_impressions())
 
     def _memory(self, early: list[tuple[bytes, EarlyClick]]) -> Memory:
         """The memory to go on with. What is read from here on comes under the settings of today."""

@@ -116,6 +116,9 @@ class History:
 
     def of(self, offset: int) -> Terms:
         """The terms of the impression at this offset."""
+        terms = self.terms[-1]
+        if offset >= terms.impressions_from:  # nearly always
+            return terms
         for terms in reversed(self.terms):
             if offset >= terms.impressions_from:
                 return terms

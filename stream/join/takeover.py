@@ -33,7 +33,8 @@ from stream.kafka.batches import BATCH_BYTES
 from stream.kafka.clients import aiokafka_options, quietly_stopped, started
 from stream.kafka.log_spans import high_watermarks
 from stream.kafka.offsets import committed_offsets
-from stream.letters.log import LetterLog, Origin, Wanted
+from stream.letters.log import LetterLog, Wanted
+from stream.records.dead_letter import Origin
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics.names import TopicNames
 

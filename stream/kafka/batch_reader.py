@@ -7,8 +7,8 @@ batch for ever. It also expands a compressed batch whole, whatever comes out: a 
 a batch that the compiled parser can't read is read again here, in Python:
 
 - a header's name that isn't UTF-8 has the wrong bytes escaped (`\\xff`);
-- what can't be read at all becomes one record without key and value, in the place of the first record that is missing. Its only
-  header, `UNREADABLE_HEADER`, says which offsets are missing and why. `DeadLetter.of` makes a letter `unreadable` of it.
+- what can't be read at all becomes one record at the first offset that is missing, which says why
+  (`stream.records.unreadable`).
 
 A batch with a wrong checksum stays an error: the bytes were damaged after the broker had checked them.
 """
@@ -32,10 +32,10 @@ from aiokafka.record.default_records import DefaultRecordBatch
 from aiokafka.record.memory_records import MemoryRecords
 from crc32c import crc32c
 
-__all__ = ["MAX_EXPANDED_BYTES", "UNREADABLE_HEADER", "BatchTooLarge", "install", "read_batch"]
+from stream.records.unreadable import unreadable_headers
 
-# Stands alone on a record that was put in the place of records that can't be read.
-UNREADABLE_HEADER = "headrace-unreadable"
+__all__ = ["MAX_EXPANDED_BYTES", "BatchTooLarge", "install", "read_batch"]
+
 # What one batch may expand to. 64 times Kafka's default limit of a batch (1 MiB): text compresses 3 to 10 times, the most
 # repetitive events some 30 times. A worker holds a few batches at once, so this also bounds its memory.
 MAX_EXPANDED_BYTES = 64 << 20
@@ -146,7 +146,7 @@ def read_batch(data: bytes | memoryview) -> Iterator[Any]:
             return  # every record is there
         missing = f"offsets {next_offset} to {base + last}" if next_offset < base + last else f"offset {next_offset}"
         why = f"{missing} can't be read: {error}"
-        yield _ReadRecord(next_offset, max_ms, int(appended), None, None, [(UNREADABLE_HEADER, why.encode(errors="replace"))])
+        yield _ReadRecord(next_offset, max_ms, int(appended), None, None, unreadable_headers(why))
 
 
 class _ReadRecord(SimpleNamespace):

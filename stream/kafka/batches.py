@@ -8,26 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from stream.kafka.packed import EMPTY_BATCH_BYTES, PackedBatch, pack_headers, pack_record, unpack_headers, varint
+from stream.kafka.packed import PackedBatch
+from stream.records.packing import EMPTY_BATCH_BYTES, pack_headers, pack_record, unpack_headers, varint
+from stream.records.record import Outgoing
 
-__all__ = ["BATCH_BYTES", "Outgoing", "batch_bytes", "send_batches"]
-
-# Key, value, headers; the headers as pairs, or as `stream.kafka.packed.pack_headers` has them.
-Outgoing = tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]] | bytes]
+__all__ = ["BATCH_BYTES", "send_batches"]
 
 # Below Kafka's default limit of one batch (max.message.bytes, 1,048,588). A record larger than this travels alone.
 BATCH_BYTES = 900_000
-
-
-def batch_bytes(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
-    """The most that a batch of this record alone takes, which is what a topic's `max.message.bytes` is about."""
-    return int(DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(headers)))
 
 
 async def send_batches(producer: Any, topic: str, partition: int, records: Iterable[Outgoing]) -> list[asyncio.Future[Any]]:

@@ -16,45 +16,26 @@ import msgspec
 
 from stream.errors import NoAnswer, TopicError
 from stream.kafka.clients import STOP_S, aiokafka_options, answer, no_answer, quietly_stopped, started
+from stream.records.heartbeat import (
+    DEFAULT_HEARTBEAT_MS,
+    Heartbeat,
+    encode_heartbeat,
+    live_limit_ms,
+    read_heartbeat,
+    worker_of,
+)
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
-__all__ = ["Confirmation", "Heartbeat", "HeartbeatReader", "HeartbeatSender", "live_limit_ms"]
+__all__ = ["Confirmation", "HeartbeatReader", "HeartbeatSender"]
 
 # Looking starts this many records before the end of each partition: at one a second from each of 100 scorers that is more
 # than a minute, several times any sensible lease, and it reads in a fraction of a second however long the topic is.
 TAIL_RECORDS = 10_000
 # A fetch with nothing to bring is answered after this long; records are brought at once.
 FETCH_WAIT_MS = 100
-# Interval of a heartbeat that doesn't say: scorers of 0.1.0 left it out, and `scorer.heartbeat_ms` was this by default.
-DEFAULT_HEARTBEAT_MS = 1_000
-# Heartbeats that may be missing, and what a pause of the process or a new leader of the topic's partition may take besides.
-MISSED_BEATS, GRACE_MS = 3, 2_000
 # Characters of a reason, which quotes paths and errors: a heartbeat goes out every second.
 MAX_REASON = 300
-
-
-class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """One scorer at one moment.
-
-    `version` is the version that answers now, -1 for none. `registry_offset` is the registry reader's `position`: the next
-    offset it has not applied. A scorer sends it only once what stands below it is in effect: a swap that is still loading
-    must not be overtaken by a newer offset beside an old version, and must check that it is still wanted when it ends.
-
-    `fallback_of` is the champion that the worker could not read: it answers with another version meanwhile, or with none, and
-    `fallback_reason` says what was wrong with the champion. `heartbeat_ms` is the worker's own interval.
-    """
-
-    worker: str
-    version: int
-    since_ms: int
-    host: str
-    registry_offset: int
-    at_ms: int
-    stale: bool = False
-    heartbeat_ms: int = DEFAULT_HEARTBEAT_MS
-    fallback_of: int | None = None
-    fallback_reason: str = ""
 
 
 class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,11 +43,6 @@ class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: str
     after_ms: float
-
-
-def live_limit_ms(beat: Heartbeat) -> int:
-    """A worker whose last heartbeat, this one, is older than so much is dead: three intervals of its own and two seconds."""
-    return MISSED_BEATS * beat.heartbeat_ms + GRACE_MS
 
 
 class HeartbeatSender:
@@ -132,7 +108,8 @@ class HeartbeatSender:
             fallback_of=fallback_of,
             fallback_reason=fallback_reason[:MAX_REASON],
         )
-        sent = self._producer.send_and_wait(self._topic, key=self._worker.encode(), value=msgspec.json.encode(beat))
+        key, value = encode_heartbeat(beat)
+        sent = self._producer.send_and_wait(self._topic, key=key, value=value)
         await answer(self._kafka, sent, "a heartbeat")
 
     async def close(self) -> None:
@@ -251,13 +228,11 @@ class HeartbeatReader:
         batches = await self._consumer.getmany(*self._partitions, timeout_ms=timeout_ms)
         for records in batches.values():
             for record in records:
-                worker = (record.key or b"").decode(errors="replace")
-                beat = None
-                if record.value is not None:
-                    try:
-                        beat = msgspec.json.decode(record.value, type=Heartbeat)
-                    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                        continue  # a newer or foreign writer's; the worker counts by its last readable one
+                worker = worker_of(record)
+                try:
+                    beat = read_heartbeat(record)
+                except ValueError:
+                    continue  # a newer or foreign writer's; the worker counts by its last readable one
                 self._last[worker] = (record.timestamp, beat)
 
 

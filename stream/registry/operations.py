@@ -11,7 +11,8 @@ from state.decisions import rollback_target
 from state.errors import Refused
 from state.registry import RegistryState
 from stream.errors import RegistryError
-from stream.registry.heartbeat import Confirmation, Heartbeat, HeartbeatReader
+from stream.records.heartbeat import Heartbeat
+from stream.registry.heartbeat import Confirmation, HeartbeatReader
 from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
 from stream.settings import KafkaSettings

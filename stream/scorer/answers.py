@@ -18,8 +18,8 @@ import numpy.typing as npt
 from model.batch import FeatureBatch
 from model.features import DecodedRequests
 from model.predictor import Predictor
-from stream.kafka.batches import Outgoing
 from stream.records.dead_letter import REASONS, DeadLetter
+from stream.records.record import Outgoing
 from stream.scorer.serving import Served
 
 __all__ = ["ANSWER_REASONS", "EVENT_TYPE", "Answer", "Answers", "Problem", "Score", "answer_requests"]

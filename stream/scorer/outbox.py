@@ -10,8 +10,9 @@ from typing import Any
 from aiokafka import AIOKafkaProducer
 from aiokafka.partitioner import DefaultPartitioner
 
-from stream.kafka.batches import BATCH_BYTES, Outgoing, send_batches
+from stream.kafka.batches import BATCH_BYTES, send_batches
 from stream.kafka.clients import aiokafka_options, quietly_stopped, started
+from stream.records.record import Outgoing
 from stream.scorer.answers import Answers
 from stream.settings import KafkaSettings
 from stream.topics.limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit

@@ -24,7 +24,8 @@ from aiokafka.structs import TopicPartition
 
 from stream.errors import StreamError
 from stream.kafka.clients import aiokafka_options
-from stream.registry.heartbeat import Heartbeat, HeartbeatReader
+from stream.records.heartbeat import Heartbeat
+from stream.registry.heartbeat import HeartbeatReader
 from stream.scorer.start import committed_positions
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames

@@ -15,7 +15,7 @@ from state.join_state import LAYOUT, JoinMeta, JoinState, StateOptions
 from stream.errors import PositionError
 from stream.join import takeover
 from stream.join.commit_metadata import Progress, encode_progress
-from stream.join.logic import Memory
+from stream.join.memory import Memory
 from stream.join.rebuild import Committed, Rebuild
 from stream.join.takeover import Takeover
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings

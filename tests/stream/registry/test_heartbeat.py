@@ -16,8 +16,9 @@ from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from stream.errors import RegistryError, StreamError, TopicError
 from stream.kafka.clients import aiokafka_options
+from stream.records.heartbeat import Heartbeat, live_limit_ms
 from stream.registry.follower import RegistryReader
-from stream.registry.heartbeat import Heartbeat, HeartbeatReader, HeartbeatSender, live_limit_ms
+from stream.registry.heartbeat import HeartbeatReader, HeartbeatSender
 from stream.registry.operations import plan_rollback, roll_back
 from stream.registry.writer import RegistryWriter, heartbeat
 from stream.settings import KafkaSettings, TopicSettings
