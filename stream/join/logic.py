@@ -38,7 +38,7 @@ __all__ = ["Step", "watermark"]
 
 
 def watermark(memory: Memory, *, impressions_idle: bool, clicks_idle: bool) -> int:
-    """The watermark that a partition's sources allow; it never falls, and holds while both are idle."""
+    """The watermark that a partition's sources allow. It never falls, and does not move while both are idle."""
     if impressions_idle and clicks_idle:
         allowed = min(memory.impressions_seen_ms, memory.clicks_seen_ms)
     elif impressions_idle:
@@ -64,7 +64,7 @@ class Step:
         self._late_before = self._history.late_before(memory.watermark_ms)
 
     def impressions(self, events: Events) -> None:
-        """Remember a run's impressions; early clicks that count for one wait for its label."""
+        """Remember a run's impressions. Early clicks that count for one of them are held until its label."""
         plan, memory = self.plan, self._memory
         plan.dead.extend(events.dead)
         self._see("impressions", events)
@@ -136,7 +136,7 @@ class Step:
         self.plan.held[time_ms, offset] = counting[0].time_ms
 
     def clicks(self, events: Events) -> None:
-        """Match a run's clicks: one in the window of its impression waits for the first label, or corrects it."""
+        """Match a run's clicks. A click in the window of its impression is held until the first label, or corrects it."""
         plan, memory = self.plan, self._memory
         plan.dead.extend(events.dead)
         self._see("clicks", events)

@@ -34,6 +34,7 @@ from state.store import SnapshotStore
 from stream.errors import NoAnswer, Replaced
 from stream.kafka.cluster import ClusterWatch, describe_cluster
 from stream.kafka.transport import Run, RunSchema
+from stream.records.record import Record
 from stream.registry.follower import RegistryReader
 from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.answers import Answers, answer_requests
@@ -139,7 +140,7 @@ class ScorerWorker:
         # Where a version is there and quick to load, the room would only open to be closed again.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.no_model_after_ms / 1000):
-                await self._swapper.tried()
+                await self._swapper.first_load_ended()
         if not self._swapper.has_version.is_set():
             waiting = asyncio.ensure_future(room.run())
             waiting.add_done_callback(_ended)
@@ -153,7 +154,7 @@ class ScorerWorker:
         gc.freeze()
         self._joins = True
 
-    async def _refuse(self, records: list[Any]) -> None:
+    async def _refuse(self, records: list[Record]) -> None:
         """Answer `no_model`."""
         for start in range(0, len(records), MAX_REQUESTS):
             part = records[start : start + MAX_REQUESTS]
@@ -234,7 +235,7 @@ class ScorerWorker:
             self._room.set()
             await self._scored.put((batch, await self._score(batch.records)))
 
-    async def _score(self, records: list[Any]) -> Answers:
+    async def _score(self, records: list[Record]) -> Answers:
         if not records:
             return Answers()
         began = time.perf_counter()

@@ -35,7 +35,7 @@ from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
-from stream.trainer.evaluation import Scores
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
@@ -81,7 +81,7 @@ class TrainerWorker:
         follower: RegistryReader,
         judge: Judge,
         anchors: Anchors,
-        scores: Scores,
+        scores: Evaluation,
         metrics: TrainerMetrics,
         watch: ClusterWatch,
     ) -> None:
@@ -280,7 +280,7 @@ async def run_trainer(
 
         prometheus = new_registry()
         metrics = TrainerMetrics(prometheus)
-        scores = Scores(settings.metrics_window, settings.evaluation_from_ms)
+        scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
         judge = Judge(snapshots, gate_state(start, epoch))
         anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
 
@@ -298,7 +298,7 @@ async def run_trainer(
             observers=(skew,),
             judge=judge,
         )
-        training.restore(start.kept)
+        training.restore(start.bookkeeping)
         watch = ClusterWatch(kafka, cluster, changed=lambda error: fatal("trainer", error))
         # Before the first version: one of a new line must not be taken for the champion's.
         await anchors.follow(follower.state, start.watermark_ms)

@@ -18,7 +18,7 @@ from stream.join.events import Events
 from stream.kafka.transport import Run
 from stream.settings import JoinSettings
 from stream.trainer.batching import BatchCutter
-from stream.trainer.evaluation import Report, Scores
+from stream.trainer.evaluation import Evaluation, Report
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.training import Training
 from tests.stream.join.oracle import Partition
@@ -50,7 +50,7 @@ class Chain:
         self._partition: Any = Partition(join)
         self._partition.state = JoinState(folder / "state", StateOptions(8))
         self.learner = Learner(SCHEMA, MODEL, device="cpu")
-        self.scores = Scores(20_000)
+        self.scores = Evaluation(20_000)
         cutter = BatchCutter(MODEL.batch_rows, {0: 0})
         self.training = Training(self.learner, cutter, self.scores, metrics(), max_batch_age_s=0)
         self._examples, self._features = ExampleDecoder(SCHEMA), FeatureDecoder(SCHEMA)
