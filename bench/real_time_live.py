@@ -25,6 +25,8 @@ from deploy.processes.workers import Worker
 from deploy.settings import Settings
 from state.store import SnapshotStore
 from stream.kafka.clients import aiokafka_options
+from stream.records.example import read_example
+from stream.records.join_notes import is_note
 from stream.registry.log import read_registry
 from stream.topics.names import TopicNames
 
@@ -297,9 +299,8 @@ async def _seen(settings: Settings, names: TopicNames, versions: list[int]) -> d
             for place, records in (await consumer.getmany(timeout_ms=200)).items():
                 kept = labels.setdefault(place.partition, [])
                 for record in records:
-                    label = dict(record.headers).get("label")
-                    if label is not None:
-                        kept.append((record.offset, label == b"1"))
+                    if not is_note(record):
+                        kept.append((record.offset, read_example(record).click_ms >= 0))
     finally:
         await consumer.stop()
     store = SnapshotStore(settings.snapshots)

@@ -20,7 +20,7 @@ from stream.records.join_notes import read_left_out, read_matched
 from stream.records.record import Record
 from stream.topics.names import TopicNames
 
-__all__ = ["Audit", "Ledger", "Position"]
+__all__ = ["Audit", "Ledger", "Position", "ServedVersion"]
 
 
 class Position(NamedTuple):
@@ -28,6 +28,15 @@ class Position(NamedTuple):
 
     partition: int
     offset: int
+
+
+class ServedVersion(NamedTuple):
+    """A version that answered requests."""
+
+    offsets: dict[str, int]
+    """By partition of `examples`, the next offset to train when the version was captured."""
+    since_ms: int
+    """When it first answered, ms since the epoch."""
 
 
 @dataclass(slots=True)
@@ -70,17 +79,17 @@ class Ledger:
                 found.append(f"{len(keys)} impressions {name}: {shown}{', …' if len(keys) > 5 else ''}")
         return found
 
-    def click_to_served_ms(self, served: list[tuple[int, dict[str, int], int]]) -> npt.NDArray[np.float64]:
+    def click_to_served_ms(self, served: list[ServedVersion]) -> npt.NDArray[np.float64]:
         """For each click, the time in ms from its arrival until a model that learned from it answers requests.
 
         A click that no served version has learned from is left out.
 
         Args:
-            served: (version, its offsets, ms since the epoch when it was first served) of every version that was served.
+            served: every version that was served.
         """
         waits: list[float] = []
         by_partition: dict[int, tuple[list[int], list[int]]] = {}
-        for _, offsets, since_ms in sorted(served, key=lambda row: row[2]):
+        for offsets, since_ms in sorted(served, key=lambda version: version.since_ms):
             for partition, offset in offsets.items():
                 reach, since = by_partition.setdefault(int(partition), ([], []))
                 if not reach or offset > reach[-1]:

@@ -16,7 +16,7 @@ from stream.formats.refused import RefusedError
 __all__ = ["avro_decoder"]
 
 
-def _in_ms(per_ms: int, number: int, writer: Any = None, reader: Any = None) -> int:
+def _in_ms(per_ms: int, number: int, writer: object = None, reader: object = None) -> int:
     return number // per_ms
 
 
@@ -29,7 +29,7 @@ for _kind, _per_ms in (("micros", 1_000), ("nanos", 1_000_000)):
         fastavro.read.LOGICAL_READERS[f"long-{_prefix}timestamp-{_kind}"] = partial(_in_ms, _per_ms)
 
 
-def avro_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], Any]:
+def avro_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], object]:
     """A decoder for the writer's schema.
 
     Args:
@@ -50,7 +50,7 @@ def avro_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], 
     except Exception as error:  # json and fastavro raise many types for a text that is no schema
         raise RefusedError("unusable_schema", "$", f"expected an Avro schema, found {_short(error)}") from error
 
-    def decode(payload: bytes) -> Any:
+    def decode(payload: bytes) -> object:
         stream = io.BytesIO(payload)
         try:
             record = fastavro.schemaless_reader(stream, schema, None)
@@ -63,7 +63,7 @@ def avro_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], 
     return decode
 
 
-def _checked(schema: Any, space: str, inside: tuple[str, ...], known: dict[str, bool]) -> Any:
+def _checked(schema: object, space: str, inside: tuple[str, ...], known: dict[str, bool]) -> Any:
     """The schema without the logical types whose numbers are given as written.
 
     Args:
@@ -77,6 +77,8 @@ def _checked(schema: Any, space: str, inside: tuple[str, ...], known: dict[str, 
         return schema
     if isinstance(schema, list):
         return [_checked(each, space, inside, known) for each in schema]
+    if not isinstance(schema, dict):
+        raise TypeError(f"a schema is a name, a list or an object, and not {schema!r}")
     schema = dict(schema)
     if schema.get("logicalType") in _AS_WRITTEN:
         del schema["logicalType"]
@@ -106,7 +108,7 @@ def _checked(schema: Any, space: str, inside: tuple[str, ...], known: dict[str, 
     return schema
 
 
-def _empty(schema: Any, space: str, known: Mapping[str, bool]) -> bool:
+def _empty(schema: object, space: str, known: Mapping[str, bool]) -> bool:
     """Whether a value of this type takes no bytes."""
     if isinstance(schema, str):
         return schema == "null" or known.get(schema, known.get(f"{space}.{schema}", False))

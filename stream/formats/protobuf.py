@@ -33,8 +33,8 @@ from google.protobuf import (
     type_pb2,
     wrappers_pb2,
 )
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 
 from stream.formats.refused import RefusedError
 
@@ -67,7 +67,7 @@ def file_descriptor(text: str) -> descriptor_pb2.FileDescriptorProto | None:
     return found if found.message_type or found.enum_type or found.dependency else None
 
 
-def protobuf_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], Any]:
+def protobuf_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], object]:
     """A decoder for a descriptor in base64.
 
     Args:
@@ -96,7 +96,7 @@ def protobuf_decoder(text: str, references: Mapping[str, str]) -> Callable[[byte
         raise RefusedError("unusable_schema", "$", f"expected a Protobuf schema with all it imports, found {error}") from error
     messages = list(root.message_types_by_name.values())
 
-    def decode(payload: bytes) -> Any:
+    def decode(payload: bytes) -> object:
         indexes, start = _indexes(payload)
         descriptor = _message(messages, indexes)
         message = message_factory.GetMessageClass(descriptor)()
@@ -109,14 +109,15 @@ def protobuf_decoder(text: str, references: Mapping[str, str]) -> Callable[[byte
     return decode
 
 
-def _message(messages: list[Any], indexes: list[int]) -> Any:
+def _message(messages: list[Descriptor], indexes: list[int]) -> Descriptor:
     """The message type that the indexes name. The first index is among the file's messages, each next one among nested ones."""
-    found = None
+    found: Descriptor | None = None
     for index in indexes:
         if index >= len(messages):
             raise RefusedError("malformed_frame", "$", f"expected one of the schema's messages, found indexes {indexes}")
         found = messages[index]
         messages = list(found.nested_types)
+    assert found is not None  # `_indexes` gives at least one
     return found
 
 
@@ -150,8 +151,8 @@ def _zigzag(payload: bytes) -> Iterator[tuple[int, int]]:
             raise RefusedError("malformed_frame", "$", "expected the message's indexes, found a number beyond 64 bits")
 
 
-def _values(message: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _values(message: Message) -> dict[str, object]:
+    found: dict[str, object] = {}
     for field in message.DESCRIPTOR.fields:
         if field.is_repeated:
             found[field.name] = _many(getattr(message, field.name), field)
@@ -160,18 +161,18 @@ def _values(message: Any) -> dict[str, Any]:
     return found
 
 
-def _many(values: Any, field: Any) -> Any:
+def _many(values: Any, field: FieldDescriptor) -> object:
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         kind = field.message_type.fields_by_name["value"]
         return {_key(key): _one(values[key], kind) for key in values}
     return [_one(value, field) for value in values]
 
 
-def _key(key: Any) -> str:
+def _key(key: object) -> str:
     return str(key).lower() if isinstance(key, bool) else str(key)
 
 
-def _one(value: Any, field: Any) -> Any:
+def _one(value: Any, field: FieldDescriptor) -> object:
     if field.type == FieldDescriptor.TYPE_ENUM:
         if field.enum_type.full_name == "google.protobuf.NullValue":
             return None
@@ -189,7 +190,7 @@ _WRAPPERS = {
 }
 
 
-def _message_value(message: Any) -> Any:
+def _message_value(message: Any) -> object:
     name = message.DESCRIPTOR.full_name
     if name == "google.protobuf.Timestamp":
         return message.seconds * 1_000 + message.nanos // 1_000_000
