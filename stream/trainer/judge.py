@@ -107,9 +107,9 @@ class _Remembered:
 class Judge:
     """Gives the gate its pairs. `observe`, `state` and `restore` are for the training thread, all else is for any.
 
-    judge = Judge(settings.snapshots, GateState(line=epoch))
-    judge.compare_with(Anchor(12, predictor))
-    judge.observe(batch, scores)
+        judge = Judge(settings.snapshots, GateState(line=epoch))
+        judge.compare_with(Anchor(12, predictor))
+        judge.observe(batch, scores)
         judge.report()
     """
 
