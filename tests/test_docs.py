@@ -107,7 +107,7 @@ def test_the_code_uses_no_other_reason_code() -> None:
                     r"DeadLetter(?:\.of)?\(\s*(?:record,\s*|events\.records\[index\],\s*)?\"([a-z_0-9]+)\"", path.read_text()
                 )
             )
-            used |= set(re.findall(r"_refuse\(\s*\"([a-z_0-9]+)\"", path.read_text()))
+            used |= set(re.findall(r"_reject\(\s*\"([a-z_0-9]+)\"", path.read_text()))
     assert {"late_impression", "not_finite"} <= used, "the pattern no longer finds where codes are written"
     assert used <= REASONS.keys()
 
@@ -145,7 +145,7 @@ def test_every_metric_is_documented_with_type_labels_and_meaning() -> None:
 def test_metrics_are_made_where_the_pages_look_for_them() -> None:
     makers = re.compile(r"from prometheus_client import .*\b(?:Counter|Gauge|Histogram|Summary|Info|Enum)\b")
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "stream").rglob("*.py") if makers.search(path.read_text())}
-    assert found == {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer")} | {"stream/worker/runtime.py"}
+    assert found == {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer")} | {"stream/worker/metrics.py"}
     for room in ("deploy", "headrace", "model", "state"):
         assert not [path for path in (ROOT / room).rglob("*.py") if makers.search(path.read_text())]
 

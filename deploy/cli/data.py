@@ -1,4 +1,4 @@
-"""`headrace data`: what data sets there are, and getting them."""
+"""`headrace data`: listing and fetching data sets."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["data"]
 
 @click.group()
 def data() -> None:
-    """See what data sets there are, get them, and print their feature schema.
+    """List data sets, fetch them, and print their feature schemas.
 
-    They are looked for in HEADRACE_DATA_DIR, then in data/, then in the user's cache.
+    Data sets are looked for in HEADRACE_DATA_DIR, then in data/, then in the user's cache.
 
     \b
     Examples:
@@ -31,7 +31,7 @@ def data() -> None:
 @data.command(name="list")
 @format_option
 def list_(output: str) -> None:
-    """Say what there is, where it lies on this machine, its terms, and how its clicks are dated.
+    """List the data sets: where each is on this machine, its terms, and where its click times come from.
 
     \b
     Examples:
@@ -62,7 +62,7 @@ def list_(output: str) -> None:
         for label, text in lines:
             click.echo(textwrap.fill(text, 110, initial_indent=f"  {label:8}", subsequent_indent=" " * 10))
         click.echo()
-    click.echo("Any file of yours: headrace replay jsonl|parquet|csv|tsv --path FILE (see headrace replay --help).", err=True)
+    click.echo("Your own files: headrace replay jsonl|parquet|csv|tsv --path FILE (see headrace replay --help).", err=True)
 
 
 @data.command()
@@ -70,11 +70,11 @@ def list_(output: str) -> None:
 @click.option(
     "--archive",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A file that you have downloaded: the authors' archive (kuairand) or the wheel (movielens-100k, open-bandit).",
+    help="File that you have downloaded: the authors' archive (kuairand) or the wheel (movielens-100k, open-bandit).",
 )
 @format_option
 def fetch(name: str, archive: Path | None, output: str) -> None:
-    """Put a data set into the user's cache, and print where it lies. One that is there already is left alone.
+    """Put a data set into the user's cache, unless it is there already, and print its folder.
 
     \b
     Examples:
@@ -85,7 +85,7 @@ def fetch(name: str, archive: Path | None, output: str) -> None:
     from deploy.errors import DataSetError
 
     if archive is not None and not archive.is_file():
-        raise DataSetError(f"--archive: expected a file, found nothing at {archive}. Mend the path.")
+        raise DataSetError(f"--archive: expected a file, found nothing at {archive}. Correct the path.")
     one = open_data_set(name, path=None) if name not in FILE_KINDS else None
     if one is None:
         raise DataSetError(f"{name}: expected a named data set, found a file format. Use: headrace replay {name} --path FILE")
@@ -104,9 +104,9 @@ def fetch(name: str, archive: Path | None, output: str) -> None:
 @mapping_options
 @format_option
 def schema(name: str, output: str, **mapping: Any) -> None:
-    """Print the data set's feature schema as TOML for headrace.toml. `simulation` is the one of `headrace simulate`.
+    """Print a data set's feature schema as TOML for headrace.toml. The name `simulation` stands for `headrace simulate`.
 
-    For a file, pass the options that `headrace replay` gets: what is mapped or dropped there is no feature.
+    For a file, pass the same options as to `headrace replay`: a column that is mapped to a role or dropped is not a feature.
 
     \b
     Examples:
@@ -122,13 +122,13 @@ def schema(name: str, output: str, **mapping: Any) -> None:
         return
     echo_document(f"[features]\nembedding_dim = {chosen.embedding_dim}\nfields = [")
     for field in chosen.fields:
-        told = field.model_dump(mode="json", exclude_defaults=True)
-        echo_document(f"  {{ {', '.join(f'{key} = {_toml(value)}' for key, value in told.items())} }},")
+        given = field.model_dump(mode="json", exclude_defaults=True)
+        echo_document(f"  {{ {', '.join(f'{key} = {_toml(value)}' for key, value in given.items())} }},")
     echo_document("]")
 
 
 def _toml(value: Any) -> str:
     import msgspec
 
-    # Of strings and numbers TOML writes the same, but that it wants DEL escaped.
+    # TOML writes strings and numbers as JSON does, except that it escapes DEL.
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

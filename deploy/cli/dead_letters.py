@@ -1,4 +1,4 @@
-"""`headrace dead-letters …`: look at records that couldn't be used, and feed them again after a fix."""
+"""`headrace dead-letters …`: look at records that couldn't be used, and send them again after a fix."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHOWN = 60  # characters of a key or an error text in a line of a list
 
 @click.group("dead-letters")
 def dead_letters() -> None:
-    """Look at records that couldn't be used, and feed them again after a fix.
+    """Look at records that couldn't be used, and send them again after a fix.
 
     \b
     Examples:
@@ -42,24 +42,26 @@ def dead_letters() -> None:
 
 
 def _wanted_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that choose letters, as `reasons`, `sources`, `since_ms` and `until_ms`."""
+    """Add the options that choose letters, as the arguments `reasons`, `sources`, `since_ms` and `until_ms`."""
     for option in (
-        click.option("--until", "until_ms", type=MOMENT, metavar="TIME", help="Arrived before then, as for --since."),
+        click.option(
+            "--until", "until_ms", type=MOMENT, metavar="TIME", help="Arrived before this time, given as for --since."
+        ),
         click.option(
             "--since",
             "since_ms",
             type=MOMENT,
             metavar="TIME",
-            help="Arrived then or later: a time (UTC), or how long ago, as 2h.",
+            help="Arrived at this time or later: a time (UTC), or how long ago, such as 2h.",
         ),
         click.option(
             "--source",
             "sources",
             multiple=True,
             type=click.Choice(["impressions", "clicks", "examples", "score-requests"]),
-            help="From this topic (without the prefix); repeatable.",
+            help="Only from this topic (without the prefix); repeatable.",
         ),
-        click.option("--reason", "reasons", multiple=True, metavar="CODE", help="With this reason code; repeatable."),
+        click.option("--reason", "reasons", multiple=True, metavar="CODE", help="Only with this reason code; repeatable."),
     ):
         function = option(function)
     return function
@@ -85,7 +87,7 @@ def list_(
     settings, names = _settings()
     wanted = _wanted(names, reasons, sources, since_ms, until_ms)
 
-    # By partition: partitions are read one after another, and only within one are letters in the order of their arrival.
+    # By partition, since letters are in the order of their arrival within one partition only.
     newest: dict[int, deque[tuple[Letter, bool]]] = defaultdict(lambda: deque(maxlen=last or None))
     letters: Counter[tuple[str, str]] = Counter()
     replayed: Counter[tuple[str, str]] = Counter()
@@ -124,10 +126,10 @@ def list_(
 
 @dead_letters.command()
 @click.argument("place", metavar="PARTITION/OFFSET")
-@click.option("--raw", is_flag=True, help="Only the record's value, byte for byte.")
+@click.option("--raw", is_flag=True, help="Print only the record's value, byte for byte.")
 @format_option
 def show(place: str, raw: bool, output: str) -> None:
-    """Show one letter whole: why, from where, and key, headers and value as received.
+    """Show one letter whole: its reason and its source, and key, headers and value as received.
 
     \b
     Examples:
@@ -167,8 +169,8 @@ def show(place: str, raw: bool, output: str) -> None:
 @dead_letters.command()
 @click.argument("places", nargs=-1, metavar="[PARTITION/OFFSET]...")
 @_wanted_options
-@click.option("--all", "everything", is_flag=True, help="Every letter; needed where nothing else chooses.")
-@click.option("--dry-run", is_flag=True, help="Say what would be fed; write nothing.")
+@click.option("--all", "everything", is_flag=True, help="Every letter; required when no other option chooses letters.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent; write nothing.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @format_option
 def replay(
@@ -182,10 +184,11 @@ def replay(
     yes: bool,
     output: str,
 ) -> None:
-    """Feed records again, to the topic and partition they came from, bytes as received. No record is fed twice.
+    """Send records again to the topic and partition they came from, bytes as received. No record is sent twice.
 
-    Repeat it, or kill it halfway and run it again: what was fed is remembered in the same transaction. A record that fails
-    again becomes a new letter, which can be replayed after the next fix. Exit code 1 when some could not be fed.
+    Safe to repeat, and to run again after it was killed halfway: the transaction that sends records also writes a receipt. A
+    record that fails again becomes a new letter, which can be replayed after the next fix. Exit code 1 when some could not be
+    sent.
 
     \b
     Examples:
@@ -205,7 +208,7 @@ def replay(
         if dry_run:
             _show_replay(planned, names, output, dry_run=True)
             return
-        click.confirm(f"Feed {planned.fed.total():,} records again ({_sum(planned.fed)})?", abort=True, err=True)
+        click.confirm(f"Send {planned.fed.total():,} records again ({_sum(planned.fed)})?", abort=True, err=True)
     done = ask_kafka(settings, replay_letters(settings.kafka, names, wanted, who=who()), ABOUT)
     _show_replay(done, names, output, dry_run=False)
     if done.too_large or done.foreign or done.without_bytes:
@@ -231,7 +234,7 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
         for (source, reason), count in sorted(replay.fed.items()):
             click.echo(f"{count:>10,} {source} {reason}")
         click.echo(
-            f"{'would feed' if dry_run else 'fed'} {replay.fed.total():,} records again{' (dry run)' if dry_run else ''}"
+            f"{'would send' if dry_run else 'sent'} {replay.fed.total():,} records again{' (dry run)' if dry_run else ''}"
         )
         if replay.done_before:
             click.echo(
@@ -240,7 +243,7 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
     for letter in replay.foreign:
         click.echo(
             f"{letter.name}: expected a source with the prefix {names.prefix!r} and that partition, found {letter.origin}. It "
-            f"can't be fed; `headrace dead-letters show {letter.name} --raw` gives its bytes.",
+            f"can't be sent again; `headrace dead-letters show {letter.name} --raw` gives its bytes.",
             err=True,
         )
     for letter in replay.too_large:
@@ -252,7 +255,7 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
 
     for letter in replay.without_bytes:
         click.echo(
-            f"{letter.name}: a letter {letter.reason} has no bytes to feed again. They are at {letter.origin} while retention "
+            f"{letter.name}: a letter {letter.reason} has no bytes to send again. They are at {letter.origin} while retention "
             f"keeps them: {_way_out(letter)}.",
             err=True,
         )
@@ -288,7 +291,7 @@ def _header(name: str, value: bytes | None) -> dict[str, Any]:
 
 
 def _bytes(name: str, data: bytes | None) -> dict[str, Any]:
-    """As text where it is UTF-8, else in base64 under another name."""
+    """Bytes for JSON: as text where they are UTF-8, else in base64 under another name."""
     if data is None:
         return {name: None}
     try:
@@ -298,7 +301,7 @@ def _bytes(name: str, data: bytes | None) -> dict[str, Any]:
 
 
 def _text(data: bytes) -> str:
-    """For people: a line, control characters and what isn't UTF-8 escaped."""
+    """Bytes as one line for people; control characters and bytes that aren't UTF-8 are escaped."""
     return printable(data.decode(errors="backslashreplace"))
 
 

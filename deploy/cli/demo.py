@@ -1,4 +1,4 @@
-"""`headrace demo`."""
+"""`headrace demo`: everything once, on real impressions."""
 
 from __future__ import annotations
 
@@ -23,21 +23,30 @@ __all__ = ["demo"]
 
 @click.command()
 @click.option(
-    "--dataset", default="auto", show_default=True, help="auto takes kuairand where it is found, else movielens-100k."
+    "--dataset",
+    default="auto",
+    show_default=True,
+    help="Data set to send. auto uses kuairand if it is found, else movielens-100k.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Impressions to send; all when unset.")
-@click.option("--fast", is_flag=True, help="As fast as the machine goes, instead of a pace to watch.")
+@click.option("--fast", is_flag=True, help="Send as fast as possible, instead of at a pace to watch.")
 @click.option(
-    "--window-ms", type=click.IntRange(min=60_000), default=60_000, show_default=True, help="Attribution window, event time."
+    "--window-ms",
+    type=click.IntRange(min=60_000),
+    default=60_000,
+    show_default=True,
+    help="Attribution window in ms of event time.",
 )
 @click.option(
-    "--keep", type=click.Path(path_type=Path, file_okay=False), help="Run in this folder and keep it: logs, snapshots."
+    "--keep",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Run in this folder and keep it, with its logs and snapshots.",
 )
 @format_option
 def demo(dataset: str, limit: int | None, fast: bool, window_ms: int, keep: Path | None, output: str) -> None:
     """Run everything once on real impressions: Kafka, join, trainer, scorer, a rollback. About 3 minutes.
 
-    Exit code 0 only if every impression got exactly one label. Nothing is left behind, whatever way it ends.
+    The exit code is 0 only if every impression got exactly one label. However the demo ends, it leaves nothing behind.
 
     \b
     Examples:
@@ -45,7 +54,7 @@ def demo(dataset: str, limit: int | None, fast: bool, window_ms: int, keep: Path
       HEADRACE_DATA_DIR=~/data headrace demo --dataset kuairand
       headrace demo --limit 20000 --fast --format json
     """
-    # A supervisor's SIGTERM ends it the way Ctrl-C does: workers and Kafka are stopped in order.
+    # SIGTERM ends the demo as Ctrl-C does: workers and Kafka are stopped in order.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     from deploy.datasets import default_data_set, open_data_set
     from deploy.demo.play import play

@@ -1,4 +1,4 @@
-"""`headrace doctor`: what is wrong with a running system, and what mends it."""
+"""`headrace doctor`: what is wrong with a running system, and how to fix it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["doctor"]
     type=click.IntRange(min=1),
     default=20_000,
     show_default=True,
-    help="Newest records read of each of impressions, clicks and dead-letters, over all partitions.",
+    help="How many of the newest records to read from each of impressions, clicks and dead-letters, over all partitions.",
 )
 @format_option
 def doctor(sample: int, output: str) -> None:
-    """Look for what is wrong with topics, producers and workers, and say what mends it. Never writes.
+    """Find what is wrong with topics, producers and workers, and say how to fix it. Never writes.
 
-    Exit code 0 when all could be read and nothing was found, else 1. What producers send is judged by a sample: the newest
-    records.
+    What producers send is judged by a sample: the newest records. The exit code is 0 if everything could be read and nothing
+    was found, else 1.
 
     \b
     Examples:
@@ -51,10 +51,10 @@ def doctor(sample: int, output: str) -> None:
             for name in ("expected", "found", "cure"):
                 click.echo(f"  {name:8} {getattr(finding, name)}")
         if not findings:
-            found = "Nothing found, but not all could be read" if readings.unread else "Nothing found"
+            found = "Nothing found, but not everything could be read" if readings.unread else "Nothing found"
             click.echo(f"{found}: {len(CHECKS)} checks.")
-        told = ", ".join(f"{count:,} {topic}" for topic, count in sampled.items())
-        click.echo(f"Sampled the newest of each topic: {told}.", err=True)
+        counts = ", ".join(f"{count:,} {topic}" for topic, count in sampled.items())
+        click.echo(f"Sampled the newest of each topic: {counts}.", err=True)
         for reason in readings.unread:
             click.echo(f"Could not read {reason}", err=True)
     if findings or readings.unread:

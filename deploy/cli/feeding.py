@@ -1,4 +1,4 @@
-"""What `replay` and `simulate` share: a progress bar, and stopping well on Ctrl-C."""
+"""What `replay` and `simulate` share: types of options, a progress bar, an early stop on Ctrl-C, lines of their summaries."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-__all__ = ["progress_bar", "stopping_on_interrupt"]
+import click
 
+if TYPE_CHECKING:
+    from deploy.feeding.stats import StreamStats
 
-class _Counts(Protocol):
-    impressions: int
+__all__ = ["ABOVE_0", "SHARE", "echo_rate", "echo_watermark", "no_watermark_option", "progress_bar", "stopping_on_interrupt"]
 
-    @property
-    def events(self) -> int: ...
+ABOVE_0 = click.FloatRange(min=0, min_open=True)
+SHARE = click.FloatRange(0, 1)
 
-    @property
-    def events_per_s(self) -> float: ...
+no_watermark_option = click.option(
+    "--no-watermark", is_flag=True, help="Don't send watermark records at the end: the last impressions stay unlabelled."
+)
 
 
 @contextmanager
-def progress_bar(what: str, total: int | None) -> Iterator[Callable[[_Counts], None] | None]:
-    """Counts of impressions and events a second, on stderr; None where nobody looks at a terminal."""
+def progress_bar(what: str, total: int | None) -> Iterator[Callable[[StreamStats], None] | None]:
+    """A function that shows impressions and events a second on stderr; None where stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -39,7 +41,7 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[_Counts], N
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total, rate="")
 
-        def show(stats: _Counts) -> None:
+        def show(stats: StreamStats) -> None:
             progress.update(task, completed=stats.impressions, rate=f"{stats.events_per_s:,.0f} events/s")
 
         yield show
@@ -47,8 +49,8 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[_Counts], N
 
 @contextmanager
 def stopping_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """The first Ctrl-C, or SIGTERM, ends the stream early, its last watermark included; the second one breaks off."""
-    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+    """On the first Ctrl-C or SIGTERM, call `stop`, which ends the stream after a watermark; the second one ends the command."""
+    if threading.current_thread() is not threading.main_thread():  # handlers can only be set there
         yield
         return
 
@@ -63,3 +65,13 @@ def stopping_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for known, handler in before.items():
             signal.signal(known, handler)
+
+
+def echo_rate(stats: StreamStats) -> None:
+    """Print how fast the stream was sent."""
+    click.echo(f"rate         {stats.events_per_s:,.0f} events/s for {stats.elapsed_s:,.1f} s")
+
+
+def echo_watermark(stats: StreamStats) -> None:
+    """Print the watermark that was sent at the end."""
+    click.echo(f"watermark    {'none sent' if stats.watermark_ms < 0 else stats.watermark_ms}")

@@ -1,4 +1,4 @@
-"""The options by which `replay` and `data schema` are told what a file's columns are."""
+"""The options of `replay` and `data schema` that say what a file's columns are."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def mapping_options(function: Callable[..., Any]) -> Callable[..., Any]:
                 multiple=True,
                 callback=_mapping,
                 metavar="ROLE=COLUMN",
-                help=f"For files. ROLE: {', '.join(_ROLES)}. ROLE= says that there is none.",
+                help=f"For files: the column of a role, one of {', '.join(_ROLES)}. ROLE= says that no column has it.",
             ),
             click.option(
-                "--candidate-feature", "own", multiple=True, metavar="COLUMN", help="For files: a feature of the thing shown."
+                "--candidate-feature", "own", multiple=True, metavar="COLUMN", help="For files: a feature of the item shown."
             ),
             click.option("--drop", multiple=True, metavar="COLUMN", help="For files: a column to leave out."),
             click.option(
                 "--text",
                 multiple=True,
                 metavar="COLUMN",
-                help="For csv and tsv: a column that is text, whatever it looks like.",
+                help="For csv and tsv: a column that stays text, even if its values look like numbers.",
             ),
             click.option(
                 "--unit",
                 type=click.Choice(["s", "ms", "us", "ns"]),
                 default="ms",
                 show_default=True,
-                help="Of times that are numbers, in files.",
+                help="For files: the unit of times that are numbers.",
             ),
         )
     ):
@@ -81,17 +81,18 @@ def open_mapped(
     seed: int = 0,
     settings: Settings | None = None,
 ) -> DataSet:
-    """The data set that the options name; `settings` say what the pipeline takes.
+    """The data set that the options name; `settings` have the pipeline's limits.
 
     Raises:
-        click.UsageError: options for files with a named data set, or a role's column that is dropped.
+        click.UsageError: options for files together with a named data set, or a column with a role is dropped.
         DataSetError: there is no such data set.
     """
     from deploy.datasets import FILE_KINDS, Columns, Limits, open_data_set
 
     if (roles or own or drop) and name not in FILE_KINDS:
         raise click.UsageError(
-            f"--column, --candidate-feature, --drop: expected one of {', '.join(FILE_KINDS)}, found {name}. Leave them out."
+            f"--column, --candidate-feature, --drop: expected one of {', '.join(FILE_KINDS)}, found {name}. "
+            "Leave these options out."
         )
     if text and name not in ("csv", "tsv"):
         raise click.UsageError(f"--text: expected csv or tsv, found {name}, which has types of its own. Leave it out.")

@@ -7,30 +7,30 @@ from typing import Any
 import click
 
 from deploy.cli.common import echo_json, format_option
+from deploy.cli.feeding import ABOVE_0, SHARE, echo_rate, echo_watermark, no_watermark_option
 from deploy.cli.mapping import mapping_options, open_mapped
 
 __all__ = ["replay"]
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("name")
-@click.option("--speed", type=click.FloatRange(min=0, min_open=True), help="Multiple of event time: 1 is as it happened.")
-@click.option("--rate", type=click.FloatRange(min=0, min_open=True), help="At most this many events a second.")
+@click.option("--speed", type=ABOVE_0, help="Multiple of event time: 1 is as fast as it happened.")
+@click.option("--rate", type=ABOVE_0, help="At most this many events a second.")
 @click.option(
-    "--max", "at_once", is_flag=True, help="As fast as it goes (the default; can't be combined with --speed or --rate)."
+    "--max", "at_once", is_flag=True, help="As fast as possible (the default; can't be combined with --speed or --rate)."
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Impressions to send; all when not given.")
-@click.option("--loop", is_flag=True, help="Begin again at the end, later and with new ids, until Ctrl-C or --limit.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of what is drawn.")
+@click.option("--loop", is_flag=True, help="Start again at the end, with later times and new ids, until Ctrl-C or --limit.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of everything that is drawn.")
 @click.option(
     "--scored",
-    type=click.FloatRange(0, 1),
+    type=SHARE,
     default=0.0,
-    show_default=True,
-    help="Share of impressions for which scores are asked first; they then carry the score.",
+    help="Share of impressions for which a score is requested first; they then carry that score.",
 )
-@click.option("--candidates", type=click.IntRange(min=1), default=10, show_default=True, help="Items in a score request.")
-@click.option("--no-watermark", is_flag=True, help="Don't end with watermark records: the last impressions stay unlabelled.")
+@click.option("--candidates", type=click.IntRange(min=1), default=10, help="Items in a score request.")
+@no_watermark_option
 @mapping_options
 @format_option
 def replay(
@@ -49,21 +49,25 @@ def replay(
 ) -> None:
     """Send a data set's impressions and clicks in event-time order, then a watermark beyond the last window.
 
+    NAME is a data set of `headrace data list`, or the format of a file: jsonl, parquet, csv or tsv.
+
     \b
     Examples:
-      headrace replay movielens-100k                      as fast as it goes
+      headrace replay movielens-100k                      as fast as possible
       headrace replay kuairand --speed 1000               a day in a minute and a half
-      headrace replay kuairand --rate 5000 --scored 0.1   with score requests for a tenth
+      headrace replay kuairand --rate 5000 --scored 0.1   with score requests for one in ten
       headrace replay open-bandit --loop --rate 100       a stream that goes on
       headrace replay parquet --path log.parquet --column timestamp=ts --column clicked=label
       headrace replay csv --path log.csv --unit s --drop session
 
-    A file is checked whole before anything is sent: a row that the pipeline would not take ends the command, with the file,
-    the column and the row.
+    A file is checked as a whole before anything is sent. A row that the pipeline would reject ends the command with an error
+    that names the file, the column and the row.
 
     The topics must exist (`headrace topics create`), and the workers' feature schema should be the data set's
-    (`headrace data schema NAME`). A second replay into the same topics may be older than the first one's last watermark: it
-    is refused where all of it would be late. Use another topics.prefix, or `headrace kafka reset`.
+    (`headrace data schema NAME`).
+
+    A second replay into the same topics may be older than the last watermark of the first one. The command rejects it if all
+    of its events would be late. Use another topics.prefix, or `headrace kafka reset`.
     """
     from deploy.cli.feeding import progress_bar, stopping_on_interrupt
     from deploy.datasets import FileDataSet
@@ -71,7 +75,7 @@ def replay(
     from deploy.settings import load_settings
 
     if at_once and (speed is not None or rate is not None):
-        raise click.UsageError("--max: expected neither --speed nor --rate beside it. Leave one out.")
+        raise click.UsageError("--max: expected neither --speed nor --rate beside it, found one. Leave one of them out.")
     settings = load_settings()
     data_set = open_mapped(name, seed=seed, settings=settings, **mapping)
     if isinstance(data_set, FileDataSet):
@@ -95,7 +99,7 @@ def replay(
         with stopping_on_interrupt(replayer.stop):
             stats = replayer.run()
     latencies = sorted(stats.answer_ms)
-    told = {
+    summary = {
         "dataset": name,
         "impressions": stats.impressions,
         "clicks": stats.clicks,
@@ -109,15 +113,15 @@ def replay(
         "watermark_ms": stats.watermark_ms if not no_watermark else None,
     }
     if output == "json":
-        echo_json(told)
+        echo_json(summary)
         return
     click.echo(f"impressions  {stats.impressions:,}")
     click.echo(f"clicks       {stats.clicks:,}")
     if stats.clicks_beyond_window:
         after = f"more than join.window_ms ({settings.join.window_ms} ms) after their impressions"
         click.echo(f"             {stats.clicks_beyond_window:,} of them {after}: they label nothing")
-    click.echo(f"rate         {stats.events_per_s:,.0f} events/s for {stats.elapsed_s:,.1f} s")
+    echo_rate(stats)
     if stats.requests:
-        p50 = f", p50 {told['answer_ms_p50']} ms" if latencies else ""
+        p50 = f", p50 {summary['answer_ms_p50']} ms" if latencies else ""
         click.echo(f"scored       {stats.answers:,} answers to {stats.requests:,} requests{p50}")
-    click.echo(f"watermark    {'none sent' if no_watermark else stats.watermark_ms}")
+    echo_watermark(stats)

@@ -76,6 +76,7 @@ def join(http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
         run_join(
             kafka=settings.kafka,
             settings=settings.join,
+            schema_registry=settings.schema_registry,
             names=TopicNames.of(settings.topics),
             http=settings.http,
             state_dir=settings.state_dir,

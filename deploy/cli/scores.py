@@ -1,4 +1,4 @@
-"""`headrace scores`: look at the live score topic."""
+"""`headrace scores`: show what the scorers answer on the live score topic."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["scores"]
 
-_SHOWN = 3  # best candidates in a line
+_SHOWN = 3  # best candidates on a line
 
 
 @click.group()
 def scores() -> None:
-    """Look at the answers of the scorers.
+    """Show the answers of the scorers.
 
     \b
     Examples:
@@ -33,10 +33,10 @@ def scores() -> None:
 
 @scores.command()
 @click.option("--limit", type=click.IntRange(min=1), help="End after this many answers; never when not given.")
-@click.option("--from-beginning", is_flag=True, help="From the oldest answer kept, instead of from now on.")
+@click.option("--from-beginning", is_flag=True, help="Begin with the oldest answer that is kept, instead of now.")
 @format_option
 def tail(limit: int | None, from_beginning: bool, output: str) -> None:
-    """Follow the live score topic until Ctrl-C: a line an answer, or one JSON object a line.
+    """Follow the live score topic until Ctrl-C: one line for each answer, as text or as a JSON object.
 
     \b
     Examples:
@@ -54,7 +54,7 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
     await_kafka(settings)
     topic = TopicNames.of(settings.topics).scores
     with ScoreStream(topic, kafka_python_options(settings.kafka), from_beginning=from_beginning) as stream:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the command as Ctrl-C does
         left = limit
         try:
             click.echo(f"following {topic} at {settings.kafka.bootstrap_servers}; Ctrl-C ends it", err=True)
@@ -64,7 +64,7 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
                 try:
                     answers = stream.poll()
                 except InvalidAnswer as error:
-                    click.echo(f"{error} It is passed over.", err=True)
+                    click.echo(f"{error} This record is skipped.", err=True)
                     continue
                 for answer in answers[:left]:
                     if output == "json":
@@ -80,17 +80,17 @@ def _line(answer: Answer) -> str:
     version = "-" if answer.model_version is None else str(answer.model_version)
     age = "-" if answer.snapshot_age_ms is None else f"{answer.snapshot_age_ms / 1_000:.1f} s"
     if answer.error is not None:
-        told = styled(printable(str(answer.error)), fg="red")
+        rest = styled(printable(str(answer.error)), fg="red")
     else:
         best = sorted(answer.scores, key=lambda score: -score.score)
-        told = "  ".join(f"{printable(score.id)} {score.score:.4f}" for score in best[:_SHOWN])
-        told += f"  and {len(best) - _SHOWN} more" if len(best) > _SHOWN else ""
-        told += styled("  stale", fg="yellow") if answer.stale else ""
-    return f"{_clock(answer.event):12} {version:>7} {age:>8}  {printable(answer.request_id):36} {told}"
+        rest = "  ".join(f"{printable(score.id)} {score.score:.4f}" for score in best[:_SHOWN])
+        rest += f"  and {len(best) - _SHOWN} more" if len(best) > _SHOWN else ""
+        rest += styled("  stale", fg="yellow") if answer.stale else ""
+    return f"{_clock(answer.event):12} {version:>7} {age:>8}  {printable(answer.request_id):36} {rest}"
 
 
 def _clock(event: dict[str, Any]) -> str:
-    """Local time of day of the answer's CloudEvents `time`."""
+    """The answer's CloudEvents `time` as a local time of day; a dash without one."""
     try:
         when = datetime.fromisoformat(event["time"])
     except (KeyError, ValueError):

@@ -4,151 +4,122 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deploy.cli.common import echo_json, format_option
+from deploy.cli.feeding import ABOVE_0, SHARE, echo_rate, echo_watermark, no_watermark_option
 
-__all__ = ["simulate"]
+if TYPE_CHECKING:
+    from deploy.feeding.simulation import CtrStep
+
+__all__ = ["CTR_STEP", "simulate"]
 
 
-class CtrStep(click.ParamType):
-    """`SECONDS:CTR`, as two numbers."""
+class _CtrStep(click.ParamType):
+    """`200:0.06` → a mean click probability of 0.06 from second 200 on."""
 
     name = "seconds:ctr"
 
-    def convert(
-        self, value: str | tuple[float, float], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[float, float]:
-        if isinstance(value, tuple):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> CtrStep:
+        from deploy.feeding.simulation import CtrStep
+
+        if isinstance(value, CtrStep):
             return value
-        seconds, _, ctr = value.partition(":")
+        seconds, _, ctr = str(value).partition(":")
         try:
-            step = float(seconds), float(ctr)
+            step = CtrStep(float(seconds), float(ctr))
         except ValueError:
-            step = -1.0, -1.0
-        if not (step[0] > 0 and 0 < step[1] < 1):
+            step = CtrStep(-1.0, -1.0)
+        if not (step.seconds > 0 and 0 < step.ctr < 1):
             self.fail(f"expected SECONDS:CTR, as in 200:0.06, found {value!r}.", param, ctx)
         return step
 
 
-@click.command()
-@click.option(
-    "--rate", type=click.FloatRange(min=0, min_open=True), default=1_000.0, show_default=True, help="Impressions a second."
-)
+CTR_STEP = _CtrStep()
+
+
+# Options that aren't arguments of `simulate` have the names and defaults of the fields of `Simulation`.
+@click.command(context_settings={"show_default": True})
+@click.option("--rate", type=ABOVE_0, default=1_000.0, help="Impressions a second.")
 @click.option("--count", type=click.IntRange(min=1), help="Impressions to send.")
-@click.option("--duration", type=click.FloatRange(min=0, min_open=True), help="Seconds of stream, instead of --count.")
-@click.option(
-    "--max", "at_once", is_flag=True, help="Don't wait: the stream's time ends now, and it is sent as fast as it goes."
-)
-@click.option(
-    "--ctr",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    default=0.1,
-    show_default=True,
-    help="Mean click probability.",
-)
+@click.option("--duration", type=ABOVE_0, help="Seconds of stream to send, instead of --count.")
+@click.option("--max", "at_once", is_flag=True, help="Send as fast as possible a stream whose event time ends now.")
+@click.option("--ctr", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.1, help="Mean click probability.")
 @click.option(
     "--ctr-step",
     "ctr_steps",
-    type=CtrStep(),
+    type=CTR_STEP,
     multiple=True,
     metavar="SECONDS:CTR",
-    help="Another mean click probability from that many seconds of the stream on. May be repeated.",
+    help="Another mean click probability from that second of the stream on. May be repeated.",
 )
 @click.option(
     "--delay",
     type=click.Choice(["exponential", "lognormal", "uniform"]),
     default="exponential",
-    show_default=True,
     help="Distribution of click delays.",
 )
-@click.option(
-    "--delay-ms", type=click.FloatRange(min=0, min_open=True), default=5_000.0, show_default=True, help="Mean click delay."
-)
-@click.option(
-    "--shuffle-ms", type=click.IntRange(min=0), default=0, show_default=True, help="Events come up to this much late."
-)
-@click.option("--duplicates", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Share of events sent twice.")
-@click.option(
-    "--malformed",
-    type=click.FloatRange(0, 1),
-    default=0.0,
-    show_default=True,
-    help="Broken records, as a share of impressions.",
-)
+@click.option("--delay-ms", type=ABOVE_0, default=5_000.0, help="Mean click delay, in ms.")
+@click.option("--shuffle-ms", type=click.IntRange(min=0), default=0, help="Send each event up to this many ms late.")
+@click.option("--duplicates", type=SHARE, default=0.0, help="Share of events to send twice.")
+@click.option("--malformed", type=SHARE, default=0.0, help="Broken records to send in addition, as a share of impressions.")
 @click.option(
     "--drift",
     type=click.FloatRange(min=0),
     default=0.0,
-    show_default=True,
-    help="Quarter turns of the true weights in 100,000 impressions.",
+    help="Quarter turns of the true weights in 100,000 impressions; after one, they are unrelated to the first ones.",
 )
 @click.option(
     "--new-items",
     type=click.FloatRange(min=0),
     default=0.0,
-    show_default=True,
-    help="Items that appear in a second of the stream, most popular at first, then fading.",
+    help="New items in each second of the stream. They are most popular at first, and fade.",
 )
-@click.option(
-    "--new-item-share",
-    type=click.FloatRange(0, 1),
-    default=0.3,
-    show_default=True,
-    help="Share of impressions that show these.",
-)
+@click.option("--new-item-share", type=SHARE, default=0.3, help="Share of impressions that show one of the new items.")
 @click.option(
     "--new-item-life",
-    type=click.FloatRange(min=0, min_open=True),
+    "new_item_life_s",
+    type=ABOVE_0,
     default=60.0,
-    show_default=True,
-    help="Seconds since it appeared at which such an item is shown, on average.",
+    help="Mean age of a new item when it is shown, in seconds.",
 )
 @click.option(
     "--hour-ms",
     type=click.IntRange(min=1),
     default=3_600_000,
-    show_default=True,
-    help="Length of a value of the feature hour: 60000 makes a new hour begin each minute.",
+    help="How long the feature hour keeps one value, in ms. With 60000 its value changes every minute.",
 )
 @click.option(
     "--truth",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the true probabilities there (.parquet, else JSON lines).",
+    help="File to write the true probabilities to: Parquet if it ends with .parquet, else JSON lines.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of everything drawn.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of everything that is drawn.")
 @click.option(
     "--first-id",
     type=click.IntRange(min=0),
-    help="Number of the first id; drawn from the clock when not given, so that runs don't collide.",
+    help="Number of the first impression's id. By default it follows from the clock, so that runs don't collide.",
 )
-@click.option("--no-watermark", is_flag=True, help="Don't end with watermark records: the last impressions stay unlabelled.")
+@no_watermark_option
 @format_option
 def simulate(
     rate: float,
     count: int | None,
     duration: float | None,
     at_once: bool,
-    ctr: float,
-    ctr_steps: tuple[tuple[float, float], ...],
-    delay: str,
-    delay_ms: float,
-    shuffle_ms: int,
-    duplicates: float,
-    malformed: float,
-    drift: float,
-    new_items: float,
-    new_item_share: float,
-    new_item_life: float,
-    hour_ms: int,
+    ctr_steps: tuple[CtrStep, ...],
     truth: Path | None,
-    seed: int,
     first_id: int | None,
     no_watermark: bool,
     output: str,
+    **fields: Any,
 ) -> None:
-    """Send simulated impressions and clicks, with what real streams do to a pipeline, then a watermark.
+    """Send simulated impressions and clicks, then a watermark.
+
+    The true click probabilities are known (--truth). Events can be late, come twice or be broken, and the click-through rate
+    can drift, as in real streams.
 
     \b
     Examples:
@@ -158,8 +129,8 @@ def simulate(
       headrace simulate --rate 300 --duration 600 --ctr 0.05 --delay lognormal --delay-ms 20000 --new-items 0.5 --hour-ms 60000
       headrace simulate --rate 300 --duration 600 --ctr 0.03 --ctr-step 200:0.06 --ctr-step 400:0.03
 
-    The features are those of `headrace data schema simulation`. Clicks later than join.window_ms after their impression
-    don't count, so keep --delay-ms well below it.
+    The features are those of `headrace data schema simulation`. A click more than join.window_ms after its impression
+    doesn't count, so keep --delay-ms well below join.window_ms.
     """
     from deploy.cli.feeding import progress_bar, stopping_on_interrupt
     from deploy.feeding.simulate import Simulator
@@ -173,22 +144,11 @@ def simulate(
     simulation = Simulation(
         rate=rate,
         count=total,
-        ctr=ctr,
         ctr_steps=tuple(sorted(ctr_steps)),
-        delay=delay,  # type: ignore[arg-type]  # click has checked it
-        delay_ms=delay_ms,
-        shuffle_ms=shuffle_ms,
-        duplicates=duplicates,
-        malformed=malformed,
-        drift=drift,
-        hour_ms=hour_ms,
-        new_items=new_items,
-        new_item_share=new_item_share,
-        new_item_life_s=new_item_life,
         first_id=now_ms * 1_000 if first_id is None else first_id,
-        # Sent at once, it must not lie in the future: the join refuses events far ahead of their arrival.
+        # A stream that is sent at once must not lie in the future: the join rejects events far ahead of their arrival.
         start_ms=now_ms - round(total / rate * 1_000) if at_once else now_ms,
-        seed=seed,
+        **fields,
     )
     settings = load_settings()
     with progress_bar("simulate", total) as show:
@@ -202,7 +162,7 @@ def simulate(
         )
         with stopping_on_interrupt(simulator.stop):
             stats = simulator.run()
-    told = {
+    summary = {
         "impressions": stats.impressions,
         "clicks": stats.clicks,
         "duplicates": stats.duplicates,
@@ -213,11 +173,11 @@ def simulate(
         "truth": str(truth) if truth else None,
     }
     if output == "json":
-        echo_json(told)
+        echo_json(summary)
         return
     for name in ("impressions", "clicks", "duplicates", "malformed"):
-        click.echo(f"{name:12} {told[name]:,}")
-    click.echo(f"rate         {stats.events_per_s:,.0f} events/s for {stats.elapsed_s:,.1f} s")
-    click.echo(f"watermark    {'none sent' if no_watermark else stats.watermark_ms}")
+        click.echo(f"{name:12} {summary[name]:,}")
+    echo_rate(stats)
+    echo_watermark(stats)
     if truth:
         click.echo(f"truth        {truth}")

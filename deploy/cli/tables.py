@@ -1,7 +1,7 @@
-"""Tables for people, on terminals of any width: no value is ever cut, and the first column stays whole on its line.
+"""Tables for people, on terminals of any width: no value is ever cut, and the first column is never folded.
 
-Where the rows don't fit, the last column is folded; where that isn't enough, each record becomes a block of lines. Into a file
-or a pipe, each record is one line, however long.
+If the rows are wider than the terminal, the last column is folded. If that isn't enough, each record becomes a block of lines.
+In a file or a pipe, each record is one line, however long.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from deploy.cli.common import on_terminal
 
 __all__ = ["print_pairs", "print_table", "printable", "styled"]
 
-LEAST_FOLDED = 20  # columns that folded text must have, to be read at all
+LEAST_FOLDED = 20  # characters: text folded into a narrower column can hardly be read
 GAP = "  "
 
 
 def print_table(names: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """Print rows under their names. The first column says which record it is, the last may be a sentence.
+    """Print rows under the names of their columns. The first column identifies the record; the last may be a sentence.
 
     Args:
-        right: names of columns of numbers, whose ends stand below one another.
+        right: names of the columns to align to the right, such as numbers.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -51,27 +51,27 @@ def print_table(names: Sequence[str], rows: Sequence[Sequence[str]], *, right: S
         else:
             table.add_column(name, no_wrap=True, min_width=taken, justify=side)
     for row in rows:
-        table.add_row(*(Text(value) for value in row))  # as it is: brackets in reasons are no markup
+        table.add_row(*(Text(value) for value in row))  # as Text: brackets in a reason are not markup
     out = io.StringIO()
-    # With a height too: by a width alone, rich takes 80 columns for a dumb terminal.
+    # With a height too: given a width alone, rich uses 80 columns on a dumb terminal.
     Console(file=out, width=max(width, 1), height=25, force_terminal=on_terminal(), highlight=False).print(table)
     click.echo("\n".join(line.rstrip() for line in out.getvalue().splitlines()))
 
 
 def print_pairs(pairs: Sequence[tuple[str, Any]], title: str = "") -> None:
-    """Print names and values, a line each; long values are folded."""
+    """Print names and values, one pair a line; long values are folded."""
     if title:
         click.echo(styled(title, bold=True))
     _print_folded([(name, printable(str(value))) for name, value in pairs], _width(1 << 20), bold=True)
 
 
 def styled(text: str, **how: Any) -> str:
-    """The text in colour or bold, by `click.style`; plain for a dumb terminal, which would show the codes."""
+    """The text in colour or bold, by `click.style`; plain on a dumb terminal, which would show the control codes."""
     return text if os.environ.get("TERM") in ("dumb", "unknown") else click.style(text, **how)
 
 
 def printable(text: str) -> str:
-    """For people: one line, with control characters escaped."""
+    """The text on one line, with control characters escaped."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
@@ -81,11 +81,11 @@ def _print_folded(pairs: Sequence[tuple[str, str]], width: int, *, indent: str =
     beside = hanging + LEAST_FOLDED <= width
     for name, value in pairs:
         left = hanging if beside else len(indent) + 2 * len(GAP)
-        # Words longer than a line (hashes, paths) are left to the terminal: what is folded here can't be copied.
+        # The terminal wraps words longer than a line (hashes, paths): folded here, they could not be copied.
         room = max(width - left, LEAST_FOLDED // 2)
         lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
         shown = styled(name, bold=True) if bold else name
-        one_word = " " not in value  # a number, a name: what a record is known by stays beside its name
+        one_word = " " not in value  # a number or a name, which may identify a record: keep it beside its name
         if beside or one_word or len(indent) + len(name) + len(GAP) + len(value) <= width:
             space = " " * (taken - len(name) if beside else 0)
             click.echo(f"{indent}{shown}{space}{GAP}{lines[0]}".rstrip())
@@ -97,5 +97,5 @@ def _print_folded(pairs: Sequence[tuple[str, str]], width: int, *, indent: str =
 
 
 def _width(whole: int) -> int:
-    """Columns there are: the terminal's, or whatever is needed where the output goes elsewhere."""
+    """The width to print in: the terminal's, or `whole` where the output isn't a terminal."""
     return shutil.get_terminal_size().columns if on_terminal() else whole

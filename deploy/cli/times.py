@@ -1,4 +1,4 @@
-"""Durations and times as people type them."""
+"""Durations and times as users type them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class _Time(click.ParamType):
 
 
 class _Moment(click.ParamType):
-    """A time, or how long ago: `2h` → ms since epoch."""
+    """A time, or how long ago, such as `2h` → ms since epoch."""
 
     name = "moment"
 
@@ -66,7 +66,7 @@ MOMENT = _Moment()
 
 
 def clock(at_ms: int | None) -> str:
-    """UTC to the second, as `--before` takes it; a dash for never."""
+    """A time in UTC to the second, in the form that `--before` reads. A dash for never."""
     if not at_ms:
         return "-"
     return datetime.datetime.fromtimestamp(at_ms / 1_000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,4 +1,4 @@
-"""`headrace watermarks`: the sender of watermarks for sparse streams."""
+"""`headrace watermarks`: sending watermarks for sparse streams."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = ["watermarks"]
     "--lateness",
     "lateness_ms",
     type=DURATION,
-    help="Longest time from an event to its arrival in Kafka; join.lateness_ms and 5 s more when not given.",
+    help="Longest time from an event to its arrival in Kafka; join.lateness_ms plus 5 s when not given.",
 )
 @click.option("--every", "every_ms", type=DURATION, default="1s", show_default=True, help="Time between two rounds.")
 @click.option("--limit", type=click.IntRange(min=1), help="End after this many rounds; never when not given.")
 def watermarks(lateness_ms: int | None, every_ms: int, limit: int | None) -> None:
-    """Send watermarks on a timer, so that labels come although no event does. Runs until SIGTERM or Ctrl-C.
+    """Send watermarks on a timer, so that labels come even while no event comes. Runs until SIGTERM or Ctrl-C.
 
-    For sparse streams: while neither impressions nor clicks come, the join's watermark holds, and impressions wait for their
-    labels. Each round sends now minus the lateness to every partition of both topics, never a time in the future. An event
-    that takes longer than the lateness to arrive may then be late, as it may be behind any other event. One sender is
-    enough, and two do no harm. Not for replays of old events: beside those, now is far ahead.
+    It is for sparse streams: while neither impressions nor clicks come, the join's watermark stands still, and impressions
+    wait for their labels. Each round sends a watermark to every partition of both topics: now minus the lateness, never a
+    time in the future. An event that takes longer than the lateness to arrive may then be late, as it may be after any other
+    event. One sender is enough; two do no harm. Don't run it during a replay of old events: now is far ahead of their times.
 
     \b
     Examples:
       headrace watermarks
       headrace watermarks --lateness 30s --every 5s
-      headrace watermarks --limit 1                    from a cron job
+      headrace watermarks --limit 1                    one round, from a cron job
     """
     from deploy.feeding.watermarks import send_watermarks
     from deploy.settings import load_settings
@@ -43,7 +43,7 @@ def watermarks(lateness_ms: int | None, every_ms: int, limit: int | None) -> Non
     settings = load_settings()
     lateness = settings.join.lateness_ms + 5_000 if lateness_ms is None else lateness_ms
     if every_ms < 1:
-        raise click.BadParameter("expected 1ms or more, found 0", param_hint="--every")
+        raise click.BadParameter("expected 1ms or more, found 0. Give a longer time.", param_hint="--every")
 
     async def run() -> int:
         sending = asyncio.ensure_future(

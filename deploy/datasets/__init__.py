@@ -1,14 +1,14 @@
-"""Data sets: real impressions and clicks, as events in event-time order.
+"""Data sets: impressions and clicks as events in event-time order.
 
-| name | what |
+| name | what it is |
 | --- | --- |
 | `kuairand` | short videos, 167,281 impressions with real feedback |
-| `movielens-100k` | 100,000 film ratings with real times; clicks are made of them |
+| `movielens-100k` | 100,000 film ratings with real times; a rating of 4 or more is a click |
 | `open-bandit` | 60,000 shop recommendations, 0.5 % clicks |
-| `criteo`, `avazu` | files that a user has, in their public formats |
-| `jsonl`, `parquet`, `csv`, `tsv` | any file, with a mapping of columns |
+| `criteo`, `avazu` | files that users download themselves, in their public formats |
+| `jsonl`, `parquet`, `csv`, `tsv` | any file of a user, with a mapping of columns |
 
-A new one is a class with the members of `DataSet` and a line here.
+To add a data set, write a class with the members of `DataSet` (see also `named`), and add it to `NAMED` and to this table.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ def open_data_set(
     columns: Columns | None = None,
     limits: Limits | None = None,
 ) -> DataSet:
-    """The data set of that name; `columns` and `limits` belong to files (`FILE_KINDS`).
+    """The data set with that name; `columns` and `limits` are for files (`FILE_KINDS`).
 
     Args:
-        seed: of drawn click delays.
-        path: for files the file, for the others the folder to take it from instead of looking for it.
-        limits: what the pipeline takes; as shipped when None.
+        seed: seed of the click delays that are drawn.
+        path: for files, the file; for named data sets, the folder to read instead of looking for it.
+        limits: what the pipeline accepts; by default what the default settings accept.
 
     Raises:
-        DataSetError: no such name, or no path where one is needed.
+        DataSetError: there is no data set with that name, or a file has no path.
     """
     if name in FILE_KINDS:
         if path is None:
@@ -53,12 +53,13 @@ def open_data_set(
         return FileDataSet(path, name, columns, seed=seed, limits=limits)
     if name not in NAMED:
         raise DataSetError(
-            f"data set {name!r}: expected {', '.join((*NAMED, *FILE_KINDS))}, found no such one. See `headrace data list`."
+            f"data set {name!r}: expected one of {', '.join((*NAMED, *FILE_KINDS))}, found another name. See "
+            "`headrace data list`."
         )
     return NAMED[name](seed=seed, folder=path)
 
 
 def default_data_set(*, seed: int = 0) -> DataSet:
-    """KuaiRand where it is found, else MovieLens-100K (which may still have to be fetched)."""
+    """KuaiRand if it is found, else MovieLens-100K, which may still have to be fetched."""
     found = KuaiRand(seed=seed)
     return found if found.find() is not None else MovieLens100K(seed=seed)

@@ -1,4 +1,4 @@
-"""Avazu click-through rates, the public CSV format: one row an impression, `hour` as YYMMDDHH."""
+"""Avazu's click log in its public CSV format: a row for each impression, with `hour` as YYMMDDHH."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, draw_delays, look_for, make_chunk, not_there
+from deploy.datasets.base import CHUNK_ROWS, Chunk, draw_delays, make_chunk
 from deploy.datasets.columns import labels
 from deploy.datasets.encode import members, strings
+from deploy.datasets.named import OwnFile
 from deploy.datasets.refusal import refuse
 from deploy.datasets.text_files import one_line, open_text
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
 from stream.records.times import MAX_AGE_MS
 
-__all__ = ["FOLDER", "Avazu"]
-
-FOLDER = "avazu"
-FILES = ("train.csv", "train.csv.gz", "train.gz", "train")
+__all__ = ["Avazu"]
 
 _HOUR_MS = 3_600_000
 _CONTEXT = (
@@ -34,8 +32,8 @@ _CONTEXT = (
 _ADVERT = tuple(f"C{i}" for i in range(14, 22))
 
 
-class Avazu:
-    """A file that the user has."""
+class Avazu(OwnFile):
+    """The data set `avazu`."""
 
     name = "avazu"
     title = "Avazu mobile advertising, the file in the public CSV format (train.csv or train.gz)"
@@ -44,45 +42,27 @@ class Avazu:
         "Times are whole hours: the rows of an hour are spaced evenly within it, in the file's order. A click's delay is drawn "
         "within 60 s, seeded by row."
     )
-    obtain = f"Put {FILES[0]} (or {', '.join(FILES[1:])}) into a folder {FOLDER} in HEADRACE_DATA_DIR or data/."
-
-    def __init__(self, *, seed: int = 0, folder: Path | None = None) -> None:
-        self._seed = seed
-        self._folder = folder
+    obtain = "Put train.csv (or train.csv.gz, train.gz, train) into a folder avazu in HEADRACE_DATA_DIR or data/."
+    folder_name = "avazu"
+    files = ("train.csv", "train.csv.gz", "train.gz", "train")
 
     def schema(self) -> FeatureSchema:
-        """All columns as categories, and the hour of the day."""
+        """All columns as categories; `hour` is the hour of the day."""
         return FeatureSchema(fields=tuple(FieldSpec(name=name) for name in (*_CONTEXT, "hour", *_ADVERT)), embedding_dim=16)
 
-    def find(self) -> Path | None:
-        if self._folder is not None:
-            return self._folder
-        return next((found for file in FILES if (found := look_for(FOLDER, (file,)))), None)
-
-    def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
-        raise DataSetError(
-            f"avazu: expected a file that you have, found a fetch: its terms don't let others pass it on. {self.obtain}"
-        )
-
-    def size(self) -> None:
-        return None  # 6 GB to count
-
     def chunks(self) -> Iterator[Chunk]:
-        folder = self.find()
-        file = next((folder / name for name in FILES if (folder / name).is_file()), None) if folder else None
-        if file is None:
-            raise not_there(self, folder, FILES)
+        file = self._file()
         row = 0
         for hour in _hours(file):
             start_ms = _start_ms(hour["hour"][0].as_py(), file)
             for offset in range(0, len(hour), CHUNK_ROWS):
                 rows = hour.slice(offset, CHUNK_ROWS)
-                places = np.arange(offset, offset + len(rows), dtype=np.int64)
+                numbers = np.arange(offset, offset + len(rows), dtype=np.int64)  # within the hour
                 yield make_chunk(
                     ids=strings(rows["id"]),
-                    timestamps_ms=start_ms + places * _HOUR_MS // len(hour),
+                    timestamps_ms=start_ms + numbers * _HOUR_MS // len(hour),
                     clicked=labels(file, "click", rows["click"], first_row=row + offset),
-                    delays_ms=draw_delays(row + places, seed=self._seed),
+                    delays_ms=draw_delays(row + numbers, seed=self._seed),
                     context=members({name: rows[name] for name in _CONTEXT} | {"hour": _hour_of_day(rows)}),
                     candidate=members({name: rows[name] for name in _ADVERT}),
                     users=strings(rows["device_ip"]),
@@ -103,12 +83,12 @@ def _start_ms(hour: int, file: Path) -> int:
         return int(start.timestamp() * 1_000)
     except ValueError as error:
         raise DataSetError(
-            f"{file}: expected hours of the last 40 years as YYMMDDHH, found {hour}. Check that it is the file as published."
+            f"{file}: expected hours of the last 40 years as YYMMDDHH, found {hour}. Check that the file is as published."
         ) from error
 
 
 def _hours(file: Path) -> Iterator[pa.Table]:
-    """The rows of one hour at a time."""
+    """The rows of the file, one hour at a time."""
     gathered: list[pa.Table] = []
     row = 0
     for batch in _batches(file):
@@ -124,7 +104,7 @@ def _hours(file: Path) -> Iterator[pa.Table]:
             if gathered and gathered[0]["hour"][0].as_py() != hours[start]:
                 if hours[start] < gathered[0]["hour"][0].as_py():
                     raise DataSetError(
-                        f"{file}: expected hours that don't fall, found {hours[start]} after a later one. Sort it by hour."
+                        f"{file}: expected hours in rising order, found {hours[start]} after a later one. Sort it by hour."
                     )
                 yield pa.concat_tables(gathered)
                 gathered = []
@@ -143,5 +123,5 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
             yield from pyarrow.csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, OSError) as error:
         refuse(
-            file, "CSV with the columns id, click, hour, C1, …, C21", one_line(error), "Check that it is the file as published."
+            file, "CSV with the columns id, click, hour, C1, …, C21", one_line(error), "Check that the file is as published."
         )

@@ -1,7 +1,7 @@
-"""What the columns of a user's file are sent as: ids, times, labels, served scores. Features are in `features.py`.
+"""Ids, times, labels and served scores in a user's file, checked and converted to what is sent. See `features` for features.
 
-Each function checks a whole column before anything is sent, and raises a DataSetError with the column and the row for what the
-pipeline would refuse, round or lose.
+Each function checks a whole column before anything is sent. For a value that the pipeline would reject, round or lose it
+raises a DataSetError with the column and the row.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ __all__ = [
 
 UNITS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _SHORT = {"seconds": "s", "milliseconds": "ms", "microseconds": "us", "nanoseconds": "ns"}
-_FAR = 1 << 62  # beyond every time
-EXACT_FLOAT = 2.0**53  # below it every whole number is a double
-# ISO 8601 with a time of day, as JSON and CSV hold it; a zone is Z, an offset, or UTC, as BigQuery writes it.
+_FAR = 1 << 62  # later than every time
+EXACT_FLOAT = 2.0**53  # below it, every whole number is a double
+# ISO 8601 with a time of day, as in JSON and CSV. A zone is Z, an offset, or UTC, which BigQuery writes.
 _ISO = r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d{1,9})?)?(Z| ?UTC|[-+]\d\d(:?\d\d)?)?$"
 _ZONE = r"(Z|UTC|[-+]\d\d(:?\d\d)?)$"
 _NO_TIME_OF_DAY = "Event times decide what is learned when: map a column that has the time of day."
@@ -49,19 +49,19 @@ _NO_TIME_OF_DAY = "Event times decide what is learned when: map a column that ha
 
 @dataclass(frozen=True, slots=True)
 class TimeRules:
-    """The unit of times that are numbers (s, ms, us, ns), and how far ahead of now a time may be, in ms."""
+    """How to read times: the unit of times that are numbers (s, ms, us, ns), and how far ahead of now a time may be, in ms."""
 
     unit: str
     future_ms: int
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column without dictionaries, and with one type for every string type."""
+    """The column without a dictionary, with one type for all string types."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     if pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type):
         column = column.cast(pa.string())
-    if pa.types.is_decimal(column.type) and column.type.bit_width < 128:  # for which Arrow has few functions
+    if pa.types.is_decimal(column.type) and column.type.bit_width < 128:  # narrower decimals have few functions in Arrow
         column = column.cast(pa.decimal128(38, column.type.scale))
     return column
 
@@ -73,7 +73,7 @@ def first(mask: npt.NDArray[np.bool_]) -> int | None:
 
 
 def _null(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    """Where the value is missing: null, or NaN."""
+    """Where the value is missing (null or NaN), (N,)."""
     return pc.is_null(column, nan_is_null=True).to_numpy(zero_copy_only=False)
 
 
@@ -83,10 +83,10 @@ def is_whole_decimal(kind: pa.DataType) -> bool:
 
 
 def ids(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Impression ids as strings: whole numbers digit by digit.
+    """Impression ids as strings; whole numbers keep all their digits.
 
     Raises:
-        DataSetError: an id is missing, empty, used twice, or of a type that is no id.
+        DataSetError: an id is missing, empty, used twice, or of a type that ids can't have.
     """
     column = plain(column)
     if (row := first(_null(column))) is not None:
@@ -108,7 +108,7 @@ def ids(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def digits(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Strings as they are, whole numbers digit by digit; null where there is none.
+    """Strings as they are, whole numbers with all their digits; null where the value is missing.
 
     Raises:
         DataSetError: the column is of another type, or a float isn't whole.
@@ -129,13 +129,13 @@ def digits(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def times_ms(path: Path, name: str, column: pa.ChunkedArray, rules: TimeRules, *, required: bool) -> Int64s:
-    """Milliseconds since 1970-01-01 UTC, -1 where there is no time; a time without a zone is UTC.
+    """Milliseconds since 1970-01-01 UTC, (N,), -1 where there is no time. A time without a zone is taken as UTC.
 
     Args:
-        required: whether every row must have one.
+        required: whether every row must have a time.
 
     Raises:
-        DataSetError: a time is missing, can't be read, or is none of the last 40 years; the message guesses the unit.
+        DataSetError: a time is missing, can't be read, or is not in the last 40 years; the message guesses the right unit.
     """
     column = plain(column)
     missing = _null(column)
@@ -174,7 +174,7 @@ def _iso_ms(path: Path, name: str, column: pa.ChunkedArray) -> Int64s:
         column = pc.replace_substring_regex(column, " ?UTC$", "Z")
         with_zone = pc.if_else(zoned, column, null).cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
         without = pc.if_else(zoned, null, column).cast(pa.timestamp("ns")).cast(pa.int64())
-    except pa.ArrowInvalid:  # a form that isn't ISO's, or no day of the calendar: the first such row is looked for
+    except pa.ArrowInvalid:  # not ISO 8601, or a day that the calendar lacks: find the first such row
         row = next(row for row, text in enumerate(column.to_pylist()) if text is not None and not _is_iso(text))
         text = column[row].as_py()
         do = _NO_TIME_OF_DAY if len(text) == len("2023-11-14") else "Write it so, or as a number (--unit)."
@@ -184,7 +184,7 @@ def _iso_ms(path: Path, name: str, column: pa.ChunkedArray) -> Int64s:
 
 
 def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64] | npt.NDArray[np.float64]:
-    """The numbers of a column, 0 where there is none; floats where they don't fit in 64 bits."""
+    """The numbers of a column, (N,), 0 where one is missing; floats if they don't fit in 64 bits."""
     if pa.types.is_floating(column.type):
         return np.nan_to_num(pc.fill_null(column.cast(pa.float64()), 0).to_numpy(), posinf=_FAR, neginf=-_FAR)
     try:
@@ -194,7 +194,7 @@ def _numbers(column: pa.ChunkedArray) -> npt.NDArray[np.int64] | npt.NDArray[np.
 
 
 def _in_ms(numbers: npt.NDArray[np.int64] | npt.NDArray[np.float64], unit: str) -> Int64s:
-    """Milliseconds, cut off far beyond all times."""
+    """The numbers in milliseconds, (N,), limited to a range far beyond all times."""
     per_second = UNITS_PER_SECOND[unit]
     if numbers.dtype == np.int64 and per_second >= 1_000:
         return np.asarray(numbers // (per_second // 1_000))
@@ -204,7 +204,7 @@ def _in_ms(numbers: npt.NDArray[np.int64] | npt.NDArray[np.float64], unit: str) 
 
 
 def is_iso(column: pa.ChunkedArray) -> bool:
-    """Whether every value of a string column, of which there is one, is a date with a time of day."""
+    """Whether every value of a string column is a date with a time of day, and there is at least one value."""
     return column.null_count < len(column) and _all_match(column, _ISO)
 
 
@@ -223,7 +223,7 @@ def _is_iso(text: str) -> bool:
 def _check_range(
     path: Path, name: str, column: pa.ChunkedArray, times: Int64s, missing: npt.NDArray[np.bool_], rules: TimeRules
 ) -> None:
-    """Refuse times of which the join would make dead letters."""
+    """Reject times that the join would turn into dead letters."""
     now_ms, unit = time.time_ns() // 1_000_000, rules.unit
     outside = ~missing & ((times < now_ms - MAX_AGE_MS) | (times > now_ms + rules.future_ms))
     row = first(outside)
@@ -231,7 +231,7 @@ def _check_range(
         return
     try:
         value = column[row].as_py()
-    except (ValueError, OverflowError):  # none that Python can write
+    except (ValueError, OverflowError):  # a time that Python can't represent
         value = f"{times[row]} ms since 1970"
     expected = "times of the last 40 years"
     if isinstance(value, int | float | Decimal) and math.isfinite(value):
@@ -243,13 +243,13 @@ def _check_range(
 
 
 def labels(path: Path, name: str, column: pa.ChunkedArray, *, first_row: int = 0) -> npt.NDArray[np.bool_]:
-    """Whether each impression was clicked, (N,), from true and false, or 1 and 0.
+    """Whether each impression was clicked, (N,); labels are true and false, or 1 and 0.
 
     Args:
-        first_row: rows of the file before these.
+        first_row: how many rows of the file come before these.
 
     Raises:
-        DataSetError: a label is missing, or anything else.
+        DataSetError: a label is missing, or is something else.
     """
     column = plain(column)
     if (row := first(_null(column))) is not None:
@@ -272,7 +272,7 @@ def labels(path: Path, name: str, column: pa.ChunkedArray, *, first_row: int = 0
 
 
 def scores(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Served scores, null where nothing was served. Raises DataSetError: one is no probability."""
+    """Served scores, null where nothing was served. Raises DataSetError: a score isn't a probability."""
     column = plain(column)
     if pa.types.is_null(column.type):
         return column.cast(pa.float64())
@@ -286,7 +286,7 @@ def scores(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def model_versions(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Versions that answered, null where none did. Raises DataSetError: one is no version number."""
+    """Versions that answered, null where none did. Raises DataSetError: a value isn't a version number."""
     column = plain(column)
     if pa.types.is_null(column.type):
         return column.cast(pa.int64())

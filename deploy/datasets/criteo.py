@@ -1,4 +1,4 @@
-"""Criteo display advertising, the public text format: label, 13 integers, 26 hashed categories, tabs between, no header."""
+"""Criteo's display advertising log in its public text format: label, 13 integers, 26 hashed categories; tabs, no header."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, draw_delays, look_for, make_chunk, not_there
+from deploy.datasets.base import CHUNK_ROWS, Chunk, draw_delays, make_chunk
 from deploy.datasets.columns import labels
 from deploy.datasets.encode import members
+from deploy.datasets.named import OwnFile
 from deploy.datasets.refusal import refuse
 from deploy.datasets.text_files import one_line, open_text
-from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
 
-__all__ = ["FOLDER", "SPACING_MS", "START_MS", "Criteo"]
+__all__ = ["SPACING_MS", "START_MS", "Criteo"]
 
-FOLDER = "criteo"
-FILES = ("train.txt", "train.txt.gz")
-
-# The file has an order and no times. Its 45.8 M rows were seven days, so that is what even spacing makes of them; the date
-# is of our choosing.
+# The file has an order, but no times. Its 45.8 M rows are seven days, which is 13 ms a row if they are spaced evenly. The date
+# of the first row is made up.
 START_MS = 1_388_534_400_000  # 2014-01-01 UTC
 SPACING_MS = 13
 
@@ -31,8 +28,8 @@ _NUMBERS = tuple(f"I{i}" for i in range(1, 14))
 _CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
 
 
-class Criteo:
-    """A file that the user has; the impression id is the row number."""
+class Criteo(OwnFile):
+    """The data set `criteo`. The impression id is the row number."""
 
     name = "criteo"
     title = "Criteo display advertising, files in the public text format (train.txt)"
@@ -41,35 +38,17 @@ class Criteo:
         "No times at all: rows are spaced evenly, 13 ms apart, in the file's order, and a click's delay is drawn within 60 s, "
         "seeded by row. What the model learns of order is real, what it learns of clock time is not."
     )
-    obtain = f"Put {FILES[0]} or {FILES[1]} into a folder {FOLDER} in HEADRACE_DATA_DIR or data/."
-
-    def __init__(self, *, seed: int = 0, folder: Path | None = None) -> None:
-        self._seed = seed
-        self._folder = folder
+    obtain = "Put train.txt or train.txt.gz into a folder criteo in HEADRACE_DATA_DIR or data/."
+    folder_name = "criteo"
+    files = ("train.txt", "train.txt.gz")
 
     def schema(self) -> FeatureSchema:
-        """13 numbers in log buckets, 26 categories."""
+        """13 numbers in logarithmic buckets, 26 categories."""
         numbers = tuple(FieldSpec(name=name, kind="numeric") for name in _NUMBERS)
         return FeatureSchema(fields=(*numbers, *(FieldSpec(name=name) for name in _CATEGORIES)), embedding_dim=16)
 
-    def find(self) -> Path | None:
-        if self._folder is not None:
-            return self._folder
-        return next((found for file in FILES if (found := look_for(FOLDER, (file,)))), None)
-
-    def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
-        raise DataSetError(
-            f"criteo: expected files that you have, found a fetch: its terms don't let others pass it on. {self.obtain}"
-        )
-
-    def size(self) -> None:
-        return None  # 11 GB to count
-
     def chunks(self) -> Iterator[Chunk]:
-        folder = self.find()
-        file = next((folder / name for name in FILES if (folder / name).is_file()), None) if folder else None
-        if file is None:
-            raise not_there(self, folder, FILES)
+        file = self._file()
         row = 0
         for batch in _batches(file):
             for offset in range(0, len(batch), CHUNK_ROWS):
@@ -83,7 +62,7 @@ class Criteo:
                     clicked=clicked,
                     delays_ms=draw_delays(numbers, seed=self._seed),
                     context=members({name: rows[name] for name in (*_NUMBERS, *_CATEGORIES)}),
-                    candidate=None,  # the columns are anonymous: nobody knows which belong to the advert
+                    candidate=None,  # the columns are anonymous: nobody knows which of them belong to the item
                     users=[""] * len(rows),
                     items=[""] * len(rows),
                 )
@@ -101,4 +80,4 @@ def _batches(file: Path) -> Iterator[pa.RecordBatch]:
             )
     except (pa.ArrowException, OSError) as error:
         expected = "lines of 40 columns with tabs between (label, I1 to I13, C1 to C26) and no header"
-        refuse(file, expected, one_line(error), "Check that it is train.txt as published.")
+        refuse(file, expected, one_line(error), "Check that train.txt is as published.")

@@ -1,7 +1,7 @@
-"""Columns to JSON, without a Python call a row.
+"""Encoding columns as JSON, without a Python call for each row.
 
-A column becomes an array of JSON tokens; named columns become the *members* of an object (`"a":1,"b":"x"`, no braces), so
-that the objects of an event, of a request's context and of a candidate can share them.
+A column becomes an array of JSON tokens. Named columns become the *members* of an object (`"a":1,"b":"x"`, without braces), so
+that an event, a request's context and a candidate can share them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["concat", "members", "objects", "strings", "tokens"]
 def tokens(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """JSON tokens (a string array without nulls) of a column of integers, floats, booleans, strings or lists of strings.
 
-    null, NaN and the infinities become `null`; floats that are integers lose their `.0`; booleans become 0 and 1, since a
-    feature has no booleans.
+    null, NaN and the infinities become `null`. Floats that are whole lose their `.0`. Booleans become 0 and 1, since features
+    can't be booleans.
 
     Raises:
-        DataSetError: a column of another type.
+        DataSetError: the column has another type.
     """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_dictionary(array.type):
@@ -44,7 +44,7 @@ def tokens(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
         encoded = pa.array([_encoded(value) for value in array.to_pylist()], pa.string())
     elif pa.types.is_decimal(kind):
-        encoded = array.cast(pa.string())  # every digit of it
+        encoded = array.cast(pa.string())  # with all its digits
     else:
         raise DataSetError(
             f"column of type {kind}: expected integers, floats, strings or lists of strings. Convert it, or leave it out."
@@ -53,7 +53,7 @@ def tokens(column: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def members(columns: Mapping[str, pa.Array | pa.ChunkedArray]) -> pa.Array:
-    """`"name":token,…` for each row of named columns."""
+    """The members `"name":token,…` for each row of named columns."""
     parts: list[pa.Array | pa.Scalar] = []
     for index, (name, column) in enumerate(columns.items()):
         opening = f"{',' if index else ''}{_encoded(name)}:"
@@ -67,7 +67,7 @@ def concat(*parts: pa.Array) -> pa.Array:
 
 
 def objects(*parts: pa.Array) -> list[bytes]:
-    """Whole JSON objects out of arrays of members."""
+    """Whole JSON objects, made of arrays of members."""
     inside = concat(*parts) if len(parts) > 1 else parts[0]
     joined = pc.binary_join_element_wise(pa.scalar("{"), inside, pa.scalar("}"), "")
     return joined.cast(pa.binary()).to_pylist()
@@ -93,7 +93,7 @@ def _float_tokens(array: pa.Array) -> pa.Array:
     finite = np.isfinite(values)
     whole = finite & (np.abs(values) < 2.0**53) & (values == np.floor(values))
     integers = pa.array(np.where(whole, values, 0).astype(np.int64)).cast(pa.string())
-    # Through the distinct values: Arrow's own cast writes some floats ("1e+20") in other ways than JSON does.
+    # By msgspec, once for each distinct value: Arrow's cast writes some floats in another way than JSON does ("1e+20").
     distinct, inverse = np.unique(np.where(finite, values, 0.0), return_inverse=True)
     floats = pa.array([_encoded(float(value)) for value in distinct], pa.string()).take(pa.array(inverse))
     written = pc.if_else(pa.array(whole), integers, floats)

@@ -1,4 +1,4 @@
-"""Which columns of a user's file can be features, and what they are sent as."""
+"""Features in a user's file: which columns can be features, and the values that are sent."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from model.schema import FieldSpec
 
 __all__ = ["check_kind", "feature", "field_kind"]
 
-_TAKEN = (pa.types.is_integer, pa.types.is_string, pa.types.is_boolean, pa.types.is_null, pa.types.is_decimal)
+_ACCEPTED = (pa.types.is_integer, pa.types.is_string, pa.types.is_boolean, pa.types.is_null, pa.types.is_decimal)
 
 
 def feature(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column that can be a feature, as it will be sent: text, numbers, true and false, or lists of text.
+    """The values of a feature as they will be sent: text, numbers, true and false, or lists of text.
 
-    Lists of whole numbers become lists of their digits. NaN is null, as pandas writes a missing number.
+    Whole numbers in lists become text. NaN becomes null: pandas writes a missing number as NaN.
 
     Raises:
-        DataSetError: the contract has no such features, or a value would be refused.
+        DataSetError: the contract has no features of this type, or the pipeline would reject a value.
     """
     if not name:
         refuse(path, "features with names", "an empty name", "Rename the column.")
@@ -39,19 +39,19 @@ def feature(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
         return values
     if is_whole_decimal(kind):
         return _whole_numbers(path, name, column)
-    # A text that is a time in every row is one, as it is where the file's format has a type for it.
+    # A text column is one of times if every value is a time: JSON lines and CSV have no type for times.
     if pa.types.is_temporal(kind) or (pa.types.is_string(kind) and is_iso(column)):
         kind = "a time" if pa.types.is_string(kind) else f"the type {kind}"
         do = f"A time is no feature: map it (--column click_timestamp={name}), leave it out (--drop {name}), or convert it."
         refuse(path, "strings, numbers or lists of strings", kind, do, column=name)
-    if not any(fits(kind) for fits in _TAKEN):
+    if not any(fits(kind) for fits in _ACCEPTED):
         do = f"Convert it, make columns of its parts, or leave it out: --drop {name}."
         refuse(path, "strings, numbers or lists of strings", f"the type {kind}", do, column=name)
     return column
 
 
 def _whole_numbers(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A decimal column without fractions, as integers where one type of theirs holds it."""
+    """A decimal column without fractions, as integers if one integer type holds all values."""
     for row, value in enumerate(column.to_pylist()):
         if value is not None and not -(1 << 63) <= value < 1 << 64:
             do = f"Write longer ones as strings, or leave the column out: --drop {name}."
@@ -86,7 +86,7 @@ def _list_feature(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedA
 
 
 def field_kind(column: pa.ChunkedArray) -> str:
-    """The kind of feature that a column's type suggests: categorical, numeric or list."""
+    """The kind of feature for a column's type: categorical, numeric or list."""
     kind = column.type
     if pa.types.is_floating(kind) or (pa.types.is_decimal(kind) and not is_whole_decimal(kind)):
         return "numeric"
@@ -94,10 +94,10 @@ def field_kind(column: pa.ChunkedArray) -> str:
 
 
 def check_kind(path: Path, column: pa.ChunkedArray, field: FieldSpec) -> None:
-    """Check that the model can read a feature (as `feature` returned it) as the field that the settings say it is.
+    """Check that the model can read a feature (as `feature` returned it) as the kind of field that the settings say.
 
     Raises:
-        DataSetError: it would refuse a value.
+        DataSetError: the model would reject a value.
     """
     kind, row = column.type, None
     if pa.types.is_null(kind):

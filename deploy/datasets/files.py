@@ -1,7 +1,7 @@
-"""Any log in a file: Parquet, JSON lines, CSV or TSV, with a mapping of columns.
+"""A user's log as a data set: Parquet, JSON lines, CSV or TSV, with a mapping of columns.
 
-Everything is checked before the first event is made: what the pipeline would refuse, round or lose is refused here, with the
-file, the column and the row.
+Everything is checked before the first event is made. A value that the pipeline would reject, round or lose raises an error with
+the file, the column and the row.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -29,37 +30,38 @@ from stream.settings import JoinSettings, TopicSettings
 __all__ = ["AUTO", "FILE_KINDS", "Columns", "FileDataSet", "Limits"]
 
 AUTO = "\0auto"
-"""A role that goes to the column of the contract's name where the file has one."""
+"""Gives a role to the column of the contract's name (such as `impression_id`), if the file has that column."""
 
-_ENVELOPE_BYTES = 300  # of an event beside its id and features: the names, a time, a score, a version
-_ESCAPED = 6  # JSON makes at most this many bytes of one of a string
+_ENVELOPE_BYTES = 300  # of an event without its id and features: names, a time, a score, a version
+_ESCAPED = 6  # bytes that JSON needs at most for one byte of a string
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column is what. None: the file has none, and a column of the contract's name is left out.
+    """The column of each role.
 
-    AUTO: the column of the contract's name, where there is one. A feature is a column that isn't mapped to something else and
-    not dropped, or a member of a column `features` of objects.
+    None means that no column has the role; a column of the contract's name is then left out. AUTO means the column of the
+    contract's name, if there is one. The features are the columns that are neither mapped nor dropped, and the members of a
+    column `features` of objects.
     """
 
     timestamp: str | None = "timestamp"  # event time: a timestamp type, ISO 8601 text, or a number in `unit`
-    id: str | None = AUTO  # the row's number where there is none
+    id: str | None = AUTO  # without one, the row's number is the id
     clicked: str | None = "clicked"  # true or 1
-    click_timestamp: str | None = AUTO  # null: no click, where `clicked` is None too
+    click_timestamp: str | None = AUTO  # if `clicked` is None, null means no click
     user: str | None = None
     item: str | None = None
     score: str | None = AUTO  # as served; AUTO only in a file with a column `features` of objects
     model_version: str | None = AUTO  # as served; AUTO as for `score`
-    candidate: tuple[str, ...] = ()  # features that belong to the thing shown; `item` is one of them
-    drop: frozenset[str] = frozenset()  # left out
-    text: frozenset[str] = frozenset()  # of CSV and TSV: text, whatever the values look like
+    candidate: tuple[str, ...] = ()  # features that belong to the item shown, beside `item` itself
+    drop: frozenset[str] = frozenset()  # columns to leave out
+    text: frozenset[str] = frozenset()  # columns of CSV and TSV that stay text
     unit: str = "ms"  # of times that are numbers: s, ms, us or ns
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the pipeline takes: bytes of an event (topics.max_message_bytes), and how far ahead a time may be."""
+    """What the pipeline accepts: bytes of an event (topics.max_message_bytes), ms ahead of now (join.max_future_ms)."""
 
     event_bytes: int = TopicSettings().max_message_bytes
     future_ms: int = JoinSettings().max_future_ms
@@ -69,23 +71,30 @@ class Limits:
 class _Log:
     """A file's rows, checked, in event-time order."""
 
-    ids: list[str] | None  # None: the rows' numbers
-    rows: Int64s  # (N,) their numbers in the file
+    ids: list[str] | None  # None: the numbers of the rows
+    rows: Int64s  # (N,) numbers of the rows in the file
     times_ms: Int64s  # (N,)
     clicked: npt.NDArray[np.bool_]  # (N,)
     delays_ms: Int64s  # (N,)
-    served: list[bytes] | None  # members of the envelope
+    served: list[bytes] | None  # members of the event
     features: dict[str, pa.ChunkedArray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
+class _Column(NamedTuple):
+    """A column that has a role."""
+
+    name: str
+    values: pa.ChunkedArray
+
+
 class FileDataSet:
-    """One file, read whole and sorted by event time (stable); a row that the pipeline would not take is refused."""
+    """One file, read as a whole and sorted by event time (stable). A row that the pipeline would reject raises an error."""
 
     terms = "Yours."
-    clicks = "As the file says (click_timestamp); where it only says whether, a drawn delay within 60 s, seeded by row."
+    clicks = "From the file (click_timestamp). Clicks without a time get a delay drawn within 60 s, seeded by row."
 
     def __init__(
         self, path: Path, kind: str, columns: Columns | None = None, *, seed: int = 0, limits: Limits | None = None
@@ -100,7 +109,7 @@ class FileDataSet:
         self._log: _Log | None = None
 
     def schema(self) -> FeatureSchema:
-        """Guessed from the types: strings and whole numbers are categories, floats numeric, lists lists."""
+        """The features, by the types of their columns: strings and whole numbers are categories, floats are numeric."""
         kinds = {name: field_kind(column) for name, column in self._read().features.items()}
         return FeatureSchema(fields=tuple(FieldSpec.model_validate({"name": n, "kind": k}) for n, k in kinds.items()))
 
@@ -108,7 +117,7 @@ class FileDataSet:
         """Check that a model of this schema can learn from the file.
 
         Raises:
-            DataSetError: it would refuse a value, or the file has none of the schema's fields.
+            DataSetError: the model would reject a value, or the file has none of the schema's fields.
         """
         features = self._read().features
         known = [spec for spec in schema.fields if spec.name in features]
@@ -123,7 +132,7 @@ class FileDataSet:
         return self._path if self._path.exists() else None
 
     def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
-        raise DataSetError(f"{self.name}: expected a file that you have, found a fetch. {self.obtain}")
+        raise DataSetError(f"{self.name}: expected a file of yours, found a request to fetch it. {self.obtain}")
 
     def size(self) -> int:
         return len(self._read())
@@ -179,24 +188,24 @@ class FileDataSet:
         if not len(table):
             refuse(path, "at least one row", "none", "Check the file.")
 
-        def take(role: str, name: str | None, *, contract: str, auto: bool = True) -> tuple[str, pa.ChunkedArray] | None:
-            """The column of a role, which is then no feature; without one the column of the contract's name is none either."""
+        def take(role: str, name: str | None, *, contract: str, auto: bool = True) -> _Column | None:
+            """Remove the column of a role from the features, and return it; without one, remove the contract's column."""
             if name is None:
                 top.pop(contract, None)
                 return None
             if name == AUTO:
-                return (contract, top.pop(contract)) if auto and contract in top else None
-            for place in (top, inner):
-                if name in place:
-                    return name, place.pop(name)
+                return _Column(contract, top.pop(contract)) if auto and contract in top else None
+            for columns in (top, inner):
+                if name in columns:
+                    return _Column(name, columns.pop(name))
             raise self._no_column([*top, *inner], name, role)
 
         when = take("timestamp", roles.timestamp, contract="timestamp")
         assert when is not None
         rules = checked.TimeRules(roles.unit, self._limits.future_ms)
-        times_ms = checked.times_ms(path, *when, rules, required=True)
+        times_ms = checked.times_ms(path, when.name, when.values, rules, required=True)
         named = take("id", roles.id, contract="impression_id")
-        ids = None if named is None else checked.ids(path, *named)
+        ids = None if named is None else checked.ids(path, named.name, named.values)
         clicked, delays_ms = self._clicks(
             take("clicked", roles.clicked, contract="clicked"),
             take("click_timestamp", roles.click_timestamp, contract="click_timestamp"),
@@ -253,22 +262,22 @@ class FileDataSet:
 
     def _clicks(
         self,
-        clicked: tuple[str, pa.ChunkedArray] | None,
-        clicked_at: tuple[str, pa.ChunkedArray] | None,
+        clicked: _Column | None,
+        clicked_at: _Column | None,
         times_ms: Int64s,
     ) -> tuple[npt.NDArray[np.bool_], Int64s]:
-        """Which rows were clicked, and how long after the impression, (N,) each."""
+        """Whether each row was clicked, (N,), and how long after the impression in ms, (N,)."""
         if clicked is None and clicked_at is None:
             do = "Map one of them: --column clicked=NAME, --column click_timestamp=NAME."
             raise DataSetError(f"{self._path}: expected a column of clicks or of click times, found neither. {do}")
         delays_ms = draw_delays(np.arange(len(times_ms), dtype=np.int64), seed=self._seed)
-        labels = None if clicked is None else checked.labels(self._path, *clicked)
+        labels = None if clicked is None else checked.labels(self._path, clicked.name, clicked.values)
         if clicked_at is None:
             assert labels is not None
             return labels, delays_ms
-        name, column = clicked_at
+        name = clicked_at.name
         rules = checked.TimeRules(self._columns.unit, self._limits.future_ms)
-        clicks_ms = checked.times_ms(self._path, name, column, rules, required=False)
+        clicks_ms = checked.times_ms(self._path, name, clicked_at.values, rules, required=False)
         dated = clicks_ms >= 0
         labels = dated if labels is None else labels
         if len(wrong := np.flatnonzero(dated & ~labels)):
@@ -282,7 +291,7 @@ class FileDataSet:
         return labels, delays_ms
 
     def _check_sizes(self, log: _Log) -> None:
-        """Refuse rows that make events larger than the topic takes."""
+        """Reject rows whose events would be larger than the topic accepts."""
         room = self._limits.event_bytes - _ENVELOPE_BYTES
         fixed = sum(len(name) * _ESCAPED + 32 for name in log.features)
         bytes_each = np.full(len(log), fixed, np.int64)
@@ -293,11 +302,11 @@ class FileDataSet:
                 bytes_each += _ESCAPED * pc.fill_null(pc.binary_length(column), 0).to_numpy()
             elif pa.types.is_list(column.type):
                 bytes_each += [len(text.encode()) for text in tokens(column).to_pylist()]
-        for at in np.flatnonzero(bytes_each > room).tolist():  # few rows: their exact size
-            one = {name: column.slice(at, 1) for name, column in log.features.items()}
-            length = len(members(one)[0].as_py().encode()) + 2 * len(log.ids[at].encode() if log.ids else b"")
+        for index in np.flatnonzero(bytes_each > room).tolist():  # few rows: compute their exact sizes
+            one = {name: column.slice(index, 1) for name, column in log.features.items()}
+            length = len(members(one)[0].as_py().encode()) + 2 * len(log.ids[index].encode() if log.ids else b"")
             if length > room:
-                row, most = int(log.rows[at]), self._limits.event_bytes
+                row, most = int(log.rows[index]), self._limits.event_bytes
                 do = "Leave columns out (--drop), or raise topics.max_message_bytes."
                 refuse(self._path, f"events of at most {most} bytes (topics.max_message_bytes)", f"{length}", do, row=row)
 
@@ -306,15 +315,13 @@ class FileDataSet:
         return DataSetError(printable(f"{self._path}: expected a column {name!r} ({what}), found {listed(names)}. {do}"))
 
 
-def _served(
-    path: Path, score: tuple[str, pa.ChunkedArray] | None, version: tuple[str, pa.ChunkedArray] | None
-) -> pa.Array | None:
-    """What each event carries of the answer that it was shown with, as members of its JSON object, (N,) bytes."""
+def _served(path: Path, score: _Column | None, version: _Column | None) -> pa.Array | None:
+    """Score and version of the answer that each item was shown with, as members of the event's JSON object, (N,) bytes."""
     parts = []
     if score is not None:
-        parts.append((b',"score":', checked.scores(path, *score)))
+        parts.append((b',"score":', checked.scores(path, score.name, score.values)))
     if version is not None:
-        parts.append((b',"model_version":', checked.model_versions(path, *version)))
+        parts.append((b',"model_version":', checked.model_versions(path, version.name, version.values)))
     if not parts:
         return None
     written = []

@@ -1,8 +1,7 @@
-"""JSON lines as a table, each value exactly as it was written.
+"""JSON lines as a table, with each value exactly as written.
 
-Arrow's own reader makes floats of whole numbers beyond 64 bits and times of texts that look like times. So the lines are
-decoded by msgspec, twice: the first time to find the type that holds every value of a column, the second time to fill the
-columns.
+Arrow's own reader turns whole numbers beyond 64 bits into floats, and text that looks like a time into a time. So msgspec
+decodes the lines, twice: first to find the type that holds every value of a column, then to fill the columns.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 import pyarrow as pa
@@ -33,7 +32,7 @@ _decoder = msgspec.json.Decoder(_Row)
 def read_json_lines(path: Path, drop: Collection[str] = ()) -> tuple[pa.Table, list[str]]:
     """The whole file without the columns of `drop`, and the names of all columns; `features` becomes a struct column.
 
-    Of a key that an object has twice the last value counts.
+    If an object has a key twice, the last value counts.
 
     Raises:
         DataSetError: a line isn't a JSON object, or no column type holds every value of a column exactly.
@@ -50,7 +49,7 @@ def read_json_lines(path: Path, drop: Collection[str] = ()) -> tuple[pa.Table, l
     flat.decide()
     features.decide()
     for objects, before in _objects(path):
-        known = objects[: rows - before]  # a file that somebody writes to has more rows by now
+        known = objects[: rows - before]  # the file may have more rows by now, if somebody writes to it
         if features.types:
             features.fill([_features(path, each, before + row) for row, each in enumerate(known)])
         flat.fill(known)
@@ -65,7 +64,7 @@ def read_json_lines(path: Path, drop: Collection[str] = ()) -> tuple[pa.Table, l
 
 
 def _features(path: Path, row: _Row, number: int) -> _Row:
-    """The row's features, taken out of it."""
+    """The row's features, removed from the row."""
     features = row.pop("features", None)
     if not isinstance(features, dict):
         refuse(path, "an object of features", shown(features), "Fix the line.", column="features", row=number)
@@ -73,7 +72,7 @@ def _features(path: Path, row: _Row, number: int) -> _Row:
 
 
 def _objects(path: Path) -> Iterator[tuple[list[_Row], int]]:
-    """The objects of the file, a block at a time, and how many came before each block."""
+    """The objects of the file, block by block, each with the number of objects before the block."""
     before = 0
     for block in blocks(path):
         objects = _decode(path, block, before)
@@ -98,7 +97,7 @@ def _decode_line(path: Path, line: bytes, row: int) -> _Row:
         return _decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = one_line(error)
-    # Python's own JSON writes NaN for a missing number. It is read as what it stands for, here as in Parquet.
+    # Python's json module writes NaN, often for a missing number. It is read as NaN, as in Parquet.
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -114,7 +113,7 @@ def _not_an_object(path: Path, line: bytes, reason: str, row: int) -> NoReturn:
 
 
 class _Columns:
-    """The columns of a file by name, in the order in which the names appear: first looked at, then filled."""
+    """The columns of a file by name, in the order in which the names appear. Call `look`, then `decide`, then `fill`."""
 
     def __init__(self, path: Path, drop: Collection[str]) -> None:
         self._path = path
@@ -122,10 +121,10 @@ class _Columns:
         self._shapes: dict[str, _Shape] = {}
         self._chunks: dict[str, list[pa.Array]] = {}
         self.types: dict[str, pa.DataType] = {}
-        self.names: set[str] = set()  # of all columns, those of `drop` too
+        self.names: set[str] = set()  # of all columns, including those of `drop`
 
     def look(self, rows: Sequence[_Row], before: int) -> None:
-        """Take in which types the values of these rows have; `before` rows came before them."""
+        """Note the types of the values of these rows; `before` rows came before them."""
         for name in dict.fromkeys(chain.from_iterable(rows)):
             if name not in self.names:
                 self._check_name(name)
@@ -141,11 +140,11 @@ class _Columns:
             refuse(self._path, "names that UTF-8 can hold", f"half of a surrogate pair in {name!a}", "Fix its source.")
 
     def decide(self) -> None:
-        """Choose the columns' types. Raises DataSetError: there is none that holds every value exactly."""
+        """Choose the columns' types. Raises DataSetError: no type holds every value of a column exactly."""
         self.types = {name: shape.arrow_type(self._path, name) for name, shape in self._shapes.items()}
 
     def fill(self, rows: Sequence[_Row]) -> None:
-        """Take in the values of these rows."""
+        """Add the values of these rows."""
         for name, kind in self.types.items():
             values = [row.get(name) for row in rows]
             try:
@@ -154,26 +153,33 @@ class _Columns:
                 refuse(self._path, "text that UTF-8 can hold", "half of a surrogate pair", "Fix its source.", column=name)
 
     def columns(self) -> dict[str, pa.ChunkedArray]:
-        """All that was filled in."""
+        """The columns with all values added."""
         return {name: pa.chunked_array(self._chunks[name], kind) for name, kind in self.types.items()}
 
 
+class _Seen(NamedTuple):
+    """A value, and the row in which it was seen."""
+
+    row: int
+    value: Any
+
+
 class _Shape:
-    """Which types the values of a column have, and where each was seen first."""
+    """The types that the values of a column have, and the first value of each type."""
 
     def __init__(self) -> None:
-        self._first: dict[type, tuple[int, Any]] = {}
+        self._first: dict[type, _Seen] = {}
         self._low = self._high = 0
-        self._too_long: tuple[int, int] | None = None  # row and value, here and below
-        self._inexact: tuple[int, int] | None = None  # a whole number that is no double
-        self._items: _Shape | None = None  # of lists
+        self._too_long: _Seen | None = None  # the first whole number of 39 digits or more
+        self._inexact: _Seen | None = None  # the first whole number that isn't a double
+        self._items: _Shape | None = None  # of the values in lists
 
     def look(self, values: Sequence[Any], rows: Sequence[int]) -> None:
-        """Take in values, each with its row."""
+        """Note the types of values; `rows` has the row of each."""
         types = set(map(type, values))
         for new in types - {type(None)} - self._first.keys():
-            at = next(at for at, value in enumerate(values) if type(value) is new)
-            self._first[new] = rows[at], values[at]
+            index = next(index for index, value in enumerate(values) if type(value) is new)
+            self._first[new] = _Seen(rows[index], values[index])
         if int in types:
             self._look_at_whole_numbers(values, rows)
         if list in types:
@@ -191,12 +197,12 @@ class _Shape:
         for value, row in zip(values, rows, strict=True):
             if type(value) is int and abs(value) > _EXACT_FLOAT:
                 if abs(value) >= _LONGEST_WHOLE:
-                    self._too_long = self._too_long or (row, value)
+                    self._too_long = self._too_long or _Seen(row, value)
                 elif int(float(value)) != value:
-                    self._inexact = self._inexact or (row, value)
+                    self._inexact = self._inexact or _Seen(row, value)
 
     def arrow_type(self, path: Path, name: str) -> pa.DataType:
-        """The narrowest type that holds every value exactly. Raises DataSetError: there is none."""
+        """The narrowest type that holds every value exactly. Raises DataSetError: no type does."""
         types = set(self._first)
         if self._too_long is not None:
             row, value = self._too_long
@@ -229,13 +235,17 @@ class _Shape:
         return pa.uint64() if self._low >= 0 and self._high < 1 << 64 else pa.decimal128(38, 0)
 
     def _nested(self, path: Path, name: str, found: str) -> NoReturn:
-        row = self._first.get(dict, self._first.get(list, (0, None)))[0]
+        seen = self._first.get(dict) or self._first.get(list)
         do = f"Make columns of its parts, or leave it out: --drop {name}."
-        refuse(path, "a string, a number or a list of strings", found, do, column=name, row=row)
+        refuse(path, "a string, a number or a list of strings", found, do, column=name, row=seen.row if seen else 0)
 
     def _mixed(self, path: Path, name: str) -> NoReturn:
-        (_, first), *others = sorted(self._first.values(), key=lambda seen: seen[0])
-        row, second = next((row, other) for row, other in others if {type(first), type(other)} != {int, float})
-        found = f"{_NAMES[type(second)]} ({shown(second)}) after {_NAMES[type(first)]} ({shown(first)})"
+        first, *others = sorted(self._first.values(), key=lambda seen: seen.row)
+        second = next(each for each in others if {type(first.value), type(each.value)} != {int, float})
+        found = f"{_described(second.value)} after {_described(first.value)}"
         do = f"Write them all as strings, say, or leave the column out: --drop {name}."
-        refuse(path, "values of one type", found, do, column=name, row=row)
+        refuse(path, "values of one type", found, do, column=name, row=second.row)
+
+
+def _described(value: Any) -> str:
+    return f"{_NAMES[type(value)]} ({shown(value)})"

@@ -1,4 +1,4 @@
-"""KuaiRand-Pure, ten days of the standard log: real short-video impressions with real feedback (Gao et al., CIKM 2022)."""
+"""KuaiRand-Pure, ten days of its standard log: real short-video impressions with real feedback (Gao et al., CIKM 2022)."""
 
 from __future__ import annotations
 
@@ -10,30 +10,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from deploy.datasets.base import (
-    CHUNK_ROWS,
-    Chunk,
-    Int64s,
-    Progress,
-    cache_folder,
-    cache_to_write,
-    draw_delays,
-    look_for,
-    make_chunk,
-)
+from deploy.datasets.base import CHUNK_ROWS, Chunk, Int64s, Progress, draw_delays, make_chunk
 from deploy.datasets.encode import concat, members, strings
+from deploy.datasets.folders import cache_to_write
+from deploy.datasets.named import NamedDataSet
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
 
-__all__ = ["FILES", "FOLDER", "KuaiRand", "click_delays"]
+__all__ = ["FILES", "KuaiRand", "click_delays"]
 
-FOLDER = "kuairand_pure"
 FILES = ("interactions.parquet", "users.parquet", "videos.parquet")
 
-# Tabs of one column: a video plays by itself, and `is_click` says that it played more than 7 s, or to its end.
+# Tabs with one column of videos: a video starts by itself, and `is_click` says that it played for 7 s or to its end.
 _AUTOPLAY_TABS = (1, 2, 4, 5, 6)
 _PLAYED_MS = 7_000
-_LONGEST_BUCKET = 40  # of 5 s: longer videos are rare and count as 200 s
+_LONGEST_BUCKET = 40  # of 5 s: longer videos are rare, and count as 200 s long
 
 _RANGES = tuple(f"{name}_range" for name in ("follow_user_num", "fans_user_num", "friend_user_num", "register_days"))
 _USER_FIELDS = ("user_active_degree", "is_video_author", *_RANGES, *(f"onehot_feat{i}" for i in range(18)))
@@ -42,8 +33,8 @@ _FIELDS = ("user_id", "video_id", "tab", "hour", "duration", *_USER_FIELDS, *_VI
 _COLUMNS = ("user_id", "video_id", "time_ms", "hourmin", "tab", "duration_ms", "is_click")
 
 
-class KuaiRand:
-    """167,281 impressions, 75,453 clicks. The impression id is the row number."""
+class KuaiRand(NamedDataSet):
+    """The data set `kuairand`: 167,281 impressions, 75,453 clicks. The impression id is the row number."""
 
     name = "kuairand"
     title = "KuaiRand-Pure: 167,281 short-video impressions, 75,453 clicks, 25 April to 4 May 2022"
@@ -61,23 +52,19 @@ class KuaiRand:
         "headrace data fetch kuairand --archive KuaiRand-Pure.tar.gz"
     )
 
-    def __init__(self, *, seed: int = 0, folder: Path | None = None) -> None:
-        self._seed = seed
-        self._folder = folder
+    folder_name = "kuairand_pure"
+    files = FILES
 
     def schema(self) -> FeatureSchema:
-        """The 34 categorical fields of one-pass experiments on this log."""
+        """The 34 categorical fields that one-pass experiments on this log use."""
         return FeatureSchema(fields=tuple(FieldSpec(name=name) for name in _FIELDS), embedding_dim=16)
-
-    def find(self) -> Path | None:
-        return self._folder or look_for(FOLDER, FILES)
 
     def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
         from deploy.datasets.kuairand_archive import convert
 
         if archive is None:
-            raise DataSetError(f"kuairand: expected --archive, found none: the authors publish it themselves. {self.obtain}")
-        return convert(archive, cache_to_write() / FOLDER, progress)
+            raise DataSetError(f"kuairand: expected --archive, found none: only the authors publish it. {self.obtain}")
+        return convert(archive, cache_to_write() / self.folder_name, progress)
 
     def size(self) -> int:
         return int(pq.read_metadata(self._path() / FILES[0]).num_rows)
@@ -92,7 +79,7 @@ class KuaiRand:
             raise DataSetError(
                 f"{folder}: expected the tables of kuairand, found: {error}. Remove that folder and fetch it again."
             ) from error
-        # A user's and a video's members are written once and then looked up: 34 fields at the price of 5.
+        # The members of a user and of a video are encoded once and then looked up: 34 fields for the price of 5.
         user_members, user_ids = _by_id(users, "user_id", _USER_FIELDS)
         video_members, video_ids = _by_id(videos, "video_id", _VIDEO_FIELDS)
         for start in range(0, len(log), CHUNK_ROWS):
@@ -113,24 +100,15 @@ class KuaiRand:
                 items=strings(rows["video_id"]),
             )
 
-    def _path(self) -> Path:
-        folder = self.find()
-        if folder is None:
-            raise DataSetError(
-                f"kuairand: expected a folder {FOLDER} with {', '.join(FILES)}, found none in HEADRACE_DATA_DIR, data/ or "
-                f"{cache_folder()}. {self.obtain}"
-            )
-        return folder
-
 
 def click_delays(tabs: Int64s, duration_ms: Int64s, rows: Int64s, *, seed: int) -> Int64s:
-    """From impression to click, ms, were there one: (N,), between 0 and 60,000."""
+    """The delay that a click of each impression has, if there is one, (N,): between 0 and 60,000 ms."""
     autoplay = np.isin(tabs, _AUTOPLAY_TABS)
     return np.where(autoplay, np.minimum(_PLAYED_MS, np.maximum(duration_ms, 0)), draw_delays(rows, seed=seed))
 
 
 def _by_id(table: pa.Table, key: str, fields: tuple[str, ...]) -> tuple[pa.Array, pa.Array]:
-    """Members of each row and the ids. One row is added: all null, for an id that is not in the table."""
+    """The members of each row, and the ids. The members have one more row, all null, for ids that aren't in the table."""
     values = members({name: table[name] for name in fields})
     missing = members({name: pa.nulls(1) for name in fields})
     return pa.concat_arrays([values, missing]), table[key].combine_chunks()

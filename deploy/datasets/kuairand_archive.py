@@ -1,4 +1,4 @@
-"""The authors' KuaiRand-Pure archive to the three tables that `kuairand` reads."""
+"""Converting the authors' KuaiRand-Pure archive to the three tables that `kuairand` reads."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from deploy.datasets.base import Progress, replacing
+from deploy.datasets.base import Progress
+from deploy.datasets.folders import replacing
 from deploy.errors import DataSetError
 
 __all__ = ["convert"]
 
 FIRST_DAY, LAST_DAY = 20220425, 20220504
-EXPECTED = (167_281, 75_453)  # impressions and clicks: what every figure in the docs was measured on
+IMPRESSIONS, CLICKS = 167_281, 75_453  # of the log on which every figure in the docs was measured
 
 _USERS = "user_features_pure.csv"
 _VIDEOS = "video_features_basic_pure.csv"
@@ -27,7 +28,7 @@ def convert(archive: Path, folder: Path, progress: Progress) -> Path:
     """Write `folder` from the archive: exact duplicate rows removed, 25 April to 4 May, sorted by time (stable).
 
     Raises:
-        DataSetError: not that archive.
+        DataSetError: `archive` is another file.
     """
     logs, users, videos = [], None, None
     try:
@@ -51,18 +52,18 @@ def convert(archive: Path, folder: Path, progress: Progress) -> Path:
     missing = [n for n, t in (("log_standard_*.csv", logs), (_USERS, users), (_VIDEOS, videos)) if not t]
     if missing or users is None or videos is None:
         raise DataSetError(
-            f"{archive}: expected the KuaiRand-Pure archive, found no {', '.join(missing)} in it. Take the archive named "
-            "Pure: the other two of that project hold other samples."
+            f"{archive}: expected the KuaiRand-Pure archive, found no {', '.join(missing)} in it. Use the archive named "
+            "Pure: the other two archives of that project hold other samples."
         )
     log = _sorted(_distinct(pa.concat_tables(logs)))
     with replacing(folder) as part:
         for name, table in (("interactions", log), ("users", users), ("videos", videos)):
             pq.write_table(table, part / f"{name}.parquet", compression="zstd")
-    found = (len(log), int(pc.sum(log["is_click"]).as_py() or 0))
-    if found != EXPECTED:
+    clicks = int(pc.sum(log["is_click"]).as_py() or 0)
+    if (len(log), clicks) != (IMPRESSIONS, CLICKS):
         progress(
-            f"note: expected {EXPECTED[0]:,} impressions with {EXPECTED[1]:,} clicks, found {found[0]:,} with {found[1]:,}: "
-            "figures in the docs are for the former"
+            f"note: expected {IMPRESSIONS:,} impressions with {CLICKS:,} clicks, found {len(log):,} with {clicks:,}: figures "
+            "in the docs are for the former"
         )
     return folder
 
@@ -77,7 +78,7 @@ def _ten_days(table: pa.Table) -> pa.Table:
 
 
 def _distinct(table: pa.Table) -> pa.Table:
-    """The first of each set of equal rows, order kept."""
+    """The first of each set of equal rows, in the same order."""
     numbered = table.append_column("__row", pa.array(range(len(table)), pa.int64()))
     first = numbered.group_by(table.column_names).aggregate([("__row", "min")])["__row_min"]
     return table.take(first.take(pc.sort_indices(first)))

@@ -1,10 +1,8 @@
-"""MovieLens-100K: real ratings with real times (Harper and Konstan, TiiS 2015), out of the recbole wheel."""
+"""MovieLens-100K: real ratings with real times (Harper and Konstan, TiiS 2015), from the wheel of recbole."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -12,15 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, cache_folder, cache_to_write, draw_delays, look_for, make_chunk
+from deploy.datasets.base import CHUNK_ROWS, Chunk, draw_delays, make_chunk
 from deploy.datasets.encode import members, strings
-from deploy.datasets.wheels import download_wheel, extract
+from deploy.datasets.named import WheelDataSet
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
 
-__all__ = ["FILES", "FOLDER", "REQUIREMENT", "MovieLens100K"]
+__all__ = ["FILES", "REQUIREMENT", "MovieLens100K"]
 
-FOLDER = "ml-100k"
 FILES = ("ml-100k.inter", "ml-100k.user", "ml-100k.item")
 REQUIREMENT = "recbole==1.2.1"
 
@@ -29,8 +26,8 @@ _CSV = pyarrow.csv.ParseOptions(delimiter="\t", quote_char=False)
 _USER_FIELDS = ("user_id", "age", "gender", "occupation", "zip")
 
 
-class MovieLens100K:
-    """100,000 impressions. The impression id is the row number in time order."""
+class MovieLens100K(WheelDataSet):
+    """The data set `movielens-100k`: 100,000 impressions. The impression id is the row number in time order."""
 
     name = "movielens-100k"
     title = "MovieLens-100K: 100,000 ratings by 943 people of 1,682 films, September 1997 to April 1998"
@@ -42,27 +39,18 @@ class MovieLens100K:
         "Not real impressions: an impression is a rating, at the time of the rating; a click is a rating of 4 or more; its "
         "delay is drawn within 60 s, seeded by row."
     )
-    obtain = f"headrace data fetch movielens-100k (takes the files out of the wheel {REQUIREMENT} from the package index)"
+    obtain = f"Run: headrace data fetch movielens-100k (takes its files from the wheel {REQUIREMENT} of the package index)."
 
-    def __init__(self, *, seed: int = 0, folder: Path | None = None) -> None:
-        self._seed = seed
-        self._folder = folder
+    folder_name = "ml-100k"
+    files = FILES
+    requirement = REQUIREMENT
+    folder_in_wheel = "recbole/dataset_example/ml-100k"
 
     def schema(self) -> FeatureSchema:
-        """Who, what, and when; genres as a list, and crossed with the user (AUC 0.725 instead of 0.719, measured)."""
+        """User, item and time; genres as a list, and crossed with the user (which raises the AUC from 0.719 to 0.725)."""
         names = (*_USER_FIELDS, "hour", "weekday", "item_id", "release_year")
         lists = (FieldSpec(name="genres", kind="list"), FieldSpec(name="user_genres", kind="list"))
         return FeatureSchema(fields=(*(FieldSpec(name=name) for name in names), *lists), embedding_dim=16)
-
-    def find(self) -> Path | None:
-        return self._folder or look_for(FOLDER, FILES)
-
-    def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
-        target = cache_to_write() / FOLDER
-        files = {f"recbole/dataset_example/ml-100k/{file}": file for file in FILES}
-        with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
-            wheel = archive or download_wheel(REQUIREMENT, Path(folder), progress)
-            return extract(wheel, files, target)
 
     def size(self) -> int:
         with (self._path() / FILES[0]).open("rb") as file:
@@ -78,7 +66,7 @@ class MovieLens100K:
                 convert_options=pyarrow.csv.ConvertOptions(column_types={"zip_code:token": pa.string()}),
             )
             items = pyarrow.csv.read_csv(folder / FILES[2], parse_options=_CSV)
-            ratings = ratings.take(pc.sort_indices(ratings["timestamp:float"]))  # stable: equal times in the file's order
+            ratings = ratings.take(pc.sort_indices(ratings["timestamp:float"]))  # stable: equal times stay in the file's order
             users_of = users.take(pc.index_in(ratings["user_id:token"], value_set=users["user_id:token"]))
             items_of = items.take(pc.index_in(ratings["item_id:token"], value_set=items["item_id:token"]))
         except (pa.ArrowException, OSError, KeyError) as error:
@@ -130,15 +118,6 @@ class MovieLens100K:
                 both=members({"user_genres": _crossed(user["user_id:token"], genres)}),
                 pair=pair,
             )
-
-    def _path(self) -> Path:
-        folder = self.find()
-        if folder is None:
-            raise DataSetError(
-                f"movielens-100k: expected a folder {FOLDER} with {', '.join(FILES)}, found none in HEADRACE_DATA_DIR, data/ "
-                f"or {cache_folder()}. Run: headrace data fetch movielens-100k"
-            )
-        return folder
 
 
 def _crossed(users: pa.ChunkedArray, genres: pa.ListArray) -> pa.ListArray:

@@ -1,8 +1,7 @@
-"""Open Bandit Dataset, the sample of its own package: real impressions and clicks (Saito et al., NeurIPS D&B 2021)."""
+"""Open Bandit Dataset, the sample in its own package: real impressions and clicks (Saito et al., NeurIPS D&B 2021)."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +10,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from deploy.datasets.base import CHUNK_ROWS, Chunk, Progress, cache_folder, cache_to_write, draw_delays, look_for, make_chunk
+from deploy.datasets.base import CHUNK_ROWS, Chunk, draw_delays, make_chunk
 from deploy.datasets.encode import members, strings
-from deploy.datasets.wheels import download_wheel, extract
+from deploy.datasets.named import WheelDataSet
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
 
-__all__ = ["FILES", "FOLDER", "REQUIREMENT", "OpenBandit"]
+__all__ = ["FILES", "REQUIREMENT", "OpenBandit"]
 
-FOLDER = "open_bandit"
 REQUIREMENT = "obp==0.4.1"
 
 _LOGS = tuple((policy, campaign) for policy in ("random", "bts") for campaign in ("all", "men", "women"))
@@ -29,8 +27,8 @@ _USER = tuple(f"user_feature_{i}" for i in range(4))
 _ITEM = tuple(f"item_feature_{i}" for i in range(1, 4))
 
 
-class OpenBandit:
-    """60,000 impressions of a fashion shop's banners, about 0.5 % clicks."""
+class OpenBandit(WheelDataSet):
+    """The data set `open-bandit`: 60,000 impressions of a fashion shop's banners, about 0.5 % of them clicked."""
 
     name = "open-bandit"
     title = "Open Bandit Dataset (sample): 60,000 shop recommendations, 0.5 % clicks, 24 to 30 November 2019"
@@ -39,31 +37,22 @@ class OpenBandit:
         'Off-Policy Evaluation", NeurIPS 2021 Datasets and Benchmarks. Changes made: the six logs merged by time.'
     )
     clicks = "Impressions have real times in microseconds, clicks have none: a drawn delay within 60 s, seeded by row."
-    obtain = f"headrace data fetch open-bandit (takes the files out of the wheel {REQUIREMENT} from the package index)"
+    obtain = f"Run: headrace data fetch open-bandit (takes its files from the wheel {REQUIREMENT} of the package index)."
 
-    def __init__(self, *, seed: int = 0, folder: Path | None = None) -> None:
-        self._seed = seed
-        self._folder = folder
+    folder_name = "open_bandit"
+    files = FILES
+    requirement = REQUIREMENT
+    folder_in_wheel = "obp/dataset/obd"
+    pip_options = ("--ignore-requires-python",)  # that version requires Python below 3.10, but only its data is used
 
     def schema(self) -> FeatureSchema:
-        """Where it was shown, the hashed user and item features, and the user's past clicks on that item."""
+        """Policy, campaign, position and hour; hashed features of user and item; the user's past clicks on the item."""
         names = ("policy", "campaign", "position", "hour", *_USER, "item_id", *_ITEM)
         numeric = (
             FieldSpec(name="item_feature_0", kind="numeric", buckets="linear", width=0.1),
             FieldSpec(name="affinity", kind="numeric"),
         )
         return FeatureSchema(fields=(*(FieldSpec(name=name) for name in names), *numeric), embedding_dim=16)
-
-    def find(self) -> Path | None:
-        return self._folder or look_for(FOLDER, FILES)
-
-    def fetch(self, progress: Progress, archive: Path | None = None) -> Path:
-        files = {f"obp/dataset/obd/{file}": file for file in FILES}
-        target = cache_to_write() / FOLDER
-        with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
-            # That version says it is for Python below 3.10; only its data is taken.
-            wheel = archive or download_wheel(REQUIREMENT, Path(folder), progress, options=("--ignore-requires-python",))
-            return extract(wheel, files, target)
 
     def size(self) -> int:
         return sum(len(pyarrow.csv.read_csv(self._path() / file)) for file in FILES[::2])
@@ -92,15 +81,6 @@ class OpenBandit:
                 users=strings(pc.binary_join_element_wise(*(rows[f] for f in _USER), "-")),
                 items=strings(rows["item_id"]),
             )
-
-    def _path(self) -> Path:
-        folder = self.find()
-        if folder is None:
-            raise DataSetError(
-                f"open-bandit: expected a folder {FOLDER} with {FILES[0]} and the other logs, found none in HEADRACE_DATA_DIR, "
-                f"data/ or {cache_folder()}. Run: headrace data fetch open-bandit"
-            )
-        return folder
 
 
 def _log(folder: Path, policy: str, campaign: str) -> pa.Table:

@@ -1,4 +1,4 @@
-"""Parquet as a table: one file, or a folder of parts whose columns have the same types in every part."""
+"""Parquet as a table: one file, or a folder of parts. A column must have the same type in every part."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from deploy.datasets.text_files import one_line
 
 __all__ = ["read_parquet"]
 
-# The row numbers that pandas keeps beside the columns.
+# The columns in which pandas keeps row numbers.
 _PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 
 
 def read_parquet(path: Path, drop: Collection[str] = ()) -> tuple[pa.Table, list[str]]:
-    """The whole of it without the columns of `drop`, and the names of all columns.
+    """The whole table without the columns of `drop`, and the names of all columns.
 
-    A folder named `day=2024-05-01` gives its parts a column `day` of text. A column that a part lacks is null there.
+    The parts in a folder named `day=2024-05-01` get a text column `day`. If a part lacks a column, its values are null.
 
     Raises:
-        DataSetError: it isn't Parquet, or a column has other types in other parts.
+        DataSetError: it isn't Parquet, or a column has different types in different parts.
     """
     try:
         data_set = pyarrow.dataset.dataset(path, format="parquet", partitioning=_folders(path))
@@ -46,7 +46,7 @@ def read_parquet(path: Path, drop: Collection[str] = ()) -> tuple[pa.Table, list
         refuse(path, "an object of features", "null", "Fill it, or leave the row out.", column="features", row=row)
     _check_names(path, members, column="features")
     kept = [name for name in members if name not in drop]
-    # flatten, not field: it applies the offset of a sliced array.
+    # By flatten: unlike field, it applies the offset of a sliced array.
     parts = dict(zip(members, features.flatten(), strict=True))
     nested = pa.StructArray.from_arrays([parts[name] for name in kept], kept) if kept else None
     names = [*names, *members]
@@ -54,7 +54,7 @@ def read_parquet(path: Path, drop: Collection[str] = ()) -> tuple[pa.Table, list
 
 
 def _folders(path: Path) -> pyarrow.dataset.Partitioning | None:
-    """The columns that folders are named after, all of them text: `007` is no 7."""
+    """The columns in the names of folders, all as text, so that `007` stays `007`."""
     if not path.is_dir():
         return None
     keys: dict[str, None] = {}
@@ -66,7 +66,7 @@ def _folders(path: Path) -> pyarrow.dataset.Partitioning | None:
 
 
 def _one_schema(path: Path, data_set: pyarrow.dataset.Dataset) -> pa.Schema:
-    """The columns of all parts."""
+    """The columns of all parts together. Raises DataSetError: a column has different types in different parts."""
     fields: dict[str, tuple[pa.Field, str]] = {}
     for fragment in data_set.get_fragments():
         schema = fragment.physical_schema

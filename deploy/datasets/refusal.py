@@ -1,4 +1,4 @@
-"""Refusing a file of a user's: one line that names the file, the column, the row, what was expected, what was found."""
+"""Errors about a user's file: one line with the file, the column, the row, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from deploy.errors import DataSetError
 
 __all__ = ["listed", "printable", "refuse", "shown"]
 
-_LISTED = 200  # characters of columns' names in an error
-_SHOWN = 60  # characters of a value in an error: one line on a terminal, and no customer's data in full in a log
+_LISTED = 200  # characters of a list of names in an error
+_SHOWN = 60  # characters of a value in an error, so that it fits on a line and long values stay out of logs
 
 
 def refuse(path: Path, expected: str, found: str, do: str, *, column: str | None = None, row: int | None = None) -> NoReturn:
-    """Raise the error. `row` counts from 0 as arrays do; people read it from 1, without the header and blank lines."""
+    """Raise a DataSetError. `row` counts from 0; the message counts from 1, without the header and blank lines."""
     where = [str(path)]
     if column is not None:
         where.append(f"column {column}")
@@ -25,12 +25,12 @@ def refuse(path: Path, expected: str, found: str, do: str, *, column: str | None
 
 
 def printable(text: str) -> str:
-    """On one line, whatever a file, a column or a value is called."""
+    """The text on one line, with control characters escaped: names of files and columns may have them."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def shown(value: Any) -> str:
-    """A value for an error's text: null, a number as it is, text in quotes, cut where it is long."""
+    """A value for an error: null, a number as it is, or text in quotes; cut if it is long."""
     if value is None:
         return "null"
     text = repr(value)
@@ -38,6 +38,6 @@ def shown(value: Any) -> str:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Columns' names for an error's text, cut where they are many."""
+    """Names for an error; cut if there are many."""
     text = ", ".join(names) or "no column"
     return text if len(text) <= _LISTED else f"{text[: _LISTED - 3]}..."

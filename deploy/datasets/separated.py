@@ -1,4 +1,4 @@
-"""CSV and TSV as a table: a header line, then rows; types are found from the values where that loses nothing."""
+"""CSV and TSV as a table: a header line, then rows. A column gets another type than text only where that loses nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deploy.datasets.text_files import blocks, one_line, open_text
 
 __all__ = ["read_separated"]
 
-# What stands for a missing value, unless it is in quotes: nothing at all, and what pandas and databases write.
+# How pandas and databases write a missing value. In quotes, these are text.
 _NULLS = ["", "NaN", "nan", "NULL", "null", "NA", "N/A", "\\N"]
 # Without leading zeros: `007` is a code and stays text.
 _WHOLE = r"^-?(0|[1-9]\d*)$"
@@ -30,12 +30,12 @@ def read_separated(
 ) -> tuple[pa.Table, list[str]]:
     """The whole file without the columns of `drop`, and the names of all columns.
 
-    A column is one of whole numbers, of numbers, of true and false, or of text; those of `text` stay text. Values in CSV may be
-    in quotes (RFC 4180); in TSV a quote is a character like any other.
+    A column has whole numbers, numbers, true and false, or text; the columns of `text` stay text. Values in CSV may be in
+    quotes (RFC 4180). In TSV, a quote is a character like any other.
 
     Raises:
-        DataSetError: it isn't such a file.
-        OSError: it can't be read.
+        DataSetError: the file has another format.
+        OSError: the file can't be read.
     """
     quoted = delimiter == ","
     if quoted:
@@ -66,14 +66,14 @@ def read_separated(
 
 
 def _check_quotes(path: Path) -> None:
-    """Arrow's reader takes what stands after a closing quote for part of the value, and an open quote's rest for one value."""
+    """Reject wrong quotes: Arrow's reader accepts text after a closing quote, and reads on to the end after an open one."""
     if not any(b'"' in block for block in blocks(path)):
         return
     csv.field_size_limit(sys.maxsize)
     lines = (line for block in blocks(path) for line in block.decode("utf-8", "replace").splitlines(keepends=True))
     reader, row = csv.reader(lines, strict=True), -1
     try:
-        for row, _ in enumerate(reader):  # noqa: B007  # the last one read, for the error
+        for row, _ in enumerate(reader):  # noqa: B007  # the last row read, for the error
             pass
     except csv.Error as error:
         do = "A quote within quotes is written twice; other escapes aren't read."
@@ -81,7 +81,7 @@ def _check_quotes(path: Path) -> None:
 
 
 def _check_unquoted(path: Path, columns: dict[str, pa.ChunkedArray]) -> None:
-    """Whether a value in quotes has them or is written in them can't be told."""
+    """Reject values in quotes: nobody can say whether the quotes belong to the value."""
     for name, column in columns.items():
         in_quotes = pc.fill_null(pc.match_substring_regex(column, r'(?s)^".*"$'), False)
         if pc.any(in_quotes).as_py():
@@ -118,4 +118,4 @@ def _whole(column: pa.ChunkedArray) -> pa.ChunkedArray:
             return column.cast(kind)
         except pa.ArrowInvalid:
             continue
-    return column  # longer than 64 bits: text, digit by digit
+    return column  # longer than 64 bits: text, which keeps all digits

@@ -1,7 +1,7 @@
-"""A user's file as a table: Parquet, JSON lines, CSV or TSV, plain or compressed, every value exactly as it was written.
+"""Reading a user's file as a table: Parquet, JSON lines, CSV or TSV, plain or compressed, with every value exactly as written.
 
-Nothing is guessed beyond types, and a type is guessed only where it loses nothing: a text that looks like a time stays text, a
-whole number stays whole at any length, `007` stays text.
+Only types are guessed, and only where that loses nothing: text that looks like a time stays text, a whole number stays whole at
+any length, `007` stays text.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FILE_KINDS = ("jsonl", "parquet", "csv", "tsv")
 def read_table(
     path: Path, kind: str, drop: Collection[str] = (), *, text: Collection[str] = (), ids: Collection[str] = ()
 ) -> pa.Table:
-    """The whole file, without the columns of `drop`; an object column `features` is a struct column.
+    """The whole file without the columns of `drop`. If `features` is a column of objects, it becomes a struct column.
 
     Args:
-        text: columns that stay text where the format has no types (CSV, TSV); the file must have them.
-        ids: the same for columns that it may lack.
+        text: columns that stay text in formats without types (CSV, TSV); the file must have them.
+        ids: further columns that stay text; the file may lack them.
 
     Raises:
-        DataSetError: there is no such file, it can't be read, it isn't what `kind` says, or it has no such columns.
+        DataSetError: the file is missing, can't be read, has another format than `kind`, or lacks a column that is named.
     """
     if not path.exists():
         refuse(path, f"a file in the format {kind}", "nothing there", "Check --path.")
@@ -47,7 +47,7 @@ def read_table(
             table, names = read_json_lines(path, drop)
         else:
             table, names = read_separated(path, "\t" if kind == "tsv" else ",", drop, text={*text, *ids})
-    except OSError as error:  # the file is gone, may not be read, or its compression is broken
+    except OSError as error:  # the file is gone or can't be opened, or its compression is broken
         refuse(path, f"a readable file in the format {kind}", one_line(error), "Check its permissions and its format.")
     for option, columns in (("--drop", drop), ("--text", text)):
         if unknown := sorted(set(columns) - set(names)):

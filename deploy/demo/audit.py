@@ -14,6 +14,7 @@ from aiokafka.structs import TopicPartition
 
 from deploy.settings import Settings
 from stream.kafka.clients import aiokafka_options
+from stream.kafka.read_log import read_to
 from stream.records.dead_letter import read_letter
 from stream.records.example import CORRECTION, FIRST, read_example
 from stream.records.join_notes import read_left_out, read_matched
@@ -137,12 +138,9 @@ class Audit:
         consumer = self._consumer
         assert consumer is not None
         ends = await consumer.end_offsets(list(consumer.assignment()))
-        while True:
-            waiting = [tp for tp, end in ends.items() if await consumer.position(tp) < end]
-            if not waiting:
-                return self.ledger
-            for tp, records in (await consumer.getmany(*waiting, timeout_ms=300, max_records=20_000)).items():
-                self._add(tp, records)
+        async for tp, records in read_to(consumer, ends, poll_ms=300, max_records=20_000):
+            self._add(tp, records)
+        return self.ledger
 
     def _add(self, tp: TopicPartition, records: Sequence[Record]) -> None:
         ledger, names = self.ledger, self._names

@@ -1,4 +1,4 @@
-"""What people see while the demo runs: a live table on a terminal, a line every few seconds elsewhere. All on stderr."""
+"""Showing the progress of the demo on stderr: a live table on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINE_EVERY_S = 10.0
 
 @dataclass(slots=True)
 class Figures:
-    """A moment of the run. None where it isn't known yet."""
+    """The figures of one moment of the run; None where one isn't known yet."""
 
     sent: int = 0
     total: int | None = None
@@ -42,7 +42,7 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 
 class View:
-    """Use as a context manager; `show` as often as wanted, `say` for what should stay."""
+    """Use as a context manager. `show` replaces the figures, as often as you like; `say` prints a line that stays."""
 
     def __init__(self, title: str) -> None:
         self._title = title
@@ -66,11 +66,11 @@ class View:
             self._live = None
 
     def say(self, text: str) -> None:
-        """One line that stays above the live table."""
+        """Print one line, which stays above the live table."""
         self._console.print(text, highlight=False)
 
     def show(self, figures: Figures) -> None:
-        """Draw the figures anew."""
+        """Show these figures instead of the ones before."""
         self._progress.update(self._task, completed=figures.sent, total=figures.total)
         if self._live is not None:
             self._live.update(self._panel(figures))

@@ -1,9 +1,11 @@
-"""`headrace doctor`: what is wrong with a running system, and what mends it.
+"""`headrace doctor`: what is wrong with a running system, and how to fix it.
 
 | module | what it does |
 | --- | --- |
-| `readings` | what is looked at: plain data |
-| `kafka_readings` | reads it from Kafka and from the snapshot store; never writes |
-| `examination` | all checks over one reading; `finding`: what comes out |
+| `readings` | the data that is checked, as plain values |
+| `kafka_readings` | reads that data from Kafka and from the snapshot store; never writes |
 | `topic_checks`, `event_checks`, `progress_checks`, `model_checks` | the checks: readings in, findings out |
+| `producers` | describes who sent the events that a check found wrong |
+| `examination` | runs all checks over one reading |
+| `finding` | what a check returns |
 """

@@ -1,4 +1,4 @@
-"""Checks of what producers send: where keys go, what clocks say, and how much of it can't be used. All over a sample."""
+"""Checks of what producers send, over a sample of the newest events: partitions of keys, event times, dead letters."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from stream.records.times import unit_of
 __all__ = ["clocks", "dead_letters", "partitioner", "time_units"]
 
 KEYS_SHOWN = 5
-# Clocks that NTP holds differ by milliseconds; a second is a clock that nobody holds.
+# Clocks kept by NTP differ by milliseconds; a clock that is a second off is not kept by NTP.
 CLOCK_TOLERANCE_MS = 1_000
-# Fewer than these say nothing about a rate.
+# Fewer records are too few to judge a rate.
 MIN_RECORDS = 100
-# A click loses its impression now and then (a beacon that never arrived, a bot); beyond this something is wrong.
+# Some clicks have no impression even in a healthy stream (a beacon that never arrived, a bot); a larger share is a fault.
 MAX_ORPHANS = 0.05
-# Of any other reason: a producer that follows the contract sends none.
+# Share of dead letters of any other reason; a producer that follows the contract causes none.
 MAX_UNUSABLE = 0.01
-# Share of clicks before their impressions, beyond what `join.negative_skew_ms` forgives.
+# Share of clicks that come before their impressions by more than `join.negative_skew_ms`.
 MAX_BACKWARD = 0.01
 
 _CURES = {
-    "orphan_click": "see `partitioner` and `clocks` above if they stand there; else impressions are lost on their way, or come "
-    "later than their clicks by more than join.negative_skew_ms allows",
-    "late_impression": "raise join.dedupe_horizon_ms or join.lateness_ms to what is late, then "
+    "orphan_click": "fix what `partitioner` and `clocks` found, if they are listed above; otherwise impressions get lost, or "
+    "they have event times later than their clicks by more than join.negative_skew_ms allows",
+    "late_impression": "raise join.dedupe_horizon_ms or join.lateness_ms to how late the impressions are, then run "
     "`headrace dead-letters replay --reason late_impression`",
-    "future_timestamp": "set the producers' clocks (NTP); `clocks` above says who they are where it stands there",
-    "out_of_range": "see `time_units` above if it stands there; else `headrace dead-letters list --reason out_of_range` says"
-    " what is wrong, and where",
+    "future_timestamp": "set the producers' clocks (NTP); `clocks`, if it is listed above, says which producers",
+    "out_of_range": "fix what `time_units` found, if it is listed above; otherwise "
+    "`headrace dead-letters list --reason out_of_range` says which times are wrong",
     "too_large": "send fewer or shorter features, or raise topics.max_message_bytes, run `headrace topics create --mend` and "
-    "restart the workers; `headrace dead-letters list --reason too_large` says which events they are",
+    "restart the workers; `headrace dead-letters list --reason too_large` lists these events",
     "unreadable": "find the producer of these batches: its compression is broken, or they expand to more than 64 MiB; "
-    "`headrace dead-letters list --reason unreadable` says where they are",
-    "framed": "set schema_registry.url (pip install 'headrace[schema-registry]'), restart the join, then "
+    "`headrace dead-letters list --reason unreadable` lists their partitions and offsets",
+    "framed": "set schema_registry.url (pip install 'headrace[schema-registry]'), restart the join, then run "
     "`headrace dead-letters replay --reason framed`; or use plain JSON serializers (docs/producers.md)",
-    "enveloped": "set join.envelope to what `headrace dead-letters list --reason enveloped` names, restart the join, then "
+    "enveloped": "set join.envelope to what `headrace dead-letters list --reason enveloped` names, restart the join, then run "
     "`headrace dead-letters replay --reason enveloped` (docs/producers.md)",
-    "unknown_schema": "make these producers and the join use the same registry (schema_registry.url), then "
+    "unknown_schema": "make these producers and the join use the same schema registry (schema_registry.url), then run "
     "`headrace dead-letters replay --reason unknown_schema`",
-    "unusable_schema": "`headrace dead-letters list --reason unusable_schema` says what is wrong with which schema "
+    "unusable_schema": "`headrace dead-letters list --reason unusable_schema` names each schema and what is wrong with it "
     "(docs/producers.md)",
-    "malformed_frame": "`headrace dead-letters list --reason malformed_frame` says which schema they don't fit: their producer "
-    "writes by another one",
+    "malformed_frame": "`headrace dead-letters list --reason malformed_frame` names the schema that these records don't fit: "
+    "their producer writes with another one",
     "id_mismatch": "make the producers use `impression_id` as the record's key, the same bytes (docs/producers.md)",
 }
 
 
 def partitioner(readings: Readings) -> Iterator[Finding]:
-    """Keys in another partition than murmur2 gives them: their clicks and impressions don't meet."""
+    """Keys are not in the partition that murmur2 gives them, so clicks don't meet their impressions."""
     for topic in ("impressions", "clicks"):
         count = readings.partitions.get(topic, 0)
         total, wrong = 0, list[tuple[bytes, int]]()
@@ -65,8 +65,8 @@ def partitioner(readings: Readings) -> Iterator[Finding]:
             if name == topic:
                 keys = [key for key in tail.keys if key is not None]
                 total += len(keys)
-                places = np.flatnonzero(partitions_of(keys, count) != number)
-                wrong.extend((keys[index], number) for index in places.tolist())
+                rows = np.flatnonzero(partitions_of(keys, count) != number)
+                wrong.extend((keys[row], number) for row in rows.tolist())
         if wrong:
             shown = [f"{_key(key)} in {number}" for key, number in dict(wrong).items()]
             guess, cure = _guess(wrong, count)
@@ -81,7 +81,7 @@ def partitioner(readings: Readings) -> Iterator[Finding]:
 
 
 def _guess(wrong: Sequence[tuple[bytes, int]], count: int) -> tuple[str, str]:
-    """Which partitioner put them there, if a known one explains all, and what to do."""
+    """The partitioner that explains all these (key, partition) pairs, if it is a known one, and what to do."""
     known: tuple[tuple[str, Callable[[bytes], int], str], ...] = (
         (
             "CRC32, librdkafka's default",
@@ -91,26 +91,26 @@ def _guess(wrong: Sequence[tuple[bytes, int]], count: int) -> tuple[str, str]:
         (
             "FNV-1a, sarama's default",
             lambda key: _fnv1a(key, count),
-            "give that producer (sarama) a partitioner over murmur2, docs/producers.md has it in four lines",
+            "give that producer (sarama) a murmur2 partitioner: docs/producers.md has one in four lines",
         ),
     )
-    for name, place, cure in known:
-        # One partition in `count` is right by chance; a few records settle it.
-        if len(wrong) >= KEYS_SHOWN and all(place(key) == number for key, number in wrong):
-            return f" ({name})", f"{cure}. Records that are there stay unmatched"
+    for name, partition_of, cure in known:
+        # A wrong guess agrees with one record in `count` by chance, so a few records are enough.
+        if len(wrong) >= KEYS_SHOWN and all(partition_of(key) == number for key, number in wrong):
+            return f" ({name})", f"{cure}. Records that are already there stay unmatched"
     return "", (
-        "find the producer of these keys and give it Kafka's murmur2 partitioner (docs/producers.md); none may choose the "
-        "partition itself. Records that are there stay unmatched"
+        "find the producer of these keys and give it Kafka's murmur2 partitioner (docs/producers.md); no producer may choose "
+        "the partition itself. Records that are already there stay unmatched"
     )
 
 
 def _fnv1a(key: bytes, count: int) -> int:
-    """As sarama's hash partitioner: 32 bits, signed, remainder made positive."""
+    """The partition by sarama's hash partitioner: FNV-1a of 32 bits, signed, with the remainder made positive."""
     state = 0x811C9DC5
     for byte in key:
         state = ((state ^ byte) * 0x01000193) & 0xFFFFFFFF
     signed = state - (1 << 32) if state >= 1 << 31 else state
-    return abs(signed) % count  # Go's remainder has the dividend's sign, and sarama drops that
+    return abs(signed) % count  # Go's remainder has the dividend's sign, which sarama drops
 
 
 def _key(key: bytes) -> str:
@@ -118,7 +118,7 @@ def _key(key: bytes) -> str:
 
 
 def time_units(readings: Readings) -> Iterator[Finding]:
-    """Event times in seconds, microseconds or nanoseconds, or further from their arrival than any unit explains."""
+    """Event times are in seconds, microseconds or nanoseconds, or are far from their arrival in any unit."""
     for topic in ("impressions", "clicks"):
         rows = [row for row in _events(readings, topic) if row.event_ms >= 0]
         found: dict[str | None, list[_Event]] = {}
@@ -138,31 +138,31 @@ def time_units(readings: Readings) -> Iterator[Finding]:
 
 
 def clocks(readings: Readings) -> Iterator[Finding]:
-    """Event times that lie after their arrival, and clicks before their impressions."""
+    """Event times lie after their arrival, or clicks come before their impressions."""
     for topic in ("impressions", "clicks"):
         rows = [row for row in _events(readings, topic) if row.event_ms >= 0 and row.unit == "milliseconds"]
         fast = [row for row in rows if row.ahead_ms > CLOCK_TOLERANCE_MS]
         if fast:
             others = [row.sent for row in rows if row.ahead_ms <= CLOCK_TOLERANCE_MS]
-            refused = sum(row.ahead_ms > readings.join_settings.max_future_ms for row in fast)
+            rejected = sum(row.ahead_ms > readings.join_settings.max_future_ms for row in fast)
             yield Finding(
                 check="clocks",
                 what=readings.topic(topic),
                 expected=f"event times at most {duration(CLOCK_TOLERANCE_MS)} after the arrival at the broker",
                 found=f"{len(fast):,} of {len(rows):,} sampled events ahead, by up to "
                 f"{duration(float(max(row.ahead_ms for row in fast)))}"
-                f"{f', {refused:,} of them dead letters (join.max_future_ms)' if refused else ''}: their labels wait until the "
-                f"watermark is there. They come from {who_sent([row.sent for row in fast], others)}",
+                f"{f', {rejected:,} of them dead letters (join.max_future_ms)' if rejected else ''}: their labels wait until "
+                f"the watermark reaches them. They come from {who_sent([row.sent for row in fast], others)}",
                 cure="set that producer's clock (NTP)"
                 if others
-                else "set the brokers' clocks (NTP), or the producers': every event is ahead",
+                else "set the brokers' clocks (NTP), or those of all producers: every sampled event is ahead",
             )
     yield from _backward(readings)
 
 
 @dataclass(frozen=True, slots=True)
 class _Event:
-    """One sampled event; `unit` is that of its time, None where it is in none."""
+    """One sampled event; `unit` is the unit of its time, None where no unit fits."""
 
     event_ms: int
     ahead_ms: int
@@ -181,7 +181,7 @@ def _events(readings: Readings, topic: str) -> Iterator[_Event]:
 
 
 def _backward(readings: Readings) -> Iterator[Finding]:
-    """Clicks that lie before their impressions by event time, of the pairs that the sample has both of."""
+    """Clicks come before their impressions by event time; judged by the pairs of which both are in the sample."""
     skew, pairs, backward = readings.join_settings.negative_skew_ms, 0, list[int]()
     for (name, number), clicks in readings.tails.items():
         impressions = readings.tails.get(("impressions", number))
@@ -201,22 +201,21 @@ def _backward(readings: Readings) -> Iterator[Finding]:
             found=f"{len(backward):,} of {pairs:,} sampled pairs the other way round, by up to {duration(max(backward))}: "
             "those clicks never count",
             cure="set the clocks of both producers (NTP); until then join.negative_skew_ms = "
-            f"{int(np.percentile(backward, 99)) + 1} takes 99 % of them",
+            f"{int(np.percentile(backward, 99)) + 1} accepts 99 % of these clicks",
         )
 
 
 def dead_letters(readings: Readings) -> Iterator[Finding]:
-    """More of the sampled events became dead letters than a healthy stream has."""
-    letters = {(place, offset): reason for reason, place, offset in readings.letters}
+    """More of the sampled events became dead letters than in a healthy stream."""
+    reasons = {(letter.partition, letter.offset): letter.reason for letter in readings.letters}
     for topic in ("impressions", "clicks"):
         settled, found = 0, Counter[str]()
         for (name, number), tail in readings.tails.items():
             if name == topic:
                 offsets = tail.offsets[_settled(readings, name, number, tail)]
                 settled += len(offsets)
-                found.update(
-                    letters[(name, number), offset] for offset in offsets.tolist() if ((name, number), offset) in letters
-                )
+                records = [((name, number), offset) for offset in offsets.tolist()]
+                found.update(reasons[record] for record in records if record in reasons)
         for reason, count in sorted(found.items()):
             limit = MAX_ORPHANS if reason == "orphan_click" else MAX_UNUSABLE
             if settled >= MIN_RECORDS and count > limit * settled:
@@ -227,14 +226,14 @@ def dead_letters(readings: Readings) -> Iterator[Finding]:
                     found=f"{count:,} of {settled:,} sampled and settled ({count / settled:.1%})",
                     cure=_CURES.get(
                         reason,
-                        f"`headrace dead-letters list --reason {reason}` says where and why; mend that producer "
+                        f"`headrace dead-letters list --reason {reason}` lists them and says why; fix that producer "
                         "(docs/events.md)",
                     ),
                 )
 
 
 def _settled(readings: Readings, topic: str, number: int, tail: Tail) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """Which sampled events the join has read, and of clicks also waited for long enough to call them orphans."""
+    """Which sampled events the join has read, (N,); of clicks, those old enough that an impression can't come any more."""
     committed = readings.committed.get(number)
     position = None if committed is None else getattr(committed, topic)
     if committed is None or position is None:

@@ -1,4 +1,4 @@
-"""All checks over one reading."""
+"""Running all checks over one reading."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deploy.doctor.readings import Readings
 
 __all__ = ["CHECKS", "examine"]
 
-# In the order in which findings are told: what is first is often why the rest is. docs/operations.md lists them.
+# In the order in which findings are reported: an earlier one is often the cause of later ones. docs/operations.md lists them.
 CHECKS: dict[str, Callable[[Readings], Iterator[Finding]]] = {
     "topics": topic_checks.topics,
     "co_partitioning": topic_checks.co_partitioning,

@@ -1,4 +1,4 @@
-"""What a finding is."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Finding"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that is wrong: which check says so, about what, what it expected and found, and what mends it."""
+    """Something that is wrong: the check, the object, what was expected, what was found, and how to fix it (`cure`)."""
 
     check: str
     what: str

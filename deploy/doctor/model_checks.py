@@ -1,4 +1,4 @@
-"""Checks of models and of those who make and serve them: champion, predictions against clicks, skew, scorers, publishing."""
+"""Checks of the models, the trainer and the scorers: champion, gate, calibration, skew, scorers, publishing."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from deploy.doctor.finding import Finding
 from deploy.doctor.readings import Readings
 from state.registry import VersionRecord
 
-__all__ = ["calibration", "champion", "gate", "hold", "publishes_nothing", "publishing", "scorers", "skew"]
+__all__ = ["calibration", "champion", "gate", "hold", "publishes_nothing", "publishing", "scorers", "skew", "versions"]
 
-# A champion is replaced with nearly every version: one in some is held back by chance, twenty in a row are not.
+# Nearly every version becomes champion. Now and then the gate rejects one by chance, but not twenty in a row.
 MAX_VERSIONS_SINCE = 20
 MAX_CHAMPION_AGE_MS = 600_000
-# Who stops promotion by hand looks at it again within the hour; later it was forgotten.
+# Whoever holds promotion by hand looks at it again within the hour; a longer hold was probably forgotten.
 MAX_HOLD_MS = 3_600_000
-# The gate needs some blocks of clicks to turn; a model that recovers does so in minutes.
+# The gate needs several blocks of clicks to release versions again; a model that recovers does so in minutes.
 MAX_WITHHELD_MS = 1_800_000
-# Versions that may be missing, and at least a minute: a version of a large model takes its time.
+# A trainer may be silent for as long as this many versions take, and at least a minute: a large model takes longer.
 MISSED_VERSIONS, MIN_SILENCE_MS = 5, 60_000
-# Fewer served impressions than these say little of a mean, and fewer compared scores little of a share.
+# Fewer served impressions are too few to judge a mean, and fewer compared scores to judge a share.
 MIN_SERVED, MIN_COMPARED = 1_000, 100
-# Of compared scores whose logit differs by more than 0.02. Where both sides agree there is none.
+# Share of compared scores whose logit differs by more than 0.02; it is 0 if requests and impressions agree.
 MAX_SKEWED = 0.01
 
 
@@ -33,11 +33,11 @@ def _newest(readings: Readings) -> VersionRecord | None:
 
 
 def champion(readings: Readings) -> Iterator[Finding]:
-    """New versions stay candidates, one after the other, while the trainer goes on learning."""
+    """New versions stay candidates while the trainer goes on learning."""
     state, newest = readings.registry, _newest(readings)
     served = state.champion_record
     if newest is None or state.champion.hold or not readings.snapshots.auto_promote or state.withheld is not None:
-        return  # as somebody wanted it, or as `gate` says
+        return  # somebody wants it so, or `gate` reports it
     if served is None:
         if readings.now_ms - min(record.announced_at_ms for record in state.versions.values()) > MAX_CHAMPION_AGE_MS:
             yield Finding(
@@ -45,7 +45,7 @@ def champion(readings: Readings) -> Iterator[Finding]:
                 what="no champion",
                 expected=f"a champion within {duration(MAX_CHAMPION_AGE_MS)} of the first version",
                 found=f"{len(state.versions)} versions announced, none promoted; the newest, {newest.version}: {newest.gate}",
-                cure="`headrace snapshot list` says why each version stays a candidate",
+                cure="see why each version stays a candidate: `headrace snapshot list`",
             )
         return
     since = sum(version > served.version for version in state.versions)
@@ -57,15 +57,15 @@ def champion(readings: Readings) -> Iterator[Finding]:
         what=f"champion {served.version}",
         expected=f"another champion within {MAX_VERSIONS_SINCE} versions and {duration(MAX_CHAMPION_AGE_MS)}, while examples "
         "are learned",
-        found=f"champion since {clock(state.champion.at_ms)}; {since} versions have been announced since, of "
+        found=f"champion since {clock(state.champion.at_ms)}; {since} versions have been announced since, with "
         f"{newest.examples_seen - served.examples_seen:,} more examples. The newest, {newest.version}: {newest.gate}",
-        cure="see what the gate says of the newest versions (`headrace snapshot list`); where they are right and the champion "
-        f"isn't, `headrace snapshot promote {newest.version} --reason …`",
+        cure="see why the gate rejects the newest versions (`headrace snapshot list`); if they are better than the champion, "
+        f"run `headrace snapshot promote {newest.version} --reason …`",
     )
 
 
 def gate(readings: Readings) -> Iterator[Finding]:
-    """The gate has withheld new versions for long."""
+    """The gate has withheld new versions for too long."""
     withheld = readings.registry.withheld
     if withheld is None or readings.now_ms - withheld.since_ms <= MAX_WITHHELD_MS:
         return
@@ -75,16 +75,16 @@ def gate(readings: Readings) -> Iterator[Finding]:
     yield Finding(
         check="gate",
         what=f"champion {readings.registry.champion.version}",
-        expected=f"versions that flow, or flow again within {duration(MAX_WITHHELD_MS)}",
+        expected=f"new versions that are released, or withheld for at most {duration(MAX_WITHHELD_MS)}",
         found=f"new versions withheld since {clock(withheld.since_ms)}: {withheld.reason}{compared}",
-        cure='find what changed when it began: settings, features, a replay (docs/operations.md, "When no version becomes '
-        'champion"). `headrace snapshot rollback` goes to a good version from before; `headrace snapshot promote N --reason …` '
-        "puts a version in the champion's place whatever the gate says",
+        cure='find what changed at that time: settings, features, a replay (docs/operations.md, "When no version becomes '
+        'champion"). `headrace snapshot rollback` goes back to a good version; `headrace snapshot promote N --reason …` makes '
+        "version N the champion, whatever the gate says",
     )
 
 
 def versions(readings: Readings) -> Iterator[Finding]:
-    """The newest version isn't sane: its scores don't vary, or its weights aren't finite."""
+    """The newest version is broken: its scores don't vary, or its weights aren't finite."""
     newest = _newest(readings)
     if newest is not None and newest.verdict is not None and newest.verdict.problems:
         yield Finding(
@@ -92,13 +92,13 @@ def versions(readings: Readings) -> Iterator[Finding]:
             what=f"version {newest.version}",
             expected="finite weights and metrics, and scores that vary",
             found="; ".join(newest.verdict.problems),
-            cure="it isn't promoted. Look whether impressions carry the features of the schema (`headrace config show`); where "
-            "learning diverged, lower model.row_learning_rate or model.dense_learning_rate and restart the trainer",
+            cure="it isn't promoted. Check whether impressions carry the features of the schema (`headrace config show`); if "
+            "learning has diverged, lower model.row_learning_rate or model.dense_learning_rate and restart the trainer",
         )
 
 
 def hold(readings: Readings) -> Iterator[Finding]:
-    """Auto-promotion was stopped by hand and never let go on."""
+    """Auto-promotion was put on hold by hand and never resumed."""
     alias = readings.registry.champion
     if alias.hold and readings.now_ms - alias.hold_at_ms > MAX_HOLD_MS:
         yield Finding(
@@ -106,12 +106,12 @@ def hold(readings: Readings) -> Iterator[Finding]:
             what=f"champion {alias.version}",
             expected=f"auto-promotion held for at most {duration(MAX_HOLD_MS)}",
             found=f"held since {clock(alias.hold_at_ms)} by {alias.hold_who}: {alias.hold_reason}",
-            cure="`headrace snapshot resume` lets it go on with the next version that passes the gate",
+            cure="`headrace snapshot resume` lets the next version that passes the gate become champion",
         )
 
 
 def calibration(readings: Readings) -> Iterator[Finding]:
-    """What was served is too high or too low against the labels that came."""
+    """Served scores are too high or too low, compared with the labels."""
     newest = _newest(readings)
     if newest is None:
         return
@@ -121,15 +121,15 @@ def calibration(readings: Readings) -> Iterator[Finding]:
         yield Finding(
             check="calibration",
             what=f"scores served, as of version {newest.version}",
-            expected=f"predicted over actual clicks between {low:g} and {high:g}",
+            expected=f"predicted clicks divided by actual clicks between {low:g} and {high:g}",
             found=f"{value:.3g} over the last {count:,.0f} impressions with a score",
-            cure="see `skew` and `champion` where they stand here; else go back (`headrace snapshot rollback`) and look "
-            "whether clicks are missing or come twice",
+            cure="fix what `skew` and `champion` found, if they are listed; otherwise go back (`headrace snapshot rollback`) "
+            "and check whether clicks are missing or come twice",
         )
 
 
 def skew(readings: Readings) -> Iterator[Finding]:
-    """Impressions carry other features than those that they were scored with."""
+    """Impressions carry other features than the score requests that they were scored with."""
     newest = _newest(readings)
     if newest is None:
         return
@@ -138,17 +138,17 @@ def skew(readings: Readings) -> Iterator[Finding]:
         yield Finding(
             check="skew",
             what="score requests against impressions",
-            expected="served scores that the same version computes again from the impressions' features",
+            expected="served scores that equal what the same version computes from the impressions' features",
             found=f"{share:.1%} of {count:,.0f} differ by more than 0.02 in the logit, on average by "
             f"{newest.metrics.get('skew_logit_mean', math.nan):.3g}, 99 % of them by at most "
             f"{newest.metrics.get('skew_logit_p99', math.nan):.3g}",
-            cure="compare the features of a request with those of its impression: the same names, units, defaults, and values "
-            "as of the request's time; and `score` and `model_version` as the answer had them, not rounded",
+            cure="compare the features of a request with those of its impression: they must have the same names, units and "
+            "defaults, and the values of the request's time; `score` and `model_version` must be the answer's, not rounded",
         )
 
 
 def scorers(readings: Readings) -> Iterator[Finding]:
-    """A scorer that can't read the champion, or the registry."""
+    """A scorer can't read the champion, or the registry."""
     for beat in readings.scorers:
         what = f"scorer {beat.worker} on {beat.host}"
         if beat.fallback_of is not None:
@@ -160,21 +160,21 @@ def scorers(readings: Readings) -> Iterator[Finding]:
                 what=what,
                 expected=f"the champion, version {beat.fallback_of}",
                 found=f"{answers}, since it can't read the champion: {beat.fallback_reason}",
-                cure=f"`headrace snapshot verify {beat.fallback_of}` says whether the version is whole; if it is, look at that "
-                "scorer's snapshots.url and credentials; if it isn't, `headrace snapshot rollback`",
+                cure=f"`headrace snapshot verify {beat.fallback_of}` says whether the version is whole; if it is, check that "
+                "scorer's snapshots.url and credentials; if it isn't, run `headrace snapshot rollback`",
             )
         if beat.stale:
             yield Finding(
                 check="scorers",
                 what=what,
                 expected="the registry read to its end within scorer.lease_ms",
-                found=f"it has read the registry up to offset {beat.registry_offset} only: the champion may be another",
-                cure="look at that scorer's log and at its way to Kafka",
+                found=f"it has read the registry only up to offset {beat.registry_offset}: the champion may have changed",
+                cure="see that scorer's log, and check its connection to Kafka",
             )
 
 
 def publishes_nothing(readings: Readings) -> VersionRecord | None:
-    """The newest version, where a trainer runs and has announced none for too long though examples have come since."""
+    """The newest version, if a trainer runs and has announced no other one for too long although examples have come."""
     newest = _newest(readings)
     if newest is None or not readings.members.get("trainer") or "trainer" in readings.unread_positions:
         return None
@@ -192,7 +192,7 @@ def publishes_nothing(readings: Readings) -> VersionRecord | None:
 
 
 def publishing(readings: Readings) -> Iterator[Finding]:
-    """A trainer runs and publishes nothing, though there is something new to learn."""
+    """A trainer runs and publishes no version, although there are new examples."""
     newest = publishes_nothing(readings)
     if newest is not None:
         yield Finding(
@@ -200,6 +200,6 @@ def publishing(readings: Readings) -> Iterator[Finding]:
             what=f"trainer, newest version {newest.version}",
             expected=f"a version every {duration(readings.snapshots.interval_ms)} (snapshots.interval_ms) while examples come",
             found=f"the last one was announced {duration(readings.now_ms - newest.announced_at_ms)} ago, by {newest.who}",
-            cure="look at the trainer's log, and whether headrace_trainer_snapshots_total counts failed ones: a full disk, a "
-            "store or a registry out of reach; else it learns more slowly than examples come",
+            cure="see the trainer's log, and whether headrace_trainer_snapshots_total counts failed snapshots (a full disk, a "
+            "store or a registry that can't be reached); otherwise the trainer learns more slowly than examples come",
         )

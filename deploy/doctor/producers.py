@@ -1,6 +1,6 @@
-"""Who sent these events: what some records of a sample have in common that the others don't.
+"""Describing who sent some events of a sample: what these records have in common that the other records don't have.
 
-Kafka doesn't keep which client wrote a record. What can be known is the record: its partition, its key, its headers.
+Kafka doesn't keep which client wrote a record. Only the record itself is known: its partition, its key, its headers.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ __all__ = ["Sent", "who_sent"]
 
 SHOWN = 3  # ids
 MAX_SHOWN = 40  # characters of an id, a prefix or a header's value
-# A header, or a beginning of the ids, names a producer when it is on nearly all of the events looked at and few of the others.
+# A header or a prefix of the ids identifies a producer if it is on at least 90 % of these events, and on at most 50 % of the
+# others.
 ON_THESE, ON_OTHERS = 0.9, 0.5
-# Fewer events have a beginning in common by chance.
+# Fewer events may have a prefix in common by chance.
 MIN_FOR_PREFIX = 3
 
 
@@ -30,13 +31,13 @@ class Sent:
 
 
 def who_sent(these: Sequence[Sent], others: Sequence[Sent]) -> str:
-    """A description for people: shared headers and beginning of the ids, and a few ids with their place."""
-    told = [f"header {name} = {_text(content)}" for name, content in _headers(these, others)]
+    """A description for people: shared headers, a shared prefix of the ids, and a few ids with partition/offset."""
+    shared = [f"header {name} = {_text(content)}" for name, content in _headers(these, others)]
     prefix = _prefix(these, others)
     if prefix:
-        told.append(f"ids that begin with {_text(prefix)}")
+        shared.append(f"ids that begin with {_text(prefix)}")
     examples = ", ".join(f"{_text(sent.key or b'')} at {sent.partition}/{sent.offset}" for sent in these[:SHOWN])
-    return f"{', '.join(told)}; such as {examples}" if told else f"such as {examples}"
+    return f"{', '.join(shared)}; such as {examples}" if shared else f"such as {examples}"
 
 
 def _headers(these: Sequence[Sent], others: Sequence[Sent]) -> list[tuple[str, bytes]]:
@@ -50,11 +51,11 @@ def _headers(these: Sequence[Sent], others: Sequence[Sent]) -> list[tuple[str, b
 
 
 def _prefix(these: Sequence[Sent], others: Sequence[Sent]) -> bytes:
-    """The beginning that all ids have in common, cut before its last digits: they count something."""
+    """The prefix that all ids have in common, without its last digits, which are often part of a counter."""
     if len(these) < MIN_FOR_PREFIX:
         return b""
     ids = [sent.key or b"" for sent in these]
-    first, last = min(ids), max(ids)  # what these two have in common, all have
+    first, last = min(ids), max(ids)  # the prefix that these two have in common, all ids have
     length = next((index for index, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
     common = first[:length].rstrip(b"0123456789")
     if not common:

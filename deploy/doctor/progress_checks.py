@@ -1,77 +1,82 @@
-"""Checks of how far the workers are: lag, what retention took from them, low water, watermarks, open transactions."""
+"""Checks of the workers' progress: lag, records deleted too early, low water, watermarks, open transactions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from deploy.cli.times import clock, duration
 from deploy.doctor.finding import Finding
 from deploy.doctor.model_checks import publishes_nothing
-from deploy.doctor.readings import Readings
+from deploy.doctor.readings import Partition, Readings
 from stream.records.times import MAX_TIMESTAMP_MS
 from stream.topics.needs import MEND
 
 __all__ = ["deleted", "lag", "low_water", "open_transactions", "watermark"]
 
-# A record that has waited this long for a worker. All of them work in seconds; a restart takes some ten.
+# A record has waited too long for a worker after this. Workers take seconds, and a restart about ten seconds.
 MAX_WAIT_MS = 60_000
-# Without any event for this long a watermark that holds back labels stands still: the partition is quiet. Events of a stream
-# that isn't sparse come every second.
+# A partition without any event for this long is quiet, and its watermark stands still. In a stream that isn't sparse, events
+# come every second.
 QUIET_MS = 60_000
-# Share of the retention that the oldest record still needed may have used up: the rest is the time left to act.
+# The oldest record still needed may be this old, as a share of the retention; the rest is the time left to act.
 NEAR_RETENTION = 0.8
-# A transaction of the join ends after 15 s, by itself or by the broker (join.transaction_timeout_ms).
+# A transaction of the join ends within 15 s, by the join or by the broker (join.transaction_timeout_ms).
 MAX_OPEN_MS = 60_000
 
 
-def _positions(readings: Readings) -> dict[str, tuple[str, Mapping[tuple[str, int], int]]]:
-    """By worker: the command that runs it, and the next offset it reads of each partition."""
+class _Worker(NamedTuple):
+    """What runs a worker, what it reads, and how far it has come."""
+
+    command: str
+    topics: tuple[str, ...]
+    positions: Mapping[Partition, int]  # the next offset of each partition
+
+
+def _workers(readings: Readings) -> dict[str, _Worker]:
     join = {
         (topic, number): position
         for number, committed in readings.committed.items()
         for topic, position in (("impressions", committed.impressions), ("clicks", committed.clicks))
         if position is not None
     }
-    trainer = {("examples", number): at for number, at in readings.trainer.items()}
-    scorer = {("score-requests", number): at for number, at in readings.scorer.items()}
+    trainer = {("examples", number): position for number, position in readings.trainer.items()}
+    scorer = {("score-requests", number): position for number, position in readings.scorer.items()}
     return {
-        "join": ("headrace run join", join),
-        "trainer": ("headrace run trainer", trainer),
-        "scorer": ("headrace run scorer", scorer),
+        "join": _Worker("headrace run join", ("impressions", "clicks"), join),
+        "trainer": _Worker("headrace run trainer", ("examples",), trainer),
+        "scorer": _Worker("headrace run scorer", ("score-requests",), scorer),
     }
-
-
-_READS = {"join": ("impressions", "clicks"), "trainer": ("examples",), "scorer": ("score-requests",)}
 
 
 def lag(readings: Readings) -> Iterator[Finding]:
     """Records wait too long for the join, the trainer or the scorers."""
-    for worker, (command, positions) in _positions(readings).items():
-        if worker in readings.unread_positions or (worker == "trainer" and publishes_nothing(readings) is not None):
-            continue  # unknown; or told by `publishing`, since the trainer's position is that of its newest version
-        # A version stands for the trainer's progress, and is that old at least.
-        limit_ms = MAX_WAIT_MS + (2 * readings.snapshots.interval_ms if worker == "trainer" else 0)
+    for name, worker in _workers(readings).items():
+        if name in readings.unread_positions or (name == "trainer" and publishes_nothing(readings) is not None):
+            continue  # the position is unknown, or `publishing` reports it: the trainer's is that of its newest version
+        # The trainer's position is known from its newest version only, which is up to two intervals old.
+        limit_ms = MAX_WAIT_MS + (2 * readings.snapshots.interval_ms if name == "trainer" else 0)
         waiting, behind, oldest = list[str](), 0, readings.now_ms
         for (topic, number), log in readings.logs.items():
-            if topic not in _READS[worker]:
+            if topic not in worker.topics:
                 continue
-            position = positions.get((topic, number), log.start)
+            position = worker.positions.get((topic, number), log.start)
             arrived = readings.arrived(topic, number, max(position, log.start))
             if position < log.stable_end and arrived is not None and readings.now_ms - arrived > limit_ms:
                 waiting.append(f"{readings.topic(topic)}-{number}")
                 behind += log.stable_end - position
                 oldest = min(oldest, arrived)
         if waiting:
-            members = readings.members.get(worker)
+            members = readings.members.get(name)
             yield Finding(
                 check="lag",
-                what=f"{worker}: {', '.join(waiting)}",
-                expected=f"no record waiting longer than {duration(limit_ms)}",
+                what=f"{name}: {', '.join(waiting)}",
+                expected=f"no record that waits longer than {duration(limit_ms)}",
                 found=f"about {behind:,} records waiting, the oldest for {duration(readings.now_ms - oldest)}; "
                 f"{'an unknown number of' if members is None else members} workers in the group",
-                cure=_lag_cure(worker, command, members),
+                cure=_lag_cure(name, worker.command, members),
             )
 
 
@@ -79,36 +84,35 @@ def _lag_cure(worker: str, command: str, members: int | None) -> str:
     if members == 0:
         return f"start one: `{command}`"
     if members is None:
-        return f"look whether one runs, else start it: `{command}`; if it runs, look at its log and /metrics"
+        return f"check whether one runs, else start one: `{command}`; if one runs, see its log and /metrics"
     if worker == "trainer":
-        return "look at its log and /metrics; a trainer that is busy needs more threads or a GPU, or a larger batch"
-    return f"look at its log and /metrics; if it is busy, start another: `{command}`"
+        return "see its log and /metrics; a trainer that is busy needs more threads, a GPU or a larger batch"
+    return f"see its log and /metrics; if it is busy, start another one: `{command}`"
 
 
 def deleted(readings: Readings) -> Iterator[Finding]:
-    """Retention has deleted what a worker had not read: the join and the trainer stop there."""
+    """Retention has deleted records that a worker had not read; the join and the trainer stop there."""
     cures = {
-        "join": "those events have no label any more. Raise topics.retention_ms and run `" + MEND + "`; set the offsets of "
-        "impressions and clicks with Kafka's kafka-consumer-groups.sh to go on without them",
-        "trainer": "HEADRACE_TRAINER__LOST_EXAMPLES=skip goes on without them; raise topics.retention_ms and run `"
-        + MEND
-        + "`",
+        "join": f"the deleted events will have no label. Raise topics.retention_ms and run `{MEND}`; to go on without these "
+        "events, set the join's offsets of impressions and clicks with Kafka's kafka-consumer-groups.sh",
+        "trainer": "to go on without the deleted examples, set HEADRACE_TRAINER__LOST_EXAMPLES=skip; raise "
+        f"topics.retention_ms and run `{MEND}`",
     }
-    for worker, (_, positions) in _positions(readings).items():
-        for (topic, number), position in positions.items():
+    for name, worker in _workers(readings).items():
+        for (topic, number), position in worker.positions.items():
             log = readings.logs.get((topic, number))
-            if worker in cures and log is not None and position < log.start:
+            if name in cures and log is not None and position < log.start:
                 yield Finding(
                     check="deleted",
-                    what=f"{worker}: {readings.topic(topic)}-{number}",
-                    expected=f"the log from offset {position}, up to which it has read",
+                    what=f"{name}: {readings.topic(topic)}-{number}",
+                    expected=f"a log that still has offset {position}, the next one to read",
                     found=f"a log that begins at {log.start}",
-                    cure=cures[worker],
+                    cure=cures[name],
                 )
 
 
 def low_water(readings: Readings) -> Iterator[Finding]:
-    """What the join would have to read after the loss of its disk is deleted, or soon will be."""
+    """Records that the join needs to rebuild its state after the loss of its disk are deleted, or soon will be."""
     for number, committed in sorted(readings.committed.items()):
         progress = committed.progress
         if progress is None:
@@ -121,7 +125,7 @@ def low_water(readings: Readings) -> Iterator[Finding]:
         for topic, (low, position) in lows.items():
             log = readings.logs.get((topic, number))
             if log is None or low == position or low >= log.stable_end:
-                continue  # nothing is needed but what comes
+                continue  # only records that the join has not read are needed
             kept_ms = int(readings.configs.get(topic, {}).get("retention.ms", "-1"))
             arrived = readings.arrived(topic, number, max(low, log.start))
             age_ms = 0 if arrived is None else readings.now_ms - arrived
@@ -134,15 +138,16 @@ def low_water(readings: Readings) -> Iterator[Finding]:
             yield Finding(
                 check="low_water",
                 what=f"{readings.topic(topic)}-{number}",
-                expected=f"the log from offset {low}, the earliest that the join's pending or remembered records need, kept "
-                "for longer",
+                expected=f"a log that keeps offset {low}, the earliest that the join's pending or remembered records need, for "
+                "longer",
                 found=found,
-                cure=f"raise topics.retention_ms and run `{MEND}` now, then see `watermark`: it frees what is pending",
+                cure=f"raise topics.retention_ms and run `{MEND}` now; then fix what `watermark` found, if it is listed, so "
+                "that pending impressions get their labels",
             )
 
 
 def watermark(readings: Readings) -> Iterator[Finding]:
-    """A watermark that one source holds back, or that nothing moves while impressions are pending."""
+    """One source holds back the watermark, or no event moves it while impressions are pending."""
     join = readings.join_settings
     for number, committed in sorted(readings.committed.items()):
         progress = committed.progress
@@ -160,11 +165,11 @@ def watermark(readings: Readings) -> Iterator[Finding]:
             yield Finding(
                 check="watermark",
                 what=what,
-                expected=f"both sources within {duration(join.max_ahead_ms)} of event time (join.max_ahead_ms)",
+                expected=f"event times of both sources within {duration(join.max_ahead_ms)} (join.max_ahead_ms)",
                 found=f"{readings.topic(slow)} stands at {_time(seen[slow])}, {readings.topic(other)} is "
                 f"{duration(held_ms) if seen[slow] >= 0 else 'far'} ahead: labels wait for {readings.topic(slow)}",
-                cure=f"look whether the producers of {readings.topic(slow)} run, and whether their clock is right; where it is "
-                "sparse, run `headrace watermarks` beside it",
+                cure=f"check whether the producers of {readings.topic(slow)} run, and whether their clocks are right; if that "
+                "stream is sparse, run `headrace watermarks` beside it",
             )
         elif pending and newest and quiet_ms > QUIET_MS:
             yield Finding(
@@ -172,19 +177,19 @@ def watermark(readings: Readings) -> Iterator[Finding]:
                 what=what,
                 expected=f"a watermark that passes the hold of the newest impression, {_time(pending)}",
                 found=f"a quiet partition, no event for {duration(quiet_ms)}: its last impressions have no label",
-                cure="where streams are sparse, run `headrace watermarks` beside them (or call `Client.send_watermark` on a "
-                "timer); else look whether the producers run",
+                cure="if the streams are sparse, run `headrace watermarks` beside them (or call `Client.send_watermark` on a "
+                "timer); otherwise check whether the producers run",
             )
 
 
 def _newest(readings: Readings, topic: str, number: int) -> int:
-    """When the newest sampled record arrived; 0 without one."""
+    """When the newest sampled record arrived; 0 if there is none."""
     tail = readings.tails.get((topic, number))
     return 0 if tail is None or not len(tail.arrived_ms) else int(tail.arrived_ms.max())
 
 
 def _pending(readings: Readings, number: int, watermark_ms: int) -> int | None:
-    """When the newest impression's label is due, where the watermark has not passed that. Not of one that the join refuses."""
+    """When the label of the newest impression that the join accepts is due; None if the watermark has passed that time."""
     tail, join = readings.tails.get(("impressions", number)), readings.join_settings
     if tail is None:
         return None
@@ -201,7 +206,7 @@ def _time(event_ms: int) -> str:
 
 
 def open_transactions(readings: Readings) -> Iterator[Finding]:
-    """A transaction that nobody ends: readers of committed records stop before it, and the watermark with them."""
+    """A transaction stays open: readers of committed records stop before it, and so does the watermark."""
     for (topic, number), since_ms in sorted(readings.open_since_ms.items()):
         if readings.now_ms - since_ms > MAX_OPEN_MS:
             name = readings.topic(topic)
@@ -209,7 +214,7 @@ def open_transactions(readings: Readings) -> Iterator[Finding]:
                 check="open_transactions",
                 what=f"{name}-{number}",
                 expected=f"transactions that end within {duration(MAX_OPEN_MS)}",
-                found=f"one that has been open for {duration(readings.now_ms - since_ms)}",
-                cure="end the producer that began it; kafka-transactions.sh --find-hanging and --abort end it by force "
-                f"(--topic {name} --partition {number})",
+                found=f"a transaction that has been open for {duration(readings.now_ms - since_ms)}",
+                cure="stop the producer that began it; kafka-transactions.sh --find-hanging and --abort end the transaction by "
+                f"force (--topic {name} --partition {number})",
             )

@@ -1,12 +1,13 @@
-"""What the doctor looks at: one moment of a system, as plain data that tests can make up.
+"""What the doctor checks: the state of a system at one moment, as plain data that tests can make up.
 
-Times are milliseconds since the epoch. Topics go by their short names (`impressions`), whatever their prefix.
+Times are milliseconds since the epoch. Topics have their short names (`impressions`), without a prefix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +20,14 @@ from stream.settings import JoinSettings, TopicSettings
 from stream.topics.contract import Difference
 from stream.topics.names import TopicNames
 
-__all__ = ["Committed", "LogReading", "Place", "Readings", "Tail"]
+__all__ = ["Committed", "LogReading", "Partition", "Readings", "SampledLetter", "Tail"]
 
-Place = tuple[str, int]  # short name of a topic, partition
+Partition = tuple[str, int]  # short name of the topic, number of the partition
 
 
 @dataclass(frozen=True, slots=True)
 class LogReading:
-    """Offsets of one partition: the first kept, the end for readers of committed records, and the end of all."""
+    """Offsets of one partition: the first one kept, the end for readers of committed records, and the end of the log."""
 
     start: int
     stable_end: int
@@ -35,9 +36,9 @@ class LogReading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
-    """The last records of one partition, markers left out; all columns have one length.
+    """The last records of one partition, without watermark records and transaction markers; all columns have one length.
 
-    `event_ms` is -1 where the value has no event time; watermark records are left out.
+    `event_ms` is -1 where the value has no event time.
     """
 
     offsets: npt.NDArray[np.int64]
@@ -45,7 +46,15 @@ class Tail:
     arrived_ms: npt.NDArray[np.int64]
     event_ms: npt.NDArray[np.int64]
     headers: Sequence[Sequence[tuple[str, bytes | None]]] = ()
-    """Of each record; empty where nobody looked."""
+    """Of each record; empty where they were not read."""
+
+
+class SampledLetter(NamedTuple):
+    """One of the newest dead letters: its reason, and the partition and offset of the record that it stands for."""
+
+    reason: str
+    partition: Partition
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,7 @@ class Committed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
-    """One moment. What could not be read is empty, and `unread` says why."""
+    """The state at one moment. What could not be read is empty, and `unread` says why."""
 
     now_ms: int
     join_settings: JoinSettings
@@ -67,32 +76,31 @@ class Readings:
     prefix: str = ""
     differences: Sequence[Difference] = ()
     partitions: Mapping[str, int] = field(default_factory=dict)
-    """Of the topics that are there."""
+    """How many partitions each topic has; only of topics that exist."""
     configs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     offsets_retention_ms: int | None = None
-    """How long the brokers remember what a group without members has committed."""
-    logs: Mapping[Place, LogReading] = field(default_factory=dict)
-    tails: Mapping[Place, Tail] = field(default_factory=dict)
+    """How long the brokers keep the committed offsets of a group without members."""
+    logs: Mapping[Partition, LogReading] = field(default_factory=dict)
+    tails: Mapping[Partition, Tail] = field(default_factory=dict)
     """Of impressions and clicks."""
-    letters: Sequence[tuple[str, Place, int]] = ()
-    """Of the newest dead letters: reason, and topic, partition and offset of the record."""
+    letters: Sequence[SampledLetter] = ()
     committed: Mapping[int, Committed] = field(default_factory=dict)
     members: Mapping[str, int] = field(default_factory=dict)
     """Members of the groups `join`, `trainer` and `scorer`; empty where they could not be counted."""
     trainer: Mapping[int, int] = field(default_factory=dict)
-    """Next offset of each partition of `examples`, by the newest announced version that the store has."""
+    """Next offset of each partition of `examples`, according to the newest announced version that the store has."""
     scorer: Mapping[int, int] = field(default_factory=dict)
     """Committed offset of each partition of `score-requests`."""
     registry: RegistryState = field(default_factory=RegistryState)
     scorers: Sequence[Heartbeat] = ()
-    """What every live scorer says of itself."""
+    """The newest heartbeat of each live scorer."""
     arrivals: Mapping[tuple[str, int, int], int] = field(default_factory=dict)
-    """Arrival of the first committed record at or after an offset, by topic, partition and offset."""
-    open_since_ms: Mapping[Place, int] = field(default_factory=dict)
-    """Arrival of the first record of a transaction that is open, where one holds back readers."""
+    """Arrival of the first committed record at or after an offset, by topic, number of the partition and offset."""
+    open_since_ms: Mapping[Partition, int] = field(default_factory=dict)
+    """Arrival of the first record of an open transaction that holds back readers of committed records."""
     unread: Sequence[str] = ()
     unread_positions: Set[str] = frozenset()
-    """Of `join`, `trainer` and `scorer`: whose positions could not be read. An empty position of the others: never ran."""
+    """The workers (`join`, `trainer`, `scorer`) whose positions could not be read. Others without a position never ran."""
 
     def arrived(self, topic: str, partition: int, offset: int) -> int | None:
         return self.arrivals.get((topic, partition, offset))
@@ -102,5 +110,5 @@ class Readings:
         return TopicNames.of(TopicSettings(prefix=self.prefix))
 
     def topic(self, short: str) -> str:
-        """The full name, for people."""
+        """The topic's full name, with its prefix."""
         return f"{self.prefix}{short}"

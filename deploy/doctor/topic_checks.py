@@ -1,4 +1,4 @@
-"""Checks of how topics are made: the contract, equal partitions, and retention that covers what the join may still need."""
+"""Checks of how topics are configured: the contract, equal numbers of partitions, and retention that is long enough."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["co_partitioning", "retention", "topics"]
 
 
 def topics(readings: Readings) -> Iterator[Finding]:
-    """A topic is missing, or not as the contract says."""
+    """A topic is missing, or differs from the contract."""
     for each in readings.differences:
         yield Finding(
             check="topics", what=f"{each.topic}: {each.what}", expected=each.expected, found=each.found, cure=each.cure
@@ -22,7 +22,7 @@ def topics(readings: Readings) -> Iterator[Finding]:
 
 
 def co_partitioning(readings: Readings) -> Iterator[Finding]:
-    """Topics whose partitions belong together by number differ in how many they have."""
+    """Topics whose partitions are joined by number have different numbers of partitions."""
     counts = {readings.topic(name): count for name, count in readings.partitions.items()}
     problem = unequal_partitions(readings.names, counts)
     if problem is not None:
@@ -30,7 +30,7 @@ def co_partitioning(readings: Readings) -> Iterator[Finding]:
 
 
 def retention(readings: Readings) -> Iterator[Finding]:
-    """Records are deleted while the join may need them, or labels before the impressions that they stand for."""
+    """Records are deleted while the join may still need them, or labels are deleted before their impressions."""
     configs = {readings.topic(name): config for name, config in readings.configs.items()}
     for short in retention_shortfalls(readings.names, readings.join_settings, configs):
         yield _finding("retention", f"{short.topic}: {short.what}", short)
@@ -43,8 +43,8 @@ def retention(readings: Readings) -> Iterator[Finding]:
             check="retention",
             what="brokers: offsets.retention.minutes",
             expected=f"at least the retention of {readings.topic('impressions')} ({shown(None if kept_ms < 0 else kept_ms)}): "
-            "where no join worker runs for longer, its offsets are forgotten, and the next one stops when it takes over: it "
-            "can't tell which impressions have their label",
+            "if no join worker runs for longer, its offsets are forgotten, and the next one stops when it takes over, because "
+            "it doesn't know which impressions have their label",
             found=duration(remembered),
             cure="raise offsets.retention.minutes in the brokers' server.properties, or lower topics.retention_ms and "
             f"`{MEND}`",

@@ -1,6 +1,6 @@
-"""From what is true to what arrives: clicks among impressions, late, twice, and with garbage between.
+"""What arrives of a simulated stream: events merged, delayed and sent twice, with broken records among them.
 
-Nothing here changes a probability or a click: it changes what a pipeline sees, and when.
+The simulation's probabilities and clicks stay as they are; only what a pipeline receives, and when, changes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REPEAT_MS = 2_000  # a duplicate comes up to this long after the first
 
 Int64s = npt.NDArray[np.int64]
 
-FIRST, AGAIN, BROKEN = 0, 1, 2
+FIRST, AGAIN, BROKEN = 0, 1, 2  # an event, its duplicate, a broken record
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Sends:
     values: list[bytes | None]
 
 
-# One of each way in which producers get it wrong; the id in the key tells them apart from real ones.
+# One for each way in which producers get it wrong. The id in the key distinguishes broken records from events.
 _GARBAGE: tuple[bytes | None, ...] = (
     b'{"impression_id":"%b","timestamp":',
     b'{"impression_id":"%b","timestamp":"yesterday","features":{}}',
@@ -47,13 +47,13 @@ _GARBAGE: tuple[bytes | None, ...] = (
 
 
 def arrivals(batches: Iterator[Batch], simulation: Simulation) -> Iterator[Sends]:
-    """Put events in the order of arrival: clicks among impressions, delays, duplicates, garbage."""
+    """Put events in the order of arrival: clicks among impressions, with delays, duplicates and broken records."""
     rng = np.random.default_rng([simulation.seed, 3])
     waiting: Sends | None = None
     for batch in batches:
-        sends = _join(waiting, _of(batch, simulation, rng))
+        sends = _concatenated(waiting, _sends_of(batch, simulation, rng))
         order = np.argsort(sends.times_ms, kind="stable")
-        # What the next batch may still come before has to wait for it.
+        # The next batch may have events before these, so the rest waits for it.
         ready = int(np.searchsorted(sends.times_ms[order], int(batch.times_ms[-1]), side="left"))
         waiting = _take(sends, order[ready:])
         if ready:
@@ -62,7 +62,7 @@ def arrivals(batches: Iterator[Batch], simulation: Simulation) -> Iterator[Sends
         yield waiting
 
 
-def _of(batch: Batch, simulation: Simulation, rng: np.random.Generator) -> Sends:
+def _sends_of(batch: Batch, simulation: Simulation, rng: np.random.Generator) -> Sends:
     encode = msgspec.json.encode
     clicked = np.flatnonzero(batch.clicked)
     keys = [name.encode() for name in batch.ids]
@@ -86,7 +86,7 @@ def _of(batch: Batch, simulation: Simulation, rng: np.random.Generator) -> Sends
         twice = _take(sends, again)
         later = twice.times_ms + rng.integers(1, _REPEAT_MS, len(again))
         what = np.full(len(again), AGAIN)
-        sends = _join(sends, Sends(later, twice.event_times_ms, twice.is_click, what, twice.keys, twice.values))
+        sends = _concatenated(sends, Sends(later, twice.event_times_ms, twice.is_click, what, twice.keys, twice.values))
     broken = np.flatnonzero(rng.random(count) < simulation.malformed)
     if len(broken):
         names = [b"broken-%b" % keys[row] for row in broken.tolist()]
@@ -97,11 +97,11 @@ def _of(batch: Batch, simulation: Simulation, rng: np.random.Generator) -> Sends
             bad.append(None if pattern is None else pattern % name)
         when = batch.times_ms[broken]
         flags = rng.random(len(broken)) < 0.5
-        sends = _join(sends, Sends(when, when, flags, np.full(len(broken), BROKEN), names, bad))
+        sends = _concatenated(sends, Sends(when, when, flags, np.full(len(broken), BROKEN), names, bad))
     return sends
 
 
-def _join(first: Sends | None, second: Sends) -> Sends:
+def _concatenated(first: Sends | None, second: Sends) -> Sends:
     if first is None:
         return second
     return Sends(

@@ -1,8 +1,8 @@
-"""Sending a stream of events that are bytes already: many a second, in order, at a chosen pace.
+"""Sending a stream of encoded events: many a second, in order, at a chosen pace.
 
-The client of `headrace` sends one event at a time through kafka-python, some 120 µs of CPU each at 700 bytes. A replay sends
-millions, on the machine that also runs the workers: here whole batches go to one partition at a time, 4 µs an event
-(measured on the same machine and broker).
+A replay sends millions of events, often on the machine that also runs the workers. The client of `headrace` sends one event at
+a time through kafka-python, which takes about 120 µs of CPU for 700 bytes. Here whole batches go to one partition at a time,
+which takes 4 µs an event (measured on the same machine and broker).
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from deploy.errors import FeedError
 from deploy.feeding.partitions import partitions_of
 from stream.errors import NoAnswer
 from stream.kafka.batches import BATCH_BYTES, send_batches
-from stream.kafka.clients import aiokafka_options, no_answer, started
+from stream.kafka.clients import aiokafka_options, started, unreachable
 from stream.kafka.reach import reach
 from stream.records.watermark import watermark_header
 from stream.settings import KafkaSettings
 
 __all__ = ["Feed", "Pace"]
 
-# Batches in flight, of up to 900 kB: enough to keep several brokers busy, and a bound on memory.
+# Batches in flight, each of up to 900 kB: enough to keep several brokers busy, and few enough to bound memory.
 _MAX_UNACKNOWLEDGED = 64
-_IDLE_S = 0.5  # how soon a pause notices that it should end
+_IDLE_S = 0.5  # longest pause, so that a stop is noticed soon
 
 
 class Feed:
-    """An idempotent producer of whole batches; an async context manager.
+    """An idempotent producer of whole batches; use it as an async context manager.
 
-    Records of one call keep their order within each partition, calls follow one another.
+    Within a partition, records arrive in the order in which they were sent: within a call, and from call to call.
     """
 
     def __init__(self, kafka: KafkaSettings) -> None:
@@ -58,14 +58,14 @@ class Feed:
             )
             await started(self._kafka, self._producer, "a producer")
         except (KafkaError, NoAnswer) as error:
-            told = error if isinstance(error, NoAnswer) else no_answer(self._kafka, "a producer", error)
-            raise FeedError(str(told)) from error
+            failure = error if isinstance(error, NoAnswer) else unreachable(self._kafka, "an answer about a producer", error)
+            raise FeedError(str(failure)) from error
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for future in self._unacknowledged:  # only after an error are there any
+        for future in self._unacknowledged:  # there are some only after an error
             future.cancel()
         await self._producer.stop()
 
@@ -73,13 +73,13 @@ class Feed:
         """How many partitions a topic has. Raises FeedError when it is missing."""
         if topic not in self._partitions:
             try:
-                # A broker that makes topics on demand would make this one with one partition: hence the list first.
+                # All topics, since a broker that creates topics on demand would create the one asked for, with one partition.
                 known = await self._producer.client.fetch_all_metadata()
                 found = known.partitions_for_topic(topic)
             except KafkaError as error:
                 raise FeedError(f"topic {topic!r}: expected its partitions, found {error!r}. Check the brokers.") from error
             if not found:
-                raise FeedError(f"topic {topic!r}: expected a topic, found none of that name. Run `headrace topics create`.")
+                raise FeedError(f"topic {topic!r}: expected a topic, found none with that name. Run `headrace topics create`.")
             self._partitions[topic] = len(found)
         return self._partitions[topic]
 
@@ -90,7 +90,11 @@ class Feed:
         values: Sequence[bytes | None],
         headers: Sequence[list[tuple[str, bytes]]] | None = None,
     ) -> None:
-        """Hand records over, each to the partition that murmur2 gives its key. Raises FeedError for earlier failures too."""
+        """Send records, each to the partition of its key by murmur2.
+
+        Raises:
+            FeedError: these records could not be sent, or Kafka rejected some that were sent before.
+        """
         if not keys:
             return
         count = await self.partitions(topic)
@@ -107,21 +111,25 @@ class Feed:
             for futures in await asyncio.gather(*sends):
                 self._unacknowledged.extend(futures)
         except KafkaError as error:
-            raise FeedError(f"topic {topic!r}: expected batches to be taken, found {error!r}. Check the brokers.") from error
+            raise FeedError(
+                f"topic {topic!r}: expected the brokers to accept batches, found {error!r}. Check the brokers."
+            ) from error
         await self._settle(_MAX_UNACKNOWLEDGED)
 
     async def watermark(self, topics: Iterable[str], watermark_ms: int) -> None:
-        """A watermark record to every partition of each topic, behind everything sent before. Raises FeedError."""
+        """Send a watermark record to every partition of each topic, after everything sent before. Raises FeedError."""
         record = (None, b"", [watermark_header(watermark_ms)])
         for topic in topics:
             for partition in range(await self.partitions(topic)):
                 try:
                     self._unacknowledged.extend(await send_batches(self._producer, topic, partition, [record]))
                 except KafkaError as error:
-                    raise FeedError(f"topic {topic!r}: expected a watermark to be taken, found {error!r}.") from error
+                    raise FeedError(
+                        f"topic {topic!r}: expected the brokers to accept a watermark, found {error!r}. Check the brokers."
+                    ) from error
 
     async def flush(self) -> None:
-        """Wait until everything is acknowledged. Raises FeedError."""
+        """Wait until Kafka has acknowledged everything. Raises FeedError."""
         await self._settle(0)
 
     async def _settle(self, left: int) -> None:
@@ -131,12 +139,12 @@ class Feed:
             except KafkaError as error:
                 raise FeedError(
                     f"a batch of events: expected all in-sync replicas to acknowledge it, found {error!r}. Check the brokers; "
-                    "what was sent before is in the log, and sending it again does no harm to the labels."
+                    "what was sent before is in the log, and sending it again does not change any label."
                 ) from error
 
 
 class Pace:
-    """When which event is due: by event time (`speed`), by count (`rate`), or at once (neither)."""
+    """When each event is due: by event time (`speed`), by count (`rate`), or at once (neither)."""
 
     def __init__(self, *, speed: float | None = None, rate: float | None = None) -> None:
         self._speed = speed
@@ -145,17 +153,17 @@ class Pace:
         self._first_ms = 0
 
     def begin(self, first_ms: int) -> None:
-        """The first event's time is now."""
+        """Start the clock: an event at `first_ms` is due now."""
         self._began = time.monotonic()
         self._first_ms = first_ms
 
     def due(self, times_ms: np.ndarray, position: int, sent: int, most: int) -> int:
-        """Up to which position (exclusive) events may go now: at most `most` further.
+        """The position up to which (exclusive) events are due now, at most `most` beyond `position`.
 
         Args:
-            times_ms: event times, never falling, of the block at hand.
+            times_ms: event times of the block, never falling.
             position: the next event of the block.
-            sent: events sent before, in all.
+            sent: events sent so far, over all blocks.
         """
         stop = min(position + most, len(times_ms))
         elapsed = time.monotonic() - self._began

@@ -1,17 +1,16 @@
-"""Replaying a data set: impressions and clicks in event-time order, at a chosen pace, a watermark behind them.
+"""Replaying a data set: impressions and clicks in event-time order, at a chosen pace, with a watermark at the end.
 
-An impression may be scored before it is sent, as in a live system: a request (the user's features; the item shown among other
-items of that hour) goes out first, and the impression carries the answer's score and version.
+A part of the impressions can be scored before they are sent, as in a live system: a score request goes out first (the user's
+features, and the item shown among other items of that hour), and the impression carries the answer's score and version.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -22,22 +21,22 @@ from deploy.errors import DataSetError
 from deploy.feeding.ended_streams import refuse_late
 from deploy.feeding.feed import Feed, Pace
 from deploy.feeding.scoring import Scoring
+from deploy.feeding.sender import Sender
+from deploy.feeding.stats import ReplayStats
 from deploy.settings import Settings
-from stream.topics.names import TopicNames
 
-__all__ = ["Block", "ReplayStats", "Replayer", "impressions", "merge"]
+__all__ = ["Block", "Replayer", "impressions", "merge"]
 
-_STEP = 1_000  # events handed over at once: batches stay large, and the two topics stay close in event time
-_SCORED_STEP = 256  # with score requests: an impression waits for its step's answers
+_STEP = 1_000  # events sent at once: batches stay large, and the two topics stay close in event time
+_SCORED_STEP = 256  # the same with score requests: an impression waits for the answers of its whole step
 _json = msgspec.json.Encoder().encode
 
-_RECORD_BYTES = 100  # of a batch with one record, beside its key and value
-_MARGIN_MS = 1_000  # of the last watermark beyond the last window
+_RECORD_BYTES = 100  # overhead of a batch with one record, beside its key and value
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Events in the order in which they happen: E of them. `rows` points into the chunk, for clicks into `click_ids`."""
+    """E events in event-time order. `rows` has the row of each impression in `chunk`, and of each click in `click_ids`."""
 
     chunk: Chunk
     click_ids: list[str]
@@ -46,31 +45,8 @@ class Block:
     rows: npt.NDArray[np.int64]  # (E,)
 
 
-@dataclass(slots=True)
-class ReplayStats:
-    """Counts so far; safe to read from another thread while the replay runs."""
-
-    impressions: int = 0
-    clicks: int = 0
-    clicks_beyond_window: int = 0  # of the impressions sent: they come too late to label anything
-    requests: int = 0
-    answers: int = 0
-    event_time_ms: int = -1  # of the last event sent
-    watermark_ms: int = -1  # sent at the end
-    elapsed_s: float = 0.0
-    answer_ms: list[float] = field(default_factory=list)  # from request to answer, as the replayer saw it
-
-    @property
-    def events(self) -> int:
-        return self.impressions + self.clicks
-
-    @property
-    def events_per_s(self) -> float:
-        return self.events / self.elapsed_s if self.elapsed_s > 0 else 0.0
-
-
-class Replayer:
-    """One replay.
+class Replayer(Sender[ReplayStats]):
+    """One replay of a data set.
 
     ```python
     replayer = Replayer(KuaiRand(), settings, rate=5_000, scored_fraction=0.2)
@@ -78,14 +54,17 @@ class Replayer:
     replayer.stats.impressions                         # any time, from any thread
     ```
 
+    Running it raises DataSetError when the data set is missing, unreadable or empty, or when the topics hold a stream that
+    ended later than this one begins.
+
     Args:
-        speed: multiples of event time; None: not paced by event time.
-        rate: events a second; None: not paced by count. With neither, as fast as it goes.
+        speed: multiple of event time; None: not paced by event time.
+        rate: events a second; None: not paced by count. With neither `speed` nor `rate`, as fast as possible.
         limit: impressions to send; all when None.
-        loop: begin again at the end, later in event time and with new ids, until stopped or the limit.
-        seed: which impressions are scored, and which candidates they get.
-        scored_fraction: share of impressions for which scores are asked first.
-        candidates: items in a score request, the one shown included (fewer while few have been seen).
+        loop: start again at the end, later in event time and with new ids, until stopped or the limit is reached.
+        seed: decides which impressions are scored, and which candidates their requests have.
+        scored_fraction: share of impressions for which a score is requested first.
+        candidates: items in a score request, including the one shown (fewer while few have been seen).
         score_timeout_ms: longest wait for the answers of one step.
         end_watermark: end with a watermark record beyond the last window.
         on_progress: called after every step.
@@ -107,16 +86,11 @@ class Replayer:
         end_watermark: bool = True,
         on_progress: Callable[[ReplayStats], None] | None = None,
     ) -> None:
-        self.stats = ReplayStats()
+        pace = Pace(speed=speed, rate=rate)
+        super().__init__(settings, ReplayStats(), pace, end_watermark=end_watermark, on_progress=on_progress)
         self._data_set = data_set
-        self._settings = settings
-        self._topics = TopicNames.of(settings.topics)
-        self._pace = Pace(speed=speed, rate=rate)
         self._limit = limit
         self._loop = loop
-        self._end_watermark = end_watermark
-        self._on_progress = on_progress
-        self._stop = threading.Event()
         self._scoring: Scoring | None = None
         if scored_fraction > 0:
             self._scoring = Scoring(
@@ -128,22 +102,8 @@ class Replayer:
                 stats=self.stats,
             )
 
-    def stop(self) -> None:
-        """End early, watermark included; safe from any thread."""
-        self._stop.set()
-
-    def run(self) -> ReplayStats:
-        """Replay it all, in an event loop of its own. Raises as `run_async`."""
-        return asyncio.run(self.run_async())
-
-    async def run_async(self) -> ReplayStats:
-        """Replay it all.
-
-        Raises:
-            DataSetError: the data set is not there, not readable or empty, or the topics hold a stream that ended later.
-            FeedError: Kafka or a topic is not there, or doesn't take the events.
-        """
-        began = time.monotonic()
+    async def _send_all(self) -> None:
+        most = _STEP if self._scoring is None else _SCORED_STEP
         async with AsyncExitStack() as stack:
             feed = await stack.enter_async_context(Feed(self._settings.kafka))
             if self._scoring is not None:
@@ -152,30 +112,12 @@ class Replayer:
                 if self.stats.event_time_ms < 0:
                     await refuse_late(self._settings.kafka, self._topics, self._settings.join, int(block.times_ms[0]))
                     self._pace.begin(int(block.times_ms[0]))
-                await self._send_block(feed, block, began)
+                await self._send_paced(block.times_ms, most, partial(self._send_step, feed, block))
                 if self._stop.is_set():
                     break
             if self.stats.event_time_ms < 0:
                 raise DataSetError(f"{self._data_set.name}: expected at least one impression, found none. Check its file.")
-            await feed.flush()
-            if self._end_watermark:
-                join = self._settings.join
-                self.stats.watermark_ms = self.stats.event_time_ms + join.window_ms + join.lateness_ms + _MARGIN_MS
-                await feed.watermark((self._topics.impressions, self._topics.clicks), self.stats.watermark_ms)
-                await feed.flush()
-        self._report(began)
-        return self.stats
-
-    async def _send_block(self, feed: Feed, block: Block, began: float) -> None:
-        position, step = 0, _STEP if self._scoring is None else _SCORED_STEP
-        while position < len(block.times_ms) and not self._stop.is_set():
-            stop = self._pace.due(block.times_ms, position, self.stats.events, step)
-            if stop == position:
-                await asyncio.sleep(self._pace.pause_s(int(block.times_ms[position]), self.stats.events))
-                continue
-            await self._send_step(feed, block, slice(position, stop))
-            position = stop
-            self._report(began)
+            await self._end(feed, self.stats.event_time_ms)
 
     async def _send_step(self, feed: Feed, block: Block, step: slice) -> None:
         clicks = block.is_click[step]
@@ -209,11 +151,6 @@ class Replayer:
                     f"{len(value)}. Shorten its features, or raise topics.max_message_bytes."
                 )
 
-    def _report(self, began: float) -> None:
-        self.stats.elapsed_s = time.monotonic() - began
-        if self._on_progress is not None:
-            self._on_progress(self.stats)
-
     def _chunks(self) -> Iterator[Chunk]:
         left = self._limit
         for chunk in _looped(self._data_set, self._settings.join.max_future_ms) if self._loop else self._data_set.chunks():
@@ -226,7 +163,7 @@ class Replayer:
 
 
 def impressions(chunk: Chunk, rows: Sequence[int], served: Mapping[int, bytes]) -> list[bytes]:
-    """The values of these rows' impressions; `served` has what an answer was, by row, in the place of the chunk's own."""
+    """The values of these rows' impressions. `served` has the answer's members by row; they replace the chunk's own."""
     times = chunk.timestamps_ms[list(rows)].tolist() if rows else []
     own = chunk.served
     return [
@@ -237,10 +174,10 @@ def impressions(chunk: Chunk, rows: Sequence[int], served: Mapping[int, bytes]) 
 
 
 def merge(chunks: Iterator[Chunk]) -> Iterator[Block]:
-    """Events in event-time order: each click when its time comes, an impression before a click of the same millisecond.
+    """All events in event-time order; in one millisecond, impressions come before clicks.
 
     Raises:
-        DataSetError: impressions whose times fall.
+        DataSetError: an impression is older than the one before it.
     """
     waiting_ids: list[str] = []
     waiting_ms = np.empty(0, np.int64)
@@ -251,12 +188,14 @@ def merge(chunks: Iterator[Chunk]) -> Iterator[Block]:
             continue
         times_ms = chunk.timestamps_ms
         if times_ms[0] < last_ms or (np.diff(times_ms) < 0).any():
-            raise DataSetError("impressions: expected event times that never fall, found one that does. Sort them by time.")
+            raise DataSetError(
+                "impressions: expected event times that never fall, found an earlier one after a later one. Sort them by time."
+            )
         last_ms = int(times_ms[-1])
         clicked = np.flatnonzero(chunk.clicked)
         ids = waiting_ids + [chunk.ids[row] for row in clicked.tolist()]
         clicks_ms = np.concatenate([waiting_ms, chunk.click_timestamps_ms[clicked]])
-        # A click of the chunk's last millisecond waits: the next chunk may have impressions of it.
+        # Clicks from the chunk's last millisecond on wait: the next chunk may have impressions of that millisecond.
         now = clicks_ms < last_ms
         yield _block(chunk, [ids[i] for i in np.flatnonzero(now).tolist()], clicks_ms[now], np.arange(len(chunk)))
         waiting_ids, waiting_ms = [ids[i] for i in np.flatnonzero(~now).tolist()], clicks_ms[~now]
@@ -267,16 +206,16 @@ def merge(chunks: Iterator[Chunk]) -> Iterator[Block]:
 def _block(chunk: Chunk, click_ids: list[str], clicks_ms: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> Block:
     times_ms = np.concatenate([chunk.timestamps_ms[rows], clicks_ms])
     is_click = np.arange(len(times_ms)) >= len(rows)
-    order = np.lexsort((is_click, times_ms))  # stable: equal events in the data set's order
+    order = np.lexsort((is_click, times_ms))  # stable: equal events stay in the data set's order
     every = np.concatenate([rows, np.arange(len(clicks_ms))])
     return Block(chunk, click_ids, times_ms[order], is_click[order], every[order])
 
 
 def _looped(data_set: DataSet, max_future_ms: int) -> Iterator[Chunk]:
-    """The data set again and again: each round begins where the last one's clicks have ended, with new ids.
+    """The data set again and again: each round begins after the last click of the round before, with new ids.
 
     Raises:
-        DataSetError: a round would be of the future, or ids could be those of another round.
+        DataSetError: a round would lie in the future, or an id could also be one of another round.
     """
     shift_ms, number = 0, 0
     while True:
@@ -285,11 +224,13 @@ def _looped(data_set: DataSet, max_future_ms: int) -> Iterator[Chunk]:
             first_ms = int(chunk.timestamps_ms[0]) if first_ms < 0 else first_ms
             last_ms = max(last_ms, int(chunk.timestamps_ms[-1]), int(chunk.click_timestamps_ms.max()))
             if number == 0 and (odd := next((name for name in chunk.ids if "~" in name), None)):
-                raise DataSetError(f"--loop: expected ids without '~', which marks a later round, found {odd!r}. Leave it out.")
+                raise DataSetError(
+                    f"--loop: expected ids without '~', which marks a later round, found {odd!r}. Change that id."
+                )
             if number and last_ms + shift_ms > time.time() * 1_000 + max_future_ms:
                 raise DataSetError(
                     f"--loop: expected round {number + 1} to lie in the past, found that it reaches more than "
-                    "join.max_future_ms ahead of now: the join would refuse its events. Replay a log that ended longer ago, or "
+                    "join.max_future_ms ahead of now: the join would reject its events. Replay a log that ended longer ago, or "
                     "stop at --limit."
                 )
             yield _shifted(chunk, shift_ms, number) if number else chunk

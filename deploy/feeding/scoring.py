@@ -1,4 +1,4 @@
-"""Asking for scores before impressions are sent: the thing shown among others of that hour, for the user about to see it."""
+"""Requesting scores before impressions are sent: the item shown among other items of that hour, for the user who sees it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,12 +16,10 @@ from aiokafka.structs import TopicPartition
 
 from deploy.datasets.base import Chunk, draw_uniform
 from deploy.feeding.feed import Feed
+from deploy.feeding.stats import ReplayStats
 from deploy.settings import Settings
 from stream.kafka.clients import aiokafka_options
 from stream.topics.names import TopicNames
-
-if TYPE_CHECKING:
-    from deploy.feeding.replay import ReplayStats
 
 __all__ = ["Scoring"]
 
@@ -40,14 +38,29 @@ class _Answer(msgspec.Struct):
     model_version: int | None = None
 
 
+class _Shown(NamedTuple):
+    """An item that was shown."""
+
+    time_ms: int
+    item: str
+    features: bytes
+
+
+class _Asked(NamedTuple):
+    """A request without an answer yet."""
+
+    item: str  # the one that is shown
+    at_s: float  # monotonic
+
+
 class Scoring:
-    """Sends the requests of a step and gathers their answers.
+    """Sends the score requests of a step and collects their answers.
 
-    A request's id is the impression's, a candidate's id is the item's, so that the answer tells which was shown. Its place
-    among the candidates is drawn.
+    A request has its impression's id, and a candidate has its item's id, so the score of the item shown can be found in the
+    answer. The position of that item among the candidates is drawn.
 
-    No step waits longer than `timeout_ms`. After one without any answer the next ones don't wait at all, until an answer
-    comes: before there is a model, and when scorers are down, the stream flows on unscored.
+    No step waits longer than `timeout_ms`. After a step without any answer, later steps don't wait at all until an answer
+    comes. So the stream goes on unscored while there is no model yet, or while the scorers are down.
     """
 
     def __init__(
@@ -62,18 +75,18 @@ class Scoring:
         self._random = random.Random(seed)
         self._stats = stats
         self._row = 0  # impressions seen
-        self._shown: list[tuple[int, str, bytes]] = []  # event time, item, its features: the last hour's
-        self._oldest = 0  # where the last hour begins in `_shown`
-        self._asked: dict[str, tuple[str, float]] = {}  # request → item shown, when asked
-        self._answered: dict[str, bytes] = {}  # request → what the impression is to carry
-        self._news = asyncio.Event()
-        self._alive = True
+        self._shown: list[_Shown] = []  # by event time
+        self._oldest = 0  # index in `_shown` at which the last hour begins
+        self._asked: dict[str, _Asked] = {}  # by request id
+        self._answered: dict[str, bytes] = {}  # request id → members that the impression will carry
+        self._new_answer = asyncio.Event()
+        self._alive = True  # whether answers come, so that waiting is worth it
         self._feed: Feed | None = None
         self._decode = msgspec.json.Decoder(_Answer).decode
 
     @asynccontextmanager
     async def using(self, feed: Feed) -> AsyncIterator[None]:
-        """Read answers while the block runs. Raises FeedError when the topic is missing."""
+        """Read answers while the `async with` block runs. Raises FeedError when the topic is missing."""
         self._feed = feed
         topic = self._topics.scores
         partitions = [TopicPartition(topic, number) for number in range(await feed.partitions(topic))]
@@ -100,7 +113,11 @@ class Scoring:
             await consumer.stop()
 
     async def ask(self, chunk: Chunk, rows: Sequence[int]) -> dict[int, bytes]:
-        """Ask for a sample of the rows; what each is to carry, by row, for those answered in time. Raises FeedError."""
+        """Request scores for a sample of the rows. Raises FeedError.
+
+        Returns:
+            For each row answered in time, the members that its impression will carry.
+        """
         assert self._feed is not None
         drawn = draw_uniform(np.arange(self._row, self._row + len(rows)), seed=self._seed + 1) < self._fraction
         self._row += len(rows)
@@ -115,13 +132,13 @@ class Scoring:
                 keys.append(name.encode())
                 values.append(self._request(name, chunk, row, now_ms, deadline_ms))
                 sampled[name] = row
-                self._asked[name] = (item, time.monotonic())
-            self._shown.append((now_ms, item, chunk.candidates[row]))
+                self._asked[name] = _Asked(item, time.monotonic())
+            self._shown.append(_Shown(now_ms, item, chunk.candidates[row]))
         if not sampled:
             return {}
         await self._feed.send(self._topics.score_requests, keys, values)
         self._stats.requests += len(keys)
-        await self._gather(sampled)
+        await self._wait_for_answers(sampled)
         served = {row: self._answered[name] for name, row in sampled.items() if name in self._answered}
         self._answered.clear()
         for name in sampled:
@@ -129,8 +146,8 @@ class Scoring:
         return served
 
     def _request(self, name: str, chunk: Chunk, row: int, now_ms: int, deadline_ms: int) -> bytes:
-        shown = (chunk.items[row], chunk.candidates[row])
-        listed = [*self._drawn(shown[0], now_ms), shown]
+        item = chunk.items[row]
+        listed = [*self._drawn(item, now_ms).items(), (item, chunk.candidates[row])]
         self._random.shuffle(listed)
         user = chunk.users[row]
         candidates = b",".join(
@@ -144,31 +161,31 @@ class Scoring:
             deadline_ms,
         )
 
-    def _drawn(self, item: str, now_ms: int) -> list[tuple[str, bytes]]:
-        """Other items shown within the hour before."""
+    def _drawn(self, item: str, now_ms: int) -> dict[str, bytes]:
+        """Other items shown within the hour before, and their features."""
         shown = self._shown
-        while self._oldest < len(shown) and shown[self._oldest][0] < now_ms - _HOUR_MS:
+        while self._oldest < len(shown) and shown[self._oldest].time_ms < now_ms - _HOUR_MS:
             self._oldest += 1
-        if self._oldest > 100_000:  # forget in large pieces: each costs a copy
+        if self._oldest > 100_000:  # remove many at once: each removal copies the rest
             del shown[: self._oldest]
             self._oldest = 0
         others: dict[str, bytes] = {}
-        # Repeats and the item itself are among the draws: four times as many nearly always suffice, and fewer do no harm.
+        # Draws include repeats and the item itself. Four times as many draws are nearly always enough; fewer items do no harm.
         for _ in range(4 * self._others if len(shown) > self._oldest else 0):
-            _, name, features = shown[self._random.randrange(self._oldest, len(shown))]
-            if name != item:
-                others[name] = features
+            other = shown[self._random.randrange(self._oldest, len(shown))]
+            if other.item != item:
+                others[other.item] = other.features
             if len(others) == self._others:
                 break
-        return list(others.items())
+        return others
 
-    async def _gather(self, sampled: dict[str, int]) -> None:
+    async def _wait_for_answers(self, sampled: dict[str, int]) -> None:
         until = time.monotonic() + self._timeout_ms / 1_000
         while self._alive and not sampled.keys() <= self._answered.keys():
-            self._news.clear()
+            self._new_answer.clear()
             try:
                 async with asyncio.timeout(until - time.monotonic()):
-                    await self._news.wait()
+                    await self._new_answer.wait()
             except TimeoutError:
                 break
         self._alive = self._alive and any(name in self._answered for name in sampled)
@@ -178,13 +195,12 @@ class Scoring:
             try:
                 answer = self._decode(record.value or b"")
             except (msgspec.DecodeError, UnicodeDecodeError):
-                continue  # somebody else's record; `headrace scores tail` shows it
+                continue  # another producer's record; `headrace scores tail` shows it
             self._alive = self._alive or answer.model_version is not None
             asked = self._asked.pop(answer.request_id, None)
             if asked is None or answer.model_version is None:
                 continue
-            item, since = asked
-            score = next((scored.score for scored in answer.scores if scored.id == (item or "-")), None)
+            score = next((scored.score for scored in answer.scores if scored.id == (asked.item or "-")), None)
             if score is not None:
                 self._answered[answer.request_id] = b',"score":%b,"model_version":%d' % (
                     msgspec.json.encode(score),
@@ -192,12 +208,12 @@ class Scoring:
                 )
                 self._stats.answers += 1
                 if len(self._stats.answer_ms) < _SAMPLES:
-                    self._stats.answer_ms.append((time.monotonic() - since) * 1_000)
-            self._news.set()
+                    self._stats.answer_ms.append((time.monotonic() - asked.at_s) * 1_000)
+            self._new_answer.set()
 
 
 def _with(features: bytes, more: bytes) -> bytes:
-    """A JSON object with more members."""
+    """The JSON object `features` with the members `more` added."""
     if not more:
         return features
     return b"%b,%b}" % (features[:-1], more) if features != b"{}" else b"{%b}" % more

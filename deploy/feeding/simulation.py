@@ -1,8 +1,8 @@
 """A stream whose true click probabilities are known.
 
-The truth is a logistic model over users, items, their segments, device, hour and price. What changes while a stream runs is
-asked for: weights that turn (drift), items that appear and fade, hours that are shorter than a clock's, a step in the
-click-through rate.
+The truth is a logistic model over users, items, their segments, device, hour and price. A stream can also change while it runs:
+weights can turn (drift), items can appear and fade, the feature `hour` can change faster than a clock, and the click-through
+rate can step.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,19 +23,26 @@ from deploy.datasets.encode import members, objects
 from deploy.errors import DeployError
 from model.schema import FeatureSchema, FieldSpec
 
-__all__ = ["Batch", "Simulation", "TruthFile", "generate", "simulation_schema"]
+__all__ = ["Batch", "CtrStep", "Simulation", "TruthFile", "generate", "simulation_schema"]
 
 _BATCH = 4_096  # impressions generated at once
 _USERS, _ITEMS, _SEGMENTS, _CATEGORIES, _DEVICES = 20_000, 2_000, 8, 12, 4
 _ZIPF = 1.1  # popularity of users and items, as in click logs
-# Standard deviations of the true weights, by what they belong to; the hours' is `hour_effect`.
+# Standard deviations of the true weights, by feature; those of the hours are multiplied by `hour_effect`.
 _SPREADS = {"user": 0.4, "item": 0.6, "device": 0.3, "hour": 1.0, "pair": 0.8, "price": 0.5}
-_PRICE = 0.01  # the lowest one, since its logarithm is read
-_CALIBRATED_ON = 20_000  # impressions from which the bias is solved: the mean probability is met within some 1 %
+_PRICE = 0.01  # the lowest price: the model reads its logarithm, so none is 0
+_CALIBRATED_ON = 20_000  # impressions from which the bias is computed: the mean probability is met within about 1 %
 
 Floats = npt.NDArray[np.float64]
 Int64s = npt.NDArray[np.int64]
 Columns = dict[str, npt.NDArray[np.generic]]
+
+
+class CtrStep(NamedTuple):
+    """Another mean true click probability from a point of the stream on."""
+
+    seconds: float  # after the start
+    ctr: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +53,26 @@ class Simulation:
         rate: impressions a second of event time.
         count: impressions.
         ctr: mean true click probability over the stream, at the weights of its start (within about 2 %).
-        ctr_steps: (seconds after the start, mean true click probability from then on), by rising time.
-        delay: distribution of click delays; `delay_ms` is its mean (uniform: half its largest value).
-        shuffle_ms: an event is sent up to this much later than its time, drawn for each.
+        ctr_steps: changes of `ctr` while the stream runs, by rising time.
+        delay: distribution of click delays; `delay_ms` is its mean (for uniform, half its largest value).
+        shuffle_ms: each event is sent up to this much later than its time; how much is drawn for each.
         duplicates: share of events that are sent twice.
         malformed: broken records sent in addition, as a share of the impressions.
-        drift: quarter turns of the true weights towards unrelated ones in 100,000 impressions.
+        drift: quarter turns of the true weights in 100,000 impressions; after one, they are unrelated to the first ones.
         hour_ms: length of one value of the feature `hour` in event time; each of the 24 has an effect of its own.
         hour_effect: standard deviation of these effects on the log odds.
-        new_items: items that appear in a second of event time, each with an effect of its own.
-        new_item_share: share of impressions that show one of these.
-        new_item_life_s: how old such an item is when it is shown, on average: it appears at its most popular, and fades.
-        first_id: numbers impressions from here, so that runs on one topic don't collide.
+        new_items: how many items appear in a second of event time, each with an effect of its own.
+        new_item_share: share of impressions that show one of these items.
+        new_item_life_s: mean age of such an item when it is shown. Such items are most popular at first, and fade.
+        first_id: number of the first impression's id, so that runs on one topic don't collide.
         start_ms: event time of the first impression.
-        seed: of everything drawn.
+        seed: seed of everything that is drawn.
     """
 
     rate: float = 1_000.0
     count: int = 10_000
     ctr: float = 0.1
-    ctr_steps: tuple[tuple[float, float], ...] = ()
+    ctr_steps: tuple[CtrStep, ...] = ()
     delay: Literal["exponential", "lognormal", "uniform"] = "exponential"
     delay_ms: float = 5_000.0
     shuffle_ms: int = 0
@@ -92,7 +99,7 @@ class Batch:
     probabilities: Floats  # (N,) true
     clicked: npt.NDArray[np.bool_]  # (N,)
     click_times_ms: Int64s  # (N,), -1 without a click
-    item_ages_ms: Int64s  # (N,) since the item appeared; -1 for one that was always there
+    item_ages_ms: Int64s  # (N,) since the item appeared; -1 for an item that was there from the start
 
 
 def simulation_schema() -> FeatureSchema:
@@ -107,20 +114,21 @@ class Truth:
     def __init__(self, simulation: Simulation) -> None:
         self._simulation = simulation
         rng = np.random.default_rng([simulation.seed, 1])
-        self._weights = [self._draw(rng) for _ in range(2)]  # where drift begins, and what it turns to
+        self._weights = [self._draw(rng) for _ in range(2)]  # at the start, and after a quarter turn of drift
         for weights in self._weights:
             weights["hour"] = weights["hour"] * simulation.hour_effect
         self.segments = rng.integers(0, _SEGMENTS, _USERS)
         categories = rng.integers(0, _CATEGORIES, _ITEMS)
-        # Items that appear later have numbers after the others'; their draws leave those of all other things as they are.
+        # Items that appear later are numbered after the others. They have a generator of their own, so that all other draws
+        # are the same with and without them.
         later = np.random.default_rng([simulation.seed, 4])
         born = int(simulation.new_items * simulation.count / simulation.rate) + 1
         self.categories = np.concatenate([categories, later.integers(0, _CATEGORIES, born)])
         for weights in self._weights:
             weights["item"] = np.concatenate([weights["item"], later.normal(0.0, _SPREADS["item"], born)])
-        steps = [ctr for _, ctr in ((0.0, simulation.ctr), *simulation.ctr_steps)]
-        self._biases = np.array([self._bias(ctr) for ctr in steps])
-        self._step_rows = np.array([seconds * simulation.rate for seconds, _ in simulation.ctr_steps])
+        ctrs = [simulation.ctr, *(step.ctr for step in simulation.ctr_steps)]
+        self._biases = np.array([self._bias(ctr) for ctr in ctrs])
+        self._step_rows = np.array([step.seconds * simulation.rate for step in simulation.ctr_steps])
 
     @staticmethod
     def _draw(rng: np.random.Generator) -> dict[str, Floats]:
@@ -148,12 +156,12 @@ class Truth:
             + weights["device"][columns["device"]]
             + weights["hour"][columns["hour"]]
             + weights["pair"][columns["segment"].astype(np.int64) * _CATEGORIES + columns["category"].astype(np.int64)]
-            + weights["price"][0] * np.log(columns["price"].astype(np.float64))  # of a standard normal logarithm
+            + weights["price"][0] * np.log(columns["price"].astype(np.float64))  # whose logarithm is standard normal
         )
         return logits
 
     def _bias(self, ctr: float) -> float:
-        """The bias under which a sample of the stream's impressions is clicked with probability `ctr` on average."""
+        """The bias with which a sample of the stream's impressions has a mean click probability of `ctr`."""
         rng = np.random.default_rng([self._simulation.seed, 5])
         rows = np.sort(rng.integers(0, self._simulation.count, _CALIBRATED_ON))
         columns, _ = _columns(self._simulation, self, rows, rng, np.random.default_rng([self._simulation.seed, 6]))
@@ -199,7 +207,7 @@ def _times_ms(simulation: Simulation, rows: Int64s) -> Int64s:
 def _columns(
     simulation: Simulation, truth: Truth, rows: Int64s, rng: np.random.Generator, new_items: np.random.Generator
 ) -> tuple[Columns, Int64s]:
-    """What is shown to whom, as numbers, and how old the item is (N,), -1 for one that was always there."""
+    """What is shown to whom, as numbers, and the item's age in ms (N,), -1 for an item that was there from the start."""
     times_ms = _times_ms(simulation, rows)
     users = (rng.zipf(_ZIPF, len(rows)) - 1) % _USERS
     items = (rng.zipf(_ZIPF, len(rows)) - 1) % _ITEMS
@@ -208,7 +216,7 @@ def _columns(
         since_ms = times_ms - simulation.start_ms
         drawn_ms = new_items.exponential(simulation.new_item_life_s * 1_000, len(rows))
         number = ((since_ms - drawn_ms) * simulation.new_items / 1_000).astype(np.int64)
-        # What would have appeared before the stream began is one of the items that were always there.
+        # A draw from before the start of the stream shows one of the items that were there from the start.
         new = (new_items.random(len(rows)) < simulation.new_item_share) & (drawn_ms <= since_ms)
         items = np.where(new, _ITEMS + number, items)
         ages_ms = np.where(new, since_ms - (number * 1_000 / simulation.new_items).astype(np.int64), ages_ms)
@@ -225,7 +233,7 @@ def _columns(
 
 
 def _features(columns: Columns) -> list[bytes]:
-    names = {"user": "u", "segment": "s", "device": "d", "item": "i", "category": "c"}  # a prefix makes them strings
+    names = {"user": "u", "segment": "s", "device": "d", "item": "i", "category": "c"}  # a prefix makes the values strings
 
     def text(name: str) -> pa.Array:
         distinct, inverse = np.unique(columns[name], return_inverse=True)
@@ -251,7 +259,7 @@ def _delays_ms(simulation: Simulation, rng: np.random.Generator, count: int) -> 
     if simulation.delay == "exponential":
         drawn = rng.exponential(mean, count)
     elif simulation.delay == "lognormal":
-        drawn = rng.lognormal(np.log(mean) - 0.5, 1.0, count)  # sigma 1: a long tail, the mean as asked
+        drawn = rng.lognormal(np.log(mean) - 0.5, 1.0, count)  # sigma 1: a long tail; minus 0.5 keeps the mean
     else:
         drawn = rng.uniform(0.0, 2 * mean, count)
     return drawn.astype(np.int64)
@@ -261,7 +269,7 @@ class TruthFile:
     """The true probabilities by impression id, as Parquet (`.parquet`) or JSON lines (any other name).
 
     Columns: `impression_id`, `timestamp`, `probability`, `clicked`, `click_timestamp` (null without a click), `item_age_ms`
-    (since the item appeared; null for one that was always there).
+    (since the item appeared; null for an item that was there from the start).
 
     Raises:
         DeployError: the file can't be written.

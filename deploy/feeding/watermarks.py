@@ -1,7 +1,7 @@
-"""The sender of watermarks for sparse streams: it says on a timer that nothing older comes, so that labels don't stand still.
+"""Sending watermarks on a timer, for sparse streams.
 
-The join's watermark follows events. Where no event comes, no watermark moves, and impressions wait for their labels for as
-long as that lasts. A watermark record moves it without an event.
+The join's watermark follows the events. While no event comes, the watermark stands still, and impressions wait for their
+labels. A watermark record moves the watermark on without an event.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ log = logging.getLogger(__name__)
 async def send_watermarks(
     kafka: KafkaSettings, names: TopicNames, *, lateness_ms: int, every_ms: int, rounds: int | None = None
 ) -> int:
-    """Every `every_ms`, send now less `lateness_ms` to every partition of impressions and clicks, for ever or some rounds.
+    """Every `every_ms`, send a watermark of now minus `lateness_ms` to every partition of impressions and clicks.
 
-    Never beyond this machine's clock. Brokers that are away for a while are tried again with the next round.
+    A watermark is never later than this machine's clock. When the brokers can't be reached, the next round tries again.
+
+    Args:
+        rounds: end after so many; never when None.
 
     Returns:
-        Rounds that the brokers acknowledged.
+        How many rounds the brokers acknowledged.
 
     Raises:
-        FeedError: no broker answers, or a topic is missing, in the first round.
+        FeedError: no broker answers or a topic is missing, before the first round has succeeded.
     """
     if lateness_ms < 0:
         raise ValueError(f"lateness_ms: expected 0 or more, found {lateness_ms}: a watermark in the future makes events late")
@@ -56,7 +59,7 @@ async def send_watermarks(
                     await broken.__aexit__(None, None, None)
             if number == rounds:
                 break
-            # By the clock of the start, so that rounds don't drift; what was missed meanwhile is not made up for.
+            # Rounds are counted from the start, so that they don't drift. A round that was missed is left out.
             passed_ms = (time.monotonic() - began) * 1_000
             await asyncio.sleep((every_ms - passed_ms % every_ms) / 1_000)
     finally:

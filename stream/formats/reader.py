@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from stream.errors import StreamError
-from stream.formats.envelopes import unwrapped, unwrapped_row
+from stream.formats.envelopes import CONNECT, DEBEZIUM, unwrapped, unwrapped_row
 from stream.formats.frames import HEADER_BYTES, schema_id, schema_ids
 from stream.formats.refused import Refused, RefusedError
 from stream.formats.rows import row_json
@@ -27,6 +27,7 @@ __all__ = ["FRAMES", "Formats", "open_formats"]
 log = logging.getLogger(__name__)
 
 FRAMES = "f"
+_ENVELOPES = {"none": "", "connect": CONNECT, "debezium": DEBEZIUM}  # `join.envelope` → its letter in a form
 # Wait between two requests to a registry that is out of order; doubled each time.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 # Wait between the first and the second request for a schema that the registry doesn't have.
@@ -60,6 +61,10 @@ class Formats:
         self._away: str | None = None  # the last error of the registry, while it is out of order
         self._left = 0  # schemas that are still to be fetched
         self.decoded: Counter[str] = Counter()
+
+    def form(self, envelope: str) -> str:
+        """The formats that events may have: frames when there is a schema registry, and the envelope of `join.envelope`."""
+        return (FRAMES if self._registry is not None else "") + _ENVELOPES[envelope]
 
     async def prepare(self, records: Sequence[Record], form: str) -> None:
         """Fetch the schemas of these records' frames. Waits for as long as the registry is out of order.

@@ -9,7 +9,7 @@ So a worker that starts with other settings changes nothing for what is pending,
 decided at first.
 
 ```python
-history = History().with_settings(settings, impressions=0, clicks=0, watermark_ms=NEVER_MS)
+history = History().with_settings(settings, form="", impressions=0, clicks=0, watermark_ms=NEVER_MS)
 history.of(1_234).window_ms       # of the impression at offset 1,234
 history.late_before(watermark)    # impressions before this time are late from now on
 ```
@@ -62,6 +62,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
         cls,
         settings: JoinSettings,
         *,
+        form: str,
         impressions: int,
         clicks: int,
         late_floor_ms: int = NEVER_MS,
@@ -79,7 +80,7 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
             late_floor_ms,
             legacy,
             orphan_floor_ms,
-            "" if legacy else settings.form,
+            form,
         )
 
     def counts(self, click_ms: int, impression_ms: int) -> bool:
@@ -157,16 +158,20 @@ class History:
         """Whether a click was settled when some of these terms began."""
         return any(offset < terms.clicks_from and click_ms < terms.orphan_floor_ms for terms in self.terms)
 
-    def with_settings(self, settings: JoinSettings, *, impressions: int, clicks: int, watermark_ms: int) -> History:
+    def with_settings(self, settings: JoinSettings, *, form: str, impressions: int, clicks: int, watermark_ms: int) -> History:
         """The history when these settings come into force for records read from these offsets on.
+
+        Args:
+            form: the formats that events may have from there on (`Formats.form`).
 
         Raises:
             PositionError: settings have changed more often than the committed progress has room for.
         """
         if not self.terms:
-            return History((Terms.of(settings, impressions=impressions, clicks=clicks),))
+            return History((Terms.of(settings, form=form, impressions=impressions, clicks=clicks),))
         terms = Terms.of(
             settings,
+            form=form,
             impressions=impressions,
             clicks=clicks,
             late_floor_ms=self.late_before(watermark_ms),

@@ -1,9 +1,9 @@
-"""Record batches of Kafka's format 2, written in Python from packed records (`stream.records.packing`).
+"""Writes record batches of Kafka's format 2 in Python, from parts that are packed already.
 
-aiokafka's compiled builder packs each header of each record again and computes checksums in software: 2.7 µs a labelled
-example. All examples of a step have the same headers but for a few numbers, so these are packed once, a record is one
-`bytes.join`, and the checksum is `crc32c`'s, which uses the processor's own instruction: 1.0 µs. The bytes are the same;
-`tests/stream/kafka/test_packed.py` compares them.
+aiokafka's compiled builder packs every header of every record, and computes checksums in software: 2.7 µs a labelled example.
+All examples of a step have the same headers except for a few numbers. So here the equal headers are packed once
+(`stream.records.packing`), a record is one `bytes.join`, and `crc32c` computes the checksum with the processor's own
+instruction: 1.0 µs. The bytes are the same; `tests/stream/kafka/test_packed.py` compares them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _BEFORE = struct.Struct(">qiibI")
 # attributes, last offset, first and last timestamp, producer id, epoch, first sequence number, records
 _CHECKED = struct.Struct(">hiqqqhii")
 _FORMAT, _TRANSACTIONAL = 2, 0x10
-_NO_OFFSET_LENGTH = 12  # what the length field doesn't count: the base offset and itself
+_NO_OFFSET_LENGTH = 12  # bytes that the length field doesn't count: the base offset and the field itself
 
 
 class PackedBatch(BatchBuilder):
-    """A whole batch of packed records, in the place of a builder that aiokafka would have filled.
+    """A full batch of packed records, in the form of a builder that aiokafka would have filled.
 
     Args:
-        parts: the records in order, the length of each before it.
-        count: how many they are.
-        timestamp_ms: of all of them.
+        parts: the records in order, each one after its length.
+        count: the number of records.
+        timestamp_ms: the timestamp of all of them (ms since epoch).
     """
 
     _buffer: bytes | None
@@ -46,7 +46,7 @@ class PackedBatch(BatchBuilder):
         self.close()
 
     def append(self, **record: Any) -> None:
-        """It is full."""
+        """Returns None, which means that the batch is full."""
 
     def _set_producer_state(self, producer_id: int, producer_epoch: int, base_sequence: int) -> None:
         self._producer = (producer_id, producer_epoch, base_sequence)

@@ -14,7 +14,7 @@ from aiokafka.structs import TopicPartition
 
 from stream.errors import TopicError
 from stream.kafka.cluster import describe_cluster
-from stream.kafka.log_spans import Span, high_watermarks, read_spans, span_consumer
+from stream.kafka.read_log import Span, high_watermarks, log_consumer, log_spans, read_spans
 from stream.records.dead_letter import Letter, Origin, read_letter
 from stream.records.record import Record
 from stream.records.replay import read_receipt
@@ -68,14 +68,13 @@ class LetterLog:
         cluster = await describe_cluster(self.kafka, (names.dead_letters, *sources))
         self.sources = {name: cluster.partitions[name] for name in sources}
         partitions = [TopicPartition(names.dead_letters, number) for number in range(cluster.partitions[names.dead_letters])]
-        consumer = span_consumer(self.kafka)
+        consumer = log_consumer(self.kafka)
         await consumer.start()
         try:
-            starts, ends = await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
+            self.spans = await log_spans(self.kafka, consumer, partitions)
         except BaseException:
             await consumer.stop()
             raise
-        self.spans = {tp: (starts[tp], ends[tp]) for tp in partitions}
         self._consumer = consumer
         return self
 
@@ -86,7 +85,7 @@ class LetterLog:
     async def to_the_very_end(self) -> None:
         """Also read what is written by now in open transactions of other writers. Reading then waits until these end."""
         ends = await high_watermarks(self.kafka, list(self.spans))
-        self.spans = {tp: (start, ends[tp]) for tp, (start, _) in self.spans.items()}
+        self.spans = {tp: Span(span.start, ends[tp]) for tp, span in self.spans.items()}
 
     async def replayed(self) -> set[Origin]:
         """The origins of all letters that were replayed."""
@@ -106,9 +105,9 @@ class LetterLog:
             TopicError: there is no letter at that offset.
         """
         tp = TopicPartition(self.names.dead_letters, partition)
-        start, end = self.spans.get(tp, (0, 0))
+        start, end = self.spans.get(tp, Span(0, 0))
         if start <= offset < end:
-            async for record in self._records({tp: (offset, offset + 1)}):
+            async for record in self._records({tp: Span(offset, offset + 1)}):
                 letter = read_letter(record)
                 if letter is not None:
                     return letter

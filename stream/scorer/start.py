@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
-from stream.kafka.clients import aiokafka_options, answer, quietly_stopped, started
+from stream.kafka.clients import quietly_stopped, started
 from stream.kafka.offsets import committed_offsets
+from stream.kafka.read_log import log_consumer, log_spans
 from stream.settings import KafkaSettings
 
 __all__ = ["choose_positions", "committed_positions"]
@@ -25,20 +25,18 @@ async def committed_positions(kafka: KafkaSettings, group: str, topic: str, part
     """
     if not partitions:
         return {}
-    tps = [TopicPartition(topic, number) for number in partitions]
-    committed = await committed_offsets(kafka, group, tps)
-    consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
-    await started(kafka, consumer, f"the ends of {topic}")
+    wanted = [TopicPartition(topic, number) for number in partitions]
+    committed = await committed_offsets(kafka, group, wanted)
+    consumer = await started(kafka, log_consumer(kafka), f"the ends of {topic}")
     try:
-        starts = await answer(kafka, consumer.beginning_offsets(tps), f"the beginnings of {topic}")
-        ends = await answer(kafka, consumer.end_offsets(tps), f"the ends of {topic}")
+        logs = await log_spans(kafka, consumer, wanted)
     finally:
         await quietly_stopped(consumer.stop)
     return choose_positions(
         topic,
         {tp.partition: at.offset for tp, at in committed.items()},
-        {tp.partition: at for tp, at in starts.items()},
-        {tp.partition: at for tp, at in ends.items()},
+        {tp.partition: span.start for tp, span in logs.items()},
+        {tp.partition: span.end for tp, span in logs.items()},
     )
 
 

@@ -1,8 +1,8 @@
-"""The trainer: labelled examples in, a learned model and its snapshots out.
+"""The trainer: learns from labelled examples, and writes snapshots of the model.
 
 | module | what it does |
 | --- | --- |
-| `worker` | the Faust side: membership, positions, runs from Kafka |
+| `worker` | the process: membership, positions, runs |
 | `pipeline` | a decoding thread and a training thread, so that the event loop never waits for either |
 | `examples` | a run of `examples` → columns and dead letters |
 | `batching` | columns → batches, and how far the log is trained |

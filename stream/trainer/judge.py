@@ -23,7 +23,9 @@ import numpy.typing as npt
 import torch
 
 from model.batch import FeatureBatch
-from state.gate import Gate, GateReport, GateState, sample
+from state.gate import Gate, GateState
+from state.gate_blocks import sample
+from state.gate_report import GateReport
 from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
 from stream.trainer.batching import TrainingBatch
@@ -107,10 +109,10 @@ class _Remembered:
 class Judge:
     """Gives the gate its pairs. `observe`, `state` and `restore` are for the training thread, all else is for any.
 
-        judge = Judge(settings.snapshots, GateState(line=epoch))
-        judge.compare_with(Anchor(12, predictor))
-        judge.observe(batch, scores)
-        judge.report()
+    judge = Judge(settings.snapshots, GateState(line=epoch))
+    judge.compare_with(Anchor(12, predictor))
+    judge.observe(batch, scores)
+    judge.report()
     """
 
     def __init__(self, settings: SnapshotSettings, state: GateState) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from model.metrics import Metrics
-from state.gate import GateReport
+from state.gate_report import GateReport
 from state.manifest import Manifest
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.evaluation import Report

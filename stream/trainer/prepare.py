@@ -11,14 +11,17 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+from aiokafka.structs import TopicPartition
+
 from model.learner import Learner
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.gate import GateState
 from state.registry import RegistryState
 from state.store import SnapshotStore
-from stream.kafka.clients import aiokafka_options, answer, quietly_stopped, started
+from stream.kafka.clients import quietly_stopped, started
 from stream.kafka.cluster import Cluster
+from stream.kafka.read_log import log_consumer, log_spans
 from stream.settings import KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.start import Start, first_positions, go_on
@@ -83,15 +86,10 @@ def topic_ids(cluster: Cluster, names: TopicNames) -> dict[str, str]:
 
 
 async def _log_bounds(kafka: KafkaSettings, topic: str, partitions: int) -> tuple[dict[int, int], dict[int, int]]:
-    """First and next offset of every partition's log, for a `read_committed` reader."""
-    from aiokafka import AIOKafkaConsumer, TopicPartition
-
-    consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
-    await started(kafka, consumer, f"the ends of {topic}")
+    """First and next offset of every partition's log, as a `read_committed` reader sees it."""
+    consumer = await started(kafka, log_consumer(kafka), f"the ends of {topic}")
     try:
-        tps = [TopicPartition(topic, number) for number in range(partitions)]
-        beginnings = await answer(kafka, consumer.beginning_offsets(tps), f"the beginnings of {topic}")
-        ends = await answer(kafka, consumer.end_offsets(tps), f"the ends of {topic}")
+        logs = await log_spans(kafka, consumer, [TopicPartition(topic, number) for number in range(partitions)])
     finally:
         await quietly_stopped(consumer.stop)
-    return {tp.partition: at for tp, at in beginnings.items()}, {tp.partition: at for tp, at in ends.items()}
+    return {tp.partition: span.start for tp, span in logs.items()}, {tp.partition: span.end for tp, span in logs.items()}

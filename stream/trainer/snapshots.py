@@ -17,7 +17,7 @@ from state.errors import Refused, SnapshotError
 from state.manifest import Manifest
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import Fenced, RegistryError
+from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.trainer.evaluation import manifest_metrics
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
@@ -140,7 +140,7 @@ class Publisher:
             announcement = await self._registry.announce(manifest, gate=self._settings)
         except Fenced:
             raise
-        except RegistryError as error:
+        except (RegistryError, NoAnswer) as error:
             self._metrics.snapshots.labels("failed").inc()
             refused = isinstance(error.__cause__, Refused)
             if refused:

@@ -14,7 +14,7 @@ import torch
 
 from model.errors import UpdateNotFinite
 from model.features import FeatureBatch
-from state.gate import GateReport
+from state.gate_report import GateReport
 from stream.records.dead_letter import DeadLetter
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.bookkeeping import Bookkeeping, bookkeeping_state, restore_bookkeeping

@@ -1,4 +1,4 @@
-"""The results' file, its totals, and the table in docs/reliability.md."""
+"""Reads the file of results, adds the results up, and writes the table in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BEGIN, END = "<!-- faults: made by `make faults` -->", "<!-- end of faults -->"
 
 
 def read_results(path: Path) -> list[Result]:
-    """All results so far; none when there is no file. A line that a killed run left half written is left out."""
+    """All results so far; none when there is no file. A line that a killed run left incomplete is skipped."""
     if not path.exists():
         return []
     results = []
@@ -30,12 +30,12 @@ def read_results(path: Path) -> list[Result]:
 
 
 def totals(results: list[Result]) -> str:
-    """The last line: everything added up. What couldn't be made here is no run."""
+    """The last line: all results added up. A skipped run doesn't count as a run."""
     results, skipped = [result for result in results if not result.skipped], sum(bool(result.skipped) for result in results)
     failed = sum(bool(result.problems) for result in results)
     kinds = len({result.kind for result in results})
     return (
-        f"{len(results)} runs of {kinds} kinds, {sum(result.events for result in results)} events: "
+        f"{len(results)} runs of {kinds} kinds, {sum(result.events for result in results):,} events: "
         f"{sum(result.lost for result in results)} lost, {sum(result.doubled for result in results)} doubled, "
         f"{sum(result.wrong for result in results)} wrong, {failed} runs with problems"
         + (f", {skipped} skipped" if skipped else "")
@@ -43,14 +43,14 @@ def totals(results: list[Result]) -> str:
 
 
 def table(results: list[Result], commit: str) -> str:
-    """A line a kind, as Markdown, and which code it is of."""
+    """A Markdown table with a line for each kind of fault, and the commit that the results are of."""
     by_kind: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         if result.skipped:
             continue
         by_kind[result.kind].append(result)
     lines = [
-        "| fault | runs | lost | doubled | wrong | recovery s, median | most |",
+        "| fault | runs | lost | doubled | wrong | median recovery, s | longest, s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for kind, runs in by_kind.items():
@@ -62,8 +62,8 @@ def table(results: list[Result], commit: str) -> str:
     window, none = sum(result.hold_ms >= WINDOW_MS for result in made), sum(not result.hold_ms for result in made)
     sampled = sum(run.negative_rate < 1 for run in made)
     which = (
-        f"The hold was the whole window in {window} of them, 0 in {none}, 300 ms or 3 s in the others; a part of the negatives "
-        f"was left out in {sampled}. Code of commit {commit}."
+        f"The hold was the whole window in {window} runs, 0 in {none}, and 300 ms or 3 s in the others. Some negatives were "
+        f"left out in {sampled} runs. Code of commit {commit}."
     )
     missing = [f"Skipped: {reason}." for reason in sorted({result.skipped for result in results if result.skipped})]
     return "\n".join([*lines, "", " ".join([f"{totals(results)}. {which}", *missing])])

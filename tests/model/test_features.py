@@ -1,4 +1,4 @@
-"""Both paths of the decoder against each other, on one corpus and on whatever hypothesis finds."""
+"""Both paths of the decoder accept the same records and give the same keys, on a fixed corpus and on hypothesis' records."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import features_reference as reference
+from model.arrow_json import Doubt
 from model.batch import FeatureBatch
 from model.errors import FeatureError, ModelError
-from model.features import FeatureDecoder, _Doubt
+from model.features import FeatureDecoder
 from model.hashing import hash_bytes, missing_key, number_key
 from model.schema import FeatureSchema, FieldSpec
 
@@ -139,7 +140,7 @@ BAD = [
 CORPUS: list[bytes | None] = [*GOOD, *(payload for payload, _, _ in BAD)]
 
 
-# What a row's keys must be, worked out value by value.
+# The keys that a row must have, computed value by value.
 
 
 def reference_row(values: list[reference.Value]) -> tuple[list[int], list[float], list[list[int]]]:
@@ -219,12 +220,12 @@ def test_good_impressions(payload: bytes) -> None:
 
 @pytest.mark.parametrize("payload", CORPUS)
 def test_the_fast_path_never_accepts_more(payload: bytes | None) -> None:
-    # Among good neighbours, so that a record that swallows or adds one would be seen.
+    # Between good records, so that a record that swallows or adds one is noticed.
     neighbour = raw('{"user":"n"}')
     decoder = FeatureDecoder(SCHEMA)
     try:
         fast = decoder._fast_impressions([neighbour, payload or b"", neighbour])
-    except _Doubt:
+    except Doubt:
         return
     assert rows_of(fast.batch)[1][::2] == reference_row(reference.decode_impression(payload, SCHEMA).values)[::2]
 
@@ -237,7 +238,7 @@ def test_the_fast_path_takes_ordinary_records() -> None:
 def test_records_that_only_balance_together_are_refused() -> None:
     split = [b'{"features":{"user":"a"}', b"}"], [b'{"features":{}}{"features":{}}', b" "]
     for payloads in split:
-        with pytest.raises(_Doubt):
+        with pytest.raises(Doubt):
             FeatureDecoder(SCHEMA)._fast_impressions(payloads)
 
 
@@ -294,7 +295,7 @@ def test_mangled_records(payload: bytes, data: st.DataObject) -> None:
     payloads = [neighbour, bytes(mangled), neighbour]
     try:
         fast = FeatureDecoder(SCHEMA)._fast_impressions(payloads)
-    except _Doubt:
+    except Doubt:
         return
     expected = reference_row(reference.decode_impression(bytes(mangled), SCHEMA).values)
     assert rows_of(fast.batch)[1][::2] == expected[::2]

@@ -1,4 +1,4 @@
-"""What every command imports, loaded once for the processes of `tests.deploy.sweep`."""
+"""What every command imports, loaded once for the processes of `tests.deploy.cli.sweep`."""
 
 import importlib
 

@@ -72,8 +72,10 @@ def test_a_producer_with_librdkafkas_default(run: Run, topics: Settings) -> None
     assert f"partitioner: {names.impressions}\n  expected every key in the partition that murmur2 gives it\n" in text
 
 
-def test_what_could_not_be_read_is_told(run: Run, topics: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A store without the announced version, as one without credentials: nothing is found, and nothing is said to be well."""
+def test_what_could_not_be_read_is_reported(
+    run: Run, topics: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A store without the announced version, as one without credentials: no finding, but no clean bill either."""
 
     async def announce() -> None:
         writer = RegistryWriter(topics.kafka, TopicNames.of(topics.topics), who="trainer@test")
@@ -89,7 +91,7 @@ def test_what_could_not_be_read_is_told(run: Run, topics: Settings, monkeypatch:
     elsewhere = str(tmp_path / "elsewhere")
     monkeypatch.setenv("HEADRACE_SNAPSHOTS__URL", elsewhere)
     ran = run("doctor")
-    assert (ran.code, ran.out) == (1, f"Nothing found, but not all could be read: {len(CHECKS)} checks.\n")
+    assert (ran.code, ran.out) == (1, f"Nothing found, but not everything could be read: {len(CHECKS)} checks.\n")
     [reason] = run("doctor --format json").json["unread"]
     assert reason.startswith("the trainer's offsets: none of the announced versions is in ") and elsewhere in reason
     assert f"Could not read {reason}\n" in ran.err
@@ -196,11 +198,11 @@ def test_dead_letters(run: Run, topics: Settings) -> None:
     assert nowhere.code == 1 and "1/8: expected a dead letter, found none" in nowhere.err
 
     dry = run("dead-letters replay --reason late_impression --dry-run").out
-    assert dry.splitlines()[-1] == "would feed 1 records again (dry run)"
+    assert dry.splitlines()[-1] == "would send 1 records again (dry run)"
     done = run("dead-letters replay --source impressions --since 1h --format json").json
     assert done["fed"] == [{"source": names.impressions, "reason": "late_impression", "records": 1}] and not done["dry_run"]
     again = run("dead-letters replay --all").out
-    assert "fed 1 records again\n1 letters were replayed before" in again
+    assert "sent 1 records again\n1 letters were replayed before" in again
     text = run("dead-letters list").out
     assert text.count("(replayed)") == 2 and "1 of them replayed" in text
 
@@ -211,19 +213,19 @@ def test_the_newest_dead_letters_of_several_partitions(run: Run, topics: Setting
         for partition in (0, 1):
             each = DeadLetter("malformed_json", "e", "$", names.clicks, partition, offset, b"k", b"{")
             write(topics, [(names.dead_letters, partition, each.key, each.value, each.out_headers())])
-    places = {
+    last_letters = {
         last: [letter["place"] for letter in run(f"dead-letters list --last {last} --format json").json["letters"]]
         for last in (2, 3, 0)
     }
-    assert places == {2: ["0/1", "1/1"], 3: ["1/0", "0/1", "1/1"], 0: ["0/0", "1/0", "0/1", "1/1"]}
+    assert last_letters == {2: ["0/1", "1/1"], 3: ["1/0", "0/1", "1/1"], 0: ["0/0", "1/0", "0/1", "1/1"]}
 
 
 def test_usage(run: Run) -> None:
-    for command, told in (
+    for command, message in (
         ("replay", "expected PARTITION/OFFSET, --reason, --source, --since, --until or --all, found none of them."),
         ("replay --reason late", "--reason 'late': expected one of empty_value, bad_utf8"),
         ("replay 17", "'17': expected PARTITION/OFFSET such as 0/17"),
         ("list --since yesterday", "expected a time such as 2024-05-01T12:00:00Z"),
     ):
         ran = run(f"dead-letters {command}")
-        assert ran.code == 2 and told in " ".join(ran.err.split()), ran.err
+        assert ran.code == 2 and message in " ".join(ran.err.split()), ran.err

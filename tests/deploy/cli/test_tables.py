@@ -114,12 +114,12 @@ def test_nothing_is_cut_whatever_the_values(rows: list[tuple[int, str, str]], co
         patch.setattr(tables.click, "echo", lambda text="": said.append(text))
         patch.setenv("COLUMNS", str(columns))
         print_table(("version", "tags", "why"), [(str(number), tag, why) for number, tag, why in rows])
-        told = "".join(words("\n".join(said)))
+        shown = "".join(words("\n".join(said)))
         for number, tag, why in rows:
-            assert str(number) in told
+            assert str(number) in shown
             for value in (tag, why):
                 for word in tables.printable(value).split():
-                    assert word in told
+                    assert word in shown
         said.clear()
         print_pairs([("version", number) for number, _, _ in rows] or [("version", 1)])
         assert [words(line)[-1] for line in said] == [str(number) for number, _, _ in rows] or not rows
@@ -153,7 +153,7 @@ def test_the_summary_of_a_demo_on_a_narrow_terminal(terminal: Wide, capsys: pyte
 
 @pytest.mark.parametrize("term", ["dumb", "xterm-256color"])
 def test_a_real_terminal(term: str) -> None:
-    code = "from tests.deploy.test_cli_tables import VERSIONS, print_versions; print_versions(VERSIONS)"
+    code = "from tests.deploy.cli.test_tables import VERSIONS, print_versions; print_versions(VERSIONS)"
     main, child = pty.openpty()
     environment = {**os.environ, "COLUMNS": "40", "TERM": term}
     with subprocess.Popen([sys.executable, "-c", code], stdout=child, env=environment) as process:

@@ -16,8 +16,8 @@ def test_rounds_go_to_every_partition_and_never_beyond_now(run: Run, topics: Set
     for topic in ("impressions", "clicks"):
         found = read_topic(topics, topic)
         assert sorted(record.partition for record in found) == [0, 0, 0, 1, 1, 1]
-        told = [int(dict(record.headers)["headrace-watermark"]) for record in found]
-        assert max(told) <= latest_ms and len(set(told)) > 1
+        watermarks = [int(dict(record.headers)["headrace-watermark"]) for record in found]
+        assert max(watermarks) <= latest_ms and len(set(watermarks)) > 1
         assert all((record.key, record.value) == (None, b"") for record in found)
 
 

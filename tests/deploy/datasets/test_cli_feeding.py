@@ -26,7 +26,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """No data folder, an empty cache, no settings file."""
     monkeypatch.delenv("HEADRACE_DATA_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("deploy.datasets.base.CHECKOUT", tmp_path / "checkout")
+    monkeypatch.setattr("deploy.datasets.folders.CHECKOUT", tmp_path / "checkout")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -43,18 +43,18 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
-def told(*arguments: object) -> Any:
+def printed(*arguments: object) -> Any:
     result = run(*arguments, "--format", "json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
 
-def test_list_tells_terms_and_where(machine: Path, movielens_wheel: Path) -> None:
-    sets = {one["name"]: one for one in told("data", "list")}
+def test_list_has_terms_and_folders(machine: Path, movielens_wheel: Path) -> None:
+    sets = {one["name"]: one for one in printed("data", "list")}
     assert list(sets) == ["kuairand", "movielens-100k", "open-bandit", "criteo", "avazu"]
     assert all(one["path"] is None and one["terms"] and one["clicks"] for one in sets.values())
-    where = told("data", "fetch", "movielens-100k", "--archive", movielens_wheel)["path"]
-    assert {one["name"]: one["path"] for one in told("data", "list")}["movielens-100k"] == where
+    where = printed("data", "fetch", "movielens-100k", "--archive", movielens_wheel)["path"]
+    assert {one["name"]: one["path"] for one in printed("data", "list")}["movielens-100k"] == where
     text = run("data", "list").stdout
     assert where in text
     assert "Not real impressions" in text
@@ -72,7 +72,7 @@ def test_fetch_prints_the_path_alone_on_stdout(machine: Path, kuairand_archive: 
 def test_schema_is_toml_that_settings_take(machine: Path, name: str) -> None:
     text = run("data", "schema", name).stdout
     read = FeatureSchema.model_validate(tomllib.loads(text)["features"])
-    assert read.model_dump(mode="json") == told("data", "schema", name)
+    assert read.model_dump(mode="json") == printed("data", "schema", name)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +116,9 @@ def test_wrong_usage_ends_with_2(machine: Path, arguments: tuple[str, ...], mess
 
 
 @pytest.mark.kafka
-def test_replay_tells_what_it_sent(on_kafka: Settings, movielens_wheel: Path) -> None:
+def test_replay_reports_what_it_sent(on_kafka: Settings, movielens_wheel: Path) -> None:
     run("data", "fetch", "movielens-100k", "--archive", movielens_wheel)
-    summary = told("replay", "movielens-100k")
+    summary = printed("replay", "movielens-100k")
     assert (summary["dataset"], summary["impressions"], summary["clicks"], summary["requests"]) == ("movielens-100k", 3, 2, 0)
     assert summary["watermark_ms"] > summary["event_time_ms"] + 60_000
     text = run("replay", "movielens-100k", "--limit", 1, "--no-watermark").stdout
@@ -132,7 +132,7 @@ def test_replay_of_a_file_with_a_mapping(on_kafka: Settings) -> None:
         '{"at":1700000005,"bought":1,"price":2.5,"sku":"a"}\n{"at":1700000004,"bought":0,"price":1,"sku":"b"}\n'
     )
     columns = ("--column", "timestamp=at", "--column", "clicked=bought", "--column", "item=sku", "--unit", "s")
-    summary = told("replay", "jsonl", "--path", "log.jsonl", *columns)
+    summary = printed("replay", "jsonl", "--path", "log.jsonl", *columns)
     assert (summary["impressions"], summary["clicks"]) == (2, 1)
     assert summary["event_time_ms"] > 5_000
 
@@ -141,7 +141,7 @@ def test_the_schema_of_a_file_has_what_the_mapping_leaves(machine: Path) -> None
     Path("log.csv").write_text("at,bought,bought_at,request,session,sku,price\n1700000000,1,1700000002,r0,s,a,2.5\n")
     roles = ("timestamp=at", "clicked=bought", "click_timestamp=bought_at", "id=request")
     options = [word for role in roles for word in ("--column", role)]
-    schema = told("data", "schema", "csv", "--path", "log.csv", "--unit", "s", "--drop", "session", *options)
+    schema = printed("data", "schema", "csv", "--path", "log.csv", "--unit", "s", "--drop", "session", *options)
     assert [(field["name"], field["kind"]) for field in schema["fields"]] == [("sku", "categorical"), ("price", "numeric")]
     Path("odd.jsonl").write_text('{"timestamp":1700000000000,"clicked":0,"\\u007f\\" 猫":1}\n')
     text = run("data", "schema", "jsonl", "--path", "odd.jsonl").stdout
@@ -169,13 +169,13 @@ def test_a_file_that_the_model_could_not_read_sends_nothing(on_kafka: Settings, 
 
 
 @pytest.mark.kafka
-def test_clicks_beyond_the_window_are_told(on_kafka: Settings) -> None:
+def test_clicks_beyond_the_window_are_reported(on_kafka: Settings) -> None:
     rows = [
         {"timestamp": 1_700_000_000_000, "clicked": 1, "at": 1_700_000_000_000 + delay, "f": 1} for delay in (60_000, 60_001)
     ]
     Path("log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ("jsonl", "--path", "log.jsonl", "--column", "click_timestamp=at")
-    summary = told("replay", *options)
+    summary = printed("replay", *options)
     assert (summary["clicks"], summary["clicks_beyond_window"]) == (2, 1)
     assert (
         "1 of them more than join.window_ms (60000 ms) after their impressions: they label nothing"
@@ -184,8 +184,8 @@ def test_clicks_beyond_the_window_are_told(on_kafka: Settings) -> None:
 
 
 @pytest.mark.kafka
-def test_simulate_tells_what_it_sent(on_kafka: Settings) -> None:
-    summary = told("simulate", "--max", "--count", 2_000, "--malformed", 0.01, "--truth", "truth.jsonl")
+def test_simulate_reports_what_it_sent(on_kafka: Settings) -> None:
+    summary = printed("simulate", "--max", "--count", 2_000, "--malformed", 0.01, "--truth", "truth.jsonl")
     assert summary["impressions"] == 2_000
     assert summary["malformed"] > 0
     assert len(Path("truth.jsonl").read_text().splitlines()) == 2_000

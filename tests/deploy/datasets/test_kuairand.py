@@ -16,10 +16,12 @@ from deploy.datasets.kuairand_archive import convert
 from deploy.errors import DataSetError
 
 ROOT = Path(__file__).resolve().parents[3]
-PLACES = [
-    Path(place) for place in (os.environ.get("HEADRACE_DATA_DIR"), ROOT / "data", ROOT.parent / "shared" / "data") if place
+PARENTS = [
+    Path(parent) for parent in (os.environ.get("HEADRACE_DATA_DIR"), ROOT / "data", ROOT.parent / "shared" / "data") if parent
 ]
-REAL = next((place / kuairand.FOLDER for place in PLACES if (place / kuairand.FOLDER / kuairand.FILES[0]).is_file()), None)
+REAL = next(
+    (parent / KuaiRand.folder_name for parent in PARENTS if (parent / KuaiRand.folder_name / kuairand.FILES[0]).is_file()), None
+)
 
 
 @pytest.mark.skipif(REAL is None, reason="no kuairand_pure in HEADRACE_DATA_DIR or data/: its terms don't let us carry it")
@@ -58,18 +60,18 @@ def test_autoplay_clicks_come_after_7_seconds_or_the_whole_video_and_taps_are_dr
 
 def test_the_archive_becomes_the_same_rows_by_the_recipe(kuairand_archive: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    folder = convert(kuairand_archive, tmp_path / "cache" / kuairand.FOLDER, said.append)
+    folder = convert(kuairand_archive, tmp_path / "cache" / KuaiRand.folder_name, said.append)
     log = pq.read_table(folder / "interactions.parquet")
     # By time; of the two rows of one millisecond the log's order; the exact duplicate, 21 April and 5 May are gone.
     assert log["user_id"].to_pylist() == [2, 9, 1, 1, 2]
     assert log["is_click"].to_pylist() == [1, 1, 1, 0, 0]
     assert log["date"].to_pylist() == [20220425] * 4 + [20220504]
     assert "expected 167,281 impressions with 75,453 clicks, found 5 with 3" in said[-1]
-    assert sorted(path.name for path in folder.parent.iterdir()) == [kuairand.FOLDER]  # nothing half done lies about
+    assert sorted(path.name for path in folder.parent.iterdir()) == [KuaiRand.folder_name]  # nothing half done lies about
 
 
 def test_events_carry_users_and_videos_and_null_for_unknown_ones(kuairand_archive: Path, tmp_path: Path) -> None:
-    folder = convert(kuairand_archive, tmp_path / kuairand.FOLDER, lambda text: None)
+    folder = convert(kuairand_archive, tmp_path / KuaiRand.folder_name, lambda text: None)
     (chunk,) = KuaiRand(folder=folder).chunks()
     known, unknown = json.loads(chunk.features[0]), json.loads(chunk.features[1])
     assert {name: known[name] for name in ("user_id", "video_id", "tab", "hour", "duration", "tag", "music_id")} == {
@@ -85,7 +87,7 @@ def test_events_carry_users_and_videos_and_null_for_unknown_ones(kuairand_archiv
 
 
 def test_long_videos_share_a_bucket(kuairand_archive: Path, tmp_path: Path) -> None:
-    folder = convert(kuairand_archive, tmp_path / kuairand.FOLDER, lambda text: None)
+    folder = convert(kuairand_archive, tmp_path / KuaiRand.folder_name, lambda text: None)
     log = pq.read_table(folder / "interactions.parquet")
     column = log.schema.get_field_index("duration_ms")
     lengths = [4_999, 5_000, 199_999, 200_000, 10**9]

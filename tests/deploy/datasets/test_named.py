@@ -11,8 +11,9 @@ import pytest
 
 from deploy.datasets import NAMED, default_data_set, open_data_set
 from deploy.datasets.avazu import Avazu
-from deploy.datasets.base import cache_folder, draw_delays, look_for
+from deploy.datasets.base import draw_delays
 from deploy.datasets.criteo import SPACING_MS, START_MS, Criteo
+from deploy.datasets.folders import cache_folder, look_for
 from deploy.datasets.movielens import MovieLens100K
 from deploy.datasets.open_bandit import OpenBandit
 from deploy.errors import DataSetError
@@ -28,7 +29,7 @@ def nothing_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("HEADRACE_DATA_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("deploy.datasets.base.CHECKOUT", tmp_path / "checkout")
+    monkeypatch.setattr("deploy.datasets.folders.CHECKOUT", tmp_path / "checkout")
 
 
 def test_movielens_comes_out_of_the_wheel_in_time_order(movielens_wheel: Path) -> None:
@@ -116,7 +117,7 @@ def test_avazu_hours_that_fall_are_refused(avazu_folder: Path) -> None:
     lines = file.read_text().splitlines()
     file.write_text("\n".join([lines[0], *reversed(lines[1:])]) + "\n")
     with pytest.raises(
-        DataSetError, match=r"expected hours that don't fall, found 14102100 after a later one\. Sort it by hour"
+        DataSetError, match=r"expected hours in rising order, found 14102100 after a later one\. Sort it by hour"
     ):
         list(Avazu(folder=avazu_folder).chunks())
 
@@ -152,15 +153,17 @@ def test_what_only_users_may_have_cannot_be_fetched(name: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known() -> None:
-    with pytest.raises(DataSetError, match=r"'mnist': expected kuairand, movielens-100k.*jsonl, parquet.*headrace data list"):
+    with pytest.raises(
+        DataSetError, match=r"'mnist': expected one of kuairand, movielens-100k.*jsonl, parquet.*headrace data list"
+    ):
         open_data_set("mnist")
 
 
-def test_places_are_searched_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def put(place: Path) -> Path:
-        (place / "x").mkdir(parents=True)
-        (place / "x" / "f").write_text("")
-        return place / "x"
+def test_folders_are_searched_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def put(parent: Path) -> Path:
+        (parent / "x").mkdir(parents=True)
+        (parent / "x" / "f").write_text("")
+        return parent / "x"
 
     cached = put(cache_folder())
     assert look_for("x", ("f",)) == cached

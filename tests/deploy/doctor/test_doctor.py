@@ -17,7 +17,7 @@ from deploy.doctor.event_checks import _fnv1a
 from deploy.doctor.examination import CHECKS, examine
 from deploy.doctor.finding import Finding
 from deploy.doctor.kafka_readings import _event_ms
-from deploy.doctor.readings import Committed, LogReading, Place, Readings, Tail
+from deploy.doctor.readings import Committed, LogReading, Partition, Readings, SampledLetter, Tail
 from deploy.feeding.partitions import partitions_of
 from stream.join.commit_metadata import Progress
 from stream.join.settings_history import NEVER_MS
@@ -44,8 +44,7 @@ def tail(keys: Sequence[bytes], event_ms: Sequence[int], arrived_ms: Sequence[in
 def ids(count: int, number: int) -> list[bytes]:
     """Keys that belong into partition `number` of two."""
     keys = [b"i%d" % index for index in range(count * 3)]
-    places = partitions_of(keys, 2)
-    return [key for key, place in zip(keys, places.tolist(), strict=True) if place == number][:count]
+    return [key for key, right in zip(keys, partitions_of(keys, 2).tolist(), strict=True) if right == number][:count]
 
 
 def progress(**changed: int) -> Progress:
@@ -56,9 +55,9 @@ def progress(**changed: int) -> Progress:
 
 def healthy(**changed: Any) -> Readings:
     """Two partitions, 200 impressions and clicks of them each, read to the end; three workers."""
-    places = [(topic, number) for topic in ("impressions", "clicks", "examples", "score-requests") for number in (0, 1)]
+    partitions = [(topic, number) for topic in ("impressions", "clicks", "examples", "score-requests") for number in (0, 1)]
     times = list(range(NOW - 40_000, NOW - 20_000, 100))
-    tails = {(topic, number): tail(ids(200, number), times) for topic, number in places[:4]}
+    tails = {(topic, number): tail(ids(200, number), times) for topic, number in partitions[:4]}
     return Readings(
         **{
             **dict(
@@ -70,13 +69,13 @@ def healthy(**changed: Any) -> Readings:
                     name: {"retention.ms": str(WEEK), "retention.bytes": "-1"} for name in ("impressions", "clicks", "examples")
                 },
                 offsets_retention_ms=WEEK,
-                logs=dict.fromkeys(places, LogReading(0, 200, 200)),
+                logs=dict.fromkeys(partitions, LogReading(0, 200, 200)),
                 tails=tails,
                 committed={number: Committed(200, 200, progress()) for number in (0, 1)},
                 members={"join": 1, "trainer": 1, "scorer": 1},
                 trainer={0: 200, 1: 200},
                 scorer={0: 200, 1: 200},
-                arrivals={(topic, number, 50): NOW - 600_000 for topic, number in places},
+                arrivals={(topic, number, 50): NOW - 600_000 for topic, number in partitions},
             ),
             **changed,
         }
@@ -120,7 +119,7 @@ def test_retention(changed: dict[str, Any], what: str, found: str) -> None:
 
 
 def test_brokers_that_forget_offsets_stop_the_join() -> None:
-    """As `Takeover` does: labels without committed offsets are no place to begin from."""
+    """As `Takeover` does: labels without committed offsets are no position to start from."""
     finding = only(healthy(configs=kept(impressions=-1, examples=-1)))
     assert "its offsets are forgotten, and the next one stops when it takes over" in finding.expected
 
@@ -135,25 +134,25 @@ def crc32(key: bytes) -> int:
 
 
 @pytest.mark.parametrize(
-    ("place", "told", "cure"),
+    ("partition_of", "guess", "cure"),
     [
         (crc32, "CRC32, librdkafka's default", "murmur2_random"),
         (lambda key: _fnv1a(key, 2), "FNV-1a, sarama's default", "sarama"),
         (lambda key: int(key[1:]) % 2, "", "find the producer of these keys"),
     ],
 )
-def test_a_wrong_partitioner(place: Callable[[bytes], int], told: str, cure: str) -> None:
+def test_a_wrong_partitioner(partition_of: Callable[[bytes], int], guess: str, cure: str) -> None:
     keys = [b"i%d" % index for index in range(100)]
-    tails: dict[Place, Tail] = {}
+    tails: dict[Partition, Tail] = {}
     for number in (0, 1):
-        there = [key for key in keys if place(key) == number]
+        there = [key for key in keys if partition_of(key) == number]
         tails["clicks", number] = tail(there, [NOW - 10_000] * len(there))
     finding = only(healthy(tails=tails))
-    wrong = [key for key, right in zip(keys, partitions_of(keys, 2).tolist(), strict=True) if place(key) != right]
+    wrong = [key for key, right in zip(keys, partitions_of(keys, 2).tolist(), strict=True) if partition_of(key) != right]
     assert (finding.check, finding.what) == ("partitioner", "shop-clicks")
     assert finding.found.startswith(f"{len(wrong)} of 100 sampled records ({len(wrong)} keys) elsewhere")
-    assert told in finding.found and ("default" in finding.found) == bool(told) and cure in finding.cure
-    assert any(f"'{key.decode()}' in {place(key)}" in finding.found for key in wrong)
+    assert guess in finding.found and ("default" in finding.found) == bool(guess) and cure in finding.cure
+    assert any(f"'{key.decode()}' in {partition_of(key)}" in finding.found for key in wrong)
 
 
 @given(st.binary(max_size=30))
@@ -175,7 +174,7 @@ def test_clocks_ahead() -> None:
 
 def test_who_is_ahead_is_named_by_what_only_these_events_have() -> None:
     wrong = [b"app-%d" % index for index in range(100)]
-    wrong = [key for key, place in zip(wrong, partitions_of(wrong, 2).tolist(), strict=True) if place == 0][:9]
+    wrong = [key for key, right in zip(wrong, partitions_of(wrong, 2).tolist(), strict=True) if right == 0][:9]
     keys, times, arrived = [*ids(191, 0), *wrong], [NOW - 40_000] * 191 + [NOW + 7_200_000] * 9, [NOW - 40_000] * 200
     headers = [[("source", b"web"), ("v", b"1")]] * 191 + [[("source", b"app"), ("v", b"1"), ("x", None)]] * 9
     sampled = replace(tail(keys, times, arrived), headers=headers)
@@ -232,8 +231,8 @@ def test_clicks_before_their_impressions() -> None:
 
 
 def test_orphans_and_other_dead_letters() -> None:
-    def letters(count: int, topic: str, reason: str) -> list[tuple[str, Place, int]]:
-        return [(reason, (topic, 0), offset) for offset in range(count)]
+    def letters(count: int, topic: str, reason: str) -> list[SampledLetter]:
+        return [SampledLetter(reason, (topic, 0), offset) for offset in range(count)]
 
     assert examine(healthy(letters=letters(20, "clicks", "orphan_click"))) == []  # 20 of 400, and no more than 5 %
     found = only(healthy(letters=letters(21, "clicks", "orphan_click")))
@@ -259,7 +258,7 @@ def test_lag() -> None:
     found = only(healthy(committed=behind, arrivals=arrivals))
     assert (found.check, found.what) == ("lag", "join: shop-impressions-0")
     assert found.found == "about 50 records waiting, the oldest for 5 m; 1 workers in the group"
-    assert "start another: `headrace run join`" in found.cure
+    assert "start another one: `headrace run join`" in found.cure
     arrivals["impressions", 0, 150] = NOW - 59_000
     assert examine(healthy(committed=behind, arrivals=arrivals)) == []
 
@@ -279,7 +278,7 @@ def test_a_worker_whose_position_or_members_are_unknown() -> None:
     scorer = only(unknown)
     assert scorer.what == "scorer: shop-score-requests-1"
     assert scorer.found.endswith("; an unknown number of workers in the group")
-    assert scorer.cure.startswith("look whether one runs, else start it: `headrace run scorer`")
+    assert scorer.cure.startswith("check whether one runs, else start one: `headrace run scorer`")
     everything = {"join", "trainer", "scorer"}
     behind = {("impressions", 0, 0): NOW - 90_000}
     assert examine(healthy(committed={}, arrivals=arrivals | behind, scorer={}, unread_positions=everything)) == []
@@ -363,7 +362,11 @@ def test_a_watermark_waits_for_no_impression_that_the_join_refuses(event_ms: int
 
 def test_open_transactions() -> None:
     found = only(healthy(open_since_ms={("clicks", 0): NOW - 120_000, ("clicks", 1): NOW - 1_000}))
-    assert (found.check, found.what, found.found) == ("open_transactions", "shop-clicks-0", "one that has been open for 2 m")
+    assert (found.check, found.what, found.found) == (
+        "open_transactions",
+        "shop-clicks-0",
+        "a transaction that has been open for 2 m",
+    )
 
 
 def test_every_check_is_documented() -> None:

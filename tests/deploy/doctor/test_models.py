@@ -56,7 +56,7 @@ def test_a_healthy_model() -> None:
 def test_a_champion_that_versions_pass_by() -> None:
     found = only(healthy(registry=registry(champion=20)))
     assert (found.check, found.what) == ("champion", "champion 20")
-    assert found.found.endswith("20 versions have been announced since, of 20,000 more examples. The newest, 40: gate of 40")
+    assert found.found.endswith("20 versions have been announced since, with 20,000 more examples. The newest, 40: gate of 40")
     assert "headrace snapshot promote 40" in found.cure
     assert check_of(healthy(registry=registry(champion=21))) == []
     # Few versions, long ago.
@@ -143,7 +143,7 @@ def test_scorers_that_do_not_serve_the_champion() -> None:
     assert "headrace snapshot verify 40" in fallback.cure
     without = found(version=-1, fallback_of=40, fallback_reason="no such store")
     assert without.found.startswith("it has no version and takes no requests, since it can't read the champion: no such store")
-    assert found(stale=True).found.startswith("it has read the registry up to offset 9 only")
+    assert found(stale=True).found.startswith("it has read the registry only up to offset 9")
 
 
 def silent(age_ms: int, **changed: Any) -> Readings:

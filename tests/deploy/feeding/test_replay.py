@@ -1,4 +1,4 @@
-"""A replay: events in the order in which they happened, each in its place, scores asked first, a watermark behind."""
+"""A replay: events in the order in which they happened, each in its partition, scores first, a watermark at the end."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_merge_keeps_every_event_once_and_in_order(parts: list[list[Row]]) -> No
     assert len(clicked) == len(expected_clicks)
     for (when, is_click, _), (later, next_is_click, _) in pairwise(events):
         assert not (when == later and is_click and not next_is_click)  # an impression first, within a millisecond
-    places = {event[1:]: place for place, event in enumerate(events)}
-    assert all(places[True, name] > places[False, name] for name in expected_clicks)
+    positions = {(is_click, name): position for position, (_, is_click, name) in enumerate(events)}
+    assert all(positions[True, name] > positions[False, name] for name in expected_clicks)
 
 
 def test_times_that_fall_are_refused() -> None:
@@ -132,7 +132,7 @@ def test_stop_ends_early_with_its_watermark(topics: Settings) -> None:
 
 @contextmanager
 def scorer(settings: Settings, *, answer_every: int = 1) -> Iterator[list[dict[str, Any]]]:
-    """Answers requests in a thread: a candidate's score is its place over 100. Yields the requests it saw."""
+    """Answers requests in a thread: a candidate's score is its position over 100. Yields the requests it saw."""
     seen: list[dict[str, Any]] = []
     ready, stop = threading.Event(), threading.Event()
 
@@ -154,7 +154,7 @@ def scorer(settings: Settings, *, answer_every: int = 1) -> Iterator[list[dict[s
                         seen.append(request)
                         if len(seen) % answer_every:
                             continue
-                        scores = [{"id": c["id"], "score": place / 100} for place, c in enumerate(request["candidates"])]
+                        scores = [{"id": c["id"], "score": index / 100} for index, c in enumerate(request["candidates"])]
                         answer = {"request_id": request["request_id"], "scores": scores, "model_version": 7}
                         await producer.send(f"{prefix}scores", key=record.key, value=json.dumps(answer).encode())
         finally:
@@ -196,8 +196,8 @@ def test_scored_impressions_carry_the_answer_to_their_own_request(topics: Settin
         wanted = {i: {"item": i, "both": f"{user}-{i}"} for i in ids}  # crossed with this user, whoever else was shown it
         assert {c["id"]: c["features"] for c in request["candidates"]} == wanted
         assert request["deadline_ms"] > time.time() * 1_000 - 600_000
-    places = {[c["id"] for c in asked[name]["candidates"]].index(events[name]["features"]["item"]) for name in asked}
-    assert places == {0, 1, 2, 3}  # the shown one is not given away by its place
+    positions = {[c["id"] for c in asked[name]["candidates"]].index(events[name]["features"]["item"]) for name in asked}
+    assert positions == {0, 1, 2, 3}  # the position does not give away the item shown
     counts = [len(request["candidates"]) for request in requests[20:]]  # few items have been seen at the start
     assert sum(counts) / len(counts) > 3.9
 

@@ -18,7 +18,7 @@ from deploy.cli import cli
 from deploy.errors import DeployError
 from deploy.feeding.arrivals import AGAIN, BROKEN, FIRST, arrivals
 from deploy.feeding.simulate import Simulator
-from deploy.feeding.simulation import Simulation, TruthFile, generate, simulation_schema
+from deploy.feeding.simulation import CtrStep, Simulation, TruthFile, generate, simulation_schema
 from deploy.settings import Settings
 from stream.join.events import read_run
 from tests.deploy.made_up import read_topic
@@ -66,7 +66,7 @@ def test_the_click_through_rate_is_the_one_that_was_asked_for(ctr: float, seed: 
 def test_the_click_through_rate_steps_when_it_was_asked_to_and_nothing_else_changes() -> None:
     level = Simulation(count=60_000, rate=300, ctr=0.03)
     still, _ = truth_of(level)
-    stepped, _ = truth_of(replace(level, ctr_steps=((100.0, 0.06), (150.0, 0.03))))
+    stepped, _ = truth_of(replace(level, ctr_steps=(CtrStep(100.0, 0.06), CtrStep(150.0, 0.03))))
     assert (stepped[:30_000] == still[:30_000]).all()
     assert abs(stepped[30_000:45_000].mean() / still[30_000:45_000].mean() - 2) < 0.1
     assert np.allclose(stepped[45_000:], still[45_000:])

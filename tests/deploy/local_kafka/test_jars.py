@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.errors import LocalKafkaError
-from deploy.local_kafka.cluster import jars as kafka_jars
+from deploy.local_kafka import jars as kafka_jars
 from deploy.local_kafka.jars import LOCK, Jar, cache_root, jars, kafka_version, read_lock
 from deploy.settings import LocalKafkaSettings
 

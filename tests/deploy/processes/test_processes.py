@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from deploy.processes import background as processes
 from deploy.processes.background import Process, mark, stop_all
-from deploy.processes.background import background as processes
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every kind of fault. Each hurts the join while events come in; what it must not hurt is the ledger."""
+"""All kinds of faults. Each happens to the join while events come in, and the join's outputs must be right in spite of it."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ JUMPS_S = (-7_200, -600, -5, 5, 600, 1_500)
 
 @kind("the broker's clock jumps", cluster="clock", crashes=MAYBE)
 async def _broker(run: Run) -> None:
-    """Ahead and back. Transactions may be ended by it, and arrival times fall."""
+    """The clock jumps ahead and back. The broker may end transactions because of it, and arrival times decrease."""
     clock = run.clusters.clock
     assert clock is not None
     worker = run.worker()

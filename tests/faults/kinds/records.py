@@ -1,4 +1,4 @@
-"""Streams that are hard by themselves, with workers killed meanwhile."""
+"""Streams that are difficult by themselves, with workers killed meanwhile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ kind("one client's clock ahead", stream=partial(wrong_clocks, ahead_ms=30 * MINU
 
 @kind("sources silent, idle timeout as shipped", stream=quiet, join=(("idle_timeout_ms", 5_000),))
 async def _silent(run: Run) -> None:
-    """One or two kills, anywhere in it."""
+    """One or two kills, at any time."""
     worker = run.worker()
     await run.labels()
     for _ in range(run.draw.randrange(1, 3)):

@@ -40,7 +40,7 @@ class Partition:
 
     def __init__(self, settings: JoinSettings) -> None:
         self.settings, self.state = settings, DictState()
-        self.memory = Memory(History().with_settings(settings, impressions=0, clicks=0, watermark_ms=NEVER_MS))
+        self.memory = Memory(History().with_settings(settings, form="", impressions=0, clicks=0, watermark_ms=NEVER_MS))
         self.impressions = self.clicks = self.examples = 0  # next offsets
         self.example_of: dict[int, int] = {}  # an impression's offset → its example's
 
@@ -48,7 +48,7 @@ class Partition:
         """Go on under other settings, as a worker does that takes over."""
         self.settings, memory = settings, self.memory
         at = {"impressions": self.impressions, "clicks": self.clicks, "watermark_ms": memory.watermark_ms}
-        memory.history = memory.history.with_settings(settings, **at)
+        memory.history = memory.history.with_settings(settings, form="", **at)
         memory.expired_ms = min(memory.expired_ms, memory.watermark_ms - memory.history.max_window_ms)
 
     def step(self, runs: list[tuple[str, Events]], *, impressions_idle: bool = False, clicks_idle: bool = False) -> Plan:

@@ -342,7 +342,7 @@ def test_an_id_used_twice_in_one_step_holds_the_low_water_at_its_first_use():
 
 
 def no_horizon() -> History:
-    return History().with_settings(join_settings(dedupe_horizon_ms=0), impressions=0, clicks=0, watermark_ms=NEVER_MS)
+    return History().with_settings(join_settings(dedupe_horizon_ms=0), form="", impressions=0, clicks=0, watermark_ms=NEVER_MS)
 
 
 def test_chunks_of_one_first_offset_are_forgotten_each():

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from state.join_state import JoinState
-from stream.join import takeover
+from stream.join import local_state
 from stream.join.commit_metadata import encode_progress
 from stream.join.partition import PartitionJoin
 from stream.settings import JoinSettings
@@ -416,7 +416,7 @@ HELD = LOW.model_copy(update={"hold_ms": 4})
 @pytest.mark.parametrize("actions", KNOWN.values(), ids=KNOWN.keys())
 def test_known(actions, chosen):
     disk = Disk()
-    with patch.object(takeover, "JoinState", disk):
+    with patch.object(local_state, "JoinState", disk):
         asyncio.run(live_and_leave(World(chosen, Path("/"), disk.destroy, disk.copy, plain_clocks=True), actions))
 
 
@@ -430,7 +430,7 @@ async def live_and_leave(world: World, actions: list[Any]) -> None:
 def on_disk(check: Callable[[World, Disk], Awaitable[None]]) -> None:
     """Run a check over a world with folders in memory."""
     disk = Disk()
-    with patch.object(takeover, "JoinState", disk):
+    with patch.object(local_state, "JoinState", disk):
         world = World(LOW, Path("/"), disk.destroy, disk.copy, plain_clocks=True)
 
         async def run() -> None:
@@ -558,7 +558,7 @@ def test_a_click_whose_label_was_too_large_is_not_read_twice(click_ms, found):
 @given(SETTINGS, ACTIONS, st.booleans())
 def test_a_partition_goes_on_as_if_nothing_had_happened(chosen, actions, plain_clocks):
     disk = Disk()
-    with patch.object(takeover, "JoinState", disk):
+    with patch.object(local_state, "JoinState", disk):
         world = World(chosen, Path("/"), disk.destroy, disk.copy, plain_clocks=plain_clocks)
         asyncio.run(live_and_leave(world, actions))
 

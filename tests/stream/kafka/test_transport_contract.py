@@ -47,7 +47,7 @@ from stream.kafka.transport import (
 )
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
-from stream.worker.runtime import build_app
+from stream.worker.app import build_app
 
 PATIENCE_S = 30.0
 

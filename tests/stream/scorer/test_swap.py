@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from state.registry import Champion, RegistryState, VersionRecord
+from state.registry import Champion, RegistryState, VersionRange, VersionRecord
 from stream.scorer import swap
 from stream.scorer.answers import answer_requests
 from stream.scorer.metrics import ScorerMetrics
@@ -23,7 +23,7 @@ from tests.stream.scorer.factory import MAX_BYTES, records, served
 def registry(version: int | None, *, rolled_back: Iterable[tuple[int, int]] = (), good: Iterable[int] = ()) -> RegistryState:
     return RegistryState(
         versions={number: VersionRecord(version=number, good_at_ms=1) for number in good},
-        champion=Champion(version=version, rolled_back=tuple(rolled_back)),
+        champion=Champion(version=version, rolled_back=tuple(VersionRange(*each) for each in rolled_back)),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from model.metrics import Metrics, auc, measure
-from state.gate import not_finite
+from state.gate_report import not_finite
 from stream.trainer import evaluation as module
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.evaluation import Evaluation, manifest_metrics

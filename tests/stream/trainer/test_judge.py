@@ -10,9 +10,10 @@ import pytest
 
 from model.learner import Learner
 from model.schema import FieldSpec
-from state.gate import Block, GateState
+from state.gate import GateState
+from state.gate_blocks import Block
 from state.manifest import Manifest
-from state.registry import Champion, RegistryState, VersionRecord
+from state.registry import Champion, RegistryState, VersionRange, VersionRecord
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.trainer.anchors import Anchors
@@ -259,7 +260,7 @@ def test_an_anchor_is_changed_for_one_that_is_as_much_newer_again():
 
 
 def test_what_was_rolled_back_is_no_anchor():
-    state = registry((1, 0, 0, True), (2, 5, 3_000, True), champion=1, rolled_back=((1, 2),))
+    state = registry((1, 0, 0, True), (2, 5, 3_000, True), champion=1, rolled_back=(VersionRange(1, 2),))
     assert choose(state, minute=30, clicks=20_000, anchor=2) == 1
 
 

@@ -27,12 +27,16 @@ def make(learner, *, rows=32, age_s=0.05, decoder=None):
     failures: list[tuple[str, BaseException]] = []
     letters: list = []
 
-    def fatal(what, error):
-        failures.append((what, error))
+    class Owner:
+        def take_letters(self, more):
+            letters.extend(more)
+
+        def failed(self, what, error):
+            failures.append((what, error))
 
     counted = metrics()
     training = Training(learner, BatchCutter(rows, {0: 0}), Evaluation(100), counted, max_batch_age_s=age_s)
-    pipeline = Pipeline(training, decoder or ExampleDecoder(SCHEMA), counted, letters=letters.extend, fatal=fatal, threads=1)
+    pipeline = Pipeline(Owner(), training, decoder or ExampleDecoder(SCHEMA), counted, threads=1)
     return pipeline, failures, letters
 
 
