@@ -67,7 +67,10 @@ def of_system(number: int, *names: str) -> OSError:
         (of_system(errno.EMFILE), "the system: expected to read or write, found: words of the system. Raise the limit of open"),
         (ConnectionResetError(errno.ECONNRESET, "reset"), "a connection: expected to be answered, found: reset. Check what it"),
         (TimeoutError(), "a connection: expected to be answered, found: TimeoutError. Check what it needs."),
-        (ModuleNotFoundError("x", name="faust.app"), "Python package faust: expected it for this command, found none. Run `make setup`"),
+        (
+            ModuleNotFoundError("x", name="faust.app"),
+            "Python package faust: expected it for this command, found none. Run `make setup`",
+        ),
         (
             ImportError("libcudart.so.12", name="torch"),
             "Python package torch: expected it for this command, found one that can't",
