@@ -49,6 +49,7 @@ from deploy.processes.usage import usage
 from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
 from stream.kafka.batches import BATCH_BYTES, send_batches
+from stream.records.watermark import watermark_header
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
@@ -100,7 +101,7 @@ def log_of(impressions: int, seed: int = 0, *, ended: bool = True) -> dict[str, 
         out["clicks"][partition].append((key, value, []))
     if not ended:
         return out
-    mark = [("headrace-watermark", str(START_MS + impressions * SPACING_US // 1000 + 10 * WINDOW_MS).encode())]
+    mark = [watermark_header(START_MS + impressions * SPACING_US // 1000 + 10 * WINDOW_MS)]
     for partitions in out.values():
         for records in partitions:
             records.append((None, b"", mark))

@@ -43,7 +43,10 @@ from deploy.local_kafka.cluster import LocalKafka
 from deploy.processes.usage import usage
 from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
-from stream.kafka.batches import BATCH_BYTES, Outgoing, send_batches
+from stream.kafka.batches import BATCH_BYTES, send_batches
+from stream.records.example import read_example
+from stream.records.record import Outgoing
+from stream.records.watermark import watermark_header
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
@@ -77,7 +80,7 @@ class Labels:
     def add(self, examples: list[Any]) -> None:
         """Count records of `examples`."""
         numbers = np.array([int(record.key.removeprefix(KEY_PREFIX)) for record in examples], np.int64)
-        clicked = np.array([("label", b"1") in record.headers for record in examples], np.bool_)
+        clicked = np.array([read_example(record).click_ms >= 0 for record in examples], np.bool_)
         np.add.at(self.count, numbers, 1)
         np.add.at(self.clicked, numbers[clicked], 1)
 
@@ -252,8 +255,7 @@ async def play(settings: Settings, stream: Stream, worker: Worker, kafka: LocalK
             )
     for topic in (names.impressions, names.clicks):
         for number in range(PARTITIONS):
-            mark = [("headrace-watermark", str(stream.end_ms).encode())]
-            await producer.send_and_wait(topic, b"", partition=number, headers=mark)
+            await producer.send_and_wait(topic, b"", partition=number, headers=[watermark_header(stream.end_ms)])
     changed, seen = time.monotonic(), -1
     expected = int(stream.sent.labels.count.sum())
     while watch.examples < expected or len(watch.dead) < len(stream.sent.malformed):

@@ -26,6 +26,8 @@ from deploy.settings import Settings
 from state.store import SnapshotStore
 from stream.kafka.clients import aiokafka_options
 from stream.kafka.read_log import read_to
+from stream.records.example import read_example
+from stream.records.join_notes import is_note
 from stream.registry.log import read_registry
 from stream.topics.names import TopicNames
 
@@ -309,9 +311,8 @@ async def _seen(settings: Settings, names: TopicNames, versions: list[int]) -> d
         async for partition, records in read_to(consumer, ends):
             kept = labels.setdefault(partition.partition, [])
             for record in records:
-                label = dict(record.headers).get("label")
-                if label is not None:
-                    kept.append((record.offset, label == b"1"))
+                if not is_note(record):
+                    kept.append((record.offset, read_example(record).click_ms >= 0))
     finally:
         await consumer.stop()
     store = SnapshotStore(settings.snapshots)

@@ -38,7 +38,7 @@ from rocksdict import (
 from state.errors import JoinStateError, StateDamaged
 from state.join_folder import set_aside, state_error
 
-__all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "Pending", "Place", "StateBatch", "StateOptions"]
+__all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "Pending", "StateBatch", "StateOptions", "TimeOffset"]
 
 # The layout of this table. Layout 3, of Headrace 0.1.0, has no `held`, and its `meta` names the layout in `identity` instead of
 # `layout`. It can be read as it is.
@@ -54,7 +54,7 @@ _LABELLED = 1 << 31
 _LENGTH = _LABELLED - 1
 
 Entry = tuple[int, int, bool]  # event time ms, offset, clicked
-Place = tuple[int, int]  # an impression's event time and offset
+TimeOffset = tuple[int, int]  # event time (ms) and offset of an impression: its key in `payloads` and `held`
 Pending = tuple[int, int, bytes, bytes, bool]  # event time ms, offset, id, value, whether 0.1.0 has sent its first label
 
 
@@ -154,12 +154,12 @@ class StateBatch:
             begin, end = _ORDERED.pack(max(from_ms, 0), 0), _ORDERED.pack(until_ms, 0)
             self._batch.delete_range(begin, end, self._state.payloads_family)
 
-    def hold(self, clicks: Iterable[tuple[Place, int]]) -> None:
+    def hold(self, clicks: Iterable[tuple[TimeOffset, int]]) -> None:
         """Keep the time of a click for an impression whose label waits, by the impression's (event time, offset)."""
         for (time_ms, offset), click_ms in clicks:
             self._batch.put(_ORDERED.pack(time_ms, offset), _TIME.pack(click_ms), self._state.held_family)
 
-    def drop_held(self, impressions: Iterable[Place]) -> None:
+    def drop_held(self, impressions: Iterable[TimeOffset]) -> None:
         for time_ms, offset in impressions:
             self._batch.delete(_ORDERED.pack(time_ms, offset), self._state.held_family)
 
@@ -283,14 +283,14 @@ class JoinState:
         """Each id's entry (event time, offset, clicked); None for an id that isn't remembered."""
         return [None if packed is None else _ENTRY.unpack(packed) for packed in self.packed_entries(keys)]
 
-    def pending(self, impressions: Sequence[Place]) -> list[Pending | None]:
+    def pending(self, impressions: Sequence[TimeOffset]) -> list[Pending | None]:
         """Pending impressions by (event time, offset); None for one that isn't pending."""
         if not impressions:
             return []
         found = self.payloads.get([_ORDERED.pack(time_ms, offset) for time_ms, offset in impressions])
-        return [None if row is None else _unpacked(place, row) for place, row in zip(impressions, found, strict=True)]
+        return [None if row is None else _unpacked(impression, row) for impression, row in zip(impressions, found, strict=True)]
 
-    def pending_between(self, begin: Place, end: Place) -> Iterator[Pending]:
+    def pending_between(self, begin: TimeOffset, end: TimeOffset) -> Iterator[Pending]:
         """Pending impressions with `begin <= (event time, offset) < end`, in that order."""
         if end <= begin:
             return
@@ -305,25 +305,25 @@ class JoinState:
         self._check_end(self.payloads, key)
 
     @staticmethod
-    def _range(end: Place) -> ReadOptions:
+    def _range(end: TimeOffset) -> ReadOptions:
         """Options of a scan that ends before `end`. Keep them during the scan: the iterator points into their memory."""
         read = ReadOptions()
         read.set_iterate_upper_bound(_ORDERED.pack(*end))
         read.set_readahead_size(1 << 20)
         return read
 
-    def held(self, impressions: Sequence[Place]) -> list[int | None]:
+    def held(self, impressions: Sequence[TimeOffset]) -> list[int | None]:
         """For each impression, the time of the click that waits for its label; None without one."""
         if not impressions:
             return []
         found = self.held_clicks.get([_ORDERED.pack(time_ms, offset) for time_ms, offset in impressions])
         return [None if packed is None else _TIME.unpack(packed)[0] for packed in found]
 
-    def held_between(self, begin: Place, end: Place) -> dict[Place, int]:
+    def held_between(self, begin: TimeOffset, end: TimeOffset) -> dict[TimeOffset, int]:
         """The times of the waiting clicks of all impressions with `begin <= (event time, offset) < end`."""
         if end <= begin:
             return {}
-        held: dict[Place, int] = {}
+        held: dict[TimeOffset, int] = {}
         read = self._range(end)
         key = start = _ORDERED.pack(*begin)
         for key, packed in self.held_clicks.items(from_key=start, read_opt=read):
@@ -346,7 +346,7 @@ class JoinState:
             yield Chunk(*_CHUNK.unpack(key))
         self._check_end(self.chunks, key)
 
-    def pending_places(self) -> Iterator[Place]:
+    def pending_impressions(self) -> Iterator[TimeOffset]:
         """Event time and offset of all pending impressions. This scans the family: use it in recovery and checks alone."""
         key = b""
         for key in self.payloads.keys():  # noqa: SIM118
@@ -394,7 +394,7 @@ class JoinState:
         return set_aside(path, why)
 
 
-def _unpacked(place: Place, row: bytes) -> Pending:
+def _unpacked(impression: TimeOffset, row: bytes) -> Pending:
     size = _U32.unpack_from(row)[0]
     cut = 4 + (size & _LENGTH)
-    return *place, row[4:cut], row[cut:], size >= _LABELLED
+    return *impression, row[4:cut], row[cut:], size >= _LABELLED

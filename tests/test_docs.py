@@ -13,12 +13,13 @@ import yaml
 
 from deploy.docs import metrics, pages
 from headrace.events import encode_click, encode_impression, encode_request
-from stream.join.logic import CORRECTION, FIRST, Plan
+from stream.join.plan import Plan
 from stream.records.dead_letter import REASONS, DeadLetter
-from stream.records.example import plan_records
-from stream.registry.heartbeat import Heartbeat
+from stream.records.example import CORRECTION, FIRST, Example
+from stream.records.heartbeat import Heartbeat
 from stream.settings import TopicSettings
 from stream.topics.contract import topic_contracts
+from tests.stream.join.written import written
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "headrace.json"
@@ -77,10 +78,10 @@ def test_what_the_client_sends_is_what_asyncapi_says() -> None:
 
 def test_headers_are_what_asyncapi_says() -> None:
     kinds = ((-1, FIRST), (9, FIRST), (9, CORRECTION))
-    examples = [(b"i", b"{}", 5, 7, click_ms, kind) for click_ms, kind in kinds]
+    examples = [Example(b"i", b"{}", 5, 7, click_ms, kind) for click_ms, kind in kinds]
     plan = Plan(examples=examples, left_out=[3, 1, 2], held={(5, 9): 11})
     for rate in (1.0, 0.05):
-        for key, value, headers in plan_records(plan, rate):
+        for key, value, headers in written(plan, rate):
             name = {b"left_out": "leftOut", b"matched": "matched"}.get(dict(headers)["kind"] or b"", "example")
             jsonschema.validate({name: value.decode() for name, value in headers}, schema(f"{name}Headers"))
             if key is None:

@@ -17,8 +17,9 @@ from deploy.cli.times import MOMENT, clock
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
-    from stream.letters.log import Letter, Wanted
+    from stream.letters.log import Wanted
     from stream.letters.replay import Replay
+    from stream.records.dead_letter import Letter
     from stream.topics.names import TopicNames
 
 __all__ = ["dead_letters"]
@@ -114,7 +115,7 @@ def list_(
     for letter, done in shown:
         key = "-" if letter.key is None else _short(letter.key)
         click.echo(
-            f"{letter.place:>10}  {clock(letter.arrived_ms)}  {letter.reason:16}  {letter.origin!s:24}  key {key}  "
+            f"{letter.name:>10}  {clock(letter.arrived_ms)}  {letter.reason:16}  {letter.origin!s:24}  key {key}  "
             f"{_short(letter.error.encode())}{'  (replayed)' if done else ''}"
         )
     for total in totals:
@@ -151,7 +152,7 @@ def show(place: str, raw: bool, output: str) -> None:
         echo_json(_document(letter) | _bytes("value", letter.value) | {"headers": [_header(*each) for each in letter.headers]})
     else:
         rows = [
-            ("place", f"{names.dead_letters} {letter.place}"),
+            ("place", f"{names.dead_letters} {letter.name}"),
             ("arrived", clock(letter.arrived_ms)),
             ("reason", letter.reason),
             ("path", _text(letter.path.encode())),
@@ -223,9 +224,9 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
                     for (source, reason), count in sorted(replay.fed.items())
                 ],
                 "done_before": replay.done_before.total(),
-                "foreign": [letter.place for letter in replay.foreign],
-                "too_large": [letter.place for letter in replay.too_large],
-                "without_bytes": [letter.place for letter in replay.without_bytes],
+                "foreign": [letter.name for letter in replay.foreign],
+                "too_large": [letter.name for letter in replay.too_large],
+                "without_bytes": [letter.name for letter in replay.without_bytes],
                 "dry_run": dry_run,
             }
         )
@@ -241,20 +242,20 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
             )
     for letter in replay.foreign:
         click.echo(
-            f"{letter.place}: expected a source with the prefix {names.prefix!r} and that partition, found {letter.origin}. It "
-            f"can't be sent again; `headrace dead-letters show {letter.place} --raw` gives its bytes.",
+            f"{letter.name}: expected a source with the prefix {names.prefix!r} and that partition, found {letter.origin}. It "
+            f"can't be sent again; `headrace dead-letters show {letter.name} --raw` gives its bytes.",
             err=True,
         )
     for letter in replay.too_large:
         click.echo(
-            f"{letter.place}: {letter.origin.topic} refused it for its size ({letter.size:,} bytes, and a header that a replay "
+            f"{letter.name}: {letter.origin.topic} refused it for its size ({letter.size:,} bytes, and a header that a replay "
             "adds). Raise topics.max_message_bytes, `headrace topics create --mend`, and replay again.",
             err=True,
         )
 
     for letter in replay.without_bytes:
         click.echo(
-            f"{letter.place}: a letter {letter.reason} has no bytes to send again. They are at {letter.origin} while retention "
+            f"{letter.name}: a letter {letter.reason} has no bytes to send again. They are at {letter.origin} while retention "
             f"keeps them: {_way_out(letter)}.",
             err=True,
         )
@@ -274,7 +275,7 @@ def _value(letter: Letter) -> str:
 
 def _document(letter: Letter) -> dict[str, Any]:
     return {
-        "place": letter.place,
+        "place": letter.name,
         "arrived_ms": letter.arrived_ms,
         "reason": letter.reason,
         "path": letter.path,

@@ -13,7 +13,7 @@ from deploy.cli.tables import print_pairs, print_table
 from deploy.cli.times import clock
 from state.manifest import Manifest, finite_or_null
 from state.registry import RegistryState, VersionRecord
-from stream.registry.heartbeat import Heartbeat
+from stream.records.heartbeat import Heartbeat
 
 __all__ = ["beat_json", "print_version", "print_versions", "registry_json", "version_json"]
 

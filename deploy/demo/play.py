@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from deploy.datasets import DataSet
-from deploy.demo.audit import Audit, Ledger
+from deploy.demo.audit import Audit, Ledger, ServedVersion
 from deploy.demo.view import Figures, View
 from deploy.errors import DeployError
 from deploy.feeding.replay import Replayer
@@ -284,7 +284,7 @@ class _Run:
         state = await read_registry(self._settings.kafka, self._names)
         newest = max(state.versions.values(), key=lambda record: record.version)
         offsets = _offsets(self._settings, list(self._served))
-        served = [(version, offsets[version], since) for version, since in self._served.items() if version in offsets]
+        served = [ServedVersion(offsets[number], since) for number, since in self._served.items() if number in offsets]
         waits = await asyncio.to_thread(ledger.click_to_served_ms, served)
         problems = ledger.problems()
         if len(ledger.impressions) != stats.impressions:

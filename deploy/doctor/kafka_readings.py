@@ -26,13 +26,14 @@ from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.errors import StreamError
 from stream.join.commit_metadata import decode_progress
-from stream.join.events import WATERMARK_HEADER
 from stream.kafka.clients import kafka_python_options
 from stream.kafka.offsets import committed_offsets
 from stream.kafka.read_log import Span, first_records, high_watermarks, log_consumer, log_spans, read_spans
-from stream.letters.log import read_letter
+from stream.records.dead_letter import read_letter
+from stream.records.heartbeat import Heartbeat
 from stream.records.record import Record
-from stream.registry.heartbeat import Heartbeat, HeartbeatReader
+from stream.records.watermark import WATERMARK_HEADER
+from stream.registry.heartbeat import HeartbeatReader
 from stream.registry.log import read_registry
 from stream.topics.admin import Found, differences, find_topics
 from stream.topics.contract import topic_contracts

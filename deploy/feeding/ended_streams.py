@@ -9,11 +9,11 @@ from __future__ import annotations
 from aiokafka.structs import TopicPartition
 
 from deploy.errors import DataSetError
-from stream.join.events import WATERMARK_HEADER
 from stream.kafka.clients import quietly_stopped, started
 from stream.kafka.cluster import partition_counts
 from stream.kafka.read_log import Span, first_records, log_consumer, log_spans
 from stream.records.record import Record
+from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics.names import TopicNames
 

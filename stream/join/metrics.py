@@ -8,10 +8,11 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from stream.join.logic import CORRECTION, Plan
 from stream.join.memory import Memory
+from stream.join.plan import Plan
 from stream.join.rebuild_progress import RebuildProgress
 from stream.join.settings_history import NEVER_MS
+from stream.records.example import CORRECTION
 
 __all__ = ["JoinMetrics"]
 
@@ -117,7 +118,7 @@ class JoinMetrics:
             self.examples.labels("1").inc(positives)
         if counts["negatives"]:
             self.examples.labels("0").inc(counts["negatives"])
-        corrections = sum(example[5] == CORRECTION for example in plan.examples) if positives else 0
+        corrections = sum(example.kind == CORRECTION for example in plan.examples) if positives else 0
         if corrections:
             self.corrections.inc(corrections)
         if plan.left_out:

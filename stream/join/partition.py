@@ -22,14 +22,15 @@ from stream.formats import Formats
 from stream.join.commit_metadata import Progress, encode_progress
 from stream.join.events import read_run
 from stream.join.idle import IdleSources
-from stream.join.logic import Plan, Step, watermark
+from stream.join.logic import Step, watermark
 from stream.join.memory import LowWater, Memory
 from stream.join.metrics import JoinMetrics
+from stream.join.outgoing import outgoing_records, record_count, set_aside_too_large
+from stream.join.plan import Plan
 from stream.join.source_clock import SourceClock
 from stream.kafka.batches import send_batches
 from stream.kafka.clients import quietly_stopped
 from stream.kafka.transport import LogEnd, Run
-from stream.records.example import packed_plan, record_count, set_aside_too_large
 from stream.settings import JoinSettings
 from stream.topics.limits import OutputLimits
 from stream.topics.names import TopicNames
@@ -262,7 +263,7 @@ class PartitionJoin:
         """Everything of a transaction except its end."""
         names, producer = self._names, self._producer
         await producer.begin_transaction()
-        labels = packed_plan(plan, self._settings.negative_rate)
+        labels = outgoing_records(plan, self._settings.negative_rate)
         sends = await send_batches(producer, names.examples, self.number, labels)
         letters = (letter.outgoing(self._limits.letter_bytes) for letter in plan.dead)
         dead_sends = await send_batches(producer, names.dead_letters, self._limits.letter_partition(self.number), letters)

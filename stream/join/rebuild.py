@@ -27,7 +27,7 @@ from stream.join.rebuild_progress import RebuildProgress
 from stream.join.rebuild_state import RebuiltState
 from stream.join.settings_history import NEVER_MS, History, Terms
 from stream.kafka.read_log import Span, read_spans
-from stream.letters.log import Origin
+from stream.records.dead_letter import Origin
 from stream.records.record import Record
 from stream.settings import JoinSettings
 from stream.topics.names import TopicNames
@@ -200,7 +200,7 @@ class Rebuild:
                 *(self._names.examples, self._number, foreign),
             )
 
-    def _resolve(self, records: list[Any], *, apply: bool) -> None:
+    def _resolve(self, records: list[Record], *, apply: bool) -> None:
         clicked = self._labels.note(records)
         if apply:
             self._rebuilt.mark_clicked(clicked)
@@ -219,12 +219,12 @@ class Rebuild:
 
     # Deciding again
 
-    async def _prepare(self, records: list[Any], of: Callable[[int], Terms]) -> None:
+    async def _prepare(self, records: list[Record], of: Callable[[int], Terms]) -> None:
         """Fetch the schemas of a run. It waits while the schema registry is away."""
         for form, group in groupby(records, key=lambda record: of(record.offset).form):
             await self._formats.prepare(list(group), form)
 
-    def _by_terms(self, records: list[Any], of: Callable[[int], Terms]) -> Iterator[tuple[Terms, Events]]:
+    def _by_terms(self, records: list[Record], of: Callable[[int], Terms]) -> Iterator[tuple[Terms, Events]]:
         """The events of a run, split by the settings that they were read under then."""
         settings = self._settings
         for terms, group in groupby(records, key=lambda record: of(record.offset)):
@@ -236,11 +236,11 @@ class Rebuild:
             )
             yield terms, events
 
-    def _impressions(self, records: list[Any]) -> None:
+    def _impressions(self, records: list[Record]) -> None:
         for terms, events in self._by_terms(records, self._history.of):
             self._rebuilt.accept(terms, events)
 
-    def _clicks(self, records: list[Any]) -> None:
+    def _clicks(self, records: list[Record]) -> None:
         self._rebuilt.keep_clicks(events for _, events in self._by_terms(records, self._history.of_click))
 
     async def _check_schemas(self) -> None:

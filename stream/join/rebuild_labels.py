@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import msgspec
 
-from state.join_state import Place
-from stream.records.dead_letter import REPLAY_HEADER
-from stream.records.example import left_out_of, matched_of
+from state.join_state import TimeOffset
+from stream.records.example import FIRST, REPLAY, Example, read_example
+from stream.records.join_notes import Matched, read_left_out, read_matched
+from stream.records.record import Record
+from stream.records.replay import is_replayed
 
-__all__ = ["Clicked", "Labels"]
-
-
-class Clicked(NamedTuple):
-    """An impression with a positive label."""
-
-    key: bytes
-    time_ms: int
-    offset: int
+__all__ = ["Labels"]
 
 
 class Labels:
@@ -34,48 +27,51 @@ class Labels:
 
     def __init__(self) -> None:
         self.resolved: dict[int, bool] = {}
-        self.held: dict[Place, int] = {}
+        self.held: dict[TimeOffset, int] = {}
         self.matched: set[tuple[bytes, int]] = set()
         self.foreign = 0
 
-    def note(self, records: Sequence[Any]) -> list[Clicked]:
-        """Note what these records say. Returns the impressions that they label as clicked."""
-        clicked: list[Clicked] = []
+    def note(self, records: Sequence[Record]) -> list[Example]:
+        """Note what these records say. Returns the examples that label an impression as clicked."""
+        clicked: list[Example] = []
         for record in records:
-            headers = dict(record.headers)
-            if REPLAY_HEADER in headers:
+            if is_replayed(record):
                 continue  # a copy of the record that became a dead letter; a correction may have followed that record
             try:
-                left_out, matched = left_out_of(record), matched_of(record)
+                left_out, matched = read_left_out(record), read_matched(record)
                 if left_out is not None:
                     self.resolved.update(dict.fromkeys(left_out, False))
                 elif matched is not None:
-                    for offset, time_ms, click_ms in matched:
-                        impression = _storable(time_ms), _storable(offset)
-                        self.held[impression] = min(click_ms, self.held.get(impression, click_ms))
-                elif (positive := self._label(record.key, headers)) is not None:
-                    clicked.append(positive)
+                    for click in matched:
+                        self._hold(click)
+                elif self._label(example := read_example(record)):
+                    clicked.append(example)
             except (KeyError, TypeError, ValueError, msgspec.DecodeError):
                 self.foreign += 1
         return clicked
 
-    def _label(self, key: bytes | None, headers: dict[str, bytes]) -> Clicked | None:
-        """Note one label. Returns the impression if it is clicked.
+    def _hold(self, click: Matched) -> None:
+        """Note a matched click. Raises ValueError for numbers that no event time and no offset can be."""
+        impression = click.impression_ms, click.source_offset
+        if not all(0 <= number < 1 << 63 for number in impression):
+            raise ValueError(click)
+        self.held[impression] = min(click.click_ms, self.held.get(impression, click.click_ms))
+
+    def _label(self, example: Example) -> bool:
+        """Note one label. Returns whether the impression is clicked.
 
         Raises:
-            KeyError, TypeError, ValueError: the record isn't one of the join's.
+            ValueError: the record isn't one of the join's.
         """
-        kind, label = headers["kind"], headers["label"]
-        if key is None or kind not in (b"first", b"correction") or label not in (b"0", b"1"):
-            raise ValueError(kind)
-        offset, time_ms = _storable(int(headers["source_offset"])), _storable(int(headers["impression_ms"]))
-        if label == b"0":
-            if kind == b"first":
-                self.resolved[offset] = False
-            return None  # the join writes no correction to 0; after a foreign one the impression stays clicked
-        self.matched.add((key, int(headers["click_ms"])))
-        self.resolved[offset] = True
-        return Clicked(key, time_ms, offset)
+        if example.kind == REPLAY:
+            raise ValueError(example.kind)  # a replay writes this kind, with a header that this record lacks
+        if example.click_ms < 0:
+            if example.kind == FIRST:
+                self.resolved[example.source_offset] = False
+            return False  # the join writes no correction to 0; after a foreign one the impression stays clicked
+        self.matched.add((example.key, example.click_ms))
+        self.resolved[example.source_offset] = True
+        return True
 
     @property
     def furthest(self) -> int:
@@ -86,10 +82,3 @@ class Labels:
         """Forget all but `foreign`."""
         for noted in (self.resolved, self.held, self.matched):
             noted.clear()
-
-
-def _storable(number: int) -> int:
-    """Raises ValueError for what no event time and no offset can be."""
-    if not 0 <= number < 1 << 63:
-        raise ValueError(number)
-    return number

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from state.join_state import Chunk, Entry, JoinMeta, JoinState, Place, StateBatch
+from state.join_state import Chunk, Entry, JoinMeta, JoinState, StateBatch, TimeOffset
 from stream.join.events import Events
-from stream.join.logic import packed_click
 from stream.join.memory import EarlyClick
-from stream.join.rebuild_labels import Clicked, Labels
+from stream.join.rebuild_labels import Labels
 from stream.join.settings_history import History, Terms
+from stream.records.example import Example
 
 __all__ = ["RebuiltState"]
 
@@ -44,21 +44,21 @@ class RebuiltState:
         batch.drop_meta()
         return batch
 
-    def _first_is_out(self, impression: Place) -> bool:
+    def _first_is_out(self, impression: TimeOffset) -> bool:
         """Whether the committed watermark has passed the hold of an impression, given by (event time, offset)."""
         time_ms, offset = impression
         return (time_ms + self._history.of(offset).hold_ms, offset) < (self._watermark_ms, self._cut)
 
-    def mark_clicked(self, clicked: Sequence[Clicked]) -> None:
+    def mark_clicked(self, clicked: Sequence[Example]) -> None:
         """Mark impressions of an older local state that were clicked since."""
         entries = self._state.entries([each.key for each in clicked])
         batch = self._batch()
         batch.remember(
-            (each.key, (each.time_ms, each.offset, True))
+            (each.key, (each.impression_ms, each.source_offset, True))
             for each, entry in zip(clicked, entries, strict=True)
-            if entry is not None and entry[:2] == (each.time_ms, each.offset)
+            if entry is not None and entry[:2] == (each.impression_ms, each.source_offset)
         )
-        batch.drop_pending((each.time_ms, each.offset) for each in clicked)
+        batch.drop_pending((each.impression_ms, each.source_offset) for each in clicked)
         batch.write()
 
     def accept(self, terms: Terms, events: Events) -> None:
@@ -132,7 +132,7 @@ class RebuiltState:
                 events.keys, events.times_ms, events.offsets, events.records, entries, strict=True
             ):
                 if self._waits(key, time_ms, offset, entry):
-                    batch.add_early([(key, (time_ms, offset, packed_click(record)))])
+                    batch.add_early([(key, EarlyClick.of(record, time_ms))])
         batch.write()
 
     def _waits(self, key: bytes, click_ms: int, offset: int, entry: Entry | None) -> bool:
@@ -163,15 +163,14 @@ class RebuiltState:
         labelled = [each for each in self._state.held_between((0, 0), _END) if self._first_is_out(each)]
         batch.drop_held(labelled)
         batch.drop_pending(labelled)
-        early = list(self._state.early_clicks())
+        early = sorted(((key, EarlyClick(*click)) for key, click in self._state.early_clicks()), key=lambda row: row[1].offset)
         entries = self._state.entries([key for key, _ in early])
         waiting: dict[tuple[bytes, int], tuple[bytes, EarlyClick]] = {}
-        for (key, click), entry in sorted(zip(early, entries, strict=True), key=lambda row: row[0][1][1]):
-            time_ms, offset, _ = click
-            if not self._waits(key, time_ms, offset, entry) or (key, time_ms) in waiting:
+        for (key, click), entry in zip(early, entries, strict=True):
+            if not self._waits(key, click.time_ms, click.offset, entry) or (key, click.time_ms) in waiting:
                 batch.drop_early([(key, click)])
             else:
-                waiting[key, time_ms] = (key, click)
+                waiting[key, click.time_ms] = (key, click)
         batch.set_meta(meta)
         batch.write()
         return list(waiting.values())
@@ -181,4 +180,4 @@ class RebuiltState:
         if any(terms.legacy for terms in self._history.terms):
             rows = self._state.pending_between((0, 0), _END)
             return sum(not labelled and not self._first_is_out((time_ms, offset)) for time_ms, offset, _, _, labelled in rows)
-        return sum(not self._first_is_out(each) for each in self._state.pending_places())
+        return sum(not self._first_is_out(each) for each in self._state.pending_impressions())

@@ -32,7 +32,8 @@ from stream.join.rebuild import Rebuild, Rebuilt
 from stream.join.rebuild_progress import RebuildProgress
 from stream.kafka.batches import BATCH_BYTES
 from stream.kafka.clients import aiokafka_options, quietly_stopped, started
-from stream.letters.log import LetterLog, Origin, Wanted
+from stream.letters.log import LetterLog, Wanted
+from stream.records.dead_letter import Origin
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics.names import TopicNames
 

@@ -10,8 +10,7 @@ a batch that the compiled parser can't read is read again here, in Python:
 
 - In a header's name that isn't UTF-8, the invalid bytes are escaped (`\\xff`).
 - Records that can't be read at all are replaced by one record without key and value, at the offset of the first missing record.
-  Its only header, `UNREADABLE_HEADER`, says which offsets are missing and why. `DeadLetter.of` turns that record into a letter
-  with the reason `unreadable`.
+  That record says which offsets are missing and why (`stream.records.unreadable`).
 
 A batch with a wrong checksum stays an error: its bytes were damaged after the broker had checked them.
 """
@@ -34,10 +33,10 @@ from aiokafka.record.default_records import DefaultRecord, DefaultRecordBatch
 from aiokafka.record.memory_records import MemoryRecords
 from crc32c import crc32c
 
-__all__ = ["MAX_EXPANDED_BYTES", "UNREADABLE_HEADER", "BatchTooLarge", "install", "read_batch"]
+from stream.records.unreadable import unreadable_headers
 
-# The only header of a record that replaces records which can't be read.
-UNREADABLE_HEADER = "headrace-unreadable"
+__all__ = ["MAX_EXPANDED_BYTES", "BatchTooLarge", "install", "read_batch"]
+
 # Limit for one expanded batch: 64 times Kafka's default limit for a batch (1 MiB). Text compresses 3 to 10 times, the most
 # repetitive events some 30 times. A worker holds a few batches at once, so this also limits its memory.
 MAX_EXPANDED_BYTES = 64 << 20
@@ -151,7 +150,7 @@ def read_batch(data: bytes | memoryview) -> Iterator[_ReadRecord]:
             return  # every record is there
         missing = f"offsets {next_offset} to {base + last}" if next_offset < base + last else f"offset {next_offset}"
         why = f"{missing} can't be read: {error}"
-        yield _ReadRecord(next_offset, max_ms, int(appended), None, None, [(UNREADABLE_HEADER, why.encode(errors="replace"))])
+        yield _ReadRecord(next_offset, max_ms, int(appended), None, None, unreadable_headers(why))
 
 
 class _ReadRecord(SimpleNamespace):

@@ -8,27 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.structs import RecordMetadata
 
-from stream.kafka.packed import EMPTY_BATCH_BYTES, PackedBatch, pack_headers, pack_record, unpack_headers, varint
+from stream.kafka.packed import PackedBatch
+from stream.records.packing import EMPTY_BATCH_BYTES, pack_headers, pack_record, unpack_headers, varint
+from stream.records.record import Outgoing
 
-__all__ = ["BATCH_BYTES", "Outgoing", "batch_bytes", "send_batches"]
-
-# Key, value, headers: the headers as pairs, or packed by `stream.kafka.packed.pack_headers`. A plain tuple,
-# since one is made for every record that the join sends; unpack it with these three names.
-Outgoing = tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]] | bytes]
+__all__ = ["BATCH_BYTES", "send_batches"]
 
 # Below Kafka's default limit for a batch (max.message.bytes, 1,048,588). A larger record is sent in a batch of its own.
 BATCH_BYTES = 900_000
-
-
-def batch_bytes(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
-    """The largest size of a batch with this record alone: the size that a topic's `max.message.bytes` limits."""
-    return int(DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(headers)))
 
 
 async def send_batches(

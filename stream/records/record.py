@@ -1,14 +1,17 @@
-"""A record as it is read from Kafka, whichever client or test made the object."""
+"""Records of Kafka in general: as any client or test gives them to be read, and as they are handed over to be sent."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["Header", "Record"]
+__all__ = ["Header", "Outgoing", "Record"]
 
 # Name and value. Kafka allows headers without a value, and several of one name.
 Header = tuple[str, bytes | None]
+
+# Key, value and headers of a record to send. The headers are pairs, or packed by `stream.records.packing.pack_headers`.
+Outgoing = tuple[bytes | None, bytes | None, Sequence[Header] | bytes]
 
 
 class Record(Protocol):

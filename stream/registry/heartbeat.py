@@ -20,6 +20,14 @@ from stream.errors import NoAnswer
 from stream.kafka.clients import STOP_S, aiokafka_options, answer, quietly_stopped, started, unreachable
 from stream.kafka.cluster import missing_topic, partition_counts
 from stream.kafka.read_log import Positions, read_to
+from stream.records.heartbeat import (
+    DEFAULT_HEARTBEAT_MS,
+    Heartbeat,
+    encode_heartbeat,
+    live_limit_ms,
+    read_heartbeat,
+    worker_of,
+)
 from stream.records.record import Record
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
@@ -27,7 +35,7 @@ from stream.topics.names import TopicNames
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-__all__ = ["Confirmation", "Confirmations", "Heartbeat", "HeartbeatReader", "HeartbeatSender", "live_limit_ms"]
+__all__ = ["Confirmation", "Confirmations", "HeartbeatReader", "HeartbeatSender"]
 
 # What was asked for, in the error of a Kafka that can't be reached.
 ANSWER = "an answer about the scorers"
@@ -38,41 +46,8 @@ TAIL_RECORDS = 10_000
 FETCH_WAIT_MS = 100
 # Longest single wait for records: while reading to a known end, and while waiting for confirmations.
 READ_MS, CONFIRM_MS = 10, 100
-# Interval of a heartbeat that doesn't name one. Scorers of 0.1.0 left it out; this was the default of `scorer.heartbeat_ms`.
-DEFAULT_HEARTBEAT_MS = 1_000
-# How many heartbeats may be missing. The grace is for a pause of the process, or a new leader of the topic's partition.
-MISSED_BEATS, GRACE_MS = 3, 2_000
 # Characters of a reason. Reasons quote paths and errors, and a heartbeat is sent every second.
 MAX_REASON = 300
-
-
-class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """One scorer at one moment.
-
-    worker           the worker's id
-    version          the version that answers now; -1 for none
-    since_ms         when that version began to answer (wall clock, ms since epoch)
-    registry_offset  the position of the worker's registry follower: everything below it is in effect
-    at_ms            when the heartbeat was made (the worker's clock)
-    stale            the worker has not reached the registry's end for longer than its lease
-    heartbeat_ms     the worker's own interval
-    fallback_of      the champion that the worker could not read; it answers with another version meanwhile, or with none
-    fallback_reason  what was wrong with that champion
-
-    Never report a new registry offset while still serving the old version: a rollback would count it as confirmed. A swap that
-    ends must check that its version is still wanted.
-    """
-
-    worker: str
-    version: int
-    since_ms: int
-    host: str
-    registry_offset: int
-    at_ms: int
-    stale: bool = False
-    heartbeat_ms: int = DEFAULT_HEARTBEAT_MS
-    fallback_of: int | None = None
-    fallback_reason: str = ""
 
 
 class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,11 +69,6 @@ class _Last(NamedTuple):
 
     at_ms: int
     beat: Heartbeat | None
-
-
-def live_limit_ms(beat: Heartbeat) -> int:
-    """How old a worker's last heartbeat may be before the worker counts as dead: three of its own intervals and 2 s."""
-    return MISSED_BEATS * beat.heartbeat_ms + GRACE_MS
 
 
 class HeartbeatSender:
@@ -164,7 +134,8 @@ class HeartbeatSender:
             fallback_of=fallback_of,
             fallback_reason=fallback_reason[:MAX_REASON],
         )
-        sent = self._producer.send_and_wait(self._topic, key=self._worker.encode(), value=msgspec.json.encode(beat))
+        key, value = encode_heartbeat(beat)
+        sent = self._producer.send_and_wait(self._topic, key=key, value=value)
         await answer(self._kafka, sent, "a heartbeat")
 
     async def close(self) -> None:
@@ -293,13 +264,11 @@ class HeartbeatReader:
 
     def _note(self, records: Sequence[Record]) -> None:
         for record in records:
-            worker = (record.key or b"").decode(errors="replace")
-            beat = None
-            if record.value is not None:
-                try:
-                    beat = msgspec.json.decode(record.value, type=Heartbeat)
-                except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                    continue  # from a newer or foreign writer. The worker's last readable heartbeat counts
+            worker = worker_of(record)
+            try:
+                beat = read_heartbeat(record)
+            except ValueError:
+                continue  # from a newer or foreign writer. The worker's last readable heartbeat counts
             self._last[worker] = _Last(record.timestamp, beat)
 
 

@@ -26,7 +26,8 @@ from state.errors import Refused, SnapshotCorrupt, SnapshotError
 from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.errors import RegistryError
-from stream.registry.heartbeat import Confirmation, Confirmations, Heartbeat, HeartbeatReader
+from stream.records.heartbeat import Heartbeat
+from stream.registry.heartbeat import Confirmation, Confirmations, HeartbeatReader
 from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter, Written
 from stream.settings import KafkaSettings

@@ -1,4 +1,4 @@
-"""What a scorer asks the cluster: where its partitions go on."""
+"""The offset from which a scorer reads each partition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 async def committed_positions(kafka: KafkaSettings, group: str, topic: str, partitions: Sequence[int]) -> dict[int, int]:
-    """Where each partition goes on: what the group has committed, or the start of the log.
+    """The next offset to read of each partition: what the group has committed, or the start of the log.
 
     Raises:
         aiokafka.errors.KafkaError: Kafka can't be reached.
@@ -43,9 +43,10 @@ async def committed_positions(kafka: KafkaSettings, group: str, topic: str, part
 def choose_positions(
     topic: str, committed: Mapping[int, int], starts: Mapping[int, int], ends: Mapping[int, int]
 ) -> dict[int, int]:
-    """A committed offset (-1: none) that lies within the log, else the log's start.
+    """The committed offset (-1: none) when it lies within the log, else the log's start.
 
-    Nobody waits for an answer any more to requests that retention has deleted, or to those of a topic since made anew.
+    A committed offset outside the log belongs to requests that retention has deleted, or to a topic that was deleted and
+    created again. Nobody waits for those answers any more.
     """
     positions = {}
     for partition, start in starts.items():

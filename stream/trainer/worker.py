@@ -39,7 +39,7 @@ from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
-from stream.trainer.evaluation import Scores
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
@@ -90,7 +90,7 @@ class TrainerWorker(Worker):
         follower: RegistryFollower,
         judge: Judge,
         anchors: Anchors,
-        scores: Scores,
+        scores: Evaluation,
         metrics: TrainerMetrics,
     ) -> None:
         super().__init__(
@@ -311,7 +311,7 @@ async def _built(
     """The worker with all its parts."""
     start = prepared.start
     metrics = TrainerMetrics(prometheus)
-    scores = Scores(settings.metrics_window, settings.evaluation_from_ms)
+    scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
     judge = Judge(snapshots, gate_state(start, epoch))
     anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
 
@@ -329,7 +329,7 @@ async def _built(
         observers=(skew,),
         judge=judge,
     )
-    training.restore(start.kept)
+    training.restore(start.bookkeeping)
     # Before the first version: one of a new line must not be taken for the champion's.
     await anchors.follow(follower.state, start.watermark_ms)
     letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)

@@ -74,7 +74,7 @@ def test_everything_is_read_back_after_closing(state):
         assert [(*row[:3], row[4]) for row in state.pending_between((0, 0), ALL)] == [
             *((0, 2, b"\x00", False), (5, 0, b"a", False), (1 << 47, 1 << 62, "é🎬".encode(), True)),
         ]
-        assert len(list(state.pending_places())) == 3
+        assert len(list(state.pending_impressions())) == 3
         assert state.entries([]) == state.pending([]) == state.held([]) == []
 
 
@@ -83,9 +83,9 @@ def test_nothing_is_seen_before_the_batch_is_written(state):
     batch.remember([(b"a", (5, 0, False))])
     batch.add_pending([(5, 0, b"a", b"v")])
     batch.set_meta(META)
-    assert (state.entries([b"a"]), list(state.pending_places()), state.meta()) == ([None], [], None)
+    assert (state.entries([b"a"]), list(state.pending_impressions()), state.meta()) == ([None], [], None)
     batch.write()
-    assert (state.entries([b"a"]), list(state.pending_places()), state.meta()) == ([(5, 0, False)], [(5, 0)], META)
+    assert (state.entries([b"a"]), list(state.pending_impressions()), state.meta()) == ([(5, 0, False)], [(5, 0)], META)
 
 
 IMPRESSIONS = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3)), unique=True, max_size=20)
@@ -114,7 +114,7 @@ def test_pending_is_dropped_by_range_and_one_by_one(state, first, drops, later, 
         batch.write()
     between = [(time_ms, offset) for time_ms, offset, *_ in state.pending_between(begin, end)]
     assert between == sorted(place for place in expected if begin <= place < end)
-    assert list(state.pending_places()) == sorted(expected)
+    assert list(state.pending_impressions()) == sorted(expected)
     asked = sorted(set(first) | set(later))
     found = [(*impression, b"k", b"v%d-%d" % impression, False) if impression in expected else None for impression in asked]
     assert state.pending(asked) == found
@@ -251,7 +251,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert meta is not None
         assert meta.impressions_position == 700
         assert sum(entry is not None for entry in state.entries([b"%d" % index for index in range(701)])) == 700
-        assert len(list(state.pending_places())) == len(list(state.early_clicks())) == len(list(state.all_chunks())) == 700
+        assert len(list(state.pending_impressions())) == len(list(state.early_clicks())) == len(list(state.all_chunks())) == 700
     finally:
         state.close()
 
@@ -301,7 +301,7 @@ def read_all(path: Path) -> list[int]:
         return [
             sum(entry is not None for entry in state.entries(keys)),
             sum(value is not None for value in state.pending(rows)),
-            len(list(state.pending_places())),
+            len(list(state.pending_impressions())),
             sum(1 for _ in state.pending_between((0, 0), (10**6, 0))),
             sum(1 for _ in state.early_clicks()),
             sum(1 for _ in state.all_chunks()),

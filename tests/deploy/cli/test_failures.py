@@ -69,7 +69,7 @@ def of_system(number: int, *names: str) -> OSError:
         (TimeoutError(), "a connection: expected to be answered, found: TimeoutError. Check what it needs."),
         (
             ModuleNotFoundError("x", name="faust.app"),
-            "Python package faust: expected it for this command, found none. Run",
+            "Python package faust: expected it for this command, found none. Run `make setup`",
         ),
         (
             ImportError("libcudart.so.12", name="torch"),

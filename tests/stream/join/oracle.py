@@ -12,8 +12,9 @@ from typing import Any
 
 from state.join_state import Chunk
 from stream.join.events import Events
-from stream.join.logic import Plan, Step, watermark
+from stream.join.logic import Step, watermark
 from stream.join.memory import Memory
+from stream.join.plan import Plan
 from stream.join.settings_history import NEVER_MS, History
 from stream.settings import JoinSettings
 from tests.stream.join.fake_state import DictState
@@ -69,7 +70,7 @@ class Partition:
             chunk = Chunk(plan.first_offset, max(plan.remembered[key][0] for key in plan.new_ids), before)
             memory.add_chunk(chunk)
         self._apply(plan, chunk)
-        for source_offset in (*plan.left_out, *(example[3] for example in plan.examples)):
+        for source_offset in (*plan.left_out, *(example.source_offset for example in plan.examples)):
             self.example_of.setdefault(source_offset, self.examples)
             self.examples += 1
         return plan

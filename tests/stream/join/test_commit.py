@@ -14,12 +14,12 @@ from prometheus_client import CollectorRegistry
 
 from stream.errors import PositionError
 from stream.join.commit_metadata import Progress, decode_progress, encode_progress, new_life
-from stream.join.events import WATERMARK_HEADER
 from stream.join.memory import Memory
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, Positions, TakenOver
 from stream.join.settings_history import MAX_CHANGES, NEVER_MS, History, Terms
 from stream.kafka.transport import LogEnd, Run
+from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics.names import TopicNames
 from tests.stream.join.fake_state import DictState

@@ -13,7 +13,7 @@ import pytest
 
 from state.join_state import Chunk, JoinMeta
 from stream.join import local_state
-from stream.join.events import WATERMARK_HEADER
+from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings
 from tests.stream.join.fake_state import DictState, Disk
 from tests.stream.join.world import NAMES, World

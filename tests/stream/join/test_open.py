@@ -18,7 +18,7 @@ from stream.join import local_state, takeover
 from stream.join.commit_metadata import Progress, encode_progress
 from stream.join.committed import Committed, CommittedReader
 from stream.join.local_state import LocalState
-from stream.join.logic import Memory
+from stream.join.memory import Memory
 from stream.join.rebuild import Rebuild
 from stream.join.takeover import Takeover
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings

@@ -20,8 +20,8 @@ from deploy.feeding.watermarks import send_watermarks
 from deploy.settings import Settings
 from headrace.events import encode_click, encode_impression
 from stream.join import metrics as metrics_module
-from stream.join.logic import Plan
 from stream.join.metrics import JoinMetrics
+from stream.join.plan import Plan
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topics.names import TopicNames
 from tests.stream.join.made_up import PATIENCE_S, join_settings, join_worker, send, until

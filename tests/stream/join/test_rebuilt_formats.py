@@ -20,7 +20,7 @@ from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, TakenOver
 from stream.join.rebuild import Rebuild
 from stream.kafka.transport import LogEnd, Run
-from stream.letters.log import Origin
+from stream.records.dead_letter import Origin
 from stream.settings import JoinSettings, SchemaRegistrySettings
 from tests.stream.formats.stand_in import StandIn, avro_frame, framed
 from tests.stream.join.fake_log import FakeConsumer, FakeLog, FakeProducer

@@ -14,13 +14,14 @@ from state.join_state import StateOptions
 from stream.errors import Abandoned
 from stream.join.commit_metadata import decode_progress
 from stream.join.committed import Committed
-from stream.join.events import WATERMARK_HEADER, Events
+from stream.join.events import Events
 from stream.join.local_state import LocalState
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, TakenOver
 from stream.join.rebuild import Rebuild
 from stream.kafka.transport import LogEnd, Run
-from stream.records.dead_letter import REPLAY_HEADER
+from stream.records.replay import REPLAY_HEADER
+from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics.names import TopicNames
 from tests.stream.join.fake_log import Crash, FakeConsumer, FakeLog, FakeProducer
@@ -339,5 +340,5 @@ class World:
         await self.step([], [])
         state = self.partition._state
         assert list(state.all_chunks()) == []
-        assert (list(state.pending_places()), state.held_between((0, 0), (1 << 60, 0))) == ([], {})
+        assert (list(state.pending_impressions()), state.held_between((0, 0), (1 << 60, 0))) == ([], {})
         assert state.entries(sorted(self.oracle.last)) == [None] * len(self.oracle.last)

@@ -17,9 +17,10 @@ from stream.errors import Fenced
 from stream.kafka.clients import aiokafka_options
 from stream.kafka.read_log import log_consumer, log_spans, read_spans
 from stream.letters import replay as letter_replay
-from stream.letters.log import Origin, Wanted, receipt
+from stream.letters.log import Wanted
 from stream.letters.replay import Replay, plan_replay, replay_letters
-from stream.records.dead_letter import REPLAY_HEADER, DeadLetter
+from stream.records.dead_letter import DeadLetter, Origin
+from stream.records.replay import REPLAY_HEADER, receipt
 from stream.topics.names import TopicNames
 
 
@@ -122,7 +123,7 @@ def test_repeated_and_by_parts(scene: Scene) -> None:
         for wanted, fed in (
             (Wanted(reasons={"wrong_type"}), 4),
             (Wanted(reasons={"wrong_type"}), 0),
-            (Wanted(places={"0/0"}), 1),
+            (Wanted(names={"0/0"}), 1),
             (Wanted(), 5),
             (Wanted(), 0),
         ):

@@ -13,8 +13,9 @@ from deploy.settings import Settings
 from state.settings import SnapshotSettings
 from stream.errors import StreamError, TopicError
 from stream.kafka.clients import aiokafka_options
+from stream.records.heartbeat import Heartbeat, live_limit_ms
 from stream.registry import heartbeat
-from stream.registry.heartbeat import Heartbeat, HeartbeatReader, HeartbeatSender, live_limit_ms
+from stream.registry.heartbeat import HeartbeatReader, HeartbeatSender
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topics.names import TopicNames
 

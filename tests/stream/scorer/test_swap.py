@@ -242,7 +242,7 @@ def test_a_start_with_an_unreadable_champion_falls_back_to_the_newest_good_versi
         assert it.swapper.fallback is None and it.gauge("fallback") == 0 and it.swapper.applied == 10
 
     asyncio.run(run())
-    assert "serving version 3 in place of the champion, version 9: version 9 is broken" in caplog.messages
+    assert "serving version 3 instead of the champion, version 9: version 9 is broken" in caplog.messages
 
 
 def test_a_version_that_was_rolled_back_from_does_not_go_on_where_the_target_is_broken() -> None:

@@ -23,7 +23,8 @@ from deploy.settings import Settings
 from headrace.scores import Answer, ScoreStream
 from state.settings import SnapshotSettings
 from stream.kafka.clients import aiokafka_options, kafka_python_options
-from stream.registry.heartbeat import Heartbeat, HeartbeatReader
+from stream.records.heartbeat import Heartbeat
+from stream.registry.heartbeat import HeartbeatReader
 from stream.registry.operations import Operations, RollbackRequest
 from stream.registry.writer import RegistryWriter
 from stream.topics.limits import max_message_bytes

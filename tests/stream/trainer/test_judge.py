@@ -19,7 +19,7 @@ from state.store import SnapshotStore
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.bookkeeping import from_json
-from stream.trainer.evaluation import Scores
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.judge import GATHERED_ROWS, SPREAD_EXAMPLES, Anchor, Judge, choose_anchor
 from stream.trainer.training import Training
 from tests.judged import judged
@@ -205,7 +205,7 @@ def test_what_is_frozen_goes_on_as_if_nothing_had_happened():
 def test_training_captures_the_gate_of_the_same_moment():
     judge = Judge(ALL, GateState(line=5))
     learner = Learner(SCHEMA, MODEL, device="cpu")
-    training = Training(learner, BatchCutter(32, {0: 0}), Scores(100), metrics(), max_batch_age_s=0.0, judge=judge)
+    training = Training(learner, BatchCutter(32, {0: 0}), Evaluation(100), metrics(), max_batch_age_s=0.0, judge=judge)
     training.add(columns(range(70)))
     while training.step(0.0, more_at_hand=True):
         pass
@@ -312,4 +312,4 @@ async def test_another_store_or_another_schema_leaves_the_served_scores(store, c
             await following.follow(state, 0)
         assert judge.anchor == Anchor(None, None)
         assert judge.report().flow == "withheld"
-    assert "the scores that were served stand in for it" in caplog.text
+    assert "the scores that were served are compared instead" in caplog.text
