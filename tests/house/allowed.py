@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["EXPORTED", "UNUSED"]
 
 EXPORTED: dict[str, str] = {
-    "stream.scorer.answers.ANSWER_REASONS": "the table of reasons in docs/events.md is checked against it",
+    "stream.records.answer.ANSWER_REASONS": "the table of reasons in docs/events.md is checked against it",
     "model.hashing.hash_bytes": "the definition that the hashes of columns are tested against",
     **dict.fromkeys(
         ["model.metrics.calibration", "model.metrics.log_loss", "model.metrics.normalised_entropy"],

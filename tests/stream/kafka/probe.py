@@ -115,5 +115,4 @@ def assert_contiguous(runs: list[Run], start: int = 0) -> None:
         offsets = [record.offset for record in run.records]
         assert offsets == sorted(set(offsets))
         assert all(run.before <= offset < run.after for offset in offsets)
-        assert run.end >= run.after
         position = run.after
