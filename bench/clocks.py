@@ -1,14 +1,14 @@
-"""Which rule says how far a source has come, when some of its events carry wrong times: simulated streams, no Kafka.
+"""Compares rules for how far a source has come when some of its events have wrong times. Simulated streams, without Kafka.
 
     python bench/clocks.py [--seeds 5] [--seconds 600]
 
-Each stream has one partition's events in the order of their arrival, with their event times. A rule reads them and gives the
-front: the event time that the watermark follows, `lateness_ms` behind. Two figures count:
+Each stream is the events of one partition in the order of arrival, with their event times. A rule reads them and returns the
+front: the event time that the watermark follows, `lateness_ms` behind. There are two figures:
 
-- `behind_ms`, of a stream without wrong events: how far the front is behind the largest event time, on average;
-- `ahead`, of a stream with a share of wrong events: how many of the right ones are behind the watermark when they arrive.
+- `behind_ms`, on a stream without wrong events: mean distance of the front from the largest event time;
+- `ahead`, on a stream with a share of wrong events: share of the other events that are below the watermark when they arrive.
 
-The last line is JSON.
+The last line of output is JSON.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ from stream.join.source_clock import SourceClock
 LATENESS_MS = 5_000
 NOW_MS = 1_750_000_000_000
 PAST_MS = 1_650_000_000_000
-RUN = 50  # events handed over at once
 
 Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Events in order of arrival. `wrong`: those with a made-up time."""
+    """Events in the order of arrival; `wrong` marks those with a wrong event time."""
 
     times: Int64s
     arrivals: Int64s
@@ -42,12 +41,12 @@ class Stream:
 
 
 def stream(kind: str, share: float, seed: int, seconds: int) -> Stream:
-    """A live stream of many or few events a second, or a replay of one; `share` of its events with a clock 59 min ahead."""
+    """A live stream of many or few events a second, or a replay of one. A `share` of events has a time 59 min ahead."""
     draw = np.random.default_rng(seed)
     per_s = 0.2 if kind.endswith("few") else 75.0  # few: the clicks of a small stream in one of four partitions
     count = max(int(per_s * seconds), 40)
     made = np.sort(draw.uniform(0, 1_000 * count / per_s, count))
-    arrived = made + draw.exponential(300, count)  # on its way
+    arrived = made + draw.exponential(300, count)  # ms of transport
     order = np.argsort(arrived, kind="stable")
     made, arrived = made[order], arrived[order]
     wrong = draw.random(count) < share
@@ -63,15 +62,17 @@ Rule = Callable[[Stream], Iterator[int]]
 
 
 def largest(events: Stream) -> Iterator[int]:
+    """The largest event time so far."""
     yield from np.maximum.accumulate(events.times).tolist()
 
 
 def largest_by_arrival(events: Stream) -> Iterator[int]:
+    """The largest event time so far, each time limited to its arrival."""
     yield from np.maximum.accumulate(np.minimum(events.times, events.arrivals)).tolist()
 
 
 def kth_largest(k: int) -> Rule:
-    """The k-th largest time so far, none beyond its arrival."""
+    """The k-th largest event time so far, each time limited to its arrival."""
 
     def rule(events: Stream) -> Iterator[int]:
         top: list[int] = []
@@ -83,7 +84,7 @@ def kth_largest(k: int) -> Rule:
 
 
 def quantile(window: int) -> Rule:
-    """The largest median of so many events in a row, none beyond its arrival."""
+    """The largest median of `window` consecutive event times, each time limited to its arrival."""
 
     def rule(events: Stream) -> Iterator[int]:
         times, best = np.minimum(events.times, events.arrivals), 0
@@ -97,7 +98,7 @@ def quantile(window: int) -> Rule:
 
 
 def agreeing(k: int) -> Rule:
-    """The largest minimum of k events in a row, none beyond its arrival."""
+    """The largest minimum of k consecutive event times, each time limited to its arrival."""
 
     def rule(events: Stream) -> Iterator[int]:
         times, best = np.minimum(events.times, events.arrivals), 0
@@ -108,8 +109,8 @@ def agreeing(k: int) -> Rule:
     return rule
 
 
-def chosen(events: Stream) -> Iterator[int]:
-    """`SourceClock`, by runs of one event (a run of more gives what its last event gives)."""
+def source_clock(events: Stream) -> Iterator[int]:
+    """`SourceClock`, which the join uses, fed one event at a time (for a longer run it returns the front of the last event)."""
     clock = SourceClock(LATENESS_MS, -1)
     for time, arrived in zip(events.times.tolist(), events.arrivals.tolist(), strict=True):
         clock.read(Events(times_ms=[time], arrivals_ms=[arrived]))
@@ -124,20 +125,22 @@ RULES: dict[str, Rule] = {
     "2 in a row, by arrival": agreeing(2),
     "3 in a row, by arrival": agreeing(3),
     "5 in a row, by arrival": agreeing(5),
-    "SourceClock": chosen,
+    "SourceClock": source_clock,
 }
 KINDS = ("live", "live, few", "replay", "replay, few")
 SHARES = (0.001, 0.01, 0.1, 0.3)
 
 
 def behind_ms(rule: Rule, events: Stream) -> float:
+    """Mean distance of the front from the largest event time, in ms."""
     newest = np.maximum.accumulate(events.times)
     fronts = np.array(list(rule(events)))
-    settled = slice(10, None)  # behind the first events, before which some rules say nothing
+    settled = slice(10, None)  # without the first events, at which some rules have no front yet
     return float((newest - fronts)[settled].mean())
 
 
 def ahead(rule: Rule, events: Stream) -> float:
+    """Share of events with right times that arrive below the watermark."""
     fronts = np.array(list(rule(events)))
     right = ~events.wrong
     late = events.times[1:] < fronts[:-1] - LATENESS_MS
@@ -147,20 +150,20 @@ def ahead(rule: Rule, events: Stream) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--seconds", type=int, default=600, help="Of event time.")
-    chosen_options = parser.parse_args()
-    seeds, seconds = range(chosen_options.seeds), chosen_options.seconds
-    told: dict[str, dict[str, float]] = {}
+    parser.add_argument("--seconds", type=int, default=600, help="Event time of each stream.")
+    options = parser.parse_args()
+    seeds, seconds = range(options.seeds), options.seconds
+    figures: dict[str, dict[str, float]] = {}
     for name, rule in RULES.items():
-        row = told[name] = {}
+        row = figures[name] = {}
         for kind in KINDS:
             right = [stream(kind, 0, seed, seconds) for seed in seeds]
             row[f"behind_ms, {kind}"] = sum(behind_ms(rule, each) for each in right) / len(seeds)
             for share in SHARES:
                 wrong = [stream(kind, share, seed, seconds) for seed in seeds]
                 row[f"ahead, {kind}, {share:.1%}"] = sum(ahead(rule, each) for each in wrong) / len(seeds)
-        print(f"{name:26}", *(f"{key} {value:.4g}" for key, value in told[name].items()), sep="\n  ")
-    print(json.dumps({name: {key: round(value, 5) for key, value in row.items()} for name, row in told.items()}))
+        print(f"{name:26}", *(f"{key} {value:.4g}" for key, value in row.items()), sep="\n  ")
+    print(json.dumps({name: {key: round(value, 5) for key, value in row.items()} for name, row in figures.items()}))
 
 
 if __name__ == "__main__":

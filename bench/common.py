@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, a line about the machine, and the JSON object at the end."""
+"""Shared by the benchmarks: interleaved rounds, a description of the machine, and the JSON object at the end."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 __all__ = ["interleaved", "machine", "report", "warn_if_busy"]
 
 _BUSY = 0.1
-"""Share of the machine in other hands above which a benchmark says so: threads that wait for one another lose more."""
+"""A benchmark warns if other programs use a larger share of the machine. Threads that wait for one another lose even more."""
 
 
 def machine() -> str:
-    """Processor and cores, so that a figure can be read later."""
+    """Processor and number of cores, which each result names."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -31,9 +31,9 @@ def machine() -> str:
 
 
 def interleaved(work: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Items a second of each piece of work, `rounds` times in turn: what disturbs the machine disturbs all alike.
+    """Items a second of each piece of work, measured `rounds` times in turn, so that disturbances hit all pieces alike.
 
-    work  name to a function that does a stretch of work and returns how many items it did
+    work  by name, a function that does some work and returns the number of items that it processed
     """
     rates: dict[str, list[float]] = {name: [] for name in work}
     console = Console(stderr=True)
@@ -54,22 +54,22 @@ def interleaved(work: Mapping[str, Callable[[], int]], rounds: int) -> dict[str,
 
 
 def warn_if_busy() -> None:
-    """Say so when the machine has other work: to be called before the benchmark starts any of its own."""
+    """Warn if other programs use the machine. Call this before the benchmark starts any work."""
     busy = 1 - _idle_share(seconds=1.0)
     if busy > _BUSY:
-        told = f"[yellow]Other work keeps the machine {busy:.0%} busy: figures will be poor and ratios unsure."
-        Console(stderr=True).print(told)
+        warning = f"[yellow]Other programs use {busy:.0%} of the machine: figures will be low and ratios imprecise."
+        Console(stderr=True).print(warning)
 
 
 def _idle_share(seconds: float) -> float:
-    """How much of the machine is idle, measured over `seconds`."""
+    """The share of the machine that is idle, measured over `seconds`; 1 where there is no /proc/stat."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 1.0
 
     def ticks() -> tuple[int, int]:
         fields = [int(field) for field in stat.read_text().split("\n", 1)[0].split()[1:9]]
-        return fields[3] + fields[4], sum(fields)  # idle and waiting for disks, all
+        return fields[3] + fields[4], sum(fields)  # ticks idle or waiting for disks, and all ticks
 
     idle, total = ticks()
     time.sleep(seconds)
@@ -78,5 +78,5 @@ def _idle_share(seconds: float) -> float:
 
 
 def report(**figures: object) -> None:
-    """Prints the result: one JSON object on the last line of stdout."""
+    """Print the result as one JSON object, the last line of stdout."""
     print(json.dumps({**figures, "machine": machine()}))

@@ -1,6 +1,6 @@
-"""Learning and scoring at the times of real life, without Kafka: what `bench/hold.py` and `bench/real_time.py` share.
+"""Delay-exact learning and scoring without Kafka: shared by `bench/hold.py` and `bench/real_time.py`.
 
-An impression is scored at its own time, by what had been learned from the labels that were out by then.
+Each impression is scored at its event time, by a model that has learned the labels that were sent before that time.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ Bools = npt.NDArray[np.bool_]
 class Stream:
     """N impressions in event-time order.
 
-    shown_ms       (N,)
-    clicked_ms     (N,), -1 without a click
-    probabilities  (N,), true probability of a click at any time; NaN where nobody knows it
-    ages_ms        (N,), since the item shown appeared; -1 for one that was always there
+    shown_ms       (N,): event times
+    clicked_ms     (N,): times of the clicks; -1 without a click
+    probabilities  (N,): true probability of a click at any time; NaN if unknown
+    ages_ms        (N,): time since the item first appeared; -1 for items that exist from the start
     """
 
     name: str
@@ -52,7 +52,7 @@ class Stream:
         return len(self.shown_ms)
 
     def labels(self, window_ms: int) -> Bools:
-        """Whether each was clicked within the window, (N,)."""
+        """Whether each impression was clicked within the attribution window, (N,)."""
         return (self.clicked_ms >= 0) & (self.clicked_ms - self.shown_ms <= window_ms)
 
 
@@ -60,10 +60,10 @@ class Stream:
 class Labels:
     """M labels in the order in which they are learned.
 
-    rows      (M,) of the stream
-    labels    (M,) 0 or 1
-    corrects  (M,) takes back the negative that went out before
-    known_ms  (M,) event time at which each is out, never falling
+    rows      (M,): rows of the stream
+    labels    (M,): 0 or 1
+    corrects  (M,): whether the label is a correction, which takes back the negative that was sent before
+    known_ms  (M,): event time at which the trainer has the label, ascending
     """
 
     rows: Int64s
@@ -73,11 +73,11 @@ class Labels:
 
 
 def held(stream: Stream, window_ms: int, hold_ms: int, *, lateness_ms: int = 0, commit_ms: int = 0) -> Labels:
-    """Labels in the order of impressions, `hold_ms` after each; a click that comes later, within the window, corrects.
+    """Labels as the join sends them: in the order of impressions, `hold_ms` after each, with corrections for later clicks.
 
     Args:
-        lateness_ms: what the watermark is behind: first labels wait for it, a correction only for its first label.
-        commit_ms: how much later a label is read by the trainer.
+        lateness_ms: how far the watermark is behind. First labels wait for it; a correction only waits for its first label.
+        commit_ms: time from a label until the trainer has read it.
     """
     clicked = stream.labels(window_ms)
     early = clicked & (stream.clicked_ms - stream.shown_ms <= hold_ms)
@@ -92,16 +92,9 @@ def held(stream: Stream, window_ms: int, hold_ms: int, *, lateness_ms: int = 0, 
 
 
 def at_once(stream: Stream, window_ms: int) -> Labels:
-    """What nobody can have: each label with its impression."""
+    """The ideal, which no system can have: each label is known at the time of its impression."""
     rows = np.arange(len(stream))
     return Labels(rows, stream.labels(window_ms).astype(np.float32), np.zeros(len(rows), np.bool_), stream.shown_ms)
-
-
-def clicks_first(stream: Stream, window_ms: int) -> Labels:
-    """A click leaves at once, a negative when the window has passed: how labels must not leave."""
-    clicked = stream.labels(window_ms)
-    known_ms = np.where(clicked, stream.clicked_ms, stream.shown_ms + window_ms)
-    return _ordered(np.arange(len(stream)), clicked, np.zeros(len(stream), np.bool_), known_ms)
 
 
 def _ordered(rows: Int64s, labels: Bools, corrects: Bools, known_ms: Int64s) -> Labels:
@@ -110,7 +103,7 @@ def _ordered(rows: Int64s, labels: Bools, corrects: Bools, known_ms: Int64s) -> 
 
 
 def cut(labels: Labels, rows: int, age_ms: int) -> Iterator[tuple[slice, int]]:
-    """Batches as the trainer cuts them, and the event time at which each is learned: when full, or when `age_ms` old."""
+    """Batches as the trainer cuts them, with the event times at which they are learned: when full, or `age_ms` old."""
     start, known = 0, labels.known_ms
     while start < len(known):
         stop = min(start + rows, len(known))
@@ -133,12 +126,15 @@ def play(
     serve_late_ms: int = 0,
     saturate: bool = False,
 ) -> tuple[npt.NDArray[np.float32], Int64s]:
-    """Scores (N,) of all impressions as served, NaN before anything was; and when their versions were captured (N,), or -1.
+    """Learn all labels, and score all impressions as a scorer would.
 
     Args:
         serve_every_ms: time between versions; 0: the learner itself answers.
-        serve_late_ms: how long a version takes until it answers.
-        saturate: begin with logits of 6, whatever is asked.
+        serve_late_ms: time from the capture of a version until scorers use it.
+        saturate: begin with a bias that adds 6 to all logits.
+
+    Returns:
+        The scores (N,), NaN before the first version, and the times (N,) at which their versions were captured, or -1.
     """
     learner = Learner(stream.schema, settings, device="cpu")
     if saturate:
@@ -166,7 +162,7 @@ def play(
 
 
 def score_until(stream: Stream, learner: Learner, scores: npt.NDArray[np.float32], done: int, until_ms: int) -> int:
-    """Score what is shown before `until_ms` from row `done` on; where the next call goes on."""
+    """Score the impressions from row `done` on that are shown before `until_ms`; returns the row after them."""
     until = int(np.searchsorted(stream.shown_ms, until_ms))
     if until > done:
         scores[done:until] = learner.predict(stream.batch.slice(done, until))
@@ -174,7 +170,7 @@ def score_until(stream: Stream, learner: Learner, scores: npt.NDArray[np.float32
 
 
 def simulated(simulation: Simulation, name: str = "simulation") -> Stream:
-    """A simulated stream."""
+    """The stream of a simulation."""
     batches = list(generate(simulation))
     decoder = FeatureDecoder(simulation_schema())
     return Stream(
@@ -189,7 +185,7 @@ def simulated(simulation: Simulation, name: str = "simulation") -> Stream:
 
 
 def from_data_set(data_set: DataSet) -> Stream:
-    """A data set's impressions, with its own delays."""
+    """The impressions of a data set, with its own click delays."""
     chunks = list(data_set.chunks())
     decoder = FeatureDecoder(data_set.schema())
     shown_ms = np.concatenate([chunk.timestamps_ms for chunk in chunks])

@@ -1,4 +1,4 @@
-"""What reading a run of events costs by their format: CPU an event, from the record's value to the join's columns.
+"""CPU time of reading events, by their format: from the record's value to the join's columns, in µs an event.
 
 python bench/formats.py          # one JSON line
 """
@@ -46,7 +46,7 @@ def _flat(index: int) -> dict[str, Any]:
 
 
 def _protobuf() -> tuple[str, Any]:
-    """A descriptor in base64, and the class of its message."""
+    """A message type's descriptor in base64, and its Python class."""
     import base64
 
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -63,6 +63,7 @@ def _protobuf() -> tuple[str, Any]:
 
 
 def _values() -> tuple[dict[str, list[bytes]], Formats]:
+    """The same events as record values in each format, and decoders for them."""
     import io
 
     import fastavro
@@ -90,7 +91,7 @@ def _values() -> tuple[dict[str, list[bytes]], Formats]:
 
 
 def _us_an_event(values: list[bytes], formats: Formats, form: str) -> float:
-    """Median of CPU over rounds, in µs an event."""
+    """Median CPU time over the rounds, in µs an event."""
     records = [
         SimpleNamespace(
             topic="t", partition=0, offset=index, key=b"imp-%d" % index, value=value, headers=(), timestamp=TIME_MS + RECORDS

@@ -1,15 +1,20 @@
-"""The gate on simulated streams: false holds a day on stationary ones, and how soon faults are withheld.
+"""The gate on simulated streams: false holds a day on stationary streams, and how soon faults are withheld.
 
-A logistic model with a bias and three fields learns by constant steps, so that its noise never ends; its own older weights are
-the anchor, chosen by the rule of `docs/training.md`. No Kafka, no torch. The faults begin after the anchor stands:
+A logistic model with a bias and three fields learns with a constant learning rate, so that its noise never ends. Its own older
+weights are the anchor, chosen by the rule of `docs/training.md`. There is no Kafka and no torch. Once there is an anchor, one
+of these faults begins:
 
 - `rate_times_100`: the learning rate is multiplied by 100;
-- `field_zeroed`: the field that carries most reads 0 in every prediction;
-- `logits_plus_0.7`: every prediction is too high by 0.7 on the logit.
+- `field_zeroed`: the most informative field reads 0 in every prediction;
+- `logits_plus_0.7`: the logit of every prediction is too high by 0.7.
 
-Last line: one JSON object. `false_holds_a_day` is the mean over the seeds for each click rate, `caught` counts the seeds of
-each fault that were withheld within 2,000 clicks of the stream, `median_clicks` after how many. `holds_at_ctr_steps` is how
-often versions were withheld in a tenth as many streams whose click rate steps from 3 to 6 % and back.
+The last line is one JSON object:
+
+- `false_holds_a_day`: mean over the stationary days, for each click rate;
+- `caught`: for each fault, the number of seeds whose versions were withheld within 2,000 clicks;
+- `median_clicks`: the median number of clicks until then;
+- `holds_at_ctr_steps`: how often versions were withheld on streams whose click rate steps from 3 to 6 % and back. There are a
+  tenth as many of these streams as seeds.
 """
 
 from __future__ import annotations
@@ -24,7 +29,8 @@ import click
 import numpy as np
 
 from bench.common import report
-from state.gate import Gate, GateState, sample
+from state.gate import Gate, GateState
+from state.gate_blocks import sample
 from state.settings import SnapshotSettings
 
 Fault = Literal["none", "rate_times_100", "field_zeroed", "logits_plus_0.7"]
@@ -35,7 +41,7 @@ STEPS = (0.03, 0.06, 0.03)
 PER_SECOND = 300
 ROWS = 512
 IDS = (1_000, 300, 24)
-# Standard deviations of the true logit by field: items differ most, as on MovieLens and KuaiRand.
+# Standard deviation of each field's true weights: items differ most, as on MovieLens and KuaiRand.
 SPREAD = (0.5, 1.2, 0.2)
 RATE = 0.02
 WARM_UP_S = 3_600
@@ -57,7 +63,7 @@ class Weights:
 
 
 class Stream:
-    """Impressions with a true logit; labels are drawn."""
+    """Impressions with a true logit, from which their labels are drawn."""
 
     def __init__(self, rng: np.random.Generator, click_rate: float) -> None:
         self._rng = rng
@@ -67,7 +73,7 @@ class Stream:
         self.set_click_rate(click_rate)
 
     def set_click_rate(self, click_rate: float) -> None:
-        """From now on the mean of the true probabilities, by the bias alone."""
+        """Change the true bias so that this is the mean of the true probabilities."""
         ids = self.ids(50_000)
         low, high = -12.0, 4.0
         for _ in range(40):
@@ -83,11 +89,20 @@ class Stream:
         return (self._rng.random(len(ids)) < sigmoid(self.truth.logits(ids))).astype(np.float64)
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Weights that become the anchor once they are old enough, with the time and the number of clicks at their capture."""
+
+    at_ms: float
+    clicks: float
+    weights: Weights
+
+
 class Simulation:
-    """One stream, one model, its anchors and its gate; `steps` goes on for ever.
+    """One stream with one model, its anchors and its gate. `steps` never ends.
 
     Args:
-        rows: examples of a batch.
+        rows: examples in a batch.
     """
 
     def __init__(self, seed: int, click_rate: float, settings: SnapshotSettings, rows: int = ROWS) -> None:
@@ -98,10 +113,10 @@ class Simulation:
         self.fault: Fault = "none"
         self.now_ms, self.clicks = 0.0, 0.0
         self._anchor: Weights | None = None
-        self._next: tuple[float, float, Weights] | None = None
+        self._next: Candidate | None = None
 
     def warm_up(self, rows: int) -> None:
-        """Learn without a gate, by larger batches."""
+        """Learn about `rows` examples without the gate, in larger batches."""
         for _ in range(rows // 2_048):
             ids = self.stream.ids(2_048)
             self._learn(ids, self.stream.labels(ids), self._predict(ids), rate=RATE)
@@ -137,23 +152,21 @@ class Simulation:
     def _learn(self, ids: np.ndarray, labels: np.ndarray, logits: np.ndarray, *, rate: float) -> None:
         slope = sigmoid(logits) - labels
         if self.fault in ("field_zeroed", "logits_plus_0.7"):
-            slope = (
-                sigmoid(self.live.logits(ids)) - labels
-            )  # what is wrong is in the prediction, so that learning doesn't heal it
+            # These faults are in the prediction alone, so that learning doesn't correct them.
+            slope = sigmoid(self.live.logits(ids)) - labels
         self.live.bias -= rate * float(slope.sum()) / 10
         for at, field in enumerate(self.live.fields):
             field -= rate * np.bincount(ids[:, at], slope, len(field))
 
     def _keep_anchor(self) -> None:
-        """A copy becomes the anchor once it is old enough; the next one is taken then."""
+        """A copy of the weights becomes the anchor once it is old enough. Then the next copy is taken."""
         if self._next is None:
-            self._next = self.now_ms, self.clicks, self.live.copy()
+            self._next = Candidate(self.now_ms, self.clicks, self.live.copy())
             return
-        at_ms, clicks, weights = self._next
-        settings = self._settings
-        old = self.now_ms - at_ms >= settings.anchor_age_ms and self.clicks - clicks >= settings.anchor_clicks
-        if old and self.gate.state.flow == "flowing":
-            self._anchor, self._next = weights, None
+        settings, candidate = self._settings, self._next
+        old = self.now_ms - candidate.at_ms >= settings.anchor_age_ms
+        if old and self.clicks - candidate.clicks >= settings.anchor_clicks and self.gate.state.flow == "flowing":
+            self._anchor, self._next = candidate.weights, None
             self.gate.anchored((self.gate.state.anchor or 0) + 1)
 
 
@@ -161,23 +174,22 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logits))
 
 
-def false_holds(seed: int, click_rate: float, hours: float, settings: SnapshotSettings) -> tuple[int, int]:
-    """Times that a healthy model was withheld in so many hours, and blocks judged."""
+def false_holds(seed: int, click_rate: float, hours: float, settings: SnapshotSettings) -> int:
+    """How often a healthy model was withheld in so many hours."""
     simulation = Simulation(seed, click_rate, settings, rows=1_024)
     simulation.warm_up(WARM_UP_S * PER_SECOND)
-    holds, blocks, before = 0, 0, "flowing"
+    holds, before = 0, "flowing"
     for _ in simulation.steps():
         state = simulation.gate.state
         holds += before == "flowing" and state.flow == "withheld"
         before = state.flow
         if simulation.now_ms >= hours * 3_600_000:
-            blocks = round(simulation.clicks / settings.gate_block_clicks)
-            return holds, blocks
+            return holds
     raise AssertionError
 
 
 def ready(seed: int, click_rate: float, settings: SnapshotSettings) -> Simulation:
-    """A simulation whose anchor stands, somewhere in a block."""
+    """A simulation that has an anchor, at some point of a block."""
     simulation = Simulation(seed, click_rate, settings)
     simulation.warm_up(WARM_UP_S * PER_SECOND)
     steps = simulation.steps()
@@ -189,9 +201,9 @@ def ready(seed: int, click_rate: float, settings: SnapshotSettings) -> Simulatio
 
 
 def clicks_until_withheld(simulation: Simulation, fault: Fault) -> float | None:
-    """Clicks from the beginning of a fault until versions are withheld; None when they weren't within `FAULT_CLICKS`.
+    """Clicks from the beginning of a fault until versions are withheld; None if they aren't within `FAULT_CLICKS`.
 
-    The simulation that is handed over stays as it is.
+    The given simulation isn't changed.
     """
     simulation = copy.deepcopy(simulation)
     steps = simulation.steps()
@@ -204,7 +216,7 @@ def clicks_until_withheld(simulation: Simulation, fault: Fault) -> float | None:
 
 
 def holds_at_steps(seed: int, settings: SnapshotSettings, *, hours: float = 1.0) -> int:
-    """Times that versions were withheld while the click rate was 3 %, then 6 %, then 3 % again, so many hours each."""
+    """How often versions were withheld while the click rate was 3 %, then 6 %, then 3 % again, for so many hours each."""
     simulation = ready(seed, STEPS[0], settings)
     steps = simulation.steps()
     holds, before = 0, "flowing"
@@ -220,15 +232,15 @@ def holds_at_steps(seed: int, settings: SnapshotSettings, *, hours: float = 1.0)
 
 
 @click.command(help=__doc__.split("\n", 1)[0])
-@click.option("--seeds", default=100, show_default=True, help="Seeds of each fault.")
-@click.option("--days", default=1, show_default=True, help="Stationary days of each click rate, a seed each.")
-@click.option("--hours", default=24.0, show_default=True, help="Hours of a day; fewer are scaled up.")
+@click.option("--seeds", default=100, show_default=True, help="Seeds for each fault.")
+@click.option("--days", default=1, show_default=True, help="Stationary days for each click rate, with one seed each.")
+@click.option("--hours", default=24.0, show_default=True, help="Simulated hours of a day. Holds are scaled up to 24.")
 def main(seeds: int, days: int, hours: float) -> None:
     settings = SnapshotSettings()
     holds, caught, clicks = {}, {}, {}
     for click_rate in CLICK_RATES:
         found = [false_holds(seed, click_rate, hours, settings) for seed in range(days)]
-        holds[f"{click_rate:g}"] = round(sum(each[0] for each in found) / days * 24 / hours, 2) if days else None
+        holds[f"{click_rate:g}"] = round(sum(found) / days * 24 / hours, 2) if days else None
         ends: dict[Fault, list[float]] = {fault: [] for fault in FAULTS}
         for seed in range(seeds):
             simulation = ready(1_000 + seed, click_rate, settings)

@@ -1,15 +1,15 @@
-"""How long to hold labels: each hold as served, on streams with several delay distributions, KuaiRand and MovieLens-100K.
+"""How long to hold labels: quality as served for each hold, on simulated streams, KuaiRand and MovieLens-100K.
 
     .venv/bin/python bench/hold.py                                        # everything, about 15 minutes
-    .venv/bin/python bench/hold.py --streams movielens-100k --holds 0,10  # some of it
+    .venv/bin/python bench/hold.py --streams movielens-100k --holds 0,10  # one stream and two holds
 
-The learner alone, without Kafka, by event time. A first label leaves at impression + hold + lateness; it is 1 if and only if
-the click is there within the hold. A later click, within the window, leaves as a correction that takes the negative back.
-Each impression is scored at its own time, by what had been learned from labels that were out by then. Figures are of the last
-80 % of impressions; on simulated streams NE is taken under the true probabilities. `known` is a learner that knows each label
-at once.
+The learner runs alone, without Kafka, by event time. A first label leaves at impression + hold + lateness; it is 1 if and only
+if the click came within the hold. A later click within the window leaves as a correction, which takes the negative back. Each
+impression is scored at its event time, by a model that has learned the labels that were sent before that time. The figures are
+of the last 80 % of impressions; on simulated streams NE uses the true probabilities instead of labels. The row `known` is a
+learner that knows each label at once.
 
-KuaiRand is read where HEADRACE_DATA_DIR has it, and passed over otherwise.
+KuaiRand is read from HEADRACE_DATA_DIR, and skipped if it isn't there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HOLDS_S = "0,5,10,20,30,60"
 
 
 def simulations(count: int) -> dict[str, Simulation]:
-    """Streams with new items all along and a new hour each minute, by name."""
+    """Simulations by name, with new items all the time and a new hour each minute."""
     delays = {
         "exponential-5s": ("exponential", 5_000.0),
         "uniform-20s": ("uniform", 10_000.0),
@@ -61,14 +61,15 @@ def simulations(count: int) -> dict[str, Simulation]:
 
 
 def quality(stream: Stream, scores: npt.NDArray[np.float32], window_ms: int) -> dict[str, float]:
-    """AUC, NE and calibration of the measured share."""
+    """AUC, NE and calibration of the measured impressions."""
     rows = np.arange(len(stream)) >= (1 - MEASURED) * len(stream)
     rows &= ~np.isnan(scores)
     labels = stream.labels(window_ms)
     metrics = measure(scores[rows], labels[rows].astype(np.float32))
     entropy, calibration = metrics.normalised_entropy, metrics.calibration
     if not np.isnan(stream.probabilities).any():
-        # No label's luck, but that of how many clicks come within the window, which is the same for every hold.
+        # The expected loss under the true probabilities has no noise of single labels. Only the share of clicks that come
+        # within the window is taken from the labels; it is the same for every hold.
         clicks = stream.clicked_ms >= 0
         truth = stream.probabilities[rows] * (labels.sum() / clicks.sum())
         p = np.clip(scores[rows].astype(np.float64), 1e-7, 1 - 1e-7)
@@ -80,7 +81,7 @@ def quality(stream: Stream, scores: npt.NDArray[np.float32], window_ms: int) -> 
 
 
 def measure_stream(stream: Stream, holds_s: list[float], join: JoinSettings, model: ModelSettings) -> list[dict[str, object]]:
-    """A row for each hold, and one for a learner that knows each label at once."""
+    """One row for each hold, and one for a learner that knows each label at once."""
     window_ms = join.window_ms
     clicked = stream.labels(window_ms)
     delays_ms = (stream.clicked_ms - stream.shown_ms)[clicked]
@@ -101,7 +102,7 @@ def measure_stream(stream: Stream, holds_s: list[float], join: JoinSettings, mod
 @click.command()
 @click.option("--streams", default="all", show_default=True, help="Names, separated by commas.")
 @click.option("--holds", default=HOLDS_S, show_default=True, help="Seconds, separated by commas.")
-@click.option("--count", default=90_000, show_default=True, help="Impressions of a simulated stream; 300 a second.")
+@click.option("--count", default=90_000, show_default=True, help="Impressions of a simulated stream, at 300 a second.")
 @click.option("--window-s", default=60.0, show_default=True)
 @click.option("--lateness-ms", default=JoinSettings().lateness_ms, show_default=True)
 def main(streams: str, holds: str, count: int, window_s: float, lateness_ms: int) -> None:
@@ -115,7 +116,7 @@ def main(streams: str, holds: str, count: int, window_s: float, lateness_ms: int
         raise click.UsageError(f"--streams: expected some of {', '.join([*known, *DATA_SETS])}, found {', '.join(unknown)}")
     settings = Settings()
     join = JoinSettings(window_ms=int(window_s * 1_000), lateness_ms=lateness_ms)
-    rows, passed_over = [], []
+    rows, skipped = [], []
     print("| stream | hold, s | later than the hold | AUC | NE | calibration |\n| --- | --- | --- | --- | --- | --- |")
     for name in names:
         if name in known:
@@ -123,14 +124,14 @@ def main(streams: str, holds: str, count: int, window_s: float, lateness_ms: int
         else:
             data_set = open_data_set(name)
             if data_set.find() is None and name == "kuairand":
-                print(f"{name}: passed over, it isn't in HEADRACE_DATA_DIR or data/", file=sys.stderr)
-                passed_over.append(name)
+                print(f"{name}: skipped, since it isn't in HEADRACE_DATA_DIR or data/", file=sys.stderr)
+                skipped.append(name)
                 continue
             if data_set.find() is None:
                 data_set.fetch(lambda line: click.echo(line, err=True))
             stream = from_data_set(data_set)
-        rows += measure_stream(stream, [float(each) for each in holds.split(",")], join, settings.model)
-    report(benchmark="hold", rows=rows, passed_over=passed_over, window_s=window_s, lateness_ms=lateness_ms)
+        rows += measure_stream(stream, [float(hold) for hold in holds.split(",")], join, settings.model)
+    report(benchmark="hold", rows=rows, skipped=skipped, window_s=window_s, lateness_ms=lateness_ms)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""How many events a second one join worker labels on one core, beside a peer that does the same join.
+"""Events a second that one join worker labels on one core, compared with a peer that does the same join.
 
     .venv/bin/python bench/join.py                                         # about 3 minutes
-    .venv/bin/python bench/join.py --quick                                 # fewer events, no claim
+    .venv/bin/python bench/join.py --quick                                 # fewer events, too few for a result
     .venv/bin/python bench/join.py --peer kafka-streams --impressions 2720000 --pairs 5   # about 12 minutes
 
-A real Apache Kafka runs on the other core. Impressions of 700 bytes and clicks (CTR 3 %) are in the log before a worker starts;
-event time is spaced so that the window holds 300,000 pending impressions, and windows expire all along. A run is timed from the
-moment that its partitions are assigned and fetching begins until a `read_committed` reader has read every label. That reader
-compares each label with the log.
+A real Apache Kafka runs on the other core. Impressions of 700 bytes and clicks (CTR 3 %) are in the log before a worker starts.
+Event times are spaced so that the window holds 300,000 pending impressions, and windows expire all the time. A run is timed
+from the moment when the partitions are assigned and fetching begins until a `read_committed` reader has read every label. This
+reader compares each label with the log.
 
 The peers:
 
-- `faust`: an ordinary Faust agent with tables (`peer_faust_join.py`). It gets fewer events, being slower;
-- `kafka-streams`: the same join on the Processor API of Kafka Streams, exactly once (`kafka_streams/`, built by Maven). Both
-  read the same topics, in turns, `--pairs` times; the medians are reported.
+- `faust`: an ordinary Faust agent with tables (`peer_faust_join.py`). It gets fewer events, since it is slower;
+- `kafka-streams`: the same join on the Processor API of Kafka Streams, exactly once (`kafka_streams/`, built by Maven).
+  Headrace and the peer read the same topics in turns, `--pairs` times, and the medians are reported.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ from bench.common import report, warn_if_busy
 from bench.peer_kafka_streams import KafkaStreamsPeer, pinned
 from deploy.demo.play import worker_environment
 from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.usage import usage
 from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
 from stream.kafka.batches import BATCH_BYTES, send_batches
+from stream.records.watermark import watermark_header
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
@@ -62,7 +64,7 @@ IMPRESSION_BYTES = 700
 
 @dataclass(slots=True)
 class Truth:
-    """What a log's labels must be: by partition and the impression's offset, whether it was clicked."""
+    """The right labels of a log: by partition and offset of the impression, whether it was clicked."""
 
     events: int
     clicked: list[bytearray]
@@ -77,7 +79,7 @@ class Truth:
 
 
 def log_of(impressions: int, seed: int = 0, *, ended: bool = True) -> dict[str, list[list[tuple[bytes, bytes, list[Any]]]]]:
-    """Records of both topics by partition, in event-time order; a watermark record ends them, where they are `ended`."""
+    """Records of both topics by partition, in event-time order. If `ended`, a watermark record follows in each partition."""
     rng = np.random.default_rng(seed)
     partitioner, every = DefaultPartitioner(), list(range(PARTITIONS))
     out: dict[str, list[list[Any]]] = {name: [[] for _ in every] for name in ("impressions", "clicks")}
@@ -99,7 +101,7 @@ def log_of(impressions: int, seed: int = 0, *, ended: bool = True) -> dict[str, 
         out["clicks"][partition].append((key, value, []))
     if not ended:
         return out
-    mark = [("headrace-watermark", str(START_MS + impressions * SPACING_US // 1000 + 10 * WINDOW_MS).encode())]
+    mark = [watermark_header(START_MS + impressions * SPACING_US // 1000 + 10 * WINDOW_MS)]
     for partitions in out.values():
         for records in partitions:
             records.append((None, b"", mark))
@@ -107,7 +109,7 @@ def log_of(impressions: int, seed: int = 0, *, ended: bool = True) -> dict[str, 
 
 
 async def fill(settings: Settings, impressions: int, *, ended: bool = True) -> Truth:
-    """Put a log into fresh topics; returns what must become of it."""
+    """Write a log into new topics; returns its right labels."""
     names = TopicNames.of(settings.topics)
     create_topics(settings.kafka, settings.topics)
     producer = AIOKafkaProducer(
@@ -131,12 +133,13 @@ async def fill(settings: Settings, impressions: int, *, ended: bool = True) -> T
 async def count_labels(
     settings: Settings, truth: Truth, alive: Callable[[], None], patience_s: float
 ) -> tuple[dict[str, int], float]:
-    """Read `examples` as a read_committed reader until every impression has its label, each held against the truth.
+    """Read `examples` with `read_committed` until every impression has its label, and compare each label with the truth.
 
-    Returns the counts, and when the last label came.
+    Returns:
+        The counts, and the time (monotonic) at which the last label came.
 
     Raises:
-        SystemExit: a label is wrong or came twice, or none comes any more.
+        SystemExit: a label is wrong or came twice, or no label has come for `patience_s`.
     """
     names = TopicNames.of(settings.topics)
     consumer = AIOKafkaConsumer(
@@ -157,12 +160,12 @@ async def count_labels(
             known = labels[tp.partition]
             for record in records:
                 if record.key is None:
-                    continue  # a note of the join to itself
+                    continue  # a record that the join writes for itself
                 headers = dict(record.headers)
                 label = headers["label"] == b"1"
                 positives += label
                 if "source_offset" not in headers:
-                    firsts += 1  # the Faust peer's: counted only
+                    firsts += 1  # a label of the Faust peer, which names no offset: only counted
                     continue
                 offset = int(headers["source_offset"])
                 if headers["kind"] == b"correction":
@@ -183,14 +186,6 @@ async def count_labels(
     return {"labels": firsts, "positives": positives, "corrections": corrections}, changed
 
 
-def usage(pid: int) -> dict[str, float]:
-    """CPU seconds, memory and peak memory of a process so far."""
-    ticks = sum(int(part) for part in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    memory = {"rss_mb": int(status["VmRSS"].split()[0]) / 1024, "peak_rss_mb": int(status["VmHWM"].split()[0]) / 1024}
-    return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), **memory}
-
-
 def settings_for(kind: str, bootstrap_servers: str, work: Path, hold_ms: int | None = None) -> Settings:
     join = JoinSettings(window_ms=WINDOW_MS)
     return Settings(
@@ -202,7 +197,7 @@ def settings_for(kind: str, bootstrap_servers: str, work: Path, hold_ms: int | N
 
 
 async def empty_outputs(settings: Settings, application: str | None = None) -> None:
-    """Fresh `examples` and `dead-letters`; an application's changelog topics are deleted."""
+    """Create `examples` and `dead-letters` anew, and delete the changelog topics of an application."""
     names = TopicNames.of(settings.topics)
     admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
     await admin.start()
@@ -219,10 +214,10 @@ async def empty_outputs(settings: Settings, application: str | None = None) -> N
 
 @dataclass(slots=True)
 class Measured:
-    """One run."""
+    """The result of one run."""
 
     rate: float  # events a second
-    cpu_us: float  # of CPU an event, once it is ready
+    cpu_us: float  # µs of CPU an event, from the start of the timing
     peak_rss_mb: float
     counts: dict[str, int]
 
@@ -237,7 +232,7 @@ def measure_headrace(settings: Settings, truth: Truth, work: Path) -> Measured:
     with pinned(0):
         worker.start()
     try:
-        worker.wait_ready()  # partitions are taken over, and fetching begins
+        worker.wait_ready()  # it has taken over its partitions, and begins to fetch
         return timed(settings, truth, worker.pid, worker.check)
     finally:
         worker.ask_to_stop()
@@ -255,16 +250,16 @@ def measure_kafka_streams(settings: Settings, truth: Truth, work: Path, applicat
 
 
 def timed(settings: Settings, truth: Truth, pid: int, alive: Callable[[], None]) -> Measured:
-    """From now until every label is out."""
-    began, before = time.monotonic(), usage(pid)["cpu_seconds"]
+    """Time a run from now until every label has been read."""
+    began, before = time.monotonic(), usage(pid).cpu_seconds
     counts, done = asyncio.run(count_labels(settings, truth, alive, patience_s=60))
     used = usage(pid)
-    cpu_us = (used["cpu_seconds"] - before) * 1e6 / truth.events
-    return Measured(truth.events / (done - began), cpu_us, used["peak_rss_mb"], counts)
+    cpu_us = (used.cpu_seconds - before) * 1e6 / truth.events
+    return Measured(truth.events / (done - began), cpu_us, used.peak_rss_mb, counts)
 
 
 def in_turns(settings: Settings, impressions: int, pairs: int, work: Path) -> tuple[list[Measured], list[Measured]]:
-    """Ours and Kafka Streams over the same log, the one first and then the other."""
+    """Runs of Headrace and of Kafka Streams over the same log; which of them is first changes from pair to pair."""
     truth = asyncio.run(fill(settings, impressions))
     ours, theirs = [], []
     for pair in range(pairs):
@@ -282,7 +277,7 @@ def in_turns(settings: Settings, impressions: int, pairs: int, work: Path) -> tu
 
 
 def measure_faust(bootstrap_servers: str, impressions: int, work: Path) -> dict[str, float]:
-    """Events a second of the peer on core 0, from its first label: its start-up is not counted against it."""
+    """Events a second of the Faust peer on core 0, from its first record on: its start isn't counted."""
     settings = settings_for("faust", bootstrap_servers, work)
     truth = asyncio.run(fill(settings, impressions))
     env = {
@@ -313,16 +308,16 @@ def measure_faust(bootstrap_servers: str, impressions: int, work: Path) -> dict[
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return {"rate": truth.events / (done - began), "peak_rss_mb": used["peak_rss_mb"]}
+    return {"rate": truth.events / (done - began), "peak_rss_mb": used.peak_rss_mb}
 
 
 @click.command()
 @click.option("--impressions", default=900_000, show_default=True)
 @click.option("--peer", type=click.Choice(["faust", "kafka-streams", "none"]), default="faust", show_default=True)
-@click.option("--peer-impressions", default=30_000, show_default=True, help="Of the Faust peer.")
-@click.option("--pairs", default=1, show_default=True, help="Runs of ours and of the Kafka Streams peer, in turns.")
-@click.option("--hold-ms", type=int, help=f"As `join.hold_ms`, of both; {WINDOW_MS} holds every label for the whole window.")
-@click.option("--quick", is_flag=True, help="60,000 impressions, 5,000 for the Faust peer: no claim.")
+@click.option("--peer-impressions", default=30_000, show_default=True, help="Impressions for the Faust peer.")
+@click.option("--pairs", default=1, show_default=True, help="Runs of Headrace and of Kafka Streams, in turns.")
+@click.option("--hold-ms", type=int, help=f"`join.hold_ms` of both. {WINDOW_MS} holds every label for the whole window.")
+@click.option("--quick", is_flag=True, help="60,000 impressions, 5,000 for the Faust peer: too few for a result.")
 def main(impressions: int, peer: str, peer_impressions: int, pairs: int, hold_ms: int | None, quick: bool) -> None:
     """Measure and print; the last line is one JSON object."""
     if quick:
@@ -330,7 +325,7 @@ def main(impressions: int, peer: str, peer_impressions: int, pairs: int, hold_ms
     work = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
     cores = os.sched_getaffinity(0)
     warn_if_busy()
-    os.sched_setaffinity(0, cores - {0} or cores)  # this process, and the Kafka it starts, leave core 0 to the worker
+    os.sched_setaffinity(0, cores - {0} or cores)  # this process and the Kafka that it starts leave core 0 to the worker
     theirs: list[Measured] = []
     peer_rate = peer_mb = None
     try:

@@ -1,13 +1,16 @@
-"""Whether a join worker's memory stays flat: millions of events through a window full of pending impressions, some broken.
+"""Checks that a join worker's memory stays flat, with millions of events, some malformed, and a window full of impressions.
 
     .venv/bin/python bench/load.py                       # 10 million events, 2 million pending; about 5 minutes, 10 GB of disk
-    .venv/bin/python bench/load.py --events 1000000      # a poisoned batch: 1 % malformed among 1 million
-    .venv/bin/python bench/load.py --events 300000       # quick, no claim about memory
+    .venv/bin/python bench/load.py --events 1000000      # 1 % malformed records among 1 million events
+    .venv/bin/python bench/load.py --events 300000       # quick, too short to judge memory
 
-A real Apache Kafka, an attribution window of an hour of event time, impressions of 300 bytes, CTR 3 %. Past the middle the
-broker stands still for a while (SIGSTOP): what the worker holds meanwhile shows in its memory. A `read_committed` reader holds
-every label and every dead letter against what was sent. Exit code 1 unless each impression has its right label once, each
-broken record one dead letter, and, in a run that is long enough to tell, memory stays flat while the window is full.
+It runs with a real Apache Kafka, an attribution window of an hour of event time, impressions of 300 bytes and a CTR of 3 %.
+Past the middle the broker is stopped for a while (SIGSTOP): what the worker buffers meanwhile shows in its memory. A
+`read_committed` reader compares every label and every dead letter with the events that were sent. The exit code is 0 only if:
+
+- each impression has its right label once;
+- each malformed record has one dead letter;
+- memory stays flat while the window is full. This is only judged in runs that are long enough.
 """
 
 from __future__ import annotations
@@ -37,9 +40,13 @@ from bench.common import report, warn_if_busy
 from deploy.demo.play import worker_environment
 from deploy.feeding.partitions import partitions_of
 from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.usage import usage
 from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
-from stream.kafka.batches import BATCH_BYTES, Outgoing, send_batches
+from stream.kafka.batches import BATCH_BYTES, send_batches
+from stream.records.example import read_example
+from stream.records.record import Outgoing
+from stream.records.watermark import watermark_header
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
@@ -50,37 +57,37 @@ START_MS = 1_700_000_000_000
 KEY_PREFIX = b"impression-"
 IMPRESSION_BYTES = 300
 CTR = 0.03
-SLICE = 20_000  # impressions made and sent at a time
-LEAST_PENDING = 3 * SLICE  # a slice is less than half a window, so that no click is late
-AHEAD = 400_000  # records sent and not yet labelled or pending, at most: the log itself is no part of what is measured
-STOPPED_S = 8.0  # shorter than the transaction timeout: a longer stop ends the worker, as it should
+SLICE = 20_000  # impressions generated and sent at a time
+LEAST_PENDING = 3 * SLICE  # so that a slice is less than half a window and no click is late
+AHEAD = 400_000  # most impressions that are sent and neither labelled nor pending yet, so that the log doesn't become a backlog
+STOPPED_S = 8.0  # shorter than the transaction timeout; a longer stop would rightly end the worker
 SAMPLE_S = 0.5
 PATIENCE_S = 120.0
-FULL = 0.9  # of the impressions of a window that aren't broken: with so many pending it is full, some 2 % being clicked
-RATIO_MOST = 1.1  # of memory's peaks, second half over first: compactions come and go by a few percent
-# With fewer, 2 minutes, memory doesn't decide the exit code: RocksDB's write buffers, up to 64 MB a partition and flushed
-# every 30 s, have not been full several times in both halves.
+FULL = 0.9  # the window counts as full with this share of its well-formed impressions pending (some 2 % are clicked)
+RATIO_MOST = 1.1  # largest ratio of memory's peaks, second half over first; compactions change memory by a few percent
+# With fewer samples (2 minutes) of a full window, memory doesn't affect the exit code. RocksDB's write buffers, up to 64 MB a
+# partition and flushed every 30 s, must have been full several times in both halves.
 FULL_SAMPLES = 240
 
 
 class Labels:
-    """By an impression's number, (impressions,): how many labels it has, and how many of them say that it was clicked."""
+    """For each impression, by its number: how many labels it has, and how many of them are positive."""
 
     def __init__(self, impressions: int) -> None:
         self.count: npt.NDArray[np.uint8] = np.zeros(impressions, np.uint8)
         self.clicked: npt.NDArray[np.uint8] = np.zeros(impressions, np.uint8)
 
     def add(self, examples: list[Any]) -> None:
-        """Records of `examples`."""
+        """Count records of `examples`."""
         numbers = np.array([int(record.key.removeprefix(KEY_PREFIX)) for record in examples], np.int64)
-        clicked = np.array([("label", b"1") in record.headers for record in examples], np.bool_)
+        clicked = np.array([read_example(record).click_ms >= 0 for record in examples], np.bool_)
         np.add.at(self.count, numbers, 1)
         np.add.at(self.clicked, numbers[clicked], 1)
 
 
 @dataclass(slots=True)
 class Sent:
-    """What was sent, and must come out."""
+    """The events sent so far: the labels that must come, the number of events, and the keys of malformed records."""
 
     labels: Labels
     events: int = 0
@@ -89,7 +96,7 @@ class Sent:
 
 @dataclass(slots=True)
 class Sample:
-    """The worker at one moment."""
+    """Memory, size on disk and pending impressions of the worker at one moment."""
 
     rss_mb: float
     state_mb: float
@@ -104,12 +111,12 @@ class Stream:
         self._total = int(events / (1 + CTR))
         self._spacing_ms = WINDOW_MS / pending
         self._malformed = malformed
-        self._due: dict[int, list[tuple[bytes, int]]] = defaultdict(list)  # slice → clicks: id, time
+        self._due: dict[int, list[tuple[bytes, int]]] = defaultdict(list)  # slice → its clicks: id and time
         self._pad = "x" * IMPRESSION_BYTES
         self.sent = Sent(Labels(self._total))
 
     def slices(self) -> Iterator[tuple[list[tuple[bytes, bytes]], list[tuple[bytes, bytes]]]]:
-        """(impressions, clicks) of each slice: key and value."""
+        """The impressions and the clicks of each slice, each as key and value."""
         for number, first in enumerate(range(0, self._total, SLICE)):
             impressions = self._impressions(number, first, min(first + SLICE, self._total))
             yield impressions, self._clicks(number)
@@ -118,7 +125,7 @@ class Stream:
 
     @property
     def end_ms(self) -> int:
-        """A watermark behind everything."""
+        """A watermark past all windows."""
         return START_MS + int(self._total * self._spacing_ms) + 3 * WINDOW_MS
 
     def _impressions(self, number: int, first: int, until: int) -> list[tuple[bytes, bytes]]:
@@ -128,17 +135,17 @@ class Stream:
         self.sent.labels.count[first:until] = ~broken
         self.sent.labels.clicked[first:until] = clicked & ~broken
         rows = []
-        for at, index in enumerate(range(first, until)):
+        for row, index in enumerate(range(first, until)):
             time_ms = START_MS + int(index * self._spacing_ms)
             key = KEY_PREFIX + b"%010d" % index
-            if broken[at]:
+            if broken[row]:
                 rows.append((key, b'{"impression_id":"%b","timestamp":' % key))
                 self.sent.malformed.add(key)
                 continue
             body = f'{{"impression_id":"{key.decode()}","timestamp":{time_ms},"features":{{"user":"{index % 9973}","text":"'
             rows.append((key, (body + self._pad[: IMPRESSION_BYTES - len(body) - 3] + '"}}').encode()))
-            if clicked[at]:
-                delay_ms = int(delays[at])
+            if clicked[row]:
+                delay_ms = int(delays[row])
                 self._due[number + int(delay_ms / self._spacing_ms) // SLICE].append((key, time_ms + delay_ms))
         self.sent.events += len(rows)
         return rows
@@ -150,7 +157,7 @@ class Stream:
 
 
 class Watch:
-    """Takes down what comes out, and samples the worker."""
+    """Records the worker's outputs, and samples the worker."""
 
     def __init__(self, settings: Settings, worker: Worker, impressions: int) -> None:
         self._settings, self._worker, self._names = settings, worker, TopicNames.of(settings.topics)
@@ -159,7 +166,7 @@ class Watch:
         self.samples: list[Sample] = []
 
     async def read(self) -> None:
-        """Read `examples` and `dead-letters`, committed records alone, until cancelled."""
+        """Read committed records of `examples` and `dead-letters` until cancelled."""
         async with AIOKafkaConsumer(
             bootstrap_servers=self._settings.kafka.bootstrap_servers,
             isolation_level="read_committed",
@@ -179,24 +186,19 @@ class Watch:
                         self.dead += [record.key for record in records]
 
     async def sample(self) -> None:
-        """Look at the worker now and then, until cancelled."""
+        """Sample the worker every `SAMPLE_S` seconds until cancelled."""
         while True:
             self._worker.check()
             metrics = await asyncio.to_thread(self._worker.metrics)
             pending = sum(value for (name, _), value in metrics.items() if name == "headrace_join_pending_impressions")
             state_mb = await asyncio.to_thread(_folder_mb, self._settings.state_dir)
-            self.samples.append(Sample(_rss_mb(self._worker.pid), state_mb, int(pending)))
+            self.samples.append(Sample(usage(self._worker.pid).rss_mb, state_mb, int(pending)))
             await asyncio.sleep(SAMPLE_S)
 
     @property
     def accounted(self) -> int:
-        """Impressions that are labelled, dead or pending, as last seen."""
+        """Number of impressions that were labelled, dead letters or pending when last seen."""
         return self.examples + len(self.dead) + (self.samples[-1].pending if self.samples else 0)
-
-
-def _rss_mb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
 def _folder_mb(folder: Path) -> float:
@@ -204,20 +206,20 @@ def _folder_mb(folder: Path) -> float:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size
-        except FileNotFoundError:  # compacted away meanwhile
+        except FileNotFoundError:  # a compaction has removed it meanwhile
             continue
     return total / (1 << 20)
 
 
 async def play(settings: Settings, stream: Stream, worker: Worker, kafka: LocalKafka, events: int) -> Watch:
-    """Send everything, at most AHEAD of what is accounted for, and wait for the end."""
+    """Send all events, at most AHEAD impressions before the worker, and wait for all outputs."""
     names, watch = TopicNames.of(settings.topics), Watch(settings, worker, len(stream.sent.labels.count))
     background = [asyncio.ensure_future(watch.read()), asyncio.ensure_future(watch.sample())]
     producer: Any = AIOKafkaProducer(
         bootstrap_servers=settings.kafka.bootstrap_servers, max_batch_size=BATCH_BYTES, max_request_size=1 << 24
     )
     await producer.start()
-    told, stopped, sent = 0, False, 0
+    shown, stopped, sent = 0, False, 0
 
     async def check() -> None:
         for task in background:
@@ -243,18 +245,17 @@ async def play(settings: Settings, stream: Stream, worker: Worker, kafka: LocalK
         if not stopped and stream.sent.events > 0.6 * events:
             stopped = True
             await _stand_still(kafka)
-        if stream.sent.events - told >= events / 20:
-            told = stream.sent.events
+        if stream.sent.events - shown >= events / 20:
+            shown = stream.sent.events
             last = watch.samples[-1]
             click.echo(
-                f"{told:>12,} events   {watch.examples:>12,} labels   {last.pending:>10,} pending   "
+                f"{shown:>12,} events   {watch.examples:>12,} labels   {last.pending:>10,} pending   "
                 f"RSS {last.rss_mb:6.0f} MB   RocksDB {last.state_mb:6.0f} MB",
                 err=True,
             )
     for topic in (names.impressions, names.clicks):
         for number in range(PARTITIONS):
-            mark = [("headrace-watermark", str(stream.end_ms).encode())]
-            await producer.send_and_wait(topic, b"", partition=number, headers=mark)
+            await producer.send_and_wait(topic, b"", partition=number, headers=[watermark_header(stream.end_ms)])
     changed, seen = time.monotonic(), -1
     expected = int(stream.sent.labels.count.sum())
     while watch.examples < expected or len(watch.dead) < len(stream.sent.malformed):
@@ -263,7 +264,7 @@ async def play(settings: Settings, stream: Stream, worker: Worker, kafka: LocalK
             changed, seen = time.monotonic(), watch.examples
         if time.monotonic() - changed > PATIENCE_S:
             break
-    await asyncio.sleep(2.0)  # what would come too much
+    await asyncio.sleep(2.0)  # for labels that should not come
     for task in background:
         task.cancel()
     await asyncio.gather(*background, return_exceptions=True)
@@ -272,7 +273,7 @@ async def play(settings: Settings, stream: Stream, worker: Worker, kafka: LocalK
 
 
 async def _stand_still(kafka: LocalKafka) -> None:
-    """The broker answers nothing for a while."""
+    """Stop the broker for a while, so that it answers nothing."""
     (pid,) = kafka.pids.values()
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -283,8 +284,8 @@ async def _stand_still(kafka: LocalKafka) -> None:
 
 @click.command()
 @click.option("--events", type=click.IntRange(min=5 * LEAST_PENDING), default=10_000_000, show_default=True)
-@click.option("--pending", type=click.IntRange(min=LEAST_PENDING), default=2_000_000, help="Impressions that a window holds.")
-@click.option("--malformed", default=0.01, show_default=True, help="Share of impressions that are broken JSON.")
+@click.option("--pending", type=click.IntRange(min=LEAST_PENDING), default=2_000_000, help="Impressions in a window.")
+@click.option("--malformed", default=0.01, show_default=True, help="Share of impressions that are malformed JSON.")
 def main(events: int, pending: int, malformed: float) -> None:
     """Measure and print; the last line is one JSON object."""
     pending = min(pending, events // 5)

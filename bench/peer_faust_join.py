@@ -1,7 +1,8 @@
-"""The peer of `bench/join.py`: the same window join the way Faust's own documentation would have it, agents and tables.
+"""The peer of `bench/join.py`: the same window join with agents and tables, as in Faust's documentation.
 
-One agent an input, a table of pending impressions and one of clicks without an impression, a timer that expires. No
-exactly-once: that is what it costs least. Records are handled one by one, and every table change is a changelog record.
+It has one agent for each input, a table of pending impressions, a table of clicks without an impression, and expiry by the
+watermark. It is not exactly-once, which makes it faster. Records are handled one by one, and every table change is a changelog
+record.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ pending = app.Table(
 )
 early = app.Table("early", default=None, schema=faust.Schema(key_type=bytes, value_type=bytes, **raw), partitions=PARTITIONS)
 
-# Event times in order of arrival, by partition: what a timer needs to find what has expired without scanning the table.
+# Event times in the order of arrival, by partition, so that expired impressions are found without a scan of the table.
 queues: dict[int, list[tuple[int, bytes]]] = {}
 heads: dict[int, int] = {}
 seen: dict[tuple[str, int], int] = {}
 
 
 def note_start() -> None:
-    """When the first record came: the clock of the benchmark starts there."""
+    """Write down when the first record comes: the benchmark's timing starts there."""
     started = Path(os.environ["PEER_STARTED"])
     if not seen and not started.exists():
         started.write_text(str(time.monotonic()))

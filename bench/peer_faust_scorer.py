@@ -1,7 +1,7 @@
-"""The peer of `bench/score.py`: the same predictor behind an ordinary Faust agent, one request at a time.
+"""The peer of `bench/score.py`: the same predictor in an ordinary Faust agent, one request at a time.
 
-It loads one version when it starts and never swaps, sends no heartbeats, and doesn't wait for acknowledgements: all of that
-costs it less than what it is compared with.
+It loads one version at its start and never swaps it, sends no heartbeats and doesn't wait for acknowledgements. All of this
+costs it less than Headrace's scorer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from state.store import SnapshotStore
 
 PREFIX = os.environ["PEER_PREFIX"]
 
-torch.set_num_threads(1)  # as the scorer has it
+torch.set_num_threads(1)  # as in the scorer
 store = SnapshotStore(SnapshotSettings(url=os.environ["PEER_SNAPSHOTS"]))
 version = max(store.versions())
 manifest = store.manifest(version)

@@ -1,8 +1,8 @@
 """The peer of `bench/join.py` on Kafka Streams: builds `bench/kafka_streams/` with Maven, once, and runs it.
 
-The build lives beside the broker's jars in the cache, in a folder named after the versions and the sources, so that it is made
-again when either changes, and a second run needs neither Maven nor a network. For trials, `PEER_CONFIG` has settings of Kafka
-Streams (`name=value`, separated by commas), `PEER_JVM` options in the place of `JVM`.
+The build is kept beside the broker's jars in the cache, in a folder named by the versions and a hash of the sources. So it is
+built again when one of them changes, and a second run needs neither Maven nor a network. For experiments, set `PEER_CONFIG` to
+settings of Kafka Streams (`name=value`, separated by commas), and `PEER_JVM` to options that replace `JVM`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from stream.topics.names import TopicNames
 __all__ = ["KafkaStreamsPeer", "build", "pinned"]
 
 SOURCES = Path(__file__).with_name("kafka_streams")
-# Bounded like a container's: the heap is what 64 MB of producer buffers and a few MB of records in each queue need; RocksDB is
-# outside of it. One core makes G1's threads overhead, and the parallel collector's too.
+# Bounded as in a container: the heap has room for 64 MB of producer buffers and a few MB of records in each queue; RocksDB's
+# memory is outside the heap. On one core the threads of G1 and of the parallel collector would only be overhead.
 JVM = ("-Xms384m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:+AlwaysPreTouch")
 START_S = 120.0
 
 
 def build() -> list[Path]:
-    """The peer's jar and all that it needs.
+    """Build the peer if necessary; returns its jar and the jars that it needs.
 
     Raises:
-        SystemExit: no Maven, or the build failed.
+        SystemExit: Maven isn't installed, or the build failed.
     """
     versions = {f"{jar.group}:{jar.artifact}": jar.version for jar in read_lock()}
     jackson = versions["com.fasterxml.jackson.core:jackson-core"]
@@ -59,7 +59,7 @@ def build() -> list[Path]:
 
 @contextmanager
 def pinned(core: int) -> Iterator[None]:
-    """What is started inside inherits the core, threads and all."""
+    """Processes that are started in this block run on one core, with all their threads."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -72,7 +72,7 @@ class KafkaStreamsPeer:
     """One process of the peer, on core 0.
 
     Args:
-        application: consumer group, and what its changelog topics' names begin with.
+        application: its consumer group, and the prefix of its changelog topics.
     """
 
     def __init__(self, settings: Settings, application: str, work: Path) -> None:
@@ -105,12 +105,12 @@ class KafkaStreamsPeer:
         return self._process.pid
 
     def check(self) -> None:
-        """Raises SystemExit with the end of its log when it has ended."""
+        """Raises SystemExit, with the end of the peer's log, if the peer has ended."""
         if self._process.poll() is not None:
             raise SystemExit(f"the peer ended with {self._process.returncode}: {self.log.read_text()[-3000:]}")
 
     def wait_ready(self) -> None:
-        """Until its partitions are assigned and it fetches."""
+        """Wait until its partitions are assigned and it fetches. Raises SystemExit after `START_S` seconds."""
         deadline = time.monotonic() + START_S
         while not self._started.exists():
             self.check()

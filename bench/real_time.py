@@ -1,4 +1,4 @@
-"""Is the model right while it learns? Predictions as served, against probabilities that are known, at the speed of life.
+"""Compares predictions as served, at real speed and while the model learns, with known probabilities of clicks.
 
     .venv/bin/python bench/real_time.py                                   # 10 minutes at real speed, window 60 s
     .venv/bin/python bench/real_time.py --accelerated --seeds 0,1,2,3     # by event time, without Kafka: 1 minute a seed
@@ -6,20 +6,20 @@
     .venv/bin/python bench/real_time.py --accelerated --ctr 0.03 --ctr-step 200:0.06 --ctr-step 400:0.03
     .venv/bin/python bench/real_time.py --accelerated --saturate          # begin with a model that says 0.998 to everything
 
-A simulated stream of 300 impressions a second from an empty start: CTR 5 %, click delays lognormal with a mean of 20 s, a new
-item every 2 s, a new value of the feature `hour` each minute. A real Apache Kafka, join, trainer and scorer; each impression is
-scored when it is shown, as by a service. Measured from one minute after the first labels on:
+A simulated stream has 300 impressions a second, a CTR of 5 %, lognormal click delays with a mean of 20 s, a new item every 2 s,
+and a new value of the feature `hour` each minute. It runs through a real Apache Kafka, join, trainer and scorer, from an empty
+start. Each impression is scored when it is shown, as a service would do. The figures begin one minute after the first labels:
 
-- in_band_share: stretches of 30 s in which mean prediction over mean true probability is within 0.9 and 1.1;
-- new_items_in_band_share: pools of 2,000 impressions of items under 60 s old in which that is within 0.7 and 1.4;
-- ne_lost_share: share of (1 - normalised entropy) lost to a learner that knows each label at once;
-- champion_age_max_s: greatest age of the version that answered;
-- one_class_promoted: promoted versions that had seen clicks only, or none;
-- ideal_in_band_share: in_band_share of an observer that knows everything but the hour's effect and sees each click at once;
-- ideal_held_in_band_share: the same, where it sees the labels that the join holds, and answers by versions.
+- in_band_share: share of 30 s stretches in which mean prediction over mean true probability is from 0.9 to 1.1;
+- new_items_in_band_share: share of pools of 2,000 impressions of items under 60 s old in which this ratio is from 0.7 to 1.4;
+- ne_lost_share: share of (1 - normalised entropy) lost against a learner that knows each label at once;
+- champion_age_max_s: greatest age of a version when it answered;
+- one_class_promoted: number of promoted versions that had seen only clicks, or no clicks;
+- ideal_in_band_share: in_band_share of an observer that knows everything except the hour's effect, and sees each click at once;
+- ideal_held_in_band_share: the same for an observer that sees the labels when the join sends them, and answers by versions.
 
-The true probability is that of a click within the attribution window. With --accelerated the learner is driven by event time
-with the join's, the trainer's and the snapshots' own delays; there is no gate in it.
+The true probability is that of a click within the attribution window. With --accelerated, the learner runs by event time
+without Kafka, with the same delays of join, trainer and snapshots, and without the gate.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from deploy.settings import LocalKafkaSettings, Settings
 from stream.settings import JoinSettings
 from stream.topics.admin import create_topics
 
-COMMIT_MS = 200  # from a label's time to the trainer: a step of the join and a transaction
-SWAP_MS = 400  # from a version's capture until it answers
+COMMIT_MS = 200  # from a label's time until the trainer reads it: a step of the join and a transaction
+SWAP_MS = 400  # from the capture of a version until it answers
 
 
 def run_settings(window_ms: int, base: Settings) -> Settings:
@@ -83,12 +83,12 @@ def live(simulation: Simulation, settings: Settings) -> tuple[LiveRun, Simulatio
 
 
 def labels_of(stream: Stream, join: JoinSettings) -> Labels:
-    """The labels as the join sends them and the trainer reads them."""
+    """The labels as the join sends them, at the times when the trainer reads them."""
     return held(stream, join.window_ms, join.held_ms, lateness_ms=join.lateness_ms, commit_ms=COMMIT_MS)
 
 
 def seen(stream: Stream, settings: Settings) -> Seen:
-    """What anything behind the join is shown."""
+    """What an observer behind the join sees of a stream."""
     return Seen(labels_of(stream, settings.join), settings.join.held_ms, settings.snapshots.interval_ms, SWAP_MS)
 
 
@@ -110,8 +110,8 @@ def accelerated(simulation: Simulation, settings: Settings, *, saturate: bool) -
 
 @click.command()
 @click.option("--window-s", default=60.0, show_default=True, help="Attribution window.")
-@click.option("--minutes", default=10.0, show_default=True, help="Of stream.")
-@click.option("--seeds", default="0", show_default=True, help="Separated by commas; one run each.")
+@click.option("--minutes", default=10.0, show_default=True, help="Length of the stream.")
+@click.option("--seeds", default="0", show_default=True, help="Separated by commas, for one run each.")
 @click.option("--accelerated", "fast", is_flag=True, help="By event time, without Kafka.")
 @click.option("--hold-ms", type=int, help="Instead of the default of join.hold_ms.")
 @click.option("--lateness-ms", type=int, help="Instead of the default of join.lateness_ms.")
@@ -147,7 +147,7 @@ def main(
         snapshots = settings.snapshots.model_copy(update={"interval_ms": interval_ms})
         settings = settings.model_copy(update={"snapshots": snapshots})
     rows = []
-    for seed in (int(each) for each in seeds.split(",")):
+    for seed in map(int, seeds.split(",")):
         simulation = Simulation(
             rate=300.0,
             count=round(minutes * 60 * 300),

@@ -1,4 +1,4 @@
-"""What `bench/real_time.py` measures, of scores as served on a stream whose truth is known."""
+"""The figures of `bench/real_time.py`: scores as served, on a stream whose true probabilities are known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Seen", "Served", "figures", "ideal_in_band", "stretches", "within_wi
 
 STRETCH_MS = 30_000
 YOUNG_MS = 60_000
-POOL = 2_000  # impressions of young items: some 100 clicks at a CTR of 5 %
+POOL = 2_000  # impressions of young items that are judged together: some 100 clicks at a CTR of 5 %
 BAND = (0.9, 1.1)
 YOUNG_BAND = (0.7, 1.4)
 SETTLED_MS = 60_000  # after the first labels
@@ -27,9 +27,9 @@ SETTLED_MS = 60_000  # after the first labels
 class Served:
     """Scores of a stream's N impressions as served.
 
-    scores         (N,), NaN where an impression was shown without one
-    champion_ms    (N,), event time at which the version that answered was captured; -1 without a score
-    first_labels_ms  event time at which the first labels were out
+    scores           (N,): NaN for an impression that was shown without a score
+    champion_ms      (N,): event time at which the version that answered was captured; -1 without a score
+    first_labels_ms  event time at which the first labels were sent
     """
 
     scores: npt.NDArray[np.float32]
@@ -38,7 +38,7 @@ class Served:
 
 
 def within_window(simulation: Simulation, window_ms: int) -> float:
-    """Share of all clicks that come within the window (lognormal delays): only these are clicks to a model."""
+    """Share of all clicks that come within the window, for lognormal delays. A model can only learn of these clicks."""
     if simulation.delay != "lognormal":
         raise ValueError(f"delay: expected lognormal, found {simulation.delay}")
     return float(_lognormal_cdf(np.array([float(window_ms)]), simulation.delay_ms)[0])
@@ -52,10 +52,10 @@ def _lognormal_cdf(delays_ms: Floats, mean_ms: float) -> Floats:
 def figures(
     stream: Stream, simulation: Simulation, served: Served, window_ms: int, model: ModelSettings, *, reference: bool = True
 ) -> dict[str, float]:
-    """The figures from one minute after the first labels on. A stretch without scores is out of band.
+    """The figures, from one minute after the first labels on. A stretch without scores is out of band.
 
     Args:
-        reference: train the learner that knows each label at once beside it, for `ne_lost_share`.
+        reference: also train a learner that knows each label at once, for `ne_lost_share`.
     """
     truth = stream.probabilities * within_window(simulation, window_ms)
     measured = stream.shown_ms >= served.first_labels_ms + SETTLED_MS
@@ -66,7 +66,7 @@ def figures(
     young_ratios = np.array([served.scores[rows].mean() / truth[rows].mean() for rows in pools])
     answered = measured & (served.champion_ms >= 0)
     ages_ms = stream.shown_ms[answered] - served.champion_ms[answered]
-    told = {
+    found = {
         "in_band_share": _share(ratios, BAND),
         "new_items_in_band_share": _share(young_ratios, YOUNG_BAND),
         "champion_age_max_s": round(float(ages_ms.max()) / 1_000, 1) if len(ages_ms) else math.inf,
@@ -80,13 +80,13 @@ def figures(
     if reference:
         known, _ = play(stream, at_once(stream, window_ms), model)
         best, ours = (1 - normalised_entropy(scores[scored], truth[scored]) for scores in (known, served.scores))
-        told["ne_lost_share"] = _rounded(1 - ours / best)
-        told["reference_ne"] = _rounded(1 - best)
-    return told
+        found["ne_lost_share"] = _rounded(1 - ours / best)
+        found["reference_ne"] = _rounded(1 - best)
+    return found
 
 
 def stretches(stream: Stream, scores: npt.NDArray[np.float32], truth: Floats, from_ms: int) -> Floats:
-    """Mean prediction over mean truth of each whole stretch of 30 s from a time on; NaN for one without scores."""
+    """Mean prediction over mean truth, for each whole stretch of 30 s from `from_ms` on; NaN for a stretch without scores."""
     ends_ms = np.arange(from_ms, int(stream.shown_ms[-1]) + 1, STRETCH_MS)
     cuts = np.searchsorted(stream.shown_ms, ends_ms)
     ratios = []
@@ -98,7 +98,7 @@ def stretches(stream: Stream, scores: npt.NDArray[np.float32], truth: Floats, fr
 
 
 def normalised_entropy(scores: npt.NDArray[np.float32], truth: Floats) -> float:
-    """Expected log loss under the truth over that of always saying the mean: no label's luck is in it."""
+    """Normalised entropy with the expected log loss under the truth, which has no noise of single labels."""
     p = np.clip(scores.astype(np.float64), 1e-7, 1 - 1e-7)
     mean = truth.mean()
     loss = -(truth * np.log(p) + (1 - truth) * np.log1p(-p)).mean()
@@ -107,12 +107,12 @@ def normalised_entropy(scores: npt.NDArray[np.float32], truth: Floats) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What an observer is shown of a stream: labels as they leave a join, answered by versions captured every so often.
+    """What an observer behind a join sees of a stream. It answers by versions, as a scorer does.
 
-    labels    of the stream, in the order in which they are out
-    hold_ms   how long the first of them were held
-    every_ms  time between its answers' versions
-    late_ms   from a version's capture until it answers
+    labels    the stream's labels, in the order in which they are sent
+    hold_ms   how long first labels are held
+    every_ms  time between versions
+    late_ms   time from the capture of a version until it answers
     """
 
     labels: Labels
@@ -122,13 +122,14 @@ class Seen:
 
 
 def ideal_in_band(stream: Stream, simulation: Simulation, from_ms: int, seen: Seen | None = None) -> float:
-    """The share of stretches in band of an observer that knows all but the hour's effect: no learner can expect more.
+    """`in_band_share` of an ideal observer, which is the most that a learner can be expected to reach.
 
-    It knows every true weight but that of the hour, from which distribution this one is drawn, and that of the delays, and
-    answers by its posterior mean.
+    The observer knows all true weights except the hour's effect, and the distributions of this effect and of the delays. It
+    answers with its posterior mean.
 
     Args:
-        seen: which labels it has when; None: it sees each click in the moment in which it happens, and answers each second.
+        seen: the labels that the observer gets, and when. None: it sees each click when it happens, and answers anew each
+        second.
     """
     hours = stream.shown_ms // simulation.hour_ms
     known = stream.probabilities / np.exp(Truth(simulation).hour_effects[hours % 24])
@@ -143,9 +144,9 @@ def ideal_in_band(stream: Stream, simulation: Simulation, from_ms: int, seen: Se
         rows = np.flatnonzero(hours == hour)
         shown_ms, clicked_ms, odds = stream.shown_ms[rows], stream.clicked_ms[rows], known[rows]
         if seen is not None:
-            of_hour = np.flatnonzero(hours[seen.labels.rows] == hour)  # already in the order of known_ms
+            of_hour = np.flatnonzero(hours[seen.labels.rows] == hour)  # in the order of known_ms
             out_ms, clicks_out = seen.labels.known_ms[of_hour], np.cumsum(seen.labels.labels[of_hour])
-            first_ms = out_ms[~seen.labels.corrects[of_hour]]  # of the hour's impressions, in their order
+            first_ms = out_ms[~seen.labels.corrects[of_hour]]  # first labels of the hour's impressions, in their order
         answers = (shown_ms - shown_ms[0]) // every_ms
         for answer in np.unique(answers).tolist():
             at = np.flatnonzero(answers == answer)
@@ -161,14 +162,14 @@ def ideal_in_band(stream: Stream, simulation: Simulation, from_ms: int, seen: Se
                 labels = int(np.searchsorted(out_ms, now_ms, side="right"))
                 clicks = float(clicks_out[labels - 1]) if labels else 0.0
             expected = (odds[before] * np.interp(age_ms, delays_ms, arrived)).sum()
-            weights = prior + clicks * grid - effects * expected  # Poisson: clicks are rare
+            weights = prior + clicks * grid - effects * expected  # log posterior, with Poisson counts since clicks are rare
             weights = np.exp(weights - weights.max())
             scores[rows[at]] = odds[at] * (weights @ effects) / weights.sum()
     return _share(stretches(stream, scores, stream.probabilities, from_ms), BAND)
 
 
 def mean_of(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The figures of several seeds: means, but the largest age."""
+    """The figures over several seeds: means, and the maximum of `champion_age_max_s`."""
     return {
         name: max(row[name] for row in rows) if name == "champion_age_max_s" else _rounded(np.mean([row[name] for row in rows]))
         for name in rows[0]

@@ -1,4 +1,4 @@
-"""The pipeline of `bench/real_time.py` at the speed of life: a service asks for a score, shows, and sends what it showed."""
+"""`bench/real_time.py` at real speed: a service asks for scores, shows its impressions, and sends them with their scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -25,15 +25,18 @@ from deploy.processes.workers import Worker
 from deploy.settings import Settings
 from state.store import SnapshotStore
 from stream.kafka.clients import aiokafka_options
+from stream.kafka.read_log import read_to
+from stream.records.example import read_example
+from stream.records.join_notes import is_note
 from stream.registry.log import read_registry
 from stream.topics.names import TopicNames
 
 __all__ = ["LiveRun", "run_live"]
 
-AHEAD_MS = 20_000  # and 0.1 s for a thousand impressions: how long drawing a stream takes, with room
+AHEAD_MS = 20_000  # with 0.1 s for each thousand impressions: time for generating a stream, with a margin
 TICK_S = 0.01
-ANSWER_S = 0.5  # a service waits at most this long, then shows without a score
-SAY_S = 30.0
+ANSWER_S = 0.5  # a service waits at most this long for scores, then shows its impressions without
+PRINT_S = 30.0
 
 
 class _Score(msgspec.Struct):
@@ -49,30 +52,39 @@ class _Answer(msgspec.Struct):
 
 @dataclass(slots=True)
 class LiveRun:
-    """What a run came to. `promoted_seen`: clicks and other impressions learned by each version that was ever promoted."""
+    """The result of a run."""
 
     stream: Stream
     served: Served
-    versions: int
-    promoted_seen: dict[int, tuple[int, int]]
-    gate: dict[int, str]
-    busy: float
+    versions: int  # number of versions announced
+    promoted_seen: dict[int, _LabelCounts]  # what each version that was ever promoted had learned
+    gate: dict[int, str]  # the gate's decision on each version
+    busy: float  # share of the machine in use
 
     @property
     def one_class_promoted(self) -> int:
-        """Versions that were promoted and had seen one class only."""
+        """Number of versions that were promoted and had seen one class only."""
         return sum(min(seen) == 0 for seen in self.promoted_seen.values())
+
+
+class _LabelCounts(NamedTuple):
+    """First labels of each class."""
+
+    clicks: int
+    others: int
 
 
 @dataclass(slots=True)
 class _Asked:
+    """A request for scores of some rows of the stream, which the service waits for until `until_s` (monotonic)."""
+
     rows: list[int]
     until_s: float
 
 
 @dataclass(slots=True)
 class _Service:
-    """Asks for scores and sends impressions; one request for all impressions of a tick."""
+    """Asks for scores and sends impressions, with one request for all impressions of a tick."""
 
     feed: Feed
     names: TopicNames
@@ -86,7 +98,7 @@ class _Service:
     number: int = 0
 
     async def show(self, rows: list[int]) -> None:
-        """Impressions whose time has come."""
+        """Ask for scores of impressions that are due."""
         self.number += 1
         name = f"tick-{self.number}"
         candidates = b",".join(b'{"id":"%d","features":%b}' % (row, _features(self.values[row])) for row in rows)
@@ -99,10 +111,11 @@ class _Service:
         await self.feed.send(self.names.score_requests, [name.encode()], [request])
         if self.alive:
             self.asked[name] = _Asked(rows, time.monotonic() + ANSWER_S)
-        else:  # before the first version nobody waits
+        else:  # before the first version it doesn't wait for scores
             await self.send(rows)
 
     async def answered(self, answer: _Answer) -> None:
+        """Send the impressions of a request with the scores of its answer."""
         if answer.model_version is None:
             return
         self.alive = True
@@ -114,12 +127,13 @@ class _Service:
         await self.send(asked.rows)
 
     async def give_up(self) -> None:
-        """Show without a score what was asked for too long ago."""
+        """Send impressions without a score if their request has waited too long."""
         now_s = time.monotonic()
         for name in [name for name, asked in self.asked.items() if asked.until_s < now_s]:
             await self.send(self.asked.pop(name).rows)
 
     async def send(self, rows: list[int]) -> None:
+        """Send impressions, with their scores if they have any."""
         values: list[bytes | None] = []
         for row in rows:
             value = self.values[row]
@@ -131,12 +145,12 @@ class _Service:
 
 
 def _features(impression: bytes) -> bytes:
-    """The features of an encoded impression, which end it."""
+    """The features of an encoded impression, which are its last member."""
     return impression[impression.index(b'"features":') + len(b'"features":') : -1]
 
 
 async def run_live(simulation: Simulation, settings: Settings, env: dict[str, str], work: Path) -> tuple[LiveRun, Simulation]:
-    """Start the workers, send the stream as it happens, score each impression when it is shown.
+    """Start the workers, send the stream at the times of its events, and score each impression when it is shown.
 
     Returns:
         The run, and the simulation with the time at which it began.
@@ -145,11 +159,12 @@ async def run_live(simulation: Simulation, settings: Settings, env: dict[str, st
     try:
         for worker in workers:
             worker.start()
-        for worker in workers[:2]:  # a scorer is ready once there is a version
+        for worker in workers[:2]:  # the scorer is only ready once there is a version
             await asyncio.to_thread(worker.wait_ready, 120.0)
         ahead_ms = AHEAD_MS + simulation.count // 10
         while True:
-            # The stream is drawn before it begins, and its events carry their times: on a busy machine that takes its time.
+            # The stream is generated before it begins, since its events carry their times. On a busy machine this may take too
+            # long; then it is generated again, for a later beginning.
             simulation = replace(simulation, start_ms=time.time_ns() // 1_000_000 + ahead_ms)
             drawn = _Drawn.of(simulation)
             if time.time_ns() // 1_000_000 < simulation.start_ms:
@@ -164,7 +179,7 @@ async def run_live(simulation: Simulation, settings: Settings, env: dict[str, st
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """A stream as its E records in the order in which they are sent; `rows` (E,) are the stream's, -1 for clicks."""
+    """The E records of a stream in the order in which they are sent. `rows` (E,): rows of the stream, -1 for clicks."""
 
     stream: Stream
     times_ms: npt.NDArray[np.int64]
@@ -190,11 +205,11 @@ class _Drawn:
 
 
 async def _stream(simulation: Simulation, drawn: _Drawn, settings: Settings, workers: list[Worker]) -> LiveRun:
+    """Send all records at their times; returns the scores that the service got."""
     names = TopicNames.of(settings.topics)
     stream, times_ms, keys, values = drawn.stream, drawn.times_ms, drawn.keys, drawn.values
-    at_of_row = np.empty(len(stream), np.int64)
-    at_of_row[drawn.rows[drawn.rows >= 0]] = np.flatnonzero(drawn.rows >= 0)
-    row_at = at_of_row.tolist()
+    positions = np.empty(len(stream), np.int64)  # of the stream's rows among the records
+    positions[drawn.rows[drawn.rows >= 0]] = np.flatnonzero(drawn.rows >= 0)
     scores = np.full(len(stream), np.nan, np.float32)
     versions = np.full(len(stream), -1, np.int64)
     busy = _Busy()
@@ -203,34 +218,34 @@ async def _stream(simulation: Simulation, drawn: _Drawn, settings: Settings, wor
         service = _Service(
             feed,
             names,
-            [keys[at] for at in row_at],
-            [values[at] for at in row_at],
+            [keys[position] for position in positions.tolist()],
+            [values[position] for position in positions.tolist()],
             scores,
             versions,
         )
         reader = await _answers(settings, names, feed, stack)
         await asyncio.sleep(max(0.0, simulation.start_ms / 1_000 - time.time()))
-        position, said_s = 0, time.monotonic()
+        sent, printed_s = 0, time.monotonic()
         last_ms = int(stream.shown_ms[-1])
-        while position < len(times_ms) and times_ms[position] <= last_ms:
+        while sent < len(times_ms) and times_ms[sent] <= last_ms:
             now_ms = time.time_ns() // 1_000_000
             stop = int(np.searchsorted(times_ms, now_ms, side="right"))
-            if stop > position:
-                due = np.arange(position, stop)
+            if stop > sent:
+                due = np.arange(sent, stop)
                 rows = drawn.rows[due][drawn.rows[due] >= 0].tolist()
                 clicks = due[drawn.rows[due] < 0].tolist()
                 if rows:
                     await service.show(rows)
                 await feed.send(names.clicks, [keys[at] for at in clicks], [values[at] for at in clicks])
-                position = stop
+                sent = stop
             while not reader.empty():
                 await service.answered(reader.get_nowait())
             await service.give_up()
-            if time.monotonic() - said_s > SAY_S:
-                said_s = time.monotonic()
+            if time.monotonic() - printed_s > PRINT_S:
+                printed_s = time.monotonic()
                 for worker in workers:
                     worker.check()
-                _say(stream, scores, versions, now_ms)
+                _print(stream, scores, versions, now_ms)
             await asyncio.sleep(TICK_S)
         await feed.flush()
     state = await read_registry(settings.kafka, names)
@@ -254,15 +269,15 @@ async def _stream(simulation: Simulation, drawn: _Drawn, settings: Settings, wor
 
 
 async def _answers(settings: Settings, names: TopicNames, feed: Feed, stack: AsyncExitStack) -> asyncio.Queue[_Answer]:
-    """A queue that answers arrive in."""
-    places = [TopicPartition(names.scores, number) for number in range(await feed.partitions(names.scores))]
+    """A queue that receives all answers from now on."""
+    partitions = [TopicPartition(names.scores, number) for number in range(await feed.partitions(names.scores))]
     consumer: Any = AIOKafkaConsumer(**aiokafka_options(settings.kafka), enable_auto_commit=False, fetch_max_wait_ms=100)
     await consumer.start()
     stack.push_async_callback(consumer.stop)
-    consumer.assign(places)
-    await consumer.seek_to_end(*places)
-    for place in places:
-        await consumer.position(place)
+    consumer.assign(partitions)
+    await consumer.seek_to_end(*partitions)
+    for partition in partitions:
+        await consumer.position(partition)  # seeks now
     queue: asyncio.Queue[_Answer] = asyncio.Queue()
     decode = msgspec.json.Decoder(_Answer).decode
 
@@ -281,25 +296,23 @@ async def _answers(settings: Settings, names: TopicNames, feed: Feed, stack: Asy
     return queue
 
 
-async def _seen(settings: Settings, names: TopicNames, versions: list[int]) -> dict[int, tuple[int, int]]:
-    """Clicks and other first labels in the log up to each version's offsets."""
+async def _seen(settings: Settings, names: TopicNames, versions: list[int]) -> dict[int, _LabelCounts]:
+    """The labels in the log up to the offsets of each version."""
     consumer: Any = AIOKafkaConsumer(
         **aiokafka_options(settings.kafka), enable_auto_commit=False, isolation_level="read_committed"
     )
     await consumer.start()
     labels: dict[int, list[tuple[int, bool]]] = {}
     try:
-        places = [TopicPartition(names.examples, number) for number in range(settings.topics.partitions)]
-        consumer.assign(places)
-        ends = await consumer.end_offsets(places)
-        await consumer.seek_to_beginning(*places)
-        while any([await consumer.position(place) < ends[place] for place in places]):
-            for place, records in (await consumer.getmany(timeout_ms=200)).items():
-                kept = labels.setdefault(place.partition, [])
-                for record in records:
-                    label = dict(record.headers).get("label")
-                    if label is not None:
-                        kept.append((record.offset, label == b"1"))
+        partitions = [TopicPartition(names.examples, number) for number in range(settings.topics.partitions)]
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        await consumer.seek_to_beginning(*partitions)
+        async for partition, records in read_to(consumer, ends):
+            kept = labels.setdefault(partition.partition, [])
+            for record in records:
+                if not is_note(record):
+                    kept.append((record.offset, read_example(record).click_ms >= 0))
     finally:
         await consumer.stop()
     store = SnapshotStore(settings.snapshots)
@@ -307,13 +320,13 @@ async def _seen(settings: Settings, names: TopicNames, versions: list[int]) -> d
     for version in versions:
         offsets = store.manifest(version).offsets
         below = [clicked for part, kept in labels.items() for offset, clicked in kept if offset < offsets.get(str(part), 0)]
-        seen[version] = (sum(below), len(below) - sum(below))
+        seen[version] = _LabelCounts(sum(below), len(below) - sum(below))
     return seen
 
 
-def _say(stream: Stream, scores: npt.NDArray[np.float32], versions: npt.NDArray[np.int64], now_ms: int) -> None:
+def _print(stream: Stream, scores: npt.NDArray[np.float32], versions: npt.NDArray[np.int64], now_ms: int) -> None:
     stop = int(np.searchsorted(stream.shown_ms, now_ms - 1_000))
-    start = int(np.searchsorted(stream.shown_ms, now_ms - 1_000 - int(SAY_S * 1_000)))
+    start = int(np.searchsorted(stream.shown_ms, now_ms - 1_000 - int(PRINT_S * 1_000)))
     there = start + np.flatnonzero(~np.isnan(scores[start:stop]))
     second = (now_ms - int(stream.shown_ms[0])) // 1_000
     if not len(there):
@@ -324,7 +337,7 @@ def _say(stream: Stream, scores: npt.NDArray[np.float32], versions: npt.NDArray[
 
 
 class _Busy:
-    """How busy the machine was between two looks, in all."""
+    """The share of the machine that was in use since the object was made."""
 
     def __init__(self) -> None:
         self._began = self._ticks()

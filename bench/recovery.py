@@ -1,18 +1,19 @@
-"""How long one join worker needs until it goes on, by how much is pending and by what it finds on its disk.
+"""Recovery time of one join worker, by the number of pending impressions and by the state that it finds on its disk.
 
     .venv/bin/python bench/recovery.py                       # 50,000, 200,000 and 800,000 pending: some 5 minutes
-    .venv/bin/python bench/recovery.py --pending 20000       # that size only; may be repeated
+    .venv/bin/python bench/recovery.py --pending 20000       # this size only; may be repeated
 
-A real Apache Kafka runs on the other core. Impressions of 700 bytes, none of whose windows end, and clicks (CTR 3 %) are joined
-over 4 partitions; then the worker is stopped and started again:
+A real Apache Kafka runs on the other core. Impressions of 700 bytes, whose windows don't end, and clicks (CTR 3 %) are joined
+over 4 partitions. Then the worker is stopped and started again:
 
-- clean: it had stopped in order, its state is where the log is;
-- killed: SIGKILL after the last commit; what was not flushed to the disk is read again;
-- copied: the clean state comes back as a copy, as from a checkpoint on the fastest store there is, the local disk;
-- nothing: the folder is gone, everything is read again from the low-water offsets.
+- clean: after an orderly stop, whose state is at the end of the log;
+- killed: after SIGKILL behind the last commit; what was not flushed to the disk is read again from the log;
+- copied: the clean state is copied back first, as from a checkpoint in the fastest possible store, the local disk;
+- nothing: without its folder; everything is read again from the low-water offsets.
 
-Told are the seconds of taking over (the slowest partition, as the worker logs it) and those from the process' start until it is
-ready. Each time as many impressions must be pending as before, else the benchmark ends with an error.
+Two times are reported in seconds: of taking over (the slowest partition, from the worker's log), and from the start of the
+process until it is ready. After each start as many impressions must be pending as before, else the benchmark ends with an
+error.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from deploy.settings import LocalKafkaSettings, Settings
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 
 SIZES = (50_000, 200_000, 800_000)
-# Longer than any of the streams, which have 5,000 impressions a second of event time.
+# Longer than the longest stream: the streams have 5,000 impressions for each second of event time.
 WINDOW_MS = 3_600_000
 PATIENCE_S = 300.0
 TAKEN = re.compile(r"took over partition \d+ in ([0-9.]+) s")
@@ -50,20 +51,20 @@ def settings_for(bootstrap_servers: str, pending: int, work: Path) -> Settings:
     return Settings(
         kafka=KafkaSettings(bootstrap_servers=bootstrap_servers),
         topics=TopicSettings(prefix=f"{pending}-", partitions=PARTITIONS),
-        # Static membership: without it a killed worker's partitions come back after the session timeout only.
+        # Static membership: otherwise the partitions of a killed worker only come back after the session timeout.
         join=JoinSettings(window_ms=WINDOW_MS, max_ahead_ms=WINDOW_MS, instance_id="one"),
         state_dir=work / f"{pending}-state",
     )
 
 
 def pending_of(worker: Worker) -> dict[str, int]:
-    """Impressions pending, by partition; of those that have said so."""
+    """Impressions pending by partition, for partitions that report them already."""
     gauge = "headrace_join_pending_impressions"
     return {labels[0]: round(value) for (name, labels), value in worker.metrics().items() if name == gauge}
 
 
 def wait_joined(worker: Worker, impressions: int, clicks: int) -> int:
-    """Until every event is accounted for; returns the impressions pending then."""
+    """Wait until the worker has counted every event; returns the number of impressions that are pending then."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         sums: Counter[str] = Counter()
@@ -79,7 +80,11 @@ def wait_joined(worker: Worker, impressions: int, clicks: int) -> int:
 
 
 def started(worker: Worker, pending: int | None = None) -> dict[str, float]:
-    """Start it, on core 0; how long it took until it was ready, and of that taking over. So many must be `pending` then."""
+    """Start the worker on core 0; returns how long taking over took, and how long it was until the worker was ready.
+
+    Raises:
+        SystemExit: a number of impressions other than `pending` is pending then.
+    """
     logged = worker.log.stat().st_size if worker.log.exists() else 0
     began = time.monotonic()
     worker.start()
@@ -92,7 +97,7 @@ def started(worker: Worker, pending: int | None = None) -> dict[str, float]:
     if len(taken) != PARTITIONS:
         raise SystemExit(f"expected {PARTITIONS} partitions taken over, found {len(taken)} in {worker.log}")
     if pending is not None:
-        while len(found := pending_of(worker)) < PARTITIONS:  # they say so with their first step
+        while len(found := pending_of(worker)) < PARTITIONS:  # each reports with its first step
             worker.check()
             time.sleep(0.1)
         if sum(found.values()) != pending:
@@ -108,7 +113,7 @@ def stop(worker: Worker) -> None:
 
 
 def measure(bootstrap_servers: str, impressions: int, work: Path) -> dict[str, object]:
-    """Recovery of this many impressions, in each of the four ways."""
+    """Recovery with this many impressions, in each of the four ways."""
     settings = settings_for(bootstrap_servers, impressions, work)
     clicks = asyncio.run(fill(settings, impressions, ended=False)).clicks
     worker = Worker("join", worker_environment(settings), work / f"{impressions}.log", cwd=work)
@@ -146,7 +151,7 @@ def main(sizes: tuple[int, ...]) -> None:
     work = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
     warn_if_busy()
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores - {0} or cores)  # this process, and the Kafka it starts, leave core 0 to the worker
+    os.sched_setaffinity(0, cores - {0} or cores)  # this process and the Kafka that it starts leave core 0 to the worker
     results = []
     try:
         with LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=1024)) as kafka:

@@ -1,12 +1,12 @@
-"""How soon a score request is answered while everything runs, and how many a second; against an ordinary Faust agent.
+"""Latency of score requests while the whole system runs, and the highest rate, compared with an ordinary Faust agent.
 
     .venv/bin/python bench/score.py            # about 7 minutes
-    .venv/bin/python bench/score.py --quick    # short stretches, no claim
+    .venv/bin/python bench/score.py --quick    # short stretches, too short for a result
 
-A real Apache Kafka, a join, a trainer and a scorer on this machine; a data set is replayed at 1,000 events a second, joined and
-learned all along, and a version is published and swapped in every 3 s. Join, trainer and replay give way (niceness 10), as in
-the demo; scorer, broker and this process, which sends the requests, don't. Requests hold 50 candidates. A latency is the
-answer's LogAppendTime less the request's. The peer gets the same requests beside the same load.
+A real Apache Kafka, a join, a trainer and a scorer run on this machine. A data set is replayed at 1,000 events a second, joined
+and learned all the time, and a version is published and swapped in every 3 s. Join, trainer and replay have niceness 10, as in
+the demo; the scorer, the broker and this process, which sends the requests, have niceness 0. Requests have 50 candidates. A
+latency is the LogAppendTime of the answer less that of the request. The peer gets the same requests under the same load.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from stream.topics.names import TopicNames
 RATE = 200.0
 CANDIDATES = 50
 LIMIT_MS = 50.0
-STREAM_RATE = 1_000  # events a second, joined and learned meanwhile
-SEARCH_STEPS = 4  # halvings between a rate that holds and one that doesn't: the answer is good to some 6 %
+STREAM_RATE = 1_000  # events a second that are joined and learned meanwhile
+SEARCH_STEPS = 4  # bisections between a rate that holds and one that doesn't: the result is precise to some 6 %
 START_S = 90.0
 
 
 @contextmanager
 def process(command: list[str], env: dict[str, str], log: Path, *, nice: int = 0) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends with the block."""
+    """A process that is ended at the end of the block."""
     with log.open("ab") as output:
         running = subprocess.Popen(
             command,
@@ -74,7 +74,7 @@ def process(command: list[str], env: dict[str, str], log: Path, *, nice: int = 0
 
 @contextmanager
 def workers(settings: Settings, work: Path, *kinds: str, nice: int = 0) -> Iterator[dict[str, Worker]]:
-    """`headrace run …` for each kind; they end with the block."""
+    """`headrace run …` for each kind; the workers are stopped at the end of the block."""
     env = worker_environment(settings)
     running = {kind: Worker(kind, env, work / f"{kind}.log", cwd=work, nice=nice) for kind in kinds}
     try:
@@ -88,14 +88,12 @@ def workers(settings: Settings, work: Path, *kinds: str, nice: int = 0) -> Itera
             worker.wait_stopped()
 
 
-async def highest_rate(load: Load, seconds: float, known: Offered, alive: Callable[[], None]) -> tuple[float, list[Offered]]:
-    """The highest rate found to hold: doubling (or halving) from a known stretch, then bisection. 0 when none was found."""
-    tried = [known]
+async def highest_rate(load: Load, seconds: float, known: Offered, alive: Callable[[], None]) -> float:
+    """The highest rate that was found to hold, 0 if none: doubling or halving from a known rate, then bisection."""
 
     async def holds(rate: float) -> bool:
         alive()
         offered = await load.offer(rate, seconds)
-        tried.append(offered)
         show(f"  {rate:5.0f}/s", offered)
         return offered.holds(LIMIT_MS)
 
@@ -107,11 +105,11 @@ async def highest_rate(load: Load, seconds: float, known: Offered, alive: Callab
         while not await holds(low):
             low, high = low / 2, low
             if low < 5:
-                return 0.0, tried
+                return 0.0
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if await holds(middle) else (low, middle)
-    return low, tried
+    return low
 
 
 def show(name: str, offered: Offered) -> None:
@@ -124,9 +122,9 @@ def show(name: str, offered: Offered) -> None:
 async def measure(
     settings: Settings, bodies: list[bytes], name: str, seconds: float, probe_s: float, alive: Callable[[], None]
 ) -> dict[str, object]:
-    """Latencies at the asked rate, and the highest rate.
+    """Latencies at `RATE`, and the highest rate that holds.
 
-    First the same load for as long again, unmeasured: a broker's code is interpreted until it has run for a while.
+    The same load runs for as long before, without being measured: a broker's code is interpreted until it has run for a while.
     """
     names = TopicNames.of(settings.topics)
     load = Load(
@@ -138,7 +136,7 @@ async def measure(
         alive()
         offered = await load.offer(RATE, seconds)
         show(name, offered)
-        best, _ = await highest_rate(load, probe_s, offered, alive)
+        best = await highest_rate(load, probe_s, offered, alive)
     return {
         "p50_ms": offered.quantile(0.5),
         "p99_ms": offered.quantile(0.99),
@@ -161,7 +159,7 @@ def wait_for_version(settings: Settings, alive: Callable[[], None]) -> None:
 
 
 def run(data_set: DataSet, bootstrap_servers: str, work: Path, seconds: float, probe_s: float, *, peer: bool) -> None:
-    """Everything, ours first."""
+    """Start the system, and measure Headrace's scorer and then the peer."""
     settings = demo_settings(Settings(), data_set, work, bootstrap_servers, evaluation_from_ms=0)
     settings = settings.model_copy(update={"topics": TopicSettings(prefix="bench-", partitions=2, request_partitions=2)})
     create_topics(settings.kafka, settings.topics)
@@ -232,8 +230,8 @@ async def measure_peer(
 
 @click.command()
 @click.option("--dataset", default="auto", show_default=True, help="KuaiRand where it is found, else MovieLens-100K.")
-@click.option("--seconds", default=30.0, show_default=True, help="At 200 requests a second.")
-@click.option("--quick", is_flag=True, help="Short stretches: no claim.")
+@click.option("--seconds", default=30.0, show_default=True, help="Time at 200 requests a second.")
+@click.option("--quick", is_flag=True, help="Short stretches, too short for a result.")
 @click.option("--no-peer", is_flag=True)
 def main(dataset: str, seconds: float, quick: bool, no_peer: bool) -> None:
     """Measure and print; the last line is one JSON object."""

@@ -1,4 +1,4 @@
-"""The load of `bench/score.py`: requests at a steady rate, their answers, and how long each took by the broker's clock."""
+"""The load of `bench/score.py`: requests at a steady rate, their answers, and latencies by the broker's clock."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from deploy.datasets import DataSet
 __all__ = ["Load", "Offered", "request_bodies"]
 
 POOL = 2_000  # distinct requests, sent in turn
-STEP_S = 0.002  # how finely sending is paced
+STEP_S = 0.002  # pause between two looks at the requests that are due
 
 
 def request_bodies(data_set: DataSet, candidates: int, seed: int = 0) -> list[bytes]:
-    """The data set's own score requests, without their ids: a user about to see something, and things shown at that time."""
+    """Score requests from a data set, without their ids: the context of one impression, and items of others as candidates."""
     chunk = next(iter(data_set.chunks()))
     rng = np.random.default_rng(seed)
     bodies = []
@@ -34,13 +34,13 @@ def request_bodies(data_set: DataSet, candidates: int, seed: int = 0) -> list[by
 
 @dataclass(slots=True)
 class Offered:
-    """What a stretch of load came to. Latencies in ms, ascending by request: broker's clock, and the asker's."""
+    """The result of a stretch of load. Latencies are in ms, by the broker's clock and by the client's."""
 
     rate: float
     sent: int = 0
     answered: int = 0
     errors: int = 0
-    behind: int = 0  # not answered when the last request had been sent for `late_s`
+    behind: int = 0  # requests that weren't answered `late_s` seconds after the last request
     broker_ms: list[float] = field(default_factory=list)
     client_ms: list[float] = field(default_factory=list)
     versions: set[int] = field(default_factory=set)
@@ -50,20 +50,20 @@ class Offered:
         return round(float(np.quantile(values, q)), 2) if values else float("inf")
 
     def holds(self, limit_ms: float) -> bool:
-        """Every request was answered, 99 % of them within the limit, and none was left over."""
+        """Whether every request was answered with scores and without a backlog, 99 % of them within the limit."""
         return not self.behind and not self.errors and self.quantile(0.99) <= limit_ms
 
 
 class Load:
-    """Asks and listens; an async context manager. One stretch of load at a time."""
+    """Sends requests and reads their answers; an async context manager. Use it for one stretch of load at a time."""
 
     def __init__(self, bootstrap_servers: str, requests: str, scores: str, partitions: int, bodies: list[bytes]) -> None:
         self._servers, self._requests, self._scores = bootstrap_servers, requests, scores
         self._partitions, self._bodies = partitions, bodies
         self._round = 0
-        self._due: dict[bytes, float] = {}  # request → when it was due to be sent
-        self._appended: dict[bytes, int] = {}  # request → when the broker took it
-        self._answers: dict[bytes, tuple[int, float]] = {}  # request → when the broker took the answer, when it was heard
+        self._due: dict[bytes, float] = {}  # request → time at which it was due to be sent
+        self._appended: dict[bytes, int] = {}  # request → LogAppendTime
+        self._answers: dict[bytes, tuple[int, float]] = {}  # request → LogAppendTime of the answer, time at which it was read
         self._bad = 0
         self._versions: set[int] = set()
         self._producer: Any = None
@@ -88,7 +88,7 @@ class Load:
         await self._consumer.stop()
 
     async def warm_up(self, timeout_s: float = 120.0) -> None:
-        """Ask now and then until everything is answered with scores. Raises SystemExit when that doesn't come about."""
+        """Send a light load until all requests are answered with scores. Raises SystemExit after `timeout_s`."""
         until = time.monotonic() + timeout_s
         while True:
             offered = await self.offer(50, 2.0)
@@ -98,11 +98,11 @@ class Load:
                 raise SystemExit(f"no scores within {timeout_s:.0f} s: {offered.answered} of {offered.sent} answered")
 
     async def offer(self, rate: float, seconds: float, *, late_s: float = 1.0, drain_s: float = 30.0) -> Offered:
-        """Ask `rate` times a second, then wait for what is missing.
+        """Send `rate` requests a second for some seconds, then wait for missing answers.
 
         Args:
-            late_s: what isn't answered this long after the last request counts as a backlog.
-            drain_s: longest wait for the backlog, so that the next stretch begins with none.
+            late_s: requests that aren't answered this long after the last request are the backlog.
+            drain_s: longest wait for the backlog, so that the next stretch begins without one.
         """
         self._round += 1
         for kept in (self._due, self._appended, self._answers, self._versions):
@@ -123,10 +123,10 @@ class Load:
         if offered.behind:
             await self._answered(total, drain_s)
         offered.answered, offered.errors, offered.versions = len(self._answers), self._bad, set(self._versions)
-        for key, (appended, heard) in list(self._answers.items()):
+        for key, (appended_ms, read_s) in list(self._answers.items()):
             if key in self._appended:
-                offered.broker_ms.append(appended - self._appended[key])
-                offered.client_ms.append((heard - self._due[key]) * 1_000)
+                offered.broker_ms.append(appended_ms - self._appended[key])
+                offered.client_ms.append((read_s - self._due[key]) * 1_000)
         return offered
 
     async def _ask(self, number: int, due: float) -> None:
@@ -152,7 +152,7 @@ class Load:
             if not record.key or not record.key.startswith(prefix) or record.key in self._answers:
                 continue
             self._answers[record.key] = (record.timestamp, time.perf_counter())
-            # The whole answer is not decoded: the load must cost little beside what it measures.
+            # Answers aren't decoded as a whole: the load must cost little compared with the scorer.
             if b'"error"' in record.value:
                 self._bad += 1
             else:

@@ -1,20 +1,20 @@
-"""Examples a second of the trainer: int64 feature hashes in memory in, weights out.
+"""Examples a second that the trainer learns, from int64 feature hashes in memory to updated weights.
 
     python bench/train.py               # about two minutes
     python bench/train.py --rounds 3    # a quick look
 
-DeepFM with 39 fields, 1 M ids (Zipf 1.1 in each field), dimension 16, MLP 400-400-400, at batches of 512 and 4,096. Every
-id is in the tables before the clock starts. Beside Headrace's learner run, in turn in the same rounds:
+DeepFM has 39 fields, 1 M ids (Zipf 1.1 in each field), dimension 16 and an MLP of 400-400-400; batches have 512 and 4,096 rows.
+All ids are in the tables before the timing starts. These run in turns with Headrace's learner:
 
-- plain torch, `sparse`: one nn.Embedding with sparse gradients and torch.optim.Adagrad for the rows, Adam for the MLP;
-- plain torch, `dense`: the same with dense gradients and Adam for everything, as tutorials have it;
-- fbgemm's TBE with exact Adagrad, where fbgemm is installed;
-- the floor: the nine matrix products of the MLP's forward and backward passes and nothing else.
+- plain torch, `sparse`: one nn.Embedding with sparse gradients, torch.optim.Adagrad for the rows, and Adam for the MLP;
+- plain torch, `dense`: the same with dense gradients and Adam for everything, as in tutorials;
+- fbgemm's TBE with exact Adagrad, if fbgemm is installed;
+- the floor: only the nine matrix products of the MLP's forward and backward passes.
 
-With `--gate` it measures what the gate's comparison with an anchor adds to a step instead.
+The peers get row numbers; Headrace looks them up within its time. The last line is one JSON object: rates are medians over the
+rounds, and `peer` is the fastest peer at batches of 512.
 
-The peers are handed row numbers (a lookup that Headrace does within its time). Last line: one JSON object; rates are
-medians of the rounds, `peer` is the fastest peer at batch 512.
+With `--gate`, it measures instead how much time the gate's comparison with an anchor adds to a step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ HIDDEN = (400, 400, 400)
 ZIPF = 1.1
 CLICK_RATE = 0.25
 POOL_ROWS = 200_000
-"""Examples drawn beforehand; the stretches walk through them."""
+"""Examples that are drawn before the timing; the steps cycle through them."""
 
 Step = Callable[[int, int], None]
 
@@ -60,7 +60,7 @@ class Pool:
         self.per_field = ids // FIELDS
         odds = np.arange(1, self.per_field + 1) ** -ZIPF
         ranks = np.searchsorted(np.cumsum(odds / odds.sum()), rng.random((rows, FIELDS)))
-        shuffled = np.stack([rng.permutation(self.per_field) for _ in range(FIELDS)])  # popular ids lie anywhere
+        shuffled = np.stack([rng.permutation(self.per_field) for _ in range(FIELDS)])  # so that popular ids have any number
         ranks = np.minimum(ranks, self.per_field - 1)
         self.ids = shuffled[np.arange(FIELDS), ranks] + np.arange(FIELDS) * self.per_field
         self.labels = (rng.random(rows) < click_rate).astype(np.float32)
@@ -70,7 +70,7 @@ class Pool:
 
 
 def as_batch(ids: np.ndarray) -> FeatureBatch:
-    """Ids as well-mixed 64-bit keys, as the feature hash gives them."""
+    """A batch of ids as well-mixed 64-bit keys, like those of the feature hash."""
     x = ids.astype(np.uint64) + np.uint64(1)
     for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
         x = (x ^ (x >> np.uint64(29))) * np.uint64(factor)
@@ -109,7 +109,7 @@ def headrace(pool: Pool, *, gate: bool = False) -> Step:
 
 
 class PlainDeepFM(torch.nn.Module):
-    """DeepFM as one would write it with torch.nn."""
+    """DeepFM in plain torch.nn."""
 
     def __init__(self, ids: int, *, sparse: bool, embeddings: bool = True) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def plain_torch(pool: Pool, *, sparse: bool) -> Step:
         optimizers.append(torch.optim.Adagrad(tables, lr=0.01, initial_accumulator_value=0.01))
     ids, labels = torch.from_numpy(pool.ids), torch.from_numpy(pool.labels)
 
-    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]  # as by default, but said, which spares a warning
+    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]  # the default; setting it avoids a warning
 
     def step(start: int, stop: int) -> None:
         rows = ids[start:stop]
@@ -159,7 +159,7 @@ def plain_torch(pool: Pool, *, sparse: bool) -> Step:
 
 
 def fbgemm(pool: Pool) -> Step | None:
-    """fbgemm's table-batched embeddings, one table for all fields; None where it isn't installed."""
+    """fbgemm's table-batched embeddings, with one table for all fields; None if fbgemm isn't installed."""
     try:
         configs = import_module("fbgemm_gpu.split_embedding_configs")
         common = import_module("fbgemm_gpu.split_table_batched_embeddings_ops_common")
@@ -195,7 +195,7 @@ def fbgemm(pool: Pool) -> Step | None:
 
 
 def floor(rows: int) -> Step:
-    """The MLP's nine matrix products for a batch of `rows`, whichever they are."""
+    """The nine matrix products of the MLP for a batch of `rows` rows, with random numbers."""
     widths = [FIELDS * DIM, *HIDDEN]
     layers = [
         (torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(rows, outputs))
@@ -214,9 +214,9 @@ def floor(rows: int) -> Step:
 @click.command(help=__doc__.split("\n", 1)[0])
 @click.option("--rounds", default=9, show_default=True, help="Interleaved rounds.")
 @click.option("--ids", default=1_000_000, show_default=True, help="Ids in all fields together.")
-@click.option("--seconds", default=0.7, show_default=True, help="About how long each stretch takes.")
-@click.option("--gate", is_flag=True, help="Only what the gate's comparison with an anchor costs.")
-@click.option("--click-rate", default=CLICK_RATE, show_default=True, help="Of the examples.")
+@click.option("--seconds", default=0.7, show_default=True, help="Approximate time of each stretch.")
+@click.option("--gate", is_flag=True, help="Only the cost of the gate's comparison with an anchor.")
+@click.option("--click-rate", default=CLICK_RATE, show_default=True, help="Click rate of the examples.")
 def main(rounds: int, ids: int, seconds: float, gate: bool, click_rate: float) -> None:
     pool = Pool(ids, POOL_ROWS, click_rate)
     if gate:
@@ -256,12 +256,12 @@ def main(rounds: int, ids: int, seconds: float, gate: bool, click_rate: float) -
 
 
 def measure_gate(pool: Pool, rounds: int, seconds: float, click_rate: float) -> None:
-    """How much longer a step takes with the gate, at the shipped batch size and at a larger one."""
+    """How much longer a step takes with the gate, at the default batch size and at a larger one."""
     shares: dict[str, float] = {}
     for rows in (128, 512):
         steps = {name: headrace(pool, gate=name == "gate") for name in ("alone", "gate")}
         rates = interleaved({name: stretch(step, rows, seconds) for name, step in steps.items()}, rounds)
-        # Of each round, since what else the machine does differs between rounds more than the gate costs.
+        # Shares are taken within rounds: the machine's speed differs more between rounds than the gate costs.
         pairs = zip(rates["alone"], rates["gate"], strict=True)
         shares[f"batch_{rows}"] = round(statistics.median(alone / gated - 1 for alone, gated in pairs), 4)
     report(
@@ -275,16 +275,16 @@ def measure_gate(pool: Pool, rounds: int, seconds: float, click_rate: float) -> 
 
 
 def stretch(step: Step, rows: int, seconds: float) -> Callable[[], int]:
-    """A stretch of steps that takes about `seconds`, each call going on where the last one stopped."""
-    at = 0
+    """A function that runs steps for about `seconds` on the next examples of the pool, and returns the number of examples."""
+    start = 0
 
     def run(steps: int) -> int:
-        nonlocal at
+        nonlocal start
         for _ in range(steps):
-            if at + rows > POOL_ROWS:
-                at = 0
-            step(at, at + rows)
-            at += rows
+            if start + rows > POOL_ROWS:
+                start = 0
+            step(start, start + rows)
+            start += rows
         return steps * rows
 
     run(2)

@@ -1,12 +1,12 @@
-"""This checkout against another revision of it: the same benchmark in interleaved pairs.
+"""Compares this checkout with another revision of it: the same benchmarks, in interleaved pairs of runs.
 
     .venv/bin/python bench/versions.py 0.1.0                     # join, train and score: about half an hour
     .venv/bin/python bench/versions.py HEAD~20 --only join       # about 8 minutes
     .venv/bin/python bench/versions.py HEAD~20 --only train --pairs 3
 
-Each revision runs its own `bench/join.py`, `bench/train.py` and `bench/score.py` on its own code, by this checkout's `.venv`.
-A pair is one run of each, and the order changes from pair to pair. The result of a figure is the median, over the pairs, of the
-ratio within a pair: above 1 this checkout is better. Peers are left out where the benchmark can leave them out.
+Each revision runs its own `bench/join.py`, `bench/train.py` and `bench/score.py` on its own code, with this checkout's `.venv`.
+A pair is one run of each revision, and the order changes from pair to pair. The result of a figure is the median, over the
+pairs, of the ratio within a pair: above 1 this checkout is better. Peers are left out where the benchmark allows it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """One benchmark of either revision.
+    """A benchmark that both revisions run.
 
-    figures  a key of the benchmark's JSON object → whether more is better
+    command  script and arguments
+    figures  keys of the benchmark's JSON object → whether more is better
     """
 
     command: tuple[str, ...]
@@ -55,7 +56,7 @@ def checked_out(revision: str, folder: Path) -> Path:
     """The files of a revision, in a new folder.
 
     Raises:
-        click.ClickException: git knows no such revision.
+        click.ClickException: git doesn't know the revision.
     """
     archive = subprocess.run(["git", "archive", revision], cwd=ROOT, capture_output=True, check=False)
     if archive.returncode:
@@ -66,8 +67,8 @@ def checked_out(revision: str, folder: Path) -> Path:
 
 
 def run(checkout: Path, benchmark: Benchmark) -> dict[str, float]:
-    """One run in a checkout; the figures of its last line."""
-    # Workers are started by module name: PYTHONPATH comes before what `.venv` has installed.
+    """Run a benchmark in a checkout; returns the figures of its last line."""
+    # Workers are started by module name. PYTHONPATH comes before this checkout, which is installed in `.venv`.
     env = {**os.environ, "PYTHONPATH": str(checkout)}
     done = subprocess.run(
         [sys.executable, *benchmark.command], cwd=checkout, env=env, capture_output=True, text=True, check=False

@@ -19,7 +19,7 @@ from deploy.settings_page import settings_page
 from stream.join.metrics import JoinMetrics
 from stream.scorer.metrics import ScorerMetrics
 from stream.trainer.metrics import TrainerMetrics
-from stream.worker.runtime import new_registry, start_time
+from stream.worker.metrics import new_prometheus, start_time
 
 __all__ = ["Described", "main", "metrics", "pages"]
 
@@ -76,7 +76,7 @@ class Described(NamedTuple):
 
 def metrics() -> dict[str, list[Described]]:
     """Every metric of each worker; under "every worker" those that all of them have."""
-    shared = new_registry()
+    shared = new_prometheus()
     start_time(shared)
     registries = {"every worker": shared}
     for name, kind in (("join", JoinMetrics), ("trainer", TrainerMetrics), ("scorer", ScorerMetrics)):

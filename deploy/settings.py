@@ -42,7 +42,7 @@ from stream.settings import (
     TrainerSettings,
 )
 
-__all__ = ["LocalKafkaSettings", "Settings", "load_settings", "settings_file"]
+__all__ = ["NOT_SETTINGS", "LocalKafkaSettings", "Settings", "load_settings", "settings_file"]
 
 DEFAULT_FILE = Path("headrace.toml")
 
@@ -156,7 +156,7 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         _check_file(file)
         _check_variables()
-        return _handed_down(_absolute(Settings(**overrides)))
+        return _absolute(Settings(**overrides))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: expected TOML, found: {error}. Correct the file.") from error
     except UnicodeDecodeError as error:
@@ -240,11 +240,6 @@ def _absolute(settings: Settings) -> Settings:
     local = local.model_copy(update={"dir": beside / local.dir.expanduser()})
     state_dir = beside / settings.state_dir.expanduser()
     return settings.model_copy(update={"snapshots": snapshots, "local_kafka": local, "state_dir": state_dir})
-
-
-def _handed_down(settings: Settings) -> Settings:
-    """With the section `schema_registry` given to the part that reads events by it."""
-    return settings.model_copy(update={"join": settings.join.with_registry(settings.schema_registry)})
 
 
 def _found(problem: Any) -> str:

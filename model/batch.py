@@ -1,4 +1,4 @@
-"""A batch of hashed features: what the decoder makes and the model reads."""
+"""A batch of hashed features: the decoder builds it and the model reads it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FeatureBatch", "gather_ranges"]
+__all__ = ["FeatureBatch", "Float32Array", "Int64Array", "gather_ranges"]
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]
 
 
 def gather_ranges(values: Int64Array, starts: Int64Array, lengths: Int64Array) -> Int64Array:
-    """The ranges `values[starts[i] : starts[i] + lengths[i]]`, one after the other."""
+    """The ranges `values[starts[i] : starts[i] + lengths[i]]` for each i, concatenated."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return values[np.arange(total) + np.repeat(starts - (ends - lengths), lengths)]
@@ -23,15 +23,15 @@ def gather_ranges(values: Int64Array, starts: Int64Array, lengths: Int64Array) -
 
 @dataclass(frozen=True, slots=True)
 class FeatureBatch:
-    """Features of B examples as 64-bit keys: S single-valued fields and L lists, each in the order of the schema.
+    """Features of B examples as 64-bit keys: S single-valued fields and L list fields, each in the order of the schema.
 
     keys          int64 (B, S)    key of each single-valued field
-    scales        float32 (B, S)  what the field's embedding is multiplied by; None when the schema scales nothing
-    list_keys     int64 (N,)      keys of the lists' elements, row by row, in a row list by list
-    list_offsets  int64 (B*L+1,)  where in `list_keys` each list starts; no list is empty (an empty one is "missing")
+    scales        float32 (B, S)  factor of the field's embedding; None when no field of the schema is scaled
+    list_keys     int64 (N,)      keys of all list elements: row by row, and within a row list by list
+    list_offsets  int64 (B*L+1,)  start of each list in `list_keys`; no list is empty (an empty one holds the "missing" key)
     lists         L
 
-    Slicing shares memory with the batch it is taken from.
+    A slice shares memory with the batch that it is taken from.
     """
 
     keys: Int64Array
@@ -44,7 +44,7 @@ class FeatureBatch:
         return len(self.keys)
 
     def slice(self, start: int, stop: int) -> FeatureBatch:
-        """Rows `start` to `stop`, as of a Python slice."""
+        """Rows `start` to `stop`, with the meaning that a Python slice gives them."""
         start, stop, _ = slice(start, stop).indices(len(self))
         stop = max(start, stop)
         offsets = self.list_offsets[start * self.lists : stop * self.lists + 1]
@@ -57,14 +57,14 @@ class FeatureBatch:
         )
 
     def take(self, index: npt.NDArray[np.integer] | Sequence[int]) -> FeatureBatch:
-        """The rows named by `index` (M,), in its order."""
+        """Rows `index` (M,), in its order; negative numbers count from the end."""
         rows = np.asarray(index, dtype=np.int64)
         if not len(rows):
             return self.slice(0, 0)
         rows = np.where(rows < 0, rows + len(self), rows)
-        each = (rows[:, None] * self.lists + np.arange(self.lists)).ravel()
-        starts = self.list_offsets[each]
-        lengths = self.list_offsets[each + 1] - starts
+        lists = (rows[:, None] * self.lists + np.arange(self.lists)).ravel()
+        starts = self.list_offsets[lists]
+        lengths = self.list_offsets[lists + 1] - starts
         return FeatureBatch(
             keys=self.keys[rows],
             list_keys=gather_ranges(self.list_keys, starts, lengths),
@@ -75,7 +75,7 @@ class FeatureBatch:
 
     @classmethod
     def concat(cls, batches: Sequence[FeatureBatch]) -> FeatureBatch:
-        """The batches one after the other; at least one, all of one schema."""
+        """All rows of `batches`, which have the same schema. Raises ValueError for no batches."""
         if not batches:
             raise ValueError("FeatureBatch.concat: expected at least one batch, got none")
         if len(batches) == 1:

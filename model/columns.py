@@ -1,4 +1,4 @@
-"""From columns of values to columns of keys: hashing, bucketing, and what "missing" becomes."""
+"""Turns columns of values into columns of keys: hashing, bucketing and the key of a missing value."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ __all__ = [
 ]
 
 _LARGEST_BUCKET = 1 << 62
-"""Linear buckets are cut off here, far beyond any real value, so that they fit in 64 bits."""
+"""Linear buckets are clipped here, far beyond any real value, so that they fit in 64 bits."""
 
-_SCALED = 0  # the one bucket of a scaled field
+_SCALED = 0  # the only bucket of a scaled field
 
 
 @dataclass(frozen=True, slots=True)
 class KeyColumn:
-    """One field of N rows. `present` (N,) is False where the value is null; there the keys mean nothing.
+    """One field of N rows. `present` (N,) is False where the value is null; keys of such rows are arbitrary.
 
-    Single-valued: `keys` int64 (N,), `scales` float32 (N,) or None. List: row i is `lengths[i]` of `keys` from
-    `starts[i]` on.
+    Single-valued field: `keys` int64 (N,), `scales` float32 (N,) or None.
+    List field: the elements of row i are `keys[starts[i] : starts[i] + lengths[i]]`.
     """
 
     present: npt.NDArray[np.bool_]
@@ -50,18 +50,19 @@ class KeyColumn:
 
 @lru_cache
 def _octave_edges(steps: int) -> npt.NDArray[np.float64]:
-    """What parts [0.5, 1) into `steps` buckets, evenly in the logarithm."""
+    """The edges that divide [0.5, 1) into `steps` buckets of equal width in the logarithm."""
     return np.array([2.0 ** (step / steps - 1) for step in range(1, steps)])
 
 
 def numeric_buckets(values: npt.NDArray[np.float64], field: FieldSpec) -> Int64Array:
-    """Bucket of each finite value (N,), for `buckets` log or linear.
+    """Bucket of each finite value (N,), for fields with `buckets` log or linear.
 
-    log: with a = 1 + |x|, floor(log2(a) * per_octave), counted from -1 down for x < 0. It is found by comparing the
-    mantissa of a with powers of two, not with a logarithm, whose last bit differs between machines.
+    linear: floor(x / width).
+    log: floor(log2(1 + |x|) * per_octave); for x < 0 the buckets count down from -1. The mantissa of 1 + |x| is compared with
+    powers of two instead of taking a logarithm, since the last bit of a logarithm differs between machines.
     """
     if field.buckets == "linear":
-        with np.errstate(over="ignore"):  # an infinite quotient is cut off as well
+        with np.errstate(over="ignore"):  # an infinite quotient is clipped too
             quotient = np.floor(values / field.width)
         return np.clip(quotient, -_LARGEST_BUCKET, _LARGEST_BUCKET).astype(np.int64)
     mantissa, exponent = np.frexp(1.0 + np.abs(values))  # a = mantissa * 2**exponent, 0.5 <= mantissa < 1
@@ -71,21 +72,21 @@ def numeric_buckets(values: npt.NDArray[np.float64], field: FieldSpec) -> Int64A
 
 
 def numeric_scales(values: npt.NDArray[np.float64]) -> Float32Array:
-    """sign(x) * log(1 + |x|) of each value (N,), for `buckets` scaled."""
+    """sign(x) * log(1 + |x|) of each value (N,), for fields with `buckets` scaled."""
     return np.copysign(np.log1p(np.abs(values)), values).astype(np.float32)
 
 
 def _hash_columns(columns: Sequence[pa.Array], spaces: Sequence[str]) -> list[Int64Array]:
-    """Keys of columns of strings or integers, each in its space; where a column is null the key means nothing.
+    """Keys of columns of strings or integers, each in its hash space; keys of nulls are arbitrary.
 
-    Each distinct value of a column is hashed once, and those of all columns in one call: with thirty fields and few
-    rows the calls are what costs.
+    Each distinct value of a column is hashed once, and the distinct values of all columns in one call: with thirty fields and
+    few rows most of the time would go into calls.
     """
     encoded = [column.dictionary_encode() for column in columns]
-    # An integer is the same as its decimal string.
+    # An integer has the key of its decimal string.
     values = [e.dictionary if pa.types.is_string(e.type.value_type) else e.dictionary.cast(pa.string()) for e in encoded]
     seeds = np.repeat(np.array([space_seed(space) for space in spaces], np.uint64), [len(v) for v in values])
-    keys = np.append(hash_strings(pa.concat_arrays(values), seeds), 0)  # where the nulls of an empty column point
+    keys = np.append(hash_strings(pa.concat_arrays(values), seeds), 0)  # the last: nulls of a column without values read it
     out = []
     start = 0
     for column, distinct in zip(encoded, values, strict=True):
@@ -95,13 +96,13 @@ def _hash_columns(columns: Sequence[pa.Array], spaces: Sequence[str]) -> list[In
 
 
 def encode_columns(columns: Sequence[pa.Array], fields: Sequence[FieldSpec]) -> list[KeyColumn]:
-    """Keys of each field, from Arrow arrays (N,); null is missing.
+    """Keys of each field, from Arrow arrays (N,); a null is a missing value.
 
     columns  strings or int64 (categorical), float64 (numeric), lists of strings without nulls (list)
     """
-    # A field that no row has costs nothing: candidates have few of the context's fields, and the other way round.
+    # Fields that no row has are skipped: candidates have few of the context's fields, and the other way round.
     filled = [(c, f) for c, f in zip(columns, fields, strict=True) if c.null_count < len(c)]
-    words = [(c.flatten() if f.kind == "list" else c, f.hash_space) for c, f in filled if f.kind != "numeric"]
+    words = [(c.flatten() if f.kind == "list" else c, f.hash_space) for c, f in filled if f.kind != "numeric"]  # to be hashed
     hashed = iter(_hash_columns([c for c, _ in words], [space for _, space in words]) if words else [])
     out = []
     for column, field in zip(columns, fields, strict=True):
@@ -115,7 +116,7 @@ def encode_columns(columns: Sequence[pa.Array], fields: Sequence[FieldSpec]) -> 
 
 
 def absent_column(rows: int, field: FieldSpec) -> KeyColumn:
-    """A field that none of `rows` rows has."""
+    """The column of a field that none of `rows` rows has."""
     zeros = np.zeros(rows, np.int64)
     if field.kind == "list":
         return KeyColumn(zeros.astype(bool), zeros[:0], starts=zeros, lengths=zeros)
@@ -139,7 +140,7 @@ def _encode_words(column: pa.Array, field: FieldSpec, keys: Int64Array) -> KeyCo
 
 
 def number_column(present: npt.NDArray[np.bool_], values: npt.NDArray[np.float64], field: FieldSpec) -> KeyColumn:
-    """Keys of a numeric field from finite `values` (N,); where not `present` (N,) they mean nothing."""
+    """Keys of a numeric field from finite `values` (N,); values that are not `present` (N,) get arbitrary keys."""
     if field.buckets == "scaled":
         keys = np.full(len(values), number_key(_SCALED, field.hash_space), np.int64)
         return KeyColumn(present, keys, scales=numeric_scales(values))
@@ -147,7 +148,7 @@ def number_column(present: npt.NDArray[np.bool_], values: npt.NDArray[np.float64
 
 
 def fall_back(column: KeyColumn, other: KeyColumn, rows: Int64Array) -> KeyColumn:
-    """`column` (N,), and where it has no value, that of row `rows[i]` of `other`."""
+    """`column` (N,); a row i without a value gets the value of row `rows[i]` of `other`."""
     if not other.present.any():
         return column
     present = column.present | other.present[rows]
@@ -166,7 +167,7 @@ def fall_back(column: KeyColumn, other: KeyColumn, rows: Int64Array) -> KeyColum
 
 
 def build_batch(columns: Sequence[KeyColumn], schema: FeatureSchema, rows: int) -> FeatureBatch:
-    """One batch of `rows` rows from a column for each field of the schema; missing values get their field's own row."""
+    """A batch of `rows` rows, from one column for each field of the schema. A missing value gets its field's "missing" key."""
     single = [(c, f) for c, f in zip(columns, schema.fields, strict=True) if f.kind != "list"]
     lists = [(c, f) for c, f in zip(columns, schema.fields, strict=True) if f.kind == "list"]
     keys = np.empty((rows, len(single)), np.int64)
@@ -179,14 +180,14 @@ def build_batch(columns: Sequence[KeyColumn], schema: FeatureSchema, rows: int) 
     pool: list[Int64Array] = []
     starts = np.empty((rows, len(lists)), np.int64)
     lengths = np.empty((rows, len(lists)), np.int64)
-    at = 0
+    pooled = 0  # keys in the pool so far
     for index, (column, field) in enumerate(lists):
         assert column.starts is not None and column.lengths is not None
         empty = ~column.present | (column.lengths == 0)
         pool += [column.keys, np.array([missing_key(field.hash_space)], np.int64)]
-        starts[:, index] = np.where(empty, at + len(column.keys), at + column.starts)
+        starts[:, index] = np.where(empty, pooled + len(column.keys), pooled + column.starts)
         lengths[:, index] = np.where(empty, 1, column.lengths)
-        at += len(column.keys) + 1
+        pooled += len(column.keys) + 1
     return FeatureBatch(
         keys=keys,
         list_keys=gather_ranges(np.concatenate(pool), starts.ravel(), lengths.ravel()) if pool else np.empty(0, np.int64),

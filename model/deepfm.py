@@ -1,7 +1,8 @@
 """DeepFM (Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction", IJCAI 2017).
 
-logit = bias + first order + FM + MLP, all over the same embeddings (section 2.1, equations 1 to 4). The gradients are
-written out: they need fewer passes over memory than autograd's, and land in one flat buffer for the optimizer.
+logit = bias + first order + FM + MLP, all over the same embeddings (section 2.1, equations 1 to 4). The backward pass is
+written by hand: it makes fewer passes over memory than autograd, and writes all gradients into one flat buffer for the
+optimizer.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from model.embedding import take
 __all__ = ["DeepFM", "Forward"]
 
 _ALIGNMENT = 16
-"""Floats: every parameter starts on a 64-byte boundary, as a tensor of its own would. GEMM kernels round by alignment."""
+"""Floats: every parameter starts at a 64-byte boundary, as a separate tensor would. GEMM kernels round by alignment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What the backward pass needs of a forward pass over B rows.
+    """What the backward pass needs from a forward pass over B rows.
 
-    logits (B,); field_sum (B, D); activations: the input (B, F*D) and each hidden layer's output (B, H)
+    logits       (B,)
+    field_sum    (B, D)  sum of the fields' embeddings
+    activations  the input (B, F*D), then each hidden layer's output (B, H)
     """
 
     logits: torch.Tensor
@@ -33,10 +36,12 @@ class Forward:
 
 
 class DeepFM:
-    """The dense part: the bias and an MLP of ReLU layers over F embeddings of D floats.
+    """The dense part: the bias and an MLP of ReLU layers over F embeddings of D floats. Parameters are 0 until `initialise`.
 
-    parameters, gradients  float32 (P,): every parameter one after the other, and the gradient that `backward` left
-    bias                   float32 (1,): a view into `parameters`, whose gradient is always 0
+    parameters  float32 (P,): all parameters, one after the other
+    gradients   float32 (P,): their gradients, as the last `backward` wrote them
+    bias        float32 (1,): a view into `parameters`, whose gradient is always 0
+    named       the parameters as views into `parameters`, by the names that snapshots use
     """
 
     def __init__(self, fields: int, dim: int, hidden: tuple[int, ...], device: torch.device) -> None:
@@ -82,9 +87,9 @@ class DeepFM:
         return Forward(logits, field_sum, activations)
 
     def backward(self, forward: Forward, slope: torch.Tensor) -> torch.Tensor:
-        """Gradient of the summed loss by the embeddings (B, F*D), where `slope` (B,) is that by the logits.
+        """Gradient of the summed loss by the embeddings, (B, F*D), from its gradient by the logits, `slope` (B,).
 
-        Leaves the gradient of the *mean* loss by the MLP's parameters in `gradients`. The bias has steps of its own
+        Writes the gradient of the *mean* loss by the MLP's parameters into `gradients`. The bias is updated separately
         (`model.intercept`).
         """
         mean = 1 / len(slope)
@@ -108,7 +113,7 @@ class DeepFM:
         return {name: parameter.to("cpu", copy=True) for name, parameter in self.named.items()}
 
     def restore(self, serving: dict[str, torch.Tensor]) -> None:
-        """Takes over saved parameters. Raises SnapshotMismatch, before anything is written."""
+        """Replaces the parameters by saved ones. Raises SnapshotMismatch before anything is written."""
         saved = {name: take(serving, name, tuple(parameter.shape)) for name, parameter in self.named.items()}
         for name, parameter in self.named.items():
             parameter.copy_(saved[name])

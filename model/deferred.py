@@ -1,19 +1,25 @@
-"""When a row pays for its negatives: the part that later clicks will take back is due only when these come.
+"""Spreads the negative part of a row's gradient over time, so that rows of new feature values aren't pushed too low.
 
-A first label says 0 also where the click is still to come. The slope f - y of the log loss (`model.slopes`) charges f for the
-whole impression at once, while the clicks that answer it come later. For a feature value that has been there for long, the
-charges for new impressions and the late clicks of older ones balance. For a new one (a new item, a new hour) there are no older
-ones: its row is pushed down, what all rows share is pushed up in return, and the next new value, whose row begins at 0, is
-predicted too high.
+A first label is 0 even if the click of its impression comes later. The slope of the log loss, f - y (`model.slopes`), charges
+the score f of the impression at once, while the late click that outweighs the charge comes as a correction. For a feature value
+that has been shown for long, charges for new impressions and late clicks of older impressions balance. A new value (a new item,
+a new hour) has no older impressions: its row is pushed down, the parameters that all rows share are pushed up in return, and
+the next new value, whose row has not been pushed down yet, is predicted too high.
 
-So a row is charged p1 f with the first label and the rest, (1 - p1) f, over the time in which late clicks come: of what a row
-owes, the share 1 - exp(-t / tau) falls due in t. In sum a row is charged f for each impression, whatever p1 and tau are: they
-say when, not how much. Both are means over the stream's own clicks. p1 is the share that the first labels knew; tau is the
-event time by which the corrections of the others came behind the newest first label. The bias is a row of every impression, and
-is charged like one: at a start the clicks still to come are a large part of all. The MLP's weights are charged at once.
+So a row is charged p1 f with the first label, and owes the rest, (1 - p1) f, which is charged while late clicks come: after an
+event time t, the share 1 - exp(-t / tau) of what a row owes is due. In total a row is charged f for each impression, whatever
+p1 and tau are; these decide when, not how much. Both are averages over the stream's own clicks:
+
+- p1 is the share of clicks that the first labels already showed;
+- tau is the mean event time between the impression of a late click and the newest first label at the time of its correction.
+
+The bias belongs to every impression and is charged in the same way: shortly after an empty start, a large part of all clicks is
+still to come. The MLP's weights are charged at once.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -22,67 +28,77 @@ from model.errors import SnapshotMismatch
 
 __all__ = ["Deferred"]
 
-# Clicks over which the share of late ones and their delay are averaged: some minutes of a small stream, and known to 2 %.
+# Clicks over which the share of late clicks and their delay are averaged: some minutes of a small stream, precise to 2 %.
 CLICKS = 5_000.0
-# Share of the unit slope below which an example's own slope can't be divided by: float32 has 7 digits.
+# Slopes smaller than this are not divided by, since float32 has 7 digits.
 LEAST_SLOPE = 1e-6
 
 
+class _Owed(NamedTuple):
+    """What is owed after an update, until `keep`: by row, by the bias, and since when."""
+
+    distinct: torch.Tensor
+    rows: torch.Tensor
+    bias: torch.Tensor
+    now_ms: float
+
+
 class Deferred:
-    """What rows owe, by row of the table.
+    """What each row of the table owes.
 
         deferred = Deferred(room, device)
-        factors = deferred.factors(distinct, place, of, mass, slopes, labels, corrects, impression_ms)
-        ...                # the update: each element's slope is its example's times its factor
+        factors = deferred.factors(distinct, inverse, owners, mass, slopes, labels, corrects, impression_ms)
+        ...                # the update: the slope of each element is the slope of its example times its factor
         deferred.keep()
 
-    Until the first correction comes everything is due at once, and `factors` says None.
+    Until the first correction comes, everything is due at once and `factors` returns None.
     """
 
     def __init__(self, room: int, device: torch.device) -> None:
         self._owed = torch.zeros(room, device=device)
         self._since_ms = torch.zeros(room, dtype=torch.float64, device=device)
-        # Clicks known by first labels, those that corrected, the latter's lags in ms, and the newest first label's time.
+        # Decaying sums: clicks that first labels showed, clicks that came as corrections, their lags in ms. Then the event time
+        # of the newest first label in ms.
         self._means = torch.zeros(4, dtype=torch.float64)
-        # What the bias owes, and since when.
+        # What the bias owes, and the event time in ms since which it owes that.
         self._bias = torch.zeros(2, dtype=torch.float64, device=device)
         self._next_means = self._means
-        self._changes: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float] | None = None
+        self._changes: _Owed | None = None
         self.bias_charge = torch.zeros((), device=device)
-        """What the bias is charged besides its slopes, after `factors`."""
+        """What to add to the bias' gradient; set by `factors`."""
 
     @property
     def known_share(self) -> float:
-        """Share p1 of clicks that the first labels knew; 1 as long as none came later."""
+        """Share p1 of clicks that the first labels showed; 1 until a click comes as a correction."""
         known, late = self._means[:2].tolist()
         return 1.0 if late == 0 else known / (known + late)
 
     @property
     def lag_ms(self) -> float:
-        """Mean event time tau by which corrections come behind the newest first label, at least 1."""
+        """Mean event time tau in ms from the impression of a correction to the newest first label, at least 1."""
         _, late, lags, _ = self._means.tolist()
         return max(lags / late, 1.0) if late else 1.0
 
     def factors(
         self,
         distinct: torch.Tensor,
-        place: torch.Tensor,
-        of: torch.Tensor,
+        inverse: torch.Tensor,
+        owners: torch.Tensor,
         mass: torch.Tensor,
         slopes: torch.Tensor,
         labels: torch.Tensor,
         corrects: torch.Tensor | None,
         impression_ms: torch.Tensor,
     ) -> torch.Tensor | None:
-        """What each element's slope is to be multiplied by (E,); None: all are 1. What is owed changes with `keep`.
+        """Factors (E,) for the slopes of the batch's E elements; None if all are 1. `keep` records what is owed then.
 
-        distinct       (U,) rows of the batch
-        place          (E,) which of them each element is
-        of             (E,) which example each element belongs to
-        mass           (B,) what each example is charged in all: score times weight
+        distinct       (U,) distinct rows of the batch
+        inverse        (E,) index in `distinct` of each element's row
+        owners         (E,) index of the example that each element belongs to
+        mass           (B,) total charge of each example: its score times its weight
         slopes         (B,) slopes of the loss by the logits
         labels         (B,) 0 to 1
-        corrects       (B,) bool, None where none does
+        corrects       (B,) bool: which labels are corrections; None if none is
         impression_ms  (B,) float64, event times
         """
         self._changes = None
@@ -93,42 +109,43 @@ class Deferred:
             return None
         now_ms = float(self._next_means[3])
         self._make_room(int(distinct.max()) + 1)
-        charged = mass if corrects is None else mass.masked_fill(corrects, 0)  # first labels
+        charged = mass if corrects is None else mass.masked_fill(corrects, 0)  # of first labels alone
         owed, since_ms = self._owed[distinct], self._since_ms[distinct]
         due = owed * -torch.expm1(-(now_ms - since_ms).clamp_min(0) / self.lag_ms).to(torch.float32)
-        by_first = torch.zeros_like(owed).index_add_(0, place, charged[of])
+        by_first = torch.zeros_like(owed).index_add_(0, inverse, charged[owners])
         bias_owed, bias_since_ms = self._bias
         bias_due = bias_owed * -torch.expm1(-(now_ms - bias_since_ms).clamp_min(0) / self.lag_ms)
         bias_later = later * charged.sum()
         self.bias_charge.copy_(bias_due - bias_later)
-        self._changes = distinct, owed - due + later * by_first, bias_owed - bias_due + bias_later, now_ms
-        # What is due goes to the row's first labels of this batch by their scores, or else to its corrections.
-        by_any = torch.zeros_like(owed).index_add_(0, place, mass[of])
-        has = by_first > 0
-        each = torch.where(has, due / by_first.clamp_min(1e-12), due / by_any.clamp_min(1e-12))[place]
-        takes = torch.where(has[place], charged[of], mass[of])
-        more = takes * each - later * charged[of]
-        divisor = slopes[of]
+        self._changes = _Owed(distinct, owed - due + later * by_first, bias_owed - bias_due + bias_later, now_ms)
+        # What is due is divided among the row's first labels in this batch in proportion to their charges; among its
+        # corrections if the batch has no first label of the row.
+        by_any = torch.zeros_like(owed).index_add_(0, inverse, mass[owners])
+        has_first = by_first > 0
+        per_mass = torch.where(has_first, due / by_first.clamp_min(1e-12), due / by_any.clamp_min(1e-12))[inverse]
+        takes = torch.where(has_first[inverse], charged[owners], mass[owners])
+        more = takes * per_mass - later * charged[owners]
+        divisor = slopes[owners]
         return torch.where(divisor.abs() < LEAST_SLOPE, 1.0, 1 + more / divisor)
 
     def keep(self) -> None:
-        """Take over what the last `factors` came to: the update that it was for is made."""
+        """Record what is owed since the last `factors`. Call this once its update is made; without it nothing has changed."""
         self._means = self._next_means
-        if self._changes is not None:
-            distinct, owed, bias_owed, now_ms = self._changes
-            self._bias[0], self._bias[1] = bias_owed, now_ms
-            self._owed[distinct] = owed
-            self._since_ms[distinct] = now_ms
+        if (changes := self._changes) is not None:
+            self._bias[0], self._bias[1] = changes.bias, changes.now_ms
+            self._owed[changes.distinct] = changes.rows
+            self._since_ms[changes.distinct] = changes.now_ms
             self._changes = None
 
     def _delays(self, labels: torch.Tensor, corrects: torch.Tensor | None, impression_ms: torch.Tensor) -> torch.Tensor:
-        """The means with this batch's labels."""
+        """`_means` with this batch's labels added."""
         known, late, lags, newest_ms = self._means.tolist()
         back = torch.zeros(len(labels), dtype=torch.bool, device=labels.device) if corrects is None else corrects
         clicked = labels > 0.5
         firsts = impression_ms[~back]
         if len(firsts):
-            newest_ms = float(firsts.max())  # of this batch: a single wrong time can't hold back what is due for good
+            # The newest of this batch alone: otherwise one wrong time far ahead would delay for ever what is due.
+            newest_ms = float(firsts.max())
         corrected = impression_ms[back & clicked]
         fresh = float((~back & clicked).sum())
         keep = (1 - 1 / CLICKS) ** (fresh + len(corrected))
@@ -137,7 +154,7 @@ class Deferred:
         return torch.tensor(means, dtype=torch.float64)
 
     def state(self, rows: int) -> dict[str, torch.Tensor]:
-        """Copies on the CPU of the table's first `rows` rows, without row 0."""
+        """The state for `restore`, for rows 1 to `rows` of the table: copies on the CPU."""
         self._make_room(rows + 1)
         return {
             "owed": self._owed[1 : rows + 1].to("cpu", copy=True),
@@ -147,7 +164,11 @@ class Deferred:
         }
 
     def restore(self, state: dict[str, torch.Tensor], rows: int) -> None:
-        """Takes over a saved state; an empty one, of a version from before there was any, owes nothing."""
+        """Continues from a saved state. An empty state, as versions without one have it, means that nothing is owed.
+
+        Raises:
+            SnapshotMismatch: the state isn't one of `rows` rows.
+        """
         self._owed.zero_()
         self._since_ms.zero_()
         self._means.zero_()
@@ -163,6 +184,7 @@ class Deferred:
         self._bias.copy_(take(state, "bias", (2,), torch.float64))
 
     def _make_room(self, rows: int) -> None:
+        """Grows, by doubling, until there are at least `rows` rows."""
         room = len(self._owed)
         if rows <= room:
             return

@@ -1,4 +1,4 @@
-"""The embedding table: rows of weights behind a `KeyTable`, and Adagrad on the rows of a batch."""
+"""The embedding table: rows of weights that a `KeyTable` finds by key, and Adagrad on the rows of a batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["EmbeddingTable", "Gathered", "initial_rows", "take", "unique_rows"]
 
 _LANE = (1 << 16) - 1
 _LANES_MEAN = 4 * _LANE / 2
-_LANES_STD = (4 * ((1 << 32) - 1) / 12) ** 0.5  # of the sum of four uniform 16-bit integers
+_LANES_STD = (4 * ((1 << 32) - 1) / 12) ** 0.5  # standard deviation of the sum of four uniform 16-bit integers
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -24,11 +24,11 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def initial_rows(keys: torch.Tensor, dim: int, std: float, seed: int) -> torch.Tensor:
-    """First embeddings float32 (N, D) of `keys` (N,): a function of key, column and seed alone, so that neither the
-    order of arrival nor the device matters.
+    """Initial embeddings float32 (N, D) of `keys` (N,), nearly normal with standard deviation `std`.
 
-    The sum of four 16-bit lanes of a hash, scaled: near enough to a normal distribution, and exact in integers, where
-    the logarithm and cosine of the usual way differ in the last bit between devices.
+    They depend on key, column and seed alone, not on the order of arrival or the device. Each number is the scaled sum of four
+    16-bit lanes of a hash, which is exact in integers. The usual Box-Muller transform takes a logarithm and a cosine, whose
+    last bits differ between devices.
     """
     start = _mix(torch.tensor([seed + 1], device=keys.device))
     state = _mix(keys ^ start)
@@ -41,32 +41,33 @@ def initial_rows(keys: torch.Tensor, dim: int, std: float, seed: int) -> torch.T
 
 
 def unique_rows(rows: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct rows (U,), in no particular order, and for each of `rows` (N,) its place among them (N,).
+    """Distinct rows (U,), in no particular order, and the inverse (N,): the index in them of each of `rows` (N,).
 
-    scratch  int32, longer than the largest row; what it holds doesn't matter, before or after
+    scratch  int32, longer than the largest row number; its contents don't matter before and have no meaning after
 
-    Without sorting: each row's cell is told a position where the row occurs, and that position speaks for the row.
+    It needs no sorting: each row's cell of `scratch` gets one of the positions at which the row occurs in `rows`, and that
+    position represents the row.
     """
     positions = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    scratch.scatter_(0, rows, positions)  # of a row's positions any one wins
-    speaker = scratch.index_select(0, rows)
-    speaks = speaker == positions
-    place = torch.cumsum(speaks, 0).sub_(1)
-    return rows[speaks], place.index_select(0, speaker)
+    scratch.scatter_(0, rows, positions)  # any one of a row's positions may win
+    representative = scratch.index_select(0, rows)
+    represents = representative == positions
+    index = torch.cumsum(represents, 0).sub_(1)
+    return rows[represents], index.index_select(0, representative)
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
     """The U distinct rows of a batch, copied out of the table.
 
-    distinct                         int64 (U,)
-    place                            int64 (N,): which of them each element of the batch is
-    embedding_values                 float32 (U, 2D): weights, then Adagrad's accumulators
-    first_order_values               float32 (U, 2): likewise
+    distinct            int64 (U,): row numbers
+    inverse             int64 (N,): index in `distinct` of the row of each element of the batch
+    embedding_values    float32 (U, 2D): weights, then Adagrad's accumulators
+    first_order_values  float32 (U, 2): weight, then Adagrad's accumulator
     """
 
     distinct: torch.Tensor
-    place: torch.Tensor
+    inverse: torch.Tensor
     embedding_values: torch.Tensor
     first_order_values: torch.Tensor
 
@@ -84,9 +85,9 @@ class Gathered:
 class EmbeddingTable:
     """Embeddings float32 (R, D) and first-order weights float32 (R,) by key, with Adagrad's accumulators beside them.
 
-    A row holds D weights and their D accumulators, so that a step reads and writes one stretch of memory for each of
-    the batch's rows. Row 0 is all zeros: it is what an unknown key reads. Room grows by doubling; nothing else costs
-    more as it fills.
+    A row holds D weights and their D accumulators, so that an update reads and writes one contiguous range of memory for each
+    row of the batch. Row 0 is all zeros, for unknown keys. The allocated room grows by doubling; apart from that, no operation
+    gets slower as the table fills.
     """
 
     def __init__(
@@ -108,10 +109,11 @@ class EmbeddingTable:
     def insert(
         self, keys: torch.Tensor, kinds: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor
     ) -> torch.Tensor:
-        """Rows (N,) of `keys` (N,); new keys get a new row with its first weights.
+        """Row numbers (N,) of `keys` (N,). A new key gets a new row with initial weights.
 
-        kinds                   (N,) which of the K kinds of rows each key is
-        embedding, first_order  (K, D) and (K,): where rows of a kind begin, give or take what is random of the key
+        kinds        (N,): the kind (the field) of each key, 0 to K - 1
+        embedding    (K, D): initial embedding of each kind, to which random numbers by key are added (`initial_rows`)
+        first_order  (K,): initial first-order weight of each kind
         """
         before = len(self.keys)
         rows = self.keys.insert(keys)
@@ -121,7 +123,7 @@ class EmbeddingTable:
             new = rows > before
             self._row_keys[rows[new]] = keys[new]
             fresh = slice(before + 1, after + 1)
-            # A key that came as several kinds is of the first of them, on every device.
+            # A key that occurs as several kinds gets the lowest of them, so that all devices agree.
             kind = torch.full((after - before,), len(first_order), device=keys.device)
             kind.scatter_reduce_(0, rows[new] - (before + 1), kinds[new], "amin")
             random = initial_rows(self._row_keys[fresh], self.dim, self._init_std, self._seed)
@@ -132,14 +134,15 @@ class EmbeddingTable:
         return rows
 
     def gather(self, rows: torch.Tensor) -> Gathered:
-        """The distinct ones of `rows` (N,), with their weights."""
-        distinct, place = unique_rows(rows, self._scratch)
-        return Gathered(distinct, place, self._embedding.index_select(0, distinct), self._first_order.index_select(0, distinct))
+        """The distinct rows among `rows` (N,), with their weights and accumulators."""
+        distinct, inverse = unique_rows(rows, self._scratch)
+        values = self._embedding.index_select(0, distinct), self._first_order.index_select(0, distinct)
+        return Gathered(distinct, inverse, *values)
 
     def step(self, rows: Gathered, embedding: torch.Tensor, first_order: torch.Tensor, rate: float) -> None:
-        """Adagrad (Duchi et al., JMLR 2011) on gathered rows, with gradients (U, D) and (U,).
+        """One step of Adagrad (Duchi et al., JMLR 2011) with learning rate `rate` on gathered rows; gradients (U, D) and (U,).
 
-        No epsilon: the accumulators start above zero.
+        It needs no epsilon, since the accumulators start above zero.
         """
         parts = (
             (self._embedding, rows.embedding_values, embedding),
@@ -148,11 +151,11 @@ class EmbeddingTable:
         for table, values, gradient in parts:
             weights, sums = values.chunk(2, dim=1)
             sums.addcmul_(gradient, gradient)
-            weights.addcdiv_(gradient, sums.contiguous().sqrt(), value=-rate)  # a root of strided memory is slow
+            weights.addcdiv_(gradient, sums.contiguous().sqrt(), value=-rate)  # sqrt of strided memory is slow
             table.index_copy_(0, rows.distinct, values)
 
     def serving_state(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU: `keys` (R,), `embedding` (R, D), `first_order` (R,), without row 0."""
+        """Copies on the CPU, without row 0: `keys` (R,), `embedding` (R, D), `first_order` (R,)."""
         used = slice(1, len(self) + 1)
         return {
             "keys": self._row_keys[used].to("cpu", copy=True),
@@ -161,7 +164,7 @@ class EmbeddingTable:
         }
 
     def trainer_state(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU of Adagrad's accumulators, in the order of `serving_state`'s keys."""
+        """Copies on the CPU of Adagrad's accumulators, row by row as in `serving_state`."""
         used = slice(1, len(self) + 1)
         return {
             "adagrad.embedding": _copy(self._embedding[used, self.dim :]),
@@ -169,7 +172,7 @@ class EmbeddingTable:
         }
 
     def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
-        """Takes over saved rows. Raises SnapshotMismatch, before anything is written."""
+        """Replaces all rows by saved ones. Raises SnapshotMismatch before anything is written."""
         count = len(take(serving, "keys", (-1,), torch.int64))
         device = self._embedding.device
         embedding = take(serving, "embedding", (count, self.dim)), take(trainer, "adagrad.embedding", (count, self.dim))
@@ -183,6 +186,7 @@ class EmbeddingTable:
         self._first_order[used] = torch.stack(first_order, dim=1).to(device)
 
     def _make_room(self, rows: int) -> None:
+        """Grows, by doubling, until there are at least `rows` rows."""
         room = len(self._embedding)
         if rows <= room:
             return
@@ -200,7 +204,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def take(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """`state[name]`, checked: -1 in `shape` is any length. Raises SnapshotMismatch."""
+    """`state[name]`, if it has this shape and dtype; -1 in `shape` means any length. Raises SnapshotMismatch."""
     wanted = "×".join("n" if size < 0 else str(size) for size in shape) or "a single number"
     expected = f"snapshot: tensor {name!r}: expected {wanted} of {dtype}"
     tensor = state.get(name)
@@ -210,6 +214,6 @@ def take(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], dtyp
     if not fits or tensor.dtype != dtype:
         found = "×".join(map(str, tensor.shape)) or "a single number"
         raise SnapshotMismatch(
-            f"{expected}, found {found} of {tensor.dtype}; use the features and model settings it was made with"
+            f"{expected}, found {found} of {tensor.dtype}; use the features and model settings that the snapshot was made with"
         )
     return tensor

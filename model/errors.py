@@ -1,8 +1,8 @@
-"""Errors of the room `model`.
+"""Errors of the package `model`.
 
 ModelError
 ├── FeatureError       a record's features can't be used
-├── SnapshotMismatch   weights don't fit the schema or the model they are loaded into
+├── SnapshotMismatch   weights don't fit the schema or the model that they are loaded into
 └── UpdateNotFinite    learning a batch would leave the model with numbers that aren't finite
 """
 
@@ -12,11 +12,11 @@ __all__ = ["FeatureError", "ModelError", "SnapshotMismatch", "UpdateNotFinite"]
 
 
 class ModelError(Exception):
-    """Root of the errors of `model`."""
+    """Base class of the errors of `model`."""
 
 
 class FeatureError(ModelError):
-    """A record's features can't be used; `reason` is a code, `path` says where (`$.features.price`)."""
+    """A record's features can't be used; `reason` is a dead letter's code, `path` the part at fault (`$.features.price`)."""
 
     def __init__(self, message: str, *, reason: str, path: str) -> None:
         super().__init__(message)
@@ -25,8 +25,8 @@ class FeatureError(ModelError):
 
 
 class SnapshotMismatch(ModelError):
-    """Weights don't fit the schema or the model they are loaded into."""
+    """Weights don't fit the schema or the model that they are loaded into."""
 
 
 class UpdateNotFinite(ModelError):
-    """Learning a batch would leave the model with numbers that aren't finite, or so large that the next ones wouldn't be."""
+    """Learning a batch would make numbers of the model infinite or NaN, or so large that the next updates would."""

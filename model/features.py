@@ -1,9 +1,9 @@
-"""Decoding of events into hashed features, a run of records at a time.
+"""Decodes events into hashed features, a run of records at a time.
 
-The fast path hands the whole run to Arrow's JSON reader, straight into columns. It takes a run only when nothing about
-it is in doubt; otherwise the run is halved, and what is left of a few records is decoded one by one by
-`features_reference`, which has the last word. So one bad record costs its neighbours little, and both paths give the
-same verdict and the same keys.
+The fast path gives the whole run to Arrow's JSON reader, which reads it into columns. If the fast path can't be sure that it
+agrees with `features_reference` on every record of the run, the run is halved and both halves are tried. Runs of a few records
+are then decoded one by one by `features_reference`, whose verdict is final. So one bad record slows down few of its neighbours,
+and both paths accept the same records and give the same keys.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.json as pj
 
 from model import features_reference as reference
+from model.arrow_json import Doubt, read_json
 from model.batch import FeatureBatch, Float32Array, Int64Array
 from model.columns import build_batch, encode_columns, fall_back
 from model.errors import FeatureError, ModelError
@@ -28,23 +27,19 @@ from model.schema import FeatureSchema, FieldSpec
 __all__ = ["BadRecord", "DecodedImpressions", "DecodedRequests", "FeatureBatch", "FeatureDecoder"]
 
 _SLOW_ROWS = 8
-"""Runs this short are not halved further: Arrow's cost for a call is about that of ten records one by one."""
-
-_SURE_DEPTH = 100
-"""Nesting that the reference surely reads (Python's JSON gives up near 1,000); Arrow has no such limit."""
+"""Runs this short are not halved further: a call of Arrow's reader costs about as much as ten records one by one."""
 
 _Types = dict[str, pa.DataType]
 
 
-class _Doubt(Exception):
-    """The fast path can't vouch for a run."""
-
-
 @dataclass(frozen=True, slots=True)
 class BadRecord:
-    """A record that can't be used. `index` is its position in the run, `path` where in it the fault is.
+    """A record that can't be used.
 
-    Reasons: malformed_json, bad_utf8, wrong_type, nested, not_finite, missing_field, out_of_range.
+    index    its position in the run
+    reason   malformed_json, bad_utf8, wrong_type, nested, not_finite, missing_field or out_of_range
+    path     the part of the record that is at fault, as `$.features.price`
+    message  what was expected and found
     """
 
     index: int
@@ -57,10 +52,10 @@ class BadRecord:
 class DecodedImpressions:
     """The good records of a run, and the bad ones.
 
-    batch           the good records' features, B rows
+    batch           features of the good records, B rows
     rows            int64 (B,)    their positions in the run
-    served_score    float32 (B,)  the score they were shown with, NaN where absent
-    served_version  int64 (B,)    the version it came from, -1 where absent
+    served_score    float32 (B,)  the score that the impression was shown with, NaN where absent
+    served_version  int64 (B,)    the model version that gave this score, -1 where absent
     """
 
     batch: FeatureBatch
@@ -72,10 +67,14 @@ class DecodedImpressions:
 
 @dataclass(frozen=True, slots=True)
 class DecodedRequests:
-    """The good requests of a run, R of them, their candidates flattened into one batch, and the bad ones.
+    """The R good requests of a run, and the bad ones.
 
-    Candidates of request r are rows `offsets[r]` to `offsets[r + 1]` of `batch`.
-    `deadlines_ms` int64 (R,): epoch milliseconds, -1 where absent. `rows` int64 (R,): positions in the run.
+    batch          features of all candidates, one row each
+    offsets        int64 (R + 1,): the candidates of request r are rows `offsets[r]` to `offsets[r + 1]` of `batch`
+    request_ids    R ids
+    candidate_ids  the ids of each request's candidates
+    deadlines_ms   int64 (R,): milliseconds since the epoch, -1 where absent
+    rows           int64 (R,): the requests' positions in the run
     """
 
     batch: FeatureBatch
@@ -89,10 +88,10 @@ class DecodedRequests:
 
 @dataclass(slots=True)
 class _Seen:
-    """How the categorical fields of one part of the records were written last: strings or integers."""
+    """The types (string or integer) that the categorical fields of one `features` object of the records had last."""
 
     types: _Types = field(default_factory=dict)
-    struct: pa.DataType | None = None  # Arrow's type for the whole object, made when first needed
+    struct: pa.DataType | None = None  # Arrow's type of the whole object; None until it is needed
 
 
 _Decoded = TypeVar("_Decoded", DecodedImpressions, DecodedRequests)
@@ -106,7 +105,10 @@ class FeatureDecoder:
         scores = predictor.predict(decoded.batch)
         for bad in decoded.bad: ...             # bad.index, bad.reason, bad.path, bad.message
 
-    It remembers how each categorical field was written (string or integer), nothing else. Not for two threads at once.
+    Its only state is the type (string or integer) that each categorical field had last. Don't use it from two threads at once.
+
+    Raises:
+        ModelError: the schema has no fields.
     """
 
     def __init__(self, schema: FeatureSchema) -> None:
@@ -119,7 +121,7 @@ class FeatureDecoder:
         self._candidate_types = _Seen()
 
     def impressions(self, payloads: Sequence[bytes | None]) -> DecodedImpressions:
-        """Features of a run of impressions. Bad records are reported, never raised."""
+        """Features of a run of impressions. Bad records are in `bad`; none raises an error."""
         pieces = self._decode(payloads, self._fast_impressions, self._slow_impressions, self._guess_impression)
         return DecodedImpressions(
             batch=FeatureBatch.concat([piece.batch for _, piece in pieces]),
@@ -130,7 +132,7 @@ class FeatureDecoder:
         )
 
     def requests(self, payloads: Sequence[bytes | None]) -> DecodedRequests:
-        """Features of all candidates of a run of score requests. A candidate's feature wins over the context's."""
+        """Features of all candidates of a run of score requests. A candidate's own value of a field wins over the context's."""
         pieces = self._decode(payloads, self._fast_requests, self._slow_requests, self._guess_request)
         counts = np.concatenate([np.diff(piece.offsets) for _, piece in pieces])
         return DecodedRequests(
@@ -150,18 +152,18 @@ class FeatureDecoder:
         slow: Callable[[Sequence[bytes | None]], _Decoded],
         guess: Callable[[bytes], bool],
     ) -> list[tuple[int, _Decoded]]:
-        """Pieces of the run with their first positions, in order; at least one."""
+        """The run in one or more decoded pieces, in order, each with the position of its first record."""
         if len(payloads) <= _SLOW_ROWS and sum(map(len, filter(None, payloads))) < _SLOW_ROWS * 1024:
             return [(0, slow(payloads))]
         whole = [payload or b"" for payload in payloads]
         try:
             return [(0, fast(whole))]
-        except _Doubt:
+        except Doubt:
             pass
         if guess(whole[0]):
             try:
                 return [(0, fast(whole))]
-            except _Doubt:
+            except Doubt:
                 pass
         if len(payloads) <= _SLOW_ROWS:
             return [(0, slow(payloads))]
@@ -178,12 +180,12 @@ class FeatureDecoder:
             ("model_version", pa.int64()),
             ("features", self._struct(self._impression_types)),
         ]
-        table = _read(payloads, pa.schema(layout))
+        table = read_json(payloads, pa.schema(layout))
         rows = len(payloads)
         score = table.column("score").fill_null(np.nan).to_numpy()
         version = table.column("model_version").fill_null(-1).to_numpy()
         if table.column("features").null_count or ((score < 0) | (score > 1)).any() or _below_zero(table, "model_version"):
-            raise _Doubt
+            raise Doubt
         return DecodedImpressions(
             batch=self._batch(table.column("features").chunk(0).flatten()),
             rows=np.arange(rows),
@@ -215,14 +217,14 @@ class FeatureDecoder:
             ("context", self._struct(self._context_types)),
             ("candidates", pa.list_(pa.struct(candidate))),
         ]
-        table = _read(payloads, pa.schema(layout))
+        table = read_json(payloads, pa.schema(layout))
         lists = table.column("candidates").chunk(0)
         candidates = lists.flatten()
         ids, features = candidates.flatten()
         deadlines = table.column("deadline_ms").fill_null(-1).to_numpy()
         required = (table.column("request_id"), lists, candidates, ids)
         if any(column.null_count for column in required) or _below_zero(table, "deadline_ms"):
-            raise _Doubt
+            raise Doubt
         counts = pc.list_value_length(lists).to_numpy().astype(np.int64)
         offsets = np.concatenate(([0], np.cumsum(counts)))
         context = table.column("context").chunk(0).flatten()
@@ -258,14 +260,14 @@ class FeatureDecoder:
     # Fields
 
     def _struct(self, seen: _Seen) -> pa.DataType:
-        """Arrow's type for a features object, categorical fields as they were written last."""
+        """Arrow's type for a features object, with categorical fields of the type that they had last."""
         if seen.struct is None:
             types = zip(self.schema.fields, self._default_types, strict=True)
             seen.struct = pa.struct([(spec.name, seen.types.get(spec.name, default)) for spec, default in types])
         return seen.struct
 
     def _guess(self, seen: _Seen, features: Any) -> bool:
-        """Takes the types of the categorical fields from one features object; True when that changed something."""
+        """Reads the types of the categorical fields off one features object. True if a type has changed."""
         if not isinstance(features, dict):
             return False
         before = dict(seen.types)
@@ -279,7 +281,7 @@ class FeatureDecoder:
         return True
 
     def _arrays(self, values: list[list[reference.Value]]) -> list[pa.Array]:
-        """Canonical values of N rows as a column for each field."""
+        """Canonical values of N rows, as one column for each field."""
         return [pa.array([row[i] for row in values], default) for i, default in enumerate(self._default_types)]
 
     def _batch(
@@ -292,9 +294,9 @@ class FeatureDecoder:
             if column.null_count == len(column):
                 continue
             if spec.kind == "list" and column.flatten().null_count:
-                raise _Doubt
+                raise Doubt
             if spec.kind == "numeric" and not np.isfinite(column.drop_null().to_numpy()).all():
-                raise _Doubt
+                raise Doubt
         keyed = encode_columns(columns, self.schema.fields)
         if context is not None and context_rows is not None:
             shared = encode_columns(context, self.schema.fields)
@@ -307,7 +309,7 @@ def _default_type(spec: FieldSpec) -> pa.DataType:
 
 
 def _part(payload: bytes, *path: str | int) -> Any:
-    """A part of a record, None when there is no such thing or the record is bad."""
+    """The part of a record at `path`; None if there is none or the record can't be parsed."""
     try:
         value: Any = reference.parse(payload)
         for step in path:
@@ -347,43 +349,3 @@ def _one_by_one(
 def _below_zero(table: pa.Table, name: str) -> bool:
     least = pc.min(table.column(name)).as_py()
     return least is not None and least < 0
-
-
-def _depth(payload: bytes) -> int:
-    """How deep the brackets of a JSON text nest, those in strings not counted."""
-    text = np.frombuffer(payload.replace(rb"\\", b"  ").replace(rb"\"", b"  "), np.uint8)
-    outside = (np.cumsum(text == ord('"')) & 1) == 0
-    opens = ((text == ord("{")) | (text == ord("["))) & outside
-    closes = ((text == ord("}")) | (text == ord("]"))) & outside
-    return int(np.cumsum(opens.astype(np.int64) - closes).max(initial=0))
-
-
-def _read(payloads: Sequence[bytes], layout: pa.Schema) -> pa.Table:
-    """One row for each payload, or _Doubt.
-
-    Arrow's reader accepts more than JSON, and doesn't mind where a record ends. What it is shown is first narrowed to
-    texts on which it and the reference agree: each starts with { and ends with }, no control characters (so records
-    are parted by newlines only and no string runs on into the next), UTF-8, no NaN or infinity, no deep nesting.
-    """
-    joined = b"\n".join(payloads)
-    text = np.frombuffer(joined, np.uint8)
-    lengths: npt.NDArray[np.int64] = np.fromiter(map(len, payloads), np.int64, len(payloads))
-    ends = np.cumsum(lengths + 1) - 1
-    if (lengths < 2).any() or (text[ends - lengths] != ord("{")).any() or (text[ends - 1] != ord("}")).any():
-        raise _Doubt
-    if np.count_nonzero(text < 32) != len(payloads) - 1 or b"NaN" in joined or b"Inf" in joined:
-        raise _Doubt
-    if any(p.count(b"{") + p.count(b"[") > _SURE_DEPTH and _depth(p) > _SURE_DEPTH for p in payloads):
-        raise _Doubt
-    try:
-        joined.decode("utf-8")
-        table = pj.read_json(
-            pa.BufferReader(joined),
-            read_options=pj.ReadOptions(use_threads=False, block_size=len(joined) + 1),  # one block: one chunk a column
-            parse_options=pj.ParseOptions(explicit_schema=layout, unexpected_field_behavior="ignore"),
-        )
-    except (UnicodeDecodeError, pa.ArrowException, ValueError) as error:
-        raise _Doubt from error
-    if table.num_rows != len(payloads):
-        raise _Doubt
-    return table

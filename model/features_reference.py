@@ -1,8 +1,8 @@
-"""The reference decoder: one record at a time, in plain Python. It has the last word on what is good.
+"""The reference decoder: one record at a time, in plain Python. It decides which records are good.
 
-`FeatureDecoder` comes here with every record that its fast path has a doubt about, so what it accepts is by
-construction what these functions accept, as long as the fast path never accepts more. They return canonical values:
-None, a string (categorical; an integer as its decimal string), a float (numeric) or a list of strings.
+`FeatureDecoder` calls it for every record that its fast path isn't sure of. So the decoder accepts what these functions accept,
+as long as the fast path never accepts more. They return canonical values: None, a string (categorical; an integer as its
+decimal string), a float (numeric) or a list of strings.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["Impression", "Request", "Value", "decode_impression", "decode_reques
 Value = str | float | list[str] | None
 
 _EXACT_FLOAT = 2.0**53
-"""Above this a float can't say which integer was meant, so it is no name of a category."""
+"""Above this a float no longer identifies one integer, so it isn't accepted as a categorical value."""
 
 _LONG_DIGITS = 20
-"""Integers of more characters than the 64-bit ones are read as floats: they are exact for no field."""
+"""Integers of more characters are read as floats. No 64-bit integer is longer, and no field takes larger integers exactly."""
 
 
 @dataclass(frozen=True, slots=True)
 class Impression:
-    """Canonical values of the schema's fields in order; the score as served and its version (NaN and -1: absent)."""
+    """Canonical values of the schema's fields, in order; the score as served and its model version, NaN and -1 if absent."""
 
     values: list[Value]
     served_score: float
@@ -37,7 +37,7 @@ class Impression:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Canonical values of each candidate, the context's filled in; `deadline_ms` is -1 when there is none."""
+    """Canonical values of each candidate, with values of the context where it has none; `deadline_ms` is -1 if absent."""
 
     request_id: str
     candidate_ids: list[str]
@@ -45,7 +45,7 @@ class Request:
     deadline_ms: int
 
 
-def _refuse(reason: str, path: str, message: str) -> NoReturn:
+def _reject(reason: str, path: str, message: str) -> NoReturn:
     raise FeatureError(f"{message} - at `{path}`", reason=reason, path=path)
 
 
@@ -61,7 +61,7 @@ def _kind(value: Any) -> str:
 
 def _wrong_type(expected: str, value: Any, path: str) -> NoReturn:
     reason = "nested" if isinstance(value, dict) else "wrong_type"
-    _refuse(reason, path, f"Expected {expected}, got {_kind(value)}")
+    _reject(reason, path, f"Expected {expected}, got {_kind(value)}")
 
 
 def _integer(digits: str) -> int | float:
@@ -69,11 +69,11 @@ def _integer(digits: str) -> int | float:
 
 
 class _Constant(float):
-    """NaN or an infinity spelled out, which JSON doesn't have."""
+    """NaN or an infinity, which Python's JSON reader accepts and JSON doesn't have."""
 
 
 def _path_of_constant(record: Any) -> str:
-    """Where in the record a `_Constant` stands; `$` when it isn't there any more (a repeated key hides it)."""
+    """The path of a `_Constant` in the record; `$` if there is none any more, since a repeated key has replaced it."""
     stack: list[tuple[str, Any]] = [("$", record)]
     while stack:
         path, value = stack.pop()
@@ -87,7 +87,7 @@ def _path_of_constant(record: Any) -> str:
 
 
 def parse(payload: bytes | None) -> dict[str, Any]:
-    """The record's JSON object. Raises FeatureError: empty, not UTF-8, not JSON, or not an object."""
+    """The record's JSON object. Raises FeatureError if it is empty, not UTF-8, not JSON or not an object."""
     constants: list[_Constant] = []
 
     def constant(name: str) -> _Constant:
@@ -95,19 +95,19 @@ def parse(payload: bytes | None) -> dict[str, Any]:
         return constants[-1]
 
     if not payload:
-        _refuse("malformed_json", "$", "Expected a JSON object, got an empty value")
+        _reject("malformed_json", "$", "Expected a JSON object, got an empty value")
     try:
         text = payload.decode("utf-8")
     except UnicodeDecodeError as error:
-        _refuse("bad_utf8", "$", f"Invalid UTF-8: {error.reason} (byte {error.start})")
+        _reject("bad_utf8", "$", f"Invalid UTF-8: {error.reason} (byte {error.start})")
     try:
         record = json.loads(text, parse_int=_integer, parse_constant=constant)
     except json.JSONDecodeError as error:
-        _refuse("malformed_json", "$", f"Malformed JSON: {error.msg} (character {error.pos})")
+        _reject("malformed_json", "$", f"Malformed JSON: {error.msg} (character {error.pos})")
     except RecursionError:
-        _refuse("malformed_json", "$", "Malformed JSON: nested too deeply to read")
+        _reject("malformed_json", "$", "Malformed JSON: nested too deeply to read")
     if constants:
-        _refuse("not_finite", _path_of_constant(record), f"Expected a finite number, got {constants[0]}")
+        _reject("not_finite", _path_of_constant(record), f"Expected a finite number, got {constants[0]}")
     if not isinstance(record, dict):
         _wrong_type("an object", record, "$")
     return record
@@ -119,12 +119,12 @@ def _string(value: Any, path: str, expected: str = "a string") -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        _refuse("bad_utf8", path, "Half of a surrogate pair stands alone in a string")
+        _reject("bad_utf8", path, "Half of a surrogate pair stands alone in a string")
     return value
 
 
 def _whole(value: Any) -> int | None:
-    """The 64-bit integer that a JSON number stands for (`17`, `17.0`), else None."""
+    """The 64-bit integer that a JSON number (`17`, `17.0`) means, else None."""
     if isinstance(value, bool):
         return None
     if isinstance(value, int) and -(1 << 63) <= value < 1 << 64:
@@ -139,7 +139,7 @@ def _number(value: Any, path: str) -> float:
         _wrong_type("a number", value, path)
     number = float(value)
     if not math.isfinite(number):
-        _refuse("not_finite", path, "Expected a finite number, got one beyond the range of a double")
+        _reject("not_finite", path, "Expected a finite number, got one beyond the range of a double")
     return number
 
 
@@ -156,7 +156,7 @@ def _value(value: Any, field: FieldSpec, path: str) -> Value:
     if whole is not None:
         return str(whole)
     if isinstance(value, float) and not math.isfinite(value):
-        _refuse("not_finite", path, "Expected a string or an integer, got a number beyond the range of a double")
+        _reject("not_finite", path, "Expected a string or an integer, got a number beyond the range of a double")
     return _string(value, path, "a string or an integer")
 
 
@@ -167,17 +167,17 @@ def _features(features: Any, schema: FeatureSchema, path: str) -> list[Value]:
 
 
 def decode_impression(payload: bytes | None, schema: FeatureSchema) -> Impression:
-    """One impression. Raises FeatureError."""
+    """Decodes one impression. Raises FeatureError."""
     record = parse(payload)
     if record.get("features") is None:
-        _refuse("missing_field", "$", "Object missing required field `features`")
+        _reject("missing_field", "$", "Object missing required field `features`")
     values = _features(record["features"], schema, "$.features")
     score, version = record.get("score"), record.get("model_version")
     served_score, served_version = math.nan, -1
     if score is not None:
         served_score = _number(score, "$.score")
         if not 0 <= served_score <= 1:
-            _refuse("out_of_range", "$.score", f"Expected a probability, got {served_score}")
+            _reject("out_of_range", "$.score", f"Expected a probability, got {served_score}")
     if version is not None:
         whole = _whole(version)
         if whole is None or not 0 <= whole < 1 << 63:
@@ -187,11 +187,11 @@ def decode_impression(payload: bytes | None, schema: FeatureSchema) -> Impressio
 
 
 def decode_request(payload: bytes | None, schema: FeatureSchema) -> Request:
-    """One score request. Raises FeatureError; one bad candidate spoils the request, so that no answer is partial."""
+    """Decodes one score request. Raises FeatureError, for one bad candidate too: no answer is partial."""
     record = parse(payload)
     for name in ("request_id", "candidates"):
         if record.get(name) is None:
-            _refuse("missing_field", "$", f"Object missing required field `{name}`")
+            _reject("missing_field", "$", f"Object missing required field `{name}`")
     request_id = _string(record["request_id"], "$.request_id")
     context: list[Value] = [None] * len(schema.fields)
     if record.get("context") is not None:
@@ -202,9 +202,9 @@ def decode_request(payload: bytes | None, schema: FeatureSchema) -> Request:
     for index, candidate in enumerate(record["candidates"]):
         path = f"$.candidates[{index}]"
         if not isinstance(candidate, dict):
-            _refuse("wrong_type", path, f"Expected an object, got {_kind(candidate)}")
+            _reject("wrong_type", path, f"Expected an object, got {_kind(candidate)}")
         if candidate.get("id") is None:
-            _refuse("missing_field", path, "Object missing required field `id`")
+            _reject("missing_field", path, "Object missing required field `id`")
         ids.append(_string(candidate["id"], f"{path}.id"))
         own: list[Value] = [None] * len(schema.fields)
         if candidate.get("features") is not None:

@@ -3,16 +3,18 @@
 The algorithm, for bytes `b` of a hash space `s`, all arithmetic modulo 2**64:
 
 1. `seed(s)` is the hash of the UTF-8 bytes of the space's name with seed 0.
-2. `state = seed + kind + len(b) * P`; `kind` sets strings, numbers and the missing value apart.
+2. `state = seed + kind + len(b) * P`, with a constant `kind` each for strings, numbers and the missing value, and P =
+   2**64 / golden ratio.
 3. For each 8-byte little-endian word of `b`, the last one padded with zero bytes: `state = mix(state ^ word)`.
 4. The key is `mix(state)` read as a signed 64-bit integer; `EMPTY_KEY`, which marks free slots, becomes
    `EMPTY_KEY - 1`.
 
 `mix(x)` is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection with full avalanche, so two
-values of one length that differ in one word never collide before step 4. The keys are in every snapshot, so the
+values of the same length that differ in one word never collide before step 4. Every snapshot holds keys, so the
 algorithm can't change without a new snapshot format: tests pin its values.
 
-`hash_bytes` is the reference, in plain Python; `hash_strings` and `hash_integers` are the same for columns.
+`hash_bytes` and `number_key` are the reference in plain Python; `hash_strings` and `hash_integers` compute the same keys for
+columns.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ import pyarrow as pa
 __all__ = ["EMPTY_KEY", "hash_bytes", "hash_integers", "hash_strings", "missing_key", "number_key", "space_seed"]
 
 EMPTY_KEY = -1
-"""Marks a free slot of the table; no feature hashes to it."""
+"""Marks a free slot of the key table; no feature has this key."""
 
 Int64Array = npt.NDArray[np.int64]
 
 _MASK = (1 << 64) - 1
-_LENGTH_FACTOR = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, odd: spreads lengths over the seed
+_LENGTH_FACTOR = 0x9E3779B97F4A7C15  # P: 2**64 / golden ratio, made odd; lengths change all bits of the state
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _STRING_KIND = 0
@@ -39,7 +41,7 @@ _NUMBER_KIND = 0x4E554D4245520000  # "NUMBER"
 _MISSING_KIND = 0x4D495353494E4700  # "MISSING"
 
 _LONG_BYTES = 256
-"""Strings above this go through the plain loop: the vectorised one makes a pass over the column for each word."""
+"""Longer strings are hashed one by one: the vectorised loop makes a pass over the whole column for each 8-byte word."""
 
 
 def _mix(x: int) -> int:
@@ -67,17 +69,20 @@ def space_seed(space: str) -> int:
 
 
 def hash_bytes(value: bytes, space: str) -> int:
-    """Key of one string value (its UTF-8 bytes) in `space`: signed 64-bit, never `EMPTY_KEY`."""
+    """Key of a string, given as UTF-8 bytes, in `space`: signed 64-bit, never `EMPTY_KEY`."""
     return _signed(_hash(value, space_seed(space), _STRING_KIND))
 
 
 def number_key(number: int, space: str) -> int:
-    """Key of an integer, such as a bucket of a numeric field; never that of a string. Signed 64-bit in, and out."""
+    """Key of an integer, such as a bucket of a numeric field, in `space`. Number and key are signed 64-bit.
+
+    It differs from the key of the string with the same bytes.
+    """
     return _signed(_hash(number.to_bytes(8, "little", signed=True), space_seed(space), _NUMBER_KIND))
 
 
 def missing_key(space: str) -> int:
-    """Key of the row that stands for "no value" in `space`."""
+    """Key of the missing value in `space`."""
     return _signed(_hash(b"", space_seed(space), _MISSING_KIND))
 
 
@@ -102,9 +107,9 @@ def hash_integers(numbers: Int64Array, space: str) -> Int64Array:
 def hash_strings(strings: pa.StringArray, seeds: npt.NDArray[np.uint64]) -> Int64Array:
     """`hash_bytes` of each value of an Arrow string array (N,) without nulls, as int64 (N,).
 
-    seeds  uint64 (N,): `space_seed` of the space of each value, so that several fields share one call
+    seeds  uint64 (N,): `space_seed` of the space of each value, so that one call can hash several fields
 
-    Hashes every value it is given: encode a column as a dictionary first and hash the dictionary.
+    Repeated values are hashed again: encode a column as a dictionary and hash the dictionary instead.
     """
     count = len(strings)
     _, offsets_buffer, data_buffer = strings.buffers()
@@ -112,7 +117,7 @@ def hash_strings(strings: pa.StringArray, seeds: npt.NDArray[np.uint64]) -> Int6
     starts, lengths = offsets[:-1].astype(np.int64), np.diff(offsets).astype(np.int64)
     data = np.frombuffer(data_buffer, dtype=np.uint8) if data_buffer is not None else np.empty(0, np.uint8)
     short = np.minimum(lengths, _LONG_BYTES)
-    padded = np.zeros(int(offsets[-1]) + 8 if count else 8, dtype=np.uint8)  # so that a word can start at any byte
+    padded = np.zeros(int(offsets[-1]) + 8 if count else 8, dtype=np.uint8)  # so that a word can be read at any byte
     padded[: len(padded) - 8] = data[: len(padded) - 8]
     words = np.ndarray((len(padded) - 7,), dtype="<u8", buffer=padded, strides=(1,))
 

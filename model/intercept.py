@@ -1,18 +1,21 @@
-"""The steps of the model's bias: the base rate is one number that every example tells of, so it needn't wait for the rest.
+"""Newton steps for the model's bias, which reach the base rate faster than Adam's steps.
 
-With Adam's steps the bias needs some 10,000 examples for a logit of 0.5. Meanwhile the rows of what was shown make up for it:
-at a start all of them sink, and each new value (an item, an hour) begins at 0, above the others. So the bias takes Newton's
-step for the loss of its batch, over a curvature that forgets:
+With Adam's steps the bias needs some 10,000 examples to move by a logit of 0.5. Meanwhile the embedding rows compensate for it:
+after an empty start the rows that are shown sink, and each new value (an item, an hour) begins at 0, above the others. So the
+bias takes the Newton step for the loss of each batch, over a curvature H that decays:
 
     H <- H exp(-h / HORIZON) + h        h = sum of f (1 - f) over the batch's first labels
     bias <- bias + step                 step = -g / H, g = sum of the slopes by the logits (`model.slopes`)
     H <- H exp(s step)                  s = mean of 1 - 2 f, by f (1 - f)
 
-At small click rates h is the number of clicks, so the bias follows the last HORIZON clicks, whatever the click rate and the
-batch are: a standard error of sqrt(1 / (2 HORIZON)) of a logit. A correction adds its slope to g and nothing to h, since its
-impression was counted with the first label. The last line moves what is remembered to where the bias is now, since the
-curvature f (1 - f) of an example changes by the share 1 - 2 f of a step: what was seen at scores of 0.5 says little at 0.01.
-Where a batch wants a step longer than half a logit, the bias isn't where what is remembered was seen, and H begins anew.
+At small click rates h is about the number of clicks, so the bias follows the last HORIZON clicks, whatever the click rate and
+the batch size: its standard error is sqrt(1 / (2 HORIZON)) of a logit. A correction adds its slope to g and nothing to h, since
+its impression was counted with the first label.
+
+The third line adapts H to the new bias: to first order, a step changes the curvature f (1 - f) of an example by the factor
+exp((1 - 2 f) step). Without it, curvature from scores of 0.5 would be used at scores of 0.01, where it is 25 times too large.
+If a batch asks for a step longer than half a logit, H says nothing about the curvature at the new bias, and starts again from
+this batch.
 """
 
 from __future__ import annotations
@@ -23,18 +26,18 @@ from model.embedding import take
 
 __all__ = ["Intercept"]
 
-# Clicks over which the base rate is averaged: known to 1 % of the click rate. Shorter ones follow the sessions of single users
-# (docs/experiments.md); a sudden change is followed by the rows and the MLP before.
+# Clicks over which the base rate is averaged; it is known to 1 % of itself then. Shorter horizons follow the sessions of single
+# users (docs/experiments.md). The rows and the MLP follow a sudden change of the base rate before the bias does.
 HORIZON = 10_000.0
-# Curvature at the start, so that the first steps aren't those of a few examples alone.
+# Curvature at the start, so that a few examples alone don't decide the first steps.
 START = 5.0
-# A step in logits at most: where all scores are near 0 or 1, the curvature says that the bias could go anywhere.
+# Longest step in logits: where all scores are near 0 or 1 the curvature is near 0, and a Newton step has no bound.
 LONGEST_STEP = 0.5
 _TINY = 1e-30
 
 
 class Intercept:
-    """Steps a bias (1,) that its owner holds.
+    """Updates a bias (1,), which its owner holds.
 
     intercept.step(bias, scores, slope, weights, corrects)
     """
@@ -51,13 +54,13 @@ class Intercept:
         corrects: torch.Tensor | None,
         charge: torch.Tensor | None = None,
     ) -> None:
-        """One update, in place.
+        """Updates `bias` in place.
 
-        scores    (B,), before the update, of the stream as sampled
-        slope     (B,), of the loss by the logits, weighted
-        weights   (B,), None: all 1
-        corrects  (B,) bool, None where none does
-        charge    (), added to the sum of slopes (`model.deferred`); None: nothing
+        scores    (B,): before the update, and before the correction for sampled negatives (`model.sampling`)
+        slope     (B,): of the loss by the logits, weighted
+        weights   (B,): of the examples; all 1 when None
+        corrects  (B,) bool: which labels are corrections; None if none is
+        charge    (): added to the sum of slopes (`model.deferred`); 0 when None
         """
         curvature = scores * (1 - scores)
         if weights is not None:
@@ -75,11 +78,15 @@ class Intercept:
         self._curvature.copy_(torch.where(step == wanted, self._curvature, fresh.clamp_min(START)))
 
     def state(self) -> dict[str, torch.Tensor]:
-        """A copy on the CPU."""
+        """The state for `restore`: copies on the CPU."""
         return {"curvature": self._curvature.to("cpu", copy=True)}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over a saved state; in a version from before there was any, the bias is known from many clicks already."""
+        """Continues from a saved state. Versions without one have a bias that was learned from many clicks: H is HORIZON then.
+
+        Raises:
+            SnapshotMismatch: the state has another shape.
+        """
         self._curvature.fill_(HORIZON)
         if state:
             self._curvature.copy_(take(state, "curvature", ()))

@@ -1,4 +1,4 @@
-"""The learner: incremental updates, a batch at a time."""
+"""The learner: incremental updates of the model, one batch at a time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from model.typical import Typical
 __all__ = ["Learner"]
 
 
-# Optimizers add up squares of gradients in float32, which ends at 3e38: with steps below this they stay finite for a million of
-# the worst ones. The largest weight and the smallest rate that the trainer takes are far below (`stream.trainer.examples`).
+# Norms that are not below this are rejected. Optimizers sum squares of gradients in float32, whose largest number is 3e38, so
+# they stay finite for a million gradients of this norm. The largest weight and the smallest sampling rate that the trainer
+# accepts give gradients far below it (`stream.trainer.examples`).
 _LARGEST_NORM = 1e16
 
 
@@ -31,19 +32,24 @@ class Learner:
     """Learns click probabilities from labelled batches; each batch is scored before it is learned.
 
         learner = Learner(schema, settings)
-        scores = learner.learn(batch, labels)   # what the model said before it saw the labels
+        scores = learner.learn(batch, labels)   # as the model was before it learned these labels
         snapshot = learner.serving_state(), learner.trainer_state()
 
-    Rows step by Adagrad with the gradient of the loss summed over the batch, the MLP by Adam with its mean, the bias by
-    Newton's method (`model.intercept`). A step touches the batch's rows only. On the CPU it is deterministic: restored, it
-    goes on bit for bit as if it had never stopped. No random numbers are drawn after the start: a new row is a function of
-    its key, the seed, and what the field's rows are like (`model.typical`).
+    Updates:
 
-    `negative_rate` is the share of negatives in what it learns; scores that leave it are corrected to probabilities by it.
+    - embedding rows, by Adagrad with the gradient of the loss summed over the batch; only rows of the batch change;
+    - the MLP, by Adam with the gradient of the mean loss;
+    - the bias, by Newton's method (`model.intercept`).
 
-    For one thread. Raises ModelError for labels, weights or batches it can't use, before anything changes. Raises
-    UpdateNotFinite for a batch whose update wouldn't be finite, before any weight or optimizer state changes; features that are
-    new in such a batch keep the row that they got.
+    On the CPU it is deterministic: a restored learner continues bit for bit as if it had never stopped. It draws no random
+    numbers after the start: a new row depends on its key, the seed and the average row of its field (`model.typical`).
+
+    `negative_rate` is the share of negatives that the stream keeps. Scores that the learner returns are probabilities on the
+    whole stream, corrected by this rate (`model.sampling`).
+
+    Use it from one thread. It raises ModelError for labels, weights or batches that it can't use, before anything changes. It
+    raises UpdateNotFinite for a batch whose update wouldn't be finite, before any weight or optimizer state changes; features
+    that are new in such a batch keep their new rows.
     """
 
     def __init__(self, schema: FeatureSchema, settings: ModelSettings, *, device: str = "auto") -> None:
@@ -69,7 +75,7 @@ class Learner:
 
     @property
     def rows(self) -> int:
-        """Embedding rows in the table."""
+        """Number of embedding rows."""
         return len(self._table)
 
     @torch.no_grad()
@@ -81,12 +87,12 @@ class Learner:
         corrects: npt.ArrayLike | None = None,
         impression_ms: npt.ArrayLike | None = None,
     ) -> Float32Array:
-        """One update from B examples; returns their scores before it, float32 (B,).
+        """One update from B examples; returns their scores before the update, float32 (B,).
 
-        labels    (B,), 0 to 1
-        weights   (B,), 0 or more: importance of each example's loss; 1 when None
-        corrects  (B,) bool: labels that take back an earlier one, which was the other (`model.slopes`); none does when None
-        impression_ms  (B,) event times, by which negatives of rows are deferred (`model.deferred`); None: they aren't
+        labels         (B,): 0 to 1
+        weights        (B,): importance of each example's loss, 0 or more; 1 when None
+        corrects       (B,) bool: which labels take back an earlier, opposite label (`model.slopes`); None if none does
+        impression_ms  (B,): event times, by which the negatives of rows are deferred (`model.deferred`); not deferred when None
         """
         target = self._checked("labels", labels, len(batch), 1.0)
         weight = None if weights is None else self._checked("weights", weights, len(batch), np.inf)
@@ -97,11 +103,11 @@ class Learner:
         rows = self._table.insert(elements.keys, elements.fields(), typical.embedding, typical.first_order)
         gathered = self._table.gather(rows)
         embedding, first_order = gathered.embedding, gathered.first_order
-        forward = self._dense.forward(*embed(elements, gathered.place, embedding, first_order))
-        scores = torch.sigmoid(forward.logits)
-        told = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
-        taken_back = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
-        slope = slopes(scores, target, taken_back, self.negative_rate)
+        forward = self._dense.forward(*embed(elements, gathered.inverse, embedding, first_order))
+        scores = torch.sigmoid(forward.logits)  # on the stream as sampled
+        answers = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
+        corrections = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
+        slope = slopes(scores, target, corrections, self.negative_rate)
         if weight is not None:
             slope.mul_(weight)
         deferred = self._deferred if impression_ms is not None and self.settings.defer_negatives else None
@@ -109,41 +115,41 @@ class Learner:
         if deferred is not None:
             times_ms = torch.from_numpy(np.array(impression_ms, np.float64)).to(self.device)
             mass = scores if weight is None else scores * weight
-            of = elements.owners()
-            factors = deferred.factors(gathered.distinct, gathered.place, of, mass, slope, target, taken_back, times_ms)
+            owners = elements.owners()
+            factors = deferred.factors(gathered.distinct, gathered.inverse, owners, mass, slope, target, corrections, times_ms)
             charge = deferred.bias_charge
         gradient = self._dense.backward(forward, slope)
         row_gradient, first_order_gradient = scatter_back(
-            elements, gathered.place, len(gathered.distinct), gradient, slope, factors
+            elements, gathered.inverse, len(gathered.distinct), gradient, slope, factors
         )
         self._require_finite(len(batch), forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
         self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
         self._adam.step()
-        self._intercept.step(self._dense.bias, scores, slope, weight, taken_back, charge)
+        self._intercept.step(self._dense.bias, scores, slope, weight, corrections, charge)
         if deferred is not None:
             deferred.keep()
-        typical.follow(elements, gathered.place, embedding, first_order, self.examples_seen)
+        typical.follow(elements, gathered.inverse, embedding, first_order, self.examples_seen)
         self.examples_seen += len(batch)
-        return told.cpu().numpy()
+        return answers.cpu().numpy()
 
     @torch.no_grad()
     def predict(self, batch: FeatureBatch) -> Float32Array:
-        """Scores float32 (B,); changes nothing, and an unknown value reads its field's typical row."""
+        """Scores float32 (B,), without any change of the learner. An unknown value reads the average row of its field."""
         elements = to_elements(batch, self.schema, self.device)
         rows = self._table.keys.lookup(elements.keys)
         gathered = self._table.gather(rows)
-        place = torch.where(rows == 0, len(gathered.distinct) + elements.fields(), gathered.place)
+        indices = torch.where(rows == 0, len(gathered.distinct) + elements.fields(), gathered.inverse)
         embedding = torch.cat((gathered.embedding, self._typical.embedding))
         first_order = torch.cat((gathered.first_order, self._typical.first_order))
-        forward = self._dense.forward(*embed(elements, place, embedding, first_order))
+        forward = self._dense.forward(*embed(elements, indices, embedding, first_order))
         return probabilities(forward.logits, self.negative_rate).cpu().numpy()
 
     def serving_state(self) -> dict[str, torch.Tensor]:
-        """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`), dense parameters, typical rows."""
+        """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`), dense parameters, average rows."""
         return {**self._table.serving_state(), **self._dense.serving_state(), **self._typical.serving_state()}
 
     def trainer_state(self) -> dict[str, torch.Tensor]:
-        """What learning on needs besides, copied to the CPU: both optimizers' state and the examples seen."""
+        """What further learning needs besides, copied to the CPU: states of the optimizers and of `Deferred`, examples seen."""
         return {
             **self._table.trainer_state(),
             **{f"adam.{name}": value.to("cpu", copy=True) for name, value in self._adam.state().items()},
@@ -153,10 +159,10 @@ class Learner:
         }
 
     def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
-        """Takes over a snapshot. Raises SnapshotMismatch when it is of another model or schema."""
+        """Continues from a snapshot. Raises SnapshotMismatch if it is of another model or schema."""
         seen = take(trainer, "examples_seen", (), torch.int64)
         step = trainer.get("adam.step")
-        if step is not None and step.dtype == torch.float32:  # as versions of 0.1.0 hold it
+        if step is not None and step.dtype == torch.float32:  # snapshots of Headrace 0.1.0
             trainer = {**trainer, "adam.step": step.long()}
         moments = {
             name: take(trainer, f"adam.{name}", tuple(value.shape), value.dtype) for name, value in self._adam.state().items()
@@ -181,7 +187,7 @@ class Learner:
 
     def _require_finite(self, batch: int, *tensors: torch.Tensor) -> None:
         norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
-        if not (norms < _LARGEST_NORM).all():  # nor is NaN
+        if not (norms < _LARGEST_NORM).all():  # also true for NaN
             names = ("logits", "dense gradient", "rows' gradient", "first-order gradient")
             found = ", ".join(f"{name} {norm:g}" for name, norm in zip(names, norms.tolist(), strict=True))
             if torch.isfinite(self._dense.parameters).all():
@@ -190,7 +196,7 @@ class Learner:
                 )
             raise ModelError(
                 f"the model's weights aren't finite after {self.examples_seen} examples (norms: {found}); nothing was written. "
-                "Go back to an earlier version, and lower model.row_learning_rate or model.dense_learning_rate"
+                "Go back to an earlier version and lower model.row_learning_rate or model.dense_learning_rate"
             )
 
 

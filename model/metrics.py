@@ -1,12 +1,13 @@
-"""How good scores are: log loss, AUC, normalised entropy, calibration, over arrays and over a moving window.
+"""Quality of scores: log loss, AUC, normalised entropy and calibration, over arrays and over a moving window.
 
-Log loss and AUC as usual; normalised entropy and calibration as in He et al., "Practical Lessons from Predicting Clicks
-on Ads at Facebook" (ADKDD 2014), section 3. Every one is NaN where it isn't defined: AUC without both a positive and a
-negative, normalised entropy where the label never varies, calibration without a positive, all of them without examples.
+Log loss and AUC have their usual definitions; normalised entropy and calibration those of He et al., "Practical Lessons from
+Predicting Clicks on Ads at Facebook" (ADKDD 2014), section 3. A metric is NaN where it isn't defined: AUC without both a
+positive and a negative, normalised entropy where all labels are equal, calibration without a positive, and all of them without
+examples.
 
-A label may *correct* one that was counted before: a late click corrects a negative, a click that was found invalid is corrected
-to a negative. A correction counts as itself and takes back an example of the other label with its own score and weight. So in
-sum every impression counts once, with the label that it has by now.
+A label may *correct* an earlier label: a late click corrects a negative, and a click that was found invalid is corrected to a
+negative. A correction counts with its own label, and removes one example of the other label with the correction's score and
+weight. So every impression counts once in the end, with its latest label.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,16 +26,16 @@ __all__ = ["Metrics", "ProgressiveMetrics", "auc", "calibration", "log_loss", "m
 
 Float64Array = npt.NDArray[np.float64]
 
-# An example as the window keeps it.
+# An example in the ring buffer of the window.
 _ROW = np.dtype([("score", np.float32), ("label", np.float32), ("weight", np.float32), ("corrects", np.bool_)])
 
 _CLIP = 1e-7
-"""A score of exactly 0 or 1 in the wrong would cost infinitely much; below this a float32 can't say 1 - p."""
+"""Scores are clipped this far from 0 and 1, where a wrong label would cost an infinite loss; below it float32 has no 1 - p."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Metrics of `examples` examples, of which `positives` are clicked by now. Corrections aren't examples of their own."""
+    """Metrics of `examples` examples, of which `positives` are clicked after all corrections. Corrections aren't examples."""
 
     examples: int
     positives: int
@@ -50,9 +51,9 @@ def auc(
     weights: npt.ArrayLike | None = None,
     corrects: npt.ArrayLike | None = None,
 ) -> float:
-    """Area under the ROC curve, exact: how often a positive scores above a negative, ties counting half.
+    """Area under the ROC curve, exact: how often a positive scores above a negative, with ties as one half.
 
-    A pair of examples counts by the product of their weights.
+    A pair of examples counts with the product of their weights.
     """
     p, y, w = _arrays(scores, labels, weights)
     back = _taken_back(w, corrects)
@@ -67,12 +68,13 @@ def auc(
 
 
 def _area(negative: Float64Array, positive: Float64Array) -> float:
-    """AUC from the weight of negatives and of positives (N,) at each of N rising scores."""
+    """AUC from the weights of negatives and of positives (N,) at each of N rising scores."""
     negatives, positives = negative.sum(), positive.sum()
-    if negatives <= 0 or positives <= 0:  # below 0 where more is taken back than counted: in a window that begins in between
+    # A sum is below 0 if a window has a correction and no longer the label that it takes back.
+    if negatives <= 0 or positives <= 0:
         return float("nan")
     below = np.cumsum(negative) - negative
-    # Single scores may hold less than nothing, where an example is taken back at another score than it was counted at.
+    # The weight at a single score is below 0 if a correction has another score than the label that it takes back.
     return float(np.clip((positive * (below + negative / 2)).sum() / (negatives * positives), 0, 1))
 
 
@@ -83,13 +85,13 @@ def log_loss(scores: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLik
 
 
 def normalised_entropy(scores: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
-    """Log loss over that of always saying the base rate: below 1 is better than knowing nothing (equation 1)."""
+    """Log loss over the log loss of always predicting the base rate (equation 1). Below 1 the scores beat it."""
     p, y, w = _arrays(scores, labels, weights)
     return _ratio(float(_losses(p, y) @ w), _base_loss(float(y @ w), float(w.sum())))
 
 
 def calibration(scores: npt.ArrayLike, labels: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> float:
-    """Expected over observed positives: 1 is right, 2 promises twice as many as came."""
+    """Expected over observed positives: 1 is right, at 2 the scores predict twice as many clicks as there were."""
     p, y, w = _arrays(scores, labels, weights)
     return _ratio(float(p @ w), float(y @ w))
 
@@ -100,33 +102,25 @@ def measure(
     weights: npt.ArrayLike | None = None,
     corrects: npt.ArrayLike | None = None,
 ) -> Metrics:
-    """All metrics of B scores; `corrects` (B,) bool says which of them take back an example of the other label.
+    """All metrics of B scores; `corrects` (B,) bool says which labels are corrections.
 
     Raises ModelError for a score or label that isn't a number from 0 to 1.
     """
     p, y, w = _arrays(scores, labels, weights)
     back = _taken_back(w, corrects)
-    loss, weight, label, score = _sums(p, y, w, back)
-    return Metrics(
-        examples=len(p) - _count(corrects),
-        positives=_positives(y, corrects),
-        log_loss=_ratio(loss, weight),
-        auc=auc(p, y, w, corrects),
-        normalised_entropy=_ratio(loss, _base_loss(label, weight)),
-        calibration=_ratio(score, label),
-    )
+    return _metrics(len(p) - _count(corrects), _positives(y, corrects), _sums(p, y, w, back), auc(p, y, w, corrects))
 
 
 class ProgressiveMetrics:
-    """Metrics of a stream of scored examples: of the last `window` ones, and of all since the start.
+    """Metrics of a stream of scored examples: over the last `window` examples, and over all since the start.
 
         metrics = ProgressiveMetrics(window=100_000)
         metrics.update(learner.learn(batch, labels), labels)
         metrics.window().auc, metrics.total().log_loss
 
-    The window's metrics are exact, of float32 scores. Of the whole stream only sums are kept, and its AUC is computed from bins
-    of the score's log odds, 256 to a factor of e: equal bins of the score itself would put a whole stream with a CTR of 0.01 %
-    into a handful of them. It is within 1e-4 of the exact one.
+    The window's metrics are exact, from float32 scores. For the whole stream only sums are kept. Its AUC is computed from bins
+    of the score's log odds, 256 bins for each unit, and is within 1e-4 of the exact AUC. (Bins of equal width in the score
+    itself would put all scores of a stream with a CTR of 0.01 % into a handful of bins.)
     """
 
     _BINS_A_UNIT = 256
@@ -140,8 +134,8 @@ class ProgressiveMetrics:
         self._next = 0
         self._examples = 0
         self._positives = 0
-        self._sums = np.zeros(4)  # loss, weight, label, score: weighted
-        self._bins = np.zeros((2, self._BINS))  # weight of negatives and of positives by score
+        self._sums = np.zeros(4)  # see `_Sums`
+        self._bins = np.zeros((2, self._BINS))  # weights of negatives and of positives, by bin of the score
 
     def update(
         self,
@@ -150,7 +144,7 @@ class ProgressiveMetrics:
         weights: npt.ArrayLike | None = None,
         corrects: npt.ArrayLike | None = None,
     ) -> None:
-        """Takes B scored examples, as `measure` does. Raises ModelError for a score or label that isn't from 0 to 1."""
+        """Adds B scored examples; arguments and errors are those of `measure`."""
         p, y, w = _arrays(scores, labels, weights)
         back = _taken_back(w, corrects)
         self._examples += len(p) - _count(corrects)
@@ -180,24 +174,16 @@ class ProgressiveMetrics:
         return np.clip(odds, 0, self._BINS - 1)
 
     def window(self) -> Metrics:
-        """Of the last examples, at most the window's size."""
+        """Metrics of the last examples, at most `window` of them."""
         rows = self._ring[: self._filled]
         return measure(rows["score"], rows["label"], rows["weight"], rows["corrects"])
 
     def total(self) -> Metrics:
-        """Of all examples so far."""
-        loss, weight, label, score = self._sums.tolist()
-        return Metrics(
-            examples=self._examples,
-            positives=self._positives,
-            log_loss=_ratio(loss, weight),
-            auc=_area(*self._bins),
-            normalised_entropy=_ratio(loss, _base_loss(label, weight)),
-            calibration=_ratio(score, label),
-        )
+        """Metrics of all examples so far."""
+        return _metrics(self._examples, self._positives, _Sums(*self._sums.tolist()), _area(*self._bins))
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Copies of all that `restore` needs, as plain arrays by name."""
+        """The state for `restore`: copies, as arrays by name."""
         rows = np.roll(self._ring[: self._filled], -self._next if self._filled == len(self._ring) else 0)  # oldest first
         return {
             "counts": np.array([self._examples, self._positives]),
@@ -207,10 +193,10 @@ class ProgressiveMetrics:
         }
 
     def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Goes on from what `state` gave, in the place of what was counted so far. The window keeps as many as it has room for.
+        """Replaces all that was counted so far by a saved state. A smaller window keeps its last examples.
 
         Raises:
-            ModelError: something is missing or has another shape, as of another release; nothing has changed then.
+            ModelError: an array is missing or has another shape, as in a state of another release; nothing has changed then.
         """
         rows = np.zeros(len(state["score"]) if "score" in state else 0, _ROW)
         wanted = {"counts": (2,), "sums": (4,), "bins": self._bins.shape, **dict.fromkeys(_ROW.names or (), rows.shape)}
@@ -222,7 +208,7 @@ class ProgressiveMetrics:
             rows[name] = state[name]
         self._filled = self._next = 0
         self._keep(rows)
-        self._examples, self._positives = (int(each) for each in state["counts"])
+        self._examples, self._positives = (int(count) for count in state["counts"])
         self._sums[:], self._bins[:] = state["sums"], state["bins"]
 
 
@@ -244,7 +230,7 @@ def _arrays(
 
 
 def _taken_back(w: Float64Array, corrects: npt.ArrayLike | None) -> Float64Array:
-    """Weight of the other label that each example takes back."""
+    """Weight (N,) of the opposite label that each example removes: 0 but for corrections."""
     return np.zeros(len(w)) if corrects is None else w * np.asarray(corrects, np.float64)
 
 
@@ -253,18 +239,38 @@ def _count(corrects: npt.ArrayLike | None) -> int:
 
 
 def _positives(y: Float64Array, corrects: npt.ArrayLike | None) -> int:
-    """How many are positive by now: a correction to a negative takes one away."""
+    """How many impressions are positive after these labels: a correction to a negative removes one."""
     clicked = y > 0.5
     return int(clicked.sum()) - (0 if corrects is None else int((~clicked & np.asarray(corrects, np.bool_)).sum()))
 
 
-def _sums(p: Float64Array, y: Float64Array, w: Float64Array, back: Float64Array) -> tuple[float, float, float, float]:
-    """Loss, weight, label and score, summed by weight; `back` is the weight taken away of the other label."""
+class _Sums(NamedTuple):
+    """Sums over examples, each multiplied by its weight."""
+
+    loss: float
+    weight: float
+    label: float
+    score: float
+
+
+def _metrics(examples: int, positives: int, sums: _Sums, area: float) -> Metrics:
+    return Metrics(
+        examples=examples,
+        positives=positives,
+        log_loss=_ratio(sums.loss, sums.weight),
+        auc=area,
+        normalised_entropy=_ratio(sums.loss, _base_loss(sums.label, sums.weight)),
+        calibration=_ratio(sums.score, sums.label),
+    )
+
+
+def _sums(p: Float64Array, y: Float64Array, w: Float64Array, back: Float64Array) -> _Sums:
+    """Sums over examples; `back` (N,) is the weight of the opposite label that is removed (`_taken_back`)."""
     loss, weight, label, score = _losses(p, y) @ w, w.sum(), y @ w, p @ w
     if back.any():
         loss, weight = loss - _losses(p, 1 - y) @ back, weight - back.sum()
         label, score = label - (1 - y) @ back, score - p @ back
-    return float(loss), float(weight), float(label), float(score)
+    return _Sums(float(loss), float(weight), float(label), float(score))
 
 
 def _losses(p: Float64Array, y: Float64Array) -> Float64Array:
@@ -273,7 +279,7 @@ def _losses(p: Float64Array, y: Float64Array) -> Float64Array:
 
 
 def _base_loss(positives: float, weight: float) -> float:
-    """Summed loss of always predicting the base rate."""
+    """Summed loss of always predicting the base rate; 0 where all labels are equal."""
     negatives = weight - positives
     if positives <= 0 or negatives <= 0:
         return 0.0

@@ -1,8 +1,7 @@
-"""From a batch of keys to logits and back: what learner and predictor share."""
+"""From a batch of keys to embeddings and from gradients back to rows: what learner and predictor share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,18 +15,19 @@ from model.settings import ModelSettings
 
 __all__ = ["Elements", "choose_device", "dense_model", "embed", "scatter_back", "to_elements"]
 
-_MODELS: dict[str, Callable[[int, int, tuple[int, ...], torch.device], DeepFM]] = {"deepfm": DeepFM}
-
 
 def dense_model(schema: FeatureSchema, settings: ModelSettings, device: torch.device) -> DeepFM:
-    """The dense part of the model that `settings.name` picks, parameters still zero."""
+    """The dense part of the model, with all parameters 0. Raises ModelError if the schema has no fields."""
     if not schema.fields:
         raise ModelError("features.fields is empty: name at least one feature for the model to read")
-    return _MODELS[settings.name](len(schema.fields), schema.embedding_dim, settings.hidden, device)
+    return DeepFM(len(schema.fields), schema.embedding_dim, settings.hidden, device)
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises ModelError for what this machine doesn't have."""
+    """The device `name`; `auto` is a CUDA device if this machine has one, else the CPU.
+
+    Raises ModelError for an unknown name, and for CUDA on a machine without it.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -37,19 +37,19 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ModelError(f"device: expected auto, cpu or cuda, found {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device: {name!r} asked for, but torch finds no CUDA device here; use cpu or auto")
+        raise ModelError(f"device: expected a CUDA device for {name!r}, found none on this machine; use cpu or auto")
     return device
 
 
 @dataclass(frozen=True, slots=True)
 class Elements:
-    """Every single feature of a batch: the B*S single-valued ones, then the N elements of lists.
+    """All elements of a batch of B rows: the values of its S single-valued fields (B*S), then the N elements of its L lists.
 
-    keys       int64 (B*S + N,)
-    scales     float32 (B, S, 1), or None: what single-valued embeddings are multiplied by
-    list_of    int64 (N,): which of the B*L lists an element belongs to
-    list_share float32 (N,): 1 / length of that list
-    offsets    int64 (B*L,): where each list starts
+    keys        int64 (B*S + N,)
+    scales      float32 (B, S, 1), or None: factors of single-valued embeddings
+    list_of     int64 (N,), or None: which of the B*L lists an element belongs to
+    list_share  float32 (N,), or None: 1 / length of that list
+    offsets     int64 (B*L,), or None: start of each list among the N elements
     """
 
     rows: int
@@ -62,18 +62,18 @@ class Elements:
     offsets: torch.Tensor | None
 
     def owners(self) -> torch.Tensor:
-        """Which of the B examples each element belongs to, (B*S + N,)."""
+        """Index of the example that each element belongs to, (B*S + N,)."""
         own = torch.arange(self.rows, device=self.keys.device).repeat_interleave(self.singles)
         return own if self.list_of is None else torch.cat((own, self.list_of // self.lists))
 
     def fields(self) -> torch.Tensor:
-        """Which field each element belongs to, single-valued ones before lists, (B*S + N,)."""
+        """Index of the field that each element belongs to, (B*S + N,); single-valued fields are counted before lists."""
         own = torch.arange(self.singles, device=self.keys.device).repeat(self.rows)
         return own if self.list_of is None else torch.cat((own, self.singles + self.list_of % self.lists))
 
 
 def to_elements(batch: FeatureBatch, schema: FeatureSchema, device: torch.device) -> Elements:
-    """A batch as tensors on `device`. Raises ModelError when it isn't of the schema."""
+    """A batch as tensors on `device`. Raises ModelError if its fields aren't those of the schema."""
     lists = sum(field.kind == "list" for field in schema.fields)
     singles = len(schema.fields) - lists
     if batch.keys.shape[1:] != (singles,) or batch.lists != lists:
@@ -107,9 +107,9 @@ def embed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings (B, F, D) of the fields, and the sum of the first-order terms (B,).
 
-    rows  (B*S + N,): where in `embedding` (R, D) and `first_order` (R,) each element is
+    rows  (B*S + N,): row of `embedding` (R, D) and `first_order` (R,) of each element
 
-    Scaled fields are multiplied by their scale and lists are mean pooled, in both.
+    In both, scaled fields are multiplied by their scale and lists are mean pooled.
     """
     batch, singles, lists = elements.rows, elements.singles, elements.lists
     count = batch * singles
@@ -129,19 +129,22 @@ def embed(
 
 def scatter_back(
     elements: Elements,
-    place: torch.Tensor,
+    inverse: torch.Tensor,
     count: int,
     gradient: torch.Tensor,
     slope: torch.Tensor,
     factors: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the rows, (U, D) and (U,), from those of the fields' embeddings (B, F*D) and of the logits (B,).
+    """Gradients of the U distinct rows, embeddings (U, D) and first-order weights (U,).
 
-    place    (B*S + N,): which of the U distinct rows each element is
-    factors  (B*S + N,): what each element's gradient is multiplied by; 1 when None
+    inverse   (B*S + N,): index of each element's row among the distinct rows
+    count     U
+    gradient  (B, F*D): by the fields' embeddings
+    slope     (B,): by the logits
+    factors   (B*S + N,): factor of each element's gradient; 1 when None
     """
     batch, singles, lists = elements.rows, elements.singles, elements.lists
-    at = batch * singles
+    lists_from = batch * singles  # where the elements of lists begin
     fields = gradient.view(batch, singles + lists, -1)
     own = fields[:, :singles]  # (B, S, D)
     slopes = slope.unsqueeze(1).expand(batch, singles)
@@ -149,15 +152,15 @@ def scatter_back(
         own = own * elements.scales
         slopes = slopes * elements.scales.squeeze(2)
     if factors is not None:
-        own = own * factors[:at].view(batch, singles, 1)
-        slopes = slopes * factors[:at].view(batch, singles)
+        own = own * factors[:lists_from].view(batch, singles, 1)
+        slopes = slopes * factors[:lists_from].view(batch, singles)
     embedding = gradient.new_zeros((count, fields.shape[2]))
     first_order = gradient.new_zeros(count)
-    embedding.index_add_(0, place[:at], own.reshape(at, -1))
-    first_order.index_add_(0, place[:at], slopes.reshape(-1))
+    embedding.index_add_(0, inverse[:lists_from], own.reshape(lists_from, -1))
+    first_order.index_add_(0, inverse[:lists_from], slopes.reshape(-1))
     if elements.list_of is not None and elements.list_share is not None:
         pooled = fields[:, singles:].reshape(batch * lists, fields.shape[2])
-        share = elements.list_share if factors is None else elements.list_share * factors[at:]
-        embedding.index_add_(0, place[at:], pooled.index_select(0, elements.list_of) * share.unsqueeze(1))
-        first_order.index_add_(0, place[at:], slope.index_select(0, elements.list_of // lists) * share)
+        share = elements.list_share if factors is None else elements.list_share * factors[lists_from:]
+        embedding.index_add_(0, inverse[lists_from:], pooled.index_select(0, elements.list_of) * share.unsqueeze(1))
+        first_order.index_add_(0, inverse[lists_from:], slope.index_select(0, elements.list_of // lists) * share)
     return embedding, first_order

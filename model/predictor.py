@@ -1,4 +1,4 @@
-"""The predictor: one snapshot's weights, read-only."""
+"""The predictor: read-only weights of one snapshot, for scoring."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["Predictor"]
 
 
 class Predictor:
-    """Scores batches with one snapshot's serving weights. Immutable: any number of threads can use it at once.
+    """Scores batches with the serving weights of one snapshot. It is immutable, so several threads can use it at once.
 
         predictor = Predictor(schema, settings, store.serving(version))
         scores = predictor.predict(batch)
 
-    `negative_rate` is the share of negatives that the weights were learned from. Raises SnapshotMismatch when the weights are
-    of another model or schema.
+    `negative_rate` is the share of negatives that the weights were learned from; scores are corrected by it (`model.sampling`).
+    Raises SnapshotMismatch if the weights are of another model or schema.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class Predictor:
         self._keys.load(keys)
         typical = Typical(schema, torch.device("cpu"))
         typical.restore(serving)
-        # Rows of keys begin at 1. After them come those that unknown values read.
+        # Row 0 is unused, rows of keys begin at 1, and after them comes the average row of each field, for unknown values.
         self._unknown = len(keys) + 1
         self._embedding = torch.cat((torch.zeros(1, schema.embedding_dim), embedding, typical.embedding)).to(self.device)
         self._first_order = torch.cat((torch.zeros(1), first_order, typical.first_order)).to(self.device)
 
     @torch.inference_mode()
     def predict(self, batch: FeatureBatch) -> Float32Array:
-        """Scores float32 (B,), each the probability of a click."""
+        """Click probabilities float32 (B,)."""
         elements = to_elements(batch, self.schema, self.device)
         rows = self._keys.lookup(elements.keys)
         rows = torch.where(rows == 0, self._unknown + elements.fields(), rows)

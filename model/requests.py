@@ -1,9 +1,9 @@
-"""Decoding of score requests, quick also when there are few.
+"""Decoding of score requests, also fast for a few of them.
 
-The model's decoder reads a run of records through Arrow, a call or more for each field: some milliseconds, however little there
-is to read. That is nothing for hundreds of requests and most of the work for one. So a few requests are read by msgspec and
-their values hashed together. This takes only what is in no doubt; the rest goes to the model's decoder, which has the last
-word.
+`FeatureDecoder` reads a run of records through Arrow, with at least one call for each field: some milliseconds, however little
+there is to read. That is little for hundreds of requests, but most of the work for one. So a few requests are parsed by
+msgspec, and all their values are hashed in one call. Requests that this fast path can't decide with certainty go to
+`FeatureDecoder`, which decides.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from model.schema import FeatureSchema, FieldSpec
 
 __all__ = ["RequestDecoder"]
 
-# Bytes up to which this is faster than Arrow, for requests of 34 fields and 50 candidates (8 KB each).
+# Bytes up to which the fast path is faster than Arrow, for requests of 34 fields and 50 candidates (8 KB each).
 FEW_BYTES = 128 * 1024
-# Brackets in places of nobody's: nesting so deep is surely read by both parsers (Python's gives up near 1,000).
+# Brackets in parts of a request that nothing reads. Both parsers accept this depth (Python's recursion limit is near 1,000).
 SURE_DEPTH = 100
-EXACT_INTEGER = 1 << 53  # up to here every integer is a double; beyond, the model's decoder decides
+EXACT_INTEGER = 1 << 53  # every smaller integer is an exact double; `FeatureDecoder` decides about larger ones
 
 Int64s = npt.NDArray[np.int64]
 Features = dict[str, Any]
 
 
 class _Doubt(Exception):
-    """Not for the quick path."""
+    """The fast path can't decide about these requests."""
 
 
 class _Candidate(msgspec.Struct):
@@ -52,7 +52,7 @@ class _Request(msgspec.Struct):
 
 
 class RequestDecoder:
-    """`FeatureDecoder.requests`, with the same verdicts and the same keys. Not for two threads at once."""
+    """As `FeatureDecoder.requests`, with the same verdicts and the same keys. Not for two threads at once."""
 
     def __init__(self, schema: FeatureSchema) -> None:
         self._schema = schema
@@ -60,7 +60,7 @@ class RequestDecoder:
         self._parse = msgspec.json.Decoder(_Request).decode
 
     def requests(self, payloads: Sequence[bytes]) -> DecodedRequests:
-        """Features of all candidates of a run of score requests."""
+        """The features of all candidates of a run of score requests."""
         if payloads and sum(map(len, payloads)) <= FEW_BYTES:
             try:
                 return self._few(payloads)
@@ -70,7 +70,7 @@ class RequestDecoder:
 
     def _few(self, payloads: Sequence[bytes]) -> DecodedRequests:
         for payload in payloads:
-            payload.decode()  # msgspec doesn't look at what it skips
+            payload.decode()  # msgspec doesn't check the parts that it skips
         requests = [self._parse(payload) for payload in payloads]
         deadlines = [-1 if request.deadline_ms is None else request.deadline_ms for request in requests]
         if any(request.deadline_ms is not None and not 0 <= request.deadline_ms < 1 << 63 for request in requests):
@@ -91,14 +91,14 @@ class RequestDecoder:
         )
 
     def _check_depth(self, payloads: Sequence[bytes], candidates: int, features: Iterable[Features]) -> None:
-        """Raises _Doubt when there are many more brackets than what was read accounts for."""
+        """Raises _Doubt when there are many more brackets than those of the parts that were read."""
         opened = sum(payload.count(b"{") + payload.count(b"[") for payload in payloads)
         known = len(payloads) + candidates + sum(1 + sum(type(value) is list for value in each.values()) for each in features)
         if opened - known > SURE_DEPTH:
             raise _Doubt
 
     def _columns(self, own: list[Features], shared: list[Features], counts: Int64s) -> list[KeyColumn]:
-        """A column for each field: the candidates' own values, and where there is none their request's."""
+        """A column for each field: the candidates' own values, else those of their request."""
         words = _Words()
         sides = [self._read(own, words), self._read(shared, words)]
         words.hash()
@@ -107,7 +107,7 @@ class RequestDecoder:
         return [fall_back(column, other, rows) for column, other in fields]
 
     def _read(self, features: list[Features], words: _Words) -> list[Callable[[], KeyColumn]]:
-        """What gives each field's column, once all words are hashed."""
+        """For each field a function that gives its column, once all words are hashed."""
         named = set().union(*features)
         columns: list[Callable[[], KeyColumn]] = []
         for field in self._schema.fields:
@@ -125,7 +125,7 @@ class RequestDecoder:
 
 
 class _Words:
-    """Strings of all fields, hashed in one call: with few of them the calls are what costs."""
+    """The strings of all fields, hashed in one call: with few strings, the calls are the cost."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
@@ -144,11 +144,11 @@ class _Words:
                 raise _Doubt
             present = np.array([value is not None for value in values])
             values = ["" if value is None else str(value) for value in values]
-        stretch = self._add(values, space)
-        return lambda: KeyColumn(present, self._keys[stretch])
+        part = self._add(values, space)
+        return lambda: KeyColumn(present, self._keys[part])
 
     def add_lists(self, values: list[Any], space: str) -> Callable[[], KeyColumn]:
-        """A field of lists of strings; None where there is no list."""
+        """A field of lists of strings; None stands for no list."""
         if not set(map(type, values)) <= {list, type(None)}:
             raise _Doubt
         texts = [text for value in values if value is not None for text in value]
@@ -156,8 +156,8 @@ class _Words:
             raise _Doubt
         present = np.array([value is not None for value in values])
         lengths = np.array([len(value or ()) for value in values], np.int64)
-        stretch = self._add(texts, space)
-        return lambda: KeyColumn(present, self._keys[stretch], starts=np.cumsum(lengths) - lengths, lengths=lengths)
+        part = self._add(texts, space)
+        return lambda: KeyColumn(present, self._keys[part], starts=np.cumsum(lengths) - lengths, lengths=lengths)
 
     def _add(self, texts: list[str], space: str) -> slice:
         start = len(self._texts)
@@ -167,13 +167,13 @@ class _Words:
         return slice(start, start + len(texts))
 
     def hash(self) -> None:
-        """Compute the keys; the columns can be had from here on."""
+        """Compute the keys. The columns can be read from then on."""
         seeds = np.repeat(np.array(self._seeds, np.uint64), self._counts)
         self._keys = hash_strings(pa.array(self._texts, pa.string()), seeds)
 
 
 def _numbers(values: list[Any], field: FieldSpec) -> KeyColumn:
-    """A numeric field: numbers and None. All are finite: msgspec refuses those beyond a double."""
+    """A numeric field: numbers and None. All are finite, since msgspec rejects numbers beyond a double."""
     if not set(map(type, values)) <= {int, float, type(None)}:
         raise _Doubt
     if any(type(value) is int and abs(value) > EXACT_INTEGER for value in values):

@@ -1,8 +1,8 @@
-"""From scores learned on a stream that keeps only a share of its negatives to probabilities.
+"""Converts scores that were learned on a stream with sampled negatives into click probabilities.
 
-With p the score and w the share kept, q = p / (p + (1 - p) / w) (He et al., "Practical Lessons from Predicting Clicks on Ads at
-Facebook", ADKDD 2014, section 6.3). In odds that is q / (1 - q) = w * p / (1 - p): on logits one addition, which keeps the
-digits that small scores have.
+For a score p and a share w of negatives kept, the probability is q = p / (p + (1 - p) / w) (He et al., "Practical Lessons from
+Predicting Clicks on Ads at Facebook", ADKDD 2014, section 6.3). In odds, q / (1 - q) = w * p / (1 - p), so log w is added to
+the logit. This keeps the precision of small scores.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ __all__ = ["probabilities"]
 
 
 def probabilities(logits: torch.Tensor, negative_rate: float) -> torch.Tensor:
-    """Click probabilities (B,) from logits (B,) learned at a share `negative_rate` of negatives, above 0 and at most 1."""
+    """Click probabilities (B,) from logits (B,); `negative_rate` is the share of negatives kept, above 0 and at most 1."""
     return torch.sigmoid(logits if negative_rate == 1 else logits + math.log(negative_rate))

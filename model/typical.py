@@ -1,11 +1,11 @@
-"""What a field's rows are like on average: where a new value begins, and what an unknown one reads.
+"""The average row of each field: the initial row of a new value, and the row that unknown values read.
 
-A new item, a new hour begins as the average of its field, not at zero. Zero is a place where the MLP is never trained: the rows
-of a field share what they have learned in common (all hours of a day, say), and the MLP makes up for it. So a value at zero was
-predicted up to seven times too high until its first labels came (docs/experiments.md).
+A new item or a new hour begins at the average of its field, not at zero. The MLP is never trained with rows at zero: all rows
+of a field learn what its values have in common (all hours of a day, say), and the MLP compensates for it. So a value that began
+at zero was predicted up to seven times too high until its first labels came (docs/experiments.md).
 
-The average is over examples, so that values count as often as they are shown, and forgets over HORIZON of them. With a short
-one a new value would be a copy of the last, where a field has one at a time, as the hour.
+The average is taken over examples, so that values count as often as they are shown, and decays over HORIZON examples. With a
+short horizon, a field that has one value at a time, such as the hour, would begin each value as a copy of the last one.
 """
 
 from __future__ import annotations
@@ -23,56 +23,57 @@ HORIZON = 50_000
 
 
 class Typical:
-    """The typical row of each of F fields: the S single-valued ones, then the L lists.
+    """The average row of each of F fields: the S single-valued fields, then the L lists.
 
     embedding    float32 (F, D)
     first_order  float32 (F,)
 
-    A field whose embedding is scaled (`buckets = "scaled"`) has one row only, and keeps 0.
+    A scaled field (`buckets = "scaled"`) has one row only, which is always known; its average stays 0.
     """
 
     def __init__(self, schema: FeatureSchema, device: torch.device) -> None:
         singles = [field for field in schema.fields if field.kind != "list"]
         count = len(schema.fields)
         self._averaged = torch.ones(count, device=device)
-        for at, field in enumerate(singles):
+        for index, field in enumerate(singles):
             if field.kind == "numeric" and field.buckets == "scaled":
-                self._averaged[at] = 0.0
+                self._averaged[index] = 0.0
         self.embedding = torch.zeros((count, schema.embedding_dim), device=device)
         self.first_order = torch.zeros(count, device=device)
 
     def follow(
-        self, elements: Elements, place: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor, seen: int
+        self, elements: Elements, rows: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor, seen: int
     ) -> None:
-        """Take in a batch.
+        """Adds a batch to the averages.
 
-        Args:
-            place: where in `embedding` (R, D) and `first_order` (R,) each element's row is, (B*S + N,).
-            seen: examples before it.
+        rows  (B*S + N,): row of `embedding` (R, D) and `first_order` (R,) of each element
+        seen  examples before this batch
         """
-        batch, at = elements.rows, elements.rows * elements.singles
-        rows = embedding.index_select(0, place[:at]).view(batch, elements.singles, -1).mean(0)
-        linear = first_order.index_select(0, place[:at]).view(batch, elements.singles).mean(0)
+        batch = elements.rows
+        lists_from = batch * elements.singles  # where the elements of lists begin
+        own, others = rows[:lists_from], rows[lists_from:]
+        mean = embedding.index_select(0, own).view(batch, elements.singles, -1).mean(0)
+        linear = first_order.index_select(0, own).view(batch, elements.singles).mean(0)
         if elements.list_of is not None and elements.list_share is not None:
             lists = elements.list_of % elements.lists
             share = elements.list_share / batch
-            more = rows.new_zeros((elements.lists, rows.shape[1]))
-            more.index_add_(0, lists, embedding.index_select(0, place[at:]) * share.unsqueeze(1))
-            rows = torch.cat((rows, more))
-            linear = torch.cat((linear, share.new_zeros(elements.lists).index_add_(0, lists, first_order[place[at:]] * share)))
+            more = mean.new_zeros((elements.lists, mean.shape[1]))
+            more.index_add_(0, lists, embedding.index_select(0, others) * share.unsqueeze(1))
+            mean = torch.cat((mean, more))
+            linear = torch.cat((linear, share.new_zeros(elements.lists).index_add_(0, lists, first_order[others] * share)))
         part = batch / min(seen + batch, max(HORIZON, batch))
-        self.embedding.lerp_(rows * self._averaged.unsqueeze(1), part)
+        self.embedding.lerp_(mean * self._averaged.unsqueeze(1), part)
         self.first_order.lerp_(linear * self._averaged, part)
 
     def serving_state(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU."""
+        """Copies of the averages on the CPU, by the names that snapshots use."""
         return {
             "typical.embedding": self.embedding.to("cpu", copy=True),
             "typical.first_order": self.first_order.to("cpu", copy=True),
         }
 
     def restore(self, serving: dict[str, torch.Tensor]) -> None:
-        """Takes over a saved state; all are 0 in a version from before there was any."""
+        """Replaces the averages by saved ones; by 0 for a version without them. Raises SnapshotMismatch for another shape."""
         if "typical.embedding" not in serving:
             self.embedding.zero_()
             self.first_order.zero_()

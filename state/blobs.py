@@ -1,8 +1,8 @@
-"""Folders of immutable files: an object store, or a local folder that survives kill -9 and power loss.
+"""Folders of immutable files, in an object store or in a local folder that survives kill -9 and power loss.
 
-A file is created once and never overwritten. Object stores have a conditional put for that. A local folder gets a
-temporary file that is flushed to the disk and then linked to its name: a link refuses a name that is taken, and the
-file is whole before it has a name. obstore's own LocalStore flushes nothing, so it only lists here.
+A file is created once and never overwritten. Object stores have a conditional put for this. In a local folder the data goes to
+a temporary file, which is flushed to the disk and then linked to its name: a link fails if the name is taken, and the file is
+whole before it has its name. obstore's own LocalStore doesn't flush, so it is only used for listings.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from state.errors import SnapshotError
 
 __all__ = ["Blobs", "LocalBlobs", "blobs_at"]
 
-# What a missing object raises: object stores and the local file system differ.
+# The errors that a missing object raises: object stores and the local file system differ.
 _MISSING = (FileNotFoundError, ObjectNotFound)
 
 
 class Blobs:
-    """Files in folders one level deep, in any store that obstore speaks to."""
+    """Files in folders one level deep, in any store that obstore supports."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -39,16 +39,16 @@ class Blobs:
             except (BaseError, ValueError) as error:
                 raise SnapshotError(
                     f"snapshots.url {self.url!r}: expected a folder, file://, s3://, gs:// or az:// (credentials "
-                    f"from the environment), found: {_first_line(error)}. Mend it; `headrace config show` prints it."
+                    f"from the environment), found: {_first_line(error)}. Correct it; `headrace config show` prints it."
                 ) from error
         return self._opened
 
     def folders(self) -> list[str]:
-        """Names of all folders, in no order."""
+        """Names of all folders, in no particular order."""
         return [str(name).strip("/") for name in self._listing(None)["common_prefixes"]]
 
     def folders_with(self, name: str) -> list[str]:
-        """The folders that hold a file of this name: one listing of the whole store."""
+        """The folders that have a file of this name, by one listing of the whole store."""
         try:
             pages = obstore.list(self._store())
             paths = (str(entry["path"]).rsplit("/", 2) for page in pages for entry in page)
@@ -57,16 +57,16 @@ class Blobs:
             raise self._failed("list", "", "", error) from error
 
     def files(self, folder: str) -> dict[str, int]:
-        """File name → size in bytes."""
+        """Sizes in bytes of a folder's files, by name; none if the folder doesn't exist."""
         listing = self._listing(folder)
         return {str(entry["path"]).rsplit("/", 1)[-1]: int(entry["size"]) for entry in listing["objects"]}
 
     def read(self, folder: str, name: str) -> bytes:
-        """The whole file.
+        """The content of a file.
 
         Raises:
-            FileNotFoundError: it isn't there.
-            SnapshotError: the store can't be reached or refuses.
+            FileNotFoundError: the file doesn't exist.
+            SnapshotError: the store can't be reached or rejects the request.
         """
         try:
             return bytes(obstore.get(self._store(), f"{folder}/{name}").bytes())
@@ -76,11 +76,11 @@ class Blobs:
             raise self._failed("read", folder, name, error) from error
 
     def create(self, folder: str, name: str, data: bytes) -> None:
-        """Write a file that isn't there yet, whole or not at all.
+        """Write a new file, whole or not at all.
 
         Raises:
-            FileExistsError: it is there; nothing was changed.
-            SnapshotError: the store can't be reached or refuses.
+            FileExistsError: the file exists; it isn't changed.
+            SnapshotError: the store can't be reached or rejects the request.
         """
         try:
             obstore.put(self._store(), f"{folder}/{name}", data, mode="create")
@@ -90,7 +90,7 @@ class Blobs:
             raise self._failed("write", folder, name, error) from error
 
     def delete(self, folder: str, name: str) -> None:
-        """Remove a file; one that isn't there is fine."""
+        """Remove a file if it exists."""
         try:
             obstore.delete(self._store(), f"{folder}/{name}")
         except _MISSING:
@@ -99,10 +99,10 @@ class Blobs:
             raise self._failed("delete", folder, name, error) from error
 
     def delete_folder(self, folder: str) -> None:
-        """Remove what is left of an emptied folder; object stores have none."""
+        """Remove an empty folder. Object stores have no folders, so this does nothing there."""
 
     def path(self, folder: str, name: str = "") -> str:
-        """How messages name a file."""
+        """The address of a folder or file, for messages."""
         return "/".join(part for part in (self.url.rstrip("/"), folder, name) if part)
 
     def _listing(self, folder: str | None) -> dict[str, list]:  # type: ignore[type-arg]
@@ -116,12 +116,12 @@ class Blobs:
     def _failed(self, action: str, folder: str, name: str, error: Exception) -> SnapshotError:
         return SnapshotError(
             f"snapshot store: can't {action} {self.path(folder, name)}: {_first_line(error)}. "
-            "Check that the store is there and that this process may use it."
+            "Check that the store exists and that this process may use it."
         )
 
 
 class LocalBlobs(Blobs):
-    """A folder of this machine. Looking makes nothing: the folder appears with the first file."""
+    """A folder on this machine. Reading and listing create nothing: the folder is created with the first file."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(str(root))
@@ -149,7 +149,7 @@ class LocalBlobs(Blobs):
 
     def create(self, folder: str, name: str, data: bytes) -> None:
         home = self._root / folder
-        # A name nobody else has: two writers of one version must not share the temporary file.
+        # A unique name: two writers of the same version must not share a temporary file.
         temporary = home / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
         try:
             home.mkdir(parents=True, exist_ok=True)
@@ -177,12 +177,12 @@ class LocalBlobs(Blobs):
             raise self._failed("delete", folder, name, error) from error
 
     def delete_folder(self, folder: str) -> None:
-        with contextlib.suppress(OSError):  # somebody's file is in it: then it stays
+        with contextlib.suppress(OSError):  # it isn't empty: another process has a file in it
             (self._root / folder).rmdir()
 
 
 def blobs_at(url: str) -> Blobs:
-    """The store that `snapshots.url` names: a folder path, file://, or what obstore understands."""
+    """The store at `snapshots.url`: a folder path, a file:// URL, or any URL that obstore supports."""
     if url.startswith("file://"):
         return LocalBlobs(Path(unquote(urlsplit(url).path)))
     if "://" not in url:
@@ -191,7 +191,7 @@ def blobs_at(url: str) -> Blobs:
 
 
 def _sync_folder(path: Path) -> None:
-    """A new name is only on the disk once its folder is."""
+    """Flush a folder: a new name in it is only on the disk after this."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -200,6 +200,6 @@ def _sync_folder(path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """obstore's messages go on for pages of debug output."""
+    """The first line of an error's message; after it, obstore adds pages of debug output."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

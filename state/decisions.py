@@ -1,6 +1,7 @@
-"""Changes of the registry: each looks at the state and says which records to write. Pure, so that a retry decides anew.
+"""Changes of the registry of versions. Each function looks at the state and returns the records to write.
 
-Nothing here changes the state: the records do, once they are in the log and are applied.
+The functions are pure, so that a retry can decide again on a newer state. They don't change the state: the records do, once
+they are in the log and are applied.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import shlex
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from msgspec.structs import replace
 
 from state.errors import Refused, StaleEpoch
-from state.gate import judge_version
+from state.gate_report import judge_version
 from state.manifest import Manifest
 from state.registry import (
     CHAMPION_KEY,
@@ -24,10 +25,11 @@ from state.registry import (
     TRAINER_KEY,
     Champion,
     How,
+    KeyedRecord,
     Move,
-    Record,
     RegistryState,
     TrainerLease,
+    VersionRange,
     VersionRecord,
     version_key,
 )
@@ -39,6 +41,7 @@ __all__ = [
     "Change",
     "Held",
     "Moved",
+    "Undo",
     "announce",
     "due_good",
     "hold",
@@ -48,7 +51,6 @@ __all__ = [
     "rollback_target",
     "tag_good",
     "take_epoch",
-    "undo_command",
 ]
 
 T = TypeVar("T")
@@ -56,15 +58,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Change(Generic[T]):
-    """Records to write in one transaction, in order, and what the change comes to once they are written."""
+    """Records to write in one transaction, in order, and the outcome of the change once they are written."""
 
-    records: tuple[tuple[str, Record], ...]
+    records: tuple[KeyedRecord, ...]
     outcome: T
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Who asks for a change, when and why. `operation` is drawn anew for each, and stays the same when it is retried."""
+    """Who asks for a change, when and why. `operation` is a random id of the change; its retries have the same id."""
 
     who: str
     now_ms: int
@@ -74,7 +76,10 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What became of an announced version. `reason` is the gate's, or why it was not asked."""
+    """Whether an announced version was promoted. `reason` is the gate's, or why the gate wasn't asked.
+
+    `previous` is the champion before; None where the version wasn't promoted, or there was none.
+    """
 
     version: int
     promoted: bool
@@ -83,44 +88,73 @@ class Announcement:
 
 
 @dataclass(frozen=True, slots=True)
+class Undo:
+    """The operation that restores exactly what was before another one.
+
+    version      the version to promote; None: the champion stays, and only the hold changes
+    reason       why it is promoted
+    hold         hold auto-promotion (True), let it go on (False), or leave it as it is (None)
+    hold_reason  why it was held before
+    """
+
+    version: int | None
+    reason: str
+    hold: bool | None
+    hold_reason: str = ""
+
+    @property
+    def command(self) -> str:
+        """The command that does it."""
+        if self.version is None:
+            return (
+                f"headrace snapshot hold --reason {shlex.quote(self.hold_reason)}" if self.hold else "headrace snapshot resume"
+            )
+        words = ["headrace", "snapshot", "promote", str(self.version), "--reason", self.reason]
+        if self.hold is not None:
+            words += ["--hold", self.hold_reason] if self.hold else ["--resume"]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True, slots=True)
 class Moved:
-    """A champion that moved by hand. `undo` is the command that restores what was before; None when nothing was."""
+    """The champion was moved by hand. `undo` restores what was before; None where there was no champion before."""
 
     version: int
     previous: int | None
     held: bool
-    undo: str | None
+    undo: Undo | None
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Auto-promotion stopped or let go on, as the log has it.
+    """Auto-promotion is held or goes on, as the log has it.
 
-    `changed` is False when it was so already: then `reason`, `who` and `at_ms` (ms since epoch) are those of whoever did it.
+    `changed` is False where it was so before. Then `reason`, `who` and `at_ms` (ms since epoch) are those of the operation that
+    did it, and `undo` is None.
     """
 
     held: bool
     reason: str
     changed: bool
-    undo: str | None
+    undo: Undo | None
     who: str = ""
     at_ms: int = 0
 
 
 def take_epoch(state: RegistryState, *, who: str, now_ms: int) -> Change[int]:
-    """A trainer starts: it takes the next epoch, and trainers of older ones can announce no more."""
+    """A trainer starts: it takes the next epoch. Trainers of older epochs can no longer announce."""
     lease = TrainerLease(epoch=state.trainer.epoch + 1, who=who, at_ms=now_ms)
-    return Change(((TRAINER_KEY, lease),), lease.epoch)
+    return Change((KeyedRecord(TRAINER_KEY, lease),), lease.epoch)
 
 
 def announce(
     state: RegistryState, manifest: Manifest, *, settings: SnapshotSettings, who: str, now_ms: int, operation: str
 ) -> Change[Announcement]:
-    """Enter a version, and promote it when the gate lets it through and nothing holds it back.
+    """Enter a version. Promote it when the gate lets it through, auto-promotion is on and isn't held.
 
     Raises:
-        StaleEpoch: another trainer has taken over since.
-        Refused: the number doesn't grow, or the epoch was never taken.
+        StaleEpoch: another trainer has taken over.
+        Refused: the version isn't above the newest announced, or the epoch was never taken.
     """
     version = manifest.version
     if manifest.epoch < state.trainer.epoch:
@@ -135,7 +169,7 @@ def announce(
         )
     known = state.versions.get(version)
     if known is not None and (known.epoch, known.created_at_ms) == (manifest.epoch, manifest.created_at_ms):
-        return Change((), Announcement(version, bool(known.champion_at_ms), known.gate))  # a retry: it went in before
+        return Change((), Announcement(version, bool(known.champion_at_ms), known.gate))  # a retry of an entry that succeeded
     if version <= state.newest:
         raise Refused(
             f"version {version}: expected a number above {state.newest}, the newest announced, found {version}. "
@@ -154,14 +188,14 @@ def announce(
     entry = VersionRecord.of(manifest, now_ms=now_ms, who=who, gate=reason)
     outcome = Announcement(version, promoted, reason, state.champion.version if promoted else None)
     if not promoted:
-        return Change(((version_key(version), entry),), outcome)
-    return Change(_move(state.champion, entry, Cause(who, now_ms, reason, operation), how="auto"), outcome)
+        return Change((KeyedRecord(version_key(version), entry),), outcome)
+    return Change(_move(state.champion, entry, Cause(who, now_ms, reason, operation), how="auto").records, outcome)
 
 
 def promote(
     state: RegistryState, version: int, cause: Cause, *, hold: bool | None = None, hold_reason: str = ""
 ) -> Change[Moved]:
-    """Make a version champion by hand. `hold` also stops (True) or restarts (False) auto-promotion.
+    """Make a version champion by hand. `hold` also holds auto-promotion (True) or lets it go on (False).
 
     Raises:
         Refused: the version was never announced, or nothing would change.
@@ -172,20 +206,17 @@ def promote(
     if version == before.version:
         if held == before:
             raise Refused(f"version {version}: it is champion already, since {_clock(before.at_ms)}. Nothing was changed.")
-        records: tuple[tuple[str, Record], ...] = ((CHAMPION_KEY, held),)
-        return Change(records, Moved(version, version, held.hold, undo_command(before, held)))
-    # Who promotes a version by hand vouches for it: it no longer counts as rolled back, nor do those below it.
+        return Change((KeyedRecord(CHAMPION_KEY, held),), Moved(version, version, held.hold, _undo(before, held)))
+    # An operator who promotes a version vouches for it: neither that version nor those below it count as rolled back any more.
     ranges = tuple(
-        (max(low, version) if low < version <= high else low, high) for low, high in before.rolled_back if version != high
+        each._replace(above=version) if each.includes(version) else each for each in before.rolled_back if version != each.up_to
     )
-    records = _move(replace(held, rolled_back=ranges), entry, cause, how="promote")
-    after = records[-1][1]
-    assert isinstance(after, Champion)
-    return Change(records, Moved(version, before.version, after.hold, undo_command(before, after)))
+    step = _move(replace(held, rolled_back=ranges), entry, cause, how="promote")
+    return Change(step.records, Moved(version, before.version, step.champion.hold, _undo(before, step.champion)))
 
 
 def rollback(state: RegistryState, target: int, cause: Cause) -> Change[Moved]:
-    """Put an older version back and hold auto-promotion. A hold that is there already stays as it is.
+    """Put an older version back and hold auto-promotion. An earlier hold stays as it is, with its own reason.
 
     Args:
         target: from `rollback_target`.
@@ -201,25 +232,23 @@ def rollback(state: RegistryState, target: int, cause: Cause) -> Change[Moved]:
             f"`headrace snapshot promote {target} --reason …`."
         )
     held = before if before.hold else _held(before, True, f"rolled back: {cause.reason}", cause)
-    ranges = (*before.rolled_back, (target, before.version))[-KEPT_RANGES:]
-    records = _move(replace(held, rolled_back=ranges), entry, cause, how="rollback")
-    after = records[-1][1]
-    assert isinstance(after, Champion)
-    return Change(records, Moved(target, before.version, True, undo_command(before, after)))
+    ranges = (*before.rolled_back, VersionRange(target, before.version))[-KEPT_RANGES:]
+    step = _move(replace(held, rolled_back=ranges), entry, cause, how="rollback")
+    return Change(step.records, Moved(target, before.version, True, _undo(before, step.champion)))
 
 
 def rollback_target(
     state: RegistryState, *, to: int | None = None, back_ms: int | None = None, before_ms: int | None = None, now_ms: int
 ) -> int:
-    """Which version a rollback goes to: the one named, the champion of a time, or the newest `good` older one.
+    """The version that a rollback goes to. Without `to`, `back_ms` and `before_ms`: the newest older one tagged good.
 
     Args:
-        to: a version.
+        to: this version.
         back_ms: the champion this long before `now_ms`.
         before_ms: the champion at this time (ms since epoch).
 
     Raises:
-        Refused: there is none, or it isn't older than the champion; the message lists what can be named.
+        Refused: there is no such version, or it isn't older than the champion. The message lists what can be named.
     """
     champion = state.champion.version
     if champion is None:
@@ -244,7 +273,7 @@ def rollback_target(
         ]
         withheld = state.withheld
         if withheld is not None and withheld.anchor is not None:
-            # What made the gate withhold began some clicks before: versions since the anchor may have been tagged too early.
+            # The fault began some clicks before the gate withheld: versions since the anchor may have been tagged too early.
             good = [version for version in good if version <= withheld.anchor] or good
         target = max(good, default=None)
         if target is None:
@@ -260,16 +289,16 @@ def rollback_target(
 
 
 def hold(state: RegistryState, cause: Cause) -> Change[Held]:
-    """Stop auto-promotion until `resume`; a hold that is there already stays, with its own reason."""
+    """Hold auto-promotion until `resume`. An earlier hold stays, with its own reason."""
     before = state.champion
-    undo = "headrace snapshot resume"
+    undo = Undo(None, "", hold=False)
     if before.hold:
-        # An attempt that seemed to fail may have been written: then the hold in the log is this operation's own.
+        # An attempt that seemed to fail may have taken effect: then the hold in the log is this operation's own.
         ours = _is_by(before, cause)
         reason, who, at_ms = before.hold_reason, before.hold_who, before.hold_at_ms
         return Change((), Held(True, reason, ours, undo if ours else None, who, at_ms))
     after = _held(before, True, cause.reason, cause)
-    return Change(((CHAMPION_KEY, after),), Held(True, cause.reason, True, undo, cause.who, cause.now_ms))
+    return Change((KeyedRecord(CHAMPION_KEY, after),), Held(True, cause.reason, True, undo, cause.who, cause.now_ms))
 
 
 def resume(state: RegistryState, cause: Cause) -> Change[Held]:
@@ -278,12 +307,12 @@ def resume(state: RegistryState, cause: Cause) -> Change[Held]:
     if not before.hold:
         return Change((), Held(False, "", _is_by(before, cause), None, before.hold_who, before.hold_at_ms))
     after = _held(before, False, "", cause)
-    undo = f"headrace snapshot hold --reason {shlex.quote(before.hold_reason)}"
-    return Change(((CHAMPION_KEY, after),), Held(False, cause.reason, True, undo, cause.who, cause.now_ms))
+    undo = Undo(None, "", hold=True, hold_reason=before.hold_reason)
+    return Change((KeyedRecord(CHAMPION_KEY, after),), Held(False, cause.reason, True, undo, cause.who, cause.now_ms))
 
 
 def tag_good(state: RegistryState, versions: Iterable[int], *, now_ms: int) -> Change[tuple[int, ...]]:
-    """Tag versions as good; those tagged already, or no longer there, are passed over.
+    """Tag versions as good. Versions that are tagged already, or no longer announced, are left out.
 
     Returns:
         The change, with the versions newly tagged.
@@ -293,15 +322,15 @@ def tag_good(state: RegistryState, versions: Iterable[int], *, now_ms: int) -> C
         for version in sorted(set(versions))
         if (record := state.versions.get(version)) is not None and record.good_at_ms is None
     ]
-    records = tuple((version_key(record.version), replace(record, good_at_ms=now_ms)) for record in fresh)
+    records = tuple(KeyedRecord(version_key(record.version), replace(record, good_at_ms=now_ms)) for record in fresh)
     return Change(records, tuple(record.version for record in fresh))
 
 
 def due_good(state: RegistryState, now_ms: int, settings: SnapshotSettings) -> list[int]:
-    """Versions whose time has come to be tagged good.
+    """Versions that are due to be tagged good.
 
-    A version proves itself by what follows it: `good_after_ms` after it became champion nobody has rolled back over it, and
-    versions still flow. It need not be champion still: with a version every few seconds, none stays that long.
+    A version is due `good_after_ms` after it became champion, when nobody has rolled back over it and the gate is flowing. It
+    need not be champion any more: with a version every few seconds, none stays champion that long.
     """
     if state.withheld is not None:
         return []
@@ -318,19 +347,24 @@ def due_good(state: RegistryState, now_ms: int, settings: SnapshotSettings) -> l
     ]
 
 
-def undo_command(before: Champion, after: Champion) -> str | None:
-    """The one command that brings `before` back: its version and whether, and why, auto-promotion was held."""
+def _undo(before: Champion, after: Champion) -> Undo | None:
+    """What brings `before` back: its version, and whether and why auto-promotion was held. None without a champion before."""
     if before.version is None:
         return None
-    words = ["headrace", "snapshot", "promote", str(before.version), "--reason", f"undo of {after.version}"]
-    if (before.hold, before.hold_reason) != (after.hold, after.hold_reason):
-        words += ["--hold", before.hold_reason] if before.hold else ["--resume"]
-    return shlex.join(words)
+    same_hold = (before.hold, before.hold_reason) == (after.hold, after.hold_reason)
+    return Undo(before.version, f"undo of {after.version}", None if same_hold else before.hold, before.hold_reason)
 
 
-def _move(champion: Champion, entry: VersionRecord, cause: Cause, *, how: How) -> tuple[tuple[str, Record], ...]:
-    """The records of a move to `entry`. `champion` is the alias before, with hold and ranges as they shall be after."""
-    # Clocks of different machines differ, and `--before` reads these times: a move is never earlier than the last.
+class _Step(NamedTuple):
+    """A move of the champion: the records to write, and the champion after it."""
+
+    records: tuple[KeyedRecord, ...]
+    champion: Champion
+
+
+def _move(champion: Champion, entry: VersionRecord, cause: Cause, *, how: How) -> _Step:
+    """A move to `entry`. `champion` is the alias before, but with hold and ranges as they are to be after."""
+    # Clocks of different machines differ, and `--before` reads these times: a move is never earlier than the one before it.
     at_ms = max(cause.now_ms, champion.at_ms + 1)
     move = Move(
         version=entry.version,
@@ -352,7 +386,8 @@ def _move(champion: Champion, entry: VersionRecord, cause: Cause, *, how: How) -
         moves=(*champion.moves, move)[-KEPT_MOVES:],
     )
     entry = replace(entry, champion_at_ms=(*entry.champion_at_ms, at_ms)[-KEPT_TIMES:])
-    return (version_key(entry.version), entry), (CHAMPION_KEY, alias)  # the version first: the alias never names nothing
+    # The version's record first, so that the alias never names a version that isn't there.
+    return _Step((KeyedRecord(version_key(entry.version), entry), KeyedRecord(CHAMPION_KEY, alias)), alias)
 
 
 def _held(champion: Champion, hold: bool | None, reason: str, cause: Cause) -> Champion:
@@ -365,7 +400,7 @@ def _held(champion: Champion, hold: bool | None, reason: str, cause: Cause) -> C
 
 
 def _is_by(champion: Champion, cause: Cause) -> bool:
-    """Whether the hold, or its end, in the log was written by this very operation."""
+    """Whether the hold in the log, or its end, was written by this same operation."""
     return bool(cause.operation) and champion.hold_operation == cause.operation
 
 
@@ -381,7 +416,7 @@ def _announced(state: RegistryState, version: int) -> VersionRecord:
 
 
 def _choices(state: RegistryState, champion: int) -> str:
-    """What `--to` could name: the latest champions older than the present one, else the latest versions."""
+    """What `--to` can name: the latest champions older than the present one; without any, the latest older versions."""
     older = [record for version, record in sorted(state.versions.items()) if version < champion]
     named = [record for record in older if record.champion_at_ms] or older
     if not named:
@@ -394,5 +429,5 @@ def _choices(state: RegistryState, champion: int) -> str:
 
 
 def _clock(at_ms: int) -> str:
-    """UTC, as `--before` takes it."""
+    """A time in UTC, in the form that `--before` reads."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_ms / 1_000))

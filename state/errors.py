@@ -1,9 +1,9 @@
-"""Errors of the room `state`.
+"""Errors of the package `state`.
 
 StateError
 ├── JoinStateError      the join's RocksDB can't be opened or used
-│   ├── StateDamaged     what is on the disk is damaged; only then the folder is given up
-│   └── StateInUse       another process has it open
+│   ├── StateDamaged     the data on the disk is damaged; the only error after which the folder is replaced
+│   └── StateInUse       another process has the folder open
 ├── SnapshotError       a version can't be read or written
 │   ├── SnapshotNotFound
 │   ├── SnapshotExists
@@ -29,15 +29,15 @@ __all__ = [
 
 
 class StateError(Exception):
-    """Root of the errors of `state`."""
+    """Base class of the errors of `state`."""
 
 
 class JoinStateError(StateError):
-    """The join's RocksDB can't be opened or used: permissions, open files, space. What it holds may be good."""
+    """The join's RocksDB can't be opened or used: permissions, open files, disk space. Its data may be intact."""
 
 
 class StateDamaged(JoinStateError):
-    """What is on the disk can't be right: a checksum, a missing file. The folder can be given up, the log has what it held."""
+    """The data on the disk can't be right: a wrong checksum or a missing file. The folder may be replaced from the log."""
 
 
 class StateInUse(JoinStateError):
@@ -49,15 +49,15 @@ class SnapshotError(StateError):
 
 
 class SnapshotNotFound(SnapshotError):
-    """No such version in the store."""
+    """The store doesn't have this version."""
 
 
 class SnapshotExists(SnapshotError):
-    """The version is already there: another trainer wrote it."""
+    """The store has this version already: another trainer wrote it."""
 
 
 class SnapshotCorrupt(SnapshotError):
-    """A version isn't what its manifest says."""
+    """The files of a version differ from its manifest."""
 
 
 class Refused(StateError):
@@ -65,4 +65,4 @@ class Refused(StateError):
 
 
 class StaleEpoch(Refused):
-    """A trainer that was thought dead announces after another one has taken over."""
+    """A trainer announces a version after another trainer has taken over."""

@@ -1,17 +1,17 @@
-"""The join's state of one partition number, cached in RocksDB.
+"""The join's state for one partition number, cached in RocksDB.
 
-What is here is a function of the committed log, so nothing here is ever the truth: a folder that is lost, old, or copied from
-elsewhere is rebuilt (`stream/join/takeover.py`). One database a partition number serves both sources.
+The state follows from the committed log, which is authoritative: a folder that is lost, old or copied from elsewhere is rebuilt
+from the log (`stream/join/takeover.py`). Each partition number has one database, for both of its sources.
 
 | column family | key | value |
 | --- | --- | --- |
 | `ids` | impression id | event time, offset, clicked: every impression remembered, for dedupe and matching |
-| `payloads` | event time, offset | id, whether its first label is out, impression's bytes: the pending ones, as they expire |
-| `held` | event time, offset of an impression | time of its click: clicks that wait for their impression's label |
-| `early` | id, click's event time, offset | the click's record: clicks whose impression has not come |
-| `chunks` | first offset, largest event time, position | ids remembered by one step, so that forgetting needs no scan |
-| default | `meta` | identity, positions and watermark, written in one batch with the changes they stand for |
-| default | `filler` | nothing, or bytes that fill the write buffer so that all families are flushed at one point |
+| `payloads` | event time, offset | id, whether the first label is sent, bytes: pending impressions in the order of expiry |
+| `held` | event time, offset of an impression | time of its click: clicks that wait for the label of their impression |
+| `early` | id, event time and offset of the click | the click's record: clicks whose impression has not come |
+| `chunks` | first offset, largest event time, position | the ids that one step remembered, so that forgetting needs no scan |
+| default | `meta` | identity, positions and watermark, written in one batch with the changes that they stand for |
+| default | `filler` | empty, or bytes that fill the write buffer so that all families are flushed at one point |
 """
 
 from __future__ import annotations
@@ -38,27 +38,28 @@ from rocksdict import (
 from state.errors import JoinStateError, StateDamaged
 from state.join_folder import set_aside, state_error
 
-__all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "Pending", "Place", "StateBatch", "StateOptions"]
+__all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "Pending", "StateBatch", "StateOptions", "TimeOffset"]
 
-# Of this table. Layout 3 (version 0.1.0) has no `held`, and no `layout` in its meta but in its identity; it is read as it is.
+# The layout of this table. Layout 3, of Headrace 0.1.0, has no `held`, and its `meta` names the layout in `identity` instead of
+# `layout`. It can be read as it is.
 LAYOUT = 4
 
 _ENTRY = struct.Struct("<qq?")  # event time, offset, clicked
-_ORDERED = struct.Struct(">QQ")  # event time, offset: big endian sorts as bytes as it does as numbers (both are >= 0)
+_ORDERED = struct.Struct(">QQ")  # event time, offset, both >= 0: big-endian bytes sort as the numbers do
 _CHUNK = struct.Struct(">QQQ")  # first offset, largest event time, examples position
 _TIME = struct.Struct("<q")
-# Length of an id (far below 2 GiB). Its top bit says that the first label is out; only version 0.1.0 wrote it.
+# Length of an id (far below 2 GiB). The top bit says that the first label is sent; only Headrace 0.1.0 set it.
 _U32 = struct.Struct("<I")
 _LABELLED = 1 << 31
 _LENGTH = _LABELLED - 1
 
 Entry = tuple[int, int, bool]  # event time ms, offset, clicked
-Place = tuple[int, int]  # an impression's event time and offset
+TimeOffset = tuple[int, int]  # event time (ms) and offset of an impression: its key in `payloads` and `held`
 Pending = tuple[int, int, bytes, bytes, bool]  # event time ms, offset, id, value, whether 0.1.0 has sent its first label
 
 
 class Chunk(msgspec.Struct, frozen=True, order=True):
-    """The ids that one step remembered, and where `examples` stood at its start."""
+    """The key of a chunk: the ids that one step remembered. `examples_position` is the end of `examples` before the step."""
 
     first_offset: int
     max_time_ms: int
@@ -66,31 +67,31 @@ class Chunk(msgspec.Struct, frozen=True, order=True):
 
 
 class JoinMeta(msgspec.Struct, frozen=True, kw_only=True):
-    """Up to where the state reflects the log."""
+    """How far the state reflects the log. Positions are the next offsets to read."""
 
-    identity: str  # cluster id, topic ids, partition: state of another log is thrown away
-    layout: int = 3  # of the table above; meta of layout 3 doesn't say
+    identity: str  # cluster id, topic ids and partition of the log; the state of another log is discarded
+    layout: int = 3  # see LAYOUT
     impressions_position: int
     clicks_position: int
     examples_position: int
     watermark_ms: int
-    cut: int = 0  # labels are out below (watermark, cut), by (event time + hold, offset)
-    impressions_seen_ms: int  # each source's own watermark
+    cut: int = 0  # first labels with (event time + hold, offset) < (watermark, cut) are sent
+    impressions_seen_ms: int  # the watermark of each source
     clicks_seen_ms: int
-    life: str = ""  # of the committed progress that it is a part of; "" before there were any
+    life: str = ""  # the life of the committed progress that this state belongs to; "" in versions without lives
 
 
 class _Layout(msgspec.Struct):
-    """What every layout's meta can say, for all that a newer one may have changed."""
+    """The only part of `meta` that can be read in every layout, including newer ones."""
 
     layout: int = 3
 
 
 class StateOptions:
-    """RocksDB options shared by every partition of a worker: one block cache, one bound on all write buffers.
+    """RocksDB options shared by all partitions of a worker: one block cache, and one bound for all write buffers.
 
-    Without the bound each partition fills buffers of its own, some 120 MB with those that are being written out: 64 partitions
-    would take 7.5 GB. At the bound RocksDB writes out the partition that is being written to, all of its families at once.
+    Without the bound each partition's buffers take some 120 MB, those being flushed included: 7.5 GB with 64 partitions. At the
+    bound RocksDB flushes the partition that is being written to, with all of its families at once.
     """
 
     def __init__(self, cache_mb: int = 64, max_open_files: int = 256, write_buffers_mb: int = 256) -> None:
@@ -104,9 +105,9 @@ class StateOptions:
         options.create_missing_column_families(True)
         options.set_max_background_jobs(2)
         options.set_keep_log_file_num(2)
-        # Of tables, for each partition; by default RocksDB opens as many as there are.
+        # Table files for each partition; by default RocksDB keeps all of them open.
         options.set_max_open_files(self._max_open_files)
-        # No write-ahead log: a crash loses what was not flushed, of every family at once, and leaves an older prefix.
+        # There is no write-ahead log. After a crash all families are as they were at the last flush.
         options.set_atomic_flush(True)
         options.set_write_buffer_manager(self._buffers)
         return options
@@ -117,7 +118,7 @@ class StateOptions:
         table.set_block_cache(self._cache)
         table.set_block_size(block_kb << 10)
         if bloom:
-            table.set_bloom_filter(10, False)  # 10 bits a key: 1 % false positives, and most ids looked up are new
+            table.set_bloom_filter(10, False)  # 10 bits a key give 1 % false positives; most ids looked up are new
         options.set_block_based_table_factory(table)
         options.set_write_buffer_size(write_buffer_mb << 20)
         options.set_compression_type(DBCompressionType.lz4())
@@ -137,7 +138,7 @@ class StateBatch:
             put(key, pack(time_ms, offset, clicked), family)
 
     def add_pending(self, impressions: Iterable[tuple[int, int, bytes, bytes]], *, labelled: bool = False) -> None:
-        """Add (event time, offset, id, value). `labelled`: version 0.1.0 has sent their first label, as a fake negative."""
+        """Add (event time, offset, id, value). `labelled`: Headrace 0.1.0 has sent their first label, as a fake negative."""
         put, pack, length, family = self._batch.put, _ORDERED.pack, _U32.pack, self._state.payloads_family
         mark = _LABELLED if labelled else 0
         for time_ms, offset, key, value in impressions:
@@ -148,17 +149,17 @@ class StateBatch:
             self._batch.delete(_ORDERED.pack(time_ms, offset), self._state.payloads_family)
 
     def drop_pending_before(self, from_ms: int, until_ms: int) -> None:
-        """Drop what is pending with `from_ms <= event time < until_ms`, in one range tombstone."""
+        """Drop pending impressions with `from_ms <= event time < until_ms`, in one range tombstone."""
         if until_ms > max(from_ms, 0):
             begin, end = _ORDERED.pack(max(from_ms, 0), 0), _ORDERED.pack(until_ms, 0)
             self._batch.delete_range(begin, end, self._state.payloads_family)
 
-    def hold(self, clicks: Iterable[tuple[Place, int]]) -> None:
+    def hold(self, clicks: Iterable[tuple[TimeOffset, int]]) -> None:
         """Keep the time of a click for an impression whose label waits, by the impression's (event time, offset)."""
         for (time_ms, offset), click_ms in clicks:
             self._batch.put(_ORDERED.pack(time_ms, offset), _TIME.pack(click_ms), self._state.held_family)
 
-    def drop_held(self, impressions: Iterable[Place]) -> None:
+    def drop_held(self, impressions: Iterable[TimeOffset]) -> None:
         for time_ms, offset in impressions:
             self._batch.delete(_ORDERED.pack(time_ms, offset), self._state.held_family)
 
@@ -175,9 +176,10 @@ class StateBatch:
         self._batch.put(name, msgspec.msgpack.encode(keys), self._state.chunks_family)
 
     def forget(self, chunk: Chunk, before_ms: Callable[[int], int], changed: Mapping[bytes, Entry]) -> None:
-        """Forget a chunk's ids, but not one that was used again by an impression of `before_ms(its offset)` or later.
+        """Forget the ids of a chunk, except ids that a newer impression has used again.
 
-        `changed` is what this batch remembers: the state doesn't show it yet.
+        An id is forgotten if the event time of its impression is below `before_ms` of the impression's offset. `changed` has
+        the entries that this batch writes, which the state doesn't have yet.
         """
         name = _CHUNK.pack(chunk.first_offset, chunk.max_time_ms, chunk.examples_position)
         packed = self._state.chunks.get(name)
@@ -192,7 +194,7 @@ class StateBatch:
         self._batch.put(b"meta", msgspec.json.encode(meta), self._state.meta_family)
 
     def drop_meta(self) -> None:
-        """From here on the state stands for no position, until `set_meta` says for which; opened so, it is thrown away."""
+        """Mark the state as incomplete until the next `set_meta`: a state without `meta` is discarded when it is opened."""
         self._batch.delete(b"meta", self._state.meta_family)
 
     def write(self) -> None:
@@ -202,7 +204,7 @@ class StateBatch:
             raise state_error(self._state.path, "could not write to it", error) from error
 
 
-# As large as the write buffer of the family that the positions are in.
+# As large as the write buffer of the default family, which holds `meta`.
 _FILLER = bytes(1 << 20)
 _HANDLES = (
     *("ids", "payloads", "held_clicks", "early", "chunks", "db"),
@@ -214,9 +216,9 @@ class JoinState:
     """One open database.
 
     Raises:
-        StateDamaged: the caller moves the folder aside (`set_aside`) and rebuilds from the log.
+        StateDamaged: its data is damaged; the caller moves the folder aside (`set_aside`) and rebuilds it from the log.
         StateInUse: another process has it open.
-        JoinStateError: it can't be opened for another reason, and what it holds may be good.
+        JoinStateError: it can't be opened for another reason, and its data may be intact.
     """
 
     def __init__(self, path: Path, options: StateOptions) -> None:
@@ -231,7 +233,7 @@ class JoinState:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.db = Rdict(str(path), options.database(), families, AccessType.read_write())
-        except Exception as error:  # rocksdict raises plain Exception, and panics as BaseException subclasses do not occur
+        except Exception as error:  # rocksdict raises plain Exceptions; it doesn't panic, which would be a BaseException
             raise state_error(path, "could not open it", error) from error
         self.write_options = WriteOptions()
         self.write_options.disable_wal = True
@@ -246,11 +248,11 @@ class JoinState:
         self.meta_family = self.db.get_column_family_handle("default")
 
     def meta(self) -> JoinMeta | None:
-        """Up to where the state goes; None in a new database, and in what an unfinished rebuild has left.
+        """How far the state reflects the log; None in a new database and after an unfinished rebuild.
 
         Raises:
-            StateDamaged: it can't be read.
-            JoinStateError: a newer version of Headrace has written it.
+            StateDamaged: `meta` can't be read.
+            JoinStateError: a newer version of Headrace has written the state.
         """
         try:
             packed = self.db.get(b"meta")
@@ -258,9 +260,9 @@ class JoinState:
                 return None
             if (layout := msgspec.json.decode(packed, type=_Layout).layout) > LAYOUT:
                 raise JoinStateError(
-                    f"{self.path}: expected a state of layout {LAYOUT} or older, found {layout}: a newer version of Headrace "
-                    "has written it. The folder is left as it is. Run that version, or set another state_dir to rebuild from "
-                    "the log."
+                    f"{self.path}: expected a state of layout {LAYOUT} or older, found layout {layout}: a newer version of "
+                    "Headrace has written it. The folder is left as it is. Run that version, or set another state_dir to "
+                    "rebuild from the log."
                 )
             return msgspec.json.decode(packed, type=JoinMeta)
         except msgspec.DecodeError as error:
@@ -274,21 +276,21 @@ class JoinState:
         return StateBatch(self)
 
     def packed_entries(self, keys: list[bytes]) -> list[bytes | None]:
-        """The stored form of each id's entry, None where the id is not remembered: one multi-get."""
+        """The stored form of each id's entry, None for an id that isn't remembered, by one multi-get."""
         return self.ids.get(keys) if keys else []
 
     def entries(self, keys: list[bytes]) -> list[Entry | None]:
-        """Event time, offset and whether clicked, of each id; None where it is not remembered."""
+        """Each id's entry (event time, offset, clicked); None for an id that isn't remembered."""
         return [None if packed is None else _ENTRY.unpack(packed) for packed in self.packed_entries(keys)]
 
-    def pending(self, impressions: Sequence[Place]) -> list[Pending | None]:
-        """Pending impressions by (event time, offset), None where one isn't pending any more."""
+    def pending(self, impressions: Sequence[TimeOffset]) -> list[Pending | None]:
+        """Pending impressions by (event time, offset); None for one that isn't pending."""
         if not impressions:
             return []
         found = self.payloads.get([_ORDERED.pack(time_ms, offset) for time_ms, offset in impressions])
-        return [None if row is None else _unpacked(place, row) for place, row in zip(impressions, found, strict=True)]
+        return [None if row is None else _unpacked(impression, row) for impression, row in zip(impressions, found, strict=True)]
 
-    def pending_between(self, begin: Place, end: Place) -> Iterator[Pending]:
+    def pending_between(self, begin: TimeOffset, end: TimeOffset) -> Iterator[Pending]:
         """Pending impressions with `begin <= (event time, offset) < end`, in that order."""
         if end <= begin:
             return
@@ -303,25 +305,25 @@ class JoinState:
         self._check_end(self.payloads, key)
 
     @staticmethod
-    def _range(end: Place) -> ReadOptions:
-        """Options of a scan that ends there. Keep them until it has: the iterator points into their memory."""
+    def _range(end: TimeOffset) -> ReadOptions:
+        """Options of a scan that ends before `end`. Keep them during the scan: the iterator points into their memory."""
         read = ReadOptions()
         read.set_iterate_upper_bound(_ORDERED.pack(*end))
         read.set_readahead_size(1 << 20)
         return read
 
-    def held(self, impressions: Sequence[Place]) -> list[int | None]:
-        """The times of the clicks that wait for the labels of these impressions, None without one."""
+    def held(self, impressions: Sequence[TimeOffset]) -> list[int | None]:
+        """For each impression, the time of the click that waits for its label; None without one."""
         if not impressions:
             return []
         found = self.held_clicks.get([_ORDERED.pack(time_ms, offset) for time_ms, offset in impressions])
         return [None if packed is None else _TIME.unpack(packed)[0] for packed in found]
 
-    def held_between(self, begin: Place, end: Place) -> dict[Place, int]:
-        """The same by impression, of all with `begin <= (event time, offset) < end`."""
+    def held_between(self, begin: TimeOffset, end: TimeOffset) -> dict[TimeOffset, int]:
+        """The times of the waiting clicks of all impressions with `begin <= (event time, offset) < end`."""
         if end <= begin:
             return {}
-        held: dict[Place, int] = {}
+        held: dict[TimeOffset, int] = {}
         read = self._range(end)
         key = start = _ORDERED.pack(*begin)
         for key, packed in self.held_clicks.items(from_key=start, read_opt=read):
@@ -330,7 +332,7 @@ class JoinState:
         return held
 
     def early_clicks(self) -> Iterator[tuple[bytes, tuple[int, int, bytes]]]:
-        """Every early click: id and (event time, offset, bytes)."""
+        """All early clicks: id and (event time, offset, record)."""
         size, key = _ORDERED.size, b""
         for key, value in self.early.items():
             time_ms, offset = _ORDERED.unpack(key[-size:])
@@ -338,14 +340,14 @@ class JoinState:
         self._check_end(self.early, key)
 
     def all_chunks(self) -> Iterator[Chunk]:
-        """Every chunk, by first offset."""
+        """All chunks, in the order of their first offsets."""
         key = b""
         for key in self.chunks.keys():  # noqa: SIM118
             yield Chunk(*_CHUNK.unpack(key))
         self._check_end(self.chunks, key)
 
-    def pending_places(self) -> Iterator[Place]:
-        """Event time and offset of all pending impressions, by a scan: for recovery and checks, not for the hot path."""
+    def pending_impressions(self) -> Iterator[TimeOffset]:
+        """Event time and offset of all pending impressions. This scans the family: use it in recovery and checks alone."""
         key = b""
         for key in self.payloads.keys():  # noqa: SIM118
             yield _ORDERED.unpack(key)
@@ -353,7 +355,7 @@ class JoinState:
 
     @staticmethod
     def _check_end(family: Rdict, last: bytes) -> None:
-        """Raise what ended a scan at key `last`: rocksdict's iterators stop at a damaged block as if nothing came after it."""
+        """Raise the error that ended a scan at key `last`, if any: rocksdict's iterators end silently at a damaged block."""
         rows = family.iter()
         rows.seek(last)
         if rows.valid():
@@ -361,38 +363,38 @@ class JoinState:
         rows.status()
 
     def flush(self) -> None:
-        """Begin to write out what is in memory, of every family at one point, so that a crash leaves little to read again.
+        """Begin to flush all families at the same point of the log, so that little has to be read again after a crash.
 
-        RocksDB flushes all families together when a write buffer is full, and not when one family is asked to flush, as
-        rocksdict does: the positions could then reach the disk without what they stand for. So the buffer is filled.
+        rocksdict's own flush flushes one family, so that positions could reach the disk without the changes that they stand
+        for. RocksDB flushes all families together when a write buffer is full. So this fills a buffer.
         """
-        for filler in (_FILLER, b""):  # what is found full is written out at the next write
+        for filler in (_FILLER, b""):  # RocksDB notices the full buffer at the next write
             self.db.put(b"filler", filler, write_opt=self.write_options)
 
     def close(self) -> None:
-        """Write everything out and close; closing twice is fine.
+        """Flush everything and close. Closing twice is allowed.
 
-        RocksDB does that, for all families at one point, when the last handle is gone. (rocksdict's `close` would write one
-        family after another, and a crash in between leave them apart.)
+        RocksDB flushes all families at the same point when the last handle is gone. rocksdict's `close` would flush one family
+        after another, and a crash in between would leave them at different points.
         """
         for name in _HANDLES:
             self.__dict__.pop(name, None)
 
     @staticmethod
     def destroy(path: Path) -> None:
-        """Delete the folder; the log has everything that it held."""
+        """Delete the folder. The log has all of its data."""
         shutil.rmtree(path, ignore_errors=True)
 
     @staticmethod
     def set_aside(path: Path, why: str) -> Path:
-        """Rename a closed folder to `partition-3.<why>-<time>`, and delete all but the newest few of these.
+        """Rename a closed folder to `partition-3.<why>-<time>`, and delete all but the newest two of these folders.
 
-        Retention may have passed what it holds, and a person can look at it, or put it back.
+        The log may no longer have all of its data, because of retention. An operator can inspect the folder or restore it.
         """
         return set_aside(path, why)
 
 
-def _unpacked(place: Place, row: bytes) -> Pending:
+def _unpacked(impression: TimeOffset, row: bytes) -> Pending:
     size = _U32.unpack_from(row)[0]
     cut = 4 + (size & _LENGTH)
-    return *place, row[4:cut], row[cut:], size >= _LABELLED
+    return *impression, row[4:cut], row[cut:], size >= _LABELLED

@@ -1,4 +1,4 @@
-"""The manifest of a version: what it was made from, what it scored, and which files belong to it."""
+"""The manifest of a version: what it was trained on, its metrics, and its files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from state.errors import SnapshotCorrupt
-from state.gate import GateReport
+from state.gate_report import GateReport
 
 __all__ = ["MANIFEST_FILE", "SERVING_FILE", "TRAINER_FILE", "FileEntry", "Manifest", "finite_or_null", "nan_for_null"]
 
@@ -26,14 +26,17 @@ class FileEntry(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that is known of one version, without its weights.
+    """Everything known about one version, except its weights.
 
-    `offsets` maps a partition of `examples` to the next offset to train; `watermark_ms` is event time. `metrics` are
-    those of the window before the snapshot. `verdict` is what the gate knew of the version. `topic_ids` are Kafka's ids of
-    `examples` and `snapshots`, by which a topic that was made anew is told from the one that the version was trained on.
-    `negative_rate` is the share of negatives that the weights were learned from: whoever scores with them corrects by it
-    (`model.sampling`). A metric that isn't finite is written as null and read as NaN.
-    Fields that this code doesn't know are ignored, so that older readers read newer manifests.
+    offsets        by partition of `examples`: the next offset to train
+    watermark_ms   event time of the newest impression trained (ms since epoch)
+    metrics        those of the window before the snapshot; a metric that isn't finite is written as null and read as NaN
+    verdict        the gate's report on the version
+    topic_ids      Kafka's ids of `examples` and `snapshots`: a topic that was deleted and created again has another id than the
+                   one that the version was trained on
+    negative_rate  share of negatives that the weights were learned from; scores are corrected by it (`model.sampling`)
+
+    Unknown fields are ignored, so that older readers can read newer manifests.
     """
 
     version: int
@@ -60,17 +63,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return sum(entry.size for entry in self.files.values())
 
     def encode(self) -> bytes:
-        """As JSON for people too: indented, UTF-8."""
+        """As indented JSON in UTF-8, readable for people too."""
         document = msgspec.to_builtins(self)
         document["metrics"] = finite_or_null(self.metrics)
         return msgspec.json.format(msgspec.json.encode(document), indent=2)
 
     @classmethod
     def decode(cls, data: bytes, *, where: str) -> Manifest:
-        """Read a manifest back.
+        """Decode a manifest. `where` names the file, for the error.
 
         Raises:
-            SnapshotCorrupt: it isn't JSON, or a field is missing or of the wrong kind; `where` names the file.
+            SnapshotCorrupt: the data isn't JSON, or a field is missing or of the wrong type.
         """
         try:
             document = msgspec.json.decode(data)
@@ -85,12 +88,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def finite_or_null(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN or infinity: null stands for both."""
+    """Metrics as JSON can write them: null for NaN and for infinity."""
     return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def nan_for_null(metrics: Any) -> Any:
-    """The way back of `finite_or_null`; anything but a mapping is handed on, for the decoder to refuse."""
+    """The reverse of `finite_or_null`. Anything but a mapping is returned as it is, for the decoder to reject."""
     if metrics is None:
         return {}
     if not isinstance(metrics, dict):

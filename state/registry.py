@@ -1,28 +1,38 @@
-"""What the `snapshots` topic says: records in, state out. Pure: no Kafka, no clock.
+"""The registry of versions: the records of the topic `snapshots`, and the state that they add up to. No Kafka, no clock.
 
-The topic is compacted, so the state is the last value of each key: `version/N` for each announced version,
-`alias/champion` for what scorers serve, `alias/trainer` for who may announce. Compaction can leave an alias before the
-version it names, so the state is only to be acted on once the log has been read to its end.
+The topic is compacted, so the state is the last value of each key:
+
+- `version/N`: one announced version;
+- `alias/champion`: the version that scorers serve;
+- `alias/trainer`: which trainer may announce.
+
+Compaction can leave an alias before the version that it names. So act on the state only once the log has been read to its end.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
-from state.gate import GateReport
+from state.gate_report import GateReport
 from state.manifest import Manifest, finite_or_null, nan_for_null
 
 __all__ = [
     "CHAMPION_KEY",
+    "KEPT_MOVES",
+    "KEPT_RANGES",
+    "KEPT_TIMES",
     "TRAINER_KEY",
     "Champion",
+    "How",
+    "KeyedRecord",
     "Move",
     "RegistryState",
     "TrainerLease",
+    "VersionRange",
     "VersionRecord",
     "encode_record",
     "version_key",
@@ -32,25 +42,28 @@ CHAMPION_KEY = "alias/champion"
 TRAINER_KEY = "alias/trainer"
 _VERSION_PREFIX = "version/"
 
-# Moves kept in the champion's record. They make a retried operation recognisable (it runs again within seconds) and
-# show who did what lately; at about 200 bytes each they dominate a record that is written with every promotion.
+# Moves kept in the champion's record. By them a retried operation, within seconds, finds what it has done already, and an
+# operator sees who did what lately. At about 200 bytes each they are most of a record that is written with every promotion.
 KEPT_MOVES = 20
-# Times kept in a version's record: a version is rarely champion more than twice.
+# Times kept in a version's record. A version is rarely champion more than twice.
 KEPT_TIMES = 20
-# Ranges of versions rolled back from; older ones fall out, by when their versions are long superseded.
+# Ranges of versions that were rolled back over. The oldest is dropped, whose versions are long superseded by then.
 KEPT_RANGES = 50
-# Malformed records remembered for the operator; the count goes on.
+# Malformed records kept for the operator. The count includes those that are dropped.
 KEPT_PROBLEMS = 100
 
 How = Literal["auto", "promote", "rollback"]
 
 
 class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One announced version: its manifest in short, and what became of it.
+    """One announced version: the main fields of its manifest, and its history.
 
-    `champion_at_ms` are the times at which it became champion, ascending: together the versions hold the champion's
-    whole history, which no single record of a compacted topic could. `gate` says why it was promoted or stays a
-    candidate; `verdict` is what the gate knew when it was captured (None: announced by something without a gate).
+    champion_at_ms  the times at which it became champion, ascending. Together the versions hold the champion's whole history,
+                    which no single record of a compacted topic could
+    good_at_ms      when it was tagged good; None: never
+    gate            why it was promoted, or why it stays a candidate
+    verdict         the gate's report when the version was captured; None: announced by something without a gate
+    who             who announced it
     """
 
     version: int
@@ -94,12 +107,22 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def line(self) -> int:
-        """The line of weights that it belongs to; 0 for versions of before there were lines."""
+        """The line of weights that it belongs to; 0 for versions older than lines."""
         return 0 if self.verdict is None else self.verdict.line
 
 
+class VersionRange(NamedTuple):
+    """Versions above one number, up to and including another. A JSON array of the two."""
+
+    above: int
+    up_to: int
+
+    def includes(self, version: int) -> bool:
+        return self.above < version <= self.up_to
+
+
 class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """One change of the champion. `operation` is an id drawn by who asked: a retry finds what it has done already."""
+    """One change of the champion. `operation` is the operation's random id: by it a retry finds that it was done already."""
 
     version: int
     previous: int | None
@@ -113,7 +136,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 class Champion(msgspec.Struct, frozen=True, kw_only=True):
     """The alias that scorers serve, and whether auto-promotion is held.
 
-    `rolled_back` are half-open ranges (low, high]: versions that a rollback went back over. They don't count as good.
+    `rolled_back` are the versions that a rollback went back over. They don't count as good.
     """
 
     version: int | None = None
@@ -127,29 +150,36 @@ class Champion(msgspec.Struct, frozen=True, kw_only=True):
     hold_who: str = ""
     hold_at_ms: int = 0
     hold_operation: str = ""
-    rolled_back: tuple[tuple[int, int], ...] = ()
+    rolled_back: tuple[VersionRange, ...] = ()
     moves: tuple[Move, ...] = ()
 
     def was_rolled_back(self, version: int) -> bool:
         """Whether a rollback went back over this version."""
-        return any(low < version <= high for low, high in self.rolled_back)
+        return any(each.includes(version) for each in self.rolled_back)
 
 
 class TrainerLease(msgspec.Struct, frozen=True, kw_only=True):
-    """Which trainer may announce: the one that took the largest epoch."""
+    """Which trainer may announce: the one with the largest epoch."""
 
     epoch: int = 0
     who: str = ""
     at_ms: int = 0
 
 
-Record = VersionRecord | Champion | TrainerLease
+RegistryRecord = VersionRecord | Champion | TrainerLease
 T = TypeVar("T", VersionRecord, Champion, TrainerLease)
+
+
+class KeyedRecord(NamedTuple):
+    """A record of the topic: its key, and what its value says."""
+
+    key: str
+    record: RegistryRecord
 
 
 @dataclass(slots=True)
 class RegistryState:
-    """The registry as of some offset. Changed in place by `apply`: one owner, read on the same event loop."""
+    """The registry as of some offset. `apply` changes it in place: one owner, and readers on the same event loop."""
 
     versions: dict[int, VersionRecord] = field(default_factory=dict)
     champion: Champion = field(default_factory=Champion)
@@ -159,7 +189,7 @@ class RegistryState:
 
     @property
     def champion_record(self) -> VersionRecord | None:
-        """The champion's own record; None without a champion."""
+        """The record of the champion's version; None without a champion."""
         return None if self.champion.version is None else self.versions.get(self.champion.version)
 
     @property
@@ -172,29 +202,29 @@ class RegistryState:
 
     @property
     def withheld(self) -> GateReport | None:
-        """The newest version's report when the gate withholds new versions; None while they flow."""
+        """The newest version's report while the gate withholds new versions; None while it is flowing."""
         record = self.versions.get(max(self.versions, default=0))
         return None if record is None or record.verdict is None or record.verdict.flow == "flowing" else record.verdict
 
     @property
     def newest(self) -> int:
-        """The largest version ever announced; 0 when there is none. A collector of old versions must keep it."""
+        """The largest version ever announced; 0 without any. A collector of old versions must keep it."""
         return max(max(self.versions, default=0), self.champion.version or 0)
 
     def champion_at(self, at_ms: int) -> int | None:
-        """The champion at a wall clock time (ms since epoch); None when there was none or it is not remembered."""
+        """The champion at a wall clock time (ms since epoch). None when there was none, or it is no longer recorded."""
         moves = ((at, record.version) for record in self.versions.values() for at in record.champion_at_ms if at <= at_ms)
         return max(moves, default=(0, None))[1]
 
     def done(self, operation: str) -> Move | None:
-        """The move that an operation has made already."""
+        """The move that an operation has made already; None when it has made none."""
         return next((move for move in self.champion.moves if move.operation == operation), None)
 
     def apply(self, key: bytes | None, value: bytes | None, offset: int) -> str | None:
-        """Take in one record of the topic; never raises.
+        """Apply one record of the topic. Never raises.
 
         Returns:
-            None, or what is wrong with the record, which then changed nothing.
+            None, or what is wrong with the record. A malformed record changes nothing but `problems`.
         """
         try:
             self._apply((key or b"").decode(), value)
@@ -222,17 +252,17 @@ class RegistryState:
             self.champion = Champion() if value is None else _decode(value, Champion)
         elif key == TRAINER_KEY:
             self.trainer = TrainerLease() if value is None else _decode(value, TrainerLease)
-        elif not key.startswith("alias/"):  # other aliases are a newer writer's
+        elif not key.startswith("alias/"):  # other aliases come from a newer writer
             raise ValueError("expected version/N or alias/NAME")
 
 
 def version_key(version: int) -> str:
-    """Key of a version's record."""
+    """The key of a version's record."""
     return f"{_VERSION_PREFIX}{version}"
 
 
-def encode_record(record: Record) -> bytes:
-    """As JSON; a metric that isn't finite becomes null."""
+def encode_record(record: RegistryRecord) -> bytes:
+    """A record's value, as JSON. A metric that isn't finite becomes null."""
     document = msgspec.to_builtins(record)
     if isinstance(record, VersionRecord):
         document["metrics"] = finite_or_null(record.metrics)
@@ -240,7 +270,7 @@ def encode_record(record: Record) -> bytes:
 
 
 def _decode(value: bytes, kind: type[T]) -> T:
-    """Fields that this code doesn't know are ignored: older readers read newer records."""
+    """Decode a value. Unknown fields are ignored, so that older readers can read newer records."""
     document: Any = msgspec.json.decode(value)
     if kind is VersionRecord and isinstance(document, dict):
         document["metrics"] = nan_for_null(document.get("metrics"))

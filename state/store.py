@@ -1,8 +1,7 @@
-"""Where versions are kept: one folder a version, its manifest written last.
+"""The snapshot store: one folder for each version, with the manifest written last.
 
-A version is there when its manifest is, and the manifest is written after everything else has reached the disk. So a
-writer that dies at any point leaves either a whole version or a folder that no reader lists, whose number isn't used
-again.
+A version exists once its manifest does, and the manifest is written after all other files have reached the disk. So a writer
+that dies at any point leaves either a whole version or a folder that no reader lists, whose number isn't used again.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _FOLDER = re.compile(r"v(\d{10,})")
 
 
 class SnapshotStore:
-    """Reads and writes versions; every read of weights checks their size and SHA-256.
+    """Reads and writes versions. Every read of weights checks their size and SHA-256.
 
     ```python
     store = SnapshotStore(settings.snapshots)
@@ -42,7 +41,7 @@ class SnapshotStore:
 
     @property
     def url(self) -> str:
-        """Where it is, as messages name it."""
+        """The store's address, for messages."""
         return self._blobs.url
 
     def versions(self) -> list[int]:
@@ -50,23 +49,23 @@ class SnapshotStore:
         return _numbers(self._blobs.folders_with(MANIFEST_FILE))
 
     def next_version(self) -> int:
-        """One above everything there, whole or not. The registry remembers deleted versions: ask it too."""
+        """One above the largest number in the store, whole or not. The registry also knows deleted versions: ask it too."""
         return max(_numbers(self._blobs.folders()), default=0) + 1
 
     def write(self, manifest: Manifest, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor] | None) -> Manifest:
-        """Write a version, manifest last.
+        """Write a version, with the manifest last.
 
         Args:
-            manifest: `files` is filled in here.
+            manifest: the manifest but for `files`.
             serving: CPU tensors that a scorer needs.
             trainer: CPU tensors that a trainer needs besides, or None.
 
         Returns:
-            The manifest as written.
+            The manifest as written, with `files`.
 
         Raises:
-            SnapshotExists: something of this version is there already; what is there is left alone.
-            SnapshotError: the store refuses or can't be reached; what was written is taken away again.
+            SnapshotExists: a file of this version exists already; existing files are left alone.
+            SnapshotError: the store can't be reached or rejects a request; files written so far are removed.
         """
         from safetensors.torch import save
 
@@ -87,7 +86,7 @@ class SnapshotStore:
                 f"Take the next free number, {self.next_version()}."
             ) from error
         except SnapshotError:
-            # A full disk must not fill further with parts that nobody will read.
+            # Files of an incomplete version would never be read, and would keep a full disk full.
             with contextlib.suppress(SnapshotError):
                 self._remove(folder, list(files))
             raise
@@ -97,8 +96,8 @@ class SnapshotStore:
         """Read a version's manifest.
 
         Raises:
-            SnapshotNotFound: no such version, or it isn't whole.
-            SnapshotCorrupt: the manifest can't be read, or is another version's.
+            SnapshotNotFound: the version doesn't exist or isn't whole.
+            SnapshotCorrupt: the manifest can't be read, or is that of another version.
         """
         folder = _folder(version)
         try:
@@ -110,31 +109,31 @@ class SnapshotStore:
         if manifest.version != version:
             raise SnapshotCorrupt(
                 f"{path}: expected the manifest of version {version}, found that of version {manifest.version}. "
-                f"Somebody moved folders about; delete {self._blobs.path(folder)}."
+                f"Folders of the store were renamed or copied; delete {self._blobs.path(folder)}."
             )
         return manifest
 
     def serving(self, version: int) -> dict[str, torch.Tensor]:
-        """The weights that scorers need, checked.
+        """The weights that scorers need.
 
         Raises:
-            SnapshotNotFound: no such version.
-            SnapshotCorrupt: a file is missing or isn't what the manifest says.
+            SnapshotNotFound: the version doesn't exist or isn't whole.
+            SnapshotCorrupt: a file is missing or differs from the manifest.
         """
         return self._tensors(version, SERVING_FILE)
 
     def trainer(self, version: int) -> dict[str, torch.Tensor]:
-        """The trainer's state, checked; raises as `serving` does, also for a version without one."""
+        """The tensors that a trainer needs besides. Raises as `serving` does; SnapshotCorrupt for a version without them."""
         return self._tensors(version, TRAINER_FILE)
 
     def verify(self, version: int, *, hashes: bool = True) -> list[str]:
-        """What is wrong with a version; empty when nothing is.
+        """The problems of a version; empty if it is whole.
 
         Args:
-            hashes: read and hash every file; without it only names and sizes are compared, which is one listing.
+            hashes: read and hash every file. Otherwise only names and sizes are compared, by one listing.
 
         Raises:
-            SnapshotNotFound: nothing at all is there.
+            SnapshotNotFound: the store has no file of this version.
         """
         folder = _folder(version)
         sizes = self._blobs.files(folder)
@@ -157,18 +156,6 @@ class SnapshotStore:
                 problems.append(str(error))
         return problems
 
-    def delete(self, version: int) -> None:
-        """Remove a version: its manifest first, so that no reader finds half of one.
-
-        Raises:
-            SnapshotNotFound: nothing is there.
-        """
-        folder = _folder(version)
-        names = self._blobs.files(folder)
-        if not names:
-            raise self._not_found(version)
-        self._remove(folder, sorted(names, key=lambda name: name != MANIFEST_FILE))
-
     def _remove(self, folder: str, names: list[str]) -> None:
         for name in names:
             self._blobs.delete(folder, name)
@@ -182,7 +169,7 @@ class SnapshotStore:
         if entry is None:
             raise SnapshotCorrupt(
                 f"version {version}: expected {name} in its manifest, found none. "
-                "A version without it can't be used for this; take another: `headrace snapshot list`."
+                "A version without this file can't be used here; choose another one: `headrace snapshot list`."
             )
         data = self._checked(version, name, entry)
         try:
@@ -205,16 +192,16 @@ class SnapshotStore:
     def _wrong(self, version: int, name: str, expected: str, found: str) -> SnapshotCorrupt:
         return SnapshotCorrupt(
             f"{self._blobs.path(_folder(version), name)}: expected {expected}, found {found}. "
-            f"Version {version} is broken; go back to another: `headrace snapshot rollback`."
+            f"Version {version} is damaged; go back to another one: `headrace snapshot rollback`."
         )
 
     def _not_found(self, version: int) -> SnapshotNotFound:
-        there = self.versions()
-        shown = f"{len(there)} versions, the newest {there[-1]}" if there else "none"
+        versions = self.versions()
+        shown = f"{len(versions)} versions, the newest {versions[-1]}" if versions else "no version"
         state = "one that isn't whole" if self._blobs.files(_folder(version)) else "nothing"
         return SnapshotNotFound(
-            f"version {version}: expected a whole version in {self._blobs.url}, found {state} (there: {shown}). "
-            "`headrace snapshot list` shows what can be named."
+            f"version {version}: expected a whole version in {self._blobs.url}, found {state} (the store has {shown}). "
+            "`headrace snapshot list` shows the versions that exist."
         )
 
 

@@ -1,14 +1,14 @@
 """Errors of the room `stream`.
 
 StreamError
-├── SecurityError    the settings that reach Kafka can't be used
-├── NoAnswer         Kafka didn't answer within a deadline
-├── TopicError       a topic is missing or not as the contract says
-├── RegistryError    a change of the snapshot registry was refused
-│   └── Fenced       somebody else changed it at the same time; read again and retry
-├── Replaced         another worker has taken this one's place in the group
-├── PositionError    the log isn't where the committed offsets say
-└── Abandoned        a partition went away while it was being taken over
+├── SecurityError    no client can use the connection settings
+├── NoAnswer         Kafka can't be reached, or doesn't answer in time
+├── TopicError       a topic is missing, or differs from its contract
+├── RegistryError    the rules don't allow a change of the registry of versions
+│   └── Fenced       another process changed it at the same time; run the operation again
+├── Replaced         another worker with the same instance id is in the group
+├── PositionError    the log doesn't fit the committed offsets
+└── Abandoned        a partition went to another worker while it was being taken over
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ class StreamError(Exception):
 
 
 class SecurityError(StreamError):
-    """Addresses, TLS files or SASL credentials that no client could use."""
+    """Addresses, TLS files or SASL credentials that no client can use."""
 
 
 class NoAnswer(StreamError):
-    """Kafka didn't answer within a deadline; the message names what was asked."""
+    """Kafka can't be reached, or doesn't answer in time. The message names what was asked for."""
 
 
 class TopicError(StreamError):
-    """A topic is missing, or is not as the contract says."""
+    """A topic is missing, or differs from its contract."""
 
 
 class RegistryError(StreamError):
-    """A change of the snapshot registry was refused."""
+    """The rules don't allow a change of the registry of versions."""
 
 
 class Fenced(RegistryError):
-    """Another process changed the registry at the same time."""
+    """Another process changed the registry of versions at the same time."""
 
 
 class Replaced(StreamError):
-    """Another worker with the same instance id has taken this one's place in the group."""
+    """Another worker with the same instance id has replaced this one in the group."""
 
 
 class PositionError(StreamError):
-    """The log isn't where the committed offsets say."""
+    """The log doesn't fit the committed offsets: it begins after them, ends before them, or is another topic's."""
 
 
 class Abandoned(StreamError):
-    """A partition went to another worker while it was being taken over; the next rebalance decides."""
+    """A partition went to another worker while it was being taken over. The next rebalance decides who gets it."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 __all__ = [
+    "DEVICES",
     "HttpSettings",
     "JoinSettings",
     "KafkaSettings",
@@ -294,9 +295,6 @@ class JoinSettings(_Frozen):
         "Their clicks may be in other partitions now, so such impressions may be labelled wrong.",
     )
 
-    # The section `schema_registry`, which the settings tree hands down (`with_registry`).
-    _schema_registry: SchemaRegistrySettings = PrivateAttr(default_factory=SchemaRegistrySettings)
-
     @model_validator(mode="before")
     @classmethod
     def _without_policies(cls, values: Any) -> Any:
@@ -306,23 +304,6 @@ class JoinSettings(_Frozen):
                 "instead of `fnw` set it to 0 (negatives leave at once); most need only the default. Remove label_policy."
             )
         return values
-
-    @property
-    def schema_registry(self) -> SchemaRegistrySettings:
-        """Where the schemas of framed events are."""
-        return self._schema_registry
-
-    def with_registry(self, registry: SchemaRegistrySettings) -> JoinSettings:
-        """These settings, reading frames by that registry."""
-        with_it = self.model_copy()
-        with_it._schema_registry = registry
-        return with_it
-
-    @property
-    def form(self) -> str:
-        """What events may be in, as `stream.formats` names it."""
-        frames = "f" if self._schema_registry.url is not None else ""
-        return frames + {"none": "", "connect": "c", "debezium": "d"}[self.envelope]
 
     @property
     def held_ms(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from state.gate import GateReport
+from state.gate_report import GateReport
 
 __all__ = ["JUDGED", "judged"]
 

@@ -13,16 +13,23 @@ import yaml
 
 from deploy.docs import metrics, pages
 from headrace.events import encode_click, encode_impression, encode_request
-from stream.join.logic import CORRECTION, FIRST, Plan
+from stream.join.plan import Plan
 from stream.records.dead_letter import REASONS, DeadLetter
-from stream.records.example import plan_records
-from stream.registry.heartbeat import Heartbeat
+from stream.records.example import CORRECTION, FIRST, Example
+from stream.records.heartbeat import Heartbeat
 from stream.settings import TopicSettings
 from stream.topics.contract import topic_contracts
+from tests.stream.join.written import written
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "headrace.json"
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 ASYNCAPI: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "asyncapi.yaml").read_text())
+
+
+def anchor_of(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -71,10 +78,10 @@ def test_what_the_client_sends_is_what_asyncapi_says() -> None:
 
 def test_headers_are_what_asyncapi_says() -> None:
     kinds = ((-1, FIRST), (9, FIRST), (9, CORRECTION))
-    examples = [(b"i", b"{}", 5, 7, click_ms, kind) for click_ms, kind in kinds]
+    examples = [Example(b"i", b"{}", 5, 7, click_ms, kind) for click_ms, kind in kinds]
     plan = Plan(examples=examples, left_out=[3, 1, 2], held={(5, 9): 11})
     for rate in (1.0, 0.05):
-        for key, value, headers in plan_records(plan, rate):
+        for key, value, headers in written(plan, rate):
             name = {b"left_out": "leftOut", b"matched": "matched"}.get(dict(headers)["kind"] or b"", "example")
             jsonschema.validate({name: value.decode() for name, value in headers}, schema(f"{name}Headers"))
             if key is None:
@@ -106,7 +113,7 @@ def test_the_code_uses_no_other_reason_code() -> None:
                     r"DeadLetter(?:\.of)?\(\s*(?:record,\s*|events\.records\[index\],\s*)?\"([a-z_0-9]+)\"", path.read_text()
                 )
             )
-            used |= set(re.findall(r"_refuse\(\s*\"([a-z_0-9]+)\"", path.read_text()))
+            used |= set(re.findall(r"_reject\(\s*\"([a-z_0-9]+)\"", path.read_text()))
     assert {"late_impression", "not_finite"} <= used, "the pattern no longer finds where codes are written"
     assert used <= REASONS.keys()
 
@@ -122,7 +129,7 @@ def known_metrics() -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "path",
-    [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", *sorted((ROOT / "deploy").rglob("*.yml")), DASHBOARD],
+    [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md")), *sorted((ROOT / "deploy").rglob("*.yml")), DASHBOARD],
     ids=str,
 )
 def test_a_metric_that_is_named_exists(path: Path) -> None:
@@ -144,22 +151,51 @@ def test_every_metric_is_documented_with_type_labels_and_meaning() -> None:
 def test_metrics_are_made_where_the_pages_look_for_them() -> None:
     makers = re.compile(r"from prometheus_client import .*\b(?:Counter|Gauge|Histogram|Summary|Info|Enum)\b")
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "stream").rglob("*.py") if makers.search(path.read_text())}
-    assert found == {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer")} | {"stream/worker/runtime.py"}
+    assert found == {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer")} | {"stream/worker/metrics.py"}
     for room in ("deploy", "headrace", "model", "state"):
         assert not [path for path in (ROOT / room).rglob("*.py") if makers.search(path.read_text())]
 
 
 def test_links_between_pages_resolve() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    """Files and headings: a heading's anchor is its words in lower case, joined by hyphens."""
+    pages_by_hand = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    anchors = {page: {anchor_of(heading) for heading in HEADING.findall(page.read_text())} for page in pages_by_hand}
+    for page in pages_by_hand:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            path = (page.parent / target).resolve() if target else page
+            assert path.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors[path], f"{page.name} links to {target}#{anchor}"
 
 
-@pytest.mark.parametrize("page", ["reliability.md", "join.md"])
+@pytest.mark.parametrize("page", ["reliability.md", "join-rules.md"])
 def test_the_tests_that_a_page_names_exist(page: str) -> None:
-    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    there = set(re.findall(r"def (test_\w+)\(", code))
-    named = set(re.findall(r"`(test_\w+?)(…?)`", (ROOT / "docs" / page).read_text()))
+    """`test_name`, or `folder/test_file.py::test_name` below tests/; a name may be cut with an ellipsis."""
+    tests = ROOT / "tests"
+    there = {
+        str(path.relative_to(tests)): re.findall(r"def (test_\w+)\(", path.read_text()) for path in tests.rglob("test_*.py")
+    }
+    everywhere = [name for names in there.values() for name in names]
+    named = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+?)(…?)`", (ROOT / "docs" / page).read_text())
     assert len(named) > 5
-    missing = [name for name, cut in named if not (any(each.startswith(name) for each in there) if cut else name in there)]
+    missing = []
+    for file, name, cut in named:
+        names = there.get(file, []) if file else everywhere
+        if not (any(each.startswith(name) for each in names) if cut else name in names):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+ROOMS = ("headrace", "stream", "model", "state", "deploy", "bench", "tests", "docs")
+BY_HAND = [
+    *sorted(ROOT.glob("*.md")),
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem not in ("cli", "settings")),
+]
+
+
+@pytest.mark.parametrize("page", BY_HAND, ids=str)
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    """A code span that is a path from the top of the checkout, such as `stream/join/logic.py`; join-rules.md names tests."""
+    top = ROOT / "tests" if page.name == "join-rules.md" else ROOT
+    named = re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w./-]*)(?:::\w+)?`", page.read_text())
+    missing = [name for name in named if not (ROOT / name).exists() and not (top / name).exists()]
     assert missing == []

@@ -1,4 +1,4 @@
-"""What the commands share: questions to Kafka, errors, output in text or JSON, progress."""
+"""What the commands share: requests to Kafka with their errors, output in text or JSON, who runs them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 
 def ask_kafka(settings: Settings, doing: Coroutine[Any, Any, T], about: str) -> T:
-    """Run it once Kafka can be reached.
+    """Run a coroutine once Kafka can be reached, and return its result.
+
+    Args:
+        about: what is asked for, for the error's text.
 
     Raises:
         StreamError: Kafka can't be reached, or doesn't answer.
@@ -30,7 +33,7 @@ def ask_kafka(settings: Settings, doing: Coroutine[Any, Any, T], about: str) -> 
     from aiokafka.errors import KafkaError
     from kafka.errors import KafkaError as AdminError
 
-    from stream.kafka.clients import no_answer
+    from stream.kafka.clients import unreachable
     from stream.kafka.reach import reach
 
     async def ask() -> T:
@@ -38,36 +41,36 @@ def ask_kafka(settings: Settings, doing: Coroutine[Any, Any, T], about: str) -> 
             await reach(settings.kafka)
             return await doing
         finally:
-            doing.close()  # not begun where Kafka can't be reached
+            doing.close()  # it has not begun where Kafka can't be reached
 
     try:
         return asyncio.run(ask())
     except (KafkaError, AdminError, TimeoutError, ConnectionError) as error:
-        raise no_answer(settings.kafka, about, error) from error
+        raise unreachable(settings.kafka, f"an answer about {about}", error) from error
 
 
 def await_kafka(settings: Settings) -> None:
-    """Return once Kafka can be reached. For commands that go on without `ask_kafka`. Raises NoAnswer."""
+    """Return once Kafka can be reached; for commands that don't use `ask_kafka`. Raises NoAnswer."""
     from stream.kafka.reach import reach
 
     asyncio.run(reach(settings.kafka))
 
 
 def quiet_clients() -> None:
-    """Leave out the clients' own logs: what fails is reported in words of ours.
+    """Silence the client libraries' logs: a command reports its errors itself.
 
-    aiokafka logs every fencing as an error, and asyncio what its producer then leaves behind; in a command, fencing is how one
-    waits for another or ends it. Workers set their logs up themselves (`deploy.logs`).
+    aiokafka logs every fencing as an error, and asyncio logs what aiokafka's producer then leaves behind. In a command, fencing
+    is no error: it is how one command waits for another, or ends it. Workers set up their own logs (`deploy.logs`).
     """
     for name in ("aiokafka", "asyncio", "kafka"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def who() -> str:
-    """Who runs the command, as the logs keep it: user@host."""
+    """Who runs the command, as the registry and receipts keep it: user@host."""
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
+    except (KeyError, OSError):  # a container's user may have no name
         user = "unknown"
     return f"{user}@{socket.gethostname()}"
 
@@ -85,10 +88,10 @@ def echo_json(value: Any) -> None:
 
 
 def echo_document(text: bytes | str) -> None:
-    """Print what a machine reads (JSON, TOML): in UTF-8, whatever the terminal's encoding is."""
+    """Print a document for machines (JSON, TOML) in UTF-8, whatever the terminal's encoding is."""
     click.echo(text if isinstance(text, bytes) else text.encode())
 
 
 def on_terminal() -> bool:
-    """Whether people are looking: progress bars and colours only then."""
+    """Whether the output goes to a terminal: progress bars and colours only then."""
     return sys.stdout.isatty()

@@ -1,4 +1,4 @@
-"""`headrace dead-letters …`: look at records that couldn't be used, and feed them again after a fix."""
+"""`headrace dead-letters …`: look at records that couldn't be used, and send them again after a fix."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from deploy.cli.times import MOMENT, clock
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
-    from stream.letters.log import Letter, Wanted
+    from stream.letters.log import Wanted
     from stream.letters.replay import Replay
+    from stream.records.dead_letter import Letter
     from stream.topics.names import TopicNames
 
 __all__ = ["dead_letters"]
@@ -29,7 +30,7 @@ SHOWN = 60  # characters of a key or an error text in a line of a list
 
 @click.group("dead-letters")
 def dead_letters() -> None:
-    """Look at records that couldn't be used, and feed them again after a fix.
+    """Look at records that couldn't be used, and send them again after a fix.
 
     \b
     Examples:
@@ -41,24 +42,26 @@ def dead_letters() -> None:
 
 
 def _wanted_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that choose letters, as `reasons`, `sources`, `since_ms` and `until_ms`."""
+    """Add the options that choose letters, as the arguments `reasons`, `sources`, `since_ms` and `until_ms`."""
     for option in (
-        click.option("--until", "until_ms", type=MOMENT, metavar="TIME", help="Arrived before then, as for --since."),
+        click.option(
+            "--until", "until_ms", type=MOMENT, metavar="TIME", help="Arrived before this time, given as for --since."
+        ),
         click.option(
             "--since",
             "since_ms",
             type=MOMENT,
             metavar="TIME",
-            help="Arrived then or later: a time (UTC), or how long ago, as 2h.",
+            help="Arrived at this time or later: a time (UTC), or how long ago, such as 2h.",
         ),
         click.option(
             "--source",
             "sources",
             multiple=True,
             type=click.Choice(["impressions", "clicks", "examples", "score-requests"]),
-            help="From this topic (without the prefix); repeatable.",
+            help="Only from this topic (without the prefix); repeatable.",
         ),
-        click.option("--reason", "reasons", multiple=True, metavar="CODE", help="With this reason code; repeatable."),
+        click.option("--reason", "reasons", multiple=True, metavar="CODE", help="Only with this reason code; repeatable."),
     ):
         function = option(function)
     return function
@@ -84,7 +87,7 @@ def list_(
     settings, names = _settings()
     wanted = _wanted(names, reasons, sources, since_ms, until_ms)
 
-    # By partition: partitions are read one after another, and only within one are letters in the order of their arrival.
+    # By partition, since letters are in the order of their arrival within one partition only.
     newest: dict[int, deque[tuple[Letter, bool]]] = defaultdict(lambda: deque(maxlen=last or None))
     letters: Counter[tuple[str, str]] = Counter()
     replayed: Counter[tuple[str, str]] = Counter()
@@ -112,7 +115,7 @@ def list_(
     for letter, done in shown:
         key = "-" if letter.key is None else _short(letter.key)
         click.echo(
-            f"{letter.place:>10}  {clock(letter.arrived_ms)}  {letter.reason:16}  {letter.origin!s:24}  key {key}  "
+            f"{letter.name:>10}  {clock(letter.arrived_ms)}  {letter.reason:16}  {letter.origin!s:24}  key {key}  "
             f"{_short(letter.error.encode())}{'  (replayed)' if done else ''}"
         )
     for total in totals:
@@ -123,10 +126,10 @@ def list_(
 
 @dead_letters.command()
 @click.argument("place", metavar="PARTITION/OFFSET")
-@click.option("--raw", is_flag=True, help="Only the record's value, byte for byte.")
+@click.option("--raw", is_flag=True, help="Print only the record's value, byte for byte.")
 @format_option
 def show(place: str, raw: bool, output: str) -> None:
-    """Show one letter whole: why, from where, and key, headers and value as received.
+    """Show one letter whole: its reason and its source, and key, headers and value as received.
 
     \b
     Examples:
@@ -149,7 +152,7 @@ def show(place: str, raw: bool, output: str) -> None:
         echo_json(_document(letter) | _bytes("value", letter.value) | {"headers": [_header(*each) for each in letter.headers]})
     else:
         rows = [
-            ("place", f"{names.dead_letters} {letter.place}"),
+            ("place", f"{names.dead_letters} {letter.name}"),
             ("arrived", clock(letter.arrived_ms)),
             ("reason", letter.reason),
             ("path", _text(letter.path.encode())),
@@ -166,8 +169,8 @@ def show(place: str, raw: bool, output: str) -> None:
 @dead_letters.command()
 @click.argument("places", nargs=-1, metavar="[PARTITION/OFFSET]...")
 @_wanted_options
-@click.option("--all", "everything", is_flag=True, help="Every letter; needed where nothing else chooses.")
-@click.option("--dry-run", is_flag=True, help="Say what would be fed; write nothing.")
+@click.option("--all", "everything", is_flag=True, help="Every letter; required when no other option chooses letters.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent; write nothing.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @format_option
 def replay(
@@ -181,10 +184,11 @@ def replay(
     yes: bool,
     output: str,
 ) -> None:
-    """Feed records again, to the topic and partition they came from, bytes as received. No record is fed twice.
+    """Send records again to the topic and partition they came from, bytes as received. No record is sent twice.
 
-    Repeat it, or kill it halfway and run it again: what was fed is remembered in the same transaction. A record that fails
-    again becomes a new letter, which can be replayed after the next fix. Exit code 1 when some could not be fed.
+    Safe to repeat, and to run again after it was killed halfway: the transaction that sends records also writes a receipt. A
+    record that fails again becomes a new letter, which can be replayed after the next fix. Exit code 1 when some could not be
+    sent.
 
     \b
     Examples:
@@ -204,7 +208,7 @@ def replay(
         if dry_run:
             _show_replay(planned, names, output, dry_run=True)
             return
-        click.confirm(f"Feed {planned.fed.total():,} records again ({_sum(planned.fed)})?", abort=True, err=True)
+        click.confirm(f"Send {planned.fed.total():,} records again ({_sum(planned.fed)})?", abort=True, err=True)
     done = ask_kafka(settings, replay_letters(settings.kafka, names, wanted, who=who()), ABOUT)
     _show_replay(done, names, output, dry_run=False)
     if done.too_large or done.foreign or done.without_bytes:
@@ -220,9 +224,9 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
                     for (source, reason), count in sorted(replay.fed.items())
                 ],
                 "done_before": replay.done_before.total(),
-                "foreign": [letter.place for letter in replay.foreign],
-                "too_large": [letter.place for letter in replay.too_large],
-                "without_bytes": [letter.place for letter in replay.without_bytes],
+                "foreign": [letter.name for letter in replay.foreign],
+                "too_large": [letter.name for letter in replay.too_large],
+                "without_bytes": [letter.name for letter in replay.without_bytes],
                 "dry_run": dry_run,
             }
         )
@@ -230,7 +234,7 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
         for (source, reason), count in sorted(replay.fed.items()):
             click.echo(f"{count:>10,} {source} {reason}")
         click.echo(
-            f"{'would feed' if dry_run else 'fed'} {replay.fed.total():,} records again{' (dry run)' if dry_run else ''}"
+            f"{'would send' if dry_run else 'sent'} {replay.fed.total():,} records again{' (dry run)' if dry_run else ''}"
         )
         if replay.done_before:
             click.echo(
@@ -238,20 +242,20 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
             )
     for letter in replay.foreign:
         click.echo(
-            f"{letter.place}: expected a source with the prefix {names.prefix!r} and that partition, found {letter.origin}. It "
-            f"can't be fed; `headrace dead-letters show {letter.place} --raw` gives its bytes.",
+            f"{letter.name}: expected a source with the prefix {names.prefix!r} and that partition, found {letter.origin}. It "
+            f"can't be sent again; `headrace dead-letters show {letter.name} --raw` gives its bytes.",
             err=True,
         )
     for letter in replay.too_large:
         click.echo(
-            f"{letter.place}: {letter.origin.topic} refused it for its size ({letter.size:,} bytes, and a header that a replay "
+            f"{letter.name}: {letter.origin.topic} refused it for its size ({letter.size:,} bytes, and a header that a replay "
             "adds). Raise topics.max_message_bytes, `headrace topics create --mend`, and replay again.",
             err=True,
         )
 
     for letter in replay.without_bytes:
         click.echo(
-            f"{letter.place}: a letter {letter.reason} has no bytes to feed again. They are at {letter.origin} while retention "
+            f"{letter.name}: a letter {letter.reason} has no bytes to send again. They are at {letter.origin} while retention "
             f"keeps them: {_way_out(letter)}.",
             err=True,
         )
@@ -271,7 +275,7 @@ def _value(letter: Letter) -> str:
 
 def _document(letter: Letter) -> dict[str, Any]:
     return {
-        "place": letter.place,
+        "place": letter.name,
         "arrived_ms": letter.arrived_ms,
         "reason": letter.reason,
         "path": letter.path,
@@ -287,7 +291,7 @@ def _header(name: str, value: bytes | None) -> dict[str, Any]:
 
 
 def _bytes(name: str, data: bytes | None) -> dict[str, Any]:
-    """As text where it is UTF-8, else in base64 under another name."""
+    """Bytes for JSON: as text where they are UTF-8, else in base64 under another name."""
     if data is None:
         return {name: None}
     try:
@@ -297,7 +301,7 @@ def _bytes(name: str, data: bytes | None) -> dict[str, Any]:
 
 
 def _text(data: bytes) -> str:
-    """For people: a line, control characters and what isn't UTF-8 escaped."""
+    """Bytes as one line for people; control characters and bytes that aren't UTF-8 are escaped."""
     return printable(data.decode(errors="backslashreplace"))
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,18 +13,16 @@ from deploy.cli.times import DURATION, TIME, clock, duration
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
-    from stream.registry.heartbeat import Heartbeat
-    from stream.registry.operations import Rollback
-    from stream.registry.writer import RegistryWriter
+    from state.decisions import Held
+    from stream.registry.operations import ChampionMoved, Operations, Plan
+    from stream.topics.names import TopicNames
 
 __all__ = ["snapshot"]
 
-# Not everyone confirmed: the rollback stands, but somebody may serve something else.
+# Some scorer didn't confirm in time. The rollback is written, but that scorer may still serve another version.
 EXIT_UNCONFIRMED = 3
 
 ABOUT = "the registry of versions"
-
-T = TypeVar("T")
 
 
 @click.group()
@@ -54,12 +51,11 @@ def list_(last: int, output: str) -> None:
     """
     from deploy.cli.snapshot_view import beat_json, print_versions, registry_json
     from state.store import SnapshotStore
-    from stream.registry.operations import look
 
     settings = _settings()
-    state, live = ask_kafka(settings, look(settings.kafka, _names(settings)), ABOUT)
-    document = registry_json(state, set(SnapshotStore(settings.snapshots).versions()), last)
-    document["scorers"] = [beat_json(beat) for beat in live]
+    seen = ask_kafka(settings, _operations(settings).look(), ABOUT)
+    document = registry_json(seen.state, set(SnapshotStore(settings.snapshots).versions()), last)
+    document["scorers"] = [beat_json(beat) for beat in seen.live]
     if output == "json":
         echo_json(document)
     else:
@@ -70,7 +66,7 @@ def list_(last: int, output: str) -> None:
 @click.argument("version", type=click.IntRange(min=1))
 @format_option
 def show(version: int, output: str) -> None:
-    """Show everything that is known of VERSION.
+    """Show everything known about VERSION.
 
     \b
     Examples:
@@ -131,9 +127,9 @@ def verify(version: int, output: str) -> None:
 @snapshot.command()
 @click.argument("version", type=click.IntRange(min=1))
 @click.option("--reason", required=True, help="Why; it stays in the registry.")
-@click.option("--hold", "hold_reason", metavar="WHY", help="Stop auto-promotion too, and say why.")
-@click.option("--resume", is_flag=True, help="Let auto-promotion go on too.")
-@click.option("--unchecked", is_flag=True, help="Don't look first whether the store has the version.")
+@click.option("--hold", "hold_reason", metavar="WHY", help="Also hold auto-promotion, for this reason.")
+@click.option("--resume", is_flag=True, help="Also let auto-promotion go on.")
+@click.option("--unchecked", is_flag=True, help="Don't check first that the store has the version.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen; write nothing.")
 @format_option
 def promote(
@@ -151,21 +147,24 @@ def promote(
     """
     if resume and hold_reason is not None:
         raise click.UsageError("--hold and --resume: expected one of them, found both.")
+    from stream.registry.operations import PromoteRequest
+
     settings = _settings()
-    if not unchecked:
-        _check_store(settings)(version)
+    operations = _operations(settings, unchecked=unchecked)
     hold = True if hold_reason is not None else False if resume else None
-
-    async def move(writer: RegistryWriter) -> Any:
-        return (await writer.promote(version, reason, hold=hold, hold_reason=hold_reason or "")).outcome
-
-    moved = _rehearse(settings, version, reason, hold, hold_reason or "") if dry_run else _write(settings, move)
+    request = PromoteRequest(version, reason, hold, hold_reason or "")
+    moved: Plan | ChampionMoved
+    if dry_run:
+        moved = ask_kafka(settings, operations.plan(request), ABOUT)
+    else:
+        moved = ask_kafka(settings, operations.promote(request), ABOUT)
     if output == "json":
-        echo_json({"from": moved.previous, "to": moved.version, "held": moved.held, "undo": moved.undo, "dry_run": dry_run})
+        echo_json({"from": moved.previous, "to": moved.version, "held": moved.held, "undo": _undo(moved), "dry_run": dry_run})
         return
-    click.echo(f"champion: {_or_none(moved.previous)} → {moved.version}{' (dry run: nothing was written)' if dry_run else ''}")
+    previous = "none" if moved.previous is None else moved.previous
+    click.echo(f"champion: {previous} → {moved.version}{' (dry run: nothing was written)' if dry_run else ''}")
     click.echo(f"auto-promotion: {'held' if moved.held else 'on'}")
-    click.echo(f"undo: {moved.undo}" if moved.undo else "undo: there was no champion before")
+    click.echo(f"undo: {_undo(moved) or 'there was no champion before'}")
 
 
 @snapshot.command()
@@ -176,7 +175,7 @@ def promote(
 @click.option(
     "--timeout", "timeout_ms", type=DURATION, default="10s", show_default=True, help="How long to wait for the scorers."
 )
-@click.option("--unchecked", is_flag=True, help="Don't look first whether the store has the version.")
+@click.option("--unchecked", is_flag=True, help="Don't check first that the store has the version.")
 @click.option("--dry-run", is_flag=True, help="Say what would happen; write nothing.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @format_option
@@ -203,28 +202,23 @@ def rollback(
       headrace snapshot rollback --back 10m --dry-run
       headrace snapshot rollback --before 2024-05-01T12:00:00Z --yes --format json
     """
-    from stream.registry.operations import plan_rollback, roll_back
+    from stream.registry.operations import RollbackRequest
 
     settings = _settings()
     began = time.monotonic()
-    wanted: dict[str, Any] = {"to": to, "back_ms": back_ms, "before_ms": before_ms}
-    reach = (settings.kafka, _names(settings))
+    operations = _operations(settings, unchecked=unchecked)
+    request = RollbackRequest(reason, to, back_ms, before_ms, timeout_ms)
+    what: RollbackRequest | Plan = request
     if dry_run or (not yes and sys.stdin.isatty()):
-        plan = ask_kafka(settings, plan_rollback(*reach, **wanted), ABOUT)
+        what = plan = ask_kafka(settings, operations.plan(request), ABOUT)
         if dry_run:
-            if not unchecked:
-                _check_store(settings)(plan.version)
-            _show_plan(plan.previous, plan.version, plan.held_already, plan.live, output)
+            _show_plan(plan, output)
             return
         click.confirm(
             f"Roll back from version {plan.previous} to {plan.version} ({len(plan.live)} live scorers)?", abort=True, err=True
         )
-        # What was shown is what is done; and the time that someone thought it over is not the rollback's.
-        wanted = {"to": plan.version, "back_ms": None, "before_ms": None}
-        began = time.monotonic()
-    check = None if unchecked else _check_store(settings)
-    doing = roll_back(*reach, who=who(), reason=reason, timeout_ms=timeout_ms, check=check, began=began, **wanted)
-    done = ask_kafka(settings, doing, ABOUT)
+        began = time.monotonic()  # the time for thinking it over doesn't count
+    done = ask_kafka(settings, operations.rollback(what, began=began), ABOUT)
     _show_rollback(done, output)
     for beat in done.unconfirmed:
         why = ", stale" if beat.stale else ""
@@ -244,13 +238,14 @@ def rollback(
 @click.option("--reason", required=True, help="Why; it stays in the registry.")
 @format_option
 def hold(reason: str, output: str) -> None:
-    """Stop auto-promotion: new versions stay candidates.
+    """Hold auto-promotion: new versions stay candidates.
 
     \b
     Examples:
       headrace snapshot hold --reason "sale until Monday"
     """
-    _hold_or_resume(lambda writer: writer.hold(reason), output)
+    settings = _settings()
+    _show_hold(ask_kafka(settings, _operations(settings).hold(reason), ABOUT), output)
 
 
 @snapshot.command()
@@ -262,11 +257,11 @@ def resume(output: str) -> None:
     Examples:
       headrace snapshot resume
     """
-    _hold_or_resume(lambda writer: writer.resume(), output)
+    settings = _settings()
+    _show_hold(ask_kafka(settings, _operations(settings).resume(), ABOUT), output)
 
 
-def _hold_or_resume(change: Callable[[RegistryWriter], Awaitable[Any]], output: str) -> None:
-    held = _write(_settings(), change).outcome
+def _show_hold(held: Held, output: str) -> None:
     if output == "json":
         echo_json(
             {
@@ -275,7 +270,7 @@ def _hold_or_resume(change: Callable[[RegistryWriter], Awaitable[Any]], output: 
                 "who": held.who,
                 "since_ms": held.at_ms,
                 "changed": held.changed,
-                "undo": held.undo,
+                "undo": _undo(held),
             }
         )
         return
@@ -284,20 +279,28 @@ def _hold_or_resume(change: Callable[[RegistryWriter], Awaitable[Any]], output: 
     if not held.changed:
         click.echo("It was so already; nothing was written.")
     if held.undo:
-        click.echo(f"undo: {held.undo}")
+        click.echo(f"undo: {_undo(held)}")
 
 
-def _show_plan(previous: int, version: int, held: bool, live: list[Heartbeat], output: str) -> None:
-    workers = [beat.worker for beat in live]
+def _show_plan(plan: Plan, output: str) -> None:
+    workers = [beat.worker for beat in plan.live]
     if output == "json":
-        echo_json({"from": previous, "to": version, "held_already": held, "live": workers, "dry_run": True})
+        echo_json(
+            {
+                "from": plan.previous,
+                "to": plan.version,
+                "held_already": plan.held_already,
+                "live": workers,
+                "dry_run": True,
+            }
+        )
         return
-    click.echo(f"champion: {previous} → {version} (dry run: nothing was written)")
-    click.echo(f"auto-promotion: {'held already' if held else 'would be held'}")
+    click.echo(f"champion: {plan.previous} → {plan.version} (dry run: nothing was written)")
+    click.echo(f"auto-promotion: {'held already' if plan.held_already else 'would be held'}")
     click.echo(f"live scorers: {', '.join(workers) or 'none'}")
 
 
-def _show_rollback(done: Rollback, output: str) -> None:
+def _show_rollback(done: ChampionMoved, output: str) -> None:
     from deploy.cli.snapshot_view import beat_json
 
     if output == "json":
@@ -308,61 +311,33 @@ def _show_rollback(done: Rollback, output: str) -> None:
                 "held": done.held,
                 "confirmed": [{"worker": each.worker, "after_ms": each.after_ms} for each in done.confirmed],
                 "unconfirmed": [beat_json(beat) for beat in done.unconfirmed],
-                "rollback_ms": done.rollback_ms,
-                "undo": done.undo,
+                "rollback_ms": done.took_ms,
+                "undo": _undo(done),
             }
         )
         return
     click.echo(f"champion: {done.previous} → {done.version}, auto-promotion held until `headrace snapshot resume`")
     everyone = len(done.confirmed) + len(done.unconfirmed)
     if not everyone:
-        click.echo(f"no scorer is live: nobody had to confirm ({duration(done.rollback_ms)})")
+        click.echo(f"no scorer is live: nobody had to confirm ({duration(done.took_ms)})")
     else:
         names = ", ".join(each.worker for each in done.confirmed)
         confirmed = f"{len(done.confirmed)} of {everyone} scorers confirmed{f' ({names})' if names else ''}"
-        click.echo(f"{confirmed}, {duration(done.rollback_ms)} after the command")
-    click.echo(f"undo: {done.undo}")
+        click.echo(f"{confirmed}, {duration(done.took_ms)} after the command")
+    click.echo(f"undo: {_undo(done)}")
 
 
-def _rehearse(settings: Settings, version: int, reason: str, hold: bool | None, hold_reason: str) -> Any:
-    from state.decisions import Cause
-    from state.decisions import promote as decide
-    from stream.registry.log import read_registry
-
-    state = ask_kafka(settings, read_registry(settings.kafka, _names(settings)), ABOUT)
-    cause = Cause(who(), time.time_ns() // 1_000_000, reason, "dry-run")
-    return decide(state, version, cause, hold=hold, hold_reason=hold_reason).outcome
+def _undo(done: ChampionMoved | Plan | Held) -> str | None:
+    """The command that restores what was before."""
+    return None if done.undo is None else done.undo.command
 
 
-def _write(settings: Settings, change: Callable[[RegistryWriter], Awaitable[T]]) -> T:
-    from stream.registry.writer import RegistryWriter
-
-    async def run() -> T:
-        writer = RegistryWriter(settings.kafka, _names(settings), who=who())
-        try:
-            return await change(writer)
-        finally:
-            await writer.close()
-
-    return ask_kafka(settings, run(), ABOUT)
-
-
-def _check_store(settings: Settings) -> Callable[[int], None]:
-    """Nobody is sent to a version that the store doesn't have whole. Names and sizes only: a rollback must be quick."""
-    from state.errors import SnapshotCorrupt, SnapshotError
+def _operations(settings: Settings, *, unchecked: bool = False) -> Operations:
     from state.store import SnapshotStore
+    from stream.registry.operations import Operations
 
-    store = SnapshotStore(settings.snapshots)
-
-    def check(version: int) -> None:
-        try:
-            problems = store.verify(version, hashes=False)
-            if problems:
-                raise SnapshotCorrupt(problems[0])
-        except SnapshotError as error:
-            raise type(error)(f"{error} Nothing was changed; --unchecked goes there all the same.") from error
-
-    return check
+    store = None if unchecked else SnapshotStore(settings.snapshots)
+    return Operations(settings.kafka, _names(settings), who(), store=store)
 
 
 def _settings() -> Settings:
@@ -371,11 +346,7 @@ def _settings() -> Settings:
     return load_settings()
 
 
-def _names(settings: Settings) -> Any:
+def _names(settings: Settings) -> TopicNames:
     from stream.topics.names import TopicNames
 
     return TopicNames.of(settings.topics)
-
-
-def _or_none(version: int | None) -> str:
-    return "none" if version is None else str(version)

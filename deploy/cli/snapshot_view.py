@@ -1,4 +1,4 @@
-"""How `headrace snapshot` shows versions: as rows of one table, and as JSON with the same names."""
+"""The output of `headrace snapshot`: versions as rows of a table, and as JSON with the same names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from deploy.cli.tables import print_pairs, print_table
 from deploy.cli.times import clock
 from state.manifest import Manifest, finite_or_null
 from state.registry import RegistryState, VersionRecord
-from stream.registry.heartbeat import Heartbeat
+from stream.records.heartbeat import Heartbeat
 
 __all__ = ["beat_json", "print_version", "print_versions", "registry_json", "version_json"]
 
 
 def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[str, Any]:
-    """The whole registry; versions ascending, the newest `last` of them (0: all)."""
+    """The registry, with its newest `last` versions (0: all) in ascending order."""
     champion = state.champion
     numbers = sorted(state.versions)
     return {
@@ -65,7 +65,7 @@ def version_json(record: VersionRecord, state: RegistryState, in_store: bool) ->
 
 
 def beat_json(beat: Heartbeat) -> dict[str, Any]:
-    """What one scorer says of itself; `version` is null while it has none."""
+    """What one scorer reports. `version` is null while the scorer has none."""
     return {
         "worker": beat.worker,
         "host": beat.host,
@@ -106,14 +106,14 @@ def print_versions(document: dict[str, Any]) -> None:
         click.echo(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
     for beat in document["scorers"]:
         version = "no version" if beat["version"] is None else f"version {beat['version']}"
-        told = f"scorer {beat['worker']} on {beat['host']}: {version}{', stale' if beat['stale'] else ''}"
+        line = f"scorer {beat['worker']} on {beat['host']}: {version}{', stale' if beat['stale'] else ''}"
         if beat["fallback_of"] is not None:
-            told += f"; it can't read version {beat['fallback_of']}: {beat['fallback_reason']}"
-        click.echo(told)
+            line += f"; it can't read version {beat['fallback_of']}: {beat['fallback_reason']}"
+        click.echo(line)
 
 
 def print_version(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:
-    """Everything that is known of one version, a line each."""
+    """Everything known about one version, one fact a line."""
     print_pairs(_pairs(manifest, announced))
 
 
@@ -152,7 +152,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
 
 
 def _verdict(state: RegistryState) -> dict[str, Any] | None:
-    """What the gate said with the newest version; None when that version has none."""
+    """The gate's report on the newest version; None when that version has none."""
     record = state.versions.get(max(state.versions, default=0))
     return None if record is None or record.verdict is None else dict(msgspec.to_builtins(record.verdict))
 

@@ -1,4 +1,4 @@
-"""Durations and times as people type them."""
+"""Durations and times as users type them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from stream.records.times import duration
+from stream.records.times import clock, duration
 
 __all__ = ["DURATION", "MOMENT", "TIME", "clock", "duration"]
 
@@ -48,7 +48,7 @@ class _Time(click.ParamType):
 
 
 class _Moment(click.ParamType):
-    """A time, or how long ago: `2h` → ms since epoch."""
+    """A time, or how long ago, such as `2h` → ms since epoch."""
 
     name = "moment"
 
@@ -63,10 +63,3 @@ class _Moment(click.ParamType):
 DURATION = _Duration()
 TIME = _Time()
 MOMENT = _Moment()
-
-
-def clock(at_ms: int | None) -> str:
-    """UTC to the second, as `--before` takes it; a dash for never."""
-    if not at_ms:
-        return "-"
-    return datetime.datetime.fromtimestamp(at_ms / 1_000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,4 +1,4 @@
-"""`headrace topics`: make the eight topics, and check them against the contract."""
+"""`headrace topics`: create the eight topics, and compare them with the contract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["topics"]
 
 @click.group()
 def topics() -> None:
-    """Make the eight topics, and check that they are as they must be.
+    """Create the eight topics, and compare them with the contract.
 
     \b
     Examples:
@@ -25,7 +25,7 @@ def topics() -> None:
 @click.option("--mend", is_flag=True, help="Also set the configuration of topics that exist and differ.")
 @format_option
 def create(mend: bool, output: str) -> None:
-    """Make the topics that are missing. Safe to repeat: those that exist are left alone, unless with --mend.
+    """Create the topics that are missing. Safe to repeat: existing topics are left alone, unless --mend is given.
 
     \b
     Examples:
@@ -46,13 +46,13 @@ def create(mend: bool, output: str) -> None:
         for name in names:
             click.echo(f"{word:8} {name}")
     if made.kept and not mend:
-        click.echo("Topics that were there are as they were; `headrace topics check` compares them.", err=True)
+        click.echo("Existing topics were left as they are; `headrace topics check` compares them.", err=True)
 
 
 @topics.command()
 @format_option
 def check(output: str) -> None:
-    """Say where topics differ from the contract or from what the join needs, and what mends it.
+    """Report where topics differ from the contract or from what the join needs, and how to fix that.
 
     Never writes. Exit code 1 when something differs.
 
@@ -72,7 +72,7 @@ def check(output: str) -> None:
     else:
         for problem in found:
             click.echo(f"{problem.topic}: {problem.what}: expected {problem.expected}, found {problem.found}")
-            click.echo(f"  mend: {problem.cure}")
+            click.echo(f"  fix: {problem.cure}")
         if not found:
             click.echo("All eight topics are as the contract says.")
     if found:

@@ -1,10 +1,11 @@
-"""What the topics hold after a run, counted as a `read_committed` reader: the ledger that the demo's exit code goes by."""
+"""What the topics hold after a run, counted as a `read_committed` reader. The demo's exit code is decided by this ledger."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,24 +14,41 @@ from aiokafka.structs import TopicPartition
 
 from deploy.settings import Settings
 from stream.kafka.clients import aiokafka_options
-from stream.letters.log import read_letter
-from stream.records.example import left_out_of
+from stream.kafka.read_log import read_to
+from stream.records.dead_letter import read_letter
+from stream.records.example import CORRECTION, FIRST, read_example
+from stream.records.join_notes import read_left_out, read_matched
+from stream.records.record import Record
 from stream.topics.names import TopicNames
 
-__all__ = ["Audit", "Ledger", "Place"]
+__all__ = ["Audit", "Ledger", "Position", "ServedVersion"]
 
-Place = tuple[int, int]  # partition, offset
+
+class Position(NamedTuple):
+    """Where a record lies in a topic."""
+
+    partition: int
+    offset: int
+
+
+class ServedVersion(NamedTuple):
+    """A version that answered requests."""
+
+    offsets: dict[str, int]
+    """By partition of `examples`, the next offset to train when the version was captured."""
+    since_ms: int
+    """When it first answered, ms since the epoch."""
 
 
 @dataclass(slots=True)
 class Ledger:
-    """What came in and what went out, by impression id; a place is a partition and an offset in it."""
+    """What came in and what was written, by impression id and by the records' positions."""
 
-    impressions: dict[Place, bytes] = field(default_factory=dict)
+    impressions: dict[Position, bytes] = field(default_factory=dict)
     labels: Counter[bytes] = field(default_factory=Counter)  # first labels
     corrections: Counter[bytes] = field(default_factory=Counter)
-    left_out: Counter[Place] = field(default_factory=Counter)  # impressions whose negatives `join.negative_rate` left out
-    positives: dict[bytes, Place] = field(default_factory=dict)  # id → place of its example
+    left_out: Counter[Position] = field(default_factory=Counter)  # impressions whose negatives `join.negative_rate` left out
+    positives: dict[bytes, Position] = field(default_factory=dict)  # id → position of its example
     clicked_at_ms: dict[bytes, int] = field(default_factory=dict)  # id → arrival of its first click
     clicks: int = 0
     dead_letters: Counter[str] = field(default_factory=Counter)
@@ -38,13 +56,16 @@ class Ledger:
     def problems(self) -> list[str]:
         """What is not exactly once.
 
-        Empty when every impression has one first label or was left out, once, nothing else has one, and every correction is
-        the only one of an impression that has a click.
+        The list is empty when
+
+        - every impression has one first label or was left out, once;
+        - nothing else has a first label;
+        - every correction is the only one of its impression, which has a click.
         """
         sent = dict.fromkeys(self.impressions.values())
         settled = self.labels.copy()
-        for place, count in self.left_out.items():
-            settled[self.impressions.get(place, b"offset %d of partition %d" % place[::-1])] += count
+        for at, count in self.left_out.items():
+            settled[self.impressions.get(at, b"offset %d of partition %d" % (at.offset, at.partition))] += count
         found = []
         for name, keys in (
             ("without a label", [key for key in sent if key not in settled]),
@@ -59,71 +80,74 @@ class Ledger:
                 found.append(f"{len(keys)} impressions {name}: {shown}{', …' if len(keys) > 5 else ''}")
         return found
 
-    def click_to_served_ms(self, served: list[tuple[int, dict[str, int], int]]) -> npt.NDArray[np.float64]:
-        """From a click's arrival to the moment a model that learned from it answers requests, a click at a time.
+    def click_to_served_ms(self, served: list[ServedVersion]) -> npt.NDArray[np.float64]:
+        """For each click, the time in ms from its arrival until a model that learned from it answers requests.
 
-        `served`: (version, its offsets, since when it is served in ms), of every version that was. A click that no served
-        version has learned from is left out.
+        A click that no served version has learned from is left out.
+
+        Args:
+            served: every version that was served.
         """
         waits: list[float] = []
         by_partition: dict[int, tuple[list[int], list[int]]] = {}
-        for _, offsets, since_ms in sorted(served, key=lambda row: row[2]):
+        for offsets, since_ms in sorted(served, key=lambda version: version.since_ms):
             for partition, offset in offsets.items():
                 reach, since = by_partition.setdefault(int(partition), ([], []))
                 if not reach or offset > reach[-1]:
                     reach.append(offset)
                     since.append(since_ms)
-        for key, (number, position) in self.positives.items():
+        for key, at in self.positives.items():
             arrived = self.clicked_at_ms.get(key)
-            reach, since = by_partition.get(number, ([], []))
-            index = int(np.searchsorted(reach, position, side="right"))
+            reach, since = by_partition.get(at.partition, ([], []))
+            index = int(np.searchsorted(reach, at.offset, side="right"))
             if arrived is not None and index < len(since):
                 waits.append(max(since[index] - arrived, 0))
         return np.array(waits, dtype=np.float64)
 
 
 class Audit:
-    """Reads `impressions`, `clicks`, `examples` and `dead-letters` from their beginnings, as far as they go at each call."""
+    """Reads `impressions`, `clicks`, `examples` and `dead-letters` from their beginnings, at each call up to their ends."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._names = settings, TopicNames.of(settings.topics)
-        self._consumer: Any = None
+        self._consumer: AIOKafkaConsumer | None = None
         self.ledger = Ledger()
 
     async def __aenter__(self) -> Audit:
-        self._consumer = AIOKafkaConsumer(
+        consumer = AIOKafkaConsumer(
             **aiokafka_options(self._settings.kafka),
             enable_auto_commit=False,
             isolation_level="read_committed",
             max_partition_fetch_bytes=8 << 20,
         )
-        await self._consumer.start()
+        await consumer.start()
+        self._consumer = consumer
         names = self._names
         topics = (names.impressions, names.clicks, names.examples, names.dead_letters)
         parts = [TopicPartition(topic, number) for topic in topics for number in range(self._settings.topics.partitions)]
-        self._consumer.assign(parts)
-        await self._consumer.seek_to_beginning()
+        consumer.assign(parts)
+        await consumer.seek_to_beginning()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._consumer.stop()
+        if self._consumer is not None:
+            await self._consumer.stop()
 
     async def read(self) -> Ledger:
-        """Read on to the ends of the logs as they are now."""
-        ends = await self._consumer.end_offsets(list(self._consumer.assignment()))
-        while True:
-            waiting = [tp for tp, end in ends.items() if await self._consumer.position(tp) < end]
-            if not waiting:
-                return self.ledger
-            for tp, records in (await self._consumer.getmany(*waiting, timeout_ms=300, max_records=20_000)).items():
-                self._add(tp, records)
+        """Read up to the ends of the logs as they are now."""
+        consumer = self._consumer
+        assert consumer is not None
+        ends = await consumer.end_offsets(list(consumer.assignment()))
+        async for tp, records in read_to(consumer, ends, poll_ms=300, max_records=20_000):
+            self._add(tp, records)
+        return self.ledger
 
-    def _add(self, tp: Any, records: list[Any]) -> None:
+    def _add(self, tp: TopicPartition, records: Sequence[Record]) -> None:
         ledger, names = self.ledger, self._names
         if tp.topic == names.impressions:
             for record in records:
                 if record.key is not None:
-                    ledger.impressions[tp.partition, record.offset] = record.key
+                    ledger.impressions[Position(tp.partition, record.offset)] = record.key
         elif tp.topic == names.clicks:
             for record in records:
                 if record.key is not None:
@@ -133,16 +157,20 @@ class Audit:
             ledger.dead_letters.update(letter.reason for letter in map(read_letter, records) if letter is not None)
         else:
             for record in records:
-                offsets = left_out_of(record)
-                if offsets is not None:
-                    ledger.left_out.update((tp.partition, offset) for offset in offsets)
-                    continue
-                headers = dict(record.headers)
-                if headers["kind"] == b"matched":
-                    continue  # the join's own note of a click that waits for a label
-                if headers["kind"] == b"first":
-                    ledger.labels[record.key] += 1
-                elif headers["kind"] == b"correction":
-                    ledger.corrections[record.key] += 1
-                if headers["label"] == b"1":
-                    ledger.positives[record.key] = (tp.partition, record.offset)
+                self._add_example(tp.partition, record)
+
+    def _add_example(self, partition: int, record: Record) -> None:
+        ledger = self.ledger
+        left_out = read_left_out(record)
+        if left_out is not None:
+            ledger.left_out.update(Position(partition, offset) for offset in left_out)
+            return
+        if read_matched(record) is not None:
+            return
+        example = read_example(record)
+        if example.kind == FIRST:
+            ledger.labels[example.key] += 1
+        elif example.kind == CORRECTION:
+            ledger.corrections[example.key] += 1
+        if example.click_ms >= 0:
+            ledger.positives[example.key] = Position(partition, record.offset)

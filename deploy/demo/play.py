@@ -1,4 +1,4 @@
-"""One run of the demo: Kafka, workers, a replay, a rollback, the ledger."""
+"""One run of the demo: start Kafka and the workers, replay a data set, roll back and undo, check the ledger."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from deploy.datasets import DataSet
-from deploy.demo.audit import Audit, Ledger
+from deploy.demo.audit import Audit, Ledger, ServedVersion
 from deploy.demo.view import Figures, View
 from deploy.errors import DeployError
 from deploy.feeding.replay import Replayer
@@ -22,24 +22,24 @@ from deploy.processes.workers import Worker, stop_workers
 from deploy.settings import NOT_SETTINGS, LocalKafkaSettings, Settings
 from stream.registry.heartbeat import HeartbeatReader
 from stream.registry.log import read_registry
-from stream.registry.operations import Rollback, roll_back
-from stream.registry.writer import RegistryWriter
+from stream.registry.operations import ChampionMoved, Operations, RollbackRequest
 from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
 
 __all__ = ["DemoResult", "demo_settings", "play", "worker_environment"]
 
-# The stream is paced so that people can watch the model learn, and so that a run ends within about 3 minutes on two cores.
+# The stream is paced so that people can watch the model learn, and so that a run takes about 2 minutes on two cores: 119 and
+# 122 s were measured (docs/experiments.md).
 REPLAY_S = 75.0
 SCORED_FRACTION = 0.15
-SETTLE_S = 90.0  # longest wait for the last labels, and for the trainer to learn them, once the stream has ended
+SETTLE_S = 90.0  # longest wait, once the stream has ended, for the last labels and for the trainer to learn them
 LOOK_S = 0.5
 BEHIND_NICE = 10
 CONFIRM_MS = 10_000
 
 
 class DemoResult(msgspec.Struct, kw_only=True):
-    """The summary. Metrics are over the last 80 % of event time."""
+    """The demo's summary. Metrics are over the last 80 % of event time."""
 
     dataset: str
     impressions: int
@@ -60,15 +60,15 @@ class DemoResult(msgspec.Struct, kw_only=True):
     peak_rss_mb: dict[str, float]
     exactly_once: bool
     problems: list[str]
-    rollback: dict[str, int]
+    rollback: dict[str, int | None]
     seconds: float
 
 
 def demo_settings(
     base: Settings, data_set: DataSet, work: Path, bootstrap_servers: str, *, evaluation_from_ms: int, window_ms: int = 60_000
 ) -> Settings:
-    """The user's settings, with the demo's own Kafka, folders, schema and pace."""
-    # One thread for training where the broker, the join and the scorer need the other core.
+    """The user's settings, with the demo's own Kafka, folders, schema and intervals."""
+    # On two cores, training gets one thread: the broker, the join and the scorer need the other core.
     threads = base.trainer.threads or (1 if (os.cpu_count() or 1) <= 2 else 0)
     return base.model_copy(
         update={
@@ -86,7 +86,7 @@ def demo_settings(
 
 
 def worker_environment(settings: Settings) -> dict[str, str]:
-    """The environment that gives a worker exactly these settings: a section each as JSON."""
+    """Environment variables that give a worker exactly these settings: one variable a section, as JSON."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_") or name in NOT_SETTINGS}
     env.pop("HEADRACE_CONFIG", None)
     for name, value in settings.model_dump(mode="json", exclude_unset=False).items():
@@ -105,10 +105,10 @@ async def play(
     fast: bool = False,
     window_ms: int = 60_000,
 ) -> DemoResult:
-    """Run it all under the folder `work`.
+    """Run the demo, with all its files in the folder `work`.
 
     Raises:
-        DeployError: something didn't start, ended on the way, or did not finish in time.
+        DeployError: a process didn't start or ended early, or a step did not finish in time.
     """
     began = time.monotonic()
     total, evaluation_from_ms = _extent(data_set, limit)
@@ -118,7 +118,7 @@ async def play(
         settings = demo_settings(
             base, data_set, work, kafka.bootstrap_servers, evaluation_from_ms=evaluation_from_ms, window_ms=window_ms
         )
-        create_topics(settings.kafka, settings.topics)
+        await asyncio.to_thread(create_topics, settings.kafka, settings.topics)
         view.say(f"Kafka at {kafka.bootstrap_servers}; starting join, trainer and scorer …")
         workers = stack.enter_context(_running(settings, work))
         rate = None if fast else 1.45 * total / REPLAY_S  # impressions and their clicks
@@ -132,7 +132,7 @@ async def play(
 
 
 def _extent(data_set: DataSet, limit: int | None) -> tuple[int, int]:
-    """How many impressions there are, and the event time at which the last 80 % begin."""
+    """The number of impressions, and the event time (ms since epoch) at which the last 80 % of the time begin."""
     count, first, last = 0, 0, 0
     for chunk in data_set.chunks():
         rows = chunk.head(limit - count) if limit is not None and count + len(chunk) > limit else chunk
@@ -147,7 +147,7 @@ def _extent(data_set: DataSet, limit: int | None) -> tuple[int, int]:
 @contextlib.contextmanager
 def _running(settings: Settings, work: Path) -> Iterator[Mapping[str, Worker]]:
     env = worker_environment(settings)
-    # The scorer's answers are waited for, what is learned from isn't.
+    # The scorer gets the processor first, since somebody waits for its answers.
     niceness = {"join": BEHIND_NICE, "trainer": BEHIND_NICE, "scorer": 0}
     workers = {kind: Worker(kind, env, work / f"{kind}.log", cwd=work, nice=nice) for kind, nice in niceness.items()}
     try:
@@ -162,7 +162,7 @@ def _running(settings: Settings, work: Path) -> Iterator[Mapping[str, Worker]]:
 
 
 class _Run:
-    """The stream and what is seen of it."""
+    """The replay, and what is measured of it."""
 
     def __init__(self, settings: Settings, workers: Mapping[str, Worker], replayer: Replayer, total: int, view: View) -> None:
         self._settings, self._workers, self._replayer = settings, workers, replayer
@@ -173,7 +173,7 @@ class _Run:
         self._seconds = 0.0
 
     async def stream(self) -> None:
-        """Replay everything, and wait until the join expects nothing more and the trainer has learned all that it wrote."""
+        """Replay everything. Wait until no impression is pending in the join and the trainer has learned every example."""
         began = time.monotonic()
         sending = asyncio.ensure_future(self._replayer.run_async())
         async with (
@@ -192,8 +192,8 @@ class _Run:
                     ended = ended or time.monotonic()
                     self._ledger = await audit.read()
                     written = self._ledger.labels.total() + self._ledger.corrections.total()
-                    # Figures of a look after every impression had its first label; what is pending then may be corrected.
-                    if self._seconds and not figures.pending and figures.learned + self._refused() >= written:
+                    # `figures` are of a look after every impression had its first label. What is pending may be corrected.
+                    if self._seconds and not figures.pending and figures.learned + self._rejected() >= written:
                         break
                     settled = len(self._ledger.labels) + len(self._ledger.left_out)
                     if not self._seconds and settled >= self._replayer.stats.impressions:
@@ -210,13 +210,13 @@ class _Run:
                         await sending
             self._ledger = await audit.read()
 
-    def _refused(self) -> int:
-        """Examples that the trainer could not use."""
+    def _rejected(self) -> int:
+        """The number of examples that the trainer could not use."""
         metrics = self._workers["trainer"].metrics()
         return int(_sum(metrics, "headrace_trainer_dead_letters_total"))
 
     async def _await_last_version(self, scorers: HeartbeatReader) -> None:
-        """Wait until the scorer serves the newest champion, and one before it is tagged good."""
+        """Wait until the scorer serves the champion, and an older version is tagged good."""
         deadline = time.monotonic() + 30.0
         while time.monotonic() < deadline:
             await asyncio.sleep(LOOK_S)
@@ -234,7 +234,7 @@ class _Run:
         )
 
     async def _look(self, scorers: HeartbeatReader) -> Figures:
-        """The figures now, from the workers' own metrics and heartbeats."""
+        """The figures now, from the workers' metrics and heartbeats."""
         for worker in self._workers.values():
             worker.check()
         join, trainer, scorer = (self._workers[kind].metrics() for kind in ("join", "trainer", "scorer"))
@@ -262,36 +262,29 @@ class _Run:
             scores_per_s=(candidates - before) / max(now - then, 1e-6),
         )
 
-    async def roll_back_and_undo(self) -> Rollback:
-        """Roll back to the last good version, wait for the scorer, and undo it."""
-        settings, names = self._settings, self._names
-        rolled = await roll_back(settings.kafka, names, who="demo", reason="to show that it works", timeout_ms=CONFIRM_MS)
+    async def roll_back_and_undo(self) -> ChampionMoved:
+        """Roll back to the last good version, wait for the scorer, and undo the rollback."""
+        operations = Operations(self._settings.kafka, self._names, "demo")
+        rolled = await operations.rollback(RollbackRequest("to show that it works", timeout_ms=CONFIRM_MS))
+        assert rolled.undo is not None  # a rollback has a champion before it
         self._view.say(
-            f"rolled back from version {rolled.previous} to {rolled.version} in {rolled.rollback_ms:.0f} ms, "
-            f"{len(rolled.confirmed)} scorer confirmed; undo: {rolled.undo}"
+            f"rolled back from version {rolled.previous} to {rolled.version} in {rolled.took_ms:.0f} ms, "
+            f"{len(rolled.confirmed)} scorer confirmed; undo: {rolled.undo.command}"
         )
         if rolled.unconfirmed:
             raise DeployError(f"rollback: {len(rolled.unconfirmed)} scorers did not confirm within {CONFIRM_MS} ms")
-        writer = RegistryWriter(settings.kafka, names, who="demo")
-        try:
-            async with HeartbeatReader(settings.kafka, names) as scorers:
-                written = await writer.promote(rolled.previous, "undo", hold=False)
-                _, missing = await scorers.wait_for_confirmations(
-                    written.position, rolled.previous, CONFIRM_MS, now_ms=written.at_ms
-                )
-        finally:
-            await writer.close()
-        if missing:
-            raise DeployError(f"undo of the rollback: {len(missing)} scorers did not confirm within {CONFIRM_MS} ms")
+        undone = await operations.undo(rolled, timeout_ms=CONFIRM_MS)
+        if undone.unconfirmed:
+            raise DeployError(f"undo of the rollback: {len(undone.unconfirmed)} scorers did not confirm within {CONFIRM_MS} ms")
         self._view.say(f"undone: version {rolled.previous} answers again")
         return rolled
 
-    async def result(self, name: str, rolled: Rollback, peaks: dict[str, float], began: float) -> DemoResult:
+    async def result(self, name: str, rolled: ChampionMoved, peaks: dict[str, float], began: float) -> DemoResult:
         ledger, stats = self._ledger, self._replayer.stats
         state = await read_registry(self._settings.kafka, self._names)
         newest = max(state.versions.values(), key=lambda record: record.version)
         offsets = _offsets(self._settings, list(self._served))
-        served = [(version, offsets[version], since) for version, since in self._served.items() if version in offsets]
+        served = [ServedVersion(offsets[number], since) for number, since in self._served.items() if number in offsets]
         waits = await asyncio.to_thread(ledger.click_to_served_ms, served)
         problems = ledger.problems()
         if len(ledger.impressions) != stats.impressions:
@@ -309,7 +302,7 @@ class _Run:
             served_auc=_rounded(newest.metrics.get("evaluation_served_auc")),
             versions=len(state.versions),
             scores=stats.answers,
-            rollback_ms=rolled.rollback_ms,
+            rollback_ms=rolled.took_ms,
             click_to_served_ms_p50=_quantile(waits, 0.5),
             click_to_served_ms_p99=_quantile(waits, 0.99),
             dead_letters=sum(ledger.dead_letters.values()),

@@ -1,7 +1,7 @@
-"""Reads what the doctor looks at, from Kafka and the snapshot store. Never writes, commits nothing, joins no group.
+"""Reads what the doctor examines, from Kafka and the snapshot store. Never writes, commits nothing, joins no group.
 
-What is read of a topic is bounded: its newest records, `sample` of them over all partitions, and single records at offsets of
-interest (for their arrival).
+The amount read of a topic is bounded: the newest `sample` records over all partitions, and single records at offsets of
+interest, for their arrival times.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
+from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
-from aiokafka.structs import TopicPartition
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from deploy.doctor.readings import Committed, LogReading, Partition, Readings, SampledLetter, Tail
 from deploy.settings import Settings
@@ -25,29 +26,34 @@ from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.errors import StreamError
 from stream.join.commit_metadata import decode_progress
-from stream.join.events import WATERMARK_HEADER
 from stream.kafka.clients import kafka_python_options
-from stream.kafka.log_spans import Span, first_records, high_watermarks, read_spans, span_consumer
 from stream.kafka.offsets import committed_offsets
-from stream.letters.log import read_letter
-from stream.registry.heartbeat import Heartbeat, HeartbeatReader
+from stream.kafka.read_log import Span, first_records, high_watermarks, log_consumer, log_spans, read_spans
+from stream.records.dead_letter import read_letter
+from stream.records.heartbeat import Heartbeat
+from stream.records.record import Record
+from stream.records.watermark import WATERMARK_HEADER
+from stream.registry.heartbeat import HeartbeatReader
 from stream.registry.log import read_registry
 from stream.topics.admin import Found, differences, find_topics
 from stream.topics.contract import topic_contracts
 from stream.topics.names import TopicNames
 
+if TYPE_CHECKING:
+    from kafka.admin import KafkaAdminClient
+
 __all__ = ["read_everything"]
 
-# Whose logs are measured; by short name, which is also the attribute's of TopicNames, but for the dashes.
+# The topics whose logs are measured, by short name: the name of TopicNames' attribute, with dashes.
 MEASURED = ("impressions", "clicks", "examples", "score-requests", "dead-letters")
-STALL_S = 20.0  # without anything from a broker
-FIRST_S = 10.0  # for single records; where one takes longer its arrival stays unknown
-# A group's coordinator is made at the first question ever asked of a new cluster.
+STALL_S = 20.0  # longest wait in which no broker sends anything
+FIRST_S = 10.0  # limit for single records; the arrival of a record that takes longer stays unknown
+# A new cluster creates its groups' coordinators at the first request, which takes a while.
 COORDINATOR_S, RETRY_S = 10.0, 0.3
 
 
 class _Event(msgspec.Struct):
-    """Any time that 64 bits hold: what the join refuses is shown by how far it is off."""
+    """An event's time: any that 64 bits hold, also one that the join rejects, so that the doctor can show how far it is off."""
 
     timestamp: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
@@ -56,13 +62,14 @@ _decoder = msgspec.json.Decoder(_Event)
 
 
 async def read_everything(settings: Settings, *, sample: int) -> Readings:
-    """One moment of the system.
+    """Read the state of the system at this moment.
 
     Args:
-        sample: records read from the end of each of impressions, clicks and dead-letters, over all partitions together.
+        sample: records read from the ends of impressions, clicks and dead-letters each, over all partitions together.
 
     Raises:
-        TopicError: Kafka can't be reached.
+        NoAnswer: Kafka can't be reached.
+        TopicError: the configuration of a topic may not be read.
     """
     names = TopicNames.of(settings.topics)
     found = await asyncio.to_thread(find_topics, settings.kafka, settings.topics)
@@ -85,17 +92,17 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
 
 
 class _Reader:
-    """One consumer, and what it is asked for."""
+    """Reads everything with one consumer. Keeps a list of what could not be read."""
 
     def __init__(self, settings: Settings, names: TopicNames, there: Mapping[str, Found], every: Set[str]) -> None:
         self._settings, self._names, self._all = settings, names, every
-        self._places = [(short, number) for short, topic in there.items() for number in range(topic.partitions)]
-        self._consumer: Any = None
+        self._partitions = [(short, number) for short, topic in there.items() for number in range(topic.partitions)]
+        self._consumer: AIOKafkaConsumer = None
         self._unread: list[str] = []
         self._unread_positions: set[str] = set()
 
     async def read(self, readings: Readings, sample: int) -> Readings:
-        self._consumer = span_consumer(self._settings.kafka)
+        self._consumer = log_consumer(self._settings.kafka)
         await self._consumer.start()
         logs = await self._logs()
         offsets_retention_ms, members = await asyncio.to_thread(self._admin)
@@ -126,19 +133,22 @@ class _Reader:
         if self._consumer is not None:
             await self._consumer.stop()
 
-    def _tp(self, place: Partition) -> TopicPartition:
-        return TopicPartition(_full(self._names, place[0]), place[1])
+    def _tp(self, partition: Partition) -> TopicPartition:
+        return TopicPartition(_full(self._names, partition[0]), partition[1])
 
     async def _logs(self) -> dict[Partition, LogReading]:
-        places = {self._tp(place): place for place in self._places}
-        if not places:
+        partitions = {self._tp(partition): partition for partition in self._partitions}
+        if not partitions:
             return {}
-        starts, stable = await self._consumer.beginning_offsets(list(places)), await self._consumer.end_offsets(list(places))
-        ends = await high_watermarks(self._settings.kafka, list(places))
-        return {place: LogReading(starts[tp], stable[tp], ends[tp]) for tp, place in places.items()}
+        logs = await log_spans(self._settings.kafka, self._consumer, list(partitions))
+        ends = await high_watermarks(self._settings.kafka, list(partitions))
+        return {partition: LogReading(logs[tp].start, logs[tp].end, ends[tp]) for tp, partition in partitions.items()}
 
     def _admin(self) -> tuple[int | None, dict[str, int]]:
-        """How long brokers remember offsets, and how many members each group has (kafka-python: aiokafka can't decode them)."""
+        """How long brokers keep committed offsets (ms), and the number of members of each group.
+
+        By kafka-python, since aiokafka can't decode the members.
+        """
         from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
         from kafka.errors import KafkaError as AdminError
 
@@ -156,7 +166,7 @@ class _Reader:
         finally:
             admin.close()
 
-    def _members(self, admin: Any) -> dict[str, int]:
+    def _members(self, admin: KafkaAdminClient) -> dict[str, int]:
         from kafka.errors import KafkaError as AdminError
 
         groups = {worker: self._group(worker) for worker in ("join", "trainer", "scorer")}
@@ -174,17 +184,17 @@ class _Reader:
     def _group(self, worker: str) -> str:
         return f"{self._names.prefix}{getattr(self._settings, worker).group}"
 
-    async def _offsets(self, worker: str, shorts: Iterable[str]) -> dict[Partition, Any]:
-        places = {self._tp(place): place for place in self._places if place[0] in shorts}
-        if not places:
+    async def _offsets(self, worker: str, shorts: Iterable[str]) -> dict[Partition, OffsetAndMetadata]:
+        partitions = {self._tp(partition): partition for partition in self._partitions if partition[0] in shorts}
+        if not partitions:
             return {}
         try:
-            found = await committed_offsets(self._settings.kafka, self._group(worker), list(places))
+            found = await committed_offsets(self._settings.kafka, self._group(worker), list(partitions))
         except (KafkaError, StreamError) as error:
             self._unread.append(f"what {self._group(worker)} has committed: {error!r}")
             self._unread_positions.add(worker)
             return {}
-        return {places[tp]: at for tp, at in found.items()}
+        return {partitions[tp]: at for tp, at in found.items()}
 
     async def _committed(self) -> dict[int, Committed]:
         found = await self._offsets("join", ("impressions", "clicks"))
@@ -223,7 +233,7 @@ class _Reader:
             return []
 
     def _trainer(self, registry: RegistryState) -> dict[int, int]:
-        """The newest version that is announced and there; a trainer goes on from one like it."""
+        """The offsets of the newest version that is announced and in the store. A trainer that starts goes on from there."""
         if not registry.versions:
             return {}
         try:
@@ -241,24 +251,25 @@ class _Reader:
     def _not_read(self, what: str, error: Exception) -> None:
         self._unread.append(f"{what}: {repr(error) if isinstance(error, KafkaError) else error}")
 
-    async def _newest(self, logs: Mapping[Partition, LogReading], short: str, sample: int) -> dict[Partition, list[Any]]:
-        """The last records of a topic by partition."""
-        places = {self._tp(place): place for place in logs if place[0] == short}
-        share = max(sample // max(len(places), 1), 1)
+    async def _newest(self, logs: Mapping[Partition, LogReading], short: str, sample: int) -> dict[Partition, list[Record]]:
+        """The last records of a topic, by partition."""
+        partitions = {self._tp(partition): partition for partition in logs if partition[0] == short}
+        share = max(sample // max(len(partitions), 1), 1)
         spans = {
-            tp: (max(logs[place].start, logs[place].stable_end - share), logs[place].stable_end) for tp, place in places.items()
+            tp: Span(max(logs[partition].start, logs[partition].stable_end - share), logs[partition].stable_end)
+            for tp, partition in partitions.items()
         }
-        records: dict[Partition, list[Any]] = defaultdict(list)
+        records: dict[Partition, list[Record]] = defaultdict(list)
         async for tp, run in read_spans(self._consumer, spans, stall_s=STALL_S):
-            records[places[tp]] += run
-        return {place: records[place] for place in places.values()}
+            records[partitions[tp]] += run
+        return {partition: records[partition] for partition in partitions.values()}
 
     async def _tails(self, logs: Mapping[Partition, LogReading], sample: int) -> dict[Partition, Tail]:
         tails = {}
         for short in ("impressions", "clicks"):
-            for place, records in (await self._newest(logs, short, sample)).items():
+            for partition, records in (await self._newest(logs, short, sample)).items():
                 events = [record for record in records if record.value or WATERMARK_HEADER not in dict(record.headers)]
-                tails[place] = Tail(
+                tails[partition] = Tail(
                     offsets=np.array([record.offset for record in events], np.int64),
                     keys=[record.key for record in events],
                     arrived_ms=np.array([record.timestamp for record in events], np.int64),
@@ -280,37 +291,38 @@ class _Reader:
     async def _first_records(
         self, logs: Mapping[Partition, LogReading], wanted: Mapping[Partition, set[int]]
     ) -> dict[tuple[str, int, int], int]:
-        """Arrival of the first record at or after each offset: a round for each partition's first, second, … offset."""
+        """The arrival of the first record at or after each offset. One round reads one offset of every partition."""
         arrivals = {}
-        left = {place: sorted(offsets) for place, offsets in wanted.items()}
+        left = {partition: sorted(offsets) for partition, offsets in wanted.items()}
         while left:
-            places = {self._tp(place): place for place in left}
+            partitions = {self._tp(partition): partition for partition in left}
             for tp, record in (
                 await self._first(
-                    self._consumer, {tp: (left[place][0], logs[place].stable_end) for tp, place in places.items()}
+                    self._consumer,
+                    {tp: Span(left[partition][0], logs[partition].stable_end) for tp, partition in partitions.items()},
                 )
             ).items():
-                arrivals[*places[tp], left[places[tp]][0]] = record.timestamp
-            left = {place: offsets[1:] for place, offsets in left.items() if offsets[1:]}
+                arrivals[*partitions[tp], left[partitions[tp]][0]] = record.timestamp
+            left = {partition: offsets[1:] for partition, offsets in left.items() if offsets[1:]}
         return arrivals
 
     async def _open(self, logs: Mapping[Partition, LogReading]) -> dict[Partition, int]:
-        """Where committed readers stop before the end: when the transaction began that they stop at."""
-        stopped = {self._tp(place): place for place, log in logs.items() if log.stable_end < log.end}
+        """For each log whose committed readers stop before its end: when the transaction began that they stop at."""
+        stopped = {self._tp(partition): partition for partition, log in logs.items() if log.stable_end < log.end}
         if not stopped:
             return {}
-        consumer = span_consumer(self._settings.kafka, committed=False)
+        consumer = log_consumer(self._settings.kafka, committed=False)
         await consumer.start()
         try:
             first = await self._first(
-                consumer, {tp: (logs[place].stable_end, logs[place].end) for tp, place in stopped.items()}
+                consumer, {tp: Span(logs[partition].stable_end, logs[partition].end) for tp, partition in stopped.items()}
             )
         finally:
             await consumer.stop()
         return {stopped[tp]: record.timestamp for tp, record in first.items()}
 
-    async def _first(self, consumer: Any, spans: Mapping[TopicPartition, Span]) -> dict[TopicPartition, Any]:
-        """The first record of each span; none where it holds only markers, or a broker doesn't answer in time."""
+    async def _first(self, consumer: AIOKafkaConsumer, spans: Mapping[TopicPartition, Span]) -> dict[TopicPartition, Record]:
+        """The first record of each span. Spans of markers only are left out, and partitions whose broker doesn't answer."""
         first = await first_records(consumer, spans, within_s=FIRST_S)
         for tp in sorted(spans.keys() - first.keys()):
             self._unread.append(f"{tp.topic}-{tp.partition} from offset {spans[tp][0]}: no answer within {FIRST_S:.0f} s")
@@ -318,7 +330,7 @@ class _Reader:
 
 
 def _offsets_of_interest(readings: Readings) -> dict[Partition, set[int]]:
-    """Where the checks need to know a record's arrival; only offsets before the end, else there is nothing to wait for."""
+    """Offsets for which the checks need a record's arrival. Only offsets before the end: no record is at the others."""
     wanted: dict[Partition, set[int]] = defaultdict(set)
 
     def add(topic: str, number: int, offset: int | None) -> None:
@@ -349,7 +361,7 @@ def _full(names: TopicNames, short: str) -> str:
     return full
 
 
-def _offset(committed: Any) -> int | None:
+def _offset(committed: OffsetAndMetadata | None) -> int | None:
     return None if committed is None else int(committed.offset)
 
 

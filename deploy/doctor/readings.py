@@ -15,7 +15,7 @@ import numpy.typing as npt
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from stream.join.commit_metadata import Progress
-from stream.registry.heartbeat import Heartbeat
+from stream.records.heartbeat import Heartbeat
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics.contract import Difference
 from stream.topics.names import TopicNames

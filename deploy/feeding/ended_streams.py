@@ -1,35 +1,35 @@
-"""Whether the topics hold a stream that has ended later than what is about to be sent: the join would refuse all of it as late.
+"""Whether impressions and clicks end with a stream that is newer than the one about to be sent.
 
-Whatever ends a stream sends a watermark record beyond it, and then nothing. So the last record of each partition tells.
+The join would reject all of the new stream as late. The sender of a stream ends it with a watermark record beyond the stream,
+and sends nothing after that. So the last record of each partition shows whether a stream has ended there, and where.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
-from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
 from deploy.errors import DataSetError
-from stream.join.events import WATERMARK_HEADER
-from stream.kafka.clients import aiokafka_options
+from stream.kafka.clients import quietly_stopped, started
+from stream.kafka.cluster import partition_counts
+from stream.kafka.read_log import Span, first_records, log_consumer, log_spans
+from stream.records.record import Record
+from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics.names import TopicNames
 
 __all__ = ["refuse_late"]
 
-_READ_S = 5.0  # for one record of each partition; what wasn't read by then isn't judged
+_READ_S = 5.0  # for one record of each partition; a partition that wasn't read by then isn't judged
 
 
 async def refuse_late(kafka: KafkaSettings, topics: TopicNames, join: JoinSettings, first_ms: int) -> None:
-    """Look at the ends of impressions and clicks.
+    """Look at the ends of impressions and clicks. Writes nothing.
 
     Args:
         first_ms: event time of the first event to be sent.
 
     Raises:
-        DataSetError: in a partition both have ended, and their watermark makes this event late.
+        DataSetError: in some partition both streams have ended, and their watermark makes this event late.
     """
     ends = await _last_watermarks(kafka, (topics.impressions, topics.clicks))
     kept_ms = join.window_ms + max(join.dedupe_horizon_ms, join.negative_skew_ms)
@@ -47,30 +47,20 @@ async def refuse_late(kafka: KafkaSettings, topics: TopicNames, join: JoinSettin
 
 
 async def _last_watermarks(kafka: KafkaSettings, topics: tuple[str, ...]) -> dict[tuple[str, int], int]:
-    """The watermark that a partition ends with, by topic and partition; those that end with anything else are left out."""
-    consumer = AIOKafkaConsumer(**aiokafka_options(kafka), enable_auto_commit=False)
-    found: dict[tuple[str, int], int] = {}
-    await consumer.start()
+    """The watermark that each partition ends with, by topic and partition. Partitions that end otherwise are left out."""
+    counts = await partition_counts(kafka, topics)
+    partitions = [TopicPartition(topic, number) for topic, count in counts.items() for number in range(count)]
+    consumer = await started(kafka, log_consumer(kafka, committed=False), "the ends of streams")
     try:
-        known = await consumer._client.fetch_all_metadata()
-        partitions = [TopicPartition(topic, each) for topic in topics for each in known.partitions_for_topic(topic) or ()]
-        starts, ends = await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
-        waiting = {partition for partition in partitions if ends[partition] > starts[partition]}
-        consumer.assign(list(waiting))
-        for partition in waiting:
-            consumer.seek(partition, ends[partition] - 1)
-        until = time.monotonic() + _READ_S
-        while waiting and time.monotonic() < until:
-            for partition, records in (await consumer.getmany(*waiting, timeout_ms=200)).items():
-                waiting.discard(partition)
-                mark = _mark(records[-1])
-                if mark is not None:
-                    found[partition.topic, partition.partition] = mark
+        logs = await log_spans(kafka, consumer, partitions)
+        last = {tp: Span(max(log.start, log.end - 1), log.end) for tp, log in logs.items()}
+        records = await first_records(consumer, last, within_s=_READ_S)
     finally:
-        await consumer.stop()
-    return found
+        await quietly_stopped(consumer.stop)
+    marks = {(tp.topic, tp.partition): _mark(record) for tp, record in records.items() if record is not None}
+    return {at: mark for at, mark in marks.items() if mark is not None}
 
 
-def _mark(record: Any) -> int | None:
+def _mark(record: Record) -> int | None:
     mark = dict(record.headers).get(WATERMARK_HEADER)
     return int(mark) if not record.value and mark is not None and mark.isdigit() else None

@@ -21,10 +21,10 @@ from aiokafka.errors import KafkaError
 from deploy.errors import FeedError
 from deploy.feeding.partitions import partitions_of
 from stream.errors import NoAnswer
-from stream.join.events import WATERMARK_HEADER
 from stream.kafka.batches import BATCH_BYTES, send_batches
-from stream.kafka.clients import aiokafka_options, no_answer, started
+from stream.kafka.clients import aiokafka_options, started, unreachable
 from stream.kafka.reach import reach
+from stream.records.watermark import watermark_header
 from stream.settings import KafkaSettings
 
 __all__ = ["Feed", "Pace"]
@@ -58,8 +58,8 @@ class Feed:
             )
             await started(self._kafka, self._producer, "a producer")
         except (KafkaError, NoAnswer) as error:
-            unreachable = error if isinstance(error, NoAnswer) else no_answer(self._kafka, "a producer", error)
-            raise FeedError(str(unreachable)) from error
+            failure = error if isinstance(error, NoAnswer) else unreachable(self._kafka, "an answer about a producer", error)
+            raise FeedError(str(failure)) from error
         return self
 
     async def __aexit__(
@@ -118,7 +118,7 @@ class Feed:
 
     async def watermark(self, topics: Iterable[str], watermark_ms: int) -> None:
         """Send a watermark record to every partition of each topic, after everything sent before. Raises FeedError."""
-        record = (None, b"", [(WATERMARK_HEADER, b"%d" % watermark_ms)])
+        record = (None, b"", [watermark_header(watermark_ms)])
         for topic in topics:
             for partition in range(await self.partitions(topic)):
                 try:

@@ -1,4 +1,4 @@
-"""What a value of `impressions` or `clicks` may be beside plain JSON, and how it becomes the contract's JSON.
+"""The formats that a value of `impressions` or `clicks` may have besides plain JSON, and how it becomes the contract's JSON.
 
 ```python
 formats = Formats(registry)                   # `registry` is None where `schema_registry.url` isn't set
@@ -9,15 +9,15 @@ values = formats.open(records, form)          # for each record JSON bytes, or a
 | file | what it knows |
 | --- | --- |
 | `frames.py` | Confluent's frame: a zero byte, the schema's id, the payload |
-| `registry.py` | the Schema Registry's HTTP interface: schemas by id, with what they refer to |
+| `schema_registry.py` | the Schema Registry's HTTP interface: schemas by id, with the schemas that they refer to |
 | `avro.py`, `protobuf.py` | a schema's text → a function from payload to Python objects |
 | `envelopes.py` | envelopes of Kafka Connect's JsonConverter and of Debezium |
 | `rows.py` | a decoded record → the contract's JSON |
-| `hints.py` | what bytes are that nobody can use, for the text of their dead letter |
-| `reader.py` | `Formats`, which puts these together |
+| `hints.py` | what a value is that can't be used, for the text of its dead letter |
+| `reader.py` | `Formats`, which combines these |
 
-A form says which of these are looked for: "f" frames, "c" Connect's envelopes, "d" Debezium's. It is kept with the settings
-that records were decided under (`stream.join.settings_history`), so that a rebuild reads each record as it was read then.
+A form says which formats to look for: "f" frames, "c" Connect's envelopes, "d" Debezium's. It is kept with the settings that
+records were decided under (`stream.join.settings_history`), so that a rebuild reads each record as it was read at first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Avro: a function from a frame's payload to Python objects, by the schema it was written with."""
+"""Avro: a function from a frame's payload to Python objects, for the schema that it was written with."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from stream.formats.refused import RefusedError
 __all__ = ["avro_decoder"]
 
 
-def _in_ms(per_ms: int, number: int, writer: Any = None, reader: Any = None) -> int:
+def _in_ms(per_ms: int, number: int, writer: object = None, reader: object = None) -> int:
     return number // per_ms
 
 
-# Left out of the schema, so that the number is handed over as it was written: milliseconds are what the contract wants.
+# Logical types removed from the schema, so that the decoder gives the number as it was written: the contract has milliseconds.
 _AS_WRITTEN = ("timestamp-millis", "local-timestamp-millis", "time-millis", "time-micros")
 
-# Milliseconds, as the contract has times. fastavro makes datetimes of micros, which end in the year 9999, and knows no nanos.
+# Times in milliseconds, as in the contract. fastavro makes datetimes of micros, which end in the year 9999, and knows no nanos.
 for _kind, _per_ms in (("micros", 1_000), ("nanos", 1_000_000)):
     for _prefix in ("", "local-"):
         fastavro.read.LOGICAL_READERS[f"long-{_prefix}timestamp-{_kind}"] = partial(_in_ms, _per_ms)
 
 
-def avro_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], Any]:
-    """A decoder by the writer's schema.
+def avro_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], object]:
+    """A decoder for the writer's schema.
 
     Args:
-        references: name → text of the schemas that it refers to, each after those that it refers to itself.
+        references: name → text of the schemas that it refers to, each after the schemas that it refers to itself.
 
     Raises:
-        RefusedError: the schema can't be read, or is one that no event needs and that a record of a few bytes could stop a
-            worker with (it contains itself, or an array whose items take no bytes).
+        RefusedError: the schema can't be read, or contains itself, or contains an array whose items take no bytes. No event
+            needs such a schema, and a record of a few bytes could stop a worker with it.
     """
     named: dict[str, Any] = {}
     known: dict[str, bool] = {}
@@ -47,14 +47,14 @@ def avro_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], 
         schema = fastavro.parse_schema(_checked(json.loads(text), "", (), known), named_schemas=named)
     except RefusedError:
         raise
-    except Exception as error:  # whatever json and fastavro raise for what is no schema
+    except Exception as error:  # json and fastavro raise many types for a text that is no schema
         raise RefusedError("unusable_schema", "$", f"expected an Avro schema, found {_short(error)}") from error
 
-    def decode(payload: bytes) -> Any:
+    def decode(payload: bytes) -> object:
         stream = io.BytesIO(payload)
         try:
             record = fastavro.schemaless_reader(stream, schema, None)
-        except Exception as error:  # fastavro raises what its parts raise: EOFError, IndexError, OverflowError, …
+        except Exception as error:  # fastavro raises EOFError, IndexError, OverflowError, …
             raise RefusedError("malformed_frame", "$", f"{_short(error)}, at byte {stream.tell()} of {len(payload)}") from error
         if stream.tell() != len(payload):
             raise RefusedError("malformed_frame", "$", f"{len(payload) - stream.tell()} bytes left after the record's end")
@@ -63,13 +63,13 @@ def avro_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], 
     return decode
 
 
-def _checked(schema: Any, space: str, inside: tuple[str, ...], known: dict[str, bool]) -> Any:
-    """The schema without the logical types that are handed over as written.
+def _checked(schema: object, space: str, inside: tuple[str, ...], known: dict[str, bool]) -> Any:
+    """The schema without the logical types whose numbers are given as written.
 
     Args:
-        space: the namespace that names without one are in.
-        inside: full names of the types that this one is a part of.
-        known: full name → whether a value takes no bytes, of the types that were read before.
+        space: the namespace of names that have none of their own.
+        inside: full names of the types that contain this one.
+        known: for the types read before, full name → whether a value takes no bytes.
     """
     if isinstance(schema, str):
         if schema in inside or f"{space}.{schema}" in inside:
@@ -77,6 +77,8 @@ def _checked(schema: Any, space: str, inside: tuple[str, ...], known: dict[str, 
         return schema
     if isinstance(schema, list):
         return [_checked(each, space, inside, known) for each in schema]
+    if not isinstance(schema, dict):
+        raise TypeError(f"a schema is a name, a list or an object, and not {schema!r}")
     schema = dict(schema)
     if schema.get("logicalType") in _AS_WRITTEN:
         del schema["logicalType"]
@@ -106,7 +108,7 @@ def _checked(schema: Any, space: str, inside: tuple[str, ...], known: dict[str, 
     return schema
 
 
-def _empty(schema: Any, space: str, known: Mapping[str, bool]) -> bool:
+def _empty(schema: object, space: str, known: Mapping[str, bool]) -> bool:
     """Whether a value of this type takes no bytes."""
     if isinstance(schema, str):
         return schema == "null" or known.get(schema, known.get(f"{space}.{schema}", False))

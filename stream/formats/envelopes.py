@@ -1,17 +1,15 @@
-"""Envelopes of Kafka Connect's JsonConverter and of Debezium, around an event in JSON or in a decoded record.
+"""The envelopes that Kafka Connect's JsonConverter and Debezium put around an event, in JSON or in a decoded record.
 
 | envelope | what it is | what is taken |
 | --- | --- | --- |
 | Connect | `{"schema": …, "payload": …}`: `schemas.enable=true`, the converter's default | `payload` |
 | Debezium | `{"before": …, "after": …, "op": …, …}`, alone or as Connect's payload | `after`: the row after the change |
 
-A value that has an `impression_id` of its own is an event and no envelope, whatever else it has. So plain producers may share a
-topic with a connector.
+A value with an `impression_id` of its own is an event and no envelope, whatever other fields it has. So plain producers may
+share a topic with a connector.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import msgspec
 
@@ -26,7 +24,7 @@ _ABSENT = msgspec.Raw(b"")
 
 
 class _Outer(msgspec.Struct):
-    """The names at the top of a value that tell an envelope from an event."""
+    """The top-level fields by which an envelope and an event are told apart."""
 
     impression_id: msgspec.Raw = _ABSENT
     features: msgspec.Raw = _ABSENT
@@ -50,7 +48,7 @@ _outer = msgspec.json.Decoder(_Outer).decode
 
 
 def envelope_of(value: bytes) -> str:
-    """The innermost envelope that a value has: `CONNECT`, `DEBEZIUM`, or "" for none."""
+    """The innermost envelope of a value: `CONNECT`, `DEBEZIUM`, or "" for none."""
     try:
         outer = _outer(value)
         if outer.kind != CONNECT:
@@ -62,9 +60,9 @@ def envelope_of(value: bytes) -> str:
 
 
 def unwrapped(value: bytes, form: str) -> bytes:
-    """The event in an envelope, in the bytes that stood there; `value` itself where there is none of this form.
+    """The bytes of the event in an envelope; `value` itself when it has no envelope of this form.
 
-    A row without `features` is written anew (`rows.py`).
+    A row without `features` is encoded again (`rows.py`).
 
     Raises:
         RefusedError: the envelope is empty: a delete, or a tombstone.
@@ -82,18 +80,18 @@ def unwrapped(value: bytes, form: str) -> bytes:
         if kind != DEBEZIUM:
             return _row(inner, outer) if inner is not value else value
         if form != DEBEZIUM:
-            return value  # whose dead letter names the envelope
+            return value  # its dead letter names the envelope
         row = bytes(outer.after).strip()
         if row in (b"", b"null"):
             raise _no_row(msgspec.json.decode(bytes(outer.op)))
         _require_object(row, "$.after", "Debezium's envelope")
         return _row(row, _outer(row))
     except (msgspec.DecodeError, RecursionError):
-        return value  # the contract's own check says what is wrong with it
+        return value  # the check of the contract says what is wrong
 
 
-def unwrapped_row(row: Any, form: str) -> Any:
-    """The same for a record that was decoded from a frame, which Connect never wraps.
+def unwrapped_row(row: object, form: str) -> object:
+    """The event in Debezium's envelope, for a record decoded from a frame. Connect never wraps frames.
 
     Raises:
         RefusedError: as `unwrapped`.
@@ -102,7 +100,7 @@ def unwrapped_row(row: Any, form: str) -> Any:
         return row
     if "after" not in row and "before" not in row:
         return row
-    if row.get("after") is None:  # Protobuf leaves out what isn't set
+    if row.get("after") is None:  # Protobuf leaves out fields that aren't set
         raise _no_row(row["op"])
     return row["after"]
 
@@ -121,6 +119,6 @@ def _require_object(value: bytes, path: str, where: str) -> None:
         raise RefusedError("wrong_type", path, f"expected an object in {where}, found {found}: {do}")
 
 
-def _no_row(op: Any) -> RefusedError:
+def _no_row(op: object) -> RefusedError:
     what = " (a delete)" if op == "d" else ""
     return RefusedError("empty_value", "$.after", f"expected a row in Debezium's envelope, found op {op!r}{what} without one")

@@ -1,4 +1,4 @@
-"""What a value or a key is that the contract can't take, for the text of its dead letter."""
+"""What a value or a key is that doesn't fit the contract, for the text of its dead letter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KNOWN_STARTS = (
 
 
 def about_unread(value: bytes) -> Refused | None:
-    """A value that was not opened, and that no JSON begins like."""
+    """The verdict on a value that was not opened and whose first bytes can't be JSON; None for other values."""
     number = schema_id(value)
     if number is not None:
         message = (
@@ -34,7 +34,7 @@ def about_unread(value: bytes) -> Refused | None:
         return Refused(
             "framed",
             "$",
-            "expected a JSON object, found a frame of AWS Glue's registry, which isn't read: use a plain JSON serializer",
+            "expected a JSON object, found a frame of AWS Glue's registry, which isn't supported: use a plain JSON serializer",
         )
     for start, what in _KNOWN_STARTS:
         if value.startswith(start):
@@ -44,7 +44,7 @@ def about_unread(value: bytes) -> Refused | None:
 
 
 def about_enveloped(value: bytes) -> Refused | None:
-    """A JSON object without the contract's fields that is an envelope around an event."""
+    """The verdict on a JSON object without the contract's fields: which envelope it is; None when it is none."""
     kind = envelope_of(value)
     if kind == CONNECT:
         return Refused(
@@ -64,7 +64,7 @@ def about_enveloped(value: bytes) -> Refused | None:
 
 
 def about_wrapped_string(value: bytes) -> str:
-    """For the end of a text about a value that is no object: where it is a JSON string that holds JSON."""
+    """The end of a text about a value that is no object: empty, unless it is a JSON string that holds JSON."""
     try:
         text = msgspec.json.decode(value, type=str).lstrip()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -75,9 +75,9 @@ def about_wrapped_string(value: bytes) -> str:
 
 
 def about_key(key: bytes | None, impression_id: str) -> str:
-    """What a key is that isn't the event's id, and what to do."""
+    """What a key is that isn't the event's id, and what to do about it."""
     if key is None:
-        return "no key: send the id as the key too, so that both topics place it alike"
+        return "no key: send the id as the key too, so that both topics choose the same partition for it"
     number = schema_id(key)
     if number is not None:
         return (

@@ -1,14 +1,14 @@
-"""Protobuf: a function from a frame's payload to Python objects, by descriptors that the registry serves.
+"""Protobuf: a function from a frame's payload to Python objects, by descriptors from the registry.
 
 | field | value |
 | --- | --- |
-| without presence (proto3's plain scalars) and not on the wire | its default, as the producer's own getter says |
+| without presence (proto3's plain scalars) and not on the wire | its default, as the producer's own getter gives |
 | with presence (`optional`, messages, members of a `oneof`) and not on the wire | left out |
 | `map` | an object; its keys are strings |
-| enum | its name; a number that has none stays a number |
+| enum | its name, or the number if it has no name |
 | `google.protobuf.Timestamp` | milliseconds since 1970 |
-| wrappers (`google.protobuf.StringValue`, …), `Struct`, `Value`, `ListValue` | what they hold |
-| `bytes` | refused by `rows.py` |
+| wrappers (`google.protobuf.StringValue`, …), `Struct`, `Value`, `ListValue` | the value that they hold |
+| `bytes` | rejected by `rows.py` |
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from google.protobuf import (
     type_pb2,
     wrappers_pb2,
 )
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 
 from stream.formats.refused import RefusedError
 
 __all__ = ["file_descriptor", "protobuf_decoder"]
 
-# Each behind those that it imports.
+# Each after the files that it imports.
 _WELL_KNOWN = (
     any_pb2,
     source_context_pb2,
@@ -59,7 +59,7 @@ _MAX_INDEXES = 32  # how deep messages may be defined within one another
 
 
 def file_descriptor(text: str) -> descriptor_pb2.FileDescriptorProto | None:
-    """A schema as a descriptor; None where its text isn't one (a `.proto` file, say)."""
+    """A schema as a descriptor; None when its text is something else, such as a `.proto` file."""
     try:
         found = descriptor_pb2.FileDescriptorProto.FromString(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError, DecodeError):
@@ -67,14 +67,14 @@ def file_descriptor(text: str) -> descriptor_pb2.FileDescriptorProto | None:
     return found if found.message_type or found.enum_type or found.dependency else None
 
 
-def protobuf_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], Any]:
-    """A decoder by a descriptor in base64.
+def protobuf_decoder(text: str, references: Mapping[str, str]) -> Callable[[bytes], object]:
+    """A decoder for a descriptor in base64.
 
     Args:
-        references: import path → descriptor in base64 of what it imports, each after those that it imports itself.
+        references: import path → descriptor in base64 of the files that it imports, each after its own imports.
 
     Raises:
-        RefusedError: a descriptor can't be used, or something that it imports isn't there.
+        RefusedError: a descriptor can't be used, or an import is missing.
     """
     pool = descriptor_pool.DescriptorPool()
     for module in _WELL_KNOWN:
@@ -96,7 +96,7 @@ def protobuf_decoder(text: str, references: Mapping[str, str]) -> Callable[[byte
         raise RefusedError("unusable_schema", "$", f"expected a Protobuf schema with all it imports, found {error}") from error
     messages = list(root.message_types_by_name.values())
 
-    def decode(payload: bytes) -> Any:
+    def decode(payload: bytes) -> object:
         indexes, start = _indexes(payload)
         descriptor = _message(messages, indexes)
         message = message_factory.GetMessageClass(descriptor)()
@@ -109,19 +109,20 @@ def protobuf_decoder(text: str, references: Mapping[str, str]) -> Callable[[byte
     return decode
 
 
-def _message(messages: list[Any], indexes: list[int]) -> Any:
-    """The message type that the indexes name: the first one among the file's, each further one among its own."""
-    found = None
+def _message(messages: list[Descriptor], indexes: list[int]) -> Descriptor:
+    """The message type that the indexes name. The first index is among the file's messages, each next one among nested ones."""
+    found: Descriptor | None = None
     for index in indexes:
         if index >= len(messages):
             raise RefusedError("malformed_frame", "$", f"expected one of the schema's messages, found indexes {indexes}")
         found = messages[index]
         messages = list(found.nested_types)
+    assert found is not None  # `_indexes` gives at least one
     return found
 
 
 def _indexes(payload: bytes) -> tuple[list[int], int]:
-    """The message's indexes, and where they end. A count of 0 stands for the schema's first message."""
+    """The message's indexes, and their end in the payload. A count of 0 means the schema's first message."""
     numbers = _zigzag(payload)
     try:
         count, end = next(numbers)
@@ -138,20 +139,20 @@ def _indexes(payload: bytes) -> tuple[list[int], int]:
 
 
 def _zigzag(payload: bytes) -> Iterator[tuple[int, int]]:
-    """The variable-length integers at the start of a payload, each with where it ends."""
+    """The variable-length integers at the start of a payload, each with its end."""
     number = shift = 0
-    for place, byte in enumerate(payload):
+    for position, byte in enumerate(payload):
         number |= (byte & 0x7F) << shift
         shift += 7
         if byte < 0x80:
-            yield (number >> 1) ^ -(number & 1), place + 1
+            yield (number >> 1) ^ -(number & 1), position + 1
             number = shift = 0
         elif shift > 63:
             raise RefusedError("malformed_frame", "$", "expected the message's indexes, found a number beyond 64 bits")
 
 
-def _values(message: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _values(message: Message) -> dict[str, object]:
+    found: dict[str, object] = {}
     for field in message.DESCRIPTOR.fields:
         if field.is_repeated:
             found[field.name] = _many(getattr(message, field.name), field)
@@ -160,18 +161,18 @@ def _values(message: Any) -> dict[str, Any]:
     return found
 
 
-def _many(values: Any, field: Any) -> Any:
+def _many(values: Any, field: FieldDescriptor) -> object:
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         kind = field.message_type.fields_by_name["value"]
         return {_key(key): _one(values[key], kind) for key in values}
     return [_one(value, field) for value in values]
 
 
-def _key(key: Any) -> str:
+def _key(key: object) -> str:
     return str(key).lower() if isinstance(key, bool) else str(key)
 
 
-def _one(value: Any, field: Any) -> Any:
+def _one(value: Any, field: FieldDescriptor) -> object:
     if field.type == FieldDescriptor.TYPE_ENUM:
         if field.enum_type.full_name == "google.protobuf.NullValue":
             return None
@@ -182,14 +183,14 @@ def _one(value: Any, field: Any) -> Any:
     return _message_value(value)
 
 
-# Messages that stand for a value which may be missing (google/protobuf/wrappers.proto).
+# Messages around a value that may be missing (google/protobuf/wrappers.proto).
 _WRAPPERS = {
     f"google.protobuf.{kind}Value"
     for kind in ("Double", "Float", "Int64", "UInt64", "Int32", "UInt32", "Bool", "String", "Bytes")
 }
 
 
-def _message_value(message: Any) -> Any:
+def _message_value(message: Any) -> object:
     name = message.DESCRIPTOR.full_name
     if name == "google.protobuf.Timestamp":
         return message.seconds * 1_000 + message.nanos // 1_000_000

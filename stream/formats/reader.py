@@ -9,13 +9,14 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stream.errors import StreamError
-from stream.formats.envelopes import unwrapped, unwrapped_row
+from stream.formats.envelopes import CONNECT, DEBEZIUM, unwrapped, unwrapped_row
 from stream.formats.frames import HEADER_BYTES, schema_id, schema_ids
 from stream.formats.refused import Refused, RefusedError
 from stream.formats.rows import row_json
+from stream.records.record import Record
 from stream.settings import SchemaRegistrySettings
 
 if TYPE_CHECKING:
@@ -26,29 +27,30 @@ __all__ = ["FRAMES", "Formats", "open_formats"]
 log = logging.getLogger(__name__)
 
 FRAMES = "f"
-# Between two questions to a registry that is out of order; doubled each time.
+_ENVELOPES = {"none": "", "connect": CONNECT, "debezium": DEBEZIUM}  # `join.envelope` → its letter in a form
+# Wait between two requests to a registry that is out of order; doubled each time.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
-# Between the two answers "no such schema" that are believed.
+# Wait between the first and the second request for a schema that the registry doesn't have.
 CONFIRM_S = 2.0
-# For so long a registry isn't asked again for a schema that it doesn't have.
+# Wait before the registry is asked again for a schema that it doesn't have.
 UNKNOWN_S = 60.0
-# Ids that no registry has, remembered at once. Only values that were never frames have so many.
+# Ids without a schema that are remembered. Only values that were never frames have so many.
 MAX_UNKNOWN = 10_000
 
-# Questions under way at a time, and schemas from which on it is said that they are asked for: no producer has so many new ones
-# at once, so these are bytes that only look like frames.
+# Requests at a time, and the number of wanted schemas from which `trouble` reports them: no producer has so many new schemas at
+# once, so these are bytes that only look like frames.
 AT_ONCE, MANY = 8, 100
-# Registries keep ids in Java's `int`, and say something else than "no such schema" to what is none.
+# Registries keep ids in Java's `int`, and answer something else than "no such schema" to a larger number.
 MAX_ID = 0x7FFF_FFFF
 
 _PACKAGES = {"aiohttp": "aiohttp", "fastavro": "fastavro", "google.protobuf": "protobuf"}
 
 
 class Formats:
-    """One for a worker; all its partitions share the schemas.
+    """Opens the values of a worker's records. All its partitions share the schemas.
 
     Attributes:
-        decoded: frames decoded so far, by the type of their schema.
+        decoded: number of frames decoded so far, by the type of their schema.
     """
 
     def __init__(self, registry: SchemaRegistry | None = None, failed: Callable[[], None] = lambda: None) -> None:
@@ -56,15 +58,19 @@ class Formats:
         self._decoders: dict[int, Decoder | Refused] = {}
         self._unknown: dict[int, float] = {}  # id → when the registry is asked again (monotonic)
         self._asking = asyncio.Lock()
-        self._away: str | None = None  # what the registry said last, while it is out of order
-        self._left = 0  # schemas to be asked for
+        self._away: str | None = None  # the last error of the registry, while it is out of order
+        self._left = 0  # schemas that are still to be fetched
         self.decoded: Counter[str] = Counter()
 
-    async def prepare(self, records: Sequence[Any], form: str) -> None:
-        """Fetch the schemas that these records' frames name. It waits for as long as the registry is out of order.
+    def form(self, envelope: str) -> str:
+        """The formats that events may have: frames when there is a schema registry, and the envelope of `join.envelope`."""
+        return (FRAMES if self._registry is not None else "") + _ENVELOPES[envelope]
+
+    async def prepare(self, records: Sequence[Record], form: str) -> None:
+        """Fetch the schemas of these records' frames. Waits for as long as the registry is out of order.
 
         Raises:
-            StreamError: the records are to be read with a registry, and `schema_registry.url` isn't set any more.
+            StreamError: the records must be read with a registry, and `schema_registry.url` isn't set any more.
         """
         if FRAMES not in form:
             return
@@ -74,7 +80,7 @@ class Formats:
         if self._registry is None:
             raise StreamError(
                 "schema_registry.url: expected the registry that records of this partition were read with, found the setting "
-                "unset. What is pending can't be read again without it: set it until these records are settled (window + 2 "
+                "unset. Pending records can't be read again without it: set it until these records are settled (window + 2 "
                 "dedupe horizons of event time)."
             )
         async with self._asking:
@@ -90,7 +96,7 @@ class Formats:
             self._unknown.update(dict.fromkeys(unknown, time.monotonic() + UNKNOWN_S))
 
     async def _fetch(self, wanted: set[int]) -> set[int]:
-        """Fetch these schemas; the ids that there are none of."""
+        """Fetch these schemas. Returns the ids without a schema."""
         unknown, ids = set[int](), sorted(wanted)
         try:
             for start in range(0, len(ids), AT_ONCE):
@@ -103,7 +109,7 @@ class Formats:
         return unknown
 
     async def _ask(self, schema_id: int) -> bool:
-        """Fetch one schema, however long that takes; False where there is none."""
+        """Fetch one schema, however long that takes. Returns False when there is none."""
         from stream.formats.schema_registry import OutOfOrder, Unknown
 
         assert self._registry is not None
@@ -118,7 +124,9 @@ class Formats:
             except OutOfOrder as error:
                 self._failed()
                 if self._away is None:
-                    log.warning("the schema registry doesn't answer (%s): records that need it wait; it is asked again", error)
+                    log.warning(
+                        "the schema registry doesn't answer (%s): records that need it wait; the request is repeated", error
+                    )
                 self._away = str(error)
                 await asyncio.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
@@ -130,13 +138,13 @@ class Formats:
 
     @property
     def trouble(self) -> str | None:
-        """Why records wait for the registry, for people; None where they don't, or not for long."""
+        """Why records wait for the registry, for people; None when they don't wait, or not for long."""
         if self._away is not None:
             return f"the schema registry doesn't answer: {self._away}"
         return f"the schema registry is asked for {self._left} schemas" if self._left > MANY else None
 
-    def open(self, records: Sequence[Any], form: str) -> list[bytes | Refused | None]:
-        """For each record JSON, or why there is none; its value as it is where it is in no format of this form.
+    def open(self, records: Sequence[Record], form: str) -> list[bytes | Refused | None]:
+        """For each record its JSON, or why there is none. A value in no format of this form is returned as it is.
 
         `prepare` must have had the same records.
         """
@@ -147,7 +155,7 @@ class Formats:
             try:
                 number = schema_id(value) if FRAMES in form else None
                 if number is not None:
-                    value = self._unframed(value, number, envelope)
+                    value = self._unframed(value or b"", number, envelope)
                 elif value and envelope:
                     value = unwrapped(value, envelope)
                 found.append(value)
@@ -155,7 +163,7 @@ class Formats:
                 found.append(error.refused)
             except UnicodeDecodeError as error:
                 found.append(Refused("bad_utf8", "$", f"expected UTF-8, found {error.reason} in a string of the event"))
-            except Exception as error:  # one record must not end every worker that reads it, whatever a library makes of it
+            except Exception as error:  # one record must not end all workers that read it, whatever a library raises
                 log.exception("%s/%s/%s could not be opened", record.topic, record.partition, record.offset)
                 reason = "malformed_json" if number is None else "malformed_frame"
                 found.append(Refused(reason, "$", f"expected an event, found one that can't be read ({type(error).__name__})"))
@@ -191,10 +199,10 @@ def open_formats(settings: SchemaRegistrySettings, failed: Callable[[], None] = 
     """The formats of a worker with these settings. Opens no connection.
 
     Args:
-        failed: called for each question to the registry that got no answer.
+        failed: called for each request to the registry that got no usable answer.
 
     Raises:
-        StreamError: `url` is set, and a package that it needs isn't there, or the file of authorities can't be read.
+        StreamError: `url` is set, and a package that is needed then is missing, or the file of authorities can't be read.
     """
     if settings.url is None:
         return Formats()
@@ -202,7 +210,7 @@ def open_formats(settings: SchemaRegistrySettings, failed: Callable[[], None] = 
     if missing:
         raise StreamError(
             f"schema_registry.url is set: expected the packages {', '.join(_PACKAGES.values())}, found no "
-            f"{', '.join(missing)}. Install them: pip install 'headrace[schema-registry]'"
+            f"{', '.join(missing)}. Run `make setup` in the checkout, which installs them."
         )
     if settings.ssl_cafile is not None:
         try:
@@ -220,5 +228,5 @@ def open_formats(settings: SchemaRegistrySettings, failed: Callable[[], None] = 
 def _there(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in isn't there
+    except ModuleNotFoundError:  # the package around it is missing
         return False

@@ -1,4 +1,4 @@
-"""Why a value has no JSON."""
+"""Why there is no JSON for a value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Refused", "RefusedError"]
 
 
 class Refused(NamedTuple):
-    """What the value's dead letter will say: a reason code of `stream.records.dead_letter`, a path in the value, and a text."""
+    """For the value's dead letter: a reason code of `stream.records.dead_letter`, a path in the value, and a text."""
 
     reason: str
     path: str

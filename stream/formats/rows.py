@@ -9,8 +9,8 @@
 | decimals | a number with the same digits |
 | timestamps, with and without a zone | milliseconds since 1970 |
 | dates, times of day, UUIDs | text as in ISO 8601 |
-| bytes | refused: JSON has none |
-| NaN and infinity | refused: JSON has none |
+| bytes | rejected: JSON has none |
+| NaN and infinity | rejected: JSON has none |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import msgspec
 
 from stream.formats.refused import RefusedError
 
-__all__ = ["row_json"]
+__all__ = ["json_row", "row_json"]
 
 # Fields of an impression or a click that are no features.
 CONTRACT = frozenset(("impression_id", "timestamp", "features", "score", "model_version"))
@@ -36,36 +36,36 @@ _encode = msgspec.json.Encoder(decimal_format="number").encode
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-def row_json(row: Any) -> bytes:
-    """The event that a decoded record stands for.
+def row_json(row: object) -> bytes:
+    """The event of a decoded record, as JSON.
 
     Raises:
-        RefusedError: JSON can't say what is in the record, or it is no record.
+        RefusedError: JSON can't represent a value of the record, or it is no record.
     """
     if not isinstance(row, dict):
         raise RefusedError("wrong_type", "$", f"expected a record, found {_kind(row)}")
     try:
         return _encode(_event(_plain(row, "$")))
-    except (OverflowError, ValueError, TypeError, RecursionError) as error:  # of numbers beyond all bounds
-        raise RefusedError("malformed_frame", "$", f"expected what JSON can say, found {error}") from error
+    except (OverflowError, ValueError, TypeError, RecursionError) as error:  # such as numbers that are too large
+        raise RefusedError("malformed_frame", "$", f"expected a value that JSON has, found {error}") from error
 
 
 def json_row(value: bytes) -> bytes:
-    """The event that a row in JSON stands for; every field keeps the bytes that it has.
+    """The event of a row in JSON. Every field keeps its bytes.
 
     Raises:
         msgspec.DecodeError, RecursionError: it is no JSON object.
-        RefusedError: as `row_json`.
+        RefusedError: see `row_json`.
     """
-    row: dict[str, Any] = dict(_object(value))
-    features = bytes(row.get("features", b""))
+    row: dict[str, object] = dict(_object(value))
+    features = bytes(row.get("features", b""))  # type: ignore[call-overload]  # msgspec.Raw
     if features[:1] == b'"':
         row["features"] = msgspec.json.decode(features, type=str)
     return _encode(_event(row))
 
 
-def _event(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its features in their place."""
+def _event(row: dict[str, object]) -> dict[str, object]:
+    """The row with its features in the field `features`."""
     if "features" not in row:
         features = {name: value for name, value in row.items() if name not in CONTRACT}
         return {name: value for name, value in row.items() if name in CONTRACT} | {"features": features}
@@ -79,7 +79,7 @@ def _event(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """The value as JSON can say it."""
+    """The value with types that JSON has."""
     kind = type(value)
     if kind is str or kind is int or kind is bool or value is None:
         return value
@@ -99,8 +99,8 @@ def _plain(value: Any, path: str) -> Any:
         return value.isoformat()
     if kind is UUID:
         return str(value)
-    raise RefusedError("wrong_type", path, f"expected what JSON can say, found {_kind(value)}. Send a string or a number")
+    raise RefusedError("wrong_type", path, f"expected a value that JSON has, found {_kind(value)}. Send a string or a number")
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     return f"{len(value)} bytes" if isinstance(value, bytes) else f"a value of type {type(value).__name__}"

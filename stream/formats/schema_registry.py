@@ -1,19 +1,19 @@
-"""The Schema Registry's HTTP interface, as Confluent defined it: schemas by id, with what they refer to.
+"""The Schema Registry's HTTP interface, as Confluent defined it: schemas by id, with the schemas that they refer to.
 
-| asked | for |
+| request | answer |
 | --- | --- |
 | `GET /schemas/ids/{id}` | type, text and references of a schema |
-| `GET /schemas/ids/{id}?format=serialized` | Protobuf: its descriptor in base64, where the text isn't that already |
-| `GET /subjects/{subject}/versions/{version}` | a schema that another one refers to; with the same `format` |
+| `GET /schemas/ids/{id}?format=serialized` | for Protobuf, the descriptor in base64; needed when the text is something else |
+| `GET /subjects/{subject}/versions/{version}` | a schema that another one refers to; takes the same `format` |
 
-A schema never changes under its id, so an answer is good for ever. There are three kinds of answers:
+The schema of an id never changes, so an answer is never asked for twice. There are three kinds of answers:
 
 - the schema;
-- "no such schema" (404 with error code 40403), which is believed when it is said twice (`reader.py`), since a registry
-  that follows another one may be a moment behind;
-- anything else, and none at all: the registry is out of order, and is asked again.
+- "no such schema" (404 with error code 40403), which is believed when it comes twice (`reader.py`), since a registry that
+  follows another one may be a moment behind;
+- any other answer, and none at all: the registry is out of order, and the request is repeated.
 
-aiohttp asks: Faust brings it, it doesn't block the event loop, and one GET is all that is needed.
+The requests are made with aiohttp: Faust depends on it, it doesn't block the event loop, and one GET is all that is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import asyncio
 import base64
 import ssl
 from collections.abc import Callable
-from typing import Any
 from urllib.parse import quote
 
 import aiohttp
@@ -35,14 +34,14 @@ from stream.settings import SchemaRegistrySettings
 
 __all__ = ["Decoder", "OutOfOrder", "SchemaRegistry", "Unknown"]
 
-# Of a schema and all that it refers to, directly and not.
+# Number of schemas that one schema may refer to, directly and indirectly.
 MAX_REFERENCES = 500
 MAX_ANSWER_BYTES = 16 << 20
 _UNKNOWN_SCHEMA = 40403
 
 
 class OutOfOrder(Exception):
-    """The registry didn't answer, or not with what the contract of its interface says; the text says what it did."""
+    """The registry didn't answer, or its answer is none that the interface defines. The text says what happened."""
 
 
 class Unknown(Exception):
@@ -50,10 +49,10 @@ class Unknown(Exception):
 
 
 class Decoder(msgspec.Struct, frozen=True):
-    """What is made of a schema: `decode` is None for JSON Schema, whose payload is JSON already."""
+    """The decoder of a schema. `decode` is None for JSON Schema, whose payload is JSON already."""
 
     kind: str
-    decode: Callable[[bytes], Any] | None
+    decode: Callable[[bytes], object] | None
 
 
 class _Reference(msgspec.Struct):
@@ -78,10 +77,10 @@ _error = msgspec.json.Decoder(_Error).decode
 
 
 class SchemaRegistry:
-    """Asks the registry; keeps nothing but its connections.
+    """Sends requests to the registry, and keeps only connections.
 
     Args:
-        settings: with a `url`; several, separated by commas, are tried in their order.
+        settings: `url` must be set. Several urls, separated by commas, are tried in their order.
     """
 
     def __init__(self, settings: SchemaRegistrySettings) -> None:
@@ -90,11 +89,11 @@ class SchemaRegistry:
         self._session: aiohttp.ClientSession | None = None
 
     async def decoder(self, schema_id: int) -> Decoder | Refused:
-        """The decoder of a schema, or why no worker can have one.
+        """The decoder of a schema, or why the schema can't be used.
 
         Raises:
             Unknown: there is no such schema.
-            OutOfOrder: the registry doesn't say.
+            OutOfOrder: the registry gives no usable answer.
         """
         path = f"/schemas/ids/{schema_id}"
         schema = await self._ask(path)
@@ -108,7 +107,7 @@ class SchemaRegistry:
             text = await self._text(schema, path, protobuf)
             references: dict[str, str] = {}
             await self._resolve(schema, protobuf, references, depth=0)
-            # Building one may take a while: hundreds of types.
+            # Building a decoder for hundreds of types may take a while.
             build = protobuf_decoder if protobuf else avro_decoder
             decode = await asyncio.to_thread(build, text, references)
         except RefusedError as error:
@@ -116,7 +115,7 @@ class SchemaRegistry:
         return Decoder("protobuf" if protobuf else "avro", decode)
 
     async def _resolve(self, schema: _Schema, protobuf: bool, found: dict[str, str], depth: int) -> None:
-        """Collect what a schema refers to, each behind what it refers to itself."""
+        """Collect the schemas that a schema refers to, each after those that it refers to itself."""
         for reference in schema.references:
             if reference.name in found:
                 continue
@@ -137,13 +136,13 @@ class SchemaRegistry:
             found[reference.name] = text
 
     async def _text(self, schema: _Schema, path: str, protobuf: bool) -> str:
-        """A schema's text; for Protobuf its descriptor, unless the registry doesn't offer any."""
+        """A schema's text; for Protobuf its descriptor, unless the registry offers none."""
         if not protobuf or file_descriptor(schema.schema) is not None:
             return schema.schema
         return (await self._ask(f"{path}?format=serialized")).schema
 
     async def _ask(self, path: str) -> _Schema:
-        """One question. Raises Unknown and OutOfOrder."""
+        """One request. Raises Unknown and OutOfOrder."""
         troubles: list[str] = []
         for url in self.urls:
             try:

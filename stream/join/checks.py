@@ -1,4 +1,4 @@
-"""What a join worker wants to know of its topics before it joins the group."""
+"""Checks of a join worker's topics before it joins the group."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ KEPT = ("retention.ms", "retention.bytes")
 
 
 async def check_topics(kafka: KafkaSettings, settings: JoinSettings, names: TopicNames, cluster: Cluster) -> None:
-    """Look at the four topics of the join, and warn where they may lose something. Configurations that we may not read are not
-    judged.
+    """Check the four topics of the join, and warn where they may lose something.
+
+    Configurations that we lack the permission to read are not checked.
 
     Raises:
-        TopicError: their partition counts differ, or producers' clocks stamp a source's records.
+        TopicError: the partition counts of the topics differ, or producers' clocks stamp a source's records.
     """
     sources, outputs = (names.impressions, names.clicks), (names.examples, names.dead_letters)
     if problem := unequal_partitions(names, cluster.partitions):
         raise TopicError(f"{problem.topic}: expected {problem.expected}, found {problem.found}. To go on, {problem.cure}.")
     configs = await topic_configs(kafka, (*sources, *outputs), (STAMPED, LARGEST, *KEPT))
     for short in retention_shortfalls(names, settings, {topic: found for topic, found in configs.items() if KEPT[0] in found}):
-        told = (short.topic, short.what, short.expected, short.found, short.cure)
-        log.warning("%s: %s: expected %s, found %s. To fix it, %s.", *told)
+        log.warning(
+            "%s: %s: expected %s, found %s. To fix it, %s.",
+            *(short.topic, short.what, short.expected, short.found, short.cure),
+        )
     for topic in sources:
         if (found := configs.get(topic, {}).get(STAMPED, "LogAppendTime")) != "LogAppendTime":
             raise TopicError(

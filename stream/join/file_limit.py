@@ -1,4 +1,4 @@
-"""How many files a worker may open, and how many of them the state of each partition takes."""
+"""The number of files that a worker may open, and how many of them each partition's state may open."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from state.errors import JoinStateError
 
 __all__ = ["check_file_limit", "open_files_each", "raise_file_limit"]
 
-# Libraries, logs, the group's connections, and those of up to 8 takeovers at once.
+# Files besides the partitions': libraries, logs, the group's connections, and those of up to 8 takeovers at once.
 BASE = 200
-# Besides tables: RocksDB's lock, logs and manifest (6), and connections of the partition's producer (a few brokers).
+# Files of a partition besides tables: RocksDB's lock, logs and manifest (6), and connections of its producer (a few brokers).
 BESIDES = 16
-# Tables that one partition keeps open. Fewer are opened again and again (32 hold some 2 GiB of tables); RocksDB asks for 20.
+# Tables that one partition keeps open. With fewer, RocksDB opens the same tables again and again (32 tables hold some 2 GiB,
+# and it asks for at least 20).
 LEAST, MOST = 32, 256
 
 
 def raise_file_limit() -> int:
-    """Raise this process' limit of open files as far as it may, and return what it is then."""
+    """Raise this process' limit of open files to the hard limit, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -25,15 +26,15 @@ def raise_file_limit() -> int:
 
 
 def open_files_each(limit: int, partitions: int) -> int:
-    """Tables that each partition may keep open where one worker has them all."""
+    """Number of tables that each partition may keep open if one worker has all partitions."""
     return min(max((limit - BASE) // partitions - BESIDES, LEAST), MOST)
 
 
 def check_file_limit(limit: int, partitions: int) -> None:
-    """Before so many partitions are opened.
+    """Check the limit before a worker opens its partitions.
 
     Raises:
-        JoinStateError: the limit is too low for them.
+        JoinStateError: the limit is too low for so many partitions.
     """
     needed = BASE + partitions * (BESIDES + LEAST)
     if limit < needed:

@@ -1,25 +1,53 @@
-"""The part of a partition's state that is small enough to stand in memory; RocksDB has it too."""
+"""The part of a partition's state that is small enough to be kept in memory. RocksDB has it, too."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import msgspec
 
 from state.join_state import Chunk
 from stream.join.settings_history import NEVER_MS, History, Terms
+from stream.records.dead_letter import DeadLetter
+from stream.records.record import Header, Record
 
-__all__ = ["EarlyClick", "Memory"]
+__all__ = ["EarlyClick", "LowWater", "Memory"]
 
-EarlyClick = tuple[int, int, bytes]  # event time, offset, the record as `logic.packed_click` has it
+
+class EarlyClick(NamedTuple):
+    """A click whose impression has not come. `packed` has the value and headers that its dead letter would need."""
+
+    time_ms: int
+    offset: int
+    packed: bytes
+
+    @classmethod
+    def of(cls, record: Record, time_ms: int) -> EarlyClick:
+        return cls(time_ms, record.offset, msgspec.msgpack.encode((record.value, record.headers)))
+
+    def letter(self, key: bytes, topic: str, partition: int) -> DeadLetter:
+        """The click as a dead letter without a text."""
+        value, headers = msgspec.msgpack.decode(self.packed, type=tuple[bytes | None, tuple[Header, ...]])
+        return DeadLetter("orphan_click", "", "$.impression_id", topic, partition, self.offset, key, value, headers)
+
+
+class LowWater(NamedTuple):
+    """The earliest offset of each topic that is still needed."""
+
+    impressions: int
+    clicks: int
+    examples: int
 
 
 @dataclass(slots=True)
 class Memory:
     """Watermarks, settings in force, early clicks and chunks of one partition.
 
-    Early clicks are those whose impression has not come, by id and event time; a chunk is what one step remembered. Both come
-    in order of offset, and dictionaries keep that order, so the first of each is the low-water mark.
+    Early clicks are found by id and event time. A chunk names the ids that one step remembered. Both are added in order of
+    offset, and dictionaries keep that order, so the first of each is the low-water mark.
     """
 
     history: History
@@ -31,7 +59,7 @@ class Memory:
     expired_ms: int = 0  # pending impressions before this event time have been deleted
     early: dict[bytes, dict[int, EarlyClick]] = field(default_factory=dict)
     _early_offsets: dict[int, None] = field(default_factory=dict)
-    _early_due: list[tuple[int, int, bytes]] = field(default_factory=list)  # a heap; clicks matched since stay in it
+    _early_due: list[tuple[int, int, bytes]] = field(default_factory=list)  # a heap: time, offset, id; also of matched clicks
     _chunks: dict[Chunk, None] = field(default_factory=dict)
     _chunks_due: list[tuple[int, Chunk]] = field(default_factory=list)  # a heap by largest event time + horizon
 
@@ -40,28 +68,31 @@ class Memory:
         return len(self._early_offsets)
 
     def first_is_out(self, time_ms: int, offset: int, terms: Terms) -> bool:
-        """Whether the watermark has passed the hold of an impression, by all steps so far."""
+        """Whether all steps so far have moved the watermark past the hold of an impression."""
         due_ms = time_ms + terms.hold_ms
         return due_ms < self.watermark_ms or (due_ms == self.watermark_ms and offset < self.cut)
 
     def add_early(self, key: bytes, click: EarlyClick) -> None:
-        self.early.setdefault(key, {})[click[0]] = click
-        self._early_offsets[click[1]] = None
-        heapq.heappush(self._early_due, (click[0], click[1], key))
+        self.early.setdefault(key, {})[click.time_ms] = click
+        self._early_offsets[click.offset] = None
+        heapq.heappush(self._early_due, (click.time_ms, click.offset, key))
 
     def drop_early(self, key: bytes, clicks: Iterable[EarlyClick]) -> None:
         waiting = self.early[key]
-        for time_ms, offset, _ in clicks:
-            del waiting[time_ms], self._early_offsets[offset]
+        for click in clicks:
+            del waiting[click.time_ms], self._early_offsets[click.offset]
         if not waiting:
             del self.early[key]
 
     def due_early(self, before_ms: int) -> Iterator[tuple[bytes, EarlyClick]]:
-        """Take out the early clicks whose time is before `before_ms`."""
-        while self._early_due and self._early_due[0][0] < before_ms:
-            time_ms, offset, key = heapq.heappop(self._early_due)
+        """Remove and return the early clicks whose event time is before `before_ms`, with their ids."""
+        while self._early_due:
+            time_ms, offset, key = self._early_due[0]
+            if time_ms >= before_ms:
+                return
+            heapq.heappop(self._early_due)
             click = self.early.get(key, {}).get(time_ms)
-            if click is not None and click[1] == offset:
+            if click is not None and click.offset == offset:
                 self.drop_early(key, [click])
                 yield key, click
 
@@ -70,19 +101,30 @@ class Memory:
         heapq.heappush(self._chunks_due, (chunk.max_time_ms + self.history.of(chunk.first_offset).horizon_ms, chunk))
 
     def due_chunks(self, late_before_ms: int) -> list[Chunk]:
-        """Take out the chunks whose every id may be forgotten: no impression that isn't late can be a duplicate of one."""
-        due = []
-        while self._chunks_due and self._chunks_due[0][0] < late_before_ms:
-            due.append(heapq.heappop(self._chunks_due)[1])
-            del self._chunks[due[-1]]
+        """Remove and return the chunks whose every id may be forgotten.
+
+        That is so when each impression that could be a duplicate of such an id is late.
+        """
+        due: list[Chunk] = []
+        while self._chunks_due:
+            due_ms, chunk = self._chunks_due[0]
+            if due_ms >= late_before_ms:
+                break
+            heapq.heappop(self._chunks_due)
+            del self._chunks[chunk]
+            due.append(chunk)
         return due
 
-    def low_water(self, impressions: int, clicks: int, examples: int) -> tuple[int, int, int]:
-        """The earliest offsets that what is remembered still needs, given the positions now."""
+    def low_water(self, impressions: int, clicks: int, examples: int) -> LowWater:
+        """The earliest offsets that early clicks and remembered ids still need.
+
+        Args:
+            impressions, clicks, examples: the positions now, which are the answer when nothing is remembered.
+        """
         for chunk in self._chunks:
             impressions, examples = min(impressions, chunk.first_offset), min(examples, chunk.examples_position)
             break
         for offset in self._early_offsets:
             clicks = min(clicks, offset)
             break
-        return impressions, clicks, examples
+        return LowWater(impressions, clicks, examples)

@@ -1,4 +1,4 @@
-"""How far a rebuild is: for the log, for `/readyz` and for the metrics."""
+"""How far takeovers and their rebuilds are: for the process' log, for `/readyz` and for the metrics."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["RebuildProgress", "told"]
+__all__ = ["RebuildProgress", "takeover_status"]
 
 log = logging.getLogger(__name__)
 
-# A rebuild within this time says nothing but that it is done; a longer one is told of this often.
+# How often a long rebuild logs its progress. A rebuild that takes less time is logged only when it is done.
 LOG_EVERY_S = 5.0
 
 
 @dataclass(slots=True)
 class RebuildProgress:
-    """One partition number's rebuild, in offsets of its three logs.
+    """The rebuild of one partition number, in offsets of its three logs.
 
     ```python
     progress = RebuildProgress(3)
@@ -27,7 +27,7 @@ class RebuildProgress:
     ```
 
     Args:
-        changed: called after every change; the metrics listen here.
+        changed: called after every change, for the metrics.
     """
 
     number: int
@@ -35,15 +35,15 @@ class RebuildProgress:
     total: int = 0
     done: int = 0
     foreign: int = 0
-    """Records in `examples` that the join has not written; whoever is told of a change may take them away."""
+    """Records in `examples` that the join has not written. `changed` may count them and reset this to 0."""
     stage: str = "nothing begun"
-    """What is being waited for, in words; before the records are read."""
+    """What the takeover waits for, in words."""
     _stages: int = 0
     _began: float = field(default_factory=time.monotonic)
-    _told: float = field(default_factory=time.monotonic)
+    _logged: float = field(default_factory=time.monotonic)
 
     def at(self, stage: str) -> None:
-        """Say what comes next."""
+        """Begin the next stage."""
         self.stage = stage
         self._stages += 1
 
@@ -53,22 +53,23 @@ class RebuildProgress:
         return self._stages, self.done
 
     def begin(self, total: int) -> None:
-        """Say how many offsets there are to read; a rebuild begun anew begins its count anew."""
+        """Begin reading this many offsets. A rebuild that starts again counts from 0 again."""
         self.total, self.done = total, 0
         self.at("records to be read again")
-        self._began = self._told = time.monotonic()
+        self._began = self._logged = time.monotonic()
         self.changed(self)
 
     def advance(self, offsets: int) -> None:
+        """Count offsets that have been read."""
         self.done += offsets
         self.changed(self)
         now = time.monotonic()
-        if now - self._told >= LOG_EVERY_S:
-            self._told = now
+        if now - self._logged >= LOG_EVERY_S:
+            self._logged = now
             log.info("rebuilding %s", self)
 
     def pass_over(self, records: int) -> None:
-        """Count records in `examples` that the join has not written."""
+        """Count records in `examples` that the rebuild skips, since the join has not written them."""
         self.foreign += records
         self.changed(self)
 
@@ -87,7 +88,7 @@ class RebuildProgress:
         )
 
 
-def told(rebuilds: Iterable[RebuildProgress], taken: int, of: int) -> str:
+def takeover_status(rebuilds: Iterable[RebuildProgress], taken: int, of: int) -> str:
     """What `/readyz` says while partitions are being taken over: how many are done, and how far the others are."""
     lines = [str(progress) for progress in rebuilds]
     return "; ".join([f"partitions are being taken over: {taken} of {of} done", *lines])

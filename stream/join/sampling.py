@@ -1,8 +1,8 @@
-"""Which negatives go out: a hash of the impression id decides, so that a replay takes the same ones.
+"""Which negatives are sent. A hash of the impression id decides, so that a replay takes the same ones.
 
-A kept negative stands for 1 / rate of them. Whoever learns from the rest corrects for it: the odds of a score that was learned
-at `rate` are those of the true probability, over `rate` (He et al., "Practical Lessons from Predicting Clicks on Ads at
-Facebook", ADKDD 2014, section 6.3).
+A kept negative stands for 1 / rate negatives. A model that learns from them must correct for it: the odds of a score that was
+learned at `rate` are the odds of the true probability, divided by `rate` (He et al., "Practical Lessons from Predicting Clicks
+on Ads at Facebook", ADKDD 2014, section 6.3).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 __all__ = ["Sampling"]
 
-_BYTES = 8  # of the hash: rates differ by 2 ** -64 at the least
+_BYTES = 8  # of the hash: two rates must differ by 2 ** -64
 
 
 class Sampling:
@@ -22,6 +22,6 @@ class Sampling:
         self._bound = min(int(rate * (1 << 8 * _BYTES)), (1 << 8 * _BYTES) - 1).to_bytes(_BYTES, "big")
 
     def keeps(self, key: bytes) -> bool:
-        """Whether the negative of this impression id goes out."""
-        # Bytes compare as the numbers that they are.
+        """Whether the negative of this impression id is sent."""
+        # Big-endian bytes compare like their numbers.
         return self.rate >= 1 or blake2b(key, digest_size=_BYTES).digest() < self._bound

@@ -1,17 +1,18 @@
-"""How far a source has come in event time, so that one wrong clock can't say so.
+"""How far a source has come in event time. One producer with a wrong clock must not decide it.
 
-The front of a source is the event time that its watermark follows, `lateness_ms` behind. An event moves the front
+The front of a source is the event time that its watermark follows, `lateness_ms` behind. These rules move the front:
 
-- never beyond its own arrival at the broker (the record's Kafka timestamp, `LogAppendTime`);
-- up to the smallest time of five events in a row (`AGREEING`): the front is the largest of these smallest times;
-- or at once to its own time, when it took as long to arrive as the events that made the front, or at most `lateness_ms`
-  less. So a live stream doesn't wait for four more events. In a replay of the past, an event far ahead of the
-  others took years less to arrive than they did.
+- No event moves the front beyond the event's own arrival at the broker (the record's Kafka timestamp, `LogAppendTime`).
+- The front is the largest of the smallest times of any five events in a row (`AGREEING`).
+- An event that took as long to arrive as the events that made the front, or at most `lateness_ms` less, moves the front at once
+  to its own time. So a live stream doesn't wait for four more events. In a replay of the past, an event far ahead of the others
+  took years less to arrive than they did.
 
-So a clock that is 59 minutes ahead moves the front to the moment of its arrival at most, and a single wrong event in a replay
-doesn't move it. In a stream in order the front is at the newest event when it is live, and four events behind in a replay.
+So a clock that is 59 minutes ahead moves the front at most to the moment of the event's arrival, and a single wrong event in a
+replay doesn't move it. With events in order, the front is at the newest event in a live stream, and four events behind in a
+replay.
 
-Only the front is committed. Where the watermark stood is what a rebuild needs to know, not how it was found.
+Only the front is committed: a rebuild needs to know where the watermark was, not how it was found.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from stream.join.events import Events
 
 __all__ = ["AGREEING", "AHEAD_MS", "SourceClock"]
 
-# Events in a row that must agree. Where a share q of the events is wrong, at random places, q^5 of them are the fifth wrong one
-# in a row: at 10 % one in 100,000. bench/clocks.py compares two, three and five, and other rules.
+# Events in a row that must agree. If a share q of the events is wrong, at random, the share q^5 of events is the fifth wrong
+# one in a row: at 10 % one in 100,000. bench/clocks.py compares two, three and five, and other rules.
 AGREEING = 5
-# An event so far ahead of its arrival comes from a clock that nobody holds: NTP keeps clocks within milliseconds.
+# An event this far ahead of its arrival comes from a clock that isn't synchronised: NTP keeps clocks within milliseconds.
 AHEAD_MS = 1_000
 
 Int64s = npt.NDArray[np.int64]
@@ -37,20 +38,20 @@ class SourceClock:
     """The front of one source of one partition.
 
     Args:
-        lateness_ms: how far out of order events ordinarily come.
-        front_ms: where it was when the partition was taken over, or anything below zero.
+        lateness_ms: how far out of order events usually come.
+        front_ms: the front when the partition was taken over, or any number below zero.
     """
 
     def __init__(self, lateness_ms: int, front_ms: int) -> None:
         self._lateness_ms = lateness_ms
         self.front_ms = front_ms
         self.lag_ms: int | None = None
-        """From event time to arrival, of the event that five agreed on; None before there was one."""
+        """Time from event to arrival of the event that five agreed on; None before there was one."""
         self._confirmed_ms = front_ms
         self._times, self._lags = _NONE, _NONE  # of the last four events, for the next run
 
     def read(self, events: Events) -> None:
-        """Take in a run, in the log's order, and set its `front_ms` and `ahead`."""
+        """Take a run, in the log's order, and set its `front_ms` and `ahead`."""
         if events.times_ms:
             arrived = np.array(events.arrivals_ms, np.int64)
             times = np.array(events.times_ms, np.int64)

@@ -1,114 +1,114 @@
-"""The join worker: a Faust app that owns partition numbers and hands each its runs."""
+"""The join worker: owns partition numbers and hands each its runs."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from aiokafka.errors import InvalidProducerEpoch, InvalidTxnState, ProducerFenced
-from aiokafka.structs import TopicPartition
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
 from state.join_state import StateOptions
-from stream.errors import Abandoned, Replaced, TopicError
+from stream.errors import Abandoned, TopicError
 from stream.formats import open_formats
 from stream.join.checks import check_topics
 from stream.join.file_limit import check_file_limit, open_files_each, raise_file_limit
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin
-from stream.join.partition_count import check_partition_count
-from stream.join.rebuild_progress import RebuildProgress, told
+from stream.join.partition_count import check_partitions
+from stream.join.rebuild_progress import RebuildProgress, takeover_status
 from stream.join.retention import RetentionWatch
 from stream.join.settings_history import NEVER_MS
 from stream.join.takeover import Takeover
-from stream.kafka.cluster import Cluster, ClusterWatch, describe_cluster
-from stream.kafka.log_spans import high_watermarks
-from stream.kafka.offsets import committed_offsets
-from stream.kafka.transport import LogEnd, Run, RunSchema
-from stream.settings import HttpSettings, JoinSettings, KafkaSettings
+from stream.kafka.cluster import Cluster, describe_cluster
+from stream.kafka.transport import Run
+from stream.settings import HttpSettings, JoinSettings, KafkaSettings, SchemaRegistrySettings
 from stream.topics.limits import OutputLimits, letter_limit
 from stream.topics.names import TopicNames
-from stream.worker.membership import Membership
-from stream.worker.runtime import build_app, fatal, new_registry, serve, source_part
-from stream.worker.watchdog import Part
+from stream.worker import Part, Worker, fatal, new_prometheus, serve, source_part
+from stream.worker.guards import end_on_error
 
 __all__ = ["JoinWorker", "run_join"]
 
 log = logging.getLogger(__name__)
 
-# Each opens three connections and holds a fetch in memory.
+# Takeovers under way at once. Each opens three connections and holds a fetch in memory.
 TAKEOVERS_AT_ONCE = 8
-# How often a takeover that is waited for looks whether another rebalance has begun.
+# How often the wait for takeovers checks whether another rebalance has begun.
 GENERATION_LOOK_S = 0.2
-# What a producer says when another worker has taken its transactional id.
+# The errors of a producer whose transactional id another worker has taken.
 FENCED = (ProducerFenced, InvalidProducerEpoch, InvalidTxnState)
 
 
-class JoinWorker:
-    """One process of the join. Must be built inside a running event loop."""
+class JoinWorker(Worker):
+    """One process of the join. Must be built inside a running event loop.
+
+    Each partition number has a `PartitionJoin`, whose loop is a task here. A partition number that is assigned is taken over
+    first, and its loop starts when all takeovers are done. This worker is the partitions' `Owner`.
+    """
+
+    name = "join"
 
     def __init__(
         self,
         *,
         kafka: KafkaSettings,
         settings: JoinSettings,
+        schema_registry: SchemaRegistrySettings,
         names: TopicNames,
         cluster: Cluster,
         state_dir: Path,
-        registry: CollectorRegistry,
-        watch: ClusterWatch,
+        prometheus: CollectorRegistry,
         limits: OutputLimits = OutputLimits(),  # noqa: B008 (frozen)
     ) -> None:
-        self._settings, self._names, self._cluster, self._watch = settings, names, cluster, watch
-        self._group = f"{names.prefix}{settings.group}"
-        self._kafka, self._state_dir, self._limits = kafka, state_dir, limits
+        super().__init__(
+            kafka,
+            cluster,
+            group=f"{names.prefix}{settings.group}",
+            topics=(names.impressions, names.clicks),
+            session_timeout_ms=settings.session_timeout_ms,
+            instance_id=settings.instance_id,
+            instance_setting="join.instance_id",
+        )
+        self._kafka, self._settings, self._names, self._cluster = kafka, settings, names, cluster
+        self._state_dir, self._limits = state_dir, limits
         self._file_limit = raise_file_limit()
         each = open_files_each(self._file_limit, cluster.partitions[names.impressions])
         self._options = StateOptions(settings.cache_mb, each, settings.write_buffers_mb)
-        self._metrics = JoinMetrics(registry)
-        self._formats = open_formats(settings.schema_registry, self._metrics.registry_failures.inc)
+        self._metrics = JoinMetrics(prometheus)
+        self._formats = open_formats(schema_registry, self._metrics.registry_failures.inc)
         self.partitions: dict[int, PartitionJoin] = {}
         self._loops: dict[int, asyncio.Task[None]] = {}
-        self._takeover_done = False
         self._takeovers: dict[int, asyncio.Task[None]] = {}  # under way, or failed
-        self._turns = asyncio.Semaphore(TAKEOVERS_AT_ONCE)
-        self._stopping = False
-        self._ending: asyncio.Task[None] | None = None
         self._rebuilds: dict[int, RebuildProgress] = {}  # under way, or failed
+        self._turns = asyncio.Semaphore(TAKEOVERS_AT_ONCE)
         self._assigned = 0  # partition numbers, by the last rebalance
         self._paused: set[TP] = set()
-        self.app = build_app(
-            self._group,
-            kafka,
-            next_offset=self._next_offset,
-            session_timeout_ms=settings.session_timeout_ms,
-            instance_id=settings.instance_id,
-        )
-        self._membership = Membership(self.app, kafka, self._group, settings.instance_id, setting="join.instance_id")
-        # Acks are off because a commit of Faust's would erase our offsets' metadata.
-        topic = self.app.topic(names.impressions, names.clicks, schema=RunSchema(), acks=False)
-        self.app.agent(topic, name="join")(self._consume)
-        self.app.on_partitions_revoked.connect(self._on_revoked)
-        self.app.on_rebalance_complete.connect(self._on_rebalance_complete)
+        self._stopping = False
+        self._ending: asyncio.Task[None] | None = None
 
-    def _next_offset(self, tp: TP) -> int | None:
+    async def start(self) -> None:
+        await super().start()
+        watch = RetentionWatch(
+            self._kafka,
+            self._names,
+            self._metrics,
+            lambda: {number: partition.low_water() for number, partition in self.partitions.items()},
+        )
+        self.background(watch.run())
+
+    # Runs
+
+    def next_offset(self, tp: TP) -> int | None:
         partition = self.partitions.get(tp.partition)
         return partition.accepted.get(tp.topic) if partition else None
 
-    async def _consume(self, stream: Any) -> None:
-        try:
-            async for run in stream:
-                await self._deliver(run)
-        except Exception as error:  # an exception that leaves an agent would count as handled
-            fatal("join agent", error)
-
-    async def _deliver(self, run: Run) -> None:
+    async def deliver(self, run: Run) -> None:
         partition = self.partitions.get(run.partition)
         if partition is None or run.partition not in self._loops:
             return  # fetched before a rebalance; whoever owns the partition now reads it again
@@ -116,57 +116,34 @@ class JoinWorker:
             tp = TP(run.topic, run.partition)
             await self.app.consumer.seek_runs({tp: partition.accepted[run.topic]})
 
-    async def _on_revoked(self, *args: Any, **kwargs: Any) -> None:
-        """Let the steps under way end. Which partitions are lost is known when the rebalance is complete."""
-        self._takeover_done = False
-        await self._stop_loops()
-        if await self._membership.check() is not None:
-            await self._membership.wait_put_out()
-            fatal("join", Replaced(self._membership.put_out))
-
     async def _stop_loops(self) -> None:
+        """Let the steps under way end."""
         loops, self._loops = self._loops, {}
         for task in loops.values():
             task.cancel()
         if loops:
             await asyncio.wait(loops.values())
 
-    async def _on_rebalance_complete(self, *args: Any, **kwargs: Any) -> None:
-        """Take over what is new and go on with what stayed; the flow stands still, heartbeats go on."""
-        try:
-            await self._rebalanced()
-            self._membership.joined = True
-        except Abandoned as news:
-            log.info("%s", news)
-        except Exception as error:
-            fatal("taking over partitions", error)
+    def _loop_ended(self, task: asyncio.Task[None]) -> None:
+        if self._ending is None:
+            end_on_error("join partition", task)
 
-    async def _rebalanced(self) -> None:
+    # Rebalances
+
+    async def revoked(self) -> None:
+        await self._stop_loops()
+
+    async def assigned(self, partitions: set[TP]) -> None:
+        """Take over what is new and go on with what stayed."""
         await self._stop_loops()
         self._paused.clear()  # Faust resumes every partition when this is over
         generation = self.app.consumer_generation_id
-        assigned = self.app.consumer.assignment()
-        ours = {tp.partition for tp in assigned if tp.topic == self._names.impressions}
-        clicks = {tp.partition for tp in assigned if tp.topic == self._names.clicks}
-        if ours != clicks:
-            raise TopicError(
-                f"expected the same partitions of {self._names.impressions} and {self._names.clicks}, was assigned "
-                f"{sorted(ours)} and {sorted(clicks)}. Run `headrace topics check`."
-            )
-        if new := sorted(number for number in ours if number >= self._cluster.partitions[self._names.impressions]):
-            raise TopicError(
-                f"expected {self._cluster.partitions[self._names.impressions]} partitions of {self._names.impressions}, was "
-                f"assigned {new}: the topic has gained partitions. Run `headrace topics check`."
-            )
+        ours = self._numbers(partitions)
         for number in sorted((self.partitions.keys() | self._takeovers.keys()) - ours):
-            if number in self._takeovers:
-                await self._give_up(number)
-            if number in self.partitions:
-                await self.partitions.pop(number).close()
-            self._metrics.forget_partition(number)
+            await self._let_go(number)
         check_file_limit(self._file_limit, len(ours))
-        # A partition that stayed keeps its producer: had another worker owned it meanwhile, our next transaction is fenced. So
-        # does a takeover that is under way: a long one isn't begun anew because others come and go.
+        # A partition that stayed keeps its producer: if another worker has owned it meanwhile, our next transaction is fenced.
+        # A takeover that is under way goes on, too: a long one doesn't start again because other workers come and go.
         for partition in self.partitions.values():
             partition.reset()
         self._assigned = len(ours)
@@ -185,50 +162,56 @@ class JoinWorker:
         for number, partition in self.partitions.items():
             self._loops[number] = task = asyncio.ensure_future(partition.run())
             task.add_done_callback(self._loop_ended)
-        self._takeover_done = True
+
+    def _numbers(self, assigned: set[TP]) -> set[int]:
+        """The partition numbers that were assigned.
+
+        Raises:
+            TopicError: the sources' partitions were assigned apart, or the topics have gained partitions.
+        """
+        names, count = self._names, self._cluster.partitions[self._names.impressions]
+        ours = {tp.partition for tp in assigned if tp.topic == names.impressions}
+        clicks = {tp.partition for tp in assigned if tp.topic == names.clicks}
+        if ours != clicks:
+            raise TopicError(
+                f"expected the same partitions of {names.impressions} and {names.clicks}, was assigned "
+                f"{sorted(ours)} and {sorted(clicks)}. Run `headrace topics check`."
+            )
+        if new := sorted(number for number in ours if number >= count):
+            raise TopicError(
+                f"expected {count} partitions of {names.impressions}, was assigned {new}: the topic has gained partitions. Run "
+                "`headrace topics check`."
+            )
+        return ours
+
+    async def _let_go(self, number: int) -> None:
+        """Close a partition that went to another worker, and end its takeover if that is under way."""
+        if (task := self._takeovers.pop(number, None)) is not None:
+            # A state that is not rebuilt to the end is at no position of the log; the next takeover starts again.
+            task.cancel()
+            await asyncio.wait([task])
+            self._rebuilds.pop(number, None)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                log.warning("partition %d went to another worker; taking it over had failed: %r", number, error)
+        if number in self.partitions:
+            await self.partitions.pop(number).close()
+        self._metrics.forget_partition(number)
 
     async def _take_in_turn(self, number: int) -> None:
         async with self._turns:
             self.partitions[number] = await self._take(number, lambda: not self._stopping)
-        del self._takeovers[number]  # one that fails stays, for whoever waits for it
+        del self._takeovers[number]  # a takeover that fails stays, and `assigned` finds its exception
 
-    async def _give_up(self, number: int) -> None:
-        """End a takeover that is under way. What it has rebuilt stands for no position of the log."""
-        task = self._takeovers.pop(number)
-        task.cancel()
-        await asyncio.wait([task])
-        self._rebuilds.pop(number, None)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("partition %d went to another worker; taking it over had failed: %r", number, error)
-
-    def _failed(self, what: str, error: BaseException) -> None:
-        """End the process, at once but for one case: a worker that is started again and again must not do harm at that pace."""
-        if self._settings.instance_id is None or not isinstance(error, FENCED):
-            fatal(what, error)
-        self._ending = asyncio.ensure_future(self._fenced(what, error))
-
-    async def _fenced(self, what: str, error: BaseException) -> None:
-        await self._stop_loops()
-        if await self._membership.check(fenced=True) is not None:
-            await self._membership.wait_put_out()
-            fatal("join", Replaced(self._membership.put_out))
-        fatal(what, error)
-
-    def _loop_ended(self, task: asyncio.Task[None]) -> None:
-        if self._ending is None and not task.cancelled() and (error := task.exception()) is not None:
-            fatal("join partition", error)
-
-    async def _take(self, number: int, still_ours: Any) -> PartitionJoin:
+    async def _take(self, number: int, still_ours: Callable[[], bool]) -> PartitionJoin:
         began = time.monotonic()
         cluster, names = self._cluster, self._names
-        topics = (names.impressions, names.clicks, names.examples)
-        ids = (cluster.topic_ids[topic] for topic in topics)
+        ids = (cluster.topic_ids[topic] for topic in (names.impressions, names.clicks, names.examples))
         identity = "/".join([cluster.cluster_id, *ids, str(number)])
         takeover = Takeover(
             kafka=self._kafka,
             settings=self._settings,
             names=names,
-            group=self._group,
+            group=self.group,
             identity=identity,
             state_dir=self._state_dir,
             options=self._options,
@@ -241,13 +224,11 @@ class JoinWorker:
             number,
             settings=self._settings,
             names=names,
-            group=self._group,
+            group=self.group,
             identity=identity,
             partitions=cluster.partitions[names.impressions],
             taken=taken,
-            log_end=lambda topic: self._log_end(TP(topic, number)),
-            after_step=self._after_step,
-            fatal=self._failed,
+            owner=self,
             metrics=self._metrics,
             limits=self._limits,
             formats=self._formats,
@@ -255,18 +236,16 @@ class JoinWorker:
         self._metrics.takeover_seconds.observe(time.monotonic() - began)
         return partition
 
-    def _log_end(self, tp: TP) -> LogEnd | None:
-        end: LogEnd | None = self.app.consumer.log_end(tp)
-        return end
+    # What partitions report (`Owner`)
 
-    def _after_step(self, partition: PartitionJoin) -> None:
+    def stepped(self, partition: PartitionJoin) -> None:
         self._balance_sources(partition)
         if decoded := self._formats.decoded:
             self._metrics.observe_frames(decoded.items())
             decoded.clear()
 
     def _balance_sources(self, partition: PartitionJoin) -> None:
-        """Pause a source that runs far ahead of the other in event time, so that what is pending stays bounded."""
+        """Pause a source that runs far ahead of the other in event time, to bound the number of pending impressions."""
         memory, names = partition.memory, self._names
         impressions, clicks = memory.impressions_seen_ms, memory.clicks_seen_ms
         for topic, seen, other, other_topic in (
@@ -282,44 +261,49 @@ class JoinWorker:
                 self._paused.discard(tp)
                 self.app.consumer.resume_partitions({tp})
 
+    def failed(self, what: str, error: BaseException) -> None:
+        """End the process, at once unless another worker may have put this one out.
+
+        Without the wait in `end_if_replaced` two workers with one instance id would fence each other at the pace of their
+        supervisors' restarts.
+        """
+        if self._settings.instance_id is None or not isinstance(error, FENCED):
+            fatal(what, error)
+        self._ending = asyncio.ensure_future(self._end_after_fence(what, error))
+
+    async def _end_after_fence(self, what: str, error: BaseException) -> None:
+        await self._stop_loops()
+        await self.end_if_replaced(fenced=True)
+        fatal(what, error)
+
+    # Readiness and progress
+
     def ready(self) -> str | None:
-        if self._membership.put_out is not None:
-            return self._membership.put_out
-        if self._takeover_done:
-            return None
-        # Asked by the HTTP thread: a copy, in one step.
-        return told(list(self._rebuilds.values()), len(self.partitions), self._assigned)
+        if self.membership.put_out is not None or self.waiting_for is None:
+            return super().ready()
+        # Called by the HTTP thread: the list is a copy, made in one step.
+        return takeover_status(list(self._rebuilds.values()), len(self.partitions), self._assigned)
 
-    def retention_watch(self) -> RetentionWatch:
-        return RetentionWatch(
-            self._kafka,
-            self._names,
-            self._metrics,
-            lambda: {number: partition.low_water() for number, partition in self.partitions.items()},
-        )
+    def on_the_way(self) -> Iterable[Part]:
+        """Takeovers, by how far they are. The flow stands still meanwhile, also for partitions that stayed."""
+        if not self._rebuilds:
+            yield from super().on_the_way()
+        for number, rebuild in list(self._rebuilds.items()):
+            yield Part(f"taking over partition {number}", rebuild.progress, rebuild.stage, self._formats.trouble)
 
-    def parts(self) -> Iterable[Part]:
-        """Partitions of the sources by their committed positions; before that, the way there."""
-        if self._membership.put_out is not None:
-            return
-        if not self._takeover_done:
-            # While partitions are taken over the flow stands still, also of those that stayed.
-            if not self._rebuilds:
-                yield Part("the group's assignment", self.app.consumer_generation_id, "partitions to be assigned")
-            for number, rebuild in list(self._rebuilds.items()):
-                yield Part(f"taking over partition {number}", rebuild.progress, rebuild.stage, self._formats.trouble)
-            return
+    def work(self) -> Iterable[Part]:
+        """Partitions of both sources, by their committed positions. A source that is paused for the other has no work."""
         for number, partition in self.partitions.items():
             committed = partition.positions
             for topic, position in ((self._names.impressions, committed.impressions), (self._names.clicks, committed.clicks)):
                 if (tp := TP(topic, number)) not in self._paused:
-                    part = source_part(self.app, self._watch, tp, position)
+                    part = source_part(tp, position, self.log_end(tp), self.watch)
                     yield part if part.outside else replace(part, outside=self._formats.trouble)
 
     async def drain(self) -> None:
         """Let the transactions under way end, and close everything.
 
-        A takeover under way is given up: what it has rebuilt stands for no position of the log, and the next one begins anew.
+        A takeover under way is given up: a state that is not rebuilt to the end is at no position of the log.
         """
         self._stopping = True
         await self._stop_loops()
@@ -337,42 +321,37 @@ async def run_join(
     *,
     kafka: KafkaSettings,
     settings: JoinSettings,
+    schema_registry: SchemaRegistrySettings,
     names: TopicNames,
     http: HttpSettings,
     state_dir: Path,
 ) -> None:
-    """Run a join worker until it is told to stop.
+    """Run a join worker until it gets a signal to stop.
 
     Raises:
         TopicError: topics are missing, not co-partitioned, stamped by producers' clocks, or have another number of partitions
-            than what is pending.
+            than when the pending impressions came.
         NoAnswer: Kafka can't be reached.
-        StreamError: `schema_registry.url` is set, and what it needs isn't installed.
+        StreamError: `schema_registry.url` is set, and a package that it needs isn't installed.
     """
-    open_formats(settings.schema_registry)  # asked first: what it lacks is said before anything is waited for
+    open_formats(schema_registry)  # first, so that a missing package is reported before anything is waited for
     cluster = await describe_cluster(kafka, (names.impressions, names.clicks, names.examples, names.dead_letters))
     await check_topics(kafka, settings, names, cluster)
-    partitions = cluster.partitions[names.impressions]
-    sources = [TopicPartition(topic, number) for topic in (names.impressions, names.clicks) for number in range(partitions)]
-    committed = await committed_offsets(kafka, f"{names.prefix}{settings.group}", sources)
-    ends = await high_watermarks(kafka, sources)
-    check_partition_count(committed, ends, names, partitions, settings.accept_partitions)
-    registry = new_registry()
+    await check_partitions(kafka, settings, names, cluster.partitions[names.impressions])
     limits = OutputLimits(
         example_bytes=await letter_limit(kafka, names.examples),
         letter_bytes=await letter_limit(kafka, names.dead_letters),
         letter_partitions=cluster.partitions[names.dead_letters],
     )
-    watch = ClusterWatch(kafka, cluster, changed=lambda error: fatal("join", error))
+    prometheus = new_prometheus()
     worker = JoinWorker(
         kafka=kafka,
         settings=settings,
+        schema_registry=schema_registry,
         names=names,
         cluster=cluster,
         state_dir=state_dir,
-        registry=registry,
-        watch=watch,
+        prometheus=prometheus,
         limits=limits,
     )
-    beside = (worker.retention_watch().run, watch.run)
-    await serve(worker, name="join", http=http, registry=registry, beside=beside)
+    await serve(worker, http=http, prometheus=prometheus)

@@ -1,4 +1,4 @@
-"""What stands in a field of an event in the place of what the contract wants, for the text of its dead letter."""
+"""The text of a dead letter about one field of an event: what the contract expects, what was found, and what to do."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _fields = msgspec.json.Decoder(_Fields).decode
 
 
 def about_field(value: bytes, path: str, arrival_ms: int) -> str:
-    """The text about a field of another type or out of range; empty where there is nothing to say about it.
+    """The text about a field of a wrong type or out of range; empty for other fields.
 
     Args:
-        value: the event, in JSON that can be decoded.
-        path: of the field, `$.timestamp` say.
-        arrival_ms: when the record arrived, which its time should be near.
+        value: the event, as valid JSON.
+        path: of the field, like `$.timestamp`.
+        arrival_ms: when the record arrived. Its event time should be near.
     """
     try:
         fields = _fields(value)
@@ -67,7 +67,7 @@ def _about_time(found: bytes, arrival_ms: int) -> str:
 
 
 def _in_a_string(text: str, arrival_ms: int) -> str:
-    """What to do about a time in a string."""
+    """The end of the text about a time in a string."""
     if _WHOLE.fullmatch(text):
         return f": a number in quotes{wrong_unit(int(text), arrival_ms)}. Send it without them"
     try:

@@ -1,16 +1,18 @@
-"""Reading fetched batches so that none stops a partition: header names of any bytes, and a bound on what a batch expands to.
+"""Reads fetched batches so that none can stop a partition: header names of any bytes, and a limit on expanded batches.
 
-aiokafka 0.14.0 raises where a header's name isn't UTF-8 (Kafka itself takes any bytes), and its consumer then fetches the same
-batch for ever. It also expands a compressed batch whole, whatever comes out: a megabyte of zstd can hold ten gigabytes.
+aiokafka 0.14.0 has two weaknesses here:
 
-`install` puts this module between aiokafka's consumer and its parser. Batches are read by aiokafka's own compiled parser; only
+- It raises where a header's name isn't UTF-8 (Kafka allows any bytes), and its consumer then fetches the same batch for ever.
+- It expands a compressed batch whole, however large: a megabyte of zstd can hold ten gigabytes.
+
+`install` puts this module between aiokafka's consumer and its parser. aiokafka's compiled parser still reads the batches. Only
 a batch that the compiled parser can't read is read again here, in Python:
 
-- a header's name that isn't UTF-8 has the wrong bytes escaped (`\\xff`);
-- what can't be read at all becomes one record without key and value, in the place of the first record that is missing. Its only
-  header, `UNREADABLE_HEADER`, says which offsets are missing and why. `DeadLetter.of` makes a letter `unreadable` of it.
+- In a header's name that isn't UTF-8, the invalid bytes are escaped (`\\xff`).
+- Records that can't be read at all are replaced by one record without key and value, at the offset of the first missing record.
+  That record says which offsets are missing and why (`stream.records.unreadable`).
 
-A batch with a wrong checksum stays an error: the bytes were damaged after the broker had checked them.
+A batch with a wrong checksum stays an error: its bytes were damaged after the broker had checked them.
 """
 
 from __future__ import annotations
@@ -19,37 +21,36 @@ import contextlib
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import cramjam
 import numpy as np
 from aiokafka.consumer import fetcher
 from aiokafka.errors import CorruptRecordException, UnsupportedCodecError
 from aiokafka.record import default_records
-from aiokafka.record.default_records import DefaultRecordBatch
+from aiokafka.record.default_records import DefaultRecord, DefaultRecordBatch
 from aiokafka.record.memory_records import MemoryRecords
 from crc32c import crc32c
 
-__all__ = ["MAX_EXPANDED_BYTES", "UNREADABLE_HEADER", "BatchTooLarge", "install", "read_batch"]
+from stream.records.unreadable import unreadable_headers
 
-# Stands alone on a record that was put in the place of records that can't be read.
-UNREADABLE_HEADER = "headrace-unreadable"
-# What one batch may expand to. 64 times Kafka's default limit of a batch (1 MiB): text compresses 3 to 10 times, the most
-# repetitive events some 30 times. A worker holds a few batches at once, so this also bounds its memory.
+__all__ = ["MAX_EXPANDED_BYTES", "BatchTooLarge", "install", "read_batch"]
+
+# Limit for one expanded batch: 64 times Kafka's default limit for a batch (1 MiB). Text compresses 3 to 10 times, the most
+# repetitive events some 30 times. A worker holds a few batches at once, so this also limits its memory.
 MAX_EXPANDED_BYTES = 64 << 20
-# Records of one batch, which become objects at once: some 200 bytes each beside what they hold. So many of the smallest events
-# (60 bytes) are a batch of 30 MB.
+# Limit for the records of one batch, which become objects at once: some 200 bytes each on top of their content. This many of
+# the smallest events (60 bytes) are a batch of 30 MB.
 MAX_RECORDS = 500_000
 
-_CHECKED_FROM = 21  # the checksum is of what follows it
-_LENGTH = struct.Struct(">i")  # of a batch without its first 12 bytes, at 8
-_HEADER = struct.Struct(">qiibIhiqqqhii")  # as `DefaultRecordBase.HEADER_STRUCT`
+_CHECKED_FROM = 21  # the checksum covers the bytes from here on
+_LENGTH = struct.Struct(">i")  # at byte 8: length of the batch without its first 12 bytes
+_HEADER = struct.Struct(">qiibIhiqqqhii")  # equal to `DefaultRecordBase.HEADER_STRUCT`
 _NONE, _GZIP, _SNAPPY, _LZ4, _ZSTD = range(5)
 _CODEC_MASK, _LOG_APPEND_TIME = 0x07, 0x08
 _XERIAL = b"\x82SNAPPY\x00"
-# What either parser raises where bytes aren't a batch. struct.error: a block cut off.
+# What either parser raises for bytes that aren't a batch. struct.error is raised for a block that is cut off.
 _UNREADABLE = (
     CorruptRecordException,
     UnsupportedCodecError,
@@ -61,21 +62,24 @@ _UNREADABLE = (
 )
 
 
+Expand = Callable[[bytes | memoryview], bytes]
+
+
 class BatchTooLarge(ValueError):
     """A batch holds more than `MAX_EXPANDED_BYTES`, or more than `MAX_RECORDS`."""
 
 
 def install() -> None:
-    """Make every consumer of this process read so. Safe to repeat; called by whatever builds a client's options."""
+    """Make every consumer of this process read batches this way. Safe to repeat; called where client options are built."""
     fetcher.MemoryRecords = _Batches
-    compiled = sys.modules[DefaultRecordBatch.__module__]  # `default_records` itself where aiokafka has no compiled parser
+    compiled = sys.modules[DefaultRecordBatch.__module__]  # this is `default_records` where aiokafka has no compiled parser
     for codec, expand in _EXPAND.items():
         setattr(compiled, f"{codec}_decode", expand)
         setattr(default_records, f"{codec}_decode", expand)
 
 
 class _Batches:
-    """In the place of aiokafka's MemoryRecords: the batches of one fetch, each able to be read a second time."""
+    """Replaces aiokafka's MemoryRecords: the batches of one fetch, each of which can be read a second time."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._position, self._batches = data, 0, MemoryRecords(data)
@@ -86,7 +90,7 @@ class _Batches:
     def has_next(self) -> bool:
         return self._batches.has_next()
 
-    def next_batch(self) -> Any:
+    def next_batch(self) -> DefaultRecordBatch | _Batch | None:
         batch, start = self._batches.next_batch(), self._position
         if batch is None:
             return None
@@ -97,36 +101,36 @@ class _Batches:
 
 
 class _Batch:
-    """One batch of records: aiokafka's own, read again by `read_batch` where that fails."""
+    """One batch of records, read by aiokafka, or by `read_batch` where aiokafka fails."""
 
     is_control_batch = False
     expanded_bytes = 0
-    """Of the records of a compressed batch, once it has been read."""
+    """Bytes of the records of a compressed batch; set once the batch has been read."""
 
-    def __init__(self, batch: Any, data: memoryview) -> None:
+    def __init__(self, batch: DefaultRecordBatch, data: memoryview) -> None:
         self._batch, self._data = batch, data
         self.producer_id, self.is_transactional = batch.producer_id, batch.is_transactional
         self.base_offset, self.next_offset = batch.base_offset, batch.next_offset
 
     def validate_crc(self) -> bool:
-        """By the processor's own instruction; aiokafka's takes 0.7 ms a megabyte, this a tenth of it."""
+        """Checked with the processor's own instruction: a tenth of the 0.7 ms a megabyte that aiokafka's check takes."""
         return bool(crc32c(self._data[_CHECKED_FROM:]) == self._batch.crc)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[DefaultRecord | _ReadRecord]:
         records = self._records()
         if _HEADER.unpack_from(self._data)[5] & _CODEC_MASK:
             self.expanded_bytes = sum(len(record.value or b"") + len(record.key or b"") for record in records)
         return iter(records)
 
-    def _records(self) -> list[Any]:
+    def _records(self) -> list[DefaultRecord | _ReadRecord]:
         if _HEADER.unpack_from(self._data)[12] <= MAX_RECORDS:
             with contextlib.suppress(*_UNREADABLE):
                 return list(self._batch)
         return list(read_batch(self._data))
 
 
-def read_batch(data: bytes | memoryview) -> Iterator[Any]:
-    """The records of a batch (format 2), as aiokafka has them; one in the place of all that can't be read."""
+def read_batch(data: bytes | memoryview) -> Iterator[_ReadRecord]:
+    """The records of a batch (format 2) as aiokafka returns them. One record replaces all that can't be read."""
     base, _, _, _, _, attributes, last, first_ms, max_ms, _, _, _, count = _HEADER.unpack_from(data)
     appended = bool(attributes & _LOG_APPEND_TIME)
     next_offset = base
@@ -146,7 +150,7 @@ def read_batch(data: bytes | memoryview) -> Iterator[Any]:
             return  # every record is there
         missing = f"offsets {next_offset} to {base + last}" if next_offset < base + last else f"offset {next_offset}"
         why = f"{missing} can't be read: {error}"
-        yield _ReadRecord(next_offset, max_ms, int(appended), None, None, [(UNREADABLE_HEADER, why.encode(errors="replace"))])
+        yield _ReadRecord(next_offset, max_ms, int(appended), None, None, unreadable_headers(why))
 
 
 class _ReadRecord(SimpleNamespace):
@@ -169,12 +173,12 @@ class _ReadRecord(SimpleNamespace):
 
 
 def _record(body: bytes, position: int) -> tuple[int, int, bytes | None, bytes | None, list[tuple[str, bytes | None]], int]:
-    """One record: time and offset as differences from the batch's, key, value, headers, and the position after it."""
+    """Read one record: its time and offset less the batch's, key, value, headers, and the position after the record."""
     size, position = _varint(body, position)
     end = position + size
     if size < 0 or end > len(body):
         raise CorruptRecordException(f"a record of {size} bytes at {position} of {len(body)}")
-    delta_ms, position = _varint(body, position + 1)  # behind the attributes, which mean nothing yet
+    delta_ms, position = _varint(body, position + 1)  # after the attributes, a byte that has no meaning yet
     delta, position = _varint(body, position)
     key, position = _bytes(body, position)
     value, position = _bytes(body, position)
@@ -190,7 +194,7 @@ def _record(body: bytes, position: int) -> tuple[int, int, bytes | None, bytes |
 
 
 def _varint(body: bytes, position: int) -> tuple[int, int]:
-    """Zigzag, seven bits a byte, the lowest first."""
+    """Read a number: zigzag, seven bits a byte, the lowest first. Returns the number and the position after it."""
     number = shift = 0
     while shift < 64:
         byte = body[position]
@@ -224,9 +228,9 @@ def _too_large() -> BatchTooLarge:
     return BatchTooLarge(f"the batch expands to more than {MAX_EXPANDED_BYTES:,} bytes")
 
 
-def _gzip(payload: Any) -> bytes:
+def _gzip(payload: bytes | memoryview) -> bytes:
     left, parts, room = bytes(payload), list[bytes](), MAX_EXPANDED_BYTES
-    while left:  # gzip may hold several members
+    while left:  # gzip data may have several members
         member = zlib.decompressobj(wbits=31)
         try:
             parts.append(member.decompress(left, room + 1))
@@ -241,8 +245,8 @@ def _gzip(payload: Any) -> bytes:
     return b"".join(parts)
 
 
-def _snappy(payload: Any) -> bytes:
-    """Raw, or in the blocks of xerial's framing, which Java's clients write: 16 bytes, then size and block by turns."""
+def _snappy(payload: bytes | memoryview) -> bytes:
+    """Raw snappy, or xerial's framing, which Java's clients write: 16 bytes, then the size of each block and the block."""
     data, blocks, room = bytes(payload), list[bytes](), MAX_EXPANDED_BYTES
     if data.startswith(_XERIAL):
         position = 16
@@ -261,14 +265,14 @@ def _snappy(payload: Any) -> bytes:
     return b"".join(bytes(cramjam.snappy.decompress_raw(block)) for block in blocks)
 
 
-def _into(decompress_into: Any) -> Any:
-    def expand(payload: Any) -> bytes:
-        # Address space alone until it is written to: the pages that a small batch doesn't touch cost nothing.
+def _into(decompress_into: Callable[..., int]) -> Expand:
+    def expand(payload: bytes | memoryview) -> bytes:
+        # This reserves address space only. Pages that a small batch doesn't touch cost nothing.
         out = np.empty(MAX_EXPANDED_BYTES, np.uint8)
         try:
             size = decompress_into(bytes(payload), out)
         except cramjam.DecompressionError as error:
-            if "whole buffer" in str(error):  # what cramjam says where it runs out of room
+            if "whole buffer" in str(error):  # cramjam's message when the buffer is too small
                 raise _too_large() from error
             raise CorruptRecordException(str(error)) from error
         return out[:size].tobytes()
@@ -276,7 +280,7 @@ def _into(decompress_into: Any) -> Any:
     return expand
 
 
-_EXPAND: dict[str, Any] = {
+_EXPAND: dict[str, Expand] = {
     "gzip": _gzip,
     "snappy": _snappy,
     "lz4": _into(cramjam.lz4.decompress_into),

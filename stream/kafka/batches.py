@@ -1,48 +1,43 @@
-"""Sending many records to one partition: whole batches are built here, so that a record costs one call and no future.
+"""Sends many records to one partition as whole batches, so that a record costs one call and no future.
 
-aiokafka's `send` spends some 30 µs on a record, its `BatchBuilder` about 2 µs, `stream/kafka/packed.py` less than 1 µs. The
-broker keeps the order of a partition's batches (idempotent producer), and a batch is acknowledged as a whole.
+aiokafka's `send` takes some 30 µs a record, its `BatchBuilder` about 2 µs, `stream/kafka/packed.py` less than 1 µs. With an
+idempotent producer, the broker keeps the order of a partition's batches. A batch is acknowledged as a whole.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 from aiokafka import AIOKafkaProducer
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.structs import RecordMetadata
 
-from stream.kafka.packed import EMPTY_BATCH_BYTES, PackedBatch, pack_headers, pack_record, unpack_headers, varint
+from stream.kafka.packed import PackedBatch
+from stream.records.packing import EMPTY_BATCH_BYTES, pack_headers, pack_record, unpack_headers, varint
+from stream.records.record import Outgoing
 
-__all__ = ["BATCH_BYTES", "Outgoing", "batch_bytes", "send_batches"]
+__all__ = ["BATCH_BYTES", "send_batches"]
 
-# Key, value, headers; the headers as pairs, or as `stream.kafka.packed.pack_headers` has them.
-Outgoing = tuple[bytes | None, bytes | None, Sequence[tuple[str, bytes | None]] | bytes]
-
-# Below Kafka's default limit of one batch (max.message.bytes, 1,048,588). A record larger than this travels alone.
+# Below Kafka's default limit for a batch (max.message.bytes, 1,048,588). A larger record is sent in a batch of its own.
 BATCH_BYTES = 900_000
 
 
-def batch_bytes(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
-    """The most that a batch of this record alone takes, which is what a topic's `max.message.bytes` is about."""
-    return int(DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, list(headers)))
-
-
-async def send_batches(producer: Any, topic: str, partition: int, records: Iterable[Outgoing]) -> list[asyncio.Future[Any]]:
-    """Hand records over to an AIOKafkaProducer (its `max_batch_size` being BATCH_BYTES), in order.
+async def send_batches(
+    producer: AIOKafkaProducer, topic: str, partition: int, records: Iterable[Outgoing]
+) -> list[asyncio.Future[RecordMetadata]]:
+    """Give records to a producer whose `max_batch_size` is BATCH_BYTES. They are sent in order.
 
     Returns:
-        A future for each batch. Every one must be awaited: aiokafka commits a transaction whose record failed with an error
-        that can't be retried as if nothing were wrong.
+        A future for each batch. Await every one: where a record fails with an error that can't be retried, aiokafka commits the
+        transaction all the same.
     """
     if not isinstance(producer, AIOKafkaProducer) or producer._message_accumulator._compression_type:
         return await _send_by_builder(producer, topic, partition, records)
     accumulator, transactional = producer._message_accumulator, producer._txn_manager is not None
     transactional = transactional and producer._txn_manager.transactional_id is not None
     most, now_ms = accumulator._batch_size, int(time.time() * 1000)
-    futures: list[asyncio.Future[Any]] = []
+    futures: list[asyncio.Future[RecordMetadata]] = []
     parts: list[bytes] = []
     count, size = 0, EMPTY_BATCH_BYTES
     for key, value, headers in records:
@@ -64,9 +59,11 @@ async def send_batches(producer: Any, topic: str, partition: int, records: Itera
     return futures
 
 
-async def _send_by_builder(producer: Any, topic: str, partition: int, records: Iterable[Outgoing]) -> list[asyncio.Future[Any]]:
-    """The same by aiokafka's own builder, where batches are compressed."""
-    futures: list[asyncio.Future[Any]] = []
+async def _send_by_builder(
+    producer: AIOKafkaProducer, topic: str, partition: int, records: Iterable[Outgoing]
+) -> list[asyncio.Future[RecordMetadata]]:
+    """The same with aiokafka's own builder, for a producer that compresses."""
+    futures: list[asyncio.Future[RecordMetadata]] = []
     builder = producer.create_batch()
     now_ms = int(time.time() * 1000)
     empty = True

@@ -1,6 +1,6 @@
-"""What each Kafka client is built with, from one settings object: addresses, client id, security; and how long to wait for it.
+"""The options of every Kafka client, from one settings object; how long to wait for an answer; the error where none comes.
 
-Secrets are unmasked here and nowhere else; what these functions return must not be logged.
+Secrets are unmasked here and nowhere else. What the `…_options` functions return must not be logged.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import SecretStr
 
@@ -18,17 +18,21 @@ from stream.errors import NoAnswer, SecurityError
 from stream.kafka import batch_reader, fetched
 from stream.settings import KafkaSettings
 
+if TYPE_CHECKING:
+    from aiokafka.admin import AIOKafkaAdminClient
+
 __all__ = [
+    "STOP_S",
     "admin_client",
     "aiokafka_options",
     "answer",
     "bootstrap_list",
     "faust_options",
     "kafka_python_options",
-    "no_answer",
     "quietly_stopped",
     "ssl_context",
     "started",
+    "unreachable",
     "written",
 ]
 
@@ -37,27 +41,28 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # How long to wait for one answer, in request timeouts (kafka.request_timeout_ms, 40 s). A request to a broker that has just
-# died takes a whole one, and the next broker's answer a part of another. aiokafka asks again for ever in some places, such as
-# for the coordinator of a transaction.
+# died takes one whole timeout, and the next broker's answer takes a part of another. A limit is needed since aiokafka asks
+# again for ever in some places, for instance for the coordinator of a transaction.
 PATIENCE = 1.5
-# Saying goodbye to a broker that doesn't answer. Two of these fit into the time that a worker has for draining (9 s).
+# How long to wait for a client to stop while its broker doesn't answer. Two of these fit into a worker's time to drain (9 s).
 STOP_S = 4.0
 
 
 async def answer(kafka: KafkaSettings, asked: Awaitable[T], what: str, *, within_s: float | None = None) -> T:
-    """Await an answer of Kafka's, at most so long.
+    """Await an answer from Kafka for a limited time.
 
     ```python
-    ends = await answer(settings, consumer.end_offsets(places), "the ends of examples")
+    ends = await answer(settings, consumer.end_offsets(partitions), "the ends of examples")
     ```
 
     Args:
-        what: what was asked, for the message.
-        within_s: 1.5 times kafka.request_timeout_ms when not given.
+        asked: the request; it is cancelled when the time is up.
+        what: what was asked for, for the error's text.
+        within_s: the limit; by default 1.5 times kafka.request_timeout_ms.
 
     Raises:
-        NoAnswer: none came in time. What was asked is cancelled.
-        aiokafka.errors.KafkaError: as what was asked raises.
+        NoAnswer: no answer came in time.
+        aiokafka.errors.KafkaError: as the request raises.
     """
     limit_s = kafka.request_timeout_ms * PATIENCE / 1_000 if within_s is None else within_s
     limit = asyncio.timeout(limit_s)
@@ -69,13 +74,13 @@ async def answer(kafka: KafkaSettings, asked: Awaitable[T], what: str, *, within
             raise
         raise NoAnswer(
             f"Kafka at {kafka.bootstrap_servers}: expected an answer about {what} within {limit_s:g} s, found none. Check that "
-            "its brokers run and that each partition has a leader (`headrace doctor`); kafka.request_timeout_ms says how long "
-            "to wait for one request."
+            "its brokers run and that each partition has a leader (`headrace doctor`). kafka.request_timeout_ms limits the "
+            "wait for one request."
         ) from error
 
 
 class Client(Protocol):
-    """aiokafka's consumer and producer."""
+    """aiokafka's consumer or producer."""
 
     async def start(self) -> None: ...
 
@@ -86,43 +91,48 @@ C = TypeVar("C", bound=Client)
 
 
 async def started(kafka: KafkaSettings, client: C, what: str, *, within_s: float | None = None) -> C:
-    """Start a client; one that can't be started is stopped again.
+    """Start a client, and return it. A client that can't be started is stopped again.
+
+    Args:
+        what: what the client is for, for the error's text.
 
     Raises:
         NoAnswer: Kafka can't be reached, or the client couldn't start in time.
         aiokafka.errors.KafkaError: as `start` raises.
     """
     try:
-        await _reached(kafka, client.start, what, within_s)
+        await _start(kafka, client.start, what, within_s)
     except BaseException:
         await quietly_stopped(client.stop)
         raise
     return client
 
 
-async def _reached(
+async def _start(
     kafka: KafkaSettings, start: Callable[[], Awaitable[object]], what: str, within_s: float | None = None
 ) -> None:
-    """Start a client, with words for a Kafka that isn't there."""
     from aiokafka.errors import KafkaConnectionError
 
     try:
         await answer(kafka, start(), what, within_s=within_s)
     except KafkaConnectionError as error:
-        raise no_answer(kafka, what, error) from error
+        raise unreachable(kafka, f"an answer about {what}", error) from error
 
 
-def no_answer(kafka: KafkaSettings, what: str, error: BaseException) -> NoAnswer:
-    """What a user reads when Kafka answers a question with an error, or not at all.
+def unreachable(kafka: KafkaSettings, expected: str, found: BaseException | str) -> NoAnswer:
+    """The error for a Kafka that can't be reached, or answers with an error. Every room raises this one, with one text.
 
     Args:
-        error: an error of either client library's, or a time-out.
+        expected: what was to come, such as "an answer about topics".
+        found: what came instead: text, or an error of either client library.
     """
-    name, found = type(error).__name__, " ".join(str(error).split())
-    if not found.startswith(name):  # as aiokafka's errors do
-        found = f"{name}: {found}" if found else name
+    if isinstance(found, BaseException):
+        name, text = type(found).__name__, " ".join(str(found).split())
+        if not text.startswith(name):  # aiokafka's errors begin with their own name
+            text = f"{name}: {text}" if text else name
+        found = text
     return NoAnswer(
-        f"Kafka at {kafka.bootstrap_servers} ({kafka.security_protocol}): expected an answer about {what}, found {found}. "
+        f"Kafka at {kafka.bootstrap_servers} ({kafka.security_protocol}): expected {expected}, found {found}. "
         "Check that it runs (`headrace kafka status` for a local one) and that HEADRACE_KAFKA__BOOTSTRAP_SERVERS and the "
         "security settings are right."
     )
@@ -131,24 +141,26 @@ def no_answer(kafka: KafkaSettings, what: str, error: BaseException) -> NoAnswer
 async def written(
     kafka: KafkaSettings, futures: Sequence[asyncio.Future[T]], what: str, *, within_s: float | None = None
 ) -> list[T]:
-    """Await what a producer was given. (An idempotent one of aiokafka's tries again for ever.)
+    """Await the futures of records or batches that a producer was given. (aiokafka's idempotent producer retries for ever.)
 
     Raises:
-        NoAnswer: something isn't written in time; whether it will be is not known.
-        aiokafka.errors.KafkaError: as the brokers refuse it.
+        NoAnswer: a record isn't written in time. It may still be written later.
+        aiokafka.errors.KafkaError: a broker rejects a record.
     """
     if not futures:
         return []
-    # Not awaited one by one under a timeout: that would cancel futures that are the producer's own.
+    # `asyncio.wait` leaves the futures alone when the time is up. Awaited one by one, the producer's own would be cancelled.
     await answer(kafka, asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION), f"what was sent: {what}", within_s=within_s)
     return [await future for future in futures]
 
 
 async def quietly_stopped(stop: Callable[[], Awaitable[object]]) -> None:
-    """Stop a client whose word nobody waits for any more: not for long, and whatever the brokers say.
+    """Stop a client that is no longer needed, within `STOP_S` and without raising what the client raises.
 
-    A transactional producer waits for its open transaction, and for ever where the brokers are gone. A consumer without brokers
-    lets the cancelling of its own tasks out; that is no cancelling of ours.
+    Two things would otherwise hold up or break the caller:
+
+    - A transactional producer waits for its open transaction: for ever where the brokers are gone.
+    - A consumer without brokers raises CancelledError from its own tasks, although nobody has cancelled the caller.
     """
     try:
         async with asyncio.timeout(STOP_S):
@@ -158,13 +170,13 @@ async def quietly_stopped(stop: Callable[[], Awaitable[object]]) -> None:
         if task is None or task.cancelling():
             raise
         log.debug("a client was left behind: %r", error)
-    except Exception as error:  # the connections go with the process, and the transaction by the broker's own limit
+    except Exception as error:  # the connections end with the process, the transaction ends by the broker's own timeout
         log.debug("a client was left behind: %r", error)
 
 
 @asynccontextmanager
-async def admin_client(kafka: KafkaSettings) -> AsyncIterator[Any]:
-    """An aiokafka admin client that has started; each of its requests has kafka.request_timeout_ms.
+async def admin_client(kafka: KafkaSettings) -> AsyncIterator[AIOKafkaAdminClient]:
+    """A started aiokafka admin client. Each of its requests may take kafka.request_timeout_ms.
 
     Raises:
         NoAnswer: Kafka can't be reached.
@@ -173,7 +185,7 @@ async def admin_client(kafka: KafkaSettings) -> AsyncIterator[Any]:
 
     admin = AIOKafkaAdminClient(**aiokafka_options(kafka))
     try:
-        await _reached(kafka, admin.start, "the cluster")
+        await _start(kafka, admin.start, "the cluster")
         yield admin
     finally:
         await quietly_stopped(admin.close)
@@ -202,7 +214,7 @@ def bootstrap_list(settings: KafkaSettings) -> list[str]:
 
 
 def ssl_context(settings: KafkaSettings) -> ssl.SSLContext | None:
-    """The TLS context, or None where the protocol has no TLS. Certificates and host names are always checked.
+    """The TLS context; None for a protocol without TLS. Certificates and host names are always verified.
 
     Raises:
         SecurityError: a file that is missing or unreadable as PEM, a wrong password, or a key without its certificate.
@@ -212,7 +224,7 @@ def ssl_context(settings: KafkaSettings) -> ssl.SSLContext | None:
     for key in ("ssl_cafile", "ssl_certfile", "ssl_keyfile"):
         file = getattr(settings, key)
         if file is not None and not file.is_file():
-            raise SecurityError(f"kafka.{key}: expected a PEM file, found nothing at {file}. Mend the path.")
+            raise SecurityError(f"kafka.{key}: expected a PEM file, found nothing at {file}. Correct the path.")
     if settings.ssl_keyfile is not None and settings.ssl_certfile is None:
         raise SecurityError(
             "kafka.ssl_keyfile: expected kafka.ssl_certfile beside it, found none. Set both, or neither when the brokers "
@@ -227,7 +239,7 @@ def ssl_context(settings: KafkaSettings) -> ssl.SSLContext | None:
         ) from error
     if settings.ssl_certfile is not None:
         try:
-            # A function, since with a plain None OpenSSL would ask on the terminal, and a worker would wait for ever.
+            # A function, because OpenSSL asks for a password on the terminal where it is given None: a worker would hang.
             context.load_cert_chain(
                 settings.ssl_certfile, settings.ssl_keyfile, lambda: _unmasked(settings.ssl_keyfile_password) or ""
             )

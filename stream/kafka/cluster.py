@@ -1,37 +1,41 @@
-"""Which cluster and which topics a worker talks to: checked at the start, kept with local state, and watched while it runs."""
+"""The cluster and the topics that a worker works with: checked at its start, kept with its local state, watched while it runs.
+
+Also the questions about topics that every room asks alike: how many partitions, and which configuration.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError
+from aiokafka.protocol.api import Response
 
 from stream.errors import NoAnswer, TopicError
-from stream.kafka.clients import admin_client, answer, no_answer
+from stream.kafka.clients import admin_client, answer, unreachable
 from stream.kafka.reach import reach
 from stream.kafka.requests import TopicIdsRequest
 from stream.settings import KafkaSettings
 
-__all__ = ["Cluster", "ClusterWatch", "describe_cluster", "topic_configs"]
+__all__ = ["Cluster", "ClusterWatch", "describe_cluster", "missing_topic", "partition_counts", "topic_configs"]
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
-# How often a running worker looks whether its topics are still those that it began with: a new connection and one question.
+# How often a running worker checks that its topics are still the same. A check is a new connection and one request.
 LOOK_EVERY_S = 10.0
-# Kafka's code for a topic that the broker doesn't know.
+# Kafka's error code for a topic that the broker doesn't know.
 UNKNOWN_TOPIC = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Cluster id; id and partition count of each topic by name. A topic that is made anew has another id.
+    """Cluster id; id and partition count of each topic by name. A topic that is deleted and created again gets another id.
 
     leaderless  (topic, partition) pairs that no broker leads now: nothing can be read or written there
     """
@@ -42,7 +46,7 @@ class Cluster:
     leaderless: frozenset[tuple[str, int]] = field(default=frozenset(), compare=False)
 
     def changes(self, now: Cluster) -> list[str]:
-        """What a worker that began with this one can't go on with, in the cluster as it is now."""
+        """Differences, as sentences, that stop a worker which began with this cluster. `now` is the cluster as it is now."""
         if now.cluster_id != self.cluster_id:
             return [f"expected cluster {self.cluster_id}, found {now.cluster_id}: the addresses lead to another cluster"]
         problems = []
@@ -59,8 +63,8 @@ async def describe_cluster(kafka: KafkaSettings, topics: Sequence[str], *, retry
     """Ask the cluster about these topics.
 
     Args:
-        retry: wait for Kafka, and ask again where it answers with an error, for kafka.connect_timeout_ms. A broker that is just
-            starting does both.
+        retry: for kafka.connect_timeout_ms, wait until Kafka can be reached and ask again where it answers with an error. Both
+            happen while a broker starts.
 
     Raises:
         TopicError: a topic is missing.
@@ -71,20 +75,65 @@ async def describe_cluster(kafka: KafkaSettings, topics: Sequence[str], *, retry
         await reach(kafka)
     while True:
         try:
-            async with admin_client(kafka) as admin:
-                found = await answer(kafka, admin._send_request(TopicIdsRequest(list(topics))), "topics")
-            return _cluster(kafka, topics, found)
+            return _cluster(kafka, topics, await _metadata(kafka, topics))
         except (KafkaError, NoAnswer) as error:
             if time.monotonic() > deadline:
                 if isinstance(error, NoAnswer):
                     raise
-                raise no_answer(kafka, "topics", error) from error
+                raise unreachable(kafka, "an answer about topics", error) from error
         await asyncio.sleep(RETRY_S)
 
 
-def _cluster(kafka: KafkaSettings, topics: Sequence[str], answered: Any) -> Cluster:
-    found = {row[1]: row for row in answered.topics if row[0] == 0}
-    codes = {row[1]: row[0] for row in answered.topics}
+async def partition_counts(kafka: KafkaSettings, topics: Collection[str]) -> dict[str, int]:
+    """How many partitions each of these topics has. A topic that doesn't exist is left out, and isn't created.
+
+    Raises:
+        NoAnswer: Kafka can't be reached.
+        aiokafka.errors.KafkaError: Kafka answers with an error.
+    """
+    answered = await _metadata(kafka, topics)
+    return {topic.name: len(topic.partitions) for topic in map(_Topic.of, answered.topics) if topic.error_code == 0}
+
+
+def missing_topic(kafka: KafkaSettings, topic: str) -> TopicError:
+    """The error for a topic that the cluster doesn't have."""
+    return TopicError(
+        f"topic {topic}: expected at {kafka.bootstrap_servers}, found none of that name. "
+        "`headrace topics create` makes it; topics.prefix is part of the name."
+    )
+
+
+class _Partition(NamedTuple):
+    """A partition in the response to `TopicIdsRequest`."""
+
+    error_code: int
+    number: int
+    leader: int
+
+
+class _Topic(NamedTuple):
+    """A topic in the response to `TopicIdsRequest`."""
+
+    error_code: int
+    name: str
+    topic_id: str
+    partitions: list[_Partition]
+
+    @classmethod
+    def of(cls, row: Any) -> _Topic:
+        error_code, name, topic_id, _is_internal, partitions, *_ = row
+        return cls(error_code, name, str(topic_id), [_Partition(*partition[:3]) for partition in partitions])
+
+
+async def _metadata(kafka: KafkaSettings, topics: Collection[str]) -> Response:
+    async with admin_client(kafka) as admin:
+        return await answer(kafka, admin._send_request(TopicIdsRequest(list(topics))), "topics")
+
+
+def _cluster(kafka: KafkaSettings, topics: Sequence[str], answered: Response) -> Cluster:
+    described = [_Topic.of(row) for row in answered.topics]
+    found = {topic.name: topic for topic in described if topic.error_code == 0}
+    codes = {topic.name: topic.error_code for topic in described}
     missing = [
         topic if codes.get(topic, UNKNOWN_TOPIC) == UNKNOWN_TOPIC else f"{topic} (error code {codes[topic]})"
         for topic in topics
@@ -97,20 +146,31 @@ def _cluster(kafka: KafkaSettings, topics: Sequence[str], answered: Any) -> Clus
         )
     return Cluster(
         answered.cluster_id,
-        {name: str(row[2]) for name, row in found.items()},
-        {name: len(row[4]) for name, row in found.items()},
-        frozenset((name, partition[1]) for name, row in found.items() for partition in row[4] if partition[2] < 0),
+        {name: topic.topic_id for name, topic in found.items()},
+        {name: len(topic.partitions) for name, topic in found.items()},
+        frozenset(
+            (name, partition.number) for name, topic in found.items() for partition in topic.partitions if partition.leader < 0
+        ),
     )
 
 
-async def topic_configs(kafka: KafkaSettings, topics: Sequence[str], keys: Sequence[str]) -> dict[str, dict[str, str]]:
-    """These configurations of each topic, as the cluster has them; of a topic that we may not ask about, nothing.
+async def topic_configs(
+    kafka: KafkaSettings, topics: Collection[str], keys: Collection[str] | None = None
+) -> dict[str, dict[str, str]]:
+    """Each topic's configuration as the cluster has it, under Kafka's own names. The one place that reads it.
+
+    Args:
+        keys: the configurations wanted; all when None.
+
+    Returns:
+        By topic. Nothing for a topic that we may not ask about, or that doesn't exist; a warning is logged.
 
     Raises:
         NoAnswer: Kafka can't be reached.
-        aiokafka.errors.KafkaError: it answers with an error.
+        aiokafka.errors.KafkaError: Kafka answers with an error.
     """
-    asked = [ConfigResource(ConfigResourceType.TOPIC, topic, dict.fromkeys(keys, "")) for topic in topics]
+    wanted = None if keys is None else dict.fromkeys(keys, "")
+    asked = [ConfigResource(ConfigResourceType.TOPIC, topic, wanted) for topic in topics]
     async with admin_client(kafka) as admin:
         answers = await answer(kafka, admin.describe_configs(asked), "the configuration of topics")
     found: dict[str, dict[str, str]] = {}
@@ -118,25 +178,25 @@ async def topic_configs(kafka: KafkaSettings, topics: Sequence[str], keys: Seque
         for code, message, _, topic, entries in answered.resources:
             if code:
                 log.warning("%s: its configuration can't be read (error code %d: %s)", topic, code, message)
-            found[topic] = {entry[0]: entry[1] for entry in entries if entry[0] in keys and entry[1] is not None}
+            found[topic] = {name: value for name, value, *_ in entries if value is not None and (keys is None or name in keys)}
     return found
 
 
 class ClusterWatch:
-    """Looks every few seconds whether the cluster's topics are still those that a worker began with.
+    """Checks every few seconds that the cluster's topics are still those that a worker began with.
 
     ```python
     watch = ClusterWatch(settings.kafka, cluster, changed=lambda error: fatal("join", error))
     asyncio.ensure_future(watch.run())
-    watch.unanswered_s         # how long Kafka has not answered; 0 when it did the last time
+    watch.unanswered_s         # seconds for which Kafka has not answered; 0 when it answered the last time
     watch.leaderless           # {("impressions", 3)}
     ```
 
     Args:
-        changed: called once a topic has gone, was made anew or has gained partitions.
+        changed: called once a topic is gone, was deleted and created again, or has more partitions.
     """
 
-    def __init__(self, kafka: KafkaSettings, cluster: Cluster, *, changed: Callable[[TopicError], Any]) -> None:
+    def __init__(self, kafka: KafkaSettings, cluster: Cluster, *, changed: Callable[[TopicError], object]) -> None:
         self._kafka, self._cluster, self._changed = kafka, cluster, changed
         self._failing_since: float | None = None
         self._missing = 0
@@ -147,18 +207,18 @@ class ClusterWatch:
         return 0.0 if self._failing_since is None else time.monotonic() - self._failing_since
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Check until cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             await self.look()
 
     async def look(self) -> None:
-        """Look once. That Kafka can't be reached is no change: it comes back, or other waits end."""
+        """Check once. An unreachable Kafka is not a change: Kafka comes back, or other time limits end the worker."""
         began = time.monotonic()
         try:
             now = await describe_cluster(self._kafka, list(self._cluster.topic_ids), retry=False)
         except TopicError as error:
-            # A broker that has just started may not have heard of a topic yet, so one look isn't enough.
+            # A broker that has just started may not know a topic yet, so one check isn't enough.
             self._missing += 1
             if self._missing > 1:
                 self._changed(error)

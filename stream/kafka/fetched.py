@@ -1,8 +1,8 @@
-"""Records of a fetch, a batch at a time, in the place of aiokafka's one at a time.
+"""Returns the records of a fetch a batch at a time, where aiokafka returns them one at a time.
 
-aiokafka makes a `ConsumerRecord` of each record behind a generator, an iterator and a loop in Python: 1.4 µs a record. Here its
-compiled parser fills a list a batch, and a named tuple is made of each: 0.8 µs. Transactions, checksums and positions are
-handled as aiokafka 0.14.0 handles them; `tests/stream/kafka/test_fetched.py` compares the two.
+aiokafka makes a `ConsumerRecord` of each record, by a generator, an iterator and a loop in Python: 1.4 µs a record. Here
+aiokafka's compiled parser fills one list a batch, and each record becomes a named tuple: 0.8 µs. Transactions, checksums and
+positions are handled as in aiokafka 0.14.0; `tests/stream/kafka/test_fetched.py` compares the two.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from typing import Any, NamedTuple
 from aiokafka.consumer import fetcher
 from aiokafka.consumer.fetcher import READ_COMMITTED, FetchResult, PartitionRecords
 from aiokafka.errors import CorruptRecordException
+from aiokafka.record.default_records import DefaultRecord, DefaultRecordBatch
 
 __all__ = ["LogRecord", "install"]
 
-# What compressed batches may expand to in one `take`: beyond, the rest stays compressed until it is asked for again. One batch
-# more may come on top, which is bounded by itself (`stream/kafka/batch_reader.py`). The fetch bounds what isn't compressed.
+# Limit for the expanded bytes of compressed batches in one `take`. Batches beyond stay compressed until the next `take`. The
+# last batch may exceed the limit; each batch has its own (`stream/kafka/batch_reader.py`). Batches that aren't compressed are
+# limited by the size of the fetch.
 TAKE_MAX_BYTES = 64 << 20
 
 
 class LogRecord(NamedTuple):
-    """A record as it lies in the log: what Headrace uses of aiokafka's `ConsumerRecord`, under the same names."""
+    """A record of the log: the attributes of aiokafka's `ConsumerRecord` that Headrace uses, under the same names."""
 
     topic: str
     partition: int
@@ -33,7 +35,7 @@ class LogRecord(NamedTuple):
 
 
 def install() -> None:
-    """Make every consumer of this process read so. Safe to repeat; called by whatever builds a client's options."""
+    """Make every consumer of this process read this way. Safe to repeat; called where client options are built."""
     fetcher.PartitionRecords = _PartitionRecords
     fetcher.FetchResult = _FetchResult
 
@@ -45,13 +47,13 @@ class _PartitionRecords(PartitionRecords):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._left: list[Any] = []  # of the batch that was begun, in reverse
+        self._left: list[DefaultRecord] = []  # the rest of the current batch, in reverse
         self._next_batch_offset = self.next_fetch_offset
-        self._expanded = 0  # bytes of compressed batches, in this `take`
+        self._expanded = 0  # expanded bytes of compressed batches in this `take`
         self.exhausted = False
 
     def _unpack_records(self) -> None:
-        """No generator: `take` goes by batches."""
+        """aiokafka's generator isn't needed: `take` reads batches."""
 
     def __next__(self) -> LogRecord:
         for record in self.take(1):
@@ -59,9 +61,9 @@ class _PartitionRecords(PartitionRecords):
         raise StopIteration
 
     def take(self, most: int | None) -> list[LogRecord]:
-        """The next records, at most `most` of them, and the position moved behind them.
+        """Return the next records, at most `most`, and move the position behind them.
 
-        Fewer at the end (then `exhausted` is true), and where compressed batches expand to `TAKE_MAX_BYTES`.
+        Fewer are returned at the end (then `exhausted` is true), and where compressed batches reach `TAKE_MAX_BYTES`.
         """
         taken: list[LogRecord] = []
         self._expanded = 0
@@ -75,12 +77,12 @@ class _PartitionRecords(PartitionRecords):
             taken += [
                 LogRecord(topic, partition, one.offset, one.timestamp, one.key, one.value, tuple(one.headers)) for one in raw
             ]
-            # Behind the whole batch where it is through: compaction may have taken its last records away.
+            # At the end of a batch, go behind the whole batch: compaction may have removed its last records.
             self.next_fetch_offset = taken[-1].offset + 1 if self._left else self._next_batch_offset
         return taken
 
     def _begin_batch(self) -> bool:
-        """Read the next batch that has records for us; False when there is none."""
+        """Read the next batch with records at or behind the position. False when there is none."""
         records = self._records
         while records.has_next():
             batch = records.next_batch()
@@ -97,7 +99,7 @@ class _PartitionRecords(PartitionRecords):
         self.exhausted = True
         return False
 
-    def _is_aborted(self, batch: Any) -> bool:
+    def _is_aborted(self, batch: DefaultRecordBatch) -> bool:
         if self._isolation_level != READ_COMMITTED or batch.producer_id is None:
             return False
         self._consume_aborted_up_to(batch.base_offset)
@@ -107,7 +109,7 @@ class _PartitionRecords(PartitionRecords):
 
 
 class _FetchResult(FetchResult):
-    """The same, as the fetcher keeps it until it is asked for."""
+    """The records of one partition in one fetch, as aiokafka's fetcher keeps them until they are asked for."""
 
     _partition_records: _PartitionRecords | None
 

@@ -1,4 +1,7 @@
-"""What a group has committed, metadata included (aiokafka's consumer leaves that out, its admin client the errors)."""
+"""Committed offsets of a group, with their metadata.
+
+aiokafka's own ways leave something out: its consumer the metadata, its admin client the errors.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 from aiokafka.errors import (
     CoordinatorLoadInProgressError,
@@ -17,6 +19,7 @@ from aiokafka.errors import (
     RequestTimedOutError,
     for_code,
 )
+from aiokafka.protocol.api import Response
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.errors import NoAnswer
@@ -26,11 +29,13 @@ from stream.settings import KafkaSettings
 
 __all__ = ["committed_offsets"]
 
-# A broker that has just become the group's coordinator reads its log first; a new cluster makes that log at the first question.
-# An open transaction with offsets of this group ends within its own timeout (join.transaction_timeout_ms, 15 s).
+# How long to ask again. Three things take time:
+# - a broker that has just become the group's coordinator reads the group's log first;
+# - a new cluster creates that log at the first request;
+# - an open transaction with offsets of this group ends within its own timeout (join.transaction_timeout_ms, 15 s).
 COORDINATOR_S = 60.0
 RETRY_S = 0.2
-UNSTABLE_OFFSET_COMMIT = 88  # Kafka's code, which aiokafka doesn't know: an open transaction is about to move the offset
+UNSTABLE_OFFSET_COMMIT = 88  # Kafka's error code, unknown to aiokafka: an open transaction is about to move the offset
 _PASSING = (
     CoordinatorLoadInProgressError,
     CoordinatorNotAvailableError,
@@ -43,13 +48,13 @@ _PASSING = (
 async def committed_offsets(
     kafka: KafkaSettings, group: str, partitions: Sequence[TopicPartition]
 ) -> dict[TopicPartition, OffsetAndMetadata]:
-    """Offsets and metadata of the partitions for which the group has committed any.
+    """Offsets and metadata of those of the partitions for which the group has committed an offset.
 
-    An offset that an open transaction is about to move is waited for (brokers before Kafka 2.5 don't say that there is one).
+    Where an open transaction is about to move an offset, its end is awaited. (Brokers before Kafka 2.5 don't report that.)
 
     Raises:
-        NoAnswer: the group has no coordinator, or the offsets didn't come to rest, within a minute.
-        aiokafka.errors.KafkaError: Kafka can't be reached, or refuses.
+        NoAnswer: for a minute the group had no coordinator, or a transaction was open.
+        aiokafka.errors.KafkaError: Kafka can't be reached, or rejects the request.
     """
     topics: dict[str, list[int]] = defaultdict(list)
     for topic, number in partitions:
@@ -71,8 +76,8 @@ async def committed_offsets(
             await asyncio.sleep(RETRY_S)
 
 
-def _read(response: Any, group: str) -> dict[TopicPartition, OffsetAndMetadata]:
-    """An error anywhere is an error: read past, it would look like a partition without a committed offset."""
+def _read(response: Response, group: str) -> dict[TopicPartition, OffsetAndMetadata]:
+    """Raises on any error code: an error that is passed over would look like a partition without a committed offset."""
     _check(response.error_code, f"group {group}")
     found: dict[TopicPartition, OffsetAndMetadata] = {}
     for topic, numbers, *_ in response.topics:

@@ -1,7 +1,7 @@
-"""Whether Kafka can be reached at all: asked once, before a command or a worker does anything else.
+"""Whether Kafka can be reached: checked once, before a command or a worker does anything else.
 
-The clients under us each wait in their own way: some for ever, some for 40 s, some with a page of logs. One question before any
-of them starts gives every command and every worker the same limit, `kafka.connect_timeout_ms`, and the same message.
+Each client library waits in its own way for a Kafka that isn't there: for ever, for 40 s, or with a page of logs. One check
+before any client starts gives every command and every worker the same limit, `kafka.connect_timeout_ms`, and the same message.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from stream.errors import NoAnswer
-from stream.kafka.clients import aiokafka_options, bootstrap_list
+from stream.kafka.clients import aiokafka_options, bootstrap_list, unreachable
 from stream.settings import KafkaSettings
 
-__all__ = ["reach", "unreachable"]
+__all__ = ["reach"]
 
-# Between two attempts at one address: a broker that is just starting refuses connections for some seconds.
+# Between two attempts at one address. A broker that is just starting refuses connections for some seconds.
 RETRY_S = 0.2
 
 
 async def reach(kafka: KafkaSettings) -> None:
-    """Wait until one of the bootstrap servers takes our connection and speaks Kafka, at most kafka.connect_timeout_ms.
+    """Wait until one of the bootstrap servers accepts a connection and speaks Kafka, at most kafka.connect_timeout_ms.
 
     Raises:
-        NoAnswer: none does; the message says what was found at each address. A failed log-in or certificate raises at once.
+        NoAnswer: none does; the message says what was found at each address. A failed log-in, or a certificate that isn't
+            trusted, raises at once.
         SecurityError: the settings can't be used.
     """
     options = aiokafka_options(kafka)
@@ -44,27 +45,21 @@ async def reach(kafka: KafkaSettings) -> None:
                 attempt.cancel()
             await asyncio.gather(*attempts, return_exceptions=True)
     if not done:
-        raise unreachable(kafka, found)
+        expected = f"a broker that answers within {kafka.connect_timeout_ms / 1_000:g} s"
+        raise unreachable(kafka, expected, _by_address(kafka, found))
     for attempt in done:
         attempt.result()
 
 
-def unreachable(kafka: KafkaSettings, found: dict[str, str]) -> NoAnswer:
-    """What a user reads when no broker answers: what was found at each address."""
-    told = (
-        found[kafka.bootstrap_servers]
-        if found.keys() == {kafka.bootstrap_servers}
-        else "; ".join(f"{server}: {what}" for server, what in found.items())
-    )
-    return NoAnswer(
-        f"Kafka at {kafka.bootstrap_servers} ({kafka.security_protocol}): expected a broker that answers within "
-        f"{kafka.connect_timeout_ms / 1_000:g} s, found {told}. Check that it runs (`headrace kafka status` for a local one) "
-        "and that HEADRACE_KAFKA__BOOTSTRAP_SERVERS and the security settings are right."
-    )
+def _by_address(kafka: KafkaSettings, found: dict[str, str]) -> str:
+    """What was found at each address; without the address where it is the only one, since the message begins with that."""
+    if found.keys() == {kafka.bootstrap_servers}:
+        return found[kafka.bootstrap_servers]
+    return "; ".join(f"{server}: {what}" for server, what in found.items())
 
 
 async def _attempt(kafka: KafkaSettings, server: str, options: dict[str, Any], found: dict[str, str]) -> None:
-    """Connect to one address again and again until it works."""
+    """Connect to one address again and again until that works. `found` keeps what the last attempt met."""
     from aiokafka.conn import create_conn
     from aiokafka.errors import AuthenticationFailedError, KafkaError, SaslAuthenticationFailed
 
@@ -95,7 +90,7 @@ def _refused(kafka: KafkaSettings, server: str, what: str) -> NoReturn:
 
 
 def _shown(error: Exception) -> str:
-    """A refused connection comes as one of several addresses' errors, in words of asyncio's: the system's are plainer."""
+    """The error in the operating system's words where it has a code: asyncio's text for a refused connection is longer."""
     if isinstance(error, OSError) and error.errno is not None and error.errno > 0 and not isinstance(error, ssl.SSLError):
         return os.strerror(error.errno)
     return str(error) or type(error).__name__
@@ -103,7 +98,7 @@ def _shown(error: Exception) -> str:
 
 @contextmanager
 def _without_logs() -> Iterator[None]:
-    """aiokafka reports each refused connection as an error; here it is an answer."""
+    """aiokafka logs each refused connection as an error. Here it is one of the expected answers."""
     logger = logging.getLogger("aiokafka")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

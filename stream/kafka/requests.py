@@ -1,19 +1,18 @@
-"""Three requests of Kafka's protocol in newer versions than aiokafka 0.14 has them, with its own building blocks.
+"""Three requests of Kafka's protocol, in newer versions than aiokafka 0.14 offers, built from aiokafka's own parts.
 
 | request | version | what the newer version adds | since Kafka |
 | --- | --- | --- | --- |
-| OffsetFetch | 7 | `require_stable`: an offset that an open transaction is about to move is not answered | 2.5 |
-| Metadata | 10 | topic ids: a topic that was deleted and made anew has another one | 2.8 |
+| OffsetFetch | 7 | `require_stable`: no answer for an offset that an open transaction is about to move | 2.5 |
+| Metadata | 10 | topic ids: a topic that was deleted and created again has another one | 2.8 |
 | DescribeGroups | 4 | the `group.instance.id` of each member | 2.4 |
 
-`tests/stream/kafka/test_requests.py` holds each against a real broker.
+`tests/stream/kafka/test_requests.py` checks each against a real broker.
 """
 
 from __future__ import annotations
 
 import uuid
 from io import BytesIO
-from typing import Any
 
 from aiokafka.protocol.abstract import AbstractType
 from aiokafka.protocol.api import Request, RequestStruct, Response
@@ -94,14 +93,14 @@ class _OffsetFetchRequest_v7(RequestStruct):
 
 
 class StableOffsetsRequest(Request[OffsetFetchRequest_v3 | _OffsetFetchRequest_v7]):
-    """What a group has committed, by topic and partitions; brokers before 2.5 are asked without `require_stable`."""
+    """A group's committed offsets, by topic and partition. Brokers before 2.5 get the request without `require_stable`."""
 
     API_KEY = 9
 
     def __init__(self, group: str, topics: dict[str, list[int]]) -> None:
         self._group, self._topics = group, topics
 
-    def build(self, request_struct_class: Any) -> Any:
+    def build(self, request_struct_class: type[RequestStruct]) -> RequestStruct:
         if request_struct_class.API_VERSION < 7:
             return request_struct_class(self._group, list(self._topics.items()))
         return request_struct_class(self._group, [(topic, numbers, {}) for topic, numbers in self._topics.items()], True, {})
@@ -171,14 +170,14 @@ class _MetadataRequest_v10(RequestStruct):
 
 
 class TopicIdsRequest(Request[_MetadataRequest_v10]):
-    """Cluster id, and each topic's id and partitions. It makes no topic."""
+    """Cluster id, and each topic's id and partitions. Never creates a topic."""
 
     API_KEY = 3
 
     def __init__(self, topics: list[str]) -> None:
         self._topics = topics
 
-    def build(self, request_struct_class: Any) -> Any:
+    def build(self, request_struct_class: type[RequestStruct]) -> RequestStruct:
         return request_struct_class([(uuid.UUID(int=0), topic, {}) for topic in self._topics], False, False, False, {})
 
 
@@ -227,5 +226,5 @@ class GroupMembersRequest(Request[_DescribeGroupsRequest_v4]):
     def __init__(self, group: str) -> None:
         self._group = group
 
-    def build(self, request_struct_class: Any) -> Any:
+    def build(self, request_struct_class: type[RequestStruct]) -> RequestStruct:
         return request_struct_class([self._group], False)

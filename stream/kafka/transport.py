@@ -1,16 +1,19 @@
-"""The run transport: Faust hands over one event for each fetched run of one partition, instead of one for each record.
+"""The run transport: Faust delivers one event for each fetched run of a partition, instead of one event for each record.
 
-From fetch to agent Faust spends some 70 µs on a record (a scheduler, a message object, four tasks, a lock, a decode, a queue,
-sensors, an ack). With one event a run that is paid once for thousands of records. Group membership, rebalances, agents and
-supervision stay Faust's.
+Between fetch and agent Faust takes some 70 µs for an event (a scheduler, a message object, four tasks, a lock, a decode, a
+queue, sensors, an ack). With one event a run, this is paid once for thousands of records. Group membership, rebalances, agents
+and supervision are still Faust's.
 
-A `Run` also carries what exactly-once processing needs and records alone don't tell: the fetch position before and after it
-(transaction markers, aborted records and retention leave gaps between offsets) and the end of the log as the fetch saw it.
-Positions are the application's: nothing is committed by Faust here, and every (re)start of the flow seeks to what the
-application names through `RunApp.next_offset`.
+A `Run` also carries what exactly-once processing needs and records alone don't show:
 
-This module leans on private methods of faust-streaming 0.15.3 and aiokafka 0.14.0, which are pinned exactly;
-`tests/stream/kafka/test_transport_contract.py` holds every one of them.
+- the fetch position before and after it, since transaction markers, aborted records and retention leave gaps between offsets;
+- the end of the log at the time of the fetch.
+
+Positions belong to the application: Faust commits nothing here, and every start or restart of the flow seeks to the offsets
+that the application returns from `RunApp.next_offset`.
+
+This module uses private methods of faust-streaming 0.15.3 and aiokafka 0.14.0, which are pinned exactly.
+`tests/stream/kafka/test_transport_contract.py` checks every one of them.
 """
 
 from __future__ import annotations
@@ -23,34 +26,36 @@ from dataclasses import dataclass
 from typing import Any
 
 import faust
+from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import NoOffsetForPartitionError
 from faust.transport.drivers import aiokafka as driver
-from faust.types import TP, ConsumerMessage
+from faust.types import TP, ConsumerMessage, EventT
 from faust.types.transports import SchedulingStrategyT
 
 from stream.kafka.fetched import LogRecord
 
 __all__ = ["LogEnd", "Run", "RunApp", "RunSchema"]
 
-# Longest a broker holds back an empty fetch. It bounds how old `LogEnd.seen_at` can be on a quiet partition, and so how soon a
-# source can be called idle; Faust's own 1,500 ms would dominate `idle_timeout_ms`.
+# How long a broker holds back an empty fetch. It limits the age of `LogEnd.seen_at_ms` on a quiet partition, and so how soon a
+# source can be seen to be idle. Faust's own 1,500 ms would dominate `idle_timeout_ms`.
 FETCH_MAX_WAIT_MS = 250
-# Of one fetch of one partition: some 6,000 records of 700 bytes. Larger runs add latency and memory, no speed (measured).
+# Limit for one fetch of one partition: some 6,000 records of 700 bytes. Larger runs add latency and memory, but no speed
+# (measured).
 FETCH_MAX_BYTES = 4 * 1024 * 1024
-# Of one fetch of all partitions. aiokafka keeps a fetch until all of it is taken.
+# Limit for one fetch of all partitions. aiokafka keeps a fetch until all of it is taken.
 FETCH_TOTAL_BYTES = 16 * 1024 * 1024
-# Of all runs that were handed over and are not let go of, in Faust's queue, in the application's, and in its hands; whatever
-# the backlog. One more fetch may come on top. It is a second of work of a join that does 60 MB/s, so it never runs dry.
+# Limit for all runs that were delivered and still exist: in Faust's queue, in the application's, and in progress. One more
+# fetch may exceed it. It is a second of work for a join that does 60 MB/s, so the join never waits for records.
 RUNS_MAX_BYTES = 64 * 1024 * 1024
-# How often it is looked whether runs were let go of, while there are too many; and after how long without any that goes the
-# next fetch is handed over all the same. A partition that holds a run and waits for its next one must not wait for ever.
+# While there are too many runs: how often to look whether some were released, and after how long without a release to deliver
+# the next fetch all the same. A partition that keeps a run until its next one comes must not wait for ever.
 RUNS_WAIT_S, RUNS_PATIENCE_S = 0.02, 1.0
-# Of a record beside its key and value: the named tuple, its numbers, and two `bytes` headers.
+# Memory of a record without its key and value: the named tuple, its numbers, and two `bytes` headers.
 RECORD_BYTES = 300
-# From an assignment to the seek lies a takeover, which may rebuild for as long as it needs. A partition that nobody seeks
-# behind it is the watchdog's: no fetch of it is answered.
+# Longest time from an assignment to the seek. A takeover lies between them, which may rebuild for as long as it needs. A
+# partition that is never sought gets no records, which the watchdog notices.
 SEEK_PATIENCE_S = 86_400.0
-# A commit is one round trip; while partitions are taken away it must not outlast the session timeout (10 s).
+# Limit for a commit, which is one round trip. While partitions are revoked it must end within the session timeout (10 s).
 COMMIT_S = 3.0
 
 
@@ -58,7 +63,7 @@ COMMIT_S = 3.0
 class Run:
     """Consecutive records of one partition.
 
-    `records` may be empty: the position moved over transaction markers or aborted records alone.
+    `records` may be empty, when the position moved over transaction markers or aborted records only.
     """
 
     topic: str
@@ -67,18 +72,20 @@ class Run:
     after: int  # fetch position after the last one
     end: int  # end of the log (the last stable offset) when it was fetched
     records: list[LogRecord]
-    held: _Held | None = None  # counts its bytes for as long as the run is alive
+    held: _Held | None = None  # counts the run's bytes for as long as the run exists
 
 
 class RunBytes:
-    """Bytes of the runs that are alive. Taken in the consumer's thread, let go of wherever the last reference to a run goes."""
+    """Counts the bytes of the runs that exist. Adds in the consumer's thread, subtracts where a run's last reference ends."""
 
     def __init__(self) -> None:
         self._taken, self._moved_at = 0, time.monotonic()
-        self._let_go: deque[int] = deque()  # no lock: a run may go in the midst of anything, the garbage collector's work too
+        self._let_go: deque[int] = (
+            deque()
+        )  # without a lock: a run may end in the middle of anything, also in the garbage collector
 
     def have_room(self) -> bool:
-        """Whether more may be taken."""
+        """Whether another fetch may be delivered."""
         before, alive = self._taken, self.alive
         if alive != before:
             self._moved_at = time.monotonic()
@@ -108,30 +115,30 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class LogEnd:
-    """The end of a partition's log as the last fetch saw it, and when that was answered."""
+    """The end of a partition's log at the last fetch, and when the broker answered that fetch."""
 
-    offset: int  # the last stable one: nothing beyond it can be read
-    seen_at_ms: int  # this machine's wall clock
-    highwater: int  # beyond `offset` while a transaction is open
+    offset: int  # the last stable offset: nothing beyond it can be read
+    seen_at_ms: int  # by this machine's wall clock
+    highwater: int  # larger than `offset` while a transaction is open
 
 
 class RunSchema(faust.Schema):
-    """Passes a run through undecoded."""
+    """Passes runs on without decoding."""
 
-    def compile(self, app: Any, **kwargs: Any) -> Callable[..., Awaitable[Any]]:
+    def compile(self, app: faust.App, **kwargs: object) -> Callable[..., Awaitable[EventT]]:
         create_event = app.create_event
 
-        async def decode(message: Any, *, propagate: bool = False) -> Any:
+        async def decode(message: ConsumerMessage, *, propagate: bool = False) -> EventT:
             return create_event(None, message.value, None, message)
 
         return decode
 
 
 class _RunScheduler(SchedulingStrategyT):
-    """Yields each partition's run as a whole, in the order fetched."""
+    """Yields whole runs, in the order in which they were fetched."""
 
     @classmethod
-    def map_from_records(cls, records: Any) -> Any:
+    def map_from_records(cls, records: Mapping[TP, Run]) -> Mapping[TP, Run]:
         return records
 
     def iterate(self, records: Mapping[TP, Run]) -> Iterator[tuple[TP, Run]]:
@@ -142,18 +149,18 @@ class _RunScheduler(SchedulingStrategyT):
 
 
 class _ConsumerThread(driver.AIOKafkaConsumerThread):
-    """Fetches runs. Lives in Faust's consumer thread, so that heartbeats go on while the application is busy."""
+    """Fetches runs, in Faust's consumer thread, so that heartbeats continue while the application is busy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Next offset to hand over, by partition: only `seek_runs` and `_fetch_records` change it, both in this thread.
-        self._handed: dict[TP, int] = {}
+        # Next offset to deliver, by partition. Only `_seek_runs` and `_fetch_records` change it, both in this thread.
+        self._next: dict[TP, int] = {}
         self._unsought_since: float | None = None
         self.run_bytes = RunBytes()
 
-    def _create_worker_consumer(self, transport: Any) -> Any:
+    def _create_worker_consumer(self, transport: driver.Transport) -> AIOKafkaConsumer:
         consumer = super()._create_worker_consumer(transport)
-        # Faust reads uncommitted outside its own exactly-once mode, and waits 1.5 s on a quiet partition.
+        # Outside its own exactly-once mode, Faust reads uncommitted records and waits 1.5 s on a quiet partition.
         consumer._isolation_level = "read_committed"
         consumer._fetch_max_wait_ms = FETCH_MAX_WAIT_MS
         consumer._max_partition_fetch_bytes = FETCH_MAX_BYTES
@@ -161,20 +168,24 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         return consumer
 
     async def _fetch_records(
-        self, consumer: Any, active_partitions: set[TP], timeout: float | None = None, max_records: int | None = None
+        self,
+        consumer: AIOKafkaConsumer,
+        active_partitions: set[TP],
+        timeout: float | None = None,
+        max_records: int | None = None,
     ) -> dict[TP, Run]:
-        # A copy: Faust's own set changes under our feet when the application pauses a partition, and a run that was fetched
-        # but is not handed over would be lost until something else is fetched.
+        # A copy, because Faust's own set changes when the application pauses a partition meanwhile. A run that was fetched but
+        # is not delivered would be lost until something else is fetched.
         wanted = set(active_partitions)
         if not wanted:
-            return {}  # the last was paused since Faust looked; aiokafka would take none for all
+            return {}  # the last partition was paused since Faust looked; to aiokafka, no partition means all partitions
         if not self.run_bytes.have_room():
             await asyncio.sleep(RUNS_WAIT_S)
             return {}
         try:
             fetched = await super()._fetch_records(consumer, wanted, timeout, max_records)
         except NoOffsetForPartitionError:
-            # The fetcher looked at an assignment before its partitions were sought, and their group has committed nothing yet.
+            # The fetcher uses an assignment whose partitions haven't been sought yet, and the group has committed nothing.
             now = time.monotonic()
             if self._unsought_since is None:
                 self._unsought_since = now
@@ -189,19 +200,19 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
             return runs
         for tp in wanted:
             state = assignment.state_value(tp)
-            before = self._handed.get(tp)
+            before = self._next.get(tp)
             if state is None or before is None or not state.has_valid_position:
                 continue
             after = state.position
             if after > before:
-                self._handed[tp] = after
+                self._next[tp] = after
                 end = state.highwater if state.lso is None else state.lso
                 records = fetched.get(tp, [])
                 runs[tp] = Run(tp.topic, tp.partition, before, after, end or 0, records, self.run_bytes.take(records))
         return runs
 
     async def seek_runs(self, offsets: Mapping[TP, int]) -> None:
-        """Seek, in this thread: what was fetched before is dropped with the same step."""
+        """Seek in the consumer's thread, which drops in the same step what was fetched before."""
         await self.call_thread(self._seek_runs, dict(offsets))
 
     async def _seek_runs(self, offsets: dict[TP, int]) -> None:
@@ -210,7 +221,7 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         for tp, offset in offsets.items():
             if driver.TopicPartition(tp.topic, tp.partition) in assigned:
                 consumer.seek(driver.TopicPartition(tp.topic, tp.partition), offset)
-                self._handed[tp] = offset
+                self._next[tp] = offset
 
     def member_id(self) -> str | None:
         coordinator = self._ensure_consumer()._coordinator
@@ -227,15 +238,15 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
 
 
 class _Consumer(driver.Consumer):
-    """Delivers runs, and seeks to the application's own positions."""
+    """Delivers runs, and seeks to the application's positions."""
 
     _thread: _ConsumerThread
 
     def _new_consumer_thread(self) -> _ConsumerThread:
         return _ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
-    def _to_message(self, tp: TP, run: Run) -> Any:
-        # The offset is that of the last position in the run; Faust uses it only to drop what it has delivered before.
+    def _to_message(self, tp: TP, run: Run) -> ConsumerMessage:
+        # The offset is that of the last position in the run. Faust uses it only to drop what it has delivered before.
         return ConsumerMessage(
             run.topic,
             run.partition,
@@ -252,20 +263,20 @@ class _Consumer(driver.Consumer):
             generation_id=self.app.consumer_generation_id,
         )
 
-    async def _wait_next_records(self, timeout: float) -> tuple[Any, Any]:
-        """What was fetched is delivered, also where its partition has been paused since: `getmany` would drop it."""
+    async def _wait_next_records(self, timeout: float) -> tuple[dict[TP, Run] | None, set[TP] | None]:
+        """Deliver what was fetched also for partitions that were paused meanwhile: `getmany` would drop it."""
         runs, active = await super()._wait_next_records(timeout)
         return runs, None if active is None else {*active, *(runs or ())}
 
     def on_buffer_drop(self, tp: TP) -> None:
-        """Faust's queue has room again: fetch the partition, but not one that the application has paused meanwhile."""
+        """Faust's queue has room again: fetch the partition, unless the application has paused it meanwhile."""
         if tp in self._paused_partitions:
             self._buffered_partitions.discard(tp)
         else:
             super().on_buffer_drop(tp)
 
     async def perform_seek(self) -> None:
-        """Seek every assigned partition to the offset the application wants next, not to what is committed."""
+        """Seek every assigned partition to the offset that the application wants next, not to the committed offset."""
         await self.seek_runs({tp: self.app.next_offset(tp) for tp in self.assignment()})
 
     async def seek_runs(self, offsets: Mapping[TP, int | None]) -> None:
@@ -275,20 +286,21 @@ class _Consumer(driver.Consumer):
             self._read_offset[tp] = None
 
     def log_end(self, tp: TP) -> LogEnd | None:
-        """The end of a partition's log by the last fetch, None before the first."""
+        """The end of a partition's log at the last fetch; None before the first."""
         return self._thread.log_end(tp)
 
     def member_id(self) -> str | None:
-        """Under which the group knows this member; empty where the group has said that it doesn't (any more)."""
+        """The id by which the group knows this member; empty where the group has said that it doesn't know the member."""
         return self._thread.member_id()
 
     async def commit_run(self, offsets: Mapping[TP, int]) -> bool:
-        """Commit positions as a member of the group, for workers whose progress is the group's (the scorer).
+        """Commit positions as a member of the group, for the worker whose progress is the group's offsets (the scorer).
 
-        False when the coordinator didn't take them, or not in time.
+        Returns:
+            False when the coordinator rejected them, or didn't answer in time.
         """
         committing = asyncio.ensure_future(self._thread.commit(dict(offsets)))
-        # Not cancelled when it takes too long: it may still succeed, and a later commit says the same and more.
+        # It isn't cancelled when it takes too long: it may still succeed, and a later commit includes its offsets.
         done, _ = await asyncio.wait([committing], timeout=COMMIT_S)
         return bool(done and committing.result())
 
@@ -301,7 +313,7 @@ class RunApp(faust.App):
     """A Faust app whose topics deliver `Run`s.
 
     Args:
-        next_offset: names the next offset wanted of an assigned partition; None leaves its position alone.
+        next_offset: returns the next offset wanted of an assigned partition; None leaves its position alone.
     """
 
     def __init__(self, *args: Any, next_offset: Callable[[TP], int | None], **options: Any) -> None:
@@ -310,7 +322,7 @@ class RunApp(faust.App):
         self.next_offset = next_offset
 
     def _create_directories(self) -> None:
-        """Faust's folders are for tables; without any there is nothing to put there."""
+        """Create no folders: Faust's are for tables, and there are none."""
 
-    def _new_transport(self) -> Any:
+    def _new_transport(self) -> _Transport:
         return _Transport(self.conf.broker_consumer, self)

@@ -1,11 +1,17 @@
-"""Feeding dead letters again, each record once.
+"""Replaying dead letters: sending each letter's record to its source topic again, once.
 
-What was replayed is remembered in `dead-letters` itself: one transaction writes records to their source topics and, beside
-their letters, receipts that name them. So a record and its receipt are there both or neither, wherever a replay is killed. All
-replays share one transactional id: the newer fences the older, whose open transaction is aborted before the newer reads.
+`dead-letters` itself remembers what was replayed. One transaction writes the records to their source topics, and receipts that
+name them to `dead-letters`. So a record and its receipt are both there or both missing, wherever a replay is killed. All
+replays share one transactional id: the newer replay fences the older one, whose open transaction is aborted before the newer
+one reads.
 
-The order matters, as in `stream.join.takeover`: producer first, then the end of `dead-letters` past every open transaction
-(another writer's would hide receipts that lie behind its beginning), then receipts, then letters.
+The order matters, as in `stream.join.takeover`:
+
+1. the producer starts;
+2. the end of `dead-letters` is taken, beyond every open transaction (another writer's would hide receipts behind its
+beginning);
+3. receipts are read;
+4. letters are read.
 """
 
 from __future__ import annotations
@@ -22,17 +28,16 @@ from aiokafka.errors import IllegalOperation, KafkaError, MessageSizeTooLargeErr
 from stream.errors import Fenced, StreamError
 from stream.kafka.batches import BATCH_BYTES, send_batches
 from stream.kafka.clients import aiokafka_options
-from stream.letters.log import Letter, LetterLog, Origin, Wanted, receipt
-from stream.records.dead_letter import REPLAY_HEADER, Header
+from stream.letters.log import LetterLog, Wanted
+from stream.records.dead_letter import Letter, Origin
+from stream.records.replay import receipt, replayed_record
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
 __all__ = ["Replay", "plan_replay", "replay_letters"]
 
-# In the header `kind` of a replayed example that was `first`: its label has gone out already, and each impression has one.
-KIND_FIRST, KIND_REPLAY = b"first", b"replay"
-# Letters and bytes in one transaction. It is open for well under a second; readers of the sources wait for so long, and where a
-# replay is killed for the timeout (the broker looks every 10 s).
+# Letters and bytes in one transaction. It is open for well under a second, and readers of the source topics wait for that long.
+# When a replay is killed, they wait for the timeout (the broker checks every 10 s).
 MAX_LETTERS = 500
 MAX_BYTES = 8 << 20
 TRANSACTION_TIMEOUT_MS = 15_000
@@ -40,21 +45,22 @@ TRANSACTION_TIMEOUT_MS = 15_000
 
 @dataclass(slots=True)
 class Replay:
-    """What a replay did, or with `plan_replay` would do. Counts of letters by source topic and reason."""
+    """What a replay did, or with `plan_replay` would do. Letters are counted by source topic and reason."""
 
     fed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Records sent again."""
     done_before: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Replayed already, or another letter of a record that is."""
+    """Letters that were replayed before, and other letters of the same records."""
     foreign: list[Letter] = field(default_factory=list)
-    """Their source is no topic of this prefix, or has no such partition now; never fed."""
+    """Letters whose source is no topic of this prefix, or has no such partition now. They are never sent."""
     too_large: list[Letter] = field(default_factory=list)
-    """The source topic refused them: the header of a replay is what they are too large by. Not fed."""
+    """Letters that the source topic rejected: a replay's header makes the record too large. They were not sent."""
     without_bytes: list[Letter] = field(default_factory=list)
-    """Letters that don't have their record's bytes (`too_large`, `unreadable`); never fed."""
+    """Letters without their record's bytes (`too_large`, `unreadable`). They are never sent."""
 
 
 async def plan_replay(kafka: KafkaSettings, names: TopicNames, wanted: Wanted) -> Replay:
-    """What `replay_letters` would feed; writes nothing."""
+    """What `replay_letters` would do. Writes nothing."""
     replay = Replay()
     async with LetterLog(kafka, names) as log:
         async for letter in _to_feed(log, wanted, replay):
@@ -63,14 +69,14 @@ async def plan_replay(kafka: KafkaSettings, names: TopicNames, wanted: Wanted) -
 
 
 async def replay_letters(kafka: KafkaSettings, names: TopicNames, wanted: Wanted, *, who: str) -> Replay:
-    """Feed the wanted letters' records to the topics and partitions they came from, those not replayed before.
+    """Send the wanted letters' records that were not replayed before to the topics and partitions that they came from.
 
-    Safe to repeat and to kill: no record is fed twice.
+    A replay may be repeated and killed: no record is sent twice.
 
     Raises:
-        Fenced: another replay began meanwhile; it goes on from where this one was.
+        Fenced: another replay began meanwhile, and goes on from where this one stopped.
         StreamError: a topic is missing, or another writer's transaction stayed open.
-        aiokafka.errors.KafkaError: Kafka can't be reached, or refused to write.
+        aiokafka.errors.KafkaError: Kafka can't be reached, or rejected a write.
     """
     replay = Replay()
     feeder = _Feeder(kafka, names, who, replay)
@@ -87,10 +93,10 @@ async def replay_letters(kafka: KafkaSettings, names: TopicNames, wanted: Wanted
                     await feeder.feed(batch)
                     batch, size = [], 0
             await feeder.feed(batch)
-    except (ProducerFenced, IllegalOperation) as error:  # aiokafka's word where it noticed before this send
+    except (ProducerFenced, IllegalOperation) as error:  # IllegalOperation: aiokafka had noticed before this send
         raise Fenced(
             "dead letters: expected to replay alone, found that another replay began after this one. What this one committed "
-            f"({replay.fed.total():,} records) stays and isn't fed again; the other goes on with the rest."
+            f"({replay.fed.total():,} records) stays and isn't sent again; the other replay goes on with the rest."
         ) from error
     finally:
         await feeder.close()
@@ -98,7 +104,7 @@ async def replay_letters(kafka: KafkaSettings, names: TopicNames, wanted: Wanted
 
 
 async def _to_feed(log: LetterLog, wanted: Wanted, replay: Replay) -> AsyncIterator[Letter]:
-    """The wanted letters that were never replayed, each origin once; the others are counted in `replay`."""
+    """The wanted letters that were never replayed, one for each origin. The others are counted in `replay`."""
     done = await log.replayed()
     async for letter in log.letters(wanted):
         origin = letter.origin
@@ -109,7 +115,7 @@ async def _to_feed(log: LetterLog, wanted: Wanted, replay: Replay) -> AsyncItera
         elif not 0 <= origin.partition < log.sources.get(origin.topic, 0):
             replay.foreign.append(letter)
         else:
-            done.add(origin)  # the trainer and the scorer may write a letter of one record again
+            done.add(origin)  # the trainer and the scorer may write another letter of the same record
             yield letter
 
 
@@ -118,10 +124,10 @@ class _Feeder:
 
     def __init__(self, kafka: KafkaSettings, names: TopicNames, who: str, replay: Replay) -> None:
         self._kafka, self._names, self._who, self._replay = kafka, names, who, replay
-        self._producer: Any = None
+        self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
-        """Fence any other replay, and settle its open transaction."""
+        """Fence every other replay, and end its open transaction."""
         self._producer = AIOKafkaProducer(
             **aiokafka_options(self._kafka),
             transactional_id=f"{self._names.prefix}headrace-replay",
@@ -132,7 +138,10 @@ class _Feeder:
         await self._producer.start()
 
     async def feed(self, letters: list[Letter]) -> None:
-        """One transaction; where a record is refused for its size, two of half the letters each, down to that record alone."""
+        """Send these letters' records in one transaction.
+
+        When a record is rejected for its size, each half of the letters is tried alone, and so on down to that record.
+        """
         if not letters:
             return
         try:
@@ -155,32 +164,27 @@ class _Feeder:
             records[letter.origin.topic, letter.origin.partition].append(letter)
             receipts[letter.partition].append(letter.origin)
         producer, topic = self._producer, self._names.dead_letters
+        assert producer is not None
         await producer.begin_transaction()
         futures: list[asyncio.Future[Any]] = []
         try:
             for (source, number), group in records.items():
-                outgoing = ((each.key, each.value, self._headers(each)) for each in group)
+                is_example = source == self._names.examples
+                outgoing = (replayed_record(each, topic, is_example=is_example) for each in group)
                 futures += await send_batches(producer, source, number, outgoing)
             for number, origins in receipts.items():
                 futures += await send_batches(producer, topic, number, [receipt(origins, self._who)])
         finally:
-            # Every future is awaited before the commit (see `send_batches`), and what one says is why the next send failed.
+            # Every future is awaited before the commit (see `send_batches`). Its error is also the cause when a later send
+            # failed.
             for answer in await asyncio.gather(*futures, return_exceptions=True):
                 if isinstance(answer, BaseException):
                     raise answer
         async with asyncio.timeout(TRANSACTION_TIMEOUT_MS / 1_000):
             await producer.commit_transaction()
 
-    def _headers(self, letter: Letter) -> list[Header]:
-        """The original's own, and where the record comes from this time."""
-        place = f"{self._names.dead_letters}/{letter.place}".encode()
-        kept = [(name, value) for name, value in letter.headers if name != REPLAY_HEADER]
-        if letter.origin.topic == self._names.examples:
-            kept = [(name, KIND_REPLAY if (name, value) == ("kind", KIND_FIRST) else value) for name, value in kept]
-        return [*kept, (REPLAY_HEADER, place)]
-
     async def _again(self) -> None:
-        """Another producer: after a refused record this one's sequence numbers aren't the broker's any more."""
+        """Start another producer: after a rejected record, the sequence numbers of this one and of the broker differ."""
         await self.close()
         await self.start()
 
@@ -189,6 +193,6 @@ class _Feeder:
             producer, self._producer = self._producer, None
             try:
                 await producer.stop()
-            except KafkaError as error:  # fenced, say: stopping aborts the open transaction
+            except KafkaError as error:  # ProducerFenced, since stopping aborts the open transaction
                 if not isinstance(error, ProducerFenced):
                     raise StreamError(f"dead letters: the replay's producer did not stop: {error!r}") from error

@@ -1,20 +1,30 @@
-"""Dead letters: records that can't be used, kept as they came, with a reason code, an error text and where they came from.
+"""A dead letter: a record that can't be used, kept on `dead-letters` as it came, with the reason and where it came from.
 
-A record that `dead-letters` doesn't take becomes a letter `too_large` without its bytes, which says where they are. (A producer
-that compresses can send a record far larger than any topic's limit.)
+The letter has the record's own key, value and headers. Before the record's headers stand these:
+
+| header | value |
+| --- | --- |
+| `reason` | a code of `REASONS` |
+| `error` | for people: what was expected and what was found |
+| `path` | where in the record: `$.timestamp`, `headers.weight`, `key` |
+| `source_topic`, `source_partition`, `source_offset` | where the record was read |
+| `source_size` | only on a letter `too_large`: bytes of the record's key, value and headers |
+
+A record that does not fit into `dead-letters` becomes a letter `too_large` without its bytes. (A producer that compresses can
+send a record far larger than any topic's limit.) The origin headers then say where the bytes are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from stream.kafka.batch_reader import UNREADABLE_HEADER
-from stream.kafka.batches import Outgoing, batch_bytes
+from stream.records.packing import batch_bytes
+from stream.records.record import Header, Outgoing, Record
+from stream.records.unreadable import why_unreadable
 
-__all__ = ["ORIGINAL", "OUR_HEADERS", "REASONS", "REPLAY_HEADER", "SIZE_HEADER", "WITHOUT_BYTES", "DeadLetter", "Header"]
-
-Header = tuple[str, bytes | None]
+__all__ = ["REASONS", "WITHOUT_BYTES", "DeadLetter", "Letter", "Origin", "read_letter"]
 
 # Characters of an error text and of a path. Both may quote an id or a field's name as large as the record itself, which must
 # still fit into `dead-letters`: twice this, at 4 bytes each, is far below the 64 KiB that the topic takes above its sources.
@@ -46,27 +56,34 @@ REASONS = {
 # Letters with these reasons have no bytes of the record.
 WITHOUT_BYTES = frozenset(("too_large", "unreadable"))
 
-
-# On a record that `headrace dead-letters replay` has fed again: the letter it comes from, TOPIC/PARTITION/OFFSET.
-REPLAY_HEADER = "headrace-replay-of"
-
 # The headers that say why and from where, in this order before the original's own.
 OUR_HEADERS = ("reason", "error", "path", "source_topic", "source_partition", "source_offset")
-# On a letter `too_large`, in the place of the original's own headers: bytes of the record's key, value and headers.
+# A letter `too_large` has this header instead of the original's own.
 SIZE_HEADER = "source_size"
-# A key up to here stays on a letter `too_large`, so that people can find whose record it was.
+# A key of at most this many bytes stays on a letter `too_large`, so that people can find whose record it was.
 MAX_KEY_KEPT = 1_000
-# Stands before the name of an original header that is called like one of ours (an example has a `source_offset` too), or that
-# begins like this itself: taking one off again gives every name back.
+# Prefix of an original header whose name is one of ours (an example has a `source_offset` too) or begins with this prefix.
+# Taking one prefix off gives every original name back.
 ORIGINAL = "original."
 _RESERVED = frozenset((*OUR_HEADERS, SIZE_HEADER))
-# Original headers that get the prefix; further ones, which only a record made to harm has, are left out. 9 bytes each, so that
-# this stays far below the 64 KiB too.
+# Original headers that get the prefix. Only a record made to do harm has more; those beyond are left out. The prefix takes 9
+# bytes, so all of them are far below the 64 KiB, too.
 MAX_RENAMED = 1_000
 
 
+class Origin(NamedTuple):
+    """Where a record was read that became a dead letter. Two letters of one origin are two reports of one record."""
+
+    topic: str
+    partition: int
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+
 class DeadLetter(NamedTuple):
-    """A record on its way to `dead-letters`, bytes as received."""
+    """A record on its way to `dead-letters`: why, where it was read, and its bytes as received."""
 
     reason: str
     message: str
@@ -79,14 +96,16 @@ class DeadLetter(NamedTuple):
     headers: tuple[Header, ...] = ()
 
     @classmethod
-    def of(cls, record: Any, reason: str, path: str, message: str) -> DeadLetter:
-        """From an aiokafka ConsumerRecord.
+    def of(cls, record: Record, reason: str, path: str, message: str) -> DeadLetter:
+        """The letter of a record as it was read.
 
-        Where it stands in the place of records that can't be read (`stream.kafka.batch_reader`), the reason is `unreadable`.
+        A record that stands for unreadable ones (`stream.records.unreadable`) gets the reason `unreadable`, whatever the caller
+        gives.
         """
         headers = tuple(record.headers)
-        if record.value is None and record.key is None and [name for name, _ in headers] == [UNREADABLE_HEADER]:
-            reason, path, message, headers = "unreadable", "$", (headers[0][1] or b"").decode(errors="replace"), ()
+        why = why_unreadable(record)
+        if why is not None:
+            reason, path, message, headers = "unreadable", "$", why, ()
         return cls(
             reason,
             message,
@@ -100,9 +119,9 @@ class DeadLetter(NamedTuple):
         )
 
     def outgoing(self, max_bytes: int) -> Outgoing:
-        """Key, value and headers for `dead-letters`, which takes batches of `max_bytes`.
+        """The letter as a record for `dead-letters`, which takes batches of `max_bytes`.
 
-        A letter that wouldn't fit, and one whose reason is `too_large` already, go without the record's bytes.
+        The record's bytes are left out when the letter would not fit, and when its reason is `too_large` already.
         """
         headers = self.out_headers()
         if self.reason != "too_large" and batch_bytes(self.key, self.value, headers) <= max_bytes:
@@ -111,14 +130,14 @@ class DeadLetter(NamedTuple):
         size += len(self.key or b"") + len(self.value or b"")
         small = self
         if self.reason != "too_large":
-            what = f"{self.reason}: {self.message[: MAX_TEXT // 2]}"
-            told = f"{what}; expected a dead letter of at most {max_bytes} bytes, found a record of {size}"
-            small = self._replace(reason="too_large", message=told)
+            found = f"{self.reason}: {self.message[: MAX_TEXT // 2]}"
+            error = f"{found}; expected a dead letter of at most {max_bytes} bytes, found a record of {size}"
+            small = self._replace(reason="too_large", message=error)
         key = self.key if self.key is not None and len(self.key) <= MAX_KEY_KEPT else None
         return key, None, [*small._replace(headers=()).out_headers(), (SIZE_HEADER, b"%d" % size)]
 
     def out_headers(self) -> list[Header]:
-        """Headers of the record in `dead-letters`: ours first, then the original's under names that can't be taken for ours."""
+        """The letter's headers: ours first, then the original's under names that can't be taken for ours."""
         ours = (
             self.reason.encode(),
             self.message[:MAX_TEXT].encode(errors="replace"),
@@ -138,3 +157,66 @@ def _renamed(headers: Sequence[Header]) -> Iterator[Header]:
         elif left:
             left -= 1
             yield ORIGINAL + name, value
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A dead letter as it was read; `headers` are the original record's own, under their own names."""
+
+    partition: int
+    offset: int
+    arrived_ms: int
+    reason: str
+    error: str
+    path: str
+    origin: Origin
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[Header, ...]
+    source_size: int | None = None
+    """Bytes of the record when the letter does not have them; None when it has them, or when the size is not known."""
+
+    @property
+    def has_bytes(self) -> bool:
+        """Whether the letter has the record's bytes. When it does not, only `origin` says where they are."""
+        return self.reason not in WITHOUT_BYTES
+
+    @property
+    def name(self) -> str:
+        """The letter's name on the command line: `PARTITION/OFFSET` in `dead-letters`."""
+        return f"{self.partition}/{self.offset}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of key and value."""
+        return len(self.key or b"") + len(self.value or b"")
+
+
+def read_letter(record: Record) -> Letter | None:
+    """The letter in a record of `dead-letters`; None for a receipt (`stream.records.replay`) and for records of others."""
+    ours, theirs = record.headers[: len(OUR_HEADERS)], record.headers[len(OUR_HEADERS) :]
+    if tuple(name for name, _ in ours) != OUR_HEADERS:
+        return None
+    values = {name: (value or b"").decode(errors="replace") for name, value in ours}
+    try:
+        origin = Origin(values["source_topic"], int(values["source_partition"]), int(values["source_offset"]))
+        source_size = None
+        if values["reason"] == "too_large" and theirs:
+            name, value = theirs[0]
+            if name == SIZE_HEADER:
+                source_size, theirs = int(value or b""), theirs[1:]
+    except ValueError:
+        return None
+    return Letter(
+        partition=record.partition,
+        offset=record.offset,
+        arrived_ms=record.timestamp,
+        reason=values["reason"],
+        error=values["error"],
+        path=values["path"],
+        origin=origin,
+        key=record.key,
+        value=record.value,
+        headers=tuple((name.removeprefix(ORIGINAL), value) for name, value in theirs),
+        source_size=source_size,
+    )

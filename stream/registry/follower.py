@@ -1,4 +1,4 @@
-"""Follows the snapshot registry for as long as a worker lives."""
+"""Follows the registry of versions for as long as a worker lives."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ import time
 from collections.abc import Callable
 
 from state.registry import RegistryState
-from stream.registry.log import RegistryLog, unreachable
+from stream.kafka.clients import unreachable
+from stream.registry.log import ANSWER, RegistryLog
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
-__all__ = ["RegistryReader"]
+__all__ = ["RegistryFollower"]
 
 logger = logging.getLogger(__name__)
 
-# One wait for news; records wake it at once, so this only says how often the end of the log is looked at.
+# One wait for news. Records end the wait at once, so this only says how often the follower checks that it is at the end.
 POLL_MS = 200
-# First reading: the topic is compacted, so this is minutes of slack for a broker that is just starting.
+# Limit for reading the registry whole. The topic is compacted and read in less than a second; the rest is for a broker that is
+# just starting.
 START_TIMEOUT_S = 60.0
-# Wait before connecting anew after an error that the client couldn't mend itself.
+# Wait before a new connection after an error that the client couldn't recover from.
 RECONNECT_S = 1.0
 
 
-class RegistryReader:
-    """A background task that keeps `state` as the registry is; no consumer group, committed records only.
+class RegistryFollower:
+    """A background task that keeps `state` equal to the registry. No consumer group, committed records only.
 
     ```python
-    reader = RegistryReader(settings.kafka, names, on_change=lambda state: swap_to(state.champion.version))
-    await reader.start()              # has read everything there is
-    reader.state.champion.version
+    follower = RegistryFollower(settings.kafka, names, on_change=lambda state: swap_to(state.champion.version))
+    await follower.start()              # has read everything there is
+    follower.state.champion.version
     ```
 
-    `on_change` is called with the state at the end of `start` and whenever records were read and the end is reached again.
-    It runs on the event loop, so it starts work rather than doing it; what it raises is logged and changes nothing here.
+    `on_change` is called with the state at the end of `start`, and whenever new records were read and the end is reached
+    again. It runs on the event loop, so it must start work rather than do it. An exception that it raises is logged, and the
+    follower goes on.
     """
 
     def __init__(
@@ -54,32 +57,32 @@ class RegistryReader:
 
     @property
     def position(self) -> int:
-        """The next offset to read: everything below it is in `state`. A heartbeat's `registry_offset`."""
+        """The next offset to read: everything below it is in `state`. A heartbeat sends it as `registry_offset`."""
         return self._log.position
 
     @property
     def caught_up_at(self) -> float | None:
-        """`time.monotonic()` when it was last known to stand at the end; older than the lease means stale."""
+        """When (`time.monotonic()`) the follower was last seen at the log's end. Older than the lease means stale."""
         return self._caught_up_at
 
     async def start(self) -> None:
         """Read the whole registry, then follow it in the background.
 
         Raises:
-            TopicError: the topic isn't there.
-            RegistryError: Kafka can't be reached.
+            TopicError: the topic doesn't exist.
+            NoAnswer: Kafka can't be reached.
         """
         from aiokafka.errors import KafkaError
 
         try:
             fresh = await self._opened()
         except (KafkaError, TimeoutError) as error:
-            raise unreachable(self._kafka, error) from error
+            raise unreachable(self._kafka, ANSWER, error) from error
         self._adopt(fresh)
-        self._task = asyncio.create_task(self._follow(), name="registry-reader")
+        self._task = asyncio.create_task(self._follow(), name="registry-follower")
 
     async def close(self) -> None:
-        """Stop following; `state` stays readable."""
+        """Stop following. `state` stays readable."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -87,6 +90,7 @@ class RegistryReader:
         await self._log.close()
 
     async def _opened(self) -> RegistryLog:
+        """A new log that has been read to its end."""
         log = RegistryLog(self._kafka, self._names, follow=True)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
@@ -105,7 +109,7 @@ class RegistryReader:
                 logger.warning("registry: lost, connecting again in %g s", RECONNECT_S, exc_info=True)
             await asyncio.sleep(RECONNECT_S)
             try:
-                # The old state stands until the new one is whole.
+                # The old state stays in use until the new one is whole.
                 fresh = await self._opened()
             except Exception:
                 logger.warning("registry: still out of reach", exc_info=True)
@@ -121,21 +125,22 @@ class RegistryReader:
             at_the_end = self._note_end()
             if news and at_the_end:
                 news = False
-                self._tell()
+                self._report()
 
     def _adopt(self, log: RegistryLog) -> None:
-        """Go on with a log that has just been read to its end."""
+        """Continue with a log that has just been read to its end."""
         self._log = log
         self._caught_up_at = time.monotonic()
-        self._tell()
+        self._report()
 
     def _note_end(self) -> bool:
+        """Note when the log's end was last seen; whether it is reached."""
         at = self._log.caught_up_at()
         if at is not None:
             self._caught_up_at = at
         return at is not None
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._on_change is None:
             return
         try:

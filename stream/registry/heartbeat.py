@@ -1,76 +1,78 @@
-"""What each scorer says of itself: which version it serves and how far it has read the registry.
+"""Heartbeats: each scorer reports which version it serves and how far it has read the registry.
 
-A heartbeat is one record on `scorers`, keyed by worker id; a tombstone says that the worker stopped by itself. Each heartbeat
-carries the interval at which its worker sends them, and a worker whose last one is older than three of its own intervals
-(`live_limit_ms`) is taken for dead. Ages are told by the records' own timestamps (the broker's clock), so that a reader whose
-clock is off doesn't take the living for dead.
+A heartbeat is one record on `scorers`, keyed by worker id. A tombstone means that the worker stopped by itself. Each heartbeat
+carries the interval at which its worker sends them. A worker whose last heartbeat is older than three of its own intervals and
+two seconds (`live_limit_ms`) counts as dead. Ages go by the records' timestamps, the broker's clock: scorers whose clocks are
+off still count as alive.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from stream.errors import NoAnswer, TopicError
-from stream.kafka.clients import STOP_S, aiokafka_options, answer, no_answer, quietly_stopped, started
+from stream.errors import NoAnswer
+from stream.kafka.clients import STOP_S, aiokafka_options, answer, quietly_stopped, started, unreachable
+from stream.kafka.cluster import missing_topic, partition_counts
+from stream.kafka.read_log import Positions, read_to
+from stream.records.heartbeat import (
+    DEFAULT_HEARTBEAT_MS,
+    Heartbeat,
+    encode_heartbeat,
+    live_limit_ms,
+    read_heartbeat,
+    worker_of,
+)
+from stream.records.record import Record
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
-__all__ = ["Confirmation", "Heartbeat", "HeartbeatReader", "HeartbeatSender", "live_limit_ms"]
+if TYPE_CHECKING:
+    from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-# Looking starts this many records before the end of each partition: at one a second from each of 100 scorers that is more
-# than a minute, several times any sensible lease, and it reads in a fraction of a second however long the topic is.
+__all__ = ["Confirmation", "Confirmations", "HeartbeatReader", "HeartbeatSender"]
+
+# What was asked for, in the error of a Kafka that can't be reached.
+ANSWER = "an answer about the scorers"
+# Reading starts this many records before the end of each partition. With 100 scorers and one heartbeat a second from each, that
+# is 100 s: several times any sensible lease. It takes a fraction of a second, however long the topic is.
 TAIL_RECORDS = 10_000
-# A fetch with nothing to bring is answered after this long; records are brought at once.
+# The broker answers a fetch without new records after this time, a fetch with records at once.
 FETCH_WAIT_MS = 100
-# Interval of a heartbeat that doesn't say: scorers of 0.1.0 left it out, and `scorer.heartbeat_ms` was this by default.
-DEFAULT_HEARTBEAT_MS = 1_000
-# Heartbeats that may be missing, and what a pause of the process or a new leader of the topic's partition may take besides.
-MISSED_BEATS, GRACE_MS = 3, 2_000
-# Characters of a reason, which quotes paths and errors: a heartbeat goes out every second.
+# Longest single wait for records: while reading to a known end, and while waiting for confirmations.
+READ_MS, CONFIRM_MS = 10, 100
+# Characters of a reason. Reasons quote paths and errors, and a heartbeat is sent every second.
 MAX_REASON = 300
 
 
-class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
-    """One scorer at one moment.
-
-    `version` is the version that answers now, -1 for none. `registry_offset` is the registry reader's `position`: the next
-    offset it has not applied. A scorer sends it only once what stands below it is in effect: a swap that is still loading
-    must not be overtaken by a newer offset beside an old version, and must check that it is still wanted when it ends.
-
-    `fallback_of` is the champion that the worker could not read: it answers with another version meanwhile, or with none, and
-    `fallback_reason` says what was wrong with the champion. `heartbeat_ms` is the worker's own interval.
-    """
-
-    worker: str
-    version: int
-    since_ms: int
-    host: str
-    registry_offset: int
-    at_ms: int
-    stale: bool = False
-    heartbeat_ms: int = DEFAULT_HEARTBEAT_MS
-    fallback_of: int | None = None
-    fallback_reason: str = ""
-
-
 class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
-    """A scorer that serves the version asked for; `after_ms` since the wait began."""
+    """A scorer that serves the wanted version. `after_ms` counts from the beginning of the wait."""
 
     worker: str
     after_ms: float
 
 
-def live_limit_ms(beat: Heartbeat) -> int:
-    """A worker whose last heartbeat, this one, is older than so much is dead: three intervals of its own and two seconds."""
-    return MISSED_BEATS * beat.heartbeat_ms + GRACE_MS
+class Confirmations(NamedTuple):
+    """How a wait for the scorers ended: who confirmed, and the last heartbeat of each scorer that did not."""
+
+    confirmed: list[Confirmation]
+    missing: list[Heartbeat]
+
+
+class _Last(NamedTuple):
+    """A worker's last record: its timestamp (the broker's clock), and the heartbeat; None for a tombstone."""
+
+    at_ms: int
+    beat: Heartbeat | None
 
 
 class HeartbeatSender:
-    """A scorer's own heartbeats. `send` when something changed, and every `scorer.heartbeat_ms` besides."""
+    """Sends one scorer's heartbeats. Call `send` when something has changed, and every `scorer.heartbeat_ms`."""
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class HeartbeatSender:
         self._topic = names.scorers
         self._worker, self._heartbeat_ms = worker, heartbeat_ms
         self._host = host or socket.gethostname()
-        self._producer: Any = None
+        self._producer: AIOKafkaProducer = None
 
     async def start(self) -> None:
         """Connect.
@@ -100,7 +102,7 @@ class HeartbeatSender:
         try:
             self._producer = await started(self._kafka, producer, "a producer of heartbeats")
         except (KafkaError, NoAnswer) as error:
-            raise no_answer(self._kafka, "the scorers", error) from error
+            raise unreachable(self._kafka, ANSWER, error) from error
 
     async def send(
         self,
@@ -112,13 +114,13 @@ class HeartbeatSender:
         fallback_of: int | None = None,
         fallback_reason: str = "",
     ) -> None:
-        """Say what is served now; returns when the brokers have it.
+        """Send one heartbeat. Returns when the brokers have it; does nothing after `close`.
 
         Raises:
-            aiokafka.errors.KafkaError: it didn't get there; the next one may.
+            aiokafka.errors.KafkaError: it wasn't written. The next one may be.
             NoAnswer: likewise.
         """
-        if self._producer is None:  # closed: the worker ends
+        if self._producer is None:
             return
         beat = Heartbeat(
             worker=self._worker,
@@ -132,11 +134,12 @@ class HeartbeatSender:
             fallback_of=fallback_of,
             fallback_reason=fallback_reason[:MAX_REASON],
         )
-        sent = self._producer.send_and_wait(self._topic, key=self._worker.encode(), value=msgspec.json.encode(beat))
+        key, value = encode_heartbeat(beat)
+        sent = self._producer.send_and_wait(self._topic, key=key, value=value)
         await answer(self._kafka, sent, "a heartbeat")
 
     async def close(self) -> None:
-        """Leave a tombstone, so that nobody waits for this worker, and disconnect."""
+        """Send a tombstone, so that nobody waits for this worker, and disconnect."""
         producer, self._producer = self._producer, None
         if producer is None:
             return
@@ -148,7 +151,7 @@ class HeartbeatSender:
 
 
 class HeartbeatReader:
-    """All scorers' heartbeats. Looking writes nothing.
+    """Reads all scorers' heartbeats. Writes nothing.
 
     ```python
     async with HeartbeatReader(settings.kafka, names) as scorers:
@@ -159,9 +162,9 @@ class HeartbeatReader:
     def __init__(self, kafka: KafkaSettings, names: TopicNames) -> None:
         self._kafka = kafka
         self._topic = names.scorers
-        self._consumer: Any = None
-        self._partitions: list[Any] = []
-        self._last: dict[str, tuple[int, Heartbeat | None]] = {}  # worker → record timestamp, None for a clean stop
+        self._consumer: AIOKafkaConsumer = None
+        self._partitions: list[TopicPartition] = []
+        self._last: dict[str, _Last] = {}  # by worker
 
     async def __aenter__(self) -> HeartbeatReader:
         from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -175,15 +178,18 @@ class HeartbeatReader:
             fetch_max_wait_ms=FETCH_WAIT_MS,
         )
         try:
-            await consumer.start()
-            # The public `topics()` is this same call, but drops the partitions' numbers.
-            numbers = (await consumer._client.fetch_all_metadata()).partitions_for_topic(self._topic)
-            if not numbers:
-                raise TopicError(
-                    f"topic {self._topic}: expected at {self._kafka.bootstrap_servers}, found none of that name. "
-                    "`headrace topics create` makes it; topics.prefix is part of the name."
-                )
-            partitions = [TopicPartition(self._topic, number) for number in sorted(numbers)]
+            # Both connect, so they run at the same time.
+            counts: dict[str, int] = {}
+
+            async def count() -> None:
+                counts.update(await partition_counts(self._kafka, [self._topic]))
+
+            for failure in await asyncio.gather(consumer.start(), count(), return_exceptions=True):
+                if failure is not None:
+                    raise failure
+            if self._topic not in counts:
+                raise missing_topic(self._kafka, self._topic)
+            partitions = [TopicPartition(self._topic, number) for number in range(counts[self._topic])]
             first = await consumer.beginning_offsets(partitions)
             end = await consumer.end_offsets(partitions)
             consumer.assign(partitions)
@@ -193,7 +199,7 @@ class HeartbeatReader:
             await self._read_to(end)
         except KafkaError as error:
             await consumer.stop()
-            raise no_answer(self._kafka, "the scorers", error) from error
+            raise unreachable(self._kafka, ANSWER, error) from error
         except BaseException:
             await consumer.stop()
             raise
@@ -204,61 +210,66 @@ class HeartbeatReader:
         await consumer.stop()
 
     async def live(self, *, now_ms: int | None = None) -> list[Heartbeat]:
-        """The scorers that are alive at `now_ms` on the broker's clock (default: this machine's), by worker id."""
+        """The last heartbeats of the scorers that are alive, ordered by worker id.
+
+        Args:
+            now_ms: now by the broker's clock; by this machine's when not given.
+        """
         await self._read_to(await self._consumer.end_offsets(self._partitions))
         return self._alive(_now_ms() if now_ms is None else now_ms)
 
     async def wait_for_confirmations(
         self, registry_offset: int, version: int, timeout_ms: int, *, now_ms: int | None = None
-    ) -> tuple[list[Confirmation], list[Heartbeat]]:
+    ) -> Confirmations:
         """Wait until every live scorer has read the registry to `registry_offset` and serves `version`.
 
         Args:
-            registry_offset: the position after the change (`Written.position`), so that no older heartbeat confirms it.
-            now_ms: the broker's clock at the change (`Written.at_ms`): who was alive then must confirm, and who comes
-                later too. A scorer that leaves a tombstone meanwhile is no longer waited for.
-
-        Returns:
-            Who confirmed and when, and the last heartbeat of who did not.
+            registry_offset: the position after the change (`Written.position`), so that no older heartbeat confirms the change.
+            timeout_ms: longest wait.
+            now_ms: the broker's clock at the change (`Written.at_ms`). Scorers that were alive then must confirm, and so must
+                those that start later. A scorer that sends a tombstone during the wait is no longer waited for.
         """
         began = time.monotonic()
         began_ms = _now_ms() if now_ms is None else now_ms
-        # Who started since this reader was opened must be waited for too. The scorers are swapping meanwhile.
+        # Scorers that have started since this reader was opened must confirm too.
         await self.live()
         confirmed: dict[str, Confirmation] = {}
         while True:
             elapsed_ms = (time.monotonic() - began) * 1_000
-            # Judged by the moment of the change: a scorer that dies while we wait stays unconfirmed, not forgotten.
+            # Alive at the moment of the change: a scorer that dies during the wait is listed as missing, not left out.
             alive = {beat.worker: beat for beat in self._alive(began_ms)}
             for worker, beat in alive.items():
                 if beat.registry_offset >= registry_offset and beat.version == version and not beat.stale:
                     confirmed.setdefault(worker, Confirmation(worker=worker, after_ms=round(elapsed_ms, 1)))
             missing = [beat for worker, beat in alive.items() if worker not in confirmed]
             if not missing or elapsed_ms >= timeout_ms:
-                return list(confirmed.values()), missing
-            await self._poll(min(100, max(1, int(timeout_ms - elapsed_ms))))
+                return Confirmations(list(confirmed.values()), missing)
+            fetched = await self._consumer.getmany(
+                *self._partitions, timeout_ms=min(CONFIRM_MS, max(1, int(timeout_ms - elapsed_ms)))
+            )
+            for records in fetched.values():
+                self._note(records)
 
     def _alive(self, now_ms: int) -> list[Heartbeat]:
-        beats = [(at_ms, beat) for at_ms, beat in self._last.values() if beat is not None]
-        alive = (beat for at_ms, beat in beats if now_ms - at_ms <= live_limit_ms(beat))
+        alive = (
+            last.beat
+            for last in self._last.values()
+            if last.beat is not None and now_ms - last.at_ms <= live_limit_ms(last.beat)
+        )
         return sorted(alive, key=lambda beat: beat.worker)
 
-    async def _read_to(self, end: dict[Any, int]) -> None:
-        while any([await self._consumer.position(each) < end[each] for each in self._partitions]):
-            await self._poll(10)
+    async def _read_to(self, ends: Positions) -> None:
+        async for _, records in read_to(self._consumer, ends, poll_ms=READ_MS):
+            self._note(records)
 
-    async def _poll(self, timeout_ms: int) -> None:
-        batches = await self._consumer.getmany(*self._partitions, timeout_ms=timeout_ms)
-        for records in batches.values():
-            for record in records:
-                worker = (record.key or b"").decode(errors="replace")
-                beat = None
-                if record.value is not None:
-                    try:
-                        beat = msgspec.json.decode(record.value, type=Heartbeat)
-                    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                        continue  # a newer or foreign writer's; the worker counts by its last readable one
-                self._last[worker] = (record.timestamp, beat)
+    def _note(self, records: Sequence[Record]) -> None:
+        for record in records:
+            worker = worker_of(record)
+            try:
+                beat = read_heartbeat(record)
+            except ValueError:
+                continue  # from a newer or foreign writer. The worker's last readable heartbeat counts
+            self._last[worker] = _Last(record.timestamp, beat)
 
 
 def _now_ms() -> int:

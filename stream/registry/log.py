@@ -1,37 +1,49 @@
-"""The `snapshots` topic as a log that is read whole: no consumer group, committed records only, from the first offset."""
+"""Reads the registry of versions: the one partition of the topic `snapshots`, whole, from its first offset.
+
+Committed records only, and no consumer group.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from state.registry import RegistryState
-from stream.errors import RegistryError, TopicError
-from stream.kafka.clients import aiokafka_options, no_answer, quietly_stopped
+from stream.kafka.clients import aiokafka_options, quietly_stopped, unreachable
+from stream.kafka.cluster import missing_topic
+from stream.kafka.read_log import read_to
+from stream.records.record import Record
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
-__all__ = ["RegistryLog", "read_registry", "unreachable"]
+if TYPE_CHECKING:
+    from aiokafka import AIOKafkaConsumer, TopicPartition
+
+__all__ = ["ANSWER", "RegistryLog", "read_registry"]
 
 logger = logging.getLogger(__name__)
 
-# A fetch waits this long at the broker when there is nothing new, so this is also how often "nothing new" is learned.
+# What was asked for, in the error of a Kafka that can't be reached.
+ANSWER = "an answer about the snapshot registry"
+# The broker answers a fetch without new records after this time. So this is also how often a follower learns that there is
+# nothing new.
 FETCH_WAIT_MS = 500
-# One wait for records while reading to a known end; a marker at the end of a transaction wakes nobody, so keep it short.
+# One wait for records while reading to a known end. Short, since the marker at a transaction's end ends no wait.
 POLL_MS = 10
 
 
 class RegistryLog:
-    """Reads the registry's one partition into a `RegistryState`.
+    """Reads the registry's partition into a `RegistryState`.
 
-    `position` is the next offset to read: everything below it is in `state`. Transaction markers take offsets too, so it
-    can be larger than the last record's offset plus one.
+    `position` is the next offset to read: everything below it is in `state`. It can be larger than the last record's offset
+    plus one, since the markers of transactions take offsets too.
 
     Args:
-        follow: go on fetching between calls, as a reader does that waits for news. A writer doesn't: a fetch that waits at
-            the broker would hold up its question for the end of the log, which goes over the same connection.
+        follow: keep fetching between calls, for a reader that waits for news. A writer doesn't: a fetch that waits at the
+            broker would hold up the writer's request for the end of the log, which uses the same connection.
     """
 
     def __init__(self, kafka: KafkaSettings, names: TopicNames, *, follow: bool) -> None:
@@ -40,14 +52,14 @@ class RegistryLog:
         self.position = 0
         self._kafka = kafka
         self._topic = names.snapshots
-        self._consumer: Any = None
-        self._partition: Any = None
+        self._consumer: AIOKafkaConsumer = None
+        self._partition: TopicPartition = None
 
     async def open(self) -> None:
-        """Connect and stand at the first offset.
+        """Connect, and go to the first offset.
 
         Raises:
-            TopicError: the topic isn't there.
+            TopicError: the topic doesn't exist.
             aiokafka.errors.KafkaError: Kafka can't be reached.
         """
         from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -63,10 +75,7 @@ class RegistryLog:
         try:
             await consumer.start()
             if self._topic not in await consumer.topics():
-                raise TopicError(
-                    f"topic {self._topic}: expected at {self._kafka.bootstrap_servers}, found none of that name. "
-                    "`headrace topics create` makes it; topics.prefix is part of the name."
-                )
+                raise missing_topic(self._kafka, self._topic)
             partition = TopicPartition(self._topic, 0)
             first = (await consumer.beginning_offsets([partition]))[partition]
         except BaseException:
@@ -81,48 +90,61 @@ class RegistryLog:
         self.state, self.position = RegistryState(), first
 
     async def poll(self, timeout_ms: int) -> int:
-        """Take in what has arrived, waiting at most this long for something.
+        """Apply the records that have arrived; wait for some at most `timeout_ms`.
 
         Returns:
-            How many records were taken in; a malformed one counts, and is in `state.problems`.
+            How many records there were. A malformed one counts too; it is listed in `state.problems`.
         """
         from aiokafka.errors import OffsetOutOfRangeError
 
         try:
-            batches = await self._consumer.getmany(self._partition, timeout_ms=timeout_ms)
+            fetched = await self._consumer.getmany(self._partition, timeout_ms=timeout_ms)
         except OffsetOutOfRangeError:
-            # The topic was made anew: what was read no longer counts.
-            first = (await self._consumer.beginning_offsets([self._partition]))[self._partition]
-            logger.warning("%s: offset %d is gone, reading from %d again", self._topic, self.position, first)
-            self._consumer.seek(self._partition, first)
-            self.state, self.position = RegistryState(), first
+            await self._start_again()
             return 0
-        records = batches.get(self._partition, [])
-        for record in records:
-            problem = self.state.apply(record.key, record.value, record.offset)
-            if problem is not None:
-                logger.warning("%s: passed over a record: %s", self._topic, problem)
+        records = fetched.get(self._partition, [])
+        self._apply(records)
         self.position = await self._consumer.position(self._partition)
         return len(records)
 
     async def catch_up(self) -> None:
-        """Read to the end as it stands now: the last stable offset. The caller sets a time limit."""
+        """Read to the end of the log as it is now: the last stable offset. The caller sets a time limit."""
         await self.read_to((await self._consumer.end_offsets([self._partition]))[self._partition])
 
     async def read_to(self, end: int) -> None:
-        """Read until `position` is at or beyond an offset that is there."""
+        """Read until `position` is at or beyond an offset that exists. The caller sets a time limit."""
+        from aiokafka.errors import OffsetOutOfRangeError
+
         if self.position >= end:
             return
         self._consumer.resume(self._partition)
         try:
             while self.position < end:
-                await self.poll(POLL_MS)
+                try:
+                    async for _, records in read_to(self._consumer, {self._partition: end}, poll_ms=POLL_MS):
+                        self._apply(records)
+                    self.position = await self._consumer.position(self._partition)
+                except OffsetOutOfRangeError:
+                    await self._start_again()
         finally:
             if not self._follow:
                 self._consumer.pause(self._partition)
 
+    def _apply(self, records: Sequence[Record]) -> None:
+        for record in records:
+            problem = self.state.apply(record.key, record.value, record.offset)
+            if problem is not None:
+                logger.warning("%s: passed over a record: %s", self._topic, problem)
+
+    async def _start_again(self) -> None:
+        """The topic was deleted and created again: the records read so far no longer count."""
+        first = (await self._consumer.beginning_offsets([self._partition]))[self._partition]
+        logger.warning("%s: offset %d is gone, reading from %d again", self._topic, self.position, first)
+        self._consumer.seek(self._partition, first)
+        self.state, self.position = RegistryState(), first
+
     def caught_up_at(self) -> float | None:
-        """When the log was last known to hold nothing more (`time.monotonic()`); None when it holds more, or unknown."""
+        """When (`time.monotonic()`) the log was last seen to hold nothing more. None when it holds more, or that is unknown."""
         stable = self._consumer.last_stable_offset(self._partition)
         fetched_at_ms = self._consumer.last_poll_timestamp(self._partition)
         if stable is None or fetched_at_ms is None or self.position < stable:
@@ -130,23 +152,18 @@ class RegistryLog:
         return time.monotonic() - max(0.0, time.time() - fetched_at_ms / 1_000)
 
     async def close(self) -> None:
-        """Disconnect; what was read stays readable."""
+        """Disconnect. `state` stays readable."""
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
             await quietly_stopped(consumer.stop)
 
 
-def unreachable(kafka: KafkaSettings, error: BaseException) -> RegistryError:
-    """What a user is told when Kafka doesn't answer."""
-    return RegistryError(str(no_answer(kafka, "the snapshot registry", error)))
-
-
 async def read_registry(kafka: KafkaSettings, names: TopicNames, *, timeout_ms: int = 15_000) -> RegistryState:
-    """The registry as it stands now. Looking writes nothing and disturbs nobody.
+    """The registry as it is now. Writes nothing, and holds up no writer.
 
     Raises:
-        TopicError: the topic isn't there.
-        RegistryError: Kafka can't be reached, or the end wasn't reached in time.
+        TopicError: the topic doesn't exist.
+        NoAnswer: Kafka can't be reached, or the end wasn't reached in time.
     """
     from aiokafka.errors import KafkaError
 
@@ -156,7 +173,7 @@ async def read_registry(kafka: KafkaSettings, names: TopicNames, *, timeout_ms: 
             await log.open()
             await log.catch_up()
     except (KafkaError, TimeoutError) as error:
-        raise unreachable(kafka, error) from error
+        raise unreachable(kafka, ANSWER, error) from error
     finally:
         await log.close()
     return log.state

@@ -1,156 +1,309 @@
-"""What an operator does to a running system, for the command line and for other programs: look, roll back, undo."""
+"""What an operator does to a running system: look, plan, promote, roll back, hold, resume, undo.
+
+The command line, the demo and other programs use `Operations` for all of it:
+
+```python
+operations = Operations(settings.kafka, names, who="ann@host", store=SnapshotStore(settings.snapshots))
+plan = await operations.plan(RollbackRequest(reason="CTR fell", back_ms=600_000))    # writes nothing
+done = await operations.rollback(plan)                                               # exactly what was planned
+done.undo.command                                                                    # headrace snapshot promote 41 …
+await operations.undo(done)                                                          # the same, from a program
+```
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import NamedTuple, overload
 
-from state.decisions import rollback_target
-from state.errors import Refused
+from state import decisions
+from state.decisions import Cause, Held, Moved, Undo
+from state.errors import Refused, SnapshotCorrupt, SnapshotError
 from state.registry import RegistryState
+from state.store import SnapshotStore
 from stream.errors import RegistryError
-from stream.registry.heartbeat import Confirmation, Heartbeat, HeartbeatReader
+from stream.records.heartbeat import Heartbeat
+from stream.registry.heartbeat import Confirmation, Confirmations, HeartbeatReader
 from stream.registry.log import read_registry
-from stream.registry.writer import RegistryWriter
+from stream.registry.writer import RegistryWriter, Written
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
-__all__ = ["Rollback", "RollbackPlan", "look", "plan_rollback", "roll_back"]
+__all__ = ["ChampionMoved", "Operations", "Plan", "PromoteRequest", "RollbackRequest", "Seen"]
+
+# Longest wait for the scorers to confirm a rollback, when the request names none.
+CONFIRM_MS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class RollbackPlan:
-    """What a rollback would do, found by looking only."""
+class RollbackRequest:
+    """An older version to put back. At most one of `to`, `back_ms` and `before_ms` is set.
 
-    previous: int
+    to          this version
+    back_ms     the champion this long ago
+    before_ms   the champion at this time (ms since epoch)
+    (none)      the newest version older than the champion that is tagged good
+    reason      why; it stays in the registry
+    timeout_ms  longest wait for the scorers to confirm
+    """
+
+    reason: str
+    to: int | None = None
+    back_ms: int | None = None
+    before_ms: int | None = None
+    timeout_ms: int = CONFIRM_MS
+
+
+@dataclass(frozen=True, slots=True)
+class PromoteRequest:
+    """A version to make champion.
+
+    reason       why; it stays in the registry
+    hold         also hold auto-promotion (True) or let it go on (False); None: leave it as it is
+    hold_reason  why it is held
+    timeout_ms   longest wait for the scorers to confirm; None: don't wait
+    """
+
     version: int
+    reason: str
+    hold: bool | None = None
+    hold_reason: str = ""
+    timeout_ms: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request would do to the registry as it is now.
+
+    version, previous   the champion after it and before it
+    held, held_already  whether auto-promotion would be held after it, and whether it is held now
+    undo                what would restore the champion of now; None without one
+    live                the scorers that would have to confirm
+    """
+
+    request: RollbackRequest | PromoteRequest
+    version: int
+    previous: int | None
+    held: bool
     held_already: bool
+    undo: Undo | None
     live: list[Heartbeat]
 
 
 @dataclass(frozen=True, slots=True)
-class Rollback:
-    """What a rollback did.
+class ChampionMoved:
+    """What a promotion or a rollback did.
 
-    `rollback_ms` is from the command to the last scorer's confirmation, or to giving up. `undo` is the command that brings
-    back exactly what was before.
+    version, previous       the champion after it and before it
+    held                    whether auto-promotion is held now
+    undo                    what restores exactly what was before; `undo.command` is the command. None without a champion before
+    confirmed, unconfirmed  scorers that serve `version`, and the last heartbeats of those that didn't confirm in time. Both are
+                            empty when no wait was asked for
+    took_ms                 from the beginning of the operation to the last confirmation, or to the end of the wait
     """
 
-    previous: int
     version: int
+    previous: int | None
     held: bool
+    undo: Undo | None
     confirmed: list[Confirmation]
     unconfirmed: list[Heartbeat]
-    rollback_ms: float
-    undo: str
+    took_ms: float
 
 
-async def look(kafka: KafkaSettings, names: TopicNames) -> tuple[RegistryState, list[Heartbeat]]:
-    """The registry, and what every live scorer says of itself. Writes nothing.
+class Seen(NamedTuple):
+    """The registry, and the last heartbeat of every live scorer."""
 
-    Raises:
-        RegistryError: Kafka can't be reached.
-    """
-
-    async def live() -> list[Heartbeat]:
-        async with HeartbeatReader(kafka, names) as scorers:
-            return await scorers.live()
-
-    state, beats = await asyncio.gather(read_registry(kafka, names), live())
-    return state, beats
+    state: RegistryState
+    live: list[Heartbeat]
 
 
-async def plan_rollback(
-    kafka: KafkaSettings,
-    names: TopicNames,
-    *,
-    to: int | None = None,
-    back_ms: int | None = None,
-    before_ms: int | None = None,
-) -> RollbackPlan:
-    """Find out which version a rollback would go to and which scorers would have to confirm it. Writes nothing.
+class Operations:
+    """Operations on one registry. Each computes its target once: an automatic promotion meanwhile can't move the target.
+
+    Every method raises `NoAnswer` when Kafka can't be reached, `TopicError` when a topic is missing, and `RegistryError` when
+    the rules don't allow the change. Methods that write also raise `Fenced` when other writers came in between at every
+    attempt. Nothing was changed then, unless the error says otherwise.
 
     Args:
-        to, back_ms, before_ms: at most one; see `state.decisions.rollback_target`.
-
-    Raises:
-        RegistryError: there is no such version, or Kafka can't be reached.
+        who: who asks, for the registry: user@host.
+        store: before anything is written, the version must be whole in this store, by names and sizes of its files. None: don't
+            check.
     """
-    state, live = await look(kafka, names)
-    version = _target(state, to, back_ms, before_ms)
-    assert state.champion.version is not None
-    return RollbackPlan(state.champion.version, version, state.champion.hold, live)
 
+    def __init__(self, kafka: KafkaSettings, names: TopicNames, who: str, *, store: SnapshotStore | None = None) -> None:
+        self._kafka, self._names, self._who, self._store = kafka, names, who, store
 
-async def roll_back(
-    kafka: KafkaSettings,
-    names: TopicNames,
-    *,
-    who: str,
-    reason: str,
-    to: int | None = None,
-    back_ms: int | None = None,
-    before_ms: int | None = None,
-    timeout_ms: int = 10_000,
-    check: Callable[[int], object] | None = None,
-    began: float | None = None,
-) -> Rollback:
-    """Put an older version back, hold auto-promotion, and wait until every live scorer serves it.
+    async def look(self) -> Seen:
+        """The registry, and what every live scorer reports. Writes nothing."""
 
-    Args:
-        to, back_ms, before_ms: at most one; the newest older version tagged good when there is none.
-        timeout_ms: how long to wait for the scorers.
-        check: called with the version before anything is written; it raises to stop the rollback (a version that isn't
-            whole in the store must not be what everyone is sent to).
-        began: `time.monotonic()` of the command, from which `rollback_ms` counts; now when unset.
+        async def live() -> list[Heartbeat]:
+            async with HeartbeatReader(self._kafka, self._names) as scorers:
+                return await scorers.live()
 
-    Raises:
-        RegistryError: there is no such version, or Kafka can't be reached; nothing was changed.
-        Fenced: other writers were in the way at every attempt; nothing was changed.
-    """
-    from aiokafka.errors import KafkaError
+        state, beats = await asyncio.gather(read_registry(self._kafka, self._names), live())
+        return Seen(state, beats)
 
-    began = time.monotonic() if began is None else began
-    writer = RegistryWriter(kafka, names, who=who)
-    try:
-        async with HeartbeatReader(kafka, names) as scorers:
-            if check is not None:
-                # The target is looked up first so that it can be checked. What is found is then named, so that an
-                # automatic promotion in between can't move it.
-                to = _target(await read_registry(kafka, names), to, back_ms, before_ms)
-                back_ms = before_ms = None
-                await asyncio.to_thread(check, to)
-            written = await writer.rollback(reason, to=to, back_ms=back_ms, before_ms=before_ms)
+    async def plan(self, request: RollbackRequest | PromoteRequest) -> Plan:
+        """Find out what a request would do. Writes nothing.
+
+        Raises:
+            SnapshotError: the version isn't whole in the store.
+        """
+        seen = await self.look()
+        cause = Cause(self._who, _now_ms(), request.reason, operation="plan")
+        try:
+            if isinstance(request, PromoteRequest):
+                moved = decisions.promote(
+                    seen.state, request.version, cause, hold=request.hold, hold_reason=request.hold_reason
+                ).outcome
+            else:
+                moved = decisions.rollback(seen.state, _target(seen.state, request), cause).outcome
+        except Refused as error:
+            raise RegistryError(str(error)) from error
+        await self._check_store(moved.version)
+        held_already = seen.state.champion.hold
+        return Plan(request, moved.version, moved.previous, moved.held, held_already, moved.undo, seen.live)
+
+    async def promote(self, request: PromoteRequest, *, began: float | None = None) -> ChampionMoved:
+        """Make a version champion.
+
+        Args:
+            began: `time.monotonic()` of the command, from which `took_ms` counts; now when not given.
+
+        Raises:
+            SnapshotError: the version isn't whole in the store.
+        """
+        began = time.monotonic() if began is None else began
+        await self._check_store(request.version)
+
+        async def write(writer: RegistryWriter) -> Written[Moved]:
+            return await writer.promote(request.version, request.reason, hold=request.hold, hold_reason=request.hold_reason)
+
+        if request.timeout_ms is not None:
+            async with HeartbeatReader(self._kafka, self._names) as scorers:
+                return await self._move(write, began, scorers, request.timeout_ms)
+        return await self._move(write, began)
+
+    async def rollback(self, what: RollbackRequest | Plan, *, began: float | None = None) -> ChampionMoved:
+        """Put an older version back, hold auto-promotion, and wait until every live scorer serves that version.
+
+        Args:
+            what: a request, or the plan that was made of one: then the planned version is put back, whatever has become
+                champion since.
+            began: `time.monotonic()` of the command, from which `took_ms` counts; now when not given.
+
+        Raises:
+            SnapshotError: the version isn't whole in the store.
+        """
+        began = time.monotonic() if began is None else began
+        request = what.request if isinstance(what, Plan) else what
+        if not isinstance(request, RollbackRequest):
+            raise TypeError(f"expected a plan of a RollbackRequest, found one of {request!r}. Call promote with the request.")
+        async with HeartbeatReader(self._kafka, self._names) as scorers:
+            if isinstance(what, Plan):
+                target = what.version
+            else:
+                try:
+                    target = _target(await read_registry(self._kafka, self._names), what)
+                except Refused as error:
+                    raise RegistryError(str(error)) from error
+            await self._check_store(target)
+            return await self._move(lambda writer: writer.rollback(target, request.reason), began, scorers, request.timeout_ms)
+
+    async def hold(self, reason: str) -> Held:
+        """Stop auto-promotion: new versions stay candidates."""
+        async with self._writer() as writer:
+            return (await writer.hold(reason)).outcome
+
+    async def resume(self) -> Held:
+        """Let auto-promotion go on with the next version that passes the gate."""
+        async with self._writer() as writer:
+            return (await writer.resume()).outcome
+
+    @overload
+    async def undo(self, done: ChampionMoved, *, timeout_ms: int | None = None) -> ChampionMoved: ...
+
+    @overload
+    async def undo(self, done: Held) -> Held: ...
+
+    async def undo(self, done: ChampionMoved | Held, *, timeout_ms: int | None = None) -> ChampionMoved | Held:
+        """Restore what was before an operation, as its undo command does.
+
+        Args:
+            timeout_ms: longest wait for the scorers to confirm; None: don't wait.
+
+        Raises:
+            RegistryError: the operation changed nothing, or there was no champion before it.
+            SnapshotError: the version isn't whole in the store.
+        """
+        undo = done.undo
+        if undo is None:
+            raise RegistryError(
+                "undo: expected an operation that changed something and had a champion before it, found another. Nothing was "
+                "changed."
+            )
+        if undo.version is not None:
+            return await self.promote(PromoteRequest(undo.version, undo.reason, undo.hold, undo.hold_reason, timeout_ms))
+        return await (self.hold(undo.hold_reason) if undo.hold else self.resume())
+
+    async def _check_store(self, version: int) -> None:
+        """Scorers are never sent to a version that the store doesn't have whole. Hashes are left out: a rollback is urgent."""
+        if self._store is None:
+            return
+        try:
+            problems = await asyncio.to_thread(self._store.verify, version, hashes=False)
+            if problems:
+                raise SnapshotCorrupt(problems[0])
+        except SnapshotError as error:
+            raise type(error)(f"{error} Nothing was changed; --unchecked goes there all the same.") from error
+
+    @asynccontextmanager
+    async def _writer(self) -> AsyncIterator[RegistryWriter]:
+        writer = RegistryWriter(self._kafka, self._names, who=self._who)
+        try:
+            yield writer
+        finally:
+            await writer.close()
+
+    async def _move(
+        self,
+        change: Callable[[RegistryWriter], Awaitable[Written[Moved]]],
+        began: float,
+        scorers: HeartbeatReader | None = None,
+        timeout_ms: int = 0,
+    ) -> ChampionMoved:
+        """Write a change of the champion; with `scorers`, wait for their confirmations."""
+        from aiokafka.errors import KafkaError
+
+        async with self._writer() as writer:
+            written = await change(writer)
             moved = written.outcome
-            try:
-                confirmed, missing = await scorers.wait_for_confirmations(
-                    written.position, moved.version, timeout_ms, now_ms=written.at_ms
-                )
-            except KafkaError as error:
-                raise RegistryError(
-                    f"champion {moved.previous} → {moved.version}: written, but expected the scorers' heartbeats, found "
-                    f"{error!r}. Whether all of them have followed isn't known. Undo: {moved.undo}"
-                ) from error
-            rollback_ms = round((time.monotonic() - began) * 1_000, 1)
-    finally:
-        await writer.close()
-    assert moved.previous is not None and moved.undo is not None  # a rollback always leaves a champion behind
-    return Rollback(
-        previous=moved.previous,
-        version=moved.version,
-        held=moved.held,
-        confirmed=confirmed,
-        unconfirmed=missing,
-        rollback_ms=rollback_ms,
-        undo=moved.undo,
+            waited = Confirmations([], [])
+            if scorers is not None:
+                try:
+                    waited = await scorers.wait_for_confirmations(
+                        written.position, moved.version, timeout_ms, now_ms=written.at_ms
+                    )
+                except KafkaError as error:
+                    undo = "none, there was no champion before" if moved.undo is None else moved.undo.command
+                    raise RegistryError(
+                        f"champion {moved.previous} → {moved.version}: written, but expected the scorers' heartbeats, found "
+                        f"{error!r}. Whether all of them have followed isn't known. Undo: {undo}"
+                    ) from error
+            took_ms = round((time.monotonic() - began) * 1_000, 1)
+        return ChampionMoved(moved.version, moved.previous, moved.held, moved.undo, waited.confirmed, waited.missing, took_ms)
+
+
+def _target(state: RegistryState, request: RollbackRequest) -> int:
+    return decisions.rollback_target(
+        state, to=request.to, back_ms=request.back_ms, before_ms=request.before_ms, now_ms=_now_ms()
     )
 
 
-def _target(state: RegistryState, to: int | None, back_ms: int | None, before_ms: int | None) -> int:
-    try:
-        now_ms = time.time_ns() // 1_000_000
-        return rollback_target(state, to=to, back_ms=back_ms, before_ms=before_ms, now_ms=now_ms)
-    except Refused as error:
-        raise RegistryError(str(error)) from error
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,18 +1,18 @@
-"""Changes of the snapshot registry, one after another across all processes.
+"""Changes of the registry of versions, one after another across all processes.
 
-Every writer uses the same transactional id. That is the lock: a writer starts its producer, reads the log to its end,
-decides, and writes its records in one transaction. Why nothing is decided on an old state:
+Every writer uses the same transactional id, which works as the lock. A writer starts its producer, reads the log to its end,
+decides, and writes its records in one transaction. No writer decides on an old state:
 
-1. Starting a producer (InitProducerId) raises the id's epoch at the coordinator, after it has committed or aborted
-   whatever the former producer had open. From then on no commit of the former one succeeds. So the end of the log, read
-   after that, holds every change that anybody but us has made or ever will, until somebody else starts a producer.
-2. While our commits succeed, nobody has: a producer started by somebody else would have made our commit fail, and with it
-   the change. So the log's end moves by our own commits only, and it is enough to have read up to the last of those.
-3. A decision *not* to write commits nothing, so 2 doesn't cover it: it is only believed right after 1.
+1. Starting a producer (InitProducerId) raises the id's epoch at the coordinator, after the coordinator has committed or aborted
+   the former producer's open transaction. From then on no commit of the former producer succeeds. So the log's end, read after
+   the start, holds every change of all other writers, until another one starts its producer.
+2. While a writer's commits succeed, no other writer has started: the start would have made the commit fail, and the change with
+   it. So the log's end moves by this writer's commits only, and it is enough to have read up to the last of them.
+3. A decision *not* to write commits nothing, so 2 says nothing about it. Such a decision only counts right after 1.
 
-So the producer is kept between operations, and an operation costs one transaction. When a commit fails we can't know
-whether it happened (the answer may be what got lost). The operation starts over with 1, looks for its own id in the log,
-and only decides again when it isn't there.
+So a writer keeps its producer between operations, and an operation costs one transaction. After a commit that failed, the
+writer can't know whether it took effect: perhaps only the answer was lost. The operation starts again with 1, looks for its
+own id in the log, and decides again only when the id isn't there.
 """
 
 from __future__ import annotations
@@ -25,33 +25,36 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from state import decisions
 from state.decisions import Announcement, Cause, Change, Held, Moved
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
-from state.registry import Record, RegistryState, encode_record
+from state.registry import KeyedRecord, RegistryState, encode_record
 from state.settings import SnapshotSettings
 from stream.errors import Fenced, RegistryError
-from stream.kafka.clients import aiokafka_options
-from stream.registry.log import RegistryLog, unreachable
+from stream.kafka.clients import aiokafka_options, unreachable
+from stream.registry.log import ANSWER, RegistryLog
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
+
+if TYPE_CHECKING:
+    from aiokafka import AIOKafkaProducer
 
 __all__ = ["RegistryWriter", "Written", "registry_transactional_id"]
 
 logger = logging.getLogger(__name__)
 
-# Attempts at one operation. Each failed one means that somebody else got theirs done (or that Kafka is away).
+# Attempts at one operation. An attempt fails when another writer's operation succeeded meanwhile, or Kafka is away.
 ATTEMPTS = 8
-# Longest wait before an attempt; the wait is random, so that two writers don't fence each other in step.
+# Longest wait before an attempt. The wait is random, so that two writers don't keep fencing each other in step.
 MAX_BACKOFF_S = 1.0
-# One attempt: an open transaction of a dead process is settled by the broker within TRANSACTION_TIMEOUT_MS.
+# Limit for one attempt. The broker ends the open transaction of a dead process within TRANSACTION_TIMEOUT_MS.
 ATTEMPT_TIMEOUT_S = 20.0
-# A writer killed in the middle of a transaction holds back readers of the registry at most this long.
+# A writer that is killed in the middle of a transaction holds back readers of the registry at most this long.
 TRANSACTION_TIMEOUT_MS = 15_000
-# Saying goodbye to a broker that doesn't answer.
+# How long to wait for a producer to stop while its broker doesn't answer.
 CLOSE_TIMEOUT_S = 5.0
 
 T = TypeVar("T")
@@ -62,9 +65,9 @@ Decide = Callable[[RegistryState, Cause], Change[T]]
 class Written(Generic[T]):
     """A change that is in the log.
 
-    `position` is the offset after its last record: who has read that far has applied it. `at_ms` is the broker's clock (ms
-    since epoch) where the topic stamps records on arrival. When nothing had to be written, both are those of the last
-    change that this writer knows.
+    `position` is the offset after its last record: a reader at that position has applied the change. `at_ms` is the timestamp
+    of its last record: the broker's clock (ms since epoch), since the topic stamps records on arrival. When nothing had to be
+    written, `position` is the end of the log and `at_ms` this machine's clock.
     """
 
     outcome: T
@@ -73,7 +76,7 @@ class Written(Generic[T]):
 
 
 class RegistryWriter:
-    """Announces versions, moves the champion, holds auto-promotion.
+    """Announces versions, moves the champion, holds auto-promotion. Nothing else writes to `snapshots`.
 
     ```python
     writer = RegistryWriter(settings.kafka, names, who="trainer@host")
@@ -82,8 +85,11 @@ class RegistryWriter:
     await writer.close()
     ```
 
-    Every method raises `Fenced` when other writers came in between at every attempt, or another trainer has taken over;
-    `RegistryError` when the rules refuse the change or Kafka can't be reached; `TopicError` when the topic isn't there.
+    Every method raises:
+
+    - `Fenced` when other writers came in between at every attempt, or another trainer has taken over;
+    - `RegistryError` when the rules don't allow the change;
+    - `NoAnswer` when Kafka can't be reached, and `TopicError` when the topic doesn't exist.
     """
 
     def __init__(self, kafka: KafkaSettings, names: TopicNames, *, who: str) -> None:
@@ -93,26 +99,18 @@ class RegistryWriter:
         self._transactional_id = registry_transactional_id(names)
         self._log = RegistryLog(kafka, names, follow=False)
         self._log_is_open = False
-        self._producer: Any = None
-        self._read_to = 0  # the position after our own last change
+        self._producer: AIOKafkaProducer = None
+        self._read_to = 0  # the position after this writer's own last change
         self._at_ms = 0
         self._lock = asyncio.Lock()
 
     async def take_trainer_epoch(self) -> int:
-        """The next trainer epoch; whoever holds an older one can announce no more."""
+        """Take the next trainer epoch. A trainer with an older one can no longer announce."""
         written = await self._change(lambda state, cause: decisions.take_epoch(state, who=cause.who, now_ms=cause.now_ms))
         return written.outcome
 
-    async def next_version(self) -> int:
-        """One above every version announced. The store has its own answer: take the larger."""
-
-        def look(state: RegistryState, cause: Cause) -> Change[int]:
-            return Change((), state.newest + 1)
-
-        return (await self._change(look)).outcome
-
     async def announce(self, manifest: Manifest, *, gate: SnapshotSettings) -> Announcement:
-        """Enter a version that is whole in the store, and promote it if the gate lets it through."""
+        """Enter a version, which must be whole in the store, and promote it if the gate lets it through."""
 
         def decide(state: RegistryState, cause: Cause) -> Change[Announcement]:
             return decisions.announce(
@@ -122,26 +120,14 @@ class RegistryWriter:
         return (await self._change(decide)).outcome
 
     async def promote(self, version: int, reason: str, *, hold: bool | None = None, hold_reason: str = "") -> Written[Moved]:
-        """Make a version champion; `hold` also stops (True) or restarts (False) auto-promotion."""
+        """Make a version champion. `hold` also holds auto-promotion (True) or lets it go on (False)."""
         return await self._change(
             lambda state, cause: decisions.promote(state, version, cause, hold=hold, hold_reason=hold_reason), reason
         )
 
-    async def rollback(
-        self,
-        reason: str,
-        *,
-        to: int | None = None,
-        back_ms: int | None = None,
-        before_ms: int | None = None,
-    ) -> Written[Moved]:
-        """Put an older version back and hold auto-promotion; by default the newest older one tagged good."""
-
-        def decide(state: RegistryState, cause: Cause) -> Change[Moved]:
-            target = decisions.rollback_target(state, to=to, back_ms=back_ms, before_ms=before_ms, now_ms=cause.now_ms)
-            return decisions.rollback(state, target, cause)
-
-        return await self._change(decide, reason)
+    async def rollback(self, target: int, reason: str) -> Written[Moved]:
+        """Put an older version back and hold auto-promotion."""
+        return await self._change(lambda state, cause: decisions.rollback(state, target, cause), reason)
 
     async def hold(self, reason: str) -> Written[Held]:
         """Stop auto-promotion."""
@@ -152,11 +138,11 @@ class RegistryWriter:
         return await self._change(decisions.resume, reason)
 
     async def tag_good(self, *versions: int) -> tuple[int, ...]:
-        """Tag versions as good: a rollback without a target goes to the newest of them. Returns those newly tagged."""
+        """Tag versions as good: a rollback that names no version goes to the newest of them. Returns those newly tagged."""
         return (await self._change(lambda state, cause: decisions.tag_good(state, versions, now_ms=cause.now_ms))).outcome
 
     async def tag_due(self, gate: SnapshotSettings) -> tuple[int, ...]:
-        """Tag every version whose time has come, as far as this writer knows: writes nothing when none is due."""
+        """Tag every version that is due, as far as this writer has read. Writes nothing when none is due."""
         from aiokafka.errors import KafkaError
 
         async with self._lock:
@@ -165,7 +151,7 @@ class RegistryWriter:
                     async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                         await self._log.read_to(self._read_to)
                 except (KafkaError, TimeoutError) as error:
-                    raise unreachable(self._kafka, error) from error
+                    raise unreachable(self._kafka, ANSWER, error) from error
             due = decisions.due_good(self._log.state, _now_ms(), gate)
         return await self.tag_good(*due) if due else ()
 
@@ -191,12 +177,12 @@ class RegistryWriter:
                     async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                         change = await self._decided(decide, cause)
                         if change is None:
-                            # An attempt that seemed to fail was committed after all.
+                            # An attempt that seemed to fail did take effect.
                             assert attempted is not None
                             return Written(attempted, self._log.position, _now_ms())
                         if not change.records:
-                            # Nothing is left to write. What an attempt that failed would have come to doesn't count: another
-                            # writer may have come in between, and what is in the log is what is reported.
+                            # There is nothing to write. The outcome is that of the log as it is, not that of an earlier,
+                            # failed attempt: another writer may have come in between.
                             return Written(change.outcome, self._log.position, _now_ms())
                         attempted = change.outcome
                         await self._commit(change.records)
@@ -217,13 +203,13 @@ class RegistryWriter:
                 f"{self._topic}: expected to change the registry within {ATTEMPTS} attempts, found another writer in "
                 "between each time. Nothing was changed; run it again."
             ) from failure
-        raise unreachable(self._kafka, failure) from failure
+        raise unreachable(self._kafka, ANSWER, failure) from failure
 
     async def _decided(self, decide: Decide[T], cause: Cause) -> Change[T] | None:
-        """What to write, on a state that is certain to be the newest; None when it has been written already."""
+        """The change, decided on a state that is certain to be the newest. None when it has been written already."""
         if self._producer is not None:
             await self._log.read_to(self._read_to)
-            with contextlib.suppress(Refused):  # refused on a state that may be old: see 3 above
+            with contextlib.suppress(Refused):  # the state may be old, so this doesn't count: see 3 at the top of this module
                 change = decide(self._log.state, cause)
                 if change.records:
                     return change
@@ -234,7 +220,7 @@ class RegistryWriter:
         return decide(self._log.state, cause)
 
     async def _take_over(self) -> None:
-        """Fence every other writer, then read what they have written. The order is what makes it right."""
+        """Fence every other writer, then read what they have written, in this order: see 1 at the top of this module."""
         from aiokafka import AIOKafkaProducer
 
         producer = AIOKafkaProducer(
@@ -250,8 +236,8 @@ class RegistryWriter:
         await self._log.catch_up()
         self._read_to = self._log.position
 
-    async def _commit(self, records: Iterable[tuple[str, Record]]) -> None:
-        """One transaction. Every send is awaited: aiokafka commits even when one has failed."""
+    async def _commit(self, records: Iterable[KeyedRecord]) -> None:
+        """Write records in one transaction. Every send is awaited, since aiokafka also commits when one has failed."""
         try:
             await self._producer.begin_transaction()
             sent = []
@@ -263,17 +249,17 @@ class RegistryWriter:
             written = [await future for future in sent]
             await self._producer.commit_transaction()
         except Exception as error:
-            # Whatever it was, whether it was committed shows in the log once the producer is started again.
+            # Whatever the error is: once the producer is started again, the log shows whether the commit took effect.
             raise _CommitFailed from error
         self._read_to = written[-1].offset + 1
         self._at_ms = written[-1].timestamp
 
     async def _drop_producer(self) -> None:
-        """Let go of the producer; a transaction left open would hold back every reader until it times out."""
+        """Stop the producer. An open transaction is aborted, since it would hold back every reader until it times out."""
         producer, self._producer = self._producer, None
         if producer is None:
             return
-        # What fails here is a producer that is fenced or cut off: the next one to start settles its transaction.
+        # A producer that is fenced or cut off fails here. The next producer to start ends its transaction.
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await producer.abort_transaction()
@@ -284,11 +270,11 @@ class RegistryWriter:
 
 
 class _CommitFailed(Exception):
-    """A transaction failed, or seemed to; the cause is aiokafka's error."""
+    """A transaction failed, or seemed to. The cause is aiokafka's error."""
 
 
 def registry_transactional_id(names: TopicNames) -> str:
-    """The one transactional id of all writers of one registry: `<prefix>headrace-registry`."""
+    """The transactional id that all writers of one registry share: `<prefix>headrace-registry`."""
     return f"{names.snapshots.removesuffix('snapshots')}headrace-registry"
 
 
@@ -298,8 +284,8 @@ def _is_fencing(error: BaseException) -> bool:
     return isinstance(error, errors.ProducerFenced | errors.InvalidProducerEpoch | errors.InvalidTxnState)
 
 
-def _quieten(producer: Any) -> None:
-    """A fenced producer leaves its error in futures of its own that nobody can await; asyncio would print each of them."""
+def _quieten(producer: AIOKafkaProducer) -> None:
+    """Retrieve the errors that a fenced producer leaves in futures of its own: asyncio would print each of them."""
     batches = [batch for queue in producer._message_accumulator._batches.values() for batch in queue]
     for future in (producer._txn_manager._transaction_waiter, *(batch._drain_waiter for batch in batches)):
         if future is not None and future.done():
@@ -307,7 +293,7 @@ def _quieten(producer: Any) -> None:
 
 
 def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Look at a future's error, which asyncio would otherwise report as never retrieved."""
+    """Retrieve a future's error; asyncio would otherwise report that nobody did."""
     if not future.cancelled():
         future.exception()
 

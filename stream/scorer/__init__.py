@@ -1,13 +1,15 @@
-"""The scorer: score requests in, answers out, with the champion of the moment.
+"""The scorer: answers score requests with the champion of the moment.
 
-intake    runs of requests → batches for one forward pass
-decode    requests → hashed features, quick also when there are few
-serving   one version, ready to answer
-swap      which version answers: follows what the registry names
-waiting   requests while no scorer has a version
-answers   a batch of requests → a record each on `scores`
-outbox    sends them
-start     where partitions go on
-metrics   what a scorer reports
-worker    the Faust app around it
+| module | what it does |
+| --- | --- |
+| `worker` | the process: membership, positions, heartbeats |
+| `waiting` | what becomes of requests while no scorer has a version |
+| `answering` | the way of requests from runs to acknowledged answers |
+| `intake` | runs of requests → batches for one forward pass |
+| `answers` | a batch of requests → one record each in `scores` |
+| `outbox` | sends the answers |
+| `serving` | one version, ready to answer |
+| `swap` | which version answers: follows what the registry names |
+| `start` | the positions to go on from |
+| `metrics` | what a scorer reports |
 """

@@ -1,20 +1,20 @@
-"""Runs of requests as Kafka hands them over, put together and cut into batches of a size that one forward pass can take."""
+"""Runs of requests as Kafka hands them over, joined and cut into batches for one forward pass each."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from stream.kafka.transport import Run
+from stream.records.record import Record
 
 __all__ = ["MAX_REQUESTS", "Batch", "Intake"]
 
-# At 50 candidates each some 13,000 rows: a third of a second on two cores, and no more is gained with more rows.
+# At 50 candidates each some 13,000 rows: a third of a second on two cores. More rows at once are no faster.
 MAX_REQUESTS = 256
 MAX_BYTES = 1 << 20
-# Requests that may wait, beyond which Faust's queue and then the fetcher are held back: some batches' work.
+# Requests that may wait: the work of some batches. Beyond, Faust's queue and then the fetcher are held back.
 MAX_WAITING = 2_000
 
 
@@ -22,22 +22,22 @@ MAX_WAITING = 2_000
 class Batch:
     """Requests to be answered together, in the order of their partitions.
 
-    positions   by partition, where it stands once they are answered
-    generation  of the assignment they were taken under; of an older one, positions mean nothing any more
+    positions   by partition, the next offset once these are answered
+    generation  the assignment that they were taken under; the positions are only valid while it is the current one
     """
 
-    records: list[Any]
+    records: list[Record]
     positions: dict[int, int]
     generation: int
 
 
 class Intake:
-    """What was taken from Kafka and waits. Gathers what is there, and never waits for more."""
+    """Requests that were taken from Kafka and wait. A batch is what is there: it never waits for more."""
 
     def __init__(self) -> None:
         self.generation = 0
         self.expected: dict[int, int] = {}
-        """Next offset to take, by partition; those that are not ours aren't in it."""
+        """Next offset to take, by assigned partition."""
         self._runs: deque[tuple[Run, int]] = deque()  # a run, and which of its records comes next
         self._waiting = 0
 
@@ -50,13 +50,13 @@ class Intake:
         return not self._runs
 
     def assign(self, positions: Mapping[int, int]) -> None:
-        """Go on with these partitions; what waits of former ones is dropped, and is read again by whoever owns it now."""
+        """Go on with these partitions. Waiting requests of former ones are dropped; their new owner reads them again."""
         self.drop()
         self.generation += 1
         self.expected = dict(positions)
 
     def drop(self) -> None:
-        """Take nothing more and let go of what waits, until the next `assign`."""
+        """Drop what waits, and take nothing more until the next `assign`."""
         self.expected = {}
         self._runs.clear()
         self._waiting = 0
@@ -65,11 +65,11 @@ class Intake:
         """Take a run.
 
         Returns:
-            None; or, when records are missing before it, the offset to read from. It is then not taken.
+            None; or the offset to read from, when records before the run are missing. The run is then not taken.
         """
         expected = self.expected.get(run.partition)
         if expected is None or run.after <= expected:
-            return None  # fetched before a rebalance; what is still to do of it is read again
+            return None  # fetched before a rebalance; what is not answered is read again
         if run.before > expected:
             return expected
         first = next((index for index, record in enumerate(run.records) if record.offset >= expected), len(run.records))
@@ -79,10 +79,10 @@ class Intake:
         return None
 
     def take(self) -> Batch | None:
-        """The next batch; None when nothing waits. It may be of positions alone."""
+        """The next batch; None when nothing waits. It may have positions and no records."""
         if not self._runs:
             return None
-        records: list[Any] = []
+        records: list[Record] = []
         positions: dict[int, int] = {}
         size = 0
         while self._runs and len(records) < MAX_REQUESTS:

@@ -1,13 +1,13 @@
-"""A scorer's metrics, in Prometheus' names and units."""
+"""A scorer's metrics, with names and units as Prometheus recommends."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from stream.records.record import Record
 from stream.scorer.answers import Answers
 
 __all__ = ["ScorerMetrics"]
@@ -17,58 +17,69 @@ _ROWS = (1, 10, 50, 100, 250, 500, 1_000, 2_500, 5_000, 10_000, 50_000)
 
 
 class ScorerMetrics:
-    """Registered once a worker."""
+    """Registered once in a worker."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.requests = Counter("headrace_scorer_requests", "Requests answered, by outcome.", ["outcome"], registry=registry)
-        self.candidates = Counter("headrace_scorer_candidates", "Candidates scored.", registry=registry)
-        self.dead_letters = Counter("headrace_scorer_dead_letters", "Requests that nobody can be told of.", registry=registry)
+    def __init__(self, prometheus: CollectorRegistry) -> None:
+        self.requests = Counter("headrace_scorer_requests", "Requests answered, by outcome.", ["outcome"], registry=prometheus)
+        self.candidates = Counter("headrace_scorer_candidates", "Candidates scored.", registry=prometheus)
+        self.dead_letters = Counter(
+            "headrace_scorer_dead_letters", "Requests without a readable id: they become dead letters.", registry=prometheus
+        )
         self.forward_seconds = Histogram(
-            "headrace_scorer_forward_seconds", "Decoding and scoring one batch.", registry=registry, buckets=_SECONDS
+            "headrace_scorer_forward_seconds", "Time to decode and score one batch.", registry=prometheus, buckets=_SECONDS
         )
         self.batch_candidates = Histogram(
-            "headrace_scorer_batch_candidates", "Candidates in one forward pass.", registry=registry, buckets=_ROWS
+            "headrace_scorer_batch_candidates", "Candidates in one forward pass.", registry=prometheus, buckets=_ROWS
         )
         self.latency_seconds = Histogram(
             "headrace_scorer_request_latency_seconds",
-            "From a request's arrival at the broker to its answer's acknowledgement.",
-            registry=registry,
+            "Time from a request's arrival at the broker to the acknowledgement of its answer.",
+            registry=prometheus,
             buckets=_SECONDS,
         )
-        self.swaps = Counter("headrace_scorer_swaps", "Versions that began to answer.", registry=registry)
-        self.swap_failures = Counter("headrace_scorer_swap_failures", "Versions that could not be loaded.", registry=registry)
+        self.swaps = Counter("headrace_scorer_swaps", "Times that another version began to answer.", registry=prometheus)
+        self.swap_failures = Counter(
+            "headrace_scorer_swap_failures", "Attempts to load a version that failed.", registry=prometheus
+        )
         self.swap_seconds = Histogram(
             "headrace_scorer_swap_seconds",
-            "Loading a version beside the current one.",
-            registry=registry,
+            "Time to load a version, while the current one answers.",
+            registry=prometheus,
             buckets=_SECONDS,
         )
-        self.model_version = Gauge("headrace_scorer_model_version", "Version that answers.", registry=registry)
+        self.model_version = Gauge("headrace_scorer_model_version", "Version that answers.", registry=prometheus)
         self.champion_version = Gauge(
-            "headrace_scorer_champion_version", "Version that the registry names as champion, -1 for none.", registry=registry
+            "headrace_scorer_champion_version", "Version that the registry names as champion, -1 for none.", registry=prometheus
         )
         self.fallback = Gauge(
             "headrace_scorer_fallback",
-            "1 while the champion can't be read: an older version answers, or none.",
-            registry=registry,
+            "1 while the champion can't be read, so that an older version answers, or none.",
+            registry=prometheus,
         )
-        self.snapshot_age = Gauge("headrace_scorer_snapshot_age_seconds", "Age of the version that answers.", registry=registry)
+        self.snapshot_age = Gauge(
+            "headrace_scorer_snapshot_age_seconds", "Age of the version that answers.", registry=prometheus
+        )
         self.registry_age = Gauge(
-            "headrace_scorer_registry_age_seconds", "Since the registry was last read to its end.", registry=registry
+            "headrace_scorer_registry_age_seconds", "Time since the registry was last read to its end.", registry=prometheus
         )
-        self.lag = Gauge("headrace_scorer_lag_records", "Requests not answered yet.", ["partition"], registry=registry)
+        self.lag = Gauge(
+            "headrace_scorer_lag_records",
+            "Requests of a partition that are not answered yet.",
+            ["partition"],
+            registry=prometheus,
+        )
 
     def watch_registry(self, age_s: Callable[[], float]) -> None:
-        """Where the registry's age is read from, at each scrape."""
+        """Set the function that gives the registry's age at each scrape."""
         self.registry_age.set_function(age_s)
 
     def serving(self, version: int, created_at_ms: int) -> None:
-        """Another version answers."""
+        """Note that another version answers."""
         self.model_version.set(version)
         self.snapshot_age.set_function(lambda: max(time.time() - created_at_ms / 1000, 0.0))
 
     def scored(self, answers: Answers, seconds: float) -> None:
-        """Add up one batch."""
+        """Count one batch."""
         self.forward_seconds.observe(seconds)
         self.batch_candidates.observe(answers.candidates)
         self.candidates.inc(answers.candidates)
@@ -76,8 +87,8 @@ class ScorerMetrics:
         for outcome, count in answers.outcomes.items():
             self.requests.labels(outcome).inc(count)
 
-    def acknowledged(self, records: Sequence[Any]) -> None:
-        """The brokers have the answers to these requests."""
+    def acknowledged(self, records: Sequence[Record]) -> None:
+        """Note that the brokers have the answers to these requests."""
         now_s = time.time()
         for record in records:
             self.latency_seconds.observe(max(now_s - record.timestamp / 1000, 0.0))

@@ -10,8 +10,9 @@ from typing import Any
 from aiokafka import AIOKafkaProducer
 from aiokafka.partitioner import DefaultPartitioner
 
-from stream.kafka.batches import BATCH_BYTES, Outgoing, send_batches
+from stream.kafka.batches import BATCH_BYTES, send_batches
 from stream.kafka.clients import aiokafka_options, quietly_stopped, started
+from stream.records.record import Outgoing
 from stream.scorer.answers import Answers
 from stream.settings import KafkaSettings
 from stream.topics.limits import DEFAULT_MAX_MESSAGE_BYTES, letter_limit
@@ -20,18 +21,18 @@ __all__ = ["Outbox"]
 
 
 class Outbox:
-    """An idempotent producer; a record goes where murmur2 puts its key, as Kafka's own producers place it.
+    """An idempotent producer. A record goes to the partition that Kafka's own producers choose, by murmur2 of its key.
 
     Args:
-        partitions: how many each of the two topics has.
+        partitions: how many partitions each of the two topics has.
     """
 
     def __init__(self, kafka: KafkaSettings, partitions: dict[str, int], *, scores: str, dead_letters: str) -> None:
         self._kafka, self._scores, self._dead_letters = kafka, scores, dead_letters
         self._numbers = {topic: list(range(count)) for topic, count in partitions.items()}
-        self._place = DefaultPartitioner()
+        self._partition_of = DefaultPartitioner()
         self._letter_bytes = DEFAULT_MAX_MESSAGE_BYTES
-        self._producer: Any = None
+        self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
         self._letter_bytes = await letter_limit(self._kafka, self._dead_letters)
@@ -45,7 +46,7 @@ class Outbox:
         self._producer = await started(self._kafka, producer, "a producer of answers")
 
     async def send(self, answers: Answers) -> list[asyncio.Future[Any]]:
-        """Hand over. Returns a future for each batch: all of them done means that the brokers have everything."""
+        """Hand over. Returns a future for each batch: when all are done, the brokers have everything."""
         letters = (letter.outgoing(self._letter_bytes) for letter in answers.dead)
         return [*await self._send(self._scores, answers.records), *await self._send(self._dead_letters, letters)]
 
@@ -53,8 +54,9 @@ class Outbox:
         numbers = self._numbers[topic]
         by_partition: dict[int, list[Outgoing]] = defaultdict(list)
         for record in records:
-            by_partition[self._place(record[0], numbers, numbers)].append(record)
-        # Side by side: the producer holds each partition's sender back until the batch before is on its way.
+            key, _, _ = record
+            by_partition[self._partition_of(key, numbers, numbers)].append(record)
+        # At the same time: the producer holds back each partition's sender until the batch before is on its way.
         sent = await asyncio.gather(
             *(send_batches(self._producer, topic, number, part) for number, part in by_partition.items())
         )

@@ -16,13 +16,13 @@ from state.store import SnapshotStore
 
 __all__ = ["Served", "load_version"]
 
-# A first forward pass allocates and warms up; it happens before a version answers anybody.
+# The first forward pass allocates memory and is slow. It is done before the version answers requests.
 _WARM_UP = [b'{"request_id":"","candidates":[%b]}' % b",".join([b'{"id":""}'] * 50)] * 4
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A version's weights with the decoder that belongs to them. What a request is scored with from start to end."""
+    """A version's weights and the decoder that belongs to them. A request is scored with one of these from start to end."""
 
     version: int
     created_at_ms: int
@@ -31,13 +31,14 @@ class Served:
 
 
 def load_version(store: SnapshotStore, version: int, *, device: str, announced: VersionRecord | None = None) -> Served:
-    """Read a version and make it ready to answer; blocks.
+    """Read a version and make it ready to answer. Blocks.
 
-    Features, model and share of negatives are the manifest's own: a scorer serves what was trained, whatever its settings say.
+    Features, model and sampling rate of negatives come from the manifest: a scorer serves what was trained, whatever its own
+    settings say.
 
     Args:
-        announced: what the registry says of it. The same number in another store, or after the topic `snapshots` was made
-            anew, is another version.
+        announced: the version's record in the registry. The same number in another store, or from before the topic `snapshots`
+            was created again, is another version.
 
     Raises:
         SnapshotError: the version is missing or isn't what its manifest says.

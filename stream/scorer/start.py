@@ -1,15 +1,15 @@
-"""What a scorer asks the cluster: where its partitions go on."""
+"""The offset from which a scorer reads each partition."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 
-from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
-from stream.kafka.clients import aiokafka_options, answer, quietly_stopped, started
+from stream.kafka.clients import quietly_stopped, started
 from stream.kafka.offsets import committed_offsets
+from stream.kafka.read_log import log_consumer, log_spans
 from stream.settings import KafkaSettings
 
 __all__ = ["choose_positions", "committed_positions"]
@@ -18,36 +18,35 @@ log = logging.getLogger(__name__)
 
 
 async def committed_positions(kafka: KafkaSettings, group: str, topic: str, partitions: Sequence[int]) -> dict[int, int]:
-    """Where each partition goes on: what the group has committed, or the start of the log.
+    """The next offset to read of each partition: what the group has committed, or the start of the log.
 
     Raises:
         aiokafka.errors.KafkaError: Kafka can't be reached.
     """
     if not partitions:
         return {}
-    places = [TopicPartition(topic, number) for number in partitions]
-    committed = await committed_offsets(kafka, group, places)
-    consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
-    await started(kafka, consumer, f"the ends of {topic}")
+    wanted = [TopicPartition(topic, number) for number in partitions]
+    committed = await committed_offsets(kafka, group, wanted)
+    consumer = await started(kafka, log_consumer(kafka), f"the ends of {topic}")
     try:
-        starts = await answer(kafka, consumer.beginning_offsets(places), f"the beginnings of {topic}")
-        ends = await answer(kafka, consumer.end_offsets(places), f"the ends of {topic}")
+        logs = await log_spans(kafka, consumer, wanted)
     finally:
         await quietly_stopped(consumer.stop)
     return choose_positions(
         topic,
-        {place.partition: at.offset for place, at in committed.items()},
-        {place.partition: at for place, at in starts.items()},
-        {place.partition: at for place, at in ends.items()},
+        {tp.partition: at.offset for tp, at in committed.items()},
+        {tp.partition: span.start for tp, span in logs.items()},
+        {tp.partition: span.end for tp, span in logs.items()},
     )
 
 
 def choose_positions(
     topic: str, committed: Mapping[int, int], starts: Mapping[int, int], ends: Mapping[int, int]
 ) -> dict[int, int]:
-    """A committed offset (-1: none) that lies within the log, else the log's start.
+    """The committed offset (-1: none) when it lies within the log, else the log's start.
 
-    Nobody waits for an answer any more to requests that retention has deleted, or to those of a topic since made anew.
+    A committed offset outside the log belongs to requests that retention has deleted, or to a topic that was deleted and
+    created again. Nobody waits for those answers any more.
     """
     positions = {}
     for partition, start in starts.items():

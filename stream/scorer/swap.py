@@ -1,13 +1,13 @@
-"""The version that answers: the champion is loaded beside it, then takes its place by one assignment.
+"""The version that answers. The champion is loaded while the old version answers, then replaces it by one assignment.
 
-Which version is wanted comes from the registry, and may change while another is being loaded:
+The registry names the wanted version, which may change while another one is being loaded:
 
-- one that is kept ready is served at once, whatever is loading: going back waits for no download;
-- when versions come faster than they load, the one being loaded is served on the way to the one wanted, so that a scorer
-  always moves on;
+- a version that is kept ready is served at once, whatever is loading, so a rollback waits for no download;
+- when versions come faster than they load, the version being loaded is served on the way to the wanted one, so a scorer always
+  moves on;
 - a champion that can't be loaded is tried again, at growing intervals, for as long as it is wanted. Meanwhile the version that
-  answers goes on. Where there is none, or where a rollback went back over it, the newest older version that is tagged good is
-  loaded in the champion's place. `fallback` says so to everybody: heartbeats, metrics, the log.
+  answers goes on. When there is none, or when a rollback went back beyond it, the newest older version that is tagged good is
+  loaded instead. `fallback` then names the champion in heartbeats, metrics and the log.
 
 Everything here runs on the event loop; only `load` runs in threads.
 """
@@ -32,26 +32,33 @@ __all__ = ["Fallback", "Swapper"]
 
 log = logging.getLogger(__name__)
 
-# First and longest wait until a version that could not be loaded is tried again: a store that was out of reach is found again
-# soon, a broken version costs next to nothing.
+# First and longest wait until a version that could not be loaded is tried again. The first is short for a store that was out of
+# reach for a moment; the longest is short because trying a broken version costs next to nothing.
 RETRY_S, MAX_RETRY_S = 0.5, 10.0
-# Good versions that are tried in an unreadable champion's place. Where the newest few are all broken, the store is.
+# Good versions that are tried instead of an unreadable champion. When the newest few are all broken, the store itself is.
 MAX_FALLBACKS = 5
 
 
 class Fallback(NamedTuple):
-    """The champion that can't be read, and why."""
+    """The champion that can't be read, and the reason."""
 
     of: int
     reason: str
 
 
+class _Failure(NamedTuple):
+    """A version that could not be loaded."""
+
+    in_a_row: int = 0
+    not_before_s: float = 0.0  # monotonic: when it is tried again
+
+
 class Swapper:
-    """Owns the reference to the version that answers. Whoever scores takes it once and uses it to the end.
+    """Owns the reference to the version that answers. A batch of requests takes the reference once and uses it to the end.
 
     Args:
-        load: reads a version and makes it ready; called in threads, raises when it can't.
-        keep: versions kept ready besides the one that `headrace snapshot rollback` would go to.
+        load: reads a version and makes it ready. Called in threads; raises when it can't.
+        keep: number of versions kept ready, besides the one that `headrace snapshot rollback` would go to.
     """
 
     def __init__(self, load: Callable[[int], Served], metrics: ScorerMetrics, *, keep: int) -> None:
@@ -59,33 +66,33 @@ class Swapper:
         self.current: Served | None = None
         self.since_ms = 0
         self.applied = 0
-        """Registry offset below which everything is in effect: a heartbeat's `registry_offset`."""
+        """Registry offset below which everything is in effect; a heartbeat's `registry_offset`."""
         self.changed = asyncio.Event()
-        """Set when any of these changes; cleared by who says so to others."""
+        """Set when any of these changes; the sender of heartbeats clears it."""
         self.fallback: Fallback | None = None
-        """Set from a failure to load the champion until a champion answers."""
+        """Not None from a failure to load the champion until a champion answers."""
         self.has_version = asyncio.Event()
         self._registry = RegistryState()
         self._wanted: int | None = None
         self._position = 0
         self._ready: OrderedDict[int, Served] = OrderedDict()  # in the order last served
         self._loading: dict[int, asyncio.Task[None]] = {}
-        self._failed: dict[int, tuple[int, float]] = {}  # version → failures in a row, not before (monotonic)
+        self._failed: dict[int, _Failure] = {}  # by version
 
     def want(self, registry: RegistryState, position: int) -> None:
-        """News: the registry as of an offset. A registry without a champion leaves the version that answers alone."""
+        """Take the registry as of an offset. When it has no champion, the version that answers goes on."""
         self._registry, self._position = registry, position
         self._wanted = registry.champion.version
         self._metrics.champion_version.set(-1 if self._wanted is None else self._wanted)
         self._settle()
 
-    async def tried(self) -> None:
-        """Wait until what is being loaded is served, or has failed."""
+    async def first_load_ended(self) -> None:
+        """Wait until the versions being loaded are served, or have failed."""
         if self._loading:
             await asyncio.wait(list(self._loading.values()))
 
     async def close(self) -> None:
-        """Load no more."""
+        """Stop loading."""
         self._wanted = None
         tasks = list(self._loading.values())
         for task in tasks:
@@ -94,7 +101,7 @@ class Swapper:
             await asyncio.wait(tasks)
 
     def _settle(self) -> None:
-        """Do what can be done at once towards the version wanted; else see to it that it is being loaded."""
+        """Serve the wanted version if it is ready, else make sure that it is being loaded."""
         wanted = self._wanted
         if wanted is None or wanted == self._version:
             self._set_fallback(None)
@@ -108,14 +115,14 @@ class Swapper:
             self._fall_back()
 
     def _load_soon(self, version: int) -> bool:
-        """Begin to load a version, unless it has failed a moment ago: then a timer comes back."""
-        if time.monotonic() < self._failed.get(version, (0, 0.0))[1]:
+        """Begin to load a version; False when it has failed a moment ago: a timer then calls `_settle` again."""
+        if time.monotonic() < self._failed.get(version, _Failure()).not_before_s:
             return False
         self._loading[version] = asyncio.ensure_future(self._load(version))
         return True
 
     def _fall_back(self) -> None:
-        """Where nothing that may answer does, and the champion can't be read: the newest good version before it."""
+        """When the champion can't be read and no version may answer, serve or load the newest good version before it."""
         for version in self._fallbacks():
             if version in self._ready:
                 self._swap(self._ready[version])
@@ -124,7 +131,7 @@ class Swapper:
                 return
 
     def _fallbacks(self) -> list[int]:
-        """Versions that may answer in the champion's place, the newest first; none while none is needed."""
+        """Versions that may answer instead of the champion, the newest first; none while none is needed."""
         champion, wanted = self._registry.champion, self._wanted
         if self.fallback is None or wanted is None:
             return []
@@ -148,7 +155,7 @@ class Swapper:
         return -1 if self.current is None else self.current.version
 
     def _is_on_the_way(self, version: int) -> bool:
-        """Whether serving it is a step forward to the version wanted."""
+        """Whether serving this version is a step forward to the wanted one."""
         wanted = self._wanted
         return (
             wanted is not None
@@ -166,13 +173,13 @@ class Swapper:
         self.changed.set()
         self.has_version.set()
         if self.fallback is not None and served.version != self._wanted:
-            log.error("serving version %d in place of the champion, version %d: %s", served.version, *self.fallback)
+            log.error("serving version %d instead of the champion, version %d: %s", served.version, *self.fallback)
         else:
             log.info("serving version %d", served.version)
         self._settle()
 
     def _forget(self) -> None:
-        """Let go of versions beyond those to keep, the longest unserved first."""
+        """Drop versions beyond those to keep, the longest unserved first."""
         try:
             target = rollback_target(self._registry, now_ms=time.time_ns() // 1_000_000)
         except Refused:
@@ -185,7 +192,7 @@ class Swapper:
         began = time.perf_counter()
         try:
             served = await asyncio.to_thread(self._load_version, version)
-        except Exception as error:  # whatever it is, the version that answers goes on
+        except Exception as error:  # whatever fails, the version that answers goes on
             del self._loading[version]
             self._note_failure(version, error)
         else:
@@ -198,7 +205,7 @@ class Swapper:
         self._settle()
 
     def _note_failure(self, version: int, error: Exception) -> None:
-        failures = self._failed.get(version, (0, 0.0))[0] + 1
+        failures = self._failed.get(version, _Failure()).in_a_row + 1
         wait_s = min(RETRY_S * 2 ** (failures - 1), MAX_RETRY_S)
         self._metrics.swap_failures.inc()
         name = "no version" if self.current is None else f"version {self._version}"
@@ -207,6 +214,6 @@ class Swapper:
             self._set_fallback(Fallback(version, " ".join(f"{error}".split()) or repr(error)))
         kept = {self._wanted, *self._fallbacks()}
         self._failed = {each: failed for each, failed in self._failed.items() if each in kept}
-        self._failed[version] = (failures, time.monotonic() + wait_s)
-        # A little later than `not before`, so that the timer finds it passed.
+        self._failed[version] = _Failure(failures, time.monotonic() + wait_s)
+        # A little later than `not_before_s`, so that the timer finds it passed.
         asyncio.get_running_loop().call_later(wait_s + 0.01, self._settle)

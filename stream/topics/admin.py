@@ -1,31 +1,40 @@
-"""Making the eight topics, and finding where a cluster's differ from the contract."""
+"""Creates the eight topics, and finds where a cluster's topics differ from the contract.
+
+For programs without a running event loop: `topic_configs` runs in one of its own.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from stream.errors import TopicError
-from stream.kafka.clients import kafka_python_options, no_answer
+from stream.kafka.clients import kafka_python_options, unreachable
+from stream.kafka.cluster import topic_configs
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topics.contract import Difference, TopicContract, topic_contracts
 from stream.topics.names import TopicNames
 from stream.topics.needs import retention_shortfalls, unequal_partitions
 
+if TYPE_CHECKING:
+    from kafka.admin import KafkaAdminClient
+
 __all__ = ["Difference", "Found", "Made", "check_topics", "create_topics", "differences", "find_topics"]
 
 POLL_S = 0.2
 VISIBLE_TIMEOUT_MS = 30_000  # from creation until all leaders are elected, on a loaded cluster
-ALREADY_EXISTS = 36  # Kafka's error code: somebody else made it in the same moment
+ALREADY_EXISTS = 36  # Kafka's error code: another client has created the topic at the same moment
+ANSWER = "an answer about topics"  # what was asked for, in the error of a Kafka that can't be reached
 
 
 class Made(msgspec.Struct, frozen=True):
-    """What `create_topics` did: names of topics made, mended, and left as they were."""
+    """What `create_topics` did: topics that it created, topics whose configuration it set, and topics that it left alone."""
 
     created: list[str]
     mended: list[str]
@@ -33,37 +42,37 @@ class Made(msgspec.Struct, frozen=True):
 
 
 def create_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings | None = None, *, mend: bool = False) -> Made:
-    """Make the topics that are missing; those that exist are left alone. Safe to repeat, also by two at once.
+    """Create the topics that are missing. Existing ones are left alone. Safe to repeat, also by two processes at once.
 
     Args:
-        join: what retention must cover; not looked at when None.
-        mend: also set the configuration of existing topics as the contract says. Partitions and replicas of existing topics
-            are never changed.
+        join: the settings that retention must be long enough for; None: don't check retention.
+        mend: also set the configuration of existing topics to the contract's. Partitions and replicas of existing topics are
+            never changed.
 
     Raises:
         NoAnswer: the cluster can't be reached.
-        TopicError: it refuses a topic, or topics would be made that the join can't use.
+        TopicError: the cluster rejects a topic, or the join couldn't use the topics.
     """
     contracts, names = topic_contracts(topics), TopicNames.of(topics)
     if join is not None:
         _require_retention(names, topics, join)
     with _admin(kafka) as admin:
-        found = _describe(admin, contracts)
+        found = _describe(kafka, admin, contracts)
         _require_equal_partitions(names, contracts, found)
         missing = [contract for contract in contracts if contract.name not in found]
         if missing:
             _create(kafka, admin, missing)
-        mended = _mend(admin, contracts, found) if mend else []
+        mended = _set_configs(kafka, admin, contracts, found) if mend else []
     created = [contract.name for contract in missing]
     kept = [contract.name for contract in contracts if contract.name not in {*created, *mended}]
     return Made(created=created, mended=mended, kept=kept)
 
 
 def check_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings | None = None) -> list[Difference]:
-    """Where the cluster's topics differ from the contract, or from what the join needs; empty when they don't. Never writes.
+    """Where the cluster's topics differ from the contract, or from what the join needs. Never writes.
 
     Args:
-        join: what retention must cover; not looked at when None.
+        join: the settings that retention must be long enough for; None: don't check retention.
 
     Raises:
         NoAnswer: the cluster can't be reached.
@@ -83,9 +92,10 @@ def find_topics(kafka: KafkaSettings, topics: TopicSettings) -> dict[str, Found]
 
     Raises:
         NoAnswer: the cluster can't be reached.
+        TopicError: the configuration of a topic may not be read.
     """
     with _admin(kafka) as admin:
-        return _describe(admin, topic_contracts(topics))
+        return _describe(kafka, admin, topic_contracts(topics))
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -98,7 +108,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 def differences(contracts: Sequence[TopicContract], found: Mapping[str, Found]) -> list[Difference]:
-    """Compare; the pure part of `check_topics`."""
+    """Compare topics with their contracts; the part of `check_topics` that asks nobody."""
     problems = []
     for contract in contracts:
         topic = found.get(contract.name)
@@ -131,11 +141,11 @@ def _require_retention(names: TopicNames, topics: TopicSettings, join: JoinSetti
 
 
 def _require_equal_partitions(names: TopicNames, contracts: Sequence[TopicContract], found: Mapping[str, Found]) -> None:
-    """Nothing is made beside topics of another number of partitions: the join refuses to start on them."""
+    """Create nothing beside topics with another number of partitions: the join could not start on them."""
     counts = {contract.name: found[contract.name].partitions for contract in contracts if contract.name in found}
     planned = {contract.name: contract.partitions for contract in contracts} | counts
     unequal = unequal_partitions(names, planned)
-    if unequal is None or counts.keys() >= set(unequal.topic.split(", ")):  # those that are there `topics check` compares
+    if unequal is None or counts.keys() >= set(unequal.topic.split(", ")):  # `topics check` compares those that exist
         return
     there = sorted({counts[topic] for topic in unequal.topic.split(", ") if topic in counts})
     cure = (
@@ -163,7 +173,7 @@ def _partitions_cure(contract: TopicContract, found: int) -> str:
 
 
 def _same(expected: str, found: str | None) -> bool:
-    """Kafka writes lists and numbers its own way (`0.10` and `0.1` are one value)."""
+    """Whether two values are equal, where Kafka may write a number in its own way (`0.10` for `0.1`)."""
     if found is None:
         return False
     with contextlib.suppress(ValueError):
@@ -172,7 +182,8 @@ def _same(expected: str, found: str | None) -> bool:
 
 
 @contextlib.contextmanager
-def _admin(kafka: KafkaSettings) -> Iterator[Any]:
+def _admin(kafka: KafkaSettings) -> Iterator[KafkaAdminClient]:
+    from aiokafka.errors import KafkaError as AsyncKafkaError
     from kafka.admin import KafkaAdminClient
     from kafka.errors import KafkaError
 
@@ -181,17 +192,17 @@ def _admin(kafka: KafkaSettings) -> Iterator[Any]:
         _await_listener(options["bootstrap_servers"], kafka.connect_timeout_ms / 1_000)
         admin = KafkaAdminClient(**options, bootstrap_timeout_ms=kafka.connect_timeout_ms)
     except (KafkaError, OSError) as error:
-        raise no_answer(kafka, "topics", error) from error
+        raise unreachable(kafka, ANSWER, error) from error
     try:
         yield admin
-    except KafkaError as error:
-        raise no_answer(kafka, "topics", error) from error
+    except (KafkaError, AsyncKafkaError) as error:
+        raise unreachable(kafka, ANSWER, error) from error
     finally:
         admin.close()
 
 
 def _await_listener(servers: Sequence[str], within_s: float) -> None:
-    """Wait until one of the servers takes a connection: kafka-python's client leaks a socket for each refused one."""
+    """Wait until one of the servers accepts a connection: kafka-python's client leaks a socket for each refused one."""
     deadline = time.monotonic() + within_s
     while True:
         for server in servers:
@@ -207,11 +218,11 @@ def _await_listener(servers: Sequence[str], within_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def _describe(admin: Any, contracts: Sequence[TopicContract]) -> dict[str, Found]:
+def _describe(kafka: KafkaSettings, admin: KafkaAdminClient, contracts: Sequence[TopicContract]) -> dict[str, Found]:
     topics = [topic for topic in admin.describe_topics([c.name for c in contracts]) if topic["error_code"] == 0]
     if not topics:
         return {}
-    configs = _configs(admin, [topic["name"] for topic in topics])
+    configs = _configs(kafka, [topic["name"] for topic in topics])
     return {
         topic["name"]: Found(
             partitions=len(topic["partitions"]),
@@ -222,17 +233,18 @@ def _describe(admin: Any, contracts: Sequence[TopicContract]) -> dict[str, Found
     }
 
 
-def _configs(admin: Any, names: Sequence[str]) -> dict[str, dict[str, str]]:
-    from kafka.admin import ConfigResource, ConfigResourceType
+def _configs(kafka: KafkaSettings, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    found = asyncio.run(topic_configs(kafka, names))
+    for name in names:
+        if not found.get(name):
+            raise TopicError(
+                f"topic {name}: expected its configuration, found none that may be read. Ask for the right to describe the "
+                "topic's configuration (DescribeConfigs)."
+            )
+    return found
 
-    resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
-    described = admin.describe_configs(resources, config_filter="all")["topic"]
-    return {
-        name: {key: config["value"] for key, config in described[name].items() if config["value"] is not None} for name in names
-    }
 
-
-def _create(kafka: KafkaSettings, admin: Any, missing: Sequence[TopicContract]) -> None:
+def _create(kafka: KafkaSettings, admin: KafkaAdminClient, missing: Sequence[TopicContract]) -> None:
     from kafka.errors import for_code
 
     wanted = {
@@ -250,14 +262,20 @@ def _create(kafka: KafkaSettings, admin: Any, missing: Sequence[TopicContract]) 
             raise TopicError(
                 f"topic {contract.name}: expected to make it with {contract.partitions} partition(s) and "
                 f"{contract.replication_factor} replica(s), found {for_code(topic['error_code']).__name__}: "
-                f"{topic.get('error_message') or 'the cluster gives no reason'}. Mend the setting it names under "
+                f"{topic.get('error_message') or 'the cluster gives no reason'}. Correct the setting it names under "
                 "HEADRACE_TOPICS__ (replication_factor can be no larger than the number of brokers), or ask for the right "
                 "to create topics."
             )
     admin.wait_for_topics(list(wanted), timeout_ms=VISIBLE_TIMEOUT_MS)
 
 
-def _mend(admin: Any, contracts: Sequence[TopicContract], found: Mapping[str, Found]) -> list[str]:
+def _set_configs(
+    kafka: KafkaSettings, admin: KafkaAdminClient, contracts: Sequence[TopicContract], found: Mapping[str, Found]
+) -> list[str]:
+    """Set the configurations that differ from the contract. Returns the topics that were changed.
+
+    By kafka-python, which changes the named configurations only. aiokafka's request would reset all others to their defaults.
+    """
     from kafka.admin import ConfigResource, ConfigResourceType
 
     resources = []
@@ -277,15 +295,15 @@ def _mend(admin: Any, contracts: Sequence[TopicContract], found: Mapping[str, Fo
                 "change it with Kafka's kafka-configs.sh (`headrace topics check` lists what)."
             )
     names = [resource.name for resource in resources]
-    _await_configs(admin, [contract for contract in contracts if contract.name in names])
+    _await_configs(kafka, [contract for contract in contracts if contract.name in names])
     return names
 
 
-def _await_configs(admin: Any, contracts: Sequence[TopicContract]) -> None:
-    """Wait until the cluster shows what it has accepted: the controller answers before the brokers have heard."""
+def _await_configs(kafka: KafkaSettings, contracts: Sequence[TopicContract]) -> None:
+    """Wait until the brokers show what the controller has accepted: the controller answers before the brokers know."""
     deadline = time.monotonic() + VISIBLE_TIMEOUT_MS / 1_000
     while time.monotonic() < deadline:
-        shown = _configs(admin, [contract.name for contract in contracts])
+        shown = _configs(kafka, [contract.name for contract in contracts])
         if all(_same(value, shown[c.name].get(key)) for c in contracts for key, value in c.configs.items()):
             return
         time.sleep(POLL_S)

@@ -1,4 +1,4 @@
-"""What each of the eight topics must be: partitions, replication, and how Kafka keeps its records."""
+"""The contract of each of the eight topics: partitions, replication, and how Kafka keeps the records."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from stream.topics.names import TopicNames
 
 __all__ = ["OUTPUT_MARGIN_BYTES", "Difference", "TopicContract", "topic_contracts"]
 
-# An example or a dead letter is an input record as it came, with headers of ours: a record at the limit must still fit.
+# An example or a dead letter is an input record with Headrace's headers added. An input record at the limit must still fit.
 OUTPUT_MARGIN_BYTES = 65_536
 
-# Only closed segments are compacted. A version is announced every few seconds: an hour of them is a short read for a scorer
-# that starts.
+# Kafka compacts closed segments only. A version is announced every few seconds, so a scorer that starts reads an hour of them,
+# which is a short read.
 SNAPSHOTS_SEGMENT_MS = 3_600_000
-# Each scorer sends a heartbeat a second and a reader wants the last one only, so segments close after a minute.
+# Each scorer sends a heartbeat a second, and readers need the last one only. So segments close after a minute.
 SCORERS_SEGMENT_MS = 60_000
 SCORERS_SEGMENT_BYTES = 4 * 1024 * 1024
-# A reader takes seconds from the first heartbeat to the last; a tombstone must outlive that, and ten minutes leave it room.
+# A tombstone must be kept for longer than a reader takes from the first heartbeat to the last, which is seconds.
 SCORERS_TOMBSTONE_MS = 600_000
-# Kafka waits by default until half of a compacted log is stale.
+# Share of stale records at which Kafka compacts a log. Its own default is a half.
 STALE_RATIO = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class TopicContract:
-    """One topic as it must be. `configs` are Kafka's own names and values, as text."""
+    """What one topic must be. `configs` are Kafka's own names and values, as text."""
 
     name: str
     partitions: int
     replication_factor: int
     configs: dict[str, str]
     partitions_setting: str | None
-    """The setting that says how many partitions; None where the number is fixed."""
+    """The setting that gives the number of partitions; None where the number is fixed."""
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """Where a topic is not as the contract says, and what to do about it."""
+    """One difference of a topic from its contract, and what to do about it."""
 
     topic: str
     what: str
@@ -50,10 +50,10 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
-    """The eight contracts, in the order of the flow.
+    """The eight contracts, in the order in which records flow.
 
     Raises:
-        TopicError: more replicas must be in sync than there are.
+        TopicError: min_insync_replicas is larger than replication_factor.
     """
     if settings.min_insync_replicas > settings.replication_factor:
         raise TopicError(
@@ -75,7 +75,7 @@ def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
     def contract(name: str, partitions_setting: str | None, max_bytes: int, kept: dict[str, str]) -> TopicContract:
         partitions = {events: settings.partitions, requests: settings.request_partitions, None: 1}[partitions_setting]
         configs = {
-            # Arrival, by the broker's clock: event time is in the value, and must not decide when a record is deleted.
+            # The broker's clock at arrival. Event time is in the value, and must not decide when a record is deleted.
             "message.timestamp.type": "LogAppendTime",
             "max.message.bytes": str(max_bytes),
             "min.insync.replicas": str(settings.min_insync_replicas),

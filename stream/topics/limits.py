@@ -1,6 +1,7 @@
-"""How large a record a topic takes.
+"""The largest record that a topic accepts.
 
-Workers ask once, when they start. A worker that runs into a limit lowered since then ends, and asks again.
+A worker reads the limits once, when it starts. If a limit is lowered later, the worker ends at the first record that is too
+large, is started again, and reads the new limit.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ __all__ = ["DEFAULT_MAX_MESSAGE_BYTES", "OutputLimits", "letter_limit", "max_mes
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MAX_MESSAGE_BYTES = 1_048_588  # Kafka's own, for a worker that may not read the topic's configuration
+DEFAULT_MAX_MESSAGE_BYTES = 1_048_588  # Kafka's default, for a worker that may not read the topic's configuration
 
 
 @dataclass(frozen=True, slots=True)
 class OutputLimits:
-    """What the join's output topics take: bytes of a batch, and how many partitions `dead-letters` has (None: enough)."""
+    """Limits of the join's output topics: bytes of a batch, and the number of partitions of `dead-letters` (None: enough)."""
 
     example_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     letter_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     letter_partitions: int | None = None
 
     def letter_partition(self, number: int) -> int:
-        """Where the letters of a partition go: the same number, where `dead-letters` has it."""
+        """The partition of `dead-letters` for letters of a source partition: the same number, where that partition exists."""
         return number if self.letter_partitions is None else number % self.letter_partitions
 
 
 async def max_message_bytes(kafka: KafkaSettings, topic: str) -> int:
-    """The largest batch that a topic takes.
+    """The largest batch that a topic accepts.
 
-    Asked for before anything is sent: a record refused by the broker would break the idempotent producer's sequence.
+    Read it before sending anything: a record that the broker rejects would break the idempotent producer's sequence.
     """
     found = (await topic_configs(kafka, (topic,), ("max.message.bytes",))).get(topic, {})
     try:
@@ -46,9 +47,9 @@ async def max_message_bytes(kafka: KafkaSettings, topic: str) -> int:
 
 
 async def letter_limit(kafka: KafkaSettings, topic: str) -> int:
-    """The largest batch that `dead-letters` or `examples` takes, for deciding which records are left out.
+    """The largest batch that `dead-letters` or `examples` accepts, for deciding which records are left out.
 
-    The contract gives both at least 64 KiB. A topic that takes less is set wrongly: writing to it fails, as it should, instead
-    of leaving out every record.
+    At least 64 KiB, which the contract gives both. A topic with less is configured wrongly: writing to it then fails, which is
+    better than leaving out every record.
     """
     return max(await max_message_bytes(kafka, topic), OUTPUT_MARGIN_BYTES)

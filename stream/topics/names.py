@@ -1,4 +1,4 @@
-"""Names of the eight topics."""
+"""The names of the eight topics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["TopicNames"]
 
 @dataclass(frozen=True, slots=True)
 class TopicNames:
-    """The topics' full names, prefix included."""
+    """Full names of the topics, with `topics.prefix`."""
 
     prefix: str
     impressions: str

@@ -1,7 +1,7 @@
-"""What the join needs of its four topics together: one number of partitions, and records that are kept for long enough.
+"""What the join needs from its four topics: equal numbers of partitions, and records that are kept for long enough.
 
-Asked alike when topics are created (`headrace topics create`), compared (`headrace topics check`), looked at (`headrace
-doctor`, `headrace config check`), and when a join worker starts.
+The same checks run in `headrace topics create`, `headrace topics check`, `headrace doctor`, `headrace config check`, and when a
+join worker starts.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from stream.topics.names import TopicNames
 
 __all__ = ["MEND", "RETENTION_FORMULA", "co_partitioned", "retention_shortfalls", "shown", "unequal_partitions"]
 
-# In words, as messages and pages have it: JoinSettings.reaches_back_ms.
+# `JoinSettings.reaches_back_ms` in words, for messages and pages.
 RETENTION_FORMULA = "window + 2 × dedupe horizon + lateness + skew"
 MEND = "headrace topics create --mend"
 
 
 def co_partitioned(names: TopicNames) -> tuple[str, str, str, str]:
-    """The topics that the join reads and writes by one partition number."""
+    """The topics that the join reads and writes together: partition N of each."""
     return names.impressions, names.clicks, names.examples, names.dead_letters
 
 
 def unequal_partitions(names: TopicNames, counts: Mapping[str, int]) -> Difference | None:
-    """What is wrong with the numbers of partitions, None when nothing is.
+    """What is wrong with the numbers of partitions; None when they are equal.
 
     Args:
-        counts: partitions by topic; of the four those that are there.
+        counts: number of partitions by topic. Topics that are missing from it aren't compared.
     """
     four = {topic: counts[topic] for topic in co_partitioned(names) if topic in counts}
     if len(set(four.values())) <= 1:
@@ -37,20 +37,20 @@ def unequal_partitions(names: TopicNames, counts: Mapping[str, int]) -> Differen
     return Difference(
         topic=", ".join(four),
         what="partitions",
-        expected="the same number of partitions: equal keys meet only in equal numbers",
+        expected="the same number of partitions: equal keys meet only in partitions of equal number",
         found=", ".join(f"{topic} {count}" for topic, count in four.items()),
         cure="begin with new topics: another HEADRACE_TOPICS__PREFIX, `headrace topics create`, then point the producers "
-        "there. Adding partitions to a topic moves keys, and what is pending finds its clicks no more",
+        "there. Adding partitions to a topic moves keys, so that pending impressions no longer find their clicks",
     )
 
 
 def retention_shortfalls(
     names: TopicNames, join: JoinSettings, configs: Mapping[str, Mapping[str, str]]
 ) -> Iterator[Difference]:
-    """Records that are deleted while the join may need them, or labels before the impressions that they stand for.
+    """Where retention deletes records that the join may still need, or labels earlier than their impressions.
 
     Args:
-        configs: Kafka's configuration by topic; topics that aren't there, or may not be read, are left out.
+        configs: Kafka's configuration by topic. Topics that are missing from it aren't checked.
     """
     logs = (names.impressions, names.clicks, names.examples)
     kept = {topic: _kept_ms(configs[topic]) for topic in logs if topic in configs}
@@ -69,7 +69,7 @@ def retention_shortfalls(
             yield Difference(
                 topic,
                 "retention.bytes",
-                expected="-1: what the join needs is a time, and a busy hour must not shorten it",
+                expected="-1: the join needs records for a length of time, which a busy hour must not shorten",
                 found=f"{size:,}",
                 cure=f"kafka-configs.sh --alter --entity-type topics --entity-name {topic} --delete-config retention.bytes",
             )
@@ -79,15 +79,15 @@ def retention_shortfalls(
             yield Difference(
                 names.examples,
                 "retention.ms",
-                expected=f"at least that of {names.impressions} ({shown(impressions)}): a rebuild tells by an impression's "
-                "example that its label went out",
+                expected=f"at least that of {names.impressions} ({shown(impressions)}): a rebuild knows by an impression's "
+                "example that its label was sent",
                 found=shown(examples),
                 cure=f"set one topics.retention_ms for both, then `{MEND}`",
             )
 
 
 def shown(kept_ms: int | None) -> str:
-    """A retention, None for one without end."""
+    """A retention in words; None is one without end."""
     return "for ever" if kept_ms is None else duration(kept_ms)
 
 

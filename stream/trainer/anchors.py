@@ -1,4 +1,4 @@
-"""Which version the live weights are compared with, and how it comes into memory."""
+"""Loads the version that the live weights are compared with."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 class Anchors:
-    """Keeps the judge's anchor: one version's weights in memory, read from the store when another is due.
+    """Keeps the judge's anchor: the weights of one version in memory, read from the store when another version is due.
 
-    await anchors.follow(registry_state, watermark_ms)   # now and then, on the event loop
+    await anchors.follow(registry_state, watermark_ms)   # every few seconds, on the event loop
 
-    Where the champion is of another line and its weights can't score these features (another schema, another store), the
-    scores that impressions were shown with stand in for it.
+    When the champion is of another line and its weights can't score these features (another schema, another store), the scores
+    that impressions were shown with are used instead of its own.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class Anchors:
         self._broken: set[int] = set()
 
     async def follow(self, registry: RegistryState, watermark_ms: int) -> None:
-        """Take up the anchor that is due."""
+        """Load the anchor that is due, and compare with it from now on."""
         judge = self._judge
         judge.follow(registry.champion_line)
         report = judge.report()
         wanted = choose_anchor(registry, report, watermark_ms=watermark_ms, settings=self._settings, broken=self._broken)
         current = judge.anchor
         if wanted is None:
-            stands_in = registry.champion_line not in (None, report.line, *report.passed)
-            if stands_in and (current is None or current.predictor is not None):
-                log.warning("gate: the champion can't score these features; the scores that were served stand in for it")
+            by_served = registry.champion_line not in (None, report.line, *report.passed)
+            if by_served and (current is None or current.predictor is not None):
+                log.warning("gate: the champion can't score these features; the scores that were served are compared instead")
                 judge.compare_with(Anchor(None, None))
-            elif not stands_in and current is not None:
+            elif not by_served and current is not None:
                 judge.compare_with(None)
             return
         if current is not None and current.version == wanted:

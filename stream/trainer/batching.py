@@ -1,24 +1,26 @@
-"""Columns → batches, and how far the log is trained."""
+"""Columns → batches, and the offsets up to which the log is trained."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from model.features import FeatureBatch
+from stream.records.record import Record
 from stream.trainer.examples import BoolArray, DecodedRun, Float32Array, Float64Array, Int64Array
 
 __all__ = ["BatchCutter", "TrainingBatch"]
 
+_Column = TypeVar("_Column", Float64Array, BoolArray)
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """Examples of one update, columns as in `DecodedRun`. `weights` is None where all are 1."""
+    """Examples of one update. Columns as in `DecodedRun`; `weights` is None when all are 1."""
 
     batch: FeatureBatch
     labels: Float32Array
@@ -28,7 +30,7 @@ class TrainingBatch:
     served: Float32Array
     versions: Int64Array
     id_hashes: Int64Array
-    records: Sequence[Any]
+    records: Sequence[Record]
     rates: Float64Array | None = None
     corrects: BoolArray | None = None
 
@@ -36,7 +38,7 @@ class TrainingBatch:
         return len(self.labels)
 
     def slice(self, start: int, stop: int) -> TrainingBatch:
-        """Examples `start` to `stop`; shares memory."""
+        """Examples `start` to `stop`. Shares memory with this batch."""
         part = slice(start, stop)
         return TrainingBatch(
             batch=self.batch.slice(start, stop),
@@ -53,9 +55,17 @@ class TrainingBatch:
         )
 
 
+class _Piece(NamedTuple):
+    """Examples `start` to `stop` of a run."""
+
+    run: DecodedRun
+    start: int
+    stop: int
+
+
 @dataclass(slots=True)
 class _Waiting:
-    """A run of which the first `start` examples are cut already."""
+    """A run whose first `start` examples are cut already."""
 
     run: DecodedRun
     start: int = 0
@@ -65,7 +75,7 @@ class _Waiting:
 
 
 class BatchCutter:
-    """Cuts batches of `rows` examples across runs and partitions, in the order received.
+    """Cuts batches of `rows` examples across runs and partitions, in the order in which they came.
 
         cutter = BatchCutter(256, {0: 0})
         cutter.add(run)
@@ -73,10 +83,10 @@ class BatchCutter:
             learn(cutter.cut())
         cutter.positions     # {0: next offset to train}
 
-    `positions` are of what has been cut, exactly: a snapshot taken between two batches carries them. What waits for its
-    batch to fill isn't counted, and is read again after a restart, so a batch begins at the same example either way.
-    Records that gave no example (bad ones, transaction markers) are passed over with the example before them, or on their
-    own once nothing older waits.
+    `positions` are exactly what has been cut: a version captured between two batches holds them. Examples that wait for their
+    batch to fill aren't counted, and are read again after a restart, so a batch begins at the same example either way.
+    Records that gave no example (bad ones, transaction markers) count together with the example before them, or alone once
+    nothing older waits.
     """
 
     def __init__(self, rows: int, positions: Mapping[int, int]) -> None:
@@ -85,18 +95,18 @@ class BatchCutter:
         self.positions = dict(positions)
         self.waiting = 0
         self.letters = 0
-        """Dead letters, of all handed over, that belong to runs which `positions` has reached into."""
+        """Number of dead letters, of all handed over, of the runs that `positions` has reached."""
 
     def add(self, run: DecodedRun) -> None:
         """Take the next run of a partition."""
         self._runs.append(_Waiting(run))
         self.waiting += len(run)
-        self._pass_over()
+        self._skip_empty()
 
     def cut(self) -> TrainingBatch:
-        """The next `rows` examples, or all that wait when there are fewer; at least one must."""
+        """The next `rows` examples, or all that wait when there are fewer. At least one example must wait."""
         wanted = min(self.rows, self.waiting)
-        pieces: list[tuple[DecodedRun, int, int]] = []
+        pieces: list[_Piece] = []
         taken = 0
         while taken < wanted:
             head = self._runs[0]
@@ -105,14 +115,14 @@ class BatchCutter:
             stop = head.start + min(len(head), wanted - taken)
             taken += stop - head.start
             if stop > head.start:
-                pieces.append((head.run, head.start, stop))
+                pieces.append(_Piece(head.run, head.start, stop))
                 self.positions[head.run.partition] = int(head.run.offsets[stop - 1]) + 1
             head.start = stop
             if not len(head):
                 self.positions[head.run.partition] = head.run.after
                 self._runs.popleft()
         self.waiting -= taken
-        self._pass_over()
+        self._skip_empty()
         weights = np.concatenate([run.weights[start:stop] for run, start, stop in pieces])
         return TrainingBatch(
             batch=FeatureBatch.concat([run.batch.slice(start, stop) for run, start, stop in pieces]),
@@ -128,16 +138,20 @@ class BatchCutter:
             corrects=_joined([(run.corrects, start, stop) for run, start, stop in pieces], False),
         )
 
-    def _pass_over(self) -> None:
-        """Runs without an example count as trained as soon as everything older is."""
+    def _skip_empty(self) -> None:
+        """Count runs without an example as trained when everything older is."""
         while self._runs and not len(self._runs[0].run):
             run = self._runs.popleft().run
             self.letters += len(run.letters)
             self.positions[run.partition] = run.after
 
 
-def _joined(pieces: list[tuple[npt.NDArray[Any] | None, int, int]], absent: float | bool) -> npt.NDArray[Any] | None:
-    """The rows `start` to `stop` of each column, where None stands for `absent` throughout; None when all are."""
+def _joined(pieces: list[tuple[_Column | None, int, int]], absent: float | bool) -> _Column | None:
+    """The rows `start` to `stop` of each column, one after another; None when all columns are None.
+
+    Args:
+        absent: the value in all rows of a column that is None.
+    """
     if all(column is None for column, _, _ in pieces):
         return None
     return np.concatenate(

@@ -1,10 +1,10 @@
-"""What the trainer keeps beside the model, saved in each version's trainer state and taken up again at a start.
+"""What the trainer keeps besides the model: saved in each version's trainer state, and restored at a start.
 
-    training = Training(learner, cutter, scores, metrics, kept={"gate": gate}, ...)
-    training.restore(start.kept)
+    training = Training(learner, cutter, evaluation, metrics, bookkeeping={"gate": gate}, ...)
+    training.restore(start.bookkeeping)
 
-The parts' tensors stand beside the learner's in `trainer.safetensors`, as `kept.NAME.KEY`. A version that holds nothing under a
-name, as one of an older release does, leaves that part as it began; so does one whose layout the part no longer knows.
+Each part has a name. Its tensors are in `trainer.safetensors`, next to the learner's, as `kept.NAME.KEY`. A part begins from
+nothing when the version has no tensors of its name, as versions of older releases, and when the part doesn't know their layout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from model.errors import ModelError
 
-__all__ = ["Kept", "from_json", "kept_of", "restore_kept", "state_of", "to_json"]
+__all__ = ["Bookkeeping", "State", "bookkeeping_in", "bookkeeping_state", "from_json", "restore_bookkeeping", "to_json"]
 
 log = logging.getLogger(__name__)
 
@@ -26,48 +26,54 @@ State = Mapping[str, torch.Tensor]
 _PREFIX = "kept."
 
 
-class Kept(Protocol):
-    """A part of the trainer whose state travels with the versions. Both methods are called between two batches."""
+class Bookkeeping(Protocol):
+    """A part of the trainer whose state is saved in the versions. Both methods are called between two batches."""
 
     def state(self) -> State:
-        """CPU tensors by key, contiguous, sharing no memory with what changes later. `to_json` makes one of plain figures."""
+        """CPU tensors by key, contiguous, sharing no memory with what changes later.
+
+        `to_json` makes a tensor of plain values.
+        """
         ...
 
     def restore(self, state: State) -> None:
-        """Goes on from what `state` gave. Raises ModelError, before anything changes, for a layout that it doesn't know."""
+        """Go on from what `state` gave. Raises ModelError, before anything changes, for an unknown layout."""
         ...
 
 
-def state_of(parts: Mapping[str, Kept]) -> dict[str, torch.Tensor]:
-    """The tensors of all parts, under the names that they have in a version."""
+def bookkeeping_state(parts: Mapping[str, Bookkeeping]) -> dict[str, torch.Tensor]:
+    """The tensors of all parts, under their names in a version."""
     return {f"{_PREFIX}{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state().items()}
 
 
-def kept_of(trainer: State) -> dict[str, torch.Tensor]:
-    """Of a version's trainer state, what belongs to parts and not to the learner."""
+def bookkeeping_in(trainer: State) -> dict[str, torch.Tensor]:
+    """The tensors in a version's trainer state that belong to parts, and not to the learner."""
     return {name: tensor for name, tensor in trainer.items() if name.startswith(_PREFIX)}
 
 
-def restore_kept(parts: Mapping[str, Kept], kept: State) -> None:
-    """Hand each part its own tensors. A part that can't read them begins anew, which is logged."""
+def restore_bookkeeping(parts: Mapping[str, Bookkeeping], saved: State) -> None:
+    """Restore each part from its own tensors. A part that can't read them begins from nothing, which is logged."""
     for name, part in parts.items():
         prefix = f"{_PREFIX}{name}."
-        own = {full.removeprefix(prefix): tensor for full, tensor in kept.items() if full.startswith(prefix)}
+        own = {full.removeprefix(prefix): tensor for full, tensor in saved.items() if full.startswith(prefix)}
         if not own:
             continue
         try:
             part.restore(own)
         except ModelError as error:
-            log.warning("the version's state of %r can't be used and begins anew: %s", name, error)
+            log.warning("the version's state of %r can't be used, it begins from nothing: %s", name, error)
 
 
-def to_json(value: Any) -> torch.Tensor:
-    """Anything that JSON can say, as a tensor of bytes. msgspec structs and dataclasses are fine."""
+def to_json(value: object) -> torch.Tensor:
+    """A value as JSON in a tensor of bytes. msgspec structs and dataclasses are allowed."""
     return torch.frombuffer(bytearray(msgspec.json.encode(value)), dtype=torch.uint8)
 
 
 def from_json(tensor: torch.Tensor | None, type: Any = Any) -> Any:
-    """The value back, as `type`. Raises ModelError where there is no tensor or where it holds something else."""
+    """The value that `to_json` was given, as `type`.
+
+    Raises ModelError when there is no tensor, or when it holds something else.
+    """
     if tensor is None:
         raise ModelError(f"saved state: expected JSON of {type}, found nothing")
     try:

@@ -1,17 +1,20 @@
 """How good the scores are, as the labels come in.
 
-Progressive: the model's own score of each example, taken just before it learned it. Served: the score that the impression
-carries from the moment it was shown. A progressive score is taken when the label arrives, after the model has learned what came
-between; a served one knows nothing of that. Both stand side by side.
+There are two kinds of scores:
 
-Both are of the stream as it was before negatives were left out: one that was sent at rate r counts 1 / r times. A correction to
-1 adds its click and takes back one negative, whether or not that of its impression was sent: on average just what these count
-for, and at rate 1 exactly so for the served score, which is the same in both. A correction to 0 adds a negative and takes back
-one click, which was sent at any rate. The progressive score is taken back at that of the correction, since the first label's
-isn't kept.
+- progressive: the model's own score of each example, taken just before the model learns it. So it is taken when the label
+  arrives, after the model has learned the examples between impression and label;
+- served: the score that the impression carries from the moment it was shown. It knows nothing of those examples.
 
-Three scopes: `window` (the last examples), `total` (since the model began) and, where asked for, `evaluation` (since an event
-time: "the last 80 % of the stream"). All travel with the versions, so that a restart goes on with them.
+Metrics of both kinds describe the stream before negatives were left out: a negative that was sent at rate r counts 1 / r times.
+
+- A correction to 1 adds its click and takes back one negative, whether or not the negative of its impression was sent. On
+  average that is just what the sent negatives count for; at rate 1 it is exact for the served score, which is the same in both.
+- A correction to 0 adds a negative and takes back one click. Clicks are sent at any rate.
+- The progressive score taken back is that of the correction, since the first label's isn't kept.
+
+There are three scopes: `window` (the last examples), `total` (since the model began) and, if it is configured, `evaluation`
+(since an event time: "the last 80 % of the stream"). All are saved in the versions, so a restart goes on with them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,21 +34,22 @@ from model.metrics import Metrics, ProgressiveMetrics, auc
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.bookkeeping import from_json, to_json
 
-__all__ = ["FrozenScores", "Kind", "Report", "Scope", "Scores", "counts", "manifest_metrics"]
+__all__ = ["Evaluation", "FrozenEvaluation", "Kind", "Report", "Scope", "counts", "manifest_metrics"]
 
 Kind = Literal["progressive", "served"]
 Scope = Literal["window", "total", "evaluation"]
 Report = Mapping[tuple[Kind, Scope], Metrics]
 
-# Examples gathered before the sums are updated: a small batch would cost more to count than to gather.
+# Examples gathered before the sums are updated, since counting a small batch costs more than gathering it.
 GATHERED = 4_096
-# Scores kept for an exact AUC over the evaluation: 20 MB. Beyond, and after a restart, it comes from bins (within 1e-4).
+# Scores kept for an exact AUC in the scope `evaluation`: 20 MB. Beyond, and after a restart, the AUC comes from bins (within
+# 1e-4).
 EXACT_EXAMPLES = 2_000_000
 _EXACT = np.dtype([("score", np.float32), ("weight", np.float32), ("label", np.bool_), ("corrects", np.bool_)])
 
 
-class _Evaluation:
-    """Metrics since an event time, with an exact AUC up to `EXACT_EXAMPLES` where no restart lies between."""
+class _SinceTime:
+    """Metrics since an event time. The AUC is exact up to `EXACT_EXAMPLES` examples, if there was no restart."""
 
     def __init__(self) -> None:
         self._sums = ProgressiveMetrics(1)
@@ -73,16 +77,16 @@ class _Evaluation:
         new["score"], new["weight"], new["label"], new["corrects"] = scores, weights, labels > 0.5, corrects
         self._kept = after
 
-    def state(self) -> dict[str, npt.NDArray[Any]]:
+    def state(self) -> dict[str, npt.NDArray[np.generic]]:
         return self._sums.state()
 
-    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Goes on from a version's sums; its single scores aren't kept, so the AUC comes from bins from then on."""
+    def restore(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Go on from a version's sums. Single scores aren't saved, so the AUC comes from bins from then on."""
         self._sums.restore(state)
         self._all_kept = self._sums.total().examples == 0
 
-    def frozen(self) -> _Evaluation:
-        """As it stands now; cheap, since what is kept is only ever appended to."""
+    def frozen(self) -> _SinceTime:
+        """A copy of the present state. It is cheap, since kept scores are only ever appended to."""
         twin = copy.copy(self)
         twin._sums = copy.deepcopy(self._sums)
         return twin
@@ -96,11 +100,11 @@ class _Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class FrozenScores:
-    """The scores up to one moment. Working out what they come to may take its time."""
+class FrozenEvaluation:
+    """The evaluation up to one moment. `report` may take long, and can be called in any thread."""
 
     counted: Mapping[Kind, ProgressiveMetrics]
-    evaluated: Mapping[Kind, _Evaluation]
+    evaluated: Mapping[Kind, _SinceTime]
 
     def report(self) -> Report:
         """All metrics of both kinds in every scope."""
@@ -112,12 +116,12 @@ class FrozenScores:
         return report
 
 
-class Scores:
+class Evaluation:
     """Counts scored examples. `add` is for the training thread, `freeze` for any.
 
     Args:
         window: examples in the scope `window`.
-        evaluation_from_ms: event time from which examples count in the scope `evaluation`; None leaves that scope out.
+        evaluation_from_ms: event time from which examples count in the scope `evaluation`; without it there is no such scope.
     """
 
     def __init__(self, window: int, evaluation_from_ms: int | None = None) -> None:
@@ -126,7 +130,7 @@ class Scores:
         self._from_ms = evaluation_from_ms
         self._window = window
         self._counted: dict[Kind, ProgressiveMetrics] = {kind: ProgressiveMetrics(window) for kind in kinds}
-        self._evaluated: dict[Kind, _Evaluation] = {} if evaluation_from_ms is None else {kind: _Evaluation() for kind in kinds}
+        self._evaluated: dict[Kind, _SinceTime] = {} if evaluation_from_ms is None else {kind: _SinceTime() for kind in kinds}
         self._gathered: list[tuple[npt.NDArray[np.float32], TrainingBatch]] = []
         self._rows = 0
 
@@ -138,17 +142,17 @@ class Scores:
             if self._rows >= GATHERED:
                 self._count()
 
-    def freeze(self) -> FrozenScores:
+    def freeze(self) -> FrozenEvaluation:
         """Everything added so far."""
         with self._lock:
             self._count()
-            return FrozenScores(
+            return FrozenEvaluation(
                 {kind: copy.deepcopy(counted) for kind, counted in self._counted.items()},
                 {kind: evaluated.frozen() for kind, evaluated in self._evaluated.items()},
             )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Everything added so far, for `restore` (`stream.trainer.bookkeeping.Kept`)."""
+        """Everything added so far, for `restore` (`stream.trainer.bookkeeping.Bookkeeping`)."""
         with self._lock:
             self._count()
             parts = {(kind, "counted"): counted.state() for kind, counted in self._counted.items()}
@@ -161,10 +165,13 @@ class Scores:
         return {"evaluation_from_ms": to_json(self._from_ms), **tensors}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state` gave. An evaluation since another event time begins anew."""
+        """Go on from what `state` gave.
+
+        If the setting `evaluation_from_ms` has changed, that scope begins again from nothing.
+        """
         same_evaluation = from_json(state.get("evaluation_from_ms")) == self._from_ms
         counted: dict[Kind, ProgressiveMetrics] = {kind: ProgressiveMetrics(self._window) for kind in self._counted}
-        evaluated: dict[Kind, _Evaluation] = {kind: _Evaluation() for kind in self._evaluated}
+        evaluated: dict[Kind, _SinceTime] = {kind: _SinceTime() for kind in self._evaluated}
         for kind, metrics in counted.items():
             metrics.restore(_under(state, f"{kind}.counted."))
         for kind, evaluation in evaluated.items():
@@ -193,12 +200,12 @@ class Scores:
                 self._evaluated[kind].update(scores[there], labels[there], weights[there], corrects[there])
 
 
-def _under(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, npt.NDArray[Any]]:
+def _under(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, npt.NDArray[np.generic]]:
     return {name.removeprefix(prefix): tensor.numpy() for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def counts(batch: TrainingBatch) -> npt.NDArray[np.float32]:
-    """How often each example counts: its weight, and a negative besides for those that were left out."""
+    """How often each example counts: its weight, divided for a negative by the rate at which negatives were sent."""
     weights = np.ones(len(batch), np.float32) if batch.weights is None else batch.weights
     if batch.rates is None:
         return weights
@@ -221,16 +228,16 @@ _PREFIXES: dict[tuple[Kind, Scope], str] = {
 def manifest_metrics(report: Report) -> dict[str, float]:
     """Flat names, as manifests carry them: `window_auc`, `served_calibration`, `evaluation_served_ne`, …
 
-    Of nothing there is only the count. What isn't defined, like the AUC of a window without a click, is NaN.
+    A scope without examples has only the count. Metrics that aren't defined, like the AUC of a window without a click, are NaN.
     """
     flat: dict[str, float] = {}
-    for place, metrics in report.items():
-        prefix = _PREFIXES[place]
+    for (kind, scope), metrics in report.items():
+        prefix = _PREFIXES[kind, scope]
         flat[f"{prefix}_examples"] = metrics.examples
         if metrics.examples:
             flat[f"{prefix}_log_loss"] = metrics.log_loss
             flat[f"{prefix}_auc"] = metrics.auc
             flat[f"{prefix}_ne"] = metrics.normalised_entropy
             flat[f"{prefix}_calibration"] = metrics.calibration
-    # A loss over examples of weight 0 alone is no sign of a broken model.
+    # The loss is NaN when all examples have weight 0. That is no sign of a broken model, so the loss is left out.
     return {name: value for name, value in flat.items() if not (name.endswith("log_loss") and math.isnan(value))}

@@ -1,13 +1,12 @@
 """The trainer's side of the gate: which examples are compared, and the anchor that they are compared with.
 
-Training hands over every batch with the scores from before its update (`Judge.observe`). A sample of it is gathered over
-several batches, so that the anchor scores a few hundred rows at once, and goes to the gate as pairs of logits. The gate's own
-rule is `state.gate`.
+Training hands over every batch with the scores from before its update (`Judge.observe`). A sample is gathered over several
+batches, so that the anchor scores a few hundred rows at once. The gate gets pairs of logits; its rule is in `state.gate`.
 
-A first label of 0 may be corrected later. The live weights have learned the impression as a non-click by then, so their present
-score says too little, and would count against them. So the logits of the first label are remembered, in a table of fixed size
-where each impression has one place: it holds the newest 131,072 compared impressions or so. A correction whose impression isn't
-there any more is compared by the present scores.
+A first label of 0 may be corrected later. By then the live weights have learned the impression as a non-click, so their present
+score is too low, and would count against them. So the logits of the first label are remembered, in a table of fixed size with
+one slot for each impression: the table holds the newest 131,072 compared impressions or so. A correction whose impression isn't
+in the table any more is compared by the present scores.
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ import numpy.typing as npt
 import torch
 
 from model.batch import FeatureBatch
-from state.gate import Gate, GateReport, GateState, sample
+from state.gate import Gate, GateState
+from state.gate_blocks import sample
+from state.gate_report import GateReport
 from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
 from stream.trainer.batching import TrainingBatch
@@ -33,32 +34,34 @@ from stream.trainer.evaluation import counts
 
 __all__ = ["Anchor", "Judge", "Predicts", "choose_anchor"]
 
-# Examples looked at together: numpy's calls cost as much for a batch of 128 as for eight of them.
+# Examples processed together: numpy's calls cost as much for a batch of 128 as for eight of them.
 TOGETHER_ROWS = 1_024
 # Rows that the anchor scores at once: 38 µs of CPU a row for 64 of them, 24 for 256, 20 for 1,024 (39 fields, MLP 400-400-400).
-# A full block and a capture don't wait for so many.
+# A full block and a capture don't wait for that many.
 GATHERED_ROWS = 1_024
-# Places for the logits of compared first labels; 20 bytes each, 2.6 MB together. At one impression in 16 and 300 impressions/s
+# Slots for the logits of compared first labels; 20 bytes each, 2.6 MB together. At one impression in 16 and 300 impressions/s
 # that is two hours.
-PLACES = 1 << 17
-# Scores over which their spread is measured: fewer vary by chance too little or too much.
+SLOTS = 1 << 17
+# Number of scores whose spread is measured. The spread of fewer scores depends too much on chance.
 SPREAD_EXAMPLES = 1_000
-# Logits of a model whose scores are all alike differ by less: a thousandth of a logit is a tenth of a per cent of a click rate.
+# If logits differ by less, all scores are alike: a thousandth of a logit is a tenth of a per cent of a click rate.
 LEAST_SPREAD = 1e-3
-# A score in float32 can't say 1 - p below this; the same limit as that of the metrics.
+# A float32 can't represent a score nearer to 1 than this. The metrics have the same limit.
 _CLIP = 1e-7
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: the sample must not follow what others draw from the hash
+_MIX = np.uint64(
+    0x9E3779B97F4A7C15
+)  # 2**64 / golden ratio: the sample must be independent of others that are drawn by the same hash
 
 
 class Predicts(Protocol):
-    """What an anchor needs of a `model.predictor.Predictor`."""
+    """The part of `model.predictor.Predictor` that an anchor needs."""
 
     def predict(self, batch: FeatureBatch) -> npt.NDArray[np.float32]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """What the live weights are compared with. Without a predictor the scores that impressions were shown with stand in."""
+    """What the live weights are compared with. Without a predictor, the scores that impressions were shown with are used."""
 
     version: int | None
     predictor: Predicts | None
@@ -66,7 +69,7 @@ class Anchor:
 
 @dataclass(slots=True)
 class _Gathered:
-    """Compared examples of one batch, not scored by the anchor yet."""
+    """Sampled examples of one batch that the anchor has not scored yet."""
 
     batch: FeatureBatch
     keys: npt.NDArray[np.uint64]
@@ -77,30 +80,39 @@ class _Gathered:
     corrects: npt.NDArray[np.bool_]
 
 
+@dataclass(slots=True)
+class _Spread:
+    """Sums over the logits since the spread was last measured."""
+
+    count: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+
 class _Remembered:
-    """Logits and weights of compared first labels, by the hash of the id; a newer impression takes the place of an older."""
+    """Logits and weights of compared first labels, by the hash of the id. A newer impression overwrites an older one's slot."""
 
     def __init__(self) -> None:
-        self._keys = np.zeros(PLACES, np.uint64)
-        self._values = np.zeros((PLACES, 3), np.float32)  # live logit, anchor's logit, weight
+        self._keys = np.zeros(SLOTS, np.uint64)
+        self._values = np.zeros((SLOTS, 3), np.float32)  # live logit, anchor's logit, weight
 
     def put(self, keys: npt.NDArray[np.uint64], values: npt.NDArray[np.float64]) -> None:
-        at = (keys % PLACES).astype(np.intp)
+        at = (keys % SLOTS).astype(np.intp)
         self._keys[at], self._values[at] = keys, values
 
     def take(self, keys: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-        """Whether each is there (N,), and its values (N, 3)."""
-        at = (keys % PLACES).astype(np.intp)
+        """Whether each key is in the table (N,), and its values (N, 3)."""
+        at = (keys % SLOTS).astype(np.intp)
         return self._keys[at] == keys, self._values[at].astype(np.float64)
 
 
 class Judge:
-    """Feeds the gate. `observe`, `state` and `restore` are for the training thread, everything else for any.
+    """Gives the gate its pairs. `observe`, `state` and `restore` are for the training thread, all else is for any.
 
     judge = Judge(settings.snapshots, GateState(line=epoch))
     judge.compare_with(Anchor(12, predictor))
     judge.observe(batch, scores)
-        judge.report()
+    judge.report()
     """
 
     def __init__(self, settings: SnapshotSettings, state: GateState) -> None:
@@ -114,15 +126,15 @@ class Judge:
         self._rows = 0
         self._remembered = _Remembered()
         self._spread: float | None = None
-        self._scores = [0.0, 0.0, 0.0]  # count, Σ logit, Σ logit² since the spread was last measured
+        self._sums = _Spread()
 
     @property
     def anchor(self) -> Anchor | None:
-        """What is compared with; None before anything is."""
+        """What the live weights are compared with; None before there is anything."""
         return self._anchor
 
     def compare_with(self, anchor: Anchor | None) -> None:
-        """Go on with another anchor, or with none; what is gathered for the old one is left out."""
+        """Go on with another anchor, or with none. Rows gathered for the old anchor are dropped."""
         with self._lock:
             self._take_in()
             self._gathered, self._rows = [], 0
@@ -132,7 +144,7 @@ class Judge:
             self._gate.anchored(None if anchor is None else anchor.version)
 
     def follow(self, champion_line: int | None) -> None:
-        """Tell the gate whose line the champion is of (None: there is no champion)."""
+        """Set the line of the champion; None when there is no champion."""
         with self._lock:
             state = self._gate.state
             if champion_line is None or champion_line == state.line:
@@ -141,25 +153,25 @@ class Judge:
                 self._gate.oppose(champion_line, _now_ms())
 
     def report(self) -> GateReport:
-        """What the gate knows now: of everything observed right after `state`, else of all but the last moments."""
+        """What the gate knows now: everything observed if `state` was just called, else all but the last batches."""
         with self._lock:
             return self._gate.report(self._problems(), self._spread)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Between two batches: everything observed so far, what is gathered included."""
+        """Everything observed so far, with gathered rows scored. To be called between two batches."""
         with self._lock:
             self._take_in()
             self._score_gathered()
             return {"state": to_json(self._gate.state)}
 
     def restore(self, state: State) -> None:
-        """Go on from what `state` gave; raises ModelError for a layout that it doesn't know."""
+        """Go on from what `state` gave. Raises ModelError for an unknown layout."""
         found = from_json(state.get("state"), GateState)
         with self._lock:
             self._gate.state = found
 
     def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
-        """Take in a batch that was learned, with the scores from before the update."""
+        """Take a batch that was learned, with the scores from before its update."""
         with self._lock:
             self._observed.append((batch, scores))
             self._observed_rows += len(batch)
@@ -184,7 +196,7 @@ class Judge:
             return
         served = np.concatenate([batch.served for batch in batches]).astype(np.float64)
         if self._anchor.predictor is None:
-            weights = np.where(np.isnan(served), 0.0, weights)  # clicks are seen, but the comparison is of what was served
+            weights = np.where(np.isnan(served), 0.0, weights)  # only examples with a served score are compared
         self._gate.count(labels, corrects, weights)
         keys = np.concatenate([batch.id_hashes for batch in batches]).view(np.uint64) * _MIX
         hashes = (keys >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -217,7 +229,7 @@ class Judge:
             np.concatenate([getattr(each, name) for each in gathered])
             for name in ("keys", "labels", "weights", "live", "served", "corrects")
         )
-        # First labels come before their corrections, also where both are gathered here.
+        # First labels are paired before their corrections, also when both are in this batch.
         at = np.flatnonzero(~corrects)
         batch = FeatureBatch.concat([each.batch for each in gathered])
         self._pair(batch, at, labels, weights, live, served, keys)
@@ -228,9 +240,9 @@ class Judge:
         was_live, was_anchor, was_weight = values[known].T
         now = labels[at][known]
         self._gate.pair(1 - now, was_weight, was_live, was_anchor, taken_back=True)
-        # One label of the impression is taken back, the other counts as one among those of its kind.
+        # The first label is taken back; the other one then counts like all labels of its kind.
         self._gate.pair(now, weights[at][known], was_live, was_anchor)
-        # Not remembered, or left out of the stream when it was a non-click: by the present scores.
+        # The first label isn't remembered, or its negative was left out of the stream: compare by the present scores.
         unknown = at[~known]
         self._pair(batch, unknown[labels[unknown] > 0.5], labels, weights, live, served, keys, remember=False)
 
@@ -259,14 +271,14 @@ class Judge:
             self._remembered.put(keys[at], np.stack([live[at], anchor, weights[at]], 1))
 
     def _measure_spread(self, live: npt.NDArray[np.float64]) -> None:
-        sums = self._scores
-        sums[0] += len(live)
-        sums[1] += float(live.sum())
-        sums[2] += float((live * live).sum())
-        if sums[0] >= SPREAD_EXAMPLES:
-            mean = sums[1] / sums[0]
-            self._spread = math.sqrt(max(0.0, sums[2] / sums[0] - mean * mean))
-            self._scores = [0.0, 0.0, 0.0]
+        sums = self._sums
+        sums.count += len(live)
+        sums.total += float(live.sum())
+        sums.squares += float((live * live).sum())
+        if sums.count >= SPREAD_EXAMPLES:
+            mean = sums.total / sums.count
+            self._spread = math.sqrt(max(0.0, sums.squares / sums.count - mean * mean))
+            self._sums = _Spread()
 
     def _problems(self) -> list[str]:
         if self._spread is None or self._spread >= LEAST_SPREAD:
@@ -286,14 +298,16 @@ def choose_anchor(
 ) -> int | None:
     """Which version to compare with: the one in use, or a newer one when it is time; None when none qualifies.
 
-    An anchor is good (tagged, not rolled back) and at least `anchor_age_ms` (event time) and `anchor_clicks` older than what is
-    trained. It is changed for one that is as much newer again, so that a store is read once in that time and not with
-    every version, and never while versions are withheld: the good ones of the last moments are those that went wrong.
-    Where the champion is of another line, it is the newest good version of that line, or the champion itself.
+    - An anchor is good (tagged, not rolled back), and at least `anchor_age_ms` (event time) and `anchor_clicks` older than what
+      is trained.
+    - It is replaced by a version that is newer by the same age and clicks, so that the store is read once in that time and not
+      with every version.
+    - It is never replaced while versions are withheld: the newest good versions may be those that went wrong.
+    - When the champion is of another line, the anchor is the newest good version of that line, or the champion itself.
 
     Args:
-        report: the gate's, of now.
-        watermark_ms: how far is trained, event time.
+        report: the gate's present report.
+        watermark_ms: event time up to which is trained.
         broken: versions that couldn't be read.
     """
     champion_line = registry.champion_line
@@ -337,7 +351,7 @@ def _clicks(record: VersionRecord) -> int:
 
 
 def _rows_of(batches: list[FeatureBatch], rows: npt.NDArray[np.intp]) -> FeatureBatch:
-    """Some rows (ascending) of batches that are numbered one after the other."""
+    """Rows, in ascending order, of several batches whose rows are numbered consecutively."""
     starts = np.cumsum([0, *map(len, batches)])
     cuts = np.searchsorted(rows, starts)
     parts = [

@@ -1,8 +1,8 @@
-"""Dead letters of the trainer: written at least once, and before any snapshot that relies on them.
+"""Dead letters of the trainer: written at least once, and before any version that relies on them.
 
-They aren't part of a transaction, since the trainer's progress is in its snapshots and not in Kafka. After a crash, examples
-since the last snapshot are read again and their dead letters written again; `source_topic`, `source_partition` and
-`source_offset` name the record, so that a reader can tell a repeat.
+They aren't part of a transaction, since the trainer's progress is in its versions and not in Kafka. After a crash, examples
+since the last version are read again and their dead letters are written again. `source_topic`, `source_partition` and
+`source_offset` name the record, so that a reader can recognise a repeat.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import asyncio
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from aiokafka import AIOKafkaProducer
 
 from stream.kafka.batches import BATCH_BYTES, send_batches
 from stream.kafka.clients import aiokafka_options, quietly_stopped, started, written
@@ -24,10 +25,10 @@ __all__ = ["LetterBox"]
 
 
 class LetterBox:
-    """Sends what is handed in, in order. All methods belong to the event loop.
+    """Sends letters in the order in which they are handed in. All methods belong to the event loop.
 
     Args:
-        fatal: called when the broker doesn't take a letter; must not return.
+        fatal: called when the broker doesn't take a letter. It must not return.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class LetterBox:
         topic: str,
         partitions: int,
         metrics: TrainerMetrics,
-        fatal: Callable[[str, BaseException], Any],
+        fatal: Callable[[str, BaseException], object],
     ) -> None:
         self._kafka, self._topic, self._partitions = kafka, topic, partitions
         self._metrics, self._fatal = metrics, fatal
@@ -44,15 +45,13 @@ class LetterBox:
         self._arrived = asyncio.Event()
         self._progress = asyncio.Condition()
         self._max_bytes = DEFAULT_MAX_MESSAGE_BYTES
-        self._producer: Any = None
+        self._producer: AIOKafkaProducer | None = None
         self._task: asyncio.Task[None] | None = None
         self.written = 0
-        """Letters that the broker has."""
+        """Number of letters that the broker has."""
         self._taken = 0
 
     async def start(self) -> None:
-        from aiokafka import AIOKafkaProducer
-
         self._max_bytes = await letter_limit(self._kafka, self._topic)
         producer = AIOKafkaProducer(
             **aiokafka_options(self._kafka),
@@ -64,15 +63,16 @@ class LetterBox:
         self._task = asyncio.ensure_future(self._send_all())
 
     def put(self, letters: Sequence[DeadLetter]) -> None:
-        """Take letters; they go out in the background."""
+        """Take letters, to be sent in the background."""
         self._taken += len(letters)
         self._waiting.extend(letters)
         self._arrived.set()
 
     async def written_up_to(self, count: int) -> None:
-        """Wait until the first `count` letters ever handed in are written, and all that are handed in by now.
+        """Wait until the first `count` letters ever handed in are written, and also all that are handed in by now.
 
-        The latter since letters of examples that were set aside in training lie anywhere among those of decoded runs.
+        `count` alone is not enough: letters of examples that were set aside in training lie anywhere among those of decoded
+        runs.
         """
         count = max(count, self._taken)
         async with self._progress:
@@ -106,7 +106,7 @@ class LetterBox:
         await written(self._kafka, futures, f"dead letters to {self._topic}")
 
     async def close(self) -> None:
-        """Disconnect; what isn't written yet is written again after the next start."""
+        """Disconnect. Letters that aren't written yet are made again after the next start."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""The trainer's metrics, in Prometheus' names and units."""
+"""The trainer's metrics, with names and units as Prometheus recommends."""
 
 from __future__ import annotations
 
@@ -8,48 +8,55 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from model.metrics import Metrics
-from state.gate import GateReport
+from state.gate_report import GateReport
 from state.manifest import Manifest
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.evaluation import Report
 
 __all__ = ["TrainerMetrics"]
 
-# Clicks from which served calibration is judged: with 100 its standard error is 10 %, half the width of the shipped band.
+# Clicks needed to judge served calibration: with 100 its standard error is 10 %, half the width of the default band.
 SERVED_CLICKS = 100
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 
 class TrainerMetrics:
-    """Registered once a worker. Counters are safe from any thread."""
+    """Registered once in a worker. Counters may be used in any thread."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.examples = Counter("headrace_trainer_examples", "Examples learned.", ["label"], registry=registry)
-        self.batches = Counter("headrace_trainer_batches", "Updates of the model.", registry=registry)
+    def __init__(self, prometheus: CollectorRegistry) -> None:
+        self.examples = Counter("headrace_trainer_examples", "Examples learned, by label.", ["label"], registry=prometheus)
+        self.batches = Counter("headrace_trainer_batches", "Updates of the model.", registry=prometheus)
         self.not_finite_batches = Counter(
             "headrace_trainer_not_finite_batches",
-            "Batches whose update was not finite, so that examples of them were set aside.",
-            registry=registry,
+            "Batches whose update was not finite, so that some of their examples were set aside.",
+            registry=prometheus,
         )
-        self.dead_letters = Counter("headrace_trainer_dead_letters", "Examples refused.", ["reason"], registry=registry)
+        self.dead_letters = Counter(
+            "headrace_trainer_dead_letters", "Examples that became dead letters, by reason.", ["reason"], registry=prometheus
+        )
         self.learn_seconds = Histogram(
-            "headrace_trainer_learn_seconds", "Scoring and learning one batch.", registry=registry, buckets=_SECONDS
+            "headrace_trainer_learn_seconds", "Time to score and learn one batch.", registry=prometheus, buckets=_SECONDS
         )
         self.decode_seconds = Histogram(
-            "headrace_trainer_decode_seconds", "Decoding one run.", registry=registry, buckets=_SECONDS
+            "headrace_trainer_decode_seconds", "Time to decode one run.", registry=prometheus, buckets=_SECONDS
         )
         self.queue = Gauge(
-            "headrace_trainer_queue_runs", "Runs taken from Kafka and not in the training thread yet.", registry=registry
+            "headrace_trainer_queue_runs",
+            "Runs taken from Kafka that the training thread does not have yet.",
+            registry=prometheus,
         )
         self.lag = Gauge(
-            "headrace_trainer_lag_records", "Records of a partition not trained yet.", ["partition"], registry=registry
+            "headrace_trainer_lag_records",
+            "Records of a partition that are not trained yet.",
+            ["partition"],
+            registry=prometheus,
         )
         self.watermark = Gauge(
-            "headrace_trainer_watermark_timestamp_seconds", "Newest impression trained, event time.", registry=registry
+            "headrace_trainer_watermark_timestamp_seconds", "Event time of the newest impression trained.", registry=prometheus
         )
-        # One gauge for each figure and kind, since Prometheus' own advice is against mixing kinds under one name.
+        # One gauge for each figure and kind: Prometheus advises against mixing kinds under one name.
         self.scores = {
-            (kind, field): Gauge(f"headrace_trainer_{kind}_{name}", f"{help}, {meaning}.", ["scope"], registry=registry)
+            (kind, field): Gauge(f"headrace_trainer_{kind}_{name}", f"{help}, {meaning}.", ["scope"], registry=prometheus)
             for kind, meaning in (
                 ("progressive", "of the model's score just before it learned the example"),
                 ("served", "of the score that the impression was shown with"),
@@ -58,88 +65,101 @@ class TrainerMetrics:
                 ("examples", "examples", "Examples counted"),
                 ("log_loss", "log_loss", "Mean log loss"),
                 ("auc", "auc", "Area under the ROC curve"),
-                ("normalised_entropy", "normalised_entropy", "Log loss over that of the base rate"),
-                ("calibration", "calibration", "Expected over actual clicks"),
+                ("normalised_entropy", "normalised_entropy", "Log loss over the log loss of the base rate"),
+                ("calibration", "calibration", "Expected clicks over actual clicks"),
             )
         }
         self.snapshots = Counter(
-            "headrace_trainer_snapshots", "Versions, by what became of them.", ["outcome"], registry=registry
+            "headrace_trainer_snapshots",
+            "Versions, by outcome: promoted, candidate, or failed.",
+            ["outcome"],
+            registry=prometheus,
         )
         self.snapshot_seconds = Histogram(
             "headrace_trainer_snapshot_seconds",
-            "One snapshot: capture (training stands still), write, announce.",
+            "Time of each stage of a version: capture (training waits), write, announce.",
             ["stage"],
-            registry=registry,
+            registry=prometheus,
             buckets=_SECONDS,
         )
-        self.snapshot_version = Gauge("headrace_trainer_snapshot_version", "Newest version announced.", registry=registry)
-        self.snapshot_bytes = Gauge("headrace_trainer_snapshot_bytes", "Size of the newest version.", registry=registry)
+        self.snapshot_version = Gauge("headrace_trainer_snapshot_version", "Newest version announced.", registry=prometheus)
+        self.snapshot_bytes = Gauge("headrace_trainer_snapshot_bytes", "Size of the newest version.", registry=prometheus)
         self.snapshot_time = Gauge(
-            "headrace_trainer_snapshot_timestamp_seconds", "When the newest version was captured.", registry=registry
+            "headrace_trainer_snapshot_timestamp_seconds", "Time at which the newest version was captured.", registry=prometheus
         )
         self.skew_checked = Counter(
-            "headrace_trainer_skew_checked", "Served scores that were computed again.", registry=registry
+            "headrace_trainer_skew_checked", "Served scores that were computed again to find skew.", registry=prometheus
         )
         self.skew_failures = Counter(
-            "headrace_trainer_skew_failures", "Versions that could not be read for that.", registry=registry
+            "headrace_trainer_skew_failures",
+            "Versions that could not be read to compute served scores again.",
+            registry=prometheus,
         )
         self.skew_examples = Gauge(
-            "headrace_trainer_skew_examples", "Served scores that the figures of skew are of.", registry=registry
+            "headrace_trainer_skew_examples", "Served scores that count for the figures of skew.", registry=prometheus
         )
         self.skew_mean = Gauge(
-            "headrace_trainer_skew_logit_mean", "Mean difference of served and recomputed logits, in size.", registry=registry
+            "headrace_trainer_skew_logit_mean", "Mean absolute difference of served and recomputed logits.", registry=prometheus
         )
-        self.skew_p99 = Gauge("headrace_trainer_skew_logit_p99", "99th percentile of that difference.", registry=registry)
+        self.skew_p99 = Gauge(
+            "headrace_trainer_skew_logit_p99",
+            "99th percentile of the absolute difference of served and recomputed logits.",
+            registry=prometheus,
+        )
         self.skew_share = Gauge(
             "headrace_trainer_skew_ratio",
-            "Served scores whose logit differs by more than 0.02, of all compared.",
-            registry=registry,
+            "Share of the compared scores whose logit differs by more than 0.02.",
+            registry=prometheus,
         )
         self.promoted_version = Gauge(
-            "headrace_trainer_promoted_version", "Last version that was promoted at its announcement.", registry=registry
+            "headrace_trainer_promoted_version", "Newest version that was promoted when it was announced.", registry=prometheus
         )
         self.promoted_time = Gauge(
-            "headrace_trainer_promoted_timestamp_seconds", "When a version was last promoted so.", registry=registry
+            "headrace_trainer_promoted_timestamp_seconds",
+            "Time at which a version was last promoted when it was announced.",
+            registry=prometheus,
         )
 
         self.gate_flowing = Gauge(
             "headrace_trainer_gate_flowing",
             "1 while new versions may become champion, 0 while they are withheld.",
-            registry=registry,
+            registry=prometheus,
         )
         self.gate_loss_change = Gauge(
             "headrace_trainer_gate_loss_change",
-            "Log loss of the live weights over the anchor's on the same examples, less 1, of the newest stretch judged.",
-            registry=registry,
+            "Log loss of the live weights over the anchor's on the same examples, less 1, in the newest blocks judged.",
+            registry=prometheus,
         )
         self.gate_clicks = Gauge(
-            "headrace_trainer_gate_clicks", "Clicks in the blocks judged since the gate last turned.", registry=registry
+            "headrace_trainer_gate_clicks", "Clicks in the blocks judged since the gate last turned.", registry=prometheus
         )
         self.gate_anchor = Gauge(
-            "headrace_trainer_gate_anchor_version", "Version that is compared with, 0 when there is none.", registry=registry
+            "headrace_trainer_gate_anchor_version",
+            "Version that the live weights are compared with, 0 when there is none.",
+            registry=prometheus,
         )
         self.score_spread = Gauge(
             "headrace_trainer_score_spread",
             "Standard deviation of the logits of the newest 1,000 scores or so.",
-            registry=registry,
+            registry=prometheus,
         )
         self.behind = Gauge(
             "headrace_trainer_versions_since_champion",
             "Announced versions that are newer than the champion.",
-            registry=registry,
+            registry=prometheus,
         )
         self.served_out_of_band = Gauge(
             "headrace_trainer_served_out_of_band",
             "1 while the calibration of served scores is outside snapshots.served_calibration_band, judged from 100 clicks on.",
-            registry=registry,
+            registry=prometheus,
         )
 
     def watch_queue(self, waiting: Callable[[], int]) -> None:
-        """Where the depth of the queue is read from, at each scrape."""
+        """Set the function that gives the length of the queue at each scrape."""
         self.queue.set_function(waiting)
 
     def learned(self, batch: TrainingBatch, seconds: float) -> None:
-        """Add up one batch."""
+        """Count one batch."""
         positives = int(batch.labels.sum())
         self.examples.labels("1").inc(positives)
         self.examples.labels("0").inc(len(batch) - positives)
@@ -147,21 +167,21 @@ class TrainerMetrics:
         self.learn_seconds.observe(seconds)
 
     def report(self, report: Report) -> None:
-        """Show how good the scores are."""
+        """Set the gauges of the evaluation."""
         for (kind, scope), metrics in report.items():
             for (gauge_kind, field), gauge in self.scores.items():
                 if gauge_kind == kind:
                     gauge.labels(scope).set(getattr(metrics, field))
 
     def skewed(self, examples: int, mean: float, p99: float, share: float) -> None:
-        """Show how far served scores are from recomputed ones."""
+        """Set the gauges of skew."""
         self.skew_examples.set(examples)
         self.skew_mean.set(mean)
         self.skew_p99.set(p99)
         self.skew_share.set(share)
 
     def judged(self, verdict: GateReport, versions_since_champion: int) -> None:
-        """Show what the gate knows."""
+        """Set the gauges of the gate."""
         self.gate_flowing.set(verdict.flow == "flowing")
         self.gate_loss_change.set(math.nan if verdict.loss_change is None else verdict.loss_change)
         self.gate_clicks.set(verdict.compared_clicks)
@@ -170,12 +190,12 @@ class TrainerMetrics:
         self.behind.set(versions_since_champion)
 
     def served(self, metrics: Metrics, band: tuple[float, float]) -> None:
-        """Show whether what was served promised as many clicks as came."""
+        """Set whether the calibration of served scores is out of the band."""
         enough = metrics.positives >= SERVED_CLICKS
         self.served_out_of_band.set(enough and not band[0] <= metrics.calibration <= band[1])
 
     def announced(self, manifest: Manifest, *, promoted: bool) -> None:
-        """A version is in the registry."""
+        """Count a version that is in the registry."""
         self.snapshots.labels("promoted" if promoted else "candidate").inc()
         self.snapshot_version.set(manifest.version)
         self.snapshot_bytes.set(manifest.size)

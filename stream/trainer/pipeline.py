@@ -1,11 +1,11 @@
-"""Two threads between the event loop and the model: one decodes runs, one learns, and the loop waits for neither.
+"""Two threads between the event loop and the model: one decodes runs, one trains. The event loop waits for neither.
 
     event loop ── runs ──▶ decoding ── columns ──▶ training
         ▲                     │ dead letters          │ captures
         └─────────────────────┴───────────────────────┘
 
-Torch and Arrow release the GIL, so the three overlap. Both queues are short: a full one holds back the loop, the loop holds
-back Faust's queue, and that the fetcher.
+Torch and Arrow release the GIL, so the three overlap. Both queues are short: a full queue holds back the event loop, the loop
+holds back Faust's queue, and Faust's queue holds back the fetcher.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -26,38 +26,42 @@ from stream.trainer.examples import DecodedRun, ExampleDecoder
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.training import Captured, Training
 
-__all__ = ["Pipeline"]
+__all__ = ["Owner", "Pipeline"]
 
-# Runs from Kafka that may wait: enough to keep the decoder busy; each is up to 4 MiB.
+# Most runs from Kafka that wait: enough to keep the decoder busy. Each is up to 4 MiB.
 RUNS_WAITING = 3
-# Decoded runs that may wait: the trainer has its next one at hand while another is being decoded.
+# Most decoded runs that wait: the training thread has its next one at hand while another is being decoded.
 DECODED_WAITING = 2
-# Longest sleep of an idle thread: how late it can be for a stop or a capture.
+# Longest sleep of an idle thread. It may notice a stop or a capture this much later.
 NAP_S = 0.02
+
+
+class Owner(Protocol):
+    """What a pipeline reports to the worker that owns it."""
+
+    def take_letters(self, letters: list[DeadLetter]) -> None:
+        """Take dead letters. Called on the event loop.
+
+        The letters of a run come before the run is trained, those of examples that were set aside in training before the next
+        capture is answered.
+        """
+
+    def failed(self, what: str, error: BaseException) -> None:
+        """A thread has failed. Must end the process: runs would be lost with a thread that is missing. Called in the thread."""
 
 
 class Pipeline:
     """Runs `Training` in threads. Must be built on the event loop.
 
     Args:
-        letters: called on the event loop with a run's dead letters before the run is trained, and with those of examples that
-            were set aside in training before the next capture is answered.
-        fatal: called in a thread when it fails; must not return. Nothing is ever lost with a thread that died quietly.
         threads: of torch, in the training thread; 0 lets torch choose.
     """
 
     def __init__(
-        self,
-        training: Training,
-        decoder: ExampleDecoder,
-        metrics: TrainerMetrics,
-        *,
-        letters: Callable[[list[DeadLetter]], Any],
-        fatal: Callable[[str, BaseException], Any],
-        threads: int = 0,
+        self, owner: Owner, training: Training, decoder: ExampleDecoder, metrics: TrainerMetrics, *, threads: int = 0
     ) -> None:
         self.training = training
-        self._decoder, self._metrics, self._letters, self._fatal = decoder, metrics, letters, fatal
+        self._owner, self._decoder, self._metrics = owner, decoder, metrics
         self._torch_threads = threads
         self._loop = asyncio.get_running_loop()
         self._room = asyncio.Semaphore(RUNS_WAITING)
@@ -77,22 +81,22 @@ class Pipeline:
             thread.start()
 
     def waiting(self) -> int:
-        """Runs taken and not in the training thread yet."""
+        """Runs that were taken and are not in the training thread yet."""
         return self._runs.qsize() + self._decoded.qsize()
 
     async def put(self, run: Run) -> None:
-        """Hand over a run; waits while enough are waiting."""
+        """Hand over a run; waits while RUNS_WAITING runs are waiting."""
         await self._room.acquire()
         self._runs.put(run)
 
     async def capture(self) -> Captured:
-        """The trainer between two batches, as soon as the one under way is learned."""
+        """The state of training between two batches, as soon as the batch under way is trained."""
         wanted: Future[Captured] = Future()
         self._captures.put(wanted)
         return await asyncio.wrap_future(wanted)
 
     async def stop(self) -> None:
-        """End both threads after the batch under way. What waits is not learned; `training` may be used by the caller then."""
+        """End both threads after the batch under way. What waits is not trained. The caller may use `training` afterwards."""
         self._stopping.set()
         self._runs.put(None)
         for thread in self._threads:
@@ -102,7 +106,7 @@ class Pipeline:
         try:
             work()
         except BaseException as error:
-            self._fatal(f"{threading.current_thread().name} thread", error)
+            self._owner.failed(f"{threading.current_thread().name} thread", error)
 
     def _decode_runs(self) -> None:
         while (run := self._runs.get()) is not None and not self._stopping.is_set():
@@ -110,7 +114,7 @@ class Pipeline:
             decoded = self._decoder.decode(run)
             self._metrics.decode_seconds.observe(time.perf_counter() - began)
             if decoded.letters:
-                self._loop.call_soon_threadsafe(self._letters, decoded.letters)
+                self._loop.call_soon_threadsafe(self._owner.take_letters, decoded.letters)
             while not self._stopping.is_set():
                 try:
                     self._decoded.put(decoded, timeout=NAP_S)
@@ -128,7 +132,7 @@ class Pipeline:
             now = time.monotonic()
             if training.step(now, more_at_hand=not self._decoded.empty()):
                 if letters := training.take_set_aside():
-                    self._loop.call_soon_threadsafe(self._letters, letters)
+                    self._loop.call_soon_threadsafe(self._owner.take_letters, letters)
                 continue
             due = training.due_in_s(now)
             try:

@@ -1,7 +1,8 @@
-"""What a trainer makes sure of before it takes an epoch, since that ends the trainer that runs.
+"""What a trainer checks before it takes an epoch. Taking an epoch ends the trainer that runs.
 
-Everything that can be wrong with this one is looked at first, and nothing is written: features and model, the store, the log,
-the port. Between that look and the epoch the running trainer may announce another version; then all is done again.
+Everything that could keep the new trainer from starting is checked first, without writing anything: features and model, the
+store, the log, the port. Between that check and the epoch the running trainer may announce another version. Then all is checked
+again.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+from aiokafka.structs import TopicPartition
+
 from model.learner import Learner
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.gate import GateState
 from state.registry import RegistryState
 from state.store import SnapshotStore
-from stream.kafka.clients import aiokafka_options, answer, quietly_stopped, started
+from stream.kafka.clients import quietly_stopped, started
 from stream.kafka.cluster import Cluster
+from stream.kafka.read_log import log_consumer, log_spans
 from stream.settings import KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.start import Start, first_positions, go_on
@@ -29,13 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A learner with the weights it goes on from, and where it goes on in each partition."""
+    """A learner with the weights that it goes on from, and the offset to read from in each partition."""
 
     learner: Learner
     start: Start
     positions: dict[int, int]
     newest: int
-    """Newest version of the registry that this was prepared by."""
+    """Newest version in the registry when this was prepared."""
 
 
 async def prepare(
@@ -50,12 +54,12 @@ async def prepare(
     model: ModelSettings,
     new_model: bool,
 ) -> Prepared:
-    """Load what training goes on from. Writes nothing.
+    """Load the version that training goes on from. Writes nothing.
 
     Raises:
         ModelError: no features are named, or the newest version is of another schema or model.
         SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
-        PositionError: the log isn't the one that the newest version was trained on, or lost examples.
+        PositionError: the log isn't the one that the newest version was trained on, or it lost examples.
     """
     learner = Learner(schema, model, device=settings.device)
     start = await asyncio.to_thread(
@@ -67,30 +71,25 @@ async def prepare(
 
 
 def gate_state(start: Start, epoch: int) -> GateState:
-    """What the gate begins with: a line that begins now, or the version's. Its blocks come with the trainer's state."""
+    """What the gate begins with: a new line, or the line of the version. The blocks are in the trainer's state."""
     if start.manifest is None:
         return GateState(line=epoch)
     verdict = start.manifest.verdict
-    if verdict is None:  # of before there were lines
+    if verdict is None:  # the version is from a release without lines
         return GateState(line=0)
     return GateState(line=verdict.line, clicks=verdict.clicks, negatives=verdict.negatives, passed=verdict.passed)
 
 
 def topic_ids(cluster: Cluster, names: TopicNames) -> dict[str, str]:
-    """Kafka's ids of the two topics that a version belongs to, under the names without a prefix."""
+    """Kafka's ids of the two topics that a version belongs to, by their names without the prefix."""
     return {name: cluster.topic_ids[topic] for name, topic in (("examples", names.examples), ("snapshots", names.snapshots))}
 
 
 async def _log_bounds(kafka: KafkaSettings, topic: str, partitions: int) -> tuple[dict[int, int], dict[int, int]]:
     """First and next offset of every partition's log, as a `read_committed` reader sees it."""
-    from aiokafka import AIOKafkaConsumer, TopicPartition
-
-    consumer = AIOKafkaConsumer(**aiokafka_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
-    await started(kafka, consumer, f"the ends of {topic}")
+    consumer = await started(kafka, log_consumer(kafka), f"the ends of {topic}")
     try:
-        places = [TopicPartition(topic, number) for number in range(partitions)]
-        beginnings = await answer(kafka, consumer.beginning_offsets(places), f"the beginnings of {topic}")
-        ends = await answer(kafka, consumer.end_offsets(places), f"the ends of {topic}")
+        logs = await log_spans(kafka, consumer, [TopicPartition(topic, number) for number in range(partitions)])
     finally:
         await quietly_stopped(consumer.stop)
-    return {place.partition: at for place, at in beginnings.items()}, {place.partition: at for place, at in ends.items()}
+    return {tp.partition: span.start for tp, span in logs.items()}, {tp.partition: span.end for tp, span in logs.items()}

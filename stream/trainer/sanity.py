@@ -1,4 +1,4 @@
-"""What is wrong with a version's weights, whatever they score."""
+"""Checks of a version's weights alone, whatever they score."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 __all__ = ["LARGEST_WEIGHT", "weight_problems"]
 
-# Weights of a healthy model lie below 10, and a logit of 30 is a certainty in float32. A product of weights beyond this leaves
-# float32's range within a few layers.
+# Weights of a healthy model lie below 10, and a logit of 30 is a certainty in float32. Products of larger weights than this
+# leave float32's range within a few layers.
 LARGEST_WEIGHT = 1e6
 
 
 def weight_problems(serving: Mapping[str, torch.Tensor]) -> list[str]:
-    """Tensors that aren't finite, or hold a weight beyond `LARGEST_WEIGHT`, by name; empty for sane ones."""
+    """What is wrong: tensors, by name, that aren't finite or hold a weight beyond `LARGEST_WEIGHT`. Empty when nothing is."""
     problems = []
     for name, tensor in sorted(serving.items()):
         if not tensor.is_floating_point() or not tensor.numel():

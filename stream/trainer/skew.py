@@ -1,14 +1,14 @@
 """Skew: whether impressions carry the features that they were scored with.
 
-An impression that was scored says by which version and with what score. The trainer reads the impression's features, and it can
-score them again with the same version. Both scores are the same when the scoring service and whoever sends impressions agree.
-They differ where one of the two sends a feature in another unit, with a default, not at all, or as it was at another time. Then
-what is learned isn't what is served, and no other metric says so.
+An impression that was scored names the version and the score. The trainer reads the impression's features, and can score them
+again with the same version. Both scores are equal when the scoring service and the sender of impressions send the same
+features. They differ when one of the two sends a feature in another unit, with a default, not at all, or as it was at another
+time. Then the features that are learned aren't those that are served, and no other metric shows it.
 
     training thread ── a sample of rows ──▶ waiting ──▶ every second, in another thread: score again, compare logits
 
-One version is in memory for that, read from the store: the one that most of the waiting rows were scored with. Another one
-takes its place after `RELOAD_S`. Rows of other versions wait, up to a bound, and then fall out.
+For that, one version is read from the store and kept in memory: the one that most of the waiting rows were scored with. After
+`RELOAD_S` another version may replace it. Rows of other versions wait, up to a bound, and are then dropped.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,21 +41,21 @@ __all__ = ["BOUND", "Skew", "SkewCheck", "load_reference"]
 
 log = logging.getLogger(__name__)
 
-# Rows sampled a second, and gathered before a few are taken at once: some 0.1 ms of the training thread each time.
+# Rows sampled a second, and the least that is taken at once: some 0.1 ms of the training thread each time.
 ROWS_S, TAKEN_AT_ONCE = 100, 16
 # Rows that wait for their version: 40 s of the above, some 2 MB at 40 fields.
 MAX_WAITING = 4_000
-# How often waiting rows are looked at, and another version may be read: once a minute, large ones so seldom that reading takes
-# at most a hundredth of the time (40 MB of weights: 0.8 s of CPU).
+# How often waiting rows are compared, and how often another version may be read: once a minute. A large version is read so
+# seldom that reading takes at most a hundredth of the time (40 MB of weights: 0.8 s of CPU).
 EVERY_S, RELOAD_S, RELOAD_SHARE = 1.0, 60.0, 0.01
-# Weights beyond this are not read: they would stand in the trainer's memory three times while they are made ready.
+# Larger weights are not read: the trainer's memory would hold them three times while they are made ready.
 MAX_BYTES = 1 << 30
-# Compared rows that the figures are of, and for how long they count.
+# How many compared rows count for the figures, and for how long.
 WINDOW, KEEP_S = 2_000, 900.0
-# A difference of logits beyond this isn't one of arithmetic: equal features differ by less than 0.001 (other batches, 8 digits
-# of a score, a GPU on one side). 0.02 is 2 % of the odds.
+# A larger difference of logits doesn't come from arithmetic: with equal features logits differ by less than 0.001 (other
+# batches, 8 digits of a score, a GPU on one side). 0.02 is 2 % of the odds.
 BOUND = 0.02
-# Scores have 8 digits after the point: below this, rounding alone would move a logit by more than 0.0005.
+# Scores have 8 digits after the point. Below this score, rounding alone would move a logit by more than 0.0005.
 CLIP = 1e-5
 
 
@@ -68,8 +69,24 @@ class Skew:
     share: float
 
 
+class _Reference(NamedTuple):
+    """The version in memory."""
+
+    version: int
+    predictor: Predictor
+
+
+class _Compared(NamedTuple):
+    """Differences of the logits of some rows, and when they were compared (monotonic)."""
+
+    at_s: float
+    differences: npt.NDArray[np.float64]
+
+
 @dataclass(frozen=True, slots=True)
 class _Rows:
+    """Rows that carry a served score."""
+
     batch: FeatureBatch
     versions: npt.NDArray[np.int64]
     served: npt.NDArray[np.float32]
@@ -84,7 +101,7 @@ class SkewCheck:
         skew.figures()
 
     Args:
-        load: reads a version to score with; raises SnapshotError when it can't.
+        load: reads a version to score with. Raises SnapshotError when it can't.
     """
 
     def __init__(self, load: Callable[[int], Predictor], metrics: TrainerMetrics) -> None:
@@ -93,14 +110,14 @@ class SkewCheck:
         self._waiting: deque[_Rows] = deque()
         self._rows = 0
         self._allowed, self._since_s = 0.0, time.monotonic()
-        self._reference: tuple[int, Predictor] | None = None
+        self._reference: _Reference | None = None
         self._unreadable: set[int] = set()
         self._loads_from_s = 0.0
-        self._compared: deque[tuple[float, npt.NDArray[np.float64]]] = deque()
-        self._told = False
+        self._compared: deque[_Compared] = deque()
+        self._reported = False
 
     def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
-        """Put a few rows that carry a served score aside."""
+        """Take a few rows that carry a served score, to be compared later."""
         now_s = time.monotonic()
         self._allowed = min(self._allowed + (now_s - self._since_s) * ROWS_S, 2.0 * ROWS_S)
         self._since_s = now_s
@@ -108,7 +125,7 @@ class SkewCheck:
             return
         there = np.isfinite(batch.served) & (batch.versions >= 0)
         if batch.corrects is not None:
-            there &= ~batch.corrects  # its first label was here before
+            there &= ~batch.corrects  # the first label was taken before
         at = np.flatnonzero(there)[: int(self._allowed)]
         if not len(at):
             return
@@ -120,7 +137,7 @@ class SkewCheck:
                 self._rows -= len(self._waiting.popleft().served)
 
     async def run(self) -> None:
-        """Compare what waits, for ever. Nothing that fails here is worth a trainer."""
+        """Compare what waits, until cancelled. A failure is logged and never ends the trainer."""
         while True:
             await asyncio.sleep(EVERY_S)
             try:
@@ -129,7 +146,7 @@ class SkewCheck:
                 log.exception("served scores could not be compared")
 
     def check(self, now_s: float) -> None:
-        """Score again what waits for the version in memory, and read another version when it is time."""
+        """Score again the rows of the version in memory, and read another version when it is time."""
         with self._lock:
             taken, self._rows = list(self._waiting), 0
             self._waiting.clear()
@@ -145,16 +162,15 @@ class SkewCheck:
             self._choose(rows, now_s)
         left = np.ones(len(rows.served), np.bool_)
         if self._reference is not None:
-            version, predictor = self._reference
-            mine = rows.versions == version
+            mine = rows.versions == self._reference.version
             if mine.any():
                 at = np.flatnonzero(mine)
-                recomputed = predictor.predict(rows.batch.take(at))
-                self._compared.append((now_s, _logits(rows.served[at]) - _logits(recomputed)))
+                recomputed = self._reference.predictor.predict(rows.batch.take(at))
+                self._compared.append(_Compared(now_s, _logits(rows.served[at]) - _logits(recomputed)))
                 self._metrics.skew_checked.inc(len(at))
                 left &= ~mine
         self._forget(now_s)
-        self._tell()
+        self._report()
         at = np.flatnonzero(left)
         if len(at):
             with self._lock:
@@ -162,15 +178,15 @@ class SkewCheck:
                 self._rows += len(at)
 
     def figures(self) -> Skew | None:
-        """Of the rows compared lately; None without any."""
-        parts = [part for _, part in list(self._compared)]
+        """The figures of the rows compared lately; None when there are none."""
+        parts = [each.differences for each in list(self._compared)]
         if not parts:
             return None
         size = np.abs(np.concatenate(parts))
         return Skew(len(size), float(size.mean()), float(np.quantile(size, 0.99)), float((size > BOUND).mean()))
 
     def manifest_metrics(self) -> Mapping[str, float]:
-        """As a version's metrics carry them."""
+        """The figures, under their names in a version's metrics."""
         skew = self.figures()
         if skew is None:
             return {}
@@ -182,7 +198,7 @@ class SkewCheck:
         }
 
     def _choose(self, rows: _Rows, now_s: float) -> None:
-        """Take the version that most rows were scored with. The one in memory is let go of first: there is one at a time."""
+        """Load the version that most rows were scored with. The one in memory is dropped first: there is one at a time."""
         counts = Counter(rows.versions.tolist())
         for version in self._unreadable & counts.keys():
             del counts[version]
@@ -190,12 +206,12 @@ class SkewCheck:
             return
         [(version, _)] = counts.most_common(1)
         self._loads_from_s = now_s + RELOAD_S
-        if self._reference is not None and self._reference[0] == version:
+        if self._reference is not None and self._reference.version == version:
             return
         self._reference = None
         began = time.monotonic()
         try:
-            self._reference = (version, self._load(version))
+            self._reference = _Reference(version, self._load(version))
         except (SnapshotError, ModelError, ValueError) as error:
             self._unreadable.add(version)
             self._metrics.skew_failures.inc()
@@ -203,34 +219,38 @@ class SkewCheck:
         self._loads_from_s = now_s + max(RELOAD_S, (time.monotonic() - began) / RELOAD_SHARE)
 
     def _forget(self, now_s: float) -> None:
-        """Keep the newest `WINDOW` rows, of the last `KEEP_S`."""
-        rows = sum(len(part) for _, part in self._compared)
-        while self._compared and (now_s - self._compared[0][0] > KEEP_S or rows - len(self._compared[0][1]) >= WINDOW):
-            rows -= len(self._compared.popleft()[1])
+        """Drop all but the newest `WINDOW` rows of the last `KEEP_S`."""
+        rows = sum(len(each.differences) for each in self._compared)
+        while self._compared:
+            oldest = self._compared[0]
+            if now_s - oldest.at_s <= KEEP_S and rows - len(oldest.differences) < WINDOW:
+                return
+            rows -= len(oldest.differences)
+            self._compared.popleft()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         skew = self.figures()
         if skew is None:
             return
         self._metrics.skewed(skew.examples, skew.mean, skew.p99, skew.share)
         found = skew.examples >= 100 and skew.share > 0.01
-        if found and not self._told:
+        if found and not self._reported:
             log.error(
                 "skew: %.0f %% of %d served scores aren't what their version computes from the features of their impressions "
                 "(99 %% of logits within %.3g). Scoring service and impressions differ in a feature: `headrace doctor`",
                 *(100 * skew.share, skew.examples, skew.p99),
             )
-        self._told = found
+        self._reported = found
 
 
 def load_reference(
     store: SnapshotStore, version: int, schema: FeatureSchema, *, announced: VersionRecord | None = None
 ) -> Predictor:
-    """Read a version to score with, as scorers do; on the CPU, beside training.
+    """Read a version to score with, as scorers do, on the CPU.
 
     Args:
-        schema: the trainer's. Rows are hashed by it, so a version of another one can't score them.
-        announced: what the registry says of the version; the same number in another store is another version.
+        schema: the trainer's. Rows are hashed by it, so a version of another schema can't score them.
+        announced: the version's record in the registry. The same number in another store is another version.
 
     Raises:
         SnapshotError: it is missing, broken, too large, or of another schema.

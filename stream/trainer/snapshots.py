@@ -1,4 +1,4 @@
-"""Versions: captured between two batches, written whole, then announced. Training goes on meanwhile."""
+"""Versions: captured between two batches, written whole, then announced. Training continues meanwhile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from state.errors import Refused, SnapshotError
 from state.manifest import Manifest
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import Fenced, RegistryError
+from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.trainer.evaluation import manifest_metrics
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
@@ -29,9 +29,9 @@ __all__ = ["Announces", "Publisher"]
 
 log = logging.getLogger(__name__)
 
-# How often it is looked whether a version is due.
+# How often the publisher checks whether a version is due.
 TICK_S = 0.05
-# A version that is written and couldn't be announced is announced again so often: the registry's own attempts take seconds.
+# Wait before a version that is written is announced again, if announcing failed. The registry's own attempts take seconds.
 ANNOUNCE_AGAIN_S = 1.0
 
 
@@ -44,12 +44,14 @@ class Announces(Protocol):
 class Publisher:
     """Writes and announces versions, one after another.
 
-    Every version is a full one. It is announced only once the store has all of it, and written only once every dead letter
-    of the examples behind its offsets is. What fails is logged and counted; training goes on, since an older model serves
-    better than none. A version that is written and not announced is announced again, and no other is written before; one that
-    couldn't be written is tried anew at the next interval, with a number of its own. Only being fenced is an end.
+    - Every version is a full one. It is written only when every dead letter of the examples before its offsets is written, and
+      announced only when the store has all of it.
+    - Failures are logged and counted, and training goes on, since an older model serves better than none. Only being fenced
+      ends the publisher.
+    - A version that is written but not announced is announced again, and no other version is written before.
+    - After a version that couldn't be written, the next interval writes another one with a number of its own.
 
-    `more_metrics` are asked for with each version and stand in its manifest beside those of its scores.
+    `more_metrics` is called for each version. Its metrics are in the manifest next to those of the scores.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class Publisher:
         self._closing = False
 
     async def run(self, examples_seen: Callable[[], int], capture: Callable[[], Awaitable[Captured]]) -> None:
-        """Publish every `interval_ms` when there is enough that is new, until `close`.
+        """Publish every `interval_ms` if at least `min_examples` were trained since the last version, until `close`.
 
         Raises:
             Fenced: another trainer has taken over.
@@ -101,13 +103,13 @@ class Publisher:
             again_s = time.monotonic() + ANNOUNCE_AGAIN_S
 
     def close(self) -> None:
-        """Let `run` end after the version under way."""
+        """Let `run` end after the version that it is publishing."""
         self._closing = True
 
     async def publish(self, captured: Captured) -> Announcement | None:
         """Write and announce one version; None when that failed, which is logged and counted.
 
-        One that is written and not announced yet is announced first; when that fails, nothing is written.
+        A version that is written and not announced yet is announced first. When that fails, nothing is written.
 
         Raises:
             Fenced: another trainer has taken over.
@@ -127,7 +129,10 @@ class Publisher:
         return await self._announce()
 
     async def _announce(self) -> Announcement | None:
-        """Announce the version that is written; None when that failed. It stays to be announced, unless the rules forbid it."""
+        """Announce the version that is written; None when that failed.
+
+        It will be announced again, unless the rules forbid it.
+        """
         manifest = self._unannounced
         assert manifest is not None
         began = time.perf_counter()
@@ -135,12 +140,12 @@ class Publisher:
             announcement = await self._registry.announce(manifest, gate=self._settings)
         except Fenced:
             raise
-        except RegistryError as error:
+        except (RegistryError, NoAnswer) as error:
             self._metrics.snapshots.labels("failed").inc()
             refused = isinstance(error.__cause__, Refused)
             if refused:
                 self._unannounced = None
-            what = "the next one has another number" if refused else "it is announced again"
+            what = "the next one has another number" if refused else "it will be announced again"
             log.error("version %d is written but not announced, %s; training goes on: %s", manifest.version, what, error)
             return None
         self._unannounced = None
@@ -151,13 +156,13 @@ class Publisher:
         return announcement
 
     def has_news(self, examples_seen: int) -> bool:
-        """Whether more is trained than the newest announced version holds."""
+        """Whether examples were trained since the newest announced version."""
         return examples_seen > self._published or self._unannounced is not None
 
     def _write(self, captured: Captured) -> Manifest:
-        """In a thread. A number that was tried is never used again, whatever became of it."""
+        """Write the version; called in a thread. A number is never used again, even if writing fails."""
         self._last_number = max(self._last_number + 1, self._store.next_version())
-        report = captured.scores.report()
+        report = captured.evaluation.report()
         self._metrics.report(report)
         verdict = captured.verdict
         if verdict is not None:

@@ -1,8 +1,8 @@
 """Where a trainer goes on from: the newest version that the registry knows and the store has whole, and its offsets.
 
-A version is announced after it is whole in the store, so a trainer killed in between leaves one that nobody knows of. It is
-not used: its number is passed over, and its examples are trained again from the version before. Weights and offsets always
-come from one manifest, so each example counts exactly once either way.
+A version is announced after it is whole in the store, so a trainer that is killed in between leaves a version that was never
+announced. Such a version is not used: its number is skipped, and its examples are trained again from the version before.
+Weights and offsets always come from one manifest, so each example counts exactly once either way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from state.manifest import Manifest
 from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.errors import PositionError
-from stream.trainer.bookkeeping import kept_of
+from stream.trainer.bookkeeping import bookkeeping_in
 
 __all__ = ["Start", "find_start", "first_positions", "go_on", "restore"]
 
@@ -41,14 +41,14 @@ _ELSEWHERE = (
 class Start:
     """What training goes on from.
 
-    manifest  of the version to restore; None begins a new model at the start of the log
-    newest    largest version number ever announced: new ones lie above it
-    kept      what the version holds beside the model (`stream.trainer.bookkeeping`)
+    manifest     of the version to restore; None begins a new model at the start of the log
+    newest       largest version number ever announced; new versions get larger numbers
+    bookkeeping  what the version holds besides the model (`stream.trainer.bookkeeping`)
     """
 
     manifest: Manifest | None
     newest: int
-    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    bookkeeping: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def version(self) -> int | None:
@@ -60,7 +60,10 @@ class Start:
 
     @property
     def watermark_ms(self) -> int:
-        """Newest impression trained. Older releases took times beyond the version's own: none of these is believed."""
+        """Event time of the newest impression trained.
+
+        Older releases saved times after the version's own; such a time is cut to it.
+        """
         return 0 if self.manifest is None else min(self.manifest.watermark_ms, self.manifest.created_at_ms)
 
     @property
@@ -79,18 +82,18 @@ def go_on(
     topic_ids: Mapping[str, str] | None = None,
     new_model: bool = False,
 ) -> Start:
-    """Choose what to go on from and load it into the learner. Raises as `find_start` and `restore` do."""
+    """Choose the version to go on from and load it into the learner. Raises as `find_start` and `restore` do."""
     broken: set[int] = set()
     while True:
         start = find_start(registry, store, schema, model, broken, topic_ids=topic_ids, new_model=new_model)
         try:
-            kept = restore(learner, store, start)
+            bookkeeping = restore(learner, store, start)
         except SnapshotError as error:
             assert start.version is not None
             log.warning("passing over version %d: %s", start.version, error)
             broken.add(start.version)
         else:
-            return replace(start, kept=kept)
+            return replace(start, bookkeeping=bookkeeping)
 
 
 def find_start(
@@ -103,18 +106,18 @@ def find_start(
     topic_ids: Mapping[str, str] | None = None,
     new_model: bool = False,
 ) -> Start:
-    """Choose. Reads manifests, and names and sizes of files; hashes are checked when it is restored.
+    """Choose the version to go on from. Reads manifests, and names and sizes of files; `restore` checks hashes.
 
-    A version that is broken in the store, or known to be, is passed over for the one before, with a warning.
+    A version that is broken in the store, or in `broken`, is skipped for the one before, with a warning.
 
     Args:
         topic_ids: Kafka's ids of `examples` and `snapshots` as they are now.
-        new_model: begin from nothing, whatever there is.
+        new_model: begin a new model, whatever there is.
 
     Raises:
         SnapshotMismatch: the newest usable version is of another schema or model.
         SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
-        PositionError: `examples` was made anew since the version was trained.
+        PositionError: `examples` was deleted and created again since the version was trained.
     """
     if new_model:
         log.warning("beginning a new model at the start of the log, as asked; leave --new-model out at the next start")
@@ -127,7 +130,7 @@ def find_start(
             continue
         try:
             manifest = store.manifest(record.version)
-            # The same number in another store, or after the topic was made anew, is another version.
+            # The same number in another store, or from before the topic was created again, is another version.
             if manifest.created_at_ms != record.created_at_ms or manifest.epoch != record.epoch:
                 raise SnapshotNotFound(f"version {record.version} in {store.url} isn't the one announced")
             wrong = store.verify(record.version, hashes=False)
@@ -155,23 +158,23 @@ def find_start(
 
 
 def _require_same_log(manifest: Manifest, topic_ids: Mapping[str, str]) -> None:
-    """A topic that was made anew has the same name, and after a while offsets as large as the old one's."""
+    """A topic that was created again has the same name, and after a while offsets as large as the old one's."""
     trained, now = manifest.topic_ids.get("examples"), topic_ids.get("examples")
     if trained and now and trained != now:
         raise PositionError(
             f"examples: expected the topic with id {trained}, which version {manifest.version} was trained on, found id {now}. "
-            f"The topic was made anew, so the version's offsets mean nothing in it. {_ELSEWHERE}"
+            f"The topic was created again, so the version's offsets mean nothing in it. {_ELSEWHERE}"
         )
 
 
 def _require_left_over(manifest: Manifest, registry: RegistryState, topic_ids: Mapping[str, str], there: str) -> None:
-    """Versions that nobody announced are fine when a trainer of this registry died before its first announcement."""
+    """Versions that were never announced are expected when a trainer of this registry died before its first announcement."""
     written, now = manifest.topic_ids.get("snapshots"), topic_ids.get("snapshots")
     ours = written == now if written and now else manifest.epoch <= registry.trainer.epoch
     if not ours:
         raise SnapshotError(
             f"{there}: expected a registry that knows one of them, found one that knows no version at all. The topic "
-            f"`snapshots` was made anew (id {now or 'unknown'}, version {manifest.version} was announced to "
+            f"`snapshots` was created again (id {now or 'unknown'}, version {manifest.version} was announced to "
             f"{written or 'an unknown one'}), or snapshots.url is another system's. To begin a new model: `headrace run "
             "trainer --new-model`, once."
         )
@@ -211,7 +214,7 @@ def _shown(value: object) -> str:
 
 
 def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, torch.Tensor]:
-    """Load weights and trainer state, hashes checked; nothing to do for a new model. Returns what lies beside the model.
+    """Load weights and trainer state, with hashes checked; a new model needs nothing. Returns the saved bookkeeping.
 
     Raises:
         SnapshotError: a file is missing or not what the manifest says.
@@ -228,7 +231,7 @@ def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, t
             f"version {version}: expected {start.manifest.examples_seen} examples in its weights, as its manifest says, found "
             f"{learner.examples_seen}."
         )
-    return kept_of(trainer)
+    return bookkeeping_in(trainer)
 
 
 def first_positions(
@@ -239,7 +242,7 @@ def first_positions(
     *,
     lost_examples: Literal["stop", "skip"],
 ) -> dict[int, int]:
-    """Where to begin in each partition: the version's offset, or the start of the log.
+    """The offset to begin at in each partition: the version's, or the start of the log.
 
     Args:
         beginnings, ends: first and next offset of every partition's log.
@@ -260,7 +263,7 @@ def first_positions(
         if wanted > ends[partition]:
             raise PositionError(
                 f"{topic} partition {partition}: expected offset {wanted}, up to which version {start.version} is trained, "
-                f"found a log that ends at {ends[partition]}. The topic was made anew, or lost records. {_ELSEWHERE}"
+                f"found a log that ends at {ends[partition]}. The topic was created again, or lost records. {_ELSEWHERE}"
             )
         if wanted < beginning:
             lost = f"{topic} partition {partition}: expected offset {wanted}, found a log that begins at {beginning}: "

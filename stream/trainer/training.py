@@ -1,4 +1,4 @@
-"""Learning: runs in, batches cut and learned, snapshots of exactly what is trained. No threads, no Kafka, no clock."""
+"""Learning: runs are cut into batches and learned, and captured for versions. No threads, no Kafka, no clock."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 from model.errors import UpdateNotFinite
 from model.features import FeatureBatch
-from state.gate import GateReport
+from state.gate_report import GateReport
 from stream.records.dead_letter import DeadLetter
 from stream.trainer.batching import BatchCutter, TrainingBatch
-from stream.trainer.bookkeeping import Kept, restore_kept, state_of
-from stream.trainer.evaluation import FrozenScores, Scores
+from stream.trainer.bookkeeping import Bookkeeping, bookkeeping_state, restore_bookkeeping
+from stream.trainer.evaluation import Evaluation, FrozenEvaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Judge
 from stream.trainer.metrics import TrainerMetrics
@@ -50,13 +50,13 @@ class Learns(Protocol):
 
 
 class Observer(Protocol):
-    """Sees every batch that was learned."""
+    """Gets every batch that was learned."""
 
     def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
         """Called once a batch, in the training thread, right after the update.
 
         Args:
-            batch: its columns; not to be written to.
+            batch: its columns, which must not be changed.
             scores: float32 (B,), the click probability of each example as the model gave it before the update.
         """
         ...
@@ -64,9 +64,9 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """The trainer between two batches: weights, optimizer and positions of the same moment, copied.
+    """A copy of the trainer between two batches: weights, optimizer and positions of the same moment.
 
-    `letters` counts the dead letters, of all handed over, that must be written before `offsets` may be relied on.
+    `letters` is the number of dead letters, of all handed over, that must be written before `offsets` are published.
     """
 
     serving: dict[str, torch.Tensor]
@@ -75,50 +75,51 @@ class Captured:
     watermark_ms: int
     examples_seen: int
     negative_rate: float
-    scores: FrozenScores
+    evaluation: FrozenEvaluation
     letters: int
     at_ms: int
     verdict: GateReport | None = None
 
 
 class Training:
-    """Learns batch after batch. For one thread; the attributes may be read from any.
+    """Learns batch after batch. For one thread; the attributes may be read in any.
 
         training.add(run)
         while training.step(time.monotonic()):
             ...
         captured = training.capture()
 
-    A batch closes at `rows` of the cutter, or when it has waited `max_batch_age_s` for more. That clock runs only while
+    A batch closes at the cutter's `rows`, or when it has waited `max_batch_age_s` for more examples. That clock runs only while
     there is nothing to learn, so under load batches are cut by count alone and don't depend on how records were fetched.
 
-    A new model takes the share of negatives that its first example names (the first that is no correction) for its own, and
-    keeps it: where the stream's changes, negatives weigh more or less, and the model stays of one piece.
+    A new model keeps the sampling rate of its first example (the first that is no correction). If the stream's rate changes,
+    negatives are reweighted by negative_rate / rate.
 
-    A batch whose update isn't finite changes nothing. It is learned in halves, and these in halves, so that only examples that
-    can't be learned alone are set aside: `take_set_aside` gives their dead letters.
+    A batch whose update isn't finite changes nothing. Its halves are learned instead, and their halves, so that only examples
+    that can't be learned alone are set aside. `take_set_aside` gives their dead letters.
 
-    `observers` see each batch with the scores from before its update, one after the other; so does the `judge`. The state of
-    `kept`, by name, of the scores and of the judge is in every snapshot.
+    `observers` and the `judge` get each batch with the scores from before its update. The state of the parts in `bookkeeping`,
+    of the evaluation and of the judge is saved in every version.
     """
 
     def __init__(
         self,
         learner: Learns,
         cutter: BatchCutter,
-        scores: Scores,
+        evaluation: Evaluation,
         metrics: TrainerMetrics,
         *,
         max_batch_age_s: float,
         watermark_ms: int = 0,
         observers: Sequence[Observer] = (),
-        kept: Mapping[str, Kept] | None = None,
+        bookkeeping: Mapping[str, Bookkeeping] | None = None,
         judge: Judge | None = None,
     ) -> None:
-        self._learner, self._cutter, self._scores, self._metrics = learner, cutter, scores, metrics
+        self._learner, self._cutter, self._evaluation, self._metrics = learner, cutter, evaluation, metrics
         self._judge = judge
         self._observers = tuple(observers) if judge is None else (*observers, judge)
-        self._kept: dict[str, Kept] = {"scores": scores, **({} if judge is None else {"gate": judge}), **(kept or {})}
+        judged = {} if judge is None else {"gate": judge}
+        self._bookkeeping: dict[str, Bookkeeping] = {"scores": evaluation, **judged, **(bookkeeping or {})}
         self._max_batch_age_s = max_batch_age_s
         self._waiting_since: float | None = None
         self._set_aside: list[DeadLetter] = []
@@ -135,12 +136,15 @@ class Training:
         """Examples in the weights, those before a restart included."""
         return self._learner.examples_seen
 
-    def restore(self, kept: Mapping[str, torch.Tensor]) -> None:
-        """Go on with what a version keeps beside the model (`stream.trainer.bookkeeping`); before the first batch."""
-        restore_kept(self._kept, kept)
+    def restore(self, bookkeeping: Mapping[str, torch.Tensor]) -> None:
+        """Restore what a version holds besides the model (`stream.trainer.bookkeeping`).
+
+        To be called before the first batch.
+        """
+        restore_bookkeeping(self._bookkeeping, bookkeeping)
 
     def add(self, run: DecodedRun) -> None:
-        """Take a run; it is learned by `step`."""
+        """Take a run, which `step` will learn."""
         self._cutter.add(run)
 
     def step(self, now_s: float, *, more_at_hand: bool = False) -> bool:
@@ -148,7 +152,7 @@ class Training:
 
         Args:
             now_s: monotonic seconds.
-            more_at_hand: a run is waiting to be added: a batch that isn't full then stays open.
+            more_at_hand: whether a run is waiting to be added. A batch that isn't full then stays open.
         """
         waiting = self._cutter.waiting
         if waiting < self._cutter.rows:
@@ -166,7 +170,7 @@ class Training:
         return True
 
     def due_in_s(self, now_s: float) -> float | None:
-        """Seconds until the open batch closes by age; None when no clock runs."""
+        """Seconds until the open batch closes by its age; None when no clock runs."""
         if self._waiting_since is None:
             return None
         return max(0.0, self._waiting_since + self._max_batch_age_s - now_s)
@@ -185,11 +189,11 @@ class Training:
         letters = self._set_aside[before:]
         if letters:
             self._metrics.not_finite_batches.inc()
-            places = ", ".join(f"{letter.topic} partition {letter.partition} offset {letter.offset}" for letter in letters)
-            log.error("an update of %d examples was not finite; set aside, the others are learned: %s", len(batch), places)
+            where = ", ".join(f"{letter.topic} partition {letter.partition} offset {letter.offset}" for letter in letters)
+            log.error("an update of %d examples was not finite; set aside, the others are learned: %s", len(batch), where)
 
     def _learn_or_halve(self, batch: TrainingBatch) -> None:
-        """Learn a batch. Where its update isn't finite, learn its halves, and set aside what fails alone."""
+        """Learn a batch. If its update isn't finite, learn its halves, and set aside examples that fail alone."""
         began = time.perf_counter()
         try:
             scores = self._learner.learn(batch.batch, batch.labels, self._weights(batch), batch.corrects, batch.impression_ms)
@@ -201,16 +205,16 @@ class Training:
             self._learn_or_halve(batch.slice(0, half))
             self._learn_or_halve(batch.slice(half, len(batch)))
             return
-        self._scores.add(scores, batch)
+        self._evaluation.add(scores, batch)
         for observer in self._observers:
             observer.observe(batch, scores)
         self.watermark_ms = max(self.watermark_ms, int(batch.reached_ms.max()))
         self._metrics.learned(batch, time.perf_counter() - began)
 
     def _weights(self, batch: TrainingBatch) -> npt.NDArray[np.float32] | None:
-        """Importance of each example's loss, so that negatives count at the model's own rate; None where all is 1.
+        """The weight of each example's loss, so that negatives count at the model's own rate; None when all weights are 1.
 
-        What a correction takes back is counted at the model's own rate already (`model.slopes`).
+        The label that a correction takes back is counted at the model's own rate already (`model.slopes`).
         """
         rate = self._learner.negative_rate
         if batch.rates is None and rate == 1:
@@ -225,16 +229,16 @@ class Training:
         return factors if batch.weights is None else factors * batch.weights
 
     def capture(self) -> Captured:
-        """A copy of everything a snapshot holds. Between two batches only."""
+        """A copy of everything that a version holds. To be called between two batches."""
         began = time.perf_counter()
         captured = Captured(
             serving=self._learner.serving_state(),
-            trainer={**self._learner.trainer_state(), **state_of(self._kept)},
+            trainer={**self._learner.trainer_state(), **bookkeeping_state(self._bookkeeping)},
             offsets=dict(self._cutter.positions),
             watermark_ms=self.watermark_ms,
             examples_seen=self._learner.examples_seen,
             negative_rate=self._learner.negative_rate,
-            scores=self._scores.freeze(),
+            evaluation=self._evaluation.freeze(),
             letters=self._cutter.letters,
             at_ms=time.time_ns() // 1_000_000,
             verdict=None if self._judge is None else self._judge.report(),
@@ -244,7 +248,7 @@ class Training:
 
 
 def _first_rate(batch: TrainingBatch) -> float:
-    """The share of negatives that the first label names; of corrections only where there is nothing else."""
+    """The sampling rate in the first example that is no correction, else in the first correction."""
     if batch.rates is None:
         return 1.0
     first = 0 if batch.corrects is None else int(np.argmin(batch.corrects))

@@ -1,9 +1,12 @@
-"""The trainer worker: a Faust app that hands runs of `examples` to the training pipeline, and publishes versions.
+"""The trainer worker: hands runs of `examples` to the training pipeline, and publishes versions.
 
-One trainer is active at a time. Its progress is in its snapshots and not in Kafka: nothing is committed to the group, and
-positions are the trainer's own. A new trainer puts the old one out: it takes an epoch in the registry, with which the old one
-can announce no more and ends as soon as it reads of it; and the group knows the trainer by a fixed name, so that the new one
-has the partitions at once, without waiting for the old one's session to time out.
+One trainer is active at a time. Its progress is in its snapshots and not in Kafka: it commits nothing to the group, and
+positions are its own. A new trainer replaces the old one in two ways:
+
+- It takes an epoch in the registry. With an older epoch the old trainer can announce nothing more, and it ends as soon as it
+  reads of the new one.
+- The group knows every trainer by one fixed instance id. So the new one gets the partitions at once, without waiting for the
+  old one's session to time out.
 """
 
 from __future__ import annotations
@@ -15,9 +18,9 @@ import socket
 import time
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 from faust.types import TP
+from prometheus_client import CollectorRegistry
 
 from model.predictor import Predictor
 from model.schema import FeatureSchema
@@ -25,125 +28,131 @@ from model.settings import ModelSettings
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import Fenced, RegistryError
-from stream.kafka.cluster import ClusterWatch, describe_cluster
-from stream.kafka.transport import LogEnd, Run, RunSchema
-from stream.registry.follower import RegistryReader
+from stream.errors import Fenced, NoAnswer, RegistryError
+from stream.kafka.cluster import Cluster, describe_cluster
+from stream.kafka.transport import Run
+from stream.records.dead_letter import DeadLetter
+from stream.registry.follower import RegistryFollower
 from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
-from stream.trainer.evaluation import Scores
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
-from stream.trainer.prepare import gate_state, prepare, topic_ids
+from stream.trainer.prepare import Prepared, gate_state, prepare, topic_ids
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher
 from stream.trainer.training import Training
-from stream.worker.http import require_free
-from stream.worker.runtime import build_app, fatal, new_registry, serve, source_part
-from stream.worker.watchdog import Part
+from stream.worker import Part, Worker, fatal, guarded, new_prometheus, require_free, serve
 
 __all__ = ["TrainerWorker", "run_trainer"]
 
 log = logging.getLogger(__name__)
 
-# A trainer that was killed is replaced at once by its name; this is for one that hangs and has no replacement.
+# A trainer that was killed is replaced at once under its instance id. This time-out is for one that hangs and has no
+# replacement.
 SESSION_TIMEOUT_MS = 10_000
-# The group knows every trainer by this name: the newest one that joins is it. (The old one would join again under it, which
-# aiokafka 0.14 doesn't know to be an end, and the two would push each other out; so the epoch decides.)
+# The group knows every trainer by this id, and the newest one that joins is the member. (The old one would join again under it:
+# aiokafka 0.14 doesn't know that being replaced is the end. The two would put each other out, so the epoch decides.)
 INSTANCE_ID = "trainer"
-# How often gauges are brought up to date and a champion's time as `good` is looked at.
+# How often gauges are updated and the champion's time as `good` is checked.
 HOUSEKEEPING_S = 1.0
-# How often it is looked whether another anchor is due: it looks at every version, and the rule counts in minutes.
+# How often to check whether another anchor is due. The check looks at every version, and the rule counts in minutes.
 ANCHOR_S = 5.0
 
 
-class TrainerWorker:
-    """One process of the trainer. Must be built inside a running event loop."""
+class TrainerWorker(Worker):
+    """One process of the trainer. Must be built inside a running event loop. It is the owner of its `Pipeline`."""
+
+    name = "trainer"
 
     def __init__(
         self,
         *,
         kafka: KafkaSettings,
+        cluster: Cluster,
         group: str,
         topic: str,
         snapshots: SnapshotSettings,
-        pipeline: Pipeline,
+        training: Training,
+        decoder: ExampleDecoder,
+        threads: int,
+        skew: SkewCheck,
         publisher: Publisher,
         letters: LetterBox,
         registry: RegistryWriter,
-        follower: RegistryReader,
+        follower: RegistryFollower,
         judge: Judge,
         anchors: Anchors,
-        scores: Scores,
+        scores: Evaluation,
         metrics: TrainerMetrics,
-        watch: ClusterWatch,
     ) -> None:
-        self._topic, self._snapshots, self._watch = topic, snapshots, watch
-        self._pipeline, self._publisher, self._letters, self._registry = pipeline, publisher, letters, registry
-        self._follower, self._judge, self._anchors = follower, judge, anchors
-        self._training = pipeline.training
-        self._scores, self._metrics = scores, metrics
-        # Next offset to hand over, by partition.
-        self._accepted = dict(self._training.positions)
-        self._standing = "joining the group"
-        self._publishing: asyncio.Task[None] | None = None
-        self._housekeeping: asyncio.Task[None] | None = None
-        self.app = build_app(
-            group,
+        super().__init__(
             kafka,
-            next_offset=lambda tp: self._accepted.get(tp.partition),
+            cluster,
+            group=group,
+            topics=(topic,),
             session_timeout_ms=SESSION_TIMEOUT_MS,
             instance_id=INSTANCE_ID,
         )
-        # Acks are off since positions are ours.
-        runs = self.app.topic(topic, schema=RunSchema(), acks=False)
-        self.app.agent(runs, name="trainer")(self._consume)
-        self.app.on_partitions_revoked.connect(self._on_revoked)
-        self.app.on_rebalance_complete.connect(self._on_rebalance_complete)
+        self._topic, self._snapshots, self._training, self._skew = topic, snapshots, training, skew
+        self._pipeline = Pipeline(self, training, decoder, metrics, threads=threads)
+        self._publisher, self._letters, self._registry = publisher, letters, registry
+        self._follower, self._judge, self._anchors = follower, judge, anchors
+        self._scores, self._metrics = scores, metrics
+        # Next offset to hand over, by partition.
+        self._accepted = dict(training.positions)
+        self._publishing: asyncio.Task[None] | None = None
+        self._housekeeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the threads and the background tasks; `serve` starts the app."""
+        await super().start()
         await self._letters.start()
         self._pipeline.start()
         training = self._training
-        self._publishing = asyncio.ensure_future(self._publisher.run(lambda: training.examples_seen, self._pipeline.capture))
-        self._housekeeping = asyncio.ensure_future(self._keep_house())
-        for task in (self._publishing, self._housekeeping):
-            task.add_done_callback(_ended)
+        self._publishing = guarded(self._publisher.run(lambda: training.examples_seen, self._pipeline.capture), self.name)
+        self._housekeeping = guarded(self._keep_house(), self.name)
+        self.background(self._skew.run())
 
-    async def _consume(self, stream: Any) -> None:
-        try:
-            async for run in stream:
-                await self._deliver(run)
-        except Exception as error:  # an exception that leaves an agent would count as handled
-            fatal("trainer agent", error)
+    # Runs and positions
 
-    async def _deliver(self, run: Run) -> None:
+    def next_offset(self, tp: TP) -> int | None:
+        return self._accepted.get(tp.partition)
+
+    async def deliver(self, run: Run) -> None:
         expected = self._accepted[run.partition]
         if run.before > expected:
             await self.app.consumer.seek_runs({TP(run.topic, run.partition): expected})
-        elif run.after > expected:  # else it was read before a rebalance, and again after it
+        elif run.after > expected:  # otherwise the run was read before a rebalance, and again after it
             self._accepted[run.partition] = run.after
             await self._pipeline.put(_from(run, expected))
 
-    async def _on_revoked(self, *args: Any, **kwargs: Any) -> None:
-        self._standing = "partitions are being assigned"
+    async def revoked(self) -> None:
+        """Nothing to do: positions are the trainer's own, and what it has taken is trained."""
 
-    async def _on_rebalance_complete(self, *args: Any, **kwargs: Any) -> None:
-        ours = {tp.partition for tp in self.app.consumer.assignment() if tp.topic == self._topic}
-        others = sorted(self._accepted.keys() - ours)
-        if others:
-            self._standing = f"partitions {others} of {self._topic} belong to another member of the group {self.app.conf.id}"
-            log.error("expected to be alone: %s. Give only trainers that group, and run one at a time.", self._standing)
-        else:
-            self._standing = ""
+    async def assigned(self, partitions: set[TP]) -> str | None:
+        others = sorted(self._accepted.keys() - {tp.partition for tp in partitions if tp.topic == self._topic})
+        if not others:
+            return None
+        missing = f"partitions {others} of {self._topic} belong to another member of the group {self.group}"
+        log.error("expected to be alone: %s. Give only trainers that group, and run one at a time.", missing)
+        return missing
+
+    # What the pipeline reports (`Owner`)
+
+    def take_letters(self, letters: list[DeadLetter]) -> None:
+        self._letters.put(letters)
+
+    def failed(self, what: str, error: BaseException) -> None:
+        fatal(what, error)
+
+    # Housekeeping
 
     async def _keep_house(self) -> None:
         training = self._training
@@ -151,10 +160,8 @@ class TrainerWorker:
         anchor_due = 0.0
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
-            for partition, position in training.positions.items():
-                end = self._log_end(partition)
-                if end is not None:
-                    self._metrics.lag.labels(str(partition)).set(max(0, end.offset - position))
+            for partition, lag in self.lags(self._topic, training.positions):
+                self._metrics.lag.labels(str(partition)).set(lag)
             if training.batches != reported:
                 reported = training.batches
                 self._metrics.watermark.set(training.watermark_ms / 1000)
@@ -166,38 +173,29 @@ class TrainerWorker:
                 await self._show_gate()
             try:
                 await self._registry.tag_due(self._snapshots)
-            except RegistryError as error:  # also when fenced: then the next announcement says so
+            except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
                 log.warning("tagging good versions: %s", error)
 
     async def _show_gate(self) -> None:
-        """Take up the anchor that is due, and show what the gate knows."""
+        """Change to the anchor that is due, and update the metrics of the gate."""
         state = self._follower.state
         await self._anchors.follow(state, self._training.watermark_ms)
         newer = sum(1 for version in state.versions if version > (state.champion.version or 0))
         self._metrics.judged(self._judge.report(), newer)
 
-    def _log_end(self, partition: int) -> LogEnd | None:
-        end: LogEnd | None = self.app.consumer.log_end(TP(self._topic, partition))
-        return end
+    # Progress, the end
 
-    def ready(self) -> str | None:
-        return self._standing or None
-
-    def parts(self) -> Iterable[Part]:
-        """Partitions by the positions that are trained; before that, the way into the group."""
-        if self._standing:
-            yield Part("the group's assignment", self.app.consumer_generation_id, self._standing)
-            return
-        for number, position in self._training.positions.items():
-            yield source_part(self.app, self._watch, TP(self._topic, number), position)
+    def work(self) -> Iterable[Part]:
+        """Partitions, by the positions that are trained."""
+        return self.source_parts(self._topic, self._training.positions)
 
     async def drain(self) -> None:
-        """Learn the batch under way to its end, publish what is trained, and close everything."""
+        """Train the batch under way to its end, publish what is trained, and close everything."""
         if self._housekeeping is not None:
             self._housekeeping.cancel()
         self._publisher.close()
         if self._publishing is not None:
-            await self._publishing  # a version under way becomes whole
+            await self._publishing  # a version under way is completed
         await self._pipeline.stop()
         training = self._training
         if self._publisher.has_news(training.examples_seen):
@@ -213,11 +211,6 @@ def _from(run: Run, offset: int) -> Run:
     return Run(run.topic, run.partition, offset, run.after, run.end, records)
 
 
-def _ended(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        fatal("trainer", error)
-
-
 async def run_trainer(
     *,
     kafka: KafkaSettings,
@@ -229,7 +222,7 @@ async def run_trainer(
     snapshots: SnapshotSettings,
     new_model: bool = False,
 ) -> None:
-    """Run a trainer until it is told to stop.
+    """Run a trainer until it gets a signal to stop.
 
     Args:
         new_model: begin from nothing at the start of the log, whatever the store holds.
@@ -264,77 +257,111 @@ async def run_trainer(
             taken = f"epoch {state.trainer.epoch} was taken by {state.trainer.who}, this trainer's is {epoch}"
             fatal("trainer", Fenced(f"expected to be the only trainer: {taken}. Run one at a time."))
 
-    follower = RegistryReader(kafka, names, on_change=end_if_replaced)
+    follower = RegistryFollower(kafka, names, on_change=end_if_replaced)
     try:
-        # An epoch ends the trainer that runs, so first everything that could keep this one from starting.
+        # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
         require_free(http)
         prepared = await look(await read_registry(kafka, names))
-        # From here on no other trainer announces a version that we would not know of.
+        # From here on no other trainer announces a version that this one would not know of.
         epoch = await registry.take_trainer_epoch()
         await follower.start()
         if follower.state.newest != prepared.newest:
             prepared = await look(follower.state)
-        learner, start, positions = prepared.learner, prepared.start, prepared.positions
+        start = prepared.start
         came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
-        log.info("epoch %d on %s, going on from %s at %s", epoch, learner.device, came_from, positions)
-
-        prometheus = new_registry()
-        metrics = TrainerMetrics(prometheus)
-        scores = Scores(settings.metrics_window, settings.evaluation_from_ms)
-        judge = Judge(snapshots, gate_state(start, epoch))
-        anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
-
-        def reference(version: int) -> Predictor:
-            return load_reference(store, version, schema, announced=follower.state.versions.get(version))
-
-        skew = SkewCheck(reference, metrics)
-        training = Training(
-            learner,
-            BatchCutter(model.batch_rows, positions),
-            scores,
-            metrics,
-            max_batch_age_s=settings.max_batch_age_ms / 1000,
-            watermark_ms=start.watermark_ms,
-            observers=(skew,),
-            judge=judge,
-        )
-        training.restore(start.kept)
-        watch = ClusterWatch(kafka, cluster, changed=lambda error: fatal("trainer", error))
-        # Before the first version: one of a new line must not be taken for the champion's.
-        await anchors.follow(follower.state, start.watermark_ms)
-        letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
-        worker = TrainerWorker(
+        log.info("epoch %d on %s, going on from %s at %s", epoch, prepared.learner.device, came_from, prepared.positions)
+        prometheus = new_prometheus()
+        worker = await _built(
+            prepared,
+            epoch,
             kafka=kafka,
-            group=f"{names.prefix}{settings.group}",
-            topic=names.examples,
+            settings=settings,
+            names=names,
+            cluster=cluster,
+            schema=schema,
+            model=model,
             snapshots=snapshots,
-            pipeline=Pipeline(
-                training, ExampleDecoder(schema), metrics, letters=letters.put, fatal=fatal, threads=settings.threads
-            ),
-            publisher=Publisher(
-                store=store,
-                registry=registry,
-                letters=letters,
-                settings=snapshots,
-                schema=schema,
-                model=model,
-                epoch=epoch,
-                start=start,
-                metrics=metrics,
-                more_metrics=skew.manifest_metrics,
-                topic_ids=topic_ids(cluster, names),
-            ),
-            letters=letters,
+            store=store,
             registry=registry,
             follower=follower,
-            judge=judge,
-            anchors=anchors,
-            scores=scores,
-            metrics=metrics,
-            watch=watch,
+            prometheus=prometheus,
         )
-        await worker.start()
-        await serve(worker, name="trainer", http=http, registry=prometheus, beside=(watch.run, skew.run))
+        await serve(worker, http=http, prometheus=prometheus)
     finally:
         await follower.close()
         await registry.close()
+
+
+async def _built(
+    prepared: Prepared,
+    epoch: int,
+    *,
+    kafka: KafkaSettings,
+    settings: TrainerSettings,
+    names: TopicNames,
+    cluster: Cluster,
+    schema: FeatureSchema,
+    model: ModelSettings,
+    snapshots: SnapshotSettings,
+    store: SnapshotStore,
+    registry: RegistryWriter,
+    follower: RegistryFollower,
+    prometheus: CollectorRegistry,
+) -> TrainerWorker:
+    """The worker with all its parts."""
+    start = prepared.start
+    metrics = TrainerMetrics(prometheus)
+    scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
+    judge = Judge(snapshots, gate_state(start, epoch))
+    anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
+
+    def reference(version: int) -> Predictor:
+        return load_reference(store, version, schema, announced=follower.state.versions.get(version))
+
+    skew = SkewCheck(reference, metrics)
+    training = Training(
+        prepared.learner,
+        BatchCutter(model.batch_rows, prepared.positions),
+        scores,
+        metrics,
+        max_batch_age_s=settings.max_batch_age_ms / 1000,
+        watermark_ms=start.watermark_ms,
+        observers=(skew,),
+        judge=judge,
+    )
+    training.restore(start.bookkeeping)
+    # Before the first version: one of a new line must not be taken for the champion's.
+    await anchors.follow(follower.state, start.watermark_ms)
+    letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
+    publisher = Publisher(
+        store=store,
+        registry=registry,
+        letters=letters,
+        settings=snapshots,
+        schema=schema,
+        model=model,
+        epoch=epoch,
+        start=start,
+        metrics=metrics,
+        more_metrics=skew.manifest_metrics,
+        topic_ids=topic_ids(cluster, names),
+    )
+    return TrainerWorker(
+        kafka=kafka,
+        cluster=cluster,
+        group=f"{names.prefix}{settings.group}",
+        topic=names.examples,
+        snapshots=snapshots,
+        training=training,
+        decoder=ExampleDecoder(schema),
+        threads=settings.threads,
+        skew=skew,
+        publisher=publisher,
+        letters=letters,
+        registry=registry,
+        follower=follower,
+        judge=judge,
+        anchors=anchors,
+        scores=scores,
+        metrics=metrics,
+    )

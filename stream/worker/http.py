@@ -1,4 +1,4 @@
-"""What a worker answers over HTTP: `/metrics`, `/healthz`, `/readyz`."""
+"""A worker's HTTP server: `/metrics`, `/healthz`, `/readyz`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ __all__ = ["HttpServer", "require_free"]
 
 log = logging.getLogger(__name__)
 
-# From a connection to the end of its answer. A scrape of some hundred series takes milliseconds; Prometheus waits 10 s.
+# Longest time from a connection to the end of its answer. A scrape of some hundred series takes milliseconds, and Prometheus
+# waits 10 s.
 PATIENCE_S = 10.0
-# Connections at once: a thread each. Beyond it the oldest is dropped, so that a probe is answered however many do nothing.
+# Most connections at once; each has a thread. Beyond that the oldest is closed, so that a probe is answered however many
+# connections send nothing.
 MOST_CONNECTIONS = 64
-# How often connections are looked at for their age.
+# How often the age of connections is checked.
 LOOK_EVERY_S = 0.25
 
 
 class HttpServer:
-    """Answers in threads of its own, so that a busy event loop still says how it is.
+    """Answers in threads of its own, so that a worker with a busy event loop still answers.
 
-    A connection that sends nothing, sends slowly or doesn't read its answer holds up nobody else, and is closed after 10 s.
+    A connection that sends nothing, sends slowly or doesn't read its answer delays no other, and is closed after 10 s.
 
     Args:
-        healthy: None when the process should live on, else what is wrong (`/healthz` answers 503).
-        ready: None when it does its work, else what it waits for (`/readyz` answers 503).
+        healthy: returns None when the process should live on, else what is wrong (`/healthz` answers 503).
+        ready: returns None when the worker does its work, else what it waits for (`/readyz` answers 503).
 
     Raises:
         StreamError: the address can't be listened on.
@@ -45,12 +47,12 @@ class HttpServer:
     def __init__(
         self,
         settings: HttpSettings,
-        registry: CollectorRegistry,
+        prometheus: CollectorRegistry,
         *,
         healthy: Callable[[], str | None],
         ready: Callable[[], str | None],
     ) -> None:
-        kind = type("Handler", (_Handler,), {"registry": registry, "checks": {"/healthz": healthy, "/readyz": ready}})
+        kind = type("Handler", (_Handler,), {"registry": prometheus, "checks": {"/healthz": healthy, "/readyz": ready}})
         self._server = _listening(settings, kind)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(LOOK_EVERY_S,), name="http", daemon=True)
 
@@ -67,10 +69,10 @@ class HttpServer:
 
 
 def require_free(settings: HttpSettings) -> None:
-    """See whether the port can be had: another worker on this machine may have it.
+    """Check that the port is free: another worker on this machine may listen on it.
 
     Raises:
-        StreamError: it is taken.
+        StreamError: the port is taken, or the address isn't one of this machine's.
     """
     if settings.port:
         _listening(settings, _Handler).server_close()
@@ -87,13 +89,13 @@ def _listening(settings: HttpSettings, handler: type[_Handler]) -> _Server:
         found = getattr(error, "strerror", None) or str(error)
         raise StreamError(
             f"http.port {settings.port}: expected a free port at {settings.host}, found: {found}. Nothing was changed, and a "
-            "worker that has the port goes on. Set HEADRACE_HTTP__PORT to another or to 0 for a free one, or the address, "
-            "HEADRACE_HTTP__HOST, to one of this machine's."
+            "worker that has the port goes on. Set HEADRACE_HTTP__PORT to another port, or to 0 for a free one; or set the "
+            "address, HEADRACE_HTTP__HOST, to one of this machine's."
         ) from error
 
 
 class _Handler(MetricsHandler):
-    """One request a connection."""
+    """Answers one request for each connection."""
 
     checks: dict[str, Callable[[], str | None]]
     server_version = "Headrace"
@@ -124,7 +126,7 @@ class _Handler(MetricsHandler):
 
 
 class _Server(ThreadingTCPServer):
-    """A thread a connection, and a limit to how long and how many."""
+    """A thread for each connection, with limits on how long one lasts and on how many there are."""
 
     allow_reuse_address = True
     daemon_threads = True
@@ -132,7 +134,7 @@ class _Server(ThreadingTCPServer):
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
-        self._open: dict[socket.socket, float] = {}  # since when, oldest first
+        self._open: dict[socket.socket, float] = {}  # connection → when it was opened (monotonic), oldest first
         self._lock = threading.Lock()
         super().__init__(address, handler)
 
@@ -145,18 +147,21 @@ class _Server(ThreadingTCPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Called between connections and every LOOK_EVERY_S: a socket's own time-out begins anew with every byte."""
+        """Close connections that are too old: a socket's own time-out starts again with every byte.
+
+        The server calls this after each new connection and every LOOK_EVERY_S.
+        """
         with self._lock:
             for request, since in list(self._open.items()):
                 if time.monotonic() - since > PATIENCE_S:
                     self._drop(request)
 
     def _drop(self, request: socket.socket) -> None:
-        """Its thread wakes with an error, and closes it."""
+        """Shut a connection down. Its thread then wakes with an error and closes the socket."""
         self._open.pop(request, None)
         try:
             request.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it has gone by itself
+        except OSError:  # the other end has closed it
             return
 
     def shutdown_request(self, request: Any) -> None:
@@ -165,7 +170,7 @@ class _Server(ThreadingTCPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections that break off are no news; anything else is a mistake of ours."""
+        """Log an error of ours. Connections that break off are not logged."""
         if not isinstance(sys.exception(), OSError):
             log.warning("answering %s over HTTP failed", client_address[0], exc_info=True)
 

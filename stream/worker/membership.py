@@ -1,8 +1,8 @@
-"""One instance id, two workers: the one that was put out notices, says so, and ends after a while.
+"""Two workers with one instance id: the one that was put out of the group notices, says so, and ends after a while.
 
-With an instance id a worker that comes back takes its place in the group at once. So does another worker that was given the
-same id by mistake. The group then no longer knows the first one, and aiokafka 0.14 would have it join again under the same id:
-the two would put each other out every few seconds, for ever.
+With an instance id a worker that comes back resumes its membership in the group at once. Another worker that was given the same
+id by mistake takes over that membership in the same way. The group then no longer knows the first worker, and aiokafka 0.14
+would let it join again under the same id: the two would put each other out every few seconds, for ever.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ __all__ = ["PUT_OUT_S", "Membership"]
 
 log = logging.getLogger(__name__)
 
-# How long a worker that was put out waits before it ends. A supervisor starts it again, and then it puts the other one out: so
-# long each of the two works at least, and each time both say why.
+# How long a worker that was put out waits before it ends. Its supervisor then starts it again, and it puts the other one out.
+# So each of the two works for at least this long, and each time both say why.
 PUT_OUT_S = 30.0
 
 
 class Membership:
-    """A worker's place in its group, under its instance id.
+    """Whether a worker is still the member of its group that has its instance id.
 
     Args:
-        setting: the setting's name, for the message.
+        instance_id: None where there is nothing to look for.
+        setting: name of the setting that the id comes from, for the message.
     """
 
     def __init__(self, app: RunApp, kafka: KafkaSettings, group: str, instance_id: str | None, *, setting: str) -> None:
         self._app, self._kafka, self._group = app, kafka, group
         self._instance_id, self._setting = instance_id, setting
         self.joined = False
-        """Set once partitions were assigned: before that, the member of this id is this worker's own former life."""
+        """Set once partitions were assigned. Before that, the member with this id may be this worker's own former process."""
         self.put_out: str | None = None
-        """By whom this worker was put out, in words for people."""
+        """Which worker has put this one out, in words for people."""
 
     async def check(self, *, fenced: bool = False) -> str | None:
-        """Ask the group when it doesn't know this worker any more, or when a producer of it was fenced.
+        """Ask the group who has this worker's instance id. Returns `put_out`.
 
-        What is returned is `put_out`.
+        The group is only asked when it doesn't know this worker any more, or when a producer of this worker was `fenced`.
         """
         if self._instance_id is None or not self.joined or not (fenced or self._app.consumer.member_id() == ""):
             return None
         try:
             other = await self._other()
-        except Exception as error:  # Kafka is away: joining again is the right thing then
+        except Exception as error:  # Kafka is away: joining again is the right thing to do then
             log.warning("could not ask who has instance id %r in group %s: %r", self._instance_id, self._group, error)
             return None
         if other is not None:
@@ -73,6 +74,6 @@ class Membership:
         return None
 
     async def wait_put_out(self) -> None:
-        """Keep the place of a worker that was put out, for a while."""
+        """Log why this worker ends, and wait before it does."""
         log.critical("%s This worker ends in %.0f s.", self.put_out, PUT_OUT_S)
         await asyncio.sleep(PUT_OUT_S)

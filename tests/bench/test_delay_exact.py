@@ -1,4 +1,4 @@
-"""Labels leave as the join lets them, are learned in batches as the trainer cuts them, and figures say what they claim."""
+"""Delay-exact learning: labels leave as in the join, batches are cut as in the trainer, and the figures are right."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_batches_close_when_full_or_old_and_hold_everything_once(stream: Stream)
 
 
 def test_no_score_knows_a_label_that_was_not_out(stream: Stream) -> None:
-    """Labels after a time are turned around: scores served before it stay the same."""
+    """If all labels after a time are flipped, scores served before it stay the same."""
     labels = held(stream, 60_000, 5_000, lateness_ms=1_000)
     cut_ms = int(stream.shown_ms[0]) + 60_000
     other = labels.labels.copy()
@@ -87,7 +87,7 @@ def test_figures_judge_predictions_by_the_truth(stream: Stream) -> None:
     assert judged(truth * 1.2)["new_items_in_band_share"] == 1
     young = (stream.ages_ms >= 0) & (stream.ages_ms < 60_000)
     assert judged(np.where(young, truth * 1.5, truth))["new_items_in_band_share"] == 0
-    # What was shown without a score isn't in band, and a stretch half of which was is judged by the other half.
+    # A stretch without scores isn't in band. If half of its impressions have scores, these decide.
     late = stream.shown_ms >= start_ms + 90_000
     assert judged(np.where(late, np.nan, truth))["in_band_share"] == 0.5
     assert judged(np.where(np.arange(len(late)) % 2, np.nan, truth))["in_band_share"] == 1

@@ -1,4 +1,4 @@
-"""Run faults by seed; see the package."""
+"""Runs faults by seed; see the package's docstring."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from rich.table import Table
 from tests.faults.clusters import Clusters
 from tests.faults.code import code_now, commit_now
 from tests.faults.kinds import KINDS, kind_named
+from tests.faults.play import Result, play
 from tests.faults.report import read_results, totals, write_table
-from tests.faults.run import Result, play
 
 RESULTS = Path(".headrace/faults.jsonl")
 PAGE = Path("docs/reliability.md")
 
 
 @click.command()
-@click.option("--runs", default=61, show_default=True, help="The kinds take turns.")
-@click.option("--seed", default=1, show_default=True, help="Of the first run; each run has the next one.")
+@click.option("--runs", default=61, show_default=True, help="Number of runs; the kinds take turns.")
+@click.option("--seed", default=1, show_default=True, help="Seed of the first run; each run has the next seed.")
 @click.option("--kind", "names", multiple=True, help="Only this kind; may be repeated.")
-@click.option("--jobs", default=1, show_default=True, help="Runs at once; clusters that are hurt have one at a time.")
-@click.option("--results", default=RESULTS, show_default=True, type=click.Path(path_type=Path), help="Appended to.")
-@click.option("--list", "listing", is_flag=True, help="The kinds, and nothing else.")
-@click.option("--write-docs", is_flag=True, help=f"Put all results of this code into {PAGE}.")
+@click.option("--jobs", default=1, show_default=True, help="Concurrent runs. Only the shared cluster has several at once.")
+@click.option("--results", default=RESULTS, show_default=True, type=click.Path(path_type=Path), help="File to append to.")
+@click.option("--list", "listing", is_flag=True, help="Only list the kinds.")
+@click.option("--write-docs", is_flag=True, help=f"Write all results of the current code into {PAGE}.")
 def main(runs: int, seed: int, names: tuple[str, ...], jobs: int, results: Path, listing: bool, write_docs: bool) -> None:
-    """Hurt the join RUNS times and check its ledger each time. What the results' file has of the same code is not run again.
+    """Run RUNS faults and check the join's topics after each. Runs that the results file has for the same code are skipped.
 
-    Results of other code stay in the file and count for nothing. Exit code 1 on any difference.
+    Results of other code stay in the file and aren't counted. The exit code is 1 if any result has a problem.
     """
     kinds = [kind_named(name) for name in names] or KINDS
     if listing:
@@ -60,27 +60,27 @@ def main(runs: int, seed: int, names: tuple[str, ...], jobs: int, results: Path,
                     with lock:
                         if not turns:
                             return
-                        # One whose cluster nobody uses, if there is one.
-                        place = next((at for at, (kind, _) in enumerate(turns) if not clusters.busy(kind.cluster)), 0)
-                        kind, number = turns.pop(place)
+                        # The first turn whose cluster is free, if there is one.
+                        index = next((index for index, turn in enumerate(turns) if not clusters.busy(turn[0].cluster)), 0)
+                        kind, number = turns.pop(index)
                     result = play(kind, number, clusters, folder / "runs", code=code)
                     with lock:
                         if code_now() != code:
                             turns.clear()
                             raise click.ClickException(
-                                "the code was changed during a run, which counts for nothing; start again"
+                                "the code was changed during a run, so that this run isn't counted; start again"
                             )
                         with results.open("ab") as file:
                             file.write(msgspec.json.encode(result) + b"\n")
                         made.append(result)
-                        _say(result)
+                        _print(result)
 
             with ThreadPoolExecutor(jobs) as pool:
                 try:
                     for outcome in [pool.submit(work) for _ in range(jobs)]:
                         outcome.result()
                 except BaseException:
-                    turns.clear()  # what runs comes to its end, and no more begins
+                    turns.clear()  # current runs finish, and no further run begins
                     raise
     finally:
         _clean(folder, keep=any(result.problems for result in made))
@@ -91,12 +91,12 @@ def main(runs: int, seed: int, names: tuple[str, ...], jobs: int, results: Path,
     _show(current)
     click.echo(totals(current))
     click.echo(
-        f"{len(made)} of them now; code {code} (commit {commit_now()}); {len(found) - len(current)} of other code, not counted"
+        f"{len(made)} of them new; code {code} (commit {commit_now()}); {len(found) - len(current)} of other code, not counted"
     )
     sys.exit(any(result.problems for result in current))
 
 
-def _say(result: Result) -> None:
+def _print(result: Result) -> None:
     recovery = "" if result.recovery_s is None else f", back in {result.recovery_s:.1f} s"
     word = "FAILED" if result.problems else "skipped" if result.skipped else "exact"
     how = (
@@ -108,11 +108,11 @@ def _say(result: Result) -> None:
 
 
 def _clean(folder: Path, *, keep: bool) -> None:
-    """Remove what the runs left, and take down the small disks first, whatever ended them."""
+    """Remove the folder of the runs. Small disks that are still mounted in it are unmounted first."""
     mounts = Path("/proc/mounts")
     for line in mounts.read_text().splitlines() if mounts.exists() else ():
-        if (place := line.split()[1]).startswith(f"{folder}/"):
-            subprocess.run(["umount", "-l", place], check=False)
+        if (mounted := line.split()[1]).startswith(f"{folder}/"):
+            subprocess.run(["umount", "-l", mounted], check=False)
     if keep:
         click.echo(f"the brokers' data and the failed runs are in {folder}")
     else:
@@ -129,5 +129,5 @@ def _show(found: list[Result]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what is open is closed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that brokers and workers are stopped
     main()

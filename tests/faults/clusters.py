@@ -1,4 +1,4 @@
-"""The Kafka clusters that faults happen on, and the clock that some of them go by."""
+"""The Kafka clusters on which faults happen, and a clock that can be set."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from deploy.settings import LocalKafkaSettings
 
 __all__ = ["Clock", "Clusters", "Skipped"]
 
-# Debian's libfaketime; its `MT` build is the one for programs with threads.
+# Debian's libfaketime, in its `MT` build for programs with threads.
 FAKETIME = [Path(f"/usr/lib/{where}/faketime/libfaketimeMT.so.1") for where in ("x86_64-linux-gnu", "aarch64-linux-gnu")]
 FAKETIME += [Path("/usr/lib/faketime/libfaketimeMT.so.1")]
-# Retention is looked at every five minutes by default, for the first time after half a minute.
+# By default a broker checks retention every five minutes, first after half a minute.
 PROPERTIES = {"log.retention.check.interval.ms": 1_000, "log.initial.task.delay.ms": 1_000}
 
 
 class Skipped(Exception):
-    """This kind of fault can't be made on this machine; the text says what is missing."""
+    """This kind of fault isn't possible on this machine; the message says what is missing."""
 
 
 class Clock:
-    """A wall clock that can be set while those who go by it run. Monotonic clocks go on as they are."""
+    """A wall clock that can be set while processes use it. Monotonic clocks aren't affected."""
 
     def __init__(self, file: Path) -> None:
         found = [library for library in FAKETIME if library.exists()]
@@ -38,20 +38,20 @@ class Clock:
             "LD_PRELOAD": str(found[0]),
             "FAKETIME_TIMESTAMP_FILE": str(file),
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "FAKETIME_FORCE_MONOTONIC_FIX": "0",  # with it every timed wait of a JVM lasts for ever
+            "FAKETIME_FORCE_MONOTONIC_FIX": "0",  # with 1, timed waits in a JVM never end
             "FAKETIME_CACHE_DURATION": "1",
         }
         self.set(0)
 
     def set(self, ahead_s: int) -> None:
-        """From now on (within a second) the clock is that far ahead."""
-        aside = self._file.with_suffix(".new")
-        aside.write_text(f"{ahead_s:+d}s\n")
-        aside.replace(self._file)
+        """Set the clock so far ahead of the real time; processes see this within a second."""
+        temporary = self._file.with_suffix(".new")
+        temporary.write_text(f"{ahead_s:+d}s\n")
+        temporary.replace(self._file)
 
 
 class HurtKafka(LocalKafka):
-    """A local Kafka that looks at retention all the time."""
+    """A local Kafka that checks retention every second."""
 
     def _planned(self, state: Any) -> Any:
         planned = super()._planned(state)
@@ -62,9 +62,10 @@ class HurtKafka(LocalKafka):
 
 
 class Clusters:
-    """Clusters, each started when it is first asked for.
+    """The clusters, each of which is started at its first use.
 
-    `shared` is used by several runs at once; `alone`, `three` (brokers) and `clock` are hurt, by one run at a time.
+    Several runs use `shared` at once, without faults of its brokers. `alone`, `three` (brokers) and `clock` have such faults,
+    and one run at a time.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +73,7 @@ class Clusters:
         self._running: dict[str, LocalKafka] = {}
         self._stack = contextlib.ExitStack()
         self._locks = {name: threading.Lock() for name in ("shared", "alone", "three", "clock")}
-        self.clock: Clock | None = None  # of `clock`
+        self.clock: Clock | None = None  # of the cluster `clock`, once that is started
 
     def __enter__(self) -> Clusters:
         return self
@@ -81,12 +82,12 @@ class Clusters:
         self._stack.close()
 
     def adopt(self, name: str, kafka: LocalKafka) -> None:
-        """Use one that runs already."""
+        """Use a cluster that runs already."""
         self._running[name] = kafka
 
     @contextlib.contextmanager
     def use(self, name: str) -> Iterator[LocalKafka]:
-        """A cluster, for oneself alone unless it is `shared`. Raises Skipped where it can't be had."""
+        """A cluster, for the exclusive use of this run unless it is `shared`. Raises Skipped if this machine can't run it."""
         with self._locks[name]:
             if name not in self._running:
                 self._running[name] = self._stack.enter_context(self._made(name))
@@ -96,6 +97,7 @@ class Clusters:
         yield self._running[name]
 
     def busy(self, name: str) -> bool:
+        """Whether a run has to wait for this cluster."""
         return self._locks[name].locked()
 
     def _made(self, name: str) -> LocalKafka:

@@ -1,6 +1,6 @@
-"""Which code a result is of: a hash over what a run of the harness loads from the repository, and the commit that has it.
+"""The code that a result belongs to: a hash over the files of the repository that a run loads, and their commit.
 
-A change of anything else, such as the pages, leaves results valid.
+Results stay valid if other files change, such as pages.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 __all__ = ["ROOT", "code_now", "commit_now", "deciding_files"]
 
 ROOT = Path(__file__).parents[2]
-# Of `model` only the settings are read, of `deploy/cli` only `run`; what else is imported on the way decides nothing here.
+# Runs only use the settings of `model`, and only `run` of `deploy/cli`. Other modules that are imported don't affect results.
 DECIDING = (
     "requirements.lock",
     "state/*.py",
@@ -41,13 +41,13 @@ TESTS = "tests/faults/test_*.py"
 
 
 def deciding_files() -> list[str]:
-    """Relative to the repository, sorted."""
+    """The files that decide results, relative to the repository, sorted."""
     found = {path for pattern in DECIDING for path in ROOT.glob(pattern)} - set(ROOT.glob(TESTS))
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
 def code_now() -> str:
-    """A hash over the names and bytes of these files as they are on the disk."""
+    """A hash over the names and contents of `deciding_files` as they are on the disk."""
     whole = blake2b(digest_size=8)
     for name in deciding_files():
         content = (ROOT / name).read_bytes()
@@ -56,7 +56,7 @@ def code_now() -> str:
 
 
 def commit_now() -> str:
-    """The last commit that changed one of them, "… and changes" where the disk has something else."""
+    """The last commit that changed one of `deciding_files`, with " and changes" if the files on the disk differ from it."""
     paths = ["--", *(f":(glob){pattern}" for pattern in DECIDING), f":(exclude,glob){TESTS}"]
     commit = _git("log", "-1", "--format=%h", *paths)
     return f"{commit or 'none'}{' and changes' if _git('status', '--porcelain', *paths) else ''}"

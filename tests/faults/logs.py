@@ -1,4 +1,4 @@
-"""Reading the topics of a run for the ledger, with kafka-python: not the client that the join uses."""
+"""Reads the topics of a run for the ledger, with kafka-python, which the join doesn't use."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from tests.faults.ledger import Found
 
 __all__ = ["NAMES", "Logs"]
 
-# As the ledger calls them, and as topics are called behind the prefix.
+# The ledger's name of each topic, and the topic's name after the prefix.
 NAMES = {"impressions": "impressions", "clicks": "clicks", "examples": "examples", "dead_letters": "dead-letters"}
 SOURCES = ("impressions", "clicks")
 
 
 class Logs:
-    """Reads on from where it was. Every method blocks, and may be called from any thread."""
+    """Reads the topics, and continues where it stopped. Every method blocks and may be called from any thread."""
 
     def __init__(self, bootstrap_servers: str, *, prefix: str, group: str, partitions: int) -> None:
         self._servers, self._group = bootstrap_servers.split(","), prefix + group
         self._topics = {prefix + topic: name for name, topic in NAMES.items()}
-        self._places = [TopicPartition(topic, number) for topic in self._topics for number in range(partitions)]
+        self._partitions = [TopicPartition(topic, number) for topic in self._topics for number in range(partitions)]
         self._records: dict[str, list[Any]] = {name: [] for name in NAMES}
         self._lock = threading.Lock()
         self._consumer: KafkaConsumer | None = None
@@ -50,16 +50,16 @@ class Logs:
         return self._consumer
 
     def read(self) -> Found:
-        """All four topics up to where they end now, as a `read_committed` reader, and what the join has committed."""
+        """All four topics up to their current ends, with `read_committed`, and the offsets that the join has committed."""
         with self._lock:
             consumer = self._reader()
-            places = [tp for tp in self._places if tp.topic not in self._gone]
-            consumer.assign(places)
-            ends = consumer.end_offsets(places)
+            partitions = [tp for tp in self._partitions if tp.topic not in self._gone]
+            consumer.assign(partitions)
+            ends = consumer.end_offsets(partitions)
             while any(consumer.position(tp) < end for tp, end in ends.items()):
                 for tp, records in consumer.poll(timeout_ms=200).items():
                     self._records[self._topics[tp.topic]] += records
-            sources = [tp for tp in places if self._topics[tp.topic] in SOURCES]
+            sources = [tp for tp in partitions if self._topics[tp.topic] in SOURCES]
             return Found(
                 {name: list(records) for name, records in self._records.items()},
                 self.committed(),
@@ -73,35 +73,35 @@ class Logs:
             found = admin.list_group_offsets(self._group)[self._group]
         finally:
             admin.close()
-        return {(self._topics[tp.topic], tp.partition): at.offset for tp, at in found.items() if at.offset >= 0}
+        return {(self._topics[tp.topic], tp.partition): row.offset for tp, row in found.items() if row.offset >= 0}
 
     def ends(self, name: str) -> dict[int, int]:
-        """The ends of a topic's partitions, open transactions included."""
+        """The ends of a topic's partitions, with records of open transactions."""
         consumer = KafkaConsumer(bootstrap_servers=self._servers)
         try:
-            found = consumer.end_offsets([tp for tp in self._places if self._topics[tp.topic] == name])
+            found = consumer.end_offsets([tp for tp in self._partitions if self._topics[tp.topic] == name])
         finally:
             consumer.close(autocommit=False)
         return {tp.partition: end for tp, end in found.items()}
 
     def behind(self) -> bool:
-        """Whether the join has records to read that it has not committed."""
+        """Whether the sources have records that the join hasn't committed."""
         committed = self.committed()
         return any(committed.get((source, number), 0) < end for source in SOURCES for number, end in self.ends(source).items())
 
     def written(self) -> dict[str, dict[int, int]]:
-        """How far the join's outputs go."""
+        """The ends of the join's outputs."""
         return {name: self.ends(name) for name in ("examples", "dead_letters")}
 
     def deleted(self, name: str) -> bool:
-        """Whether a topic's log has lost all of its records."""
+        """Whether all records of a topic are deleted."""
         consumer = KafkaConsumer(bootstrap_servers=self._servers)
         try:
-            places = [tp for tp in self._places if self._topics[tp.topic] == name]
-            return bool(consumer.beginning_offsets(places) == consumer.end_offsets(places))
+            partitions = [tp for tp in self._partitions if self._topics[tp.topic] == name]
+            return bool(consumer.beginning_offsets(partitions) == consumer.end_offsets(partitions))
         finally:
             consumer.close(autocommit=False)
 
     def forget(self, topic: str) -> None:
-        """Read no more of a topic that was made anew; what was read of the old one stays."""
+        """Don't read a topic any more, since it was deleted and created again; records of the old topic are kept."""
         self._gone.add(topic)

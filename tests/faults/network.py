@@ -1,4 +1,4 @@
-"""A link between a worker and a broker that can be cut, and that can lose single answers: bytes stop, nobody is told."""
+"""A link between a worker and a broker that can be cut, and can lose single answers, without any notice to either side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 
 __all__ = ["ADD_OFFSETS", "END_TRANSACTION", "INIT_PRODUCER", "PRODUCE", "TRANSACTION_OFFSETS", "Link"]
 
-# Kafka's numbers of the requests whose answers are worth losing.
+# Kafka's API keys of requests whose answers can be lost.
 PRODUCE, INIT_PRODUCER, ADD_OFFSETS, END_TRANSACTION, TRANSACTION_OFFSETS = 0, 22, 25, 26, 28
 
 SIZE_BYTES = 4  # before every request and answer
@@ -18,7 +18,7 @@ class Link:
     """Forwards Kafka connections on a free port of loopback to `port`; an async context manager.
 
     Attributes:
-        lost: how many answers were lost.
+        lost: number of answers that were lost.
     """
 
     def __init__(self, port: int) -> None:
@@ -28,7 +28,7 @@ class Link:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
-        self._lose: tuple[int, int, bool] = (-1, 0, False)
+        self._losing, self._left, self._silently = -1, 0, False  # see `lose`
         self.lost = 0
 
     async def __aenter__(self) -> Link:
@@ -56,18 +56,19 @@ class Link:
         self._open.clear()
 
     def restore(self) -> None:
-        """What was under way is lost with its connections, as when a router forgets them; new ones pass."""
+        """Close all connections, as when a router forgets them; new connections pass."""
         self._drop()
         self._open.set()
 
     def lose(self, request: int, *, times: int, silently: bool) -> None:
-        """Lose the next answers to a kind of request, which the broker has carried out.
+        """Lose the next answers to a kind of request. The broker has carried out these requests.
 
         Args:
-            request: Kafka's number of it.
-            silently: the connection stays open and says no more; else it is closed.
+            request: its API key.
+            times: number of answers.
+            silently: the connection stays open without further bytes; otherwise it is closed.
         """
-        self._lose = request, times, silently
+        self._losing, self._left, self._silently = request, times, silently
 
     def _drop(self) -> None:
         for writer in self._writers:
@@ -85,7 +86,7 @@ class Link:
             writer.close()
             return
         self._writers.add(there_writer)
-        asked: dict[bytes, int] = {}  # correlation id → which request
+        asked: dict[bytes, int] = {}  # correlation id → API key of the request
         for source, sink, answers in ((reader, there_writer, False), (there_reader, writer, True)):
             task = asyncio.ensure_future(self._pass_on(source, sink, asked, answers=answers))
             self._tasks.add(task)
@@ -94,7 +95,7 @@ class Link:
     async def _pass_on(
         self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, asked: dict[bytes, int], *, answers: bool
     ) -> None:
-        """Pass on frames: a request begins with its number (2 bytes), its version (2) and its id (4), an answer with the id."""
+        """Forward frames: requests begin with API key (2 bytes), version (2) and correlation id (4), answers with the id."""
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:
                 size = await source.readexactly(SIZE_BYTES)
@@ -102,7 +103,7 @@ class Link:
                 if not answers:
                     asked[frame[4:8]] = int.from_bytes(frame[:2], "big")
                 elif self._loses(asked.pop(frame[:4], -1)):
-                    if not self._lose[2]:
+                    if not self._silently:
                         break
                     await asyncio.Event().wait()  # until this task is cancelled
                 await self._open.wait()
@@ -113,9 +114,9 @@ class Link:
         sink.close()
 
     def _loses(self, request: int) -> bool:
-        wanted, times, silently = self._lose
-        if request != wanted or not times:
+        """Whether the answer to a request is to be lost; counts it."""
+        if request != self._losing or not self._left:
             return False
-        self._lose = wanted, times - 1, silently
+        self._left -= 1
         self.lost += 1
         return True

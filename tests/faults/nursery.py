@@ -1,6 +1,6 @@
-"""Starts join workers by a fork of a process that has imported everything: a start costs a tenth of the CPU that way.
+"""Starts join workers by forking a process that has imported everything, which takes a tenth of the CPU of a usual start.
 
-A worker is a process of its own in every respect: its environment, session, leash and log are as if it had been executed.
+A forked worker has its own environment, session, leash and log, as if it had been executed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import msgspec
 __all__ = ["Child", "Nursery"]
 
 MOST_BYTES = 1 << 16
-ENDED = "the process that forks workers has ended; start again, what is done is not run again"
+ENDED = "the process that forks workers has ended; start again (runs that are done are not repeated)"
 
 
 class Child:
-    """A forked worker, with what `deploy.processes.workers.Worker` uses of `subprocess.Popen`."""
+    """A forked worker, with the methods of `subprocess.Popen` that `deploy.processes.workers.Worker` uses."""
 
     def __init__(self, pid: int, stdin: BinaryIO) -> None:
         self.pid, self.stdin = pid, stdin
@@ -57,13 +57,13 @@ class Child:
 
 
 class Nursery:
-    """The process that forks; started with the first child, ended with this one. May be used from any thread."""
+    """The process that forks workers, which starts with the first worker and ends with this process. Use it from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._children: dict[int, Child] = {}
-        self._orphans: dict[int, int] = {}  # ended before they were known
+        self._early_ends: dict[int, int] = {}  # exit codes, by pid, of children that ended before `start` knew them
         self._ended = False
 
     def start(self, arguments: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Child:
@@ -88,12 +88,12 @@ class Nursery:
                 raise RuntimeError(ENDED)
             self._born.clear()
             child = self._children[self._newest] = Child(self._newest, os.fdopen(writing, "wb"))
-            if child.pid in self._orphans:
-                child.ended(self._orphans.pop(child.pid))
+            if child.pid in self._early_ends:
+                child.ended(self._early_ends.pop(child.pid))
             return child
 
     def close(self) -> None:
-        """End the process that forks; its children live on."""
+        """End the process that forks; its children continue."""
         if self._socket is not None:
             self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
@@ -117,13 +117,13 @@ class Nursery:
             elif pid in self._children:
                 self._children.pop(pid).ended(code)
             else:
-                self._orphans[pid] = code
+                self._early_ends[pid] = code
         self._ended = True
         self._born.set()
 
 
 def _serve(orders: socket.socket) -> None:
-    """Fork for each order, and say who was born and who has ended; ends when nobody can give orders any more."""
+    """Fork a child for each order, and report each child's start and end; returns when the socket is closed."""
 
     def reap(number: int, frame: Any) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -142,7 +142,7 @@ def _serve(orders: socket.socket) -> None:
         [(_, _, data)] = ancillary
         stdin = array.array("i", data)[0]
         arguments, env, cwd, log = msgspec.json.decode(order)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # born before it ends
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # so that the start is reported before the end
         pid = os.fork()
         if not pid:
             orders.close()
@@ -155,7 +155,7 @@ def _serve(orders: socket.socket) -> None:
 
 
 def _live(arguments: list[str], env: dict[str, str], cwd: str, log: str, stdin: int) -> None:
-    """The child's life; never returns."""
+    """Run a worker in the forked child; never returns."""
     code: Any = 1
     try:
         os.setsid()

@@ -1,4 +1,4 @@
-"""Sends the streams, by a producer that outlasts every fault and that quotas of the join don't touch."""
+"""Sends the streams with a producer that outlasts every fault and isn't affected by the join's quotas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS = 25  # sent together
 
 
 class Sender:
-    """An async context manager."""
+    """Sends records to the sources; an async context manager."""
 
     def __init__(self, settings: Settings) -> None:
         names = TopicNames.of(settings.topics)
@@ -46,7 +46,7 @@ class Sender:
             await packer.stop()
 
     async def send(self, rows: Sequence[Sent], *, over_s: float) -> None:
-        """Send rows in their order, evenly over some time."""
+        """Send rows in their order, evenly over `over_s` seconds."""
         began = time.monotonic()
         for start in range(0, len(rows), ROWS):
             for codec, some in groupby(rows[start : start + ROWS], key=lambda row: row.codec):
@@ -58,7 +58,7 @@ class Sender:
             await asyncio.sleep(max(0.0, began + over_s * (start + ROWS) / len(rows) - time.monotonic()))
 
     async def watermark(self, watermark_ms: int) -> None:
-        """No older event comes any more."""
+        """Send a watermark to all partitions of both sources: no older event comes any more."""
         await self._feed.watermark(self._topics.values(), watermark_ms)
         await self._feed.flush()
 

@@ -1,8 +1,8 @@
-"""The streams that a join is hurt under: every record with what it is meant to be, in phases.
+"""The streams that are sent during faults: records in phases, each with a description of what must become of it.
 
-A record that says nothing else is in time: it reaches the log out of order by less than the lateness, so that the rules alone
-decide its label. A record with `after_ms` comes once the join's watermark is known to be exactly there, and may be late. A
-record with a `reason` can't be used at all.
+- An ordinary record is in time: it is out of order by less than the lateness, so that its label follows from the rules alone.
+- A record with `after_ms` is sent once the join's watermark is known to be exactly there, and may be late.
+- A record with a `reason` can't be used, and becomes a dead letter.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 WINDOW_MS, LATENESS_MS, HORIZON_MS, MAX_FUTURE_MS = 10_000, 2_000, 15_000, 3_600_000
 FIRST_MS = 1_700_000_000_000
 EVERY_MS = 50
-# Records come out of order by this much: below the lateness by what a sender may be ahead with one of the two topics.
+# Records are out of order by up to this much. The rest of the lateness is for the sender, which may be ahead with one topic.
 DISORDER_MS = 0.7 * LATENESS_MS
 
 IMPRESSIONS, CLICKS = "impressions", "clicks"
@@ -41,7 +41,7 @@ IMPRESSIONS, CLICKS = "impressions", "clicks"
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One record: its source, key, value and event time; `reason` is that of the dead letter which it must become by itself."""
+    """A record to be sent: source, key, value and event time. `reason` is that of the dead letter that it must become."""
 
     source: str
     key: bytes
@@ -53,13 +53,13 @@ class Sent:
 
     @property
     def oversize(self) -> bool:
-        """Whether it is a right impression that `examples` doesn't take: it only fits its own topic compressed."""
+        """Whether it is a good impression that is too large for `examples`: it only fits its own topic if compressed."""
         return self.reason == "too_large"
 
 
 @dataclass(slots=True)
 class Phase:
-    """A part of a stream, sent over `over_s` seconds; then a pause, and a watermark with whose effects the next phase waits."""
+    """A part of a stream: rows over `over_s` seconds, a pause, then a watermark, for whose outputs the next phase waits."""
 
     rows: list[Sent]
     over_s: float = 3.0
@@ -83,7 +83,7 @@ class Stream:
 
 @dataclass(slots=True)
 class _Maker:
-    """Makes records around moments of event time; `arriving` puts them in the order of the log."""
+    """Makes records by event time; `arriving` returns them in the order of sending."""
 
     draw: random.Random
     hold_ms: int
@@ -99,7 +99,7 @@ class _Maker:
         return [row for _, row in timed]
 
     def impression(self, key: bytes, time_ms: int) -> None:
-        """One impression with whatever may come of it: repeats, clicks in the hold, behind it and beyond the window."""
+        """An impression with repeats and with clicks within the hold, after it and after the window, at random."""
         draw = self.draw
         row = event(IMPRESSIONS, key, time_ms)
         self.add(row)
@@ -117,13 +117,13 @@ class _Maker:
         self.odd(key, time_ms)
 
     def _delay(self) -> int:
-        """Of a click that counts, with the edges of the hold and of the window."""
+        """The delay in ms of a click that counts, often at the edges of the hold and of the window."""
         draw, edge = self.draw, min(self.hold_ms, WINDOW_MS)
         within = [0, draw.randrange(200), draw.randrange(WINDOW_MS), WINDOW_MS, edge, min(edge + 1, WINDOW_MS), -self.skew_ms]
         return draw.choice(within)
 
     def odd(self, key: bytes, time_ms: int) -> None:
-        """Now and then a record that comes to nothing: of nobody, unreadable, too far in the future."""
+        """Now and then a record that can't be joined: without an impression, unreadable or too far in the future."""
         draw = self.draw
         if draw.random() < 0.02:
             self.add(event(CLICKS, b"nobody-" + key, time_ms))
@@ -131,7 +131,7 @@ class _Maker:
             source, (value, reason) = draw.choice([IMPRESSIONS, CLICKS]), draw.choice(UNREADABLE)(b"bad-" + key, time_ms)
             self.add(Sent(source, b"bad-" + key, value, reason=reason), at_ms=time_ms)
         if draw.random() < 0.005:
-            # Runs take minutes at the most, and the broker's clock may be a little off.
+            # A margin for the time of the run, minutes at most, and for the broker's clock.
             ahead = event(draw.choice([IMPRESSIONS, CLICKS]), b"ahead-" + key, now_ms() + MAX_FUTURE_MS + 1_800_000)
             self.add(replace(ahead, reason="future_timestamp"), at_ms=time_ms)
 
@@ -170,7 +170,7 @@ def _maker(seed: int, hold_ms: int, skew_ms: int) -> _Maker:
 
 
 def ordinary(seed: int, hold_ms: int, skew_ms: int, *, count: int = 600, every_ms: int = EVERY_MS) -> Stream:
-    """Three windows of everything that happens every day."""
+    """Three windows of ordinary traffic."""
     maker = _maker(seed, hold_ms, skew_ms)
     for index in range(count):
         maker.impression(b"%d-%d" % (seed, index), FIRST_MS + every_ms * index)
@@ -178,20 +178,20 @@ def ordinary(seed: int, hold_ms: int, skew_ms: int, *, count: int = 600, every_m
 
 
 def returning(seed: int, hold_ms: int, skew_ms: int, *, again: bool) -> Stream:
-    """A first part, its end by a watermark, and a second part that comes back to it.
+    """A first part, which ends with a watermark, and a second part that uses the first part's ids.
 
-    With `again` ids are used again: within the dedupe horizon (duplicates) and beyond it (new impressions). Without, the first
-    part's records come late: impressions that are remembered, others that aren't, and clicks of every age.
+    With `again`, ids are used for impressions again: within the dedupe horizon (duplicates) and beyond it (new impressions).
+    Otherwise late records of the first part come: impressions that the join remembers, others, and clicks of every age.
     """
     maker, count = _maker(seed, hold_ms, skew_ms), 300
     draw, times = maker.draw, {b"%d-%d" % (seed, index): FIRST_MS + EVERY_MS * index for index in range(count)}
-    # Some are so old when the second part begins that they are late, or forgotten.
+    # Some impressions are so old when the second part begins that a repeat is late or their id is forgotten.
     times |= {b"%d-old-%d" % (seed, index): FIRST_MS - 60_000 + 1_000 * index for index in range(60)}
     for key, time_ms in times.items():
         maker.impression(key, time_ms)
     first = Phase(maker.arriving())
     end_ms = max(times.values())
-    # Late clicks want windows and holds that the watermark has passed, and others.
+    # Late clicks are sent both for windows and holds that the watermark has passed and for others.
     mark_ms = end_ms + draw.choice([WINDOW_MS + LATENESS_MS, WINDOW_MS // 2])
     if again:
         mark_ms = end_ms + WINDOW_MS + LATENESS_MS
@@ -221,7 +221,7 @@ def _fresh(maker: _Maker, seed: int, from_ms: int, count: int) -> list[Sent]:
 
 
 def large(seed: int, hold_ms: int, skew_ms: int) -> Stream:
-    """Records near the limit of the topic, some that only fit compressed, and batches with and without compression."""
+    """Records near the topic's size limit, some of which only fit compressed, in batches with and without compression."""
     stream = ordinary(seed, hold_ms, skew_ms, count=400, every_ms=75)
     draw, [phase] = random.Random(seed), stream.phases
     rows = [replace(row, codec=draw.choice(["", "gzip"])) for row in phase.rows]
@@ -231,16 +231,16 @@ def large(seed: int, hold_ms: int, skew_ms: int) -> Stream:
         fits = draw.random() < 0.7
         size = draw.choice([200_000, 700_000, 1_040_000]) if fits else draw.choice([1_200_000, 1_500_000, 3_000_000])
         row = event(IMPRESSIONS, b"%d-large-%d" % (seed, index), near_ms, padding=b"x" * size)
-        # A record that only fits its topic compressed is more than `examples` is sure to take.
+        # A record that only fits its topic compressed may be too large for `examples`, so it becomes a dead letter.
         rows.insert(at, replace(row, codec="gzip", reason="" if fits else "too_large"))
     phase.rows = rows
     return stream
 
 
 def quiet(seed: int, hold_ms: int, skew_ms: int) -> Stream:
-    """Sources that fall silent, one and both, for longer than the idle timeout as shipped (5 s).
+    """Clicks or both sources pause for longer than the default idle timeout (5 s).
 
-    In real time: a source that has been idle counts as such until it is fetched again, and the other one may be ahead by then.
+    Event times pass in real time: an idle source stays idle until it is fetched again, and the other source may be ahead then.
     """
     maker, from_ms, phases = _maker(seed, hold_ms, skew_ms), FIRST_MS, [Phase([], over_s=0.0)]
     for number, silent in enumerate(maker.draw.sample(["none", CLICKS, "both", "none"], 4)):
@@ -261,7 +261,7 @@ def quiet(seed: int, hold_ms: int, skew_ms: int) -> Stream:
 
 
 def wrong_clocks(seed: int, hold_ms: int, skew_ms: int, *, ahead_ms: int) -> Stream:
-    """Of one client in twenty the clock is ahead; the others' records must be as if it weren't there."""
+    """One client's clock is ahead. The records of other clients must be joined as if this client didn't exist."""
     maker = _maker(seed, hold_ms, skew_ms)
     first_ms, count = now_ms() - 60_000, 600
     for index in range(count):

@@ -1,4 +1,4 @@
-"""The short version of `make faults`: two kinds on the test run's Kafka; kinds, results and the table."""
+"""A short version of `make faults` (two kinds on the test run's Kafka), and tests of kinds, results and the table."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.faults.clusters import Clusters
 from tests.faults.code import ROOT, code_now, deciding_files
 from tests.faults.kinds import KINDS, kind_named
 from tests.faults.nursery import Nursery
+from tests.faults.play import Kind, Result, play
 from tests.faults.report import BEGIN, END, table, totals, write_table
-from tests.faults.run import Kind, Result, play
 
 
 @pytest.mark.kafka
@@ -35,11 +35,11 @@ def test_a_fault_leaves_the_ledger_exact(kafka, tmp_path, name, seed):
     assert (result.lost, result.doubled, result.wrong, result.skipped) == (0, 0, 0, "")
 
 
-def test_every_kind_has_a_name_of_its_own():
+def test_every_kind_has_a_different_name():
     assert len({kind.name for kind in KINDS}) == len(KINDS)
 
 
-def test_a_nursery_that_has_ended_is_an_error_and_not_a_wait(tmp_path):
+def test_a_nursery_that_has_ended_raises_an_error_instead_of_waiting(tmp_path):
     nursery = Nursery()
     order = (["run", "--help"], dict(os.environ), tmp_path, tmp_path / "log")
     try:
@@ -59,7 +59,7 @@ def result(kind: str, seed: int, recovery_s: float | None, **counts: Any) -> Res
     return Result(kind=kind, seed=seed, recovery_s=recovery_s, **whole)
 
 
-def test_the_table_adds_up_and_takes_its_place_in_the_page(tmp_path):
+def test_the_table_has_the_sums_and_replaces_the_old_table_in_the_page(tmp_path):
     results = [
         result("cut", 1, 1.0),
         result("cut", 2, 3.0, lost=2, problems=["lost: x"]),
@@ -70,10 +70,8 @@ def test_the_table_adds_up_and_takes_its_place_in_the_page(tmp_path):
     assert "| cut | 2 | 2 | 0 | 0 | 2.0 | 3.0 |" in found
     assert "| full | 1 | 0 | 0 | 0 |  |  |" in found
     assert totals(results) == "3 runs of 2 kinds, 30 events: 2 lost, 0 doubled, 0 wrong, 1 runs with problems, 1 skipped"
-    assert (
-        "the whole window in 1 of them, 0 in 2, 300 ms or 3 s in the others; a part of the negatives was left out in 1."
-        in found
-    )
+    assert "the whole window in 1 runs, 0 in 2, and 300 ms or 3 s in the others." in found
+    assert "Some negatives were left out in 1 runs." in found
     assert "Code of commit abc1234. Skipped: no libfaketime." in found
     assert "clock" not in found
     page = tmp_path / "page.md"
@@ -86,7 +84,7 @@ def test_the_table_adds_up_and_takes_its_place_in_the_page(tmp_path):
     ("kind", "ended", "right"),
     [
         (Kind("a", play, killed=1), [-9], True),
-        (Kind("a", play, killed=1), [1], False),  # it crashed before the kill
+        (Kind("a", play, killed=1), [1], False),  # crashed before the kill
         (Kind("a", play, killed=1), [-9, 1], False),
         (Kind("a", play, killed=1), [-9, -9], False),
         (Kind("a", play), [], True),
@@ -96,12 +94,12 @@ def test_the_table_adds_up_and_takes_its_place_in_the_page(tmp_path):
         (Kind("a", play, crashes=(1, 2)), [1, -11], False),
     ],
 )
-def test_an_end_that_the_kind_does_not_expect_is_a_problem(kind, ended, right):
+def test_an_exit_code_that_the_kind_does_not_expect_is_a_problem(kind, ended, right):
     assert (kind.unexpected(ended) == []) == right
 
 
 def test_only_results_of_this_code_count(tmp_path, monkeypatch):
-    """An old failure fails nothing, and an old success passes for nothing: the run is made again."""
+    """Old failures and old successes aren't counted, and their runs are repeated."""
     kind, file, played = KINDS[0], tmp_path / "results.jsonl", []
 
     def run(kind: Kind, seed: int, *rest: Any, code: str) -> Result:
@@ -122,16 +120,16 @@ def test_only_results_of_this_code_count(tmp_path, monkeypatch):
     third = CliRunner().invoke(harness.main, [*order, "--runs", "3"])
     assert (third.exit_code, len(played)) == (1, 3)
     [left] = tmp_path.glob("headrace-faults-*")
-    assert f"in {left}" in third.output  # what failed can be looked at
-    assert CliRunner().invoke(harness.main, [*order, "--runs", "1"]).exit_code == 1  # what has failed once has failed
+    assert f"in {left}" in third.output  # the folder of the failed run is kept
+    assert CliRunner().invoke(harness.main, [*order, "--runs", "1"]).exit_code == 1  # a failed run isn't repeated
 
 
-def test_a_result_is_of_all_that_a_run_loads():
+def test_the_hash_of_the_code_covers_all_that_a_run_loads():
     program = "import sys, tests.faults.__main__, tests.faults.worker, deploy.cli.run, stream.join.worker; "
     program += "print(*(module.__file__ for module in sys.modules.values() if getattr(module, '__file__', None)))"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     ours = {str(Path(name).relative_to(ROOT)) for name in loaded.split() if Path(name).is_relative_to(ROOT)}
-    # Imported on the way, and used by no run: the demo's data sets and its view.
+    # Imported but not used by any run: the demo's data sets and its view.
     beside = ("deploy/datasets/", "deploy/demo/", "deploy/cli/", ".venv/")
     left = {name for name in ours - set(deciding_files()) if not name.startswith(beside) and not name.endswith("__init__.py")}
     assert "stream/join/logic.py" in ours

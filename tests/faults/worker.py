@@ -1,11 +1,11 @@
-"""`headrace run …` with a fault built in, told by the environment variable FAULT (JSON). The product's code is as it is.
+"""`headrace run …` with a fault, which the environment variable FAULT (JSON) describes. The product's code isn't changed.
 
-{"step": "in the commit", "after": 7}     SIGKILL to itself when that step is reached for the 7th time
-… "signal": 15}                           another signal than SIGKILL
-… "memory_group": "/sys/fs/…/cgroup.procs"}  join this control group, and take memory until its limit ends the process
-{"open_files": 64}                        no more files may be open
-{"flush_s": 0.2}                          the state is flushed this often, not every 30 s
-{"links": {"9092": 40123}}                connections to a port go to another one instead (`network.Link`)
+{"step": "in the commit", "after": 7}        SIGKILL to itself when it reaches this step for the 7th time
+… "signal": 15}                              the same with another signal
+… "memory_group": "/sys/fs/…/cgroup.procs"}  join this control group instead, and use memory until the kernel ends the process
+{"open_files": 64}                           limit of open files
+{"flush_s": 0.2}                             the state is flushed this often, instead of every 30 s
+{"links": {"9092": 40123}}                   connections to this port go to another port (`network.Link`)
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from aiokafka import AIOKafkaProducer
 
 from state.join_state import JoinState
 from stream.join import partition
+from stream.join.committed import CommittedReader
+from stream.join.local_state import LocalState
 from stream.join.partition import PartitionJoin
 from stream.join.rebuild import Rebuild
 from stream.join.takeover import Takeover
@@ -35,7 +37,7 @@ __all__ = ["RECOVERY", "REVOKE", "STEPS", "Fault"]
 
 
 class Fault(msgspec.Struct, omit_defaults=True):
-    """What FAULT says."""
+    """The contents of FAULT."""
 
     step: str = ""
     after: int = 1
@@ -46,7 +48,7 @@ class Fault(msgspec.Struct, omit_defaults=True):
     links: dict[str, int] = {}
 
 
-# Step → (class, method, when): before it, after it, or while it is under way.
+# Step → class, method, and when the fault happens: before, after or amid a call of the method.
 STEPS: dict[str, tuple[type, str, str]] = {
     "before the transaction": (AIOKafkaProducer, "begin_transaction", "before"),
     "amid the produce": (AIOKafkaProducer, "send_batch", "after"),
@@ -57,10 +59,10 @@ STEPS: dict[str, tuple[type, str, str]] = {
     "after the write": (PartitionJoin, "_apply", "after"),
     "in a flush": (JoinState, "flush", "amid"),
 }
-# Steps of taking over and of rebuilding: reached when a worker starts or is given a partition.
+# Steps of taking over and of rebuilding, which a worker reaches when it starts or gets a partition.
 RECOVERY: dict[str, tuple[type, str, str]] = {
-    "taking over: producer started": (Takeover, "_committed", "before"),
-    "taking over: offsets read": (Takeover, "_open", "before"),
+    "taking over: producer started": (CommittedReader, "read", "before"),
+    "taking over: offsets read": (LocalState, "open", "before"),
     "taking over: state opened": (Rebuild, "run", "before"),
     "recovery: labels being read": (Rebuild, "_resolve", "after"),
     "recovery: impressions being read": (Rebuild, "_impressions", "after"),
@@ -70,12 +72,13 @@ RECOVERY: dict[str, tuple[type, str, str]] = {
     "taking over: done": (Takeover, "take", "after"),
 }
 REVOKE: dict[str, tuple[type, str, str]] = {
-    "on revoke": (JoinWorker, "_on_revoked", "before"),
-    "after revoke": (JoinWorker, "_on_revoked", "after"),
+    "on revoke": (JoinWorker, "revoked", "before"),
+    "after revoke": (JoinWorker, "revoked", "after"),
 }
 
 
 def _die(fault: Fault) -> None:
+    """End this process, by a signal or by its use of memory."""
     if not fault.memory_group:
         os.kill(os.getpid(), fault.signal)
         return
@@ -86,9 +89,9 @@ def _die(fault: Fault) -> None:
 
 
 def _arm(fault: Fault) -> None:
-    """Wrap the step's method."""
-    place, method, when = {**STEPS, **RECOVERY, **REVOKE}[fault.step]
-    original: Callable[..., Any] = getattr(place, method)
+    """Wrap the method of the step with the fault."""
+    owner, method, when = {**STEPS, **RECOVERY, **REVOKE}[fault.step]
+    original: Callable[..., Any] = getattr(owner, method)
     left = fault.after
 
     def reached() -> bool:
@@ -105,7 +108,7 @@ def _arm(fault: Fault) -> None:
                 _die(fault)
             if now and when == "amid":
                 task = asyncio.ensure_future(original(*args, **kwargs))
-                await asyncio.sleep(fault.after % 5 / 1000)  # until the request is on its way, or answered
+                await asyncio.sleep(fault.after % 5 / 1000)  # 0 to 4 ms, so that the request is sent, or answered
                 _die(fault)
                 return await task
             result = await original(*args, **kwargs)
@@ -127,7 +130,7 @@ def _arm(fault: Fault) -> None:
                 _die(fault)
             return result
 
-    setattr(place, method, hurt)
+    setattr(owner, method, hurt)
 
 
 def _relink(links: dict[str, int]) -> None:

@@ -1,4 +1,4 @@
-"""Our Adam is torch's."""
+"""`model.adam` gives the same bits as `torch.optim.Adam`, without its start-up cost."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_state_restores() -> None:
 
 
 def test_a_unit_that_is_off_leaves_no_subnormal_moments() -> None:
-    """Otherwise each step of the others takes ten times as long, for ever."""
+    """Subnormal moments would make every later step ten times slower."""
     parameters, gradients = torch.ones(4), torch.tensor([1e-3, 1e-3, 1e-12, 0.0])
     adam = Adam(parameters, gradients, 1e-3)
     adam.step()
@@ -55,7 +55,7 @@ def test_a_unit_that_is_off_leaves_no_subnormal_moments() -> None:
 
 
 def test_a_learner_starts_without_the_compiler() -> None:
-    """It costs seconds at every start of a trainer."""
+    """Importing torch's compiler would cost seconds at every start of a trainer."""
     code = (
         "import sys; from model.learner import Learner; from model.schema import *; from model.settings import ModelSettings\n"
         "Learner(FeatureSchema(fields=(FieldSpec(name='a'),)), ModelSettings(hidden=(4,)), device='cpu')\n"

@@ -1,6 +1,8 @@
-"""Rows pay for negatives when late clicks come: in sum for all, at once where no click is late, new rows without a bias."""
+"""Deferred negatives: rows are charged every score once, at once if no click is late, and new rows aren't pushed too low."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -24,14 +26,23 @@ def batch_of(*columns: list[int]) -> FeatureBatch:
     return FeatureBatch(np.ascontiguousarray(keys), np.empty(0, np.int64), np.zeros(1, np.int64), 0)
 
 
+class LateClick(NamedTuple):
+    """A click that corrects its impression in a later step; `a` and `b` are the impression's feature values."""
+
+    due_step: int
+    a: int
+    b: int
+    shown_step: int
+
+
 def charge(deferred: Deferred, row: int, scores: list[float], labels: list[float], corrects: list[bool], at_ms: float) -> float:
-    """One batch of one row; what the row is charged in it: its slopes with the labels taken out."""
+    """What one batch charges to one row: the sum of the row's slopes, without the labels."""
     f, y, back = torch.tensor(scores), torch.tensor(labels), torch.tensor(corrects)
     slopes = torch.where(back, -torch.ones(len(f)), f - y)
-    place = torch.zeros(len(f), dtype=torch.int64)
+    inverse = torch.zeros(len(f), dtype=torch.int64)
     times = torch.full((len(f),), at_ms, dtype=torch.float64)
     factors = deferred.factors(
-        torch.tensor([row]), place, torch.arange(len(f)), f, slopes, y, back if back.any() else None, times
+        torch.tensor([row]), inverse, torch.arange(len(f)), f, slopes, y, back if back.any() else None, times
     )
     deferred.keep()
     own = slopes if factors is None else slopes * factors
@@ -58,7 +69,7 @@ def test_a_row_is_charged_every_score_once_whatever_the_delays() -> None:
         if step == 0:
             assert now == pytest.approx(0.25 * sum(f), rel=0.02)  # the rest is owed
         charged += now
-    # Corrections alone make due what is owed, too; and once enough time has gone by, it has all been paid.
+    # What is due is charged in a batch of corrections alone, too. After enough time, everything has been charged.
     charged += charge(deferred, 5, [0.3, 0.1], [1, 1], [True, True], 70_000.0)
     charged += charge(deferred, 5, [0.1], [0], [False], 10_000_000.0)
     scores += 0.1
@@ -78,25 +89,25 @@ def test_one_wrong_time_does_not_stop_what_falls_due() -> None:
 
 
 def test_a_new_value_among_late_clicks_begins_nearer_to_the_truth() -> None:
-    """A value of `a` each 300 batches; 3 of 4 clicks come 150 batches late. The next one's row begins at 0."""
+    """`a` has a new value every 300 batches, and 3 of 4 clicks come 150 batches late."""
 
     def highest(*, defer: bool) -> float:
         learner = Learner(SCHEMA, FAST.model_copy(update={"defer_negatives": defer}), device="cpu")
         rng = np.random.default_rng(1)
-        waiting: list[tuple[int, int, int, int]] = []
+        waiting: list[LateClick] = []
         ratios = []
         for step in range(1_500):
             value, others = step // 300, rng.integers(100, 120, 64)
             clicked = rng.random(64) < 0.1
             early = clicked & (rng.random(64) < 0.25)
-            back = [each for each in waiting if each[0] <= step]
-            waiting = [each for each in waiting if each[0] > step]
-            waiting += [(step + 150, value, int(other), step) for other in others[clicked & ~early]]
-            a = [value] * 64 + [each[1] for each in back]
-            b = [*others.tolist(), *[each[2] for each in back]]
+            back = [click for click in waiting if click.due_step <= step]
+            waiting = [click for click in waiting if click.due_step > step]
+            waiting += [LateClick(step + 150, value, int(other), step) for other in others[clicked & ~early]]
+            a = [value] * 64 + [click.a for click in back]
+            b = [*others.tolist(), *[click.b for click in back]]
             labels = np.array([*early, *[True] * len(back)], np.float32)
             corrects = np.array([False] * 64 + [True] * len(back))
-            times = np.array([step * 1_000] * 64 + [each[3] * 1_000 for each in back])
+            times = np.array([step * 1_000] * 64 + [click.shown_step * 1_000 for click in back])
             batch = batch_of([number + 1 for number in a], b)
             scores = learner.learn(batch, labels, None, corrects if len(back) else None, times)
             if step >= 600 and step % 300 < 30:  # a value begins
@@ -107,7 +118,7 @@ def test_a_new_value_among_late_clicks_begins_nearer_to_the_truth() -> None:
     assert deferred < at_once - 0.1
 
 
-def test_a_restored_learner_goes_on_bit_for_bit_and_an_older_version_owes_nothing() -> None:
+def test_a_restored_learner_continues_bit_for_bit_and_an_older_version_owes_nothing() -> None:
     def steps(learner: Learner, since: int, until: int) -> None:
         for step in range(since, until):
             rng = np.random.default_rng(step)

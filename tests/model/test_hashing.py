@@ -14,7 +14,7 @@ def hash_strings(column: pa.Array, space: str) -> np.ndarray:
     return hash_with_seeds(column, np.full(len(column), space_seed(space), np.uint64))
 
 
-# Made by the first release; a change of any of these makes every snapshot unreadable.
+# Keys of the first release. If one of them changed, no existing snapshot could be used.
 PINNED = [
     ("user_id", "42", -3588195399113345596),
     ("user_id", "", -6809865027788342485),

@@ -1,4 +1,4 @@
-"""The bias finds the base rate by itself, follows it, and is no plaything of single examples."""
+"""The bias finds the base rate, follows it when it changes, and isn't moved far by single examples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS = ModelSettings(hidden=(8,), initial_rows=64)
 
 
 class Alone:
-    """A bias without anything else."""
+    """A model that consists of a bias alone."""
 
     def __init__(self, seed: int = 0) -> None:
         self.bias = torch.zeros(1)
@@ -29,7 +29,7 @@ class Alone:
         self._rng = np.random.default_rng(seed)
 
     def learn(self, rate: float, examples: int, batch: int = 128) -> float:
-        """Examples of a click rate; what it says afterwards."""
+        """Learn examples with a click rate; returns the prediction afterwards."""
         for _ in range(examples // batch):
             scores = torch.sigmoid(self.bias).expand(batch).clone()
             labels = torch.from_numpy((self._rng.random(batch) < rate).astype(np.float32))
@@ -46,14 +46,14 @@ def test_it_finds_the_base_rate_within_a_few_hundred_clicks(rate: float, batch: 
 
 def test_it_follows_a_step_and_stays_steady_between() -> None:
     one = Alone(seed=1)
-    said = [one.learn(0.03, 2_560) for _ in range(400)][100:]  # 77 clicks between two looks
-    assert np.mean(said) == pytest.approx(0.03, rel=0.03)
-    assert np.std(np.log(said)) < 0.02  # 77 clicks alone have 0.11
+    predictions = [one.learn(0.03, 2_560) for _ in range(400)][100:]  # one every 77 clicks
+    assert np.mean(predictions) == pytest.approx(0.03, rel=0.03)
+    assert np.std(np.log(predictions)) < 0.02  # the rate of 77 clicks alone would have 0.11
     assert one.learn(0.06, int(3 * HORIZON / 0.06)) == pytest.approx(0.06, rel=0.12)
 
 
 def test_clicks_that_come_late_count_once() -> None:
-    """Each impression is a negative first; a correction for each click takes that back."""
+    """Each impression is first labelled negative, and each click comes as a correction."""
     bias, intercept, rng = torch.zeros(1), Intercept(CPU), np.random.default_rng(3)
     for _ in range(600):
         late = int(rng.binomial(128, 0.05))
@@ -73,7 +73,7 @@ def test_one_batch_moves_it_by_half_a_logit_at_most(weight: float) -> None:
     assert before < float(one.bias) <= before + LONGEST_STEP + 1e-6
 
 
-def test_a_restored_one_goes_on_alike_and_an_older_version_keeps_the_bias_that_it_has() -> None:
+def test_a_restored_bias_continues_alike_and_a_version_without_its_state_keeps_the_bias() -> None:
     def steps(learner: Learner, since: int, until: int) -> None:
         for step in range(since, until):
             rng = np.random.default_rng(step)
@@ -95,7 +95,9 @@ def test_a_restored_one_goes_on_alike_and_an_older_version_keeps_the_bias_that_i
     assert torch.equal(older.serving_state()["bias"], first.serving_state()["bias"])
     before = float(older.serving_state()["bias"])
     steps(older, 10, 20)
-    assert float(older.serving_state()["bias"]) == pytest.approx(before, abs=0.02)  # not begun anew: that would be half a logit
+    assert float(older.serving_state()["bias"]) == pytest.approx(
+        before, abs=0.02
+    )  # starting again would move it by half a logit
 
     with pytest.raises(SnapshotMismatch, match="curvature"):
         older.restore(first.serving_state(), state | {"intercept.curvature": torch.zeros(3)})

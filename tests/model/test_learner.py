@@ -66,7 +66,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(one[name], other[name]), name
 
 
-# A plain autograd DeepFM over the same rows: what the hand-written passes must equal.
+# A plain DeepFM with autograd over the same rows, which the hand-written passes must equal.
 
 
 def autograd_step(
@@ -95,7 +95,9 @@ def autograd_step(
     clicked, target = torch.nn.functional.softplus(-logits), torch.from_numpy(labels)
     not_clicked = torch.nn.functional.softplus(logits)
     known = target * clicked + (1 - target) * not_clicked
-    corrected = (2 * target - 1) * (clicked - learner.negative_rate * not_clicked)  # the new label's less the old one's
+    corrected = (2 * target - 1) * (
+        clicked - learner.negative_rate * not_clicked
+    )  # loss of the new label less that of the old label
     loss = (torch.where(torch.from_numpy(corrects), corrected, known) * torch.from_numpy(weights)).sum()
     loss.backward()
     out: dict[str, Any] = {"scores": torch.sigmoid(logits).detach().numpy()}
@@ -103,7 +105,7 @@ def autograd_step(
         gradient = leaves[name].grad
         total = trainer[f"adagrad.{name}"].double() + gradient**2
         out[name] = serving[name] - learner.settings.row_learning_rate * gradient / total.sqrt()
-    # Newton: the gradient over the curvature of first labels (model/intercept.py), which was START and has forgotten a part.
+    # Newton step: the gradient over the decayed curvature of first labels, which began at START (model/intercept.py).
     curvature = (torch.sigmoid(logits) * torch.sigmoid(-logits) * torch.from_numpy(weights * ~corrects)).sum().detach()
     curvature += START * torch.exp(-curvature / HORIZON)
     out["bias"] = serving["bias"] - (leaves["bias"].grad / curvature).clamp(-LONGEST_STEP, LONGEST_STEP)
@@ -116,13 +118,13 @@ def autograd_step(
 
 @pytest.mark.parametrize("rate", [1.0, 0.1])
 def test_a_step_equals_autograds(rate: float) -> None:
-    """In float64, first labels and corrections both ways."""
+    """Against float64, with first labels and both kinds of corrections."""
     batch, labels = records(60)
     rng = np.random.default_rng(1)
     weights, corrects = rng.uniform(0, 3, 60).astype(np.float32), rng.random(60) < 0.4
     learner = Learner(SCHEMA, SETTINGS.model_copy(update={"init_std": 0.3}), device="cpu")
     learner.negative_rate = rate
-    learner.learn(batch, labels, np.zeros(60, np.float32))  # makes the rows, changes nothing
+    learner.learn(batch, labels, np.zeros(60, np.float32))  # creates the rows and changes no weight
     learner._adam.restore({**learner._adam.state(), "step": torch.tensor(0)})
     expected = autograd_step(learner, batch, labels, weights, corrects)
     scores = learner.learn(batch, labels, weights, corrects)
@@ -133,7 +135,7 @@ def test_a_step_equals_autograds(rate: float) -> None:
 
 
 def test_a_version_whose_step_is_a_float_is_taken_over() -> None:
-    """As 0.1.0 wrote it."""
+    """Headrace 0.1.0 wrote it so."""
     batch, labels = records(60)
     one, other = (Learner(SCHEMA, SETTINGS, device="cpu") for _ in range(2))
     one.learn(batch, labels)
@@ -173,16 +175,16 @@ def test_scores_are_those_from_before_the_update() -> None:
     assert not np.array_equal(learner.predict(batch), before)
 
 
-def test_restored_it_goes_on_bit_for_bit() -> None:
+def test_a_restored_learner_continues_bit_for_bit() -> None:
     batch, labels = records(2560)
     straight = Learner(SCHEMA, SETTINGS, device="cpu")
     scores = learn(straight, batch, labels)
     stopped = Learner(SCHEMA, SETTINGS, device="cpu")
     learn(stopped, batch.slice(0, 1280), labels[:1280])
     saved = stopped.serving_state(), stopped.trainer_state()
-    learn(stopped, batch, labels)  # what was saved is a copy
+    learn(stopped, batch, labels)  # doesn't change the saved state, which is a copy
     resumed = Learner(SCHEMA, SETTINGS.model_copy(update={"initial_rows": 1024}), device="cpu")
-    learn(resumed, batch.slice(7, 99), labels[7:99])  # what it held before doesn't matter
+    learn(resumed, batch.slice(7, 99), labels[7:99])  # its weights before the restore don't matter
     resumed.restore(*saved)
     assert resumed.examples_seen == 1280
     np.testing.assert_array_equal(learn(resumed, batch.slice(1280, 2560), labels[1280:]), scores[1280:])
@@ -199,14 +201,14 @@ def test_the_same_seed_gives_the_same_model_and_another_another() -> None:
 
 
 @devices
-def test_the_predictor_says_what_the_learner_says(device: str) -> None:
+def test_the_predictor_gives_the_learners_scores(device: str) -> None:
     batch, labels = records(700)
     learner = Learner(SCHEMA, SETTINGS, device=device)
     learn(learner, batch.slice(0, 300), labels[:300])
     predictor = Predictor(SCHEMA, SETTINGS, learner.serving_state(), device=device)
     scores = predictor.predict(batch)  # with features never learned
     np.testing.assert_array_equal(scores, learner.predict(batch))
-    for row in (0, 17, 699):  # a row scores the same alone, to the last bits of a GEMM
+    for row in (0, 17, 699):  # a row alone gets the same score, but for rounding in GEMM kernels
         np.testing.assert_allclose(predictor.predict(batch.slice(row, row + 1)), scores[row : row + 1], rtol=1e-5)
     rows = learner.rows
     learner.predict(batch)
@@ -262,7 +264,7 @@ def test_a_step_that_isnt_finite_writes_nothing(name: str) -> None:
     serving, trainer = learner.serving_state(), learner.trainer_state()
     serving[name].view(-1)[0] = math.inf
     learner.restore(serving, trainer)
-    expected = UpdateNotFinite if name == "embedding" else ModelError  # a row is the fault of its examples alone
+    expected = UpdateNotFinite if name == "embedding" else ModelError  # a bad row spoils batches with that row alone
     with pytest.raises(expected, match=r"nothing was written") as raised:
         learner.learn(batch, labels)
     assert type(raised.value) is expected
@@ -318,13 +320,13 @@ def test_a_batch_of_another_schema_is_refused() -> None:
         Learner(other, SETTINGS, device="cpu").learn(batch, labels)
 
 
-def test_devices_and_schemas_that_arent_there() -> None:
+def test_missing_devices_and_empty_schemas_are_rejected() -> None:
     with pytest.raises(ModelError, match="device: expected auto, cpu or cuda, found 'abacus'"):
         Learner(SCHEMA, SETTINGS, device="abacus")
     with pytest.raises(ModelError, match="device: expected auto, cpu or cuda, found 'meta'"):
         Learner(SCHEMA, SETTINGS, device="meta")
     if not torch.cuda.is_available():
-        with pytest.raises(ModelError, match="no CUDA device here; use cpu or auto"):
+        with pytest.raises(ModelError, match="expected a CUDA device for 'cuda', found none on this machine; use cpu or auto"):
             Learner(SCHEMA, SETTINGS, device="cuda")
     with pytest.raises(ModelError, match=r"features\.fields is empty"):
         Learner(FeatureSchema(), SETTINGS)
@@ -350,7 +352,7 @@ def test_a_step_costs_the_same_whatever_the_table_holds() -> None:
         learner.learn(hot, labels)
         times = []
         for _ in range(30):
-            began = time.process_time()  # of this process alone: other programs don't count
+            began = time.process_time()  # without other processes' time
             learner.learn(hot, labels)
             times.append(time.process_time() - began)
         return min(times)
@@ -359,5 +361,5 @@ def test_a_step_costs_the_same_whatever_the_table_holds() -> None:
     small, large = Learner(schema, settings, device="cpu"), Learner(schema, settings, device="cpu")
     large.learn(batch(30_000), np.zeros(30_000, np.float32))
     hot = batch(256)
-    # A pass over the 240,000 rows would take fifty times as long or more; noise and caches, two or three times.
+    # A pass over the 240,000 rows would take fifty times as long or more; noise and caches make a factor of two or three.
     assert cost(large, hot) < 5 * cost(small, hot)

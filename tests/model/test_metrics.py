@@ -74,7 +74,7 @@ def test_the_window_is_the_last_examples(rows: list[tuple[float, float, int]], w
 
 @given(examples, st.data())
 def test_a_correction_takes_back_what_it_corrects(rows: list[tuple[float, float, int]], data: st.DataObject) -> None:
-    """Any may be counted with the other label first, and even back and forth; in sum there is no trace of it."""
+    """Examples that were first counted with the other label, even several times, give the same metrics in the end."""
     shown, late = [], []
     for p, y, w in rows:
         first, *turns = data.draw(st.sampled_from([[y], [1 - y, y], [y, 1 - y, y]]))
@@ -115,7 +115,7 @@ def test_a_click_taken_back_is_a_negative() -> None:
 
 @pytest.mark.parametrize("base", [-2, -7, -9.5], ids=["CTR 20 %", "CTR 0.2 %", "CTR 0.02 %"])
 def test_the_whole_streams_auc_is_close_at_any_click_rate(base: float) -> None:
-    """Of 10,000 equal bins of the score, the last streams would fill ten: the AUC of the last is then off by 0.04."""
+    """With 10,000 equal bins of the score, the rarest clicks' scores would fall into ten bins, and the AUC be off by 0.04."""
     rng = np.random.default_rng(1)
     odds = rng.normal(size=400_000) + base
     p = 1 / (1 + np.exp(-odds))
@@ -126,18 +126,20 @@ def test_the_whole_streams_auc_is_close_at_any_click_rate(base: float) -> None:
 
 
 @given(examples, st.integers(1, 12), st.integers(1, 12), st.data())
-def test_what_is_saved_goes_on(rows: list[tuple[float, float, int]], window: int, other: int, data: st.DataObject) -> None:
+def test_restored_metrics_continue_from_the_saved_ones(
+    rows: list[tuple[float, float, int]], window: int, other: int, data: st.DataObject
+) -> None:
     corrects = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
     every = [(*row, back) for row, back in zip(rows, corrects, strict=True)]
     at = data.draw(st.integers(0, len(rows)))
     straight, stopped, resumed = ProgressiveMetrics(min(window, other)), ProgressiveMetrics(window), ProgressiveMetrics(other)
-    resumed.update([0.3], [1])  # what it held before doesn't matter
+    resumed.update([0.3], [1])  # examples before the restore don't matter
     for row in every:
         straight.update(*([value] for value in row))
     for row in every[:at]:
         stopped.update(*([value] for value in row))
     saved = stopped.state()
-    stopped.update([0.9], [0])  # what was saved is a copy
+    stopped.update([0.9], [0])  # doesn't change the saved state, which is a copy
     resumed.restore(saved)
     for row in every[at:]:
         resumed.update(*([value] for value in row))
@@ -193,13 +195,13 @@ def test_perfect_and_worst_scores() -> None:
         (([0.5], [0, 1]), r"metrics: expected scores, labels and weights of one length, found \(1,\), \(2,\), \(1,\)"),
     ],
 )
-def test_what_is_refused(arguments: tuple, message: str) -> None:
+def test_bad_arguments_are_rejected(arguments: tuple, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         measure(*arguments)
     with pytest.raises(ModelError, match=message):
         ProgressiveMetrics(3).update(*arguments)
 
 
-def test_window_of_nothing() -> None:
+def test_an_empty_window_is_rejected() -> None:
     with pytest.raises(ModelError, match="window: expected 1 example or more, found 0"):
         ProgressiveMetrics(0)

@@ -1,4 +1,4 @@
-"""The quick way and the model's decoder agree: same verdicts, same keys, whatever is sent."""
+"""The quick decoder of score requests and the model's decoder accept the same requests and give the same keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels that are taken back: unbiased whatever the delays, and a saturated model comes back."""
+"""Corrections: learning is unbiased whatever the delays, and a saturated model recovers."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def slope(score: float, label: float, correction: bool, rate: float) -> float:
 
 @given(st.floats(0, 1), SCORES, RATES, st.data())
 def test_the_expected_slope_of_an_impression_knows_nothing_of_delays(p, score, rate, data):
-    """Clicks before and after the first label, clicks that were invalid, taken back and given again: f - p in the end."""
+    """With clicks before and after the first label, and invalid clicks that are corrected: the slope is f - p in the end."""
     late, invalid, restored = (data.draw(st.floats(0, 1)) for _ in range(3))
-    # p are clicked for good; beside them some that aren't are taken for clicked, and both may come before or after the first.
+    # A share p is clicked. Some others have an invalid click. Both kinds of clicks come before or after the first label.
     wrong = (1 - p) * invalid
     clicked = p + wrong
     first = clicked * (1 - late)
@@ -45,7 +45,7 @@ def test_the_expected_slope_of_an_impression_knows_nothing_of_delays(p, score, r
 
 
 @given(st.floats(-15, 15), RATES, st.booleans())
-def test_a_correction_is_the_new_labels_loss_less_the_old_ones(logit, rate, clicked):
+def test_the_slope_of_a_correction_is_that_of_the_new_label_less_that_of_the_old_label(logit, rate, clicked):
     row = torch.tensor([logit], dtype=torch.float64, requires_grad=True)
     positive, negative = (torch.nn.functional.binary_cross_entropy_with_logits(row, row * 0 + label) for label in (1.0, 0.0))
     loss = positive - rate * negative
@@ -53,7 +53,7 @@ def test_a_correction_is_the_new_labels_loss_less_the_old_ones(logit, rate, clic
     assert slope(torch.sigmoid(row).item(), float(clicked), True, rate) == pytest.approx(row.grad.item(), abs=1e-12)
 
 
-def test_with_all_negatives_a_correction_is_one_label_whatever_the_score():
+def test_without_sampling_a_correction_has_slope_plus_or_minus_1_whatever_the_score():
     scores = torch.sigmoid(torch.linspace(-20, 20, 401))
     for label, expected in ((1.0, -1.0), (0.0, 1.0)):
         found = slopes(scores, torch.full_like(scores, label), torch.ones_like(scores, dtype=torch.bool), 1.0)

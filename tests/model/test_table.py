@@ -44,13 +44,13 @@ def test_large_batches_and_growth(device: str) -> None:
     assert len(table) == 200_000
     assert torch.equal(table.lookup(everything), rows)
     assert torch.equal(rows.sort().values, torch.arange(1, 200_001, device=device))
-    for part in (everything[:7], everything[:2048]):  # small lookups take another way
+    for part in (everything[:7], everything[:2048]):  # small lookups run other code
         assert torch.equal(table.lookup(part), rows[: len(part)])
     assert not table.lookup(everything + 1).any()
 
 
-def test_keys_that_crowd_one_place() -> None:
-    # Inverse of the multiplier: keys whose home slots are 0, 0, 0, …: the longest run of probes there can be.
+def test_keys_that_share_a_home_slot() -> None:
+    # Multiples of the multiplier's inverse have the home slots 0, 0, 0, …: the longest possible run of probes.
     inverse = pow(-7046029254386353131 % 2**64, -1, 2**64)
     crowd = tensor([(n * inverse + 2**63) % 2**64 - 2**63 for n in range(500)])
     table = KeyTable(CPU)
@@ -66,7 +66,7 @@ def test_a_loaded_table_keeps_the_order() -> None:
     assert table.insert(tensor([4, 3])).tolist() == [4, 3]
 
 
-def test_the_empty_key_is_nobodys() -> None:
+def test_the_empty_key_has_no_row() -> None:
     table = KeyTable(CPU)
     table.insert(tensor([1, 2]))
     assert table.lookup(tensor([EMPTY_KEY])).tolist() == [ABSENT_ROW]
@@ -75,9 +75,9 @@ def test_the_empty_key_is_nobodys() -> None:
 @given(st.lists(st.integers(0, 40), max_size=200))
 def test_unique_without_sorting(rows: list[int]) -> None:
     scratch = torch.full((41,), 7, dtype=torch.int32)
-    distinct, place = unique_rows(tensor(rows), scratch)
+    distinct, inverse = unique_rows(tensor(rows), scratch)
     assert sorted(distinct.tolist()) == sorted(set(rows))
-    assert torch.equal(distinct[place], tensor(rows))
+    assert torch.equal(distinct[inverse], tensor(rows))
 
 
 # First weights
@@ -114,7 +114,7 @@ def make_table(room: int = 2) -> EmbeddingTable:
 
 
 def insert(table: EmbeddingTable, keys: list[int]) -> torch.Tensor:
-    """Rows of one kind, that begin at zero."""
+    """Insert keys of one kind, whose initial row is zero but for the random numbers."""
     return table.insert(tensor(keys), torch.zeros(len(keys), dtype=torch.int64), torch.zeros(1, 4), torch.zeros(1))
 
 
@@ -134,7 +134,7 @@ def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
     rows = insert(table, [5, 6, 7])
     before = table.serving_state()
     gathered = table.gather(rows[[2, 0, 2]])
-    order = gathered.place[:2]  # where among the distinct rows those of the keys 7 and 5 are
+    order = gathered.inverse[:2]  # indices of the rows of keys 7 and 5 among the distinct rows
     gradient, first = torch.zeros(2, 4), torch.zeros(2)
     gradient[order], first[order] = torch.tensor([[1.0, -2, 0, 3], [0.5, 0, 0, 0]]), torch.tensor([2.0, -1])
     table.step(gathered, gradient, first, rate=0.1)
@@ -151,11 +151,11 @@ def test_the_absent_row_reads_zero() -> None:
     table = make_table()
     insert(table, [5])
     gathered = table.gather(table.keys.lookup(tensor([8, 5, 9])))
-    assert not gathered.embedding[gathered.place[[0, 2]]].any()
-    assert gathered.embedding[gathered.place[1]].any()
+    assert not gathered.embedding[gathered.inverse[[0, 2]]].any()
+    assert gathered.embedding[gathered.inverse[1]].any()
 
 
-def test_rows_begin_where_their_kind_does_and_a_key_of_two_kinds_is_of_the_first() -> None:
+def test_rows_begin_at_the_row_of_their_kind_and_a_key_of_two_kinds_at_that_of_the_lower() -> None:
     table, plain = make_table(), make_table()
     insert(plain, [5, 6, 7])
     embedding, first_order = torch.tensor([[1.0] * 4, [2.0] * 4]), torch.tensor([0.1, 0.2])
@@ -164,5 +164,5 @@ def test_rows_begin_where_their_kind_does_and_a_key_of_two_kinds_is_of_the_first
     assert found["keys"].tolist() == [5, 6, 7]
     torch.testing.assert_close(found["embedding"] - plain.serving_state()["embedding"], embedding[[0, 0, 1]])
     assert found["first_order"].tolist() == pytest.approx([0.1, 0.1, 0.2])
-    table.insert(tensor([5]), tensor([1]), embedding, first_order)  # known: stays as it is
+    table.insert(tensor([5]), tensor([1]), embedding, first_order)  # a known key keeps its row
     assert torch.equal(table.serving_state()["embedding"], found["embedding"])

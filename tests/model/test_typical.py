@@ -1,4 +1,4 @@
-"""New and unknown values begin as the average of their field."""
+"""New values begin at the average row of their field, and unknown values read it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = ModelSettings(hidden=(8,), initial_rows=64, dense_learning_rate=2e-3,
 
 
 def batch_of(hours: list[int], items: list[int], tags: list[list[int]] | None = None) -> FeatureBatch:
-    """Singles are hour, price and item, as in the schema; keys of hours from 1,000, of items from 2,000, of tags from 3,000."""
+    """Single-valued fields are hour, price and item, as in the schema. Keys: 1,000 + hour, 2,000 + item, 3,000 + tag."""
     count = len(hours)
     lists = tags or [[0]] * count
     keys = np.stack([np.array(hours) + 1_000, np.full(count, 7), np.array(items) + 2_000], 1).astype(np.int64)
@@ -36,8 +36,8 @@ def batch_of(hours: list[int], items: list[int], tags: list[list[int]] | None = 
     return FeatureBatch(keys, np.concatenate(lists).astype(np.int64) + 3_000, offsets, 1, scales)
 
 
-def taught(batches: int = 300) -> Learner:
-    """Two hours and twenty items, all alike but for the hours: 5 % and 20 % are clicked."""
+def trained(batches: int = 300) -> Learner:
+    """A learner that has seen two hours, with click rates of 5 % and 20 %, and twenty items that don't differ."""
     learner, rng = Learner(SCHEMA, SETTINGS, device="cpu"), np.random.default_rng(1)
     for _ in range(batches):
         hours = rng.integers(0, 2, 128)
@@ -49,12 +49,12 @@ def taught(batches: int = 300) -> Learner:
 def test_the_average_is_over_examples_and_their_lists_elements() -> None:
     learner = Learner(SCHEMA, SETTINGS, device="cpu")
     batch = batch_of([0, 0, 0, 1], [0, 1, 2, 3], [[0], [0, 1], [1], [1, 1]])
-    learner.learn(batch, np.zeros(4, np.float32), np.zeros(4, np.float32))  # makes the rows
+    learner.learn(batch, np.zeros(4, np.float32), np.zeros(4, np.float32))  # creates the rows
     serving = learner.serving_state()
     row = {key: serving["embedding"][at] for at, key in enumerate(serving["keys"].tolist())}
     expected = [
         (3 * row[1_000] + row[1_001]) / 4,  # singles come first
-        torch.zeros(4),  # scaled: one row, always known
+        torch.zeros(4),  # a scaled field has one row, which is always known
         (row[2_000] + row[2_001] + row[2_002] + row[2_003]) / 4,
         (1.5 * row[3_000] + 2.5 * row[3_001]) / 4,
     ]
@@ -62,7 +62,7 @@ def test_the_average_is_over_examples_and_their_lists_elements() -> None:
 
 
 def test_a_new_hour_begins_between_the_others_also_before_the_trainer_has_seen_it() -> None:
-    learner = taught()
+    learner = trained()
     known = [float(learner.predict(batch_of([hour] * 20, list(range(20)))).mean()) for hour in (0, 1)]
     assert known[0] < 0.09 and known[1] > 0.15
     new = batch_of([9] * 20, list(range(20)))
@@ -70,13 +70,13 @@ def test_a_new_hour_begins_between_the_others_also_before_the_trainer_has_seen_i
     assert known[0] < unknown < known[1]
     predictor = Predictor(SCHEMA, SETTINGS, learner.serving_state(), device="cpu")
     np.testing.assert_array_equal(predictor.predict(new), learner.predict(new))
-    # Its row, when it comes, is that and what is random of its key.
+    # The initial row of the hour is the average and random numbers by its key.
     first = float(learner.learn(new, np.zeros(20, np.float32), np.zeros(20, np.float32)).mean())
     assert first == pytest.approx(unknown, rel=0.1)
 
 
-def test_it_forgets_so_that_the_values_of_the_day_count() -> None:
-    learner = taught(20)
+def test_the_average_decays_so_that_recent_values_count() -> None:
+    learner = trained(20)
     for _ in range(3 * HORIZON // 4_096):
         learner.learn(batch_of([5] * 4_096, [1] * 4_096), np.zeros(4_096, np.float32), np.zeros(4_096, np.float32))
     serving = learner.serving_state()
@@ -85,7 +85,7 @@ def test_it_forgets_so_that_the_values_of_the_day_count() -> None:
 
 
 def test_a_version_without_averages_is_taken_over() -> None:
-    learner = taught(20)
+    learner = trained(20)
     state, trainer = learner.serving_state(), learner.trainer_state()
     older = {name: value for name, value in state.items() if not name.startswith("typical.")}
     other = Learner(SCHEMA, SETTINGS, device="cpu")

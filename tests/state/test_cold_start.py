@@ -1,4 +1,4 @@
-"""From an empty start: versions every 5 s of a simulated stream, decided one by one."""
+"""The registry's decisions after an empty start, on the versions of a simulated stream, one every 5 s."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def apply(state: RegistryState, change: decisions.Change) -> object:  # type: ig
 def test_the_champion_appears_with_both_classes_and_is_never_older_than_a_minute(
     click_rate: float, clicks_first_s: int
 ) -> None:
-    """300 impressions/s for ten minutes. Where clicks come a window earlier, nothing that has seen them alone is promoted."""
+    """300 impressions/s for 10 minutes. If clicks come a window before the negatives, none with clicks alone is promoted."""
     rng = np.random.default_rng(3)
     state, gate = RegistryState(), Gate(SETTINGS, GateState(line=1))
     apply(state, decisions.take_epoch(state, who="trainer", now_ms=1))

@@ -1,4 +1,4 @@
-"""Changes of the registry: any sequence of them keeps the invariants, and each undo restores what was before."""
+"""Changes of the registry: every sequence of them keeps the invariants, and each undo restores the state before the change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from state import decisions
-from state.decisions import Cause, Change
+from state.decisions import Cause, Change, Undo
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
 from state.registry import RegistryState, encode_record
@@ -21,7 +21,7 @@ GATE = SnapshotSettings(good_after_ms=1_000)
 
 
 class Log:
-    """A registry whose records are applied as a reader would, and kept as the compacted topic keeps them."""
+    """A registry: its state as a reader has it, and its records as the compacted topic keeps them."""
 
     def __init__(self) -> None:
         self.state = RegistryState()
@@ -63,7 +63,7 @@ class Log:
         return self.write(decisions.rollback(self.state, target, self.cause()))  # type: ignore[return-value]
 
     def run(self, command: str) -> None:
-        """An undo command, as its own words say."""
+        """Run an undo command, from its text."""
         words = shlex.split(command)
         assert words[:2] == ["headrace", "snapshot"]
         verb, rest = words[2], words[3:]
@@ -96,7 +96,7 @@ def a_log(versions: int = 5, good: tuple[int, ...] = ()) -> Log:
 
 
 class Operations(RuleBasedStateMachine):
-    """Trainers, operators and time, in any order."""
+    """Actions of trainers and operators and steps of the clock, in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Operations(RuleBasedStateMachine):
 
     @rule(by=st.integers(-50, 20_000))
     def time_passes(self, by: int) -> None:
-        self.log.now_ms += by  # clocks of different machines: backwards too
+        self.log.now_ms += by  # the clocks of machines differ, so time may go backwards
 
     @rule(
         ahead=st.integers(-2, 3),
@@ -194,8 +194,8 @@ class Operations(RuleBasedStateMachine):
             assert moved.version == max(good)
         self.check_undo(before, moved.undo)
 
-    def check_undo(self, before: tuple[int | None, bool, str], undo: str | None) -> None:
-        """Undone in a copy, so that the sequence goes on from the change."""
+    def check_undo(self, before: tuple[int | None, bool, str], undo: Undo | None) -> None:
+        """Run the undo on a copy, so that the sequence continues after the change."""
         if before[0] is None:
             assert undo is None
             return
@@ -204,7 +204,7 @@ class Operations(RuleBasedStateMachine):
         copy.now_ms, copy.count = self.log.now_ms, 10_000
         for key, value in self.log.compacted.items():
             copy.state.apply(key.encode(), value, 0)
-        copy.run(undo)
+        copy.run(undo.command)
         assert copy.served() == before
 
     @rule()
@@ -215,7 +215,7 @@ class Operations(RuleBasedStateMachine):
         if held.undo is None:
             assert before[1] and self.log.served() == before
         else:
-            self.log.run(held.undo)
+            self.log.run(held.undo.command)
             assert self.log.served() == before
 
     @rule()
@@ -252,7 +252,7 @@ class Operations(RuleBasedStateMachine):
         reader = RegistryState()
         for offset, (key, value) in enumerate(self.log.compacted.items()):
             assert reader.apply(key.encode(), value, offset) is None
-        assert repr(reader) == repr(self.log.state) or (  # NaN is not equal to itself; its text is
+        assert repr(reader) == repr(self.log.state) or (  # NaN differs from itself, its text doesn't
             sorted(map(repr, reader.versions.values())) == sorted(map(repr, self.log.state.versions.values()))
             and (reader.champion, reader.trainer) == (self.log.state.champion, self.log.state.trainer)
         )
@@ -268,13 +268,13 @@ def test_a_rollback_goes_to_the_newest_good_one_and_comes_back() -> None:
     assert (moved.previous, moved.version, moved.held) == (5, 3, True)
     assert log.served() == (3, True, "rolled back: why")
     assert not log.announce(6).promoted
-    assert moved.undo == "headrace snapshot promote 5 --reason 'undo of 3' --resume"
-    log.run(moved.undo)
+    assert moved.undo.command == "headrace snapshot promote 5 --reason 'undo of 3' --resume"
+    log.run(moved.undo.command)
     assert log.served() == (5, False, "")
     assert log.announce(7).promoted
 
 
-def test_what_was_rolled_back_no_longer_counts_as_good() -> None:
+def test_versions_that_were_rolled_back_no_longer_count_as_good() -> None:
     log = a_log(5, good=(1, 3, 4, 5))
     log.rollback(to=3)
     log.run("headrace snapshot resume")
@@ -284,13 +284,13 @@ def test_what_was_rolled_back_no_longer_counts_as_good() -> None:
     assert log.rollback().version == 3
 
 
-def test_a_hold_that_was_there_outlives_rollback_and_undo() -> None:
+def test_a_hold_from_before_outlives_rollback_and_undo() -> None:
     log = a_log(3, good=(2,))
     log.write(decisions.hold(log.state, log.cause("sale")))
     moved = log.rollback()
     assert log.served() == (2, True, "sale")
-    assert moved.undo == "headrace snapshot promote 3 --reason 'undo of 2'"
-    log.run(moved.undo)
+    assert moved.undo.command == "headrace snapshot promote 3 --reason 'undo of 2'"
+    log.run(moved.undo.command)
     assert log.served() == (3, True, "sale")
 
 
@@ -344,7 +344,7 @@ def test_announcing_again_is_recognised() -> None:
     assert log.compacted == before
 
 
-def test_what_keeps_a_version_a_candidate_is_recorded() -> None:
+def test_the_reason_why_a_version_stays_a_candidate_is_recorded() -> None:
     log = a_log(2)
     assert not log.announce(3, flow="withheld", reason="log loss +7.0 % against version 1's").promoted
     assert log.state.versions[3].gate == "candidate: withheld: log loss +7.0 % against version 1's"
@@ -356,12 +356,12 @@ def test_what_keeps_a_version_a_candidate_is_recorded() -> None:
     assert log.state.champion.version == 2
 
 
-def test_promote_refuses_what_changes_nothing() -> None:
+def test_a_promotion_that_changes_nothing_is_rejected() -> None:
     log = a_log(2)
     with pytest.raises(Refused, match=r"version 2: it is champion already, since 1970-01-01T00:16:50Z\. Nothing was changed"):
         decisions.promote(log.state, 2, log.cause())
     moved = log.write(decisions.promote(log.state, 2, log.cause(), hold=True, hold_reason="pin"))
-    assert log.served() == (2, True, "pin") and moved.undo.endswith("--resume")  # type: ignore[attr-defined]
+    assert log.served() == (2, True, "pin") and moved.undo.command.endswith("--resume")  # type: ignore[attr-defined]
     with pytest.raises(Refused, match="version 7: expected an announced version"):
         decisions.promote(log.state, 7, log.cause())
 
@@ -375,8 +375,8 @@ def test_good_needs_time_and_versions_that_flow() -> None:
     assert decisions.due_good(log.state, later, GATE) == []
 
 
-def test_while_withheld_a_rollback_goes_behind_the_fault() -> None:
-    """A fault shows some clicks after it began: what was tagged good meanwhile isn't."""
+def test_while_withheld_a_rollback_goes_to_a_version_before_the_fault() -> None:
+    """A fault is only noticed some clicks after it began, so versions that were tagged good in between aren't good."""
     log = a_log(5, good=(1, 2, 3, 4))
     log.announce(6, flow="withheld", anchor=2)
     assert decisions.rollback_target(log.state, now_ms=log.now_ms) == 2
@@ -421,11 +421,11 @@ def test_a_new_line_waits_for_its_verdict() -> None:
     assert waits.reason.startswith("candidate: of another line than the champion and not compared with it")
     assert log.announce(4, line=2, passed=(1,), flow="withheld", reason="worse").reason == "candidate: withheld: worse"
     assert log.announce(5, line=2, passed=(1,)).promoted
-    assert log.announce(6, line=2).promoted  # the champion's own line now
-    assert not log.announce(7, line=1).promoted  # and the old one is the other
+    assert log.announce(6, line=2).promoted  # line 2 is the champion's line now
+    assert not log.announce(7, line=1).promoted  # and line 1 is another one
 
 
-def test_a_hold_says_what_is_in_the_log() -> None:
+def test_a_second_hold_changes_nothing_and_reports_the_first() -> None:
     log = a_log(1)
     log.write(decisions.hold(log.state, Cause("ann", 5_000, "sale until Monday", "first")))
     again = decisions.hold(log.state, Cause("bob", 6_000, "my reason", "second"))
@@ -434,12 +434,12 @@ def test_a_hold_says_what_is_in_the_log() -> None:
     assert (again.outcome.changed, again.outcome.undo) == (False, None)
 
 
-def test_a_hold_that_was_written_by_an_attempt_that_seemed_to_fail_is_ones_own() -> None:
+def test_a_retry_of_a_hold_that_was_written_reports_it_as_its_own_change() -> None:
     log = a_log(1)
     cause = Cause("ann", 5_000, "sale", "first")
     log.write(decisions.hold(log.state, cause))
     again = decisions.hold(log.state, cause).outcome
-    assert (again.changed, again.undo) == (True, "headrace snapshot resume")
+    assert again.changed and again.undo is not None and again.undo.command == "headrace snapshot resume"
     resume = Cause("ann", 6_000, "", "second")
     log.write(decisions.resume(log.state, resume))
     assert decisions.resume(log.state, resume).outcome.changed

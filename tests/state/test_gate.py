@@ -8,7 +8,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from state.gate import Gate, GateState, compare, judge_version, sample
+from state.gate import Gate, GateState
+from state.gate_blocks import compare, sample
+from state.gate_report import judge_version
 from state.settings import SnapshotSettings
 from tests.judged import judged
 
@@ -17,7 +19,7 @@ RNG = np.random.default_rng(0)
 
 
 def fill(gate: Gate, clicks: int, others: int, *, shift: float = 0.0, noise: float = 0.0, logit: float = -3.0) -> None:
-    """Examples of one click rate, all compared: the live logits lie `shift` above the anchor's, give or take."""
+    """Compare examples of one click rate; the live logits are `shift` above the anchor's, with `noise`."""
     labels = np.repeat([1.0, 0.0], [clicks, others])
     anchor = np.full(len(labels), logit)
     live = anchor + shift + RNG.normal(0, noise, len(labels))
@@ -46,7 +48,7 @@ def test_a_comparison_of_everything_is_the_mean_difference_of_log_loss() -> None
 
 
 def test_the_standard_error_is_that_of_repeated_samples() -> None:
-    """Of 400 stretches with noise, a tenth compared, changes vary as much as each says that they do."""
+    """Over 400 noisy blocks, of which a tenth is compared, the changes vary by the standard error that each block reports."""
     changes, errors = [], []
     for _ in range(400):
         gate = Gate(SETTINGS, GateState())
@@ -81,7 +83,7 @@ def test_a_model_that_is_as_good_flows_and_one_that_is_worse_is_withheld_and_rel
 def test_a_better_model_flows() -> None:
     gate = Gate(SETTINGS, GateState(anchor=7))
     for _ in range(5):
-        fill(gate, 200, 3_800, shift=0.7, logit=-3.7)  # the anchor stands where the world was before the click rate doubled
+        fill(gate, 200, 3_800, shift=0.7, logit=-3.7)  # the anchor predicts the click rate from before it doubled
         gate.close_block(1)
         assert gate.state.flow == "flowing"
 
@@ -105,7 +107,7 @@ def test_small_faults_show_over_several_blocks() -> None:
 
 
 def test_a_correction_takes_the_first_label_back() -> None:
-    """Counted as non-clicks first and corrected later, a block's sums are those of the settled labels."""
+    """If late clicks are first counted as non-clicks and corrected later, a block's sums are those of the settled labels."""
     labels = np.repeat([1.0, 0.0], [250, 4_000])
     late = np.arange(len(labels)) < 100
     live, anchor, ones = RNG.normal(-3, 1, len(labels)), RNG.normal(-3, 1, len(labels)), np.ones(len(labels))
@@ -135,7 +137,7 @@ def test_a_click_taken_back_counts_as_a_non_click() -> None:
 
 
 def test_left_out_negatives_count_for_those_that_were_not_sent() -> None:
-    """At a share of a tenth, a non-click of weight 10 stands for ten: the same comparison as of all of them."""
+    """At a rate of 0.1, non-clicks of weight 10 give the same comparison as all non-clicks."""
     live, anchor = RNG.normal(-3, 0.5, 44_000), RNG.normal(-3, 0.5, 44_000)
     labels = np.repeat([1.0, 0.0], [4_000, 40_000])
     kept = (labels > 0.5) | (np.arange(44_000) % 10 == 0)
@@ -170,12 +172,12 @@ def test_a_new_line_is_withheld_until_it_held_its_own_over_enough_clicks() -> No
     assert gate.state.reason == "a new line, not compared with the champion's over 2000 clicks yet"
     gate.anchored(9)
     for _ in range(12):
-        block(gate, shift=1.0)  # it learns still
+        block(gate, shift=1.0)  # the new line is still learning
         assert gate.state.flow == "withheld"
     assert gate.state.reason.startswith("a new line, not compared with the champion's over 2000 clicks yet; now log loss +")
     for blocks in range(10):
-        gate.oppose(1, 700)  # said with every look at the registry
-        assert gate.state.flow == "withheld" or blocks > 5  # not by one good block
+        gate.oppose(1, 700)  # called each time that the registry is read
+        assert gate.state.flow == "withheld" or blocks > 5  # one good block isn't enough
         block(gate, noise=0.01)
     assert gate.state.flow == "flowing"
     assert gate.report().passed == (1,)
@@ -195,7 +197,7 @@ def test_nothing_is_judged_without_an_anchor() -> None:
     gate.count(np.repeat([1.0, 0.0], [10_000, 90_000]), None, np.ones(100_000), comparable=False)
     assert not gate.block_is_full
     gate.pair(np.ones(30), np.ones(30), np.zeros(30), np.zeros(30))
-    assert not gate.block_is_full  # the clicks of before count for nothing
+    assert not gate.block_is_full  # clicks from before the anchor don't count
 
 
 def test_the_state_survives_as_json() -> None:

@@ -1,4 +1,4 @@
-"""The gate on simulated streams; `bench/gate.py` has the full figures."""
+"""The gate on a few simulated streams; `bench/gate.py` measures many."""
 
 from __future__ import annotations
 

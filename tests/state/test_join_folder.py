@@ -1,4 +1,4 @@
-"""What an error of RocksDB says about the folder: only damage gives it up, and then it is moved aside."""
+"""Errors of RocksDB: only damage makes the join replace a state folder, and a damaged folder is moved aside."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def still_there(path: Path) -> bool:
         state.close()
 
 
-# As another user, and with a path that needs no right on the folders above.
+# Run as another user, with a relative path, which needs no permission on the folders above.
 OPENING = """
 import os, resource, sys
 from pathlib import Path
 from state.errors import JoinStateError
 from state.join_state import JoinState, StateOptions
 options = StateOptions(8)
-JoinState(Path("another"), options).close()  # what is imported late is imported before the user changes
+JoinState(Path("another"), options).close()  # so that late imports happen before the user changes
 {before}
 try:
     JoinState(Path("partition-0"), options)
@@ -100,13 +100,13 @@ def test_a_folder_that_can_not_be_opened_is_left_as_it_is(tmp_path: Path, before
         ("Something new", JoinStateError),
     ],
 )
-def test_what_rocksdb_says(text: str, kind: type[JoinStateError]) -> None:
+def test_the_error_for_a_message_of_rocksdb(text: str, kind: type[JoinStateError]) -> None:
     error = state_error(Path("p"), "could not open it", Exception(text))
     assert type(error) is kind
     assert str(error).startswith(f"p: expected a RocksDB of the join, could not open it: {text}")
 
 
-def test_a_write_that_fails_names_folder_and_cure() -> None:
+def test_a_write_that_fails_names_the_folder_and_what_to_do() -> None:
     def write(*args: Any) -> None:
         raise Exception("IO error: No space left on device")
 
@@ -115,7 +115,7 @@ def test_a_write_that_fails_names_folder_and_cure() -> None:
         batch.write()
 
 
-def test_what_a_newer_version_wrote_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_a_newer_version_is_rejected(tmp_path: Path) -> None:
     from rocksdict import AccessType, Rdict
 
     options = StateOptions(8)
@@ -124,12 +124,12 @@ def test_what_a_newer_version_wrote_is_refused(tmp_path: Path) -> None:
     names = [name for name in Rdict.list_cf(str(path), options.database()) if name != "default"]
     families = {name: options.family(write_buffer_mb=1) for name in (*names, "newer")}
     Rdict(str(path), options.database(), families, AccessType.read_write()).close()
-    with pytest.raises(JoinStateError, match="a newer version of Headrace has written it") as error:
+    with pytest.raises(JoinStateError, match="a newer version of Headrace has written the folder") as error:
         JoinState(path, StateOptions(8))
     assert type(error.value) is JoinStateError
 
 
-def test_moved_aside_and_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_of_the_folders_moved_aside_only_the_newest_are_kept(tmp_path: Path) -> None:
     path, others = tmp_path / "partition-1", [tmp_path / "partition-1.1", tmp_path / "partition-11.damaged-x"]
     for other in others:
         other.mkdir()

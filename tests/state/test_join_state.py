@@ -1,4 +1,4 @@
-"""The join's local state: what is written is read back, what is dropped is gone, and damage never looks like an end."""
+"""The join's local state: writes are read back, drops are gone, and a damaged file never looks like the end of the data."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_everything_is_read_back_after_closing(state):
         assert [(*row[:3], row[4]) for row in state.pending_between((0, 0), ALL)] == [
             *((0, 2, b"\x00", False), (5, 0, b"a", False), (1 << 47, 1 << 62, "é🎬".encode(), True)),
         ]
-        assert len(list(state.pending_places())) == 3
+        assert len(list(state.pending_impressions())) == 3
         assert state.entries([]) == state.pending([]) == state.held([]) == []
 
 
@@ -83,54 +83,56 @@ def test_nothing_is_seen_before_the_batch_is_written(state):
     batch.remember([(b"a", (5, 0, False))])
     batch.add_pending([(5, 0, b"a", b"v")])
     batch.set_meta(META)
-    assert (state.entries([b"a"]), list(state.pending_places()), state.meta()) == ([None], [], None)
+    assert (state.entries([b"a"]), list(state.pending_impressions()), state.meta()) == ([None], [], None)
     batch.write()
-    assert (state.entries([b"a"]), list(state.pending_places()), state.meta()) == ([(5, 0, False)], [(5, 0)], META)
+    assert (state.entries([b"a"]), list(state.pending_impressions()), state.meta()) == ([(5, 0, False)], [(5, 0)], META)
 
 
-PLACES = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3)), unique=True, max_size=20)
+IMPRESSIONS = st.lists(st.tuples(st.integers(0, 300), st.integers(0, 3)), unique=True, max_size=20)
 BOUNDS = st.tuples(st.integers(0, 310), st.integers(0, 4))
-DROPS = st.lists(st.one_of(st.tuples(st.integers(-50, 320), st.integers(-50, 320)), PLACES), max_size=6)
+DROPS = st.lists(st.one_of(st.tuples(st.integers(-50, 320), st.integers(-50, 320)), IMPRESSIONS), max_size=6)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(PLACES, DROPS, PLACES, BOUNDS, BOUNDS)
-def test_pending_is_dropped_by_range_and_by_place(state, first, drops, later, begin, end):
-    """Against a set; what a batch adds after a drop stays, as in a step that expires and remembers."""
+@given(IMPRESSIONS, DROPS, IMPRESSIONS, BOUNDS, BOUNDS)
+def test_pending_is_dropped_by_range_and_one_by_one(state, first, drops, later, begin, end):
+    """Compared with a set. Impressions that a batch adds after a drop stay, as in a step that expires and remembers."""
     batch, expected = state.batch(), set(first)
     batch.drop_pending_before(0, 1 << 60)  # of the example before
-    batch.add_pending((*place, b"k", b"v%d-%d" % place) for place in first)
+    batch.add_pending((*impression, b"k", b"v%d-%d" % impression) for impression in first)
     batch.write()
     for drop in drops:
         batch = state.batch()
         if isinstance(drop, tuple):
             batch.drop_pending_before(*drop)
-            expected -= {place for place in expected if drop[0] <= place[0] < drop[1]}
+            expected -= {impression for impression in expected if drop[0] <= impression[0] < drop[1]}
         else:
             batch.drop_pending(drop)
             expected -= set(drop)
-        batch.add_pending((*place, b"k", b"v%d-%d" % place) for place in later)
+        batch.add_pending((*impression, b"k", b"v%d-%d" % impression) for impression in later)
         expected |= set(later)
         batch.write()
     between = [(time_ms, offset) for time_ms, offset, *_ in state.pending_between(begin, end)]
     assert between == sorted(place for place in expected if begin <= place < end)
-    assert list(state.pending_places()) == sorted(expected)
+    assert list(state.pending_impressions()) == sorted(expected)
     asked = sorted(set(first) | set(later))
-    found = [(*place, b"k", b"v%d-%d" % place, False) if place in expected else None for place in asked]
+    found = [(*impression, b"k", b"v%d-%d" % impression, False) if impression in expected else None for impression in asked]
     assert state.pending(asked) == found
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(PLACES, PLACES, BOUNDS, BOUNDS)
-def test_clicks_are_held_by_place(state, first, drops, begin, end):
+@given(IMPRESSIONS, IMPRESSIONS, BOUNDS, BOUNDS)
+def test_clicks_are_held_by_impression(state, first, drops, begin, end):
     batch = state.batch()
     batch.drop_held(state.held_between((0, 0), ALL))  # of the example before
-    batch.hold((place, place[0] + 3) for place in first)
+    batch.hold((impression, impression[0] + 3) for impression in first)
     batch.drop_held(drops)
     batch.write()
-    expected = {place: place[0] + 3 for place in first if place not in drops}
-    assert state.held_between(begin, end) == {place: ms for place, ms in expected.items() if begin <= place < end}
-    assert state.held(first) == [expected.get(place) for place in first]
+    expected = {impression: impression[0] + 3 for impression in first if impression not in drops}
+    assert state.held_between(begin, end) == {
+        impression: ms for impression, ms in expected.items() if begin <= impression < end
+    }
+    assert state.held(first) == [expected.get(impression) for impression in first]
 
 
 def test_early_clicks_are_dropped_one_by_one(state):
@@ -151,7 +153,7 @@ def test_forgetting_spares_an_id_that_was_used_again(state):
     batch.remember([(b"twice", (120, 10, False))])
     batch.add_chunk(again, [b"twice"])
     batch.write()
-    # In the batch that forgets, one is used again, and one was clicked a moment before.
+    # The batch that forgets also has a new use of one id, and a click of another.
     batch = state.batch()
     changed = {b"now": (130, 11, False), b"gone": (20, 3, True)}
     batch.remember(changed.items())
@@ -166,8 +168,8 @@ def test_forgetting_spares_an_id_that_was_used_again(state):
     assert list(state.all_chunks()) == []
 
 
-def test_chunks_come_by_first_offset_and_share_none(state):
-    # Two rebuilds of which one was given up may cut the same offsets in two ways.
+def test_chunks_come_by_first_offset_and_chunks_of_one_offset_stay_apart(state):
+    # A rebuild that was abandoned and the next one may divide the same offsets into different chunks.
     chunks = [Chunk(0, 5, 0), Chunk(0, 7, 0), Chunk(3, 1, 2), Chunk(300, 0, 0), Chunk(70_000, 0, 0)]
     batch = state.batch()
     for chunk in reversed(chunks):
@@ -178,7 +180,7 @@ def test_chunks_come_by_first_offset_and_share_none(state):
 
 @pytest.mark.parametrize("write_buffers_mb", [256, 16])
 def test_a_process_that_ends_at_once_leaves_a_prefix(tmp_path, write_buffers_mb):
-    """No write-ahead log: what was not flushed is lost, of every family up to the same batch."""
+    """Without a write-ahead log, a crash loses the last batches, and all families end at the same batch."""
     program = """
 import os, sys
 from pathlib import Path
@@ -219,7 +221,7 @@ os._exit(1)
 
 @pytest.mark.parametrize("end", ["state.flush(); time.sleep(0.5); write(700)", "state.close(); JoinState(path, OPTIONS)"])
 def test_all_families_reach_the_disk_at_one_point(tmp_path, end):
-    """Small writes, far from filling any buffer, then a crash: the disk has the first 700 of every family, or none."""
+    """After small writes, far from filling any buffer, and a crash, the disk has the first 700 batches in every family."""
     program = f"""
 import os, signal, sys, time
 from pathlib import Path
@@ -249,7 +251,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert meta is not None
         assert meta.impressions_position == 700
         assert sum(entry is not None for entry in state.entries([b"%d" % index for index in range(701)])) == 700
-        assert len(list(state.pending_places())) == len(list(state.early_clicks())) == len(list(state.all_chunks())) == 700
+        assert len(list(state.pending_impressions())) == len(list(state.early_clicks())) == len(list(state.all_chunks())) == 700
     finally:
         state.close()
 
@@ -271,7 +273,7 @@ JoinState(Path({str(state.path)!r}), StateOptions(8))
     assert "While lock file" in other.stderr
 
 
-def test_closing_gives_up_the_lock_and_twice_is_fine(state):
+def test_closing_releases_the_lock_and_closing_twice_is_allowed(state):
     state.close()
     state.close()
     JoinState(state.path, OPTIONS).close()
@@ -291,7 +293,7 @@ def fill(path: Path) -> None:
 
 
 def read_all(path: Path) -> list[int]:
-    # Options of its own: a copy shares what the block cache has of its original, which would hide the damage.
+    # Separate options: a copy would find blocks of its original in a shared block cache, which would hide the damage.
     state = JoinState(path, StateOptions(8))
     try:
         state.meta()
@@ -299,7 +301,7 @@ def read_all(path: Path) -> list[int]:
         return [
             sum(entry is not None for entry in state.entries(keys)),
             sum(value is not None for value in state.pending(rows)),
-            len(list(state.pending_places())),
+            len(list(state.pending_impressions())),
             sum(1 for _ in state.pending_between((0, 0), (10**6, 0))),
             sum(1 for _ in state.early_clicks()),
             sum(1 for _ in state.all_chunks()),
@@ -312,39 +314,39 @@ WHOLE = [5_000, 5_000, 5_000, 5_000, 5_000, 10]
 
 
 def test_damage_is_an_error_and_never_an_end(tmp_path):
-    """Every data file in turn, damaged in several ways: nothing is silently missing."""
+    """Every data file in turn is damaged in several ways. No data is missing without an error."""
     fill(tmp_path / "whole")
     assert read_all(tmp_path / "whole") == WHOLE
     names = [each.name for each in (tmp_path / "whole").iterdir() if each.name.startswith(("CURRENT", "MANIFEST", "0"))]
     assert sum(name.endswith(".sst") for name in names) >= 4
     path, found = tmp_path / "damaged", set()
     for name in names:
-        for place in (0.0, 0.3, 0.6, 1.0, "cut", "gone"):
+        for where in (0.0, 0.3, 0.6, 1.0, "cut", "gone"):
             shutil.rmtree(path, ignore_errors=True)
             shutil.copytree(tmp_path / "whole", path)
             content = bytearray((path / name).read_bytes())
-            if place == "gone":
+            if where == "gone":
                 (path / name).unlink()
             else:
-                if place == "cut":
+                if where == "cut":
                     del content[len(content) // 2 :]
                 else:
-                    start = int(place * max(len(content) - 16, 0))
+                    start = int(where * max(len(content) - 16, 0))
                     content[start : start + 16] = bytes(byte ^ 0xFF for byte in content[start : start + 16])
                 (path / name).write_bytes(content)
             try:
                 state = JoinState(path, OPTIONS)
                 begins_anew = state.meta() is None
                 state.close()
-                if begins_anew:  # a cut list of files is an older one: taking over throws this away
+                if begins_anew:  # a truncated list of files is an older list: taking over discards such a state
                     continue
-                assert read_all(path) == WHOLE, (name, place)
+                assert read_all(path) == WHOLE, (name, where)
             except StateDamaged as error:
                 found.add("opening")
                 assert str(path) in str(error)
             except Exception as error:
                 found.add("reading")
-                assert isinstance(state_error(path, "could not read it", error), StateDamaged), (name, place)
+                assert isinstance(state_error(path, "could not read it", error), StateDamaged), (name, where)
     assert found == {"opening", "reading"}
 
 
@@ -356,7 +358,7 @@ def test_destroying_leaves_nothing(tmp_path):
 
 
 def test_a_database_of_layout_3_is_opened_as_it_is(tmp_path):
-    """Version 0.1.0 had no family `held`, and its meta said no layout."""
+    """Headrace 0.1.0 had no family `held`, and no layout in its `meta`."""
     old = {name: OPTIONS.family(write_buffer_mb=1) for name in ("ids", "payloads", "early", "chunks")}
     database = Rdict(str(tmp_path / "old"), OPTIONS.database(), old, AccessType.read_write())
     meta = json.loads(msgspec.json.encode(META))
@@ -382,18 +384,18 @@ def test_meta_that_cannot_be_read_is_damage(state, meta):
         state.meta()
 
 
-def test_a_newer_layout_is_refused_and_never_taken_for_damage(state):
-    """Whatever else it may have changed."""
+def test_a_newer_layout_is_rejected_and_never_taken_for_damage(state):
+    """Whatever else the newer layout may have changed in `meta`."""
     state.db[b"meta"] = b'{"layout":%d,"identity":7}' % (LAYOUT + 1)
     with pytest.raises(
-        JoinStateError, match=rf"layout {LAYOUT} or older, found {LAYOUT + 1}: a newer version.*left as it is"
+        JoinStateError, match=rf"layout {LAYOUT} or older, found layout {LAYOUT + 1}: a newer version.*left as it is"
     ) as error:
         state.meta()
     assert not isinstance(error.value, StateDamaged)
 
 
-def test_all_partitions_share_one_bound_of_what_is_not_written_out(tmp_path):
-    """Each alone is far from filling its own buffers."""
+def test_all_partitions_share_one_bound_for_their_write_buffers(tmp_path):
+    """Each partition alone is far from filling its own buffers."""
     options = StateOptions(8, write_buffers_mb=4)
     states = [JoinState(tmp_path / str(number), options) for number in range(3)]
     try:
@@ -402,7 +404,7 @@ def test_all_partitions_share_one_bound_of_what_is_not_written_out(tmp_path):
             batch = state.batch()
             batch.add_pending([(index, index, key, os.urandom(40_000))])
             batch.write()
-        assert options._buffers.get_usage() <= 8 << 20  # one half may be on its way to the disk
+        assert options._buffers.get_usage() <= 8 << 20  # one half may be being flushed
         assert all(list((tmp_path / str(number)).glob("*.sst")) for number in range(3))
     finally:
         for state in states:

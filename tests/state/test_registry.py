@@ -1,4 +1,4 @@
-"""The registry's state as a function of its records: total, and the same whatever compaction left."""
+"""The registry's state from its records: any bytes are accepted, and compaction doesn't change the state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from state.registry import (
 
 
 @given(st.one_of(st.none(), st.binary(max_size=40), st.just(b"alias/champion"), st.just(b"version/3")), st.binary(max_size=60))
-def test_any_bytes_are_taken(key: bytes | None, value: bytes) -> None:
+def test_no_bytes_raise_an_error(key: bytes | None, value: bytes) -> None:
     state = RegistryState()
     problem = state.apply(key, value, 7)
     if problem is not None:
@@ -80,7 +80,7 @@ def test_metrics_that_are_not_finite_are_null_in_the_log() -> None:
 
 
 def test_an_alias_may_come_before_its_version() -> None:
-    """Compaction keeps the last record of each key: a version that was tagged later comes after the alias."""
+    """Compaction keeps the last record of each key, so a version that was tagged later comes after its alias."""
     state = RegistryState()
     state.apply(CHAMPION_KEY.encode(), encode_record(Champion(version=4)), 3)
     assert state.champion.version == 4 and state.champion_record is None and state.newest == 4
@@ -88,7 +88,7 @@ def test_an_alias_may_come_before_its_version() -> None:
     assert state.champion_record == VersionRecord(version=4)
 
 
-def test_the_champion_of_a_time() -> None:
+def test_the_champion_at_a_given_time() -> None:
     state = RegistryState()
     for version, times in [(1, (100, 500)), (2, (300,)), (3, ())]:
         state.versions[version] = VersionRecord(version=version, champion_at_ms=times)

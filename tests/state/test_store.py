@@ -1,4 +1,4 @@
-"""Versions in a store: whole or not seen, checked on every read, never written twice."""
+"""The snapshot store: versions are whole or not seen, checked on every read and never written twice."""
 
 from __future__ import annotations
 
@@ -60,14 +60,6 @@ def test_a_number_is_written_once(store: SnapshotStore) -> None:
     assert torch.equal(store.serving(1)["rows"], tensors(1.0)["rows"])
 
 
-def test_delete_takes_all_of_it(store: SnapshotStore) -> None:
-    store.write(Manifest(version=1), tensors(1.0), tensors(1.0))
-    store.delete(1)
-    assert store.versions() == []
-    with pytest.raises(SnapshotNotFound):
-        store.delete(1)
-
-
 def test_metrics_that_are_not_finite_survive(store: SnapshotStore) -> None:
     metrics = {"window_auc": math.nan, "window_log_loss": math.inf, "window_examples": 3.0}
     store.write(Manifest(version=1, metrics=metrics), tensors(1.0), None)
@@ -84,7 +76,7 @@ def test_a_version_that_is_not_whole_is_never_seen(tmp_path: Path, survivors: in
         (tmp_path / "v0000000002" / name).unlink()
     assert store.versions() == [1]
     assert store.next_version() == 3
-    with pytest.raises(SnapshotNotFound, match="there: 1 versions, the newest 1"):
+    with pytest.raises(SnapshotNotFound, match="the store has 1 versions, the newest 1"):
         store.manifest(2)
     if survivors:
         assert "isn't whole" in store.verify(2)[0]
@@ -92,8 +84,8 @@ def test_a_version_that_is_not_whole_is_never_seen(tmp_path: Path, survivors: in
             store.write(Manifest(version=2), tensors(1.0), tensors(1.0))
 
 
-# One process imports torch once and forks a child for each step: the child is killed as it is about to make its N-th call
-# that changes the disk, until one lives to the end.
+# One process imports torch once and forks a child for each step N. The child kills itself before its N-th call that changes the
+# disk. The loop ends with the first child that completes.
 KILLED = """
 import itertools, os, signal, sys
 from pathlib import Path
@@ -141,7 +133,7 @@ def test_kill_9_at_every_step_leaves_a_whole_version_or_none(tmp_path: Path) -> 
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     steps = int(done.stdout)
-    assert steps > 15  # three files, each with at least a folder, a file, two fsyncs and a link
+    assert steps > 15  # there are three files, each with at least a mkdir, an open, two fsyncs and a link
     outcomes = []
     for step in range(1, steps + 1):
         store = at(tmp_path / str(step))
@@ -154,12 +146,12 @@ def test_kill_9_at_every_step_leaves_a_whole_version_or_none(tmp_path: Path) -> 
         store.write(Manifest(version=number), tensors(3.0), None)
         assert store.versions() == [*there, number]
         outcomes.append(len(there))
-    assert outcomes == sorted(outcomes)  # from some step on it is there, and stays
-    assert outcomes[0] == 1 and outcomes[-2] == 2  # there is a step after the manifest has its name
+    assert outcomes == sorted(outcomes)  # version 2 exists from some step on
+    assert outcomes[0] == 1 and outcomes[-2] == 2  # some step comes after the manifest has its name
 
 
 @pytest.mark.parametrize("fails_at", range(3))
-def test_a_store_that_refuses_leaves_nothing_half(tmp_path: Path, fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_write_leaves_no_files(tmp_path: Path, fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     store = at(tmp_path)
     calls = []
     real = os.link
@@ -236,7 +228,7 @@ def test_damage_is_found_and_named(tmp_path: Path, how: str, name: str) -> None:
     assert str(raised.value) == problems[0]
 
 
-def test_a_manifest_that_does_not_read_is_named(tmp_path: Path) -> None:
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     store = at(tmp_path)
     store.write(Manifest(version=1), tensors(1.0), None)
     manifest = tmp_path / "v0000000001" / "manifest.json"
@@ -250,10 +242,10 @@ def test_a_manifest_that_does_not_read_is_named(tmp_path: Path) -> None:
         store.manifest(1)
 
 
-def test_looking_makes_nothing(tmp_path: Path) -> None:
+def test_reading_creates_nothing(tmp_path: Path) -> None:
     store = at(tmp_path / "not-there")
     assert store.versions() == [] and store.next_version() == 1
-    with pytest.raises(SnapshotNotFound, match="found nothing \\(there: none\\)"):
+    with pytest.raises(SnapshotNotFound, match="found nothing \\(the store has no version\\)"):
         store.manifest(3)
     with pytest.raises(SnapshotNotFound):
         store.verify(3)
@@ -263,21 +255,21 @@ def test_looking_makes_nothing(tmp_path: Path) -> None:
 def test_other_things_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "vnext").mkdir()
     (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / "v0000000007").mkdir()  # what a writer leaves that was killed at once
+    (tmp_path / "v0000000007").mkdir()  # as left by a writer that was killed at once
     assert at(tmp_path).versions() == []
     assert at(tmp_path).next_version() == 8
 
 
-def test_an_address_that_nothing_understands() -> None:
+def test_an_unknown_kind_of_address_is_rejected() -> None:
     with pytest.raises(SnapshotError, match=r"snapshots\.url 'ftp://x/y': expected a folder, file://, s3://"):
         SnapshotStore(SnapshotSettings(url="ftp://x/y")).versions()
 
 
-def test_create_refuses_a_taken_name(tmp_path: Path) -> None:
+def test_create_rejects_a_name_that_exists(tmp_path: Path) -> None:
     blobs: Blobs
     for blobs in (LocalBlobs(tmp_path), Blobs("memory:///")):
         blobs.create("f", "a", b"1")
         with pytest.raises(FileExistsError):
             blobs.create("f", "a", b"2")
         assert blobs.read("f", "a") == b"1"
-        assert blobs.files("f") == {"a": 1}  # no temporary file is left either
+        assert blobs.files("f") == {"a": 1}  # and no temporary file

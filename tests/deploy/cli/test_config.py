@@ -11,6 +11,7 @@ from deploy.cli import cli
 from deploy.config_report import entries, findings
 from deploy.errors import ConfigError
 from deploy.settings import Settings, load_settings
+from stream.formats import open_formats
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,7 @@ def test_a_key_that_was_replaced_says_by_what(monkeypatch: pytest.MonkeyPatch) -
             "snapshots.served_calibration_band",
             "the alarm would never end",
         ),
-        ({"local_kafka": {"java": "/nowhere/java"}}, "error", "local_kafka.java", "Mend the path"),
+        ({"local_kafka": {"java": "/nowhere/java"}}, "error", "local_kafka.java", "Correct the path"),
     ],
 )
 def test_findings(change: dict[str, Any], level: str, key: str, says: str) -> None:
@@ -128,14 +129,22 @@ def test_a_schema_registry_without_its_packages(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("stream.formats.reader._there", lambda module: module != "fastavro")
     [found] = [each for each in findings(Settings(schema_registry={"url": "https://a"})) if each.level == "error"]
     assert found.key == "schema_registry.url"
-    assert "pip install 'headrace[schema-registry]'" in found.message
+    assert "Run `make setup` in the checkout" in found.message
 
 
-def test_the_join_is_handed_the_schema_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_join_is_given_the_schema_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADRACE_SCHEMA_REGISTRY__URL", "https://registry:8081")
     monkeypatch.setenv("HEADRACE_JOIN__ENVELOPE", "debezium")
-    join = load_settings().join
-    assert (join.schema_registry.url, join.form) == ("https://registry:8081", "fd")
+    given: dict[str, Any] = {}
+
+    async def run_join(**arguments: Any) -> None:
+        given.update(arguments)
+
+    monkeypatch.setattr("stream.join.worker.run_join", run_join)
+    monkeypatch.setattr("deploy.logs.setup_logs", lambda *, verbose: None)  # the logs of this process stay as they are
+    assert CliRunner().invoke(cli, ["run", "join"], catch_exceptions=False).exit_code == 0
+    assert given["schema_registry"].url == "https://registry:8081"
+    assert open_formats(given["schema_registry"]).form(given["settings"].envelope) == "fd"
     monkeypatch.setenv("HEADRACE_SCHEMA_REGISTRY__URL", "registry:8081")
     with pytest.raises(
         ConfigError, match=r"schema_registry.url: expected http:// or https:// and a host, found 'registry:8081'"

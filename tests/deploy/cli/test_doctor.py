@@ -198,11 +198,11 @@ def test_dead_letters(run: Run, topics: Settings) -> None:
     assert nowhere.code == 1 and "1/8: expected a dead letter, found none" in nowhere.err
 
     dry = run("dead-letters replay --reason late_impression --dry-run").out
-    assert dry.splitlines()[-1] == "would feed 1 records again (dry run)"
+    assert dry.splitlines()[-1] == "would send 1 records again (dry run)"
     done = run("dead-letters replay --source impressions --since 1h --format json").json
     assert done["fed"] == [{"source": names.impressions, "reason": "late_impression", "records": 1}] and not done["dry_run"]
     again = run("dead-letters replay --all").out
-    assert "fed 1 records again\n1 letters were replayed before" in again
+    assert "sent 1 records again\n1 letters were replayed before" in again
     text = run("dead-letters list").out
     assert text.count("(replayed)") == 2 and "1 of them replayed" in text
 

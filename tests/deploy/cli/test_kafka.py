@@ -68,7 +68,7 @@ def test_topics_create_and_check(settings: Settings, monkeypatch: pytest.MonkeyP
     runner = CliRunner()
     missing = runner.invoke(cli, ["topics", "check"])
     assert missing.exit_code == 1
-    assert f"{prefix}clicks: topic: expected present, found absent\n  mend: headrace topics create" in missing.stdout
+    assert f"{prefix}clicks: topic: expected present, found absent\n  fix: headrace topics create" in missing.stdout
     created = runner.invoke(cli, ["topics", "create", "--format", "json"])
     assert created.exit_code == 0
     assert len(json.loads(created.stdout)["created"]) == 8

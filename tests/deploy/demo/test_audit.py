@@ -11,11 +11,12 @@ from aiokafka.structs import TopicPartition
 
 from deploy.demo.audit import Audit, Ledger
 from deploy.settings import Settings
-from stream.join.logic import CORRECTION, FIRST, Example, Plan
-from stream.kafka.batches import Outgoing
-from stream.letters.log import Origin, receipt
-from stream.records.dead_letter import DeadLetter
-from stream.records.example import plan_records
+from stream.join.plan import Plan
+from stream.records.dead_letter import DeadLetter, Origin
+from stream.records.example import CORRECTION, FIRST, Example
+from stream.records.record import Outgoing
+from stream.records.replay import receipt
+from tests.stream.join.written import written
 
 
 class Topics:
@@ -41,7 +42,7 @@ class Topics:
         return self
 
     def written(self, plan: Plan, rate: float = 1.0) -> Topics:
-        self.add("examples", plan_records(plan, rate), first=100)
+        self.add("examples", written(plan, rate), first=100)
         return self
 
     @property
@@ -50,7 +51,7 @@ class Topics:
 
 
 def example(key: bytes, offset: int, kind: str = FIRST, click_ms: int = -1) -> Example:
-    return key, b"{}", 5, offset, click_ms, kind
+    return Example(key, b"{}", 5, offset, click_ms, kind)
 
 
 def test_each_impression_is_labelled_or_left_out_once() -> None:

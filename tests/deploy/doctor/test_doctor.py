@@ -20,8 +20,8 @@ from deploy.doctor.kafka_readings import _event_ms
 from deploy.doctor.readings import Committed, LogReading, Partition, Readings, SampledLetter, Tail
 from deploy.feeding.partitions import partitions_of
 from stream.join.commit_metadata import Progress
-from stream.join.events import MAX_TIMESTAMP_MS
 from stream.join.settings_history import NEVER_MS
+from stream.records.times import MAX_TIMESTAMP_MS
 from stream.settings import JoinSettings
 from stream.topics.admin import Difference
 

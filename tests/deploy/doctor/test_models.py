@@ -13,7 +13,7 @@ from deploy.doctor.finding import Finding
 from deploy.doctor.readings import LogReading, Readings
 from state.registry import Champion, RegistryState, VersionRecord
 from state.settings import SnapshotSettings
-from stream.registry.heartbeat import Heartbeat
+from stream.records.heartbeat import Heartbeat
 from tests.deploy.doctor.test_doctor import NOW, healthy, only
 from tests.judged import judged
 

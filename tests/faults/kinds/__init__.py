@@ -1,9 +1,9 @@
-"""Every kind of fault. Each hurts the join while events come in; what it must not hurt is the ledger."""
+"""All kinds of faults. Each happens to the join while events come in, and the join's outputs must be right in spite of it."""
 
 from __future__ import annotations
 
 from tests.faults.kinds import brokers, clocks, killed, logs, records, state, workers
-from tests.faults.run import Kind
+from tests.faults.play import Kind
 
 __all__ = ["KINDS", "kind_named"]
 

@@ -1,4 +1,4 @@
-"""What the kinds are written with."""
+"""Helpers for writing kinds of faults."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TypeVar
 
 from stream.topics.names import TopicNames
 from tests.faults.admin import Admin
-from tests.faults.run import POLL_S, FaultWorker, Kind, Run
+from tests.faults.fault_worker import FaultWorker
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run
 
 __all__ = ["MAYBE", "ask", "group_of", "kinds", "names_of", "ready"]
 
-# A worker ends when a transaction fails, and whether one is under way when its broker goes is up to chance; one that starts
-# while too few brokers answer ends, too, and is started again.
+# How often workers may end with 1 during a fault of brokers. A worker ends if a transaction fails, and whether one is open when
+# its broker fails is up to chance. A worker that starts while too few brokers answer ends, too, and is started again.
 MAYBE = (0, 12)
 
 Play = Callable[[Run], Awaitable[None]]
@@ -21,7 +23,7 @@ T = TypeVar("T")
 
 
 def kinds(into: list[Kind]) -> Callable[..., Callable[[Play], Play]]:
-    """A decorator that adds what it decorates to a list, with `Kind`'s arguments."""
+    """A decorator that adds a function as a `Kind` to a list; its arguments are those of `Kind`."""
 
     def kind(name: str, **options: object) -> Callable[[Play], Play]:
         def add(play: Play) -> Play:
@@ -34,6 +36,7 @@ def kinds(into: list[Kind]) -> Callable[..., Callable[[Play], Play]]:
 
 
 async def ready(worker: FaultWorker) -> None:
+    """Wait until the worker is ready."""
     while not await asyncio.to_thread(worker.is_ready):
         await asyncio.sleep(POLL_S)
 
@@ -47,7 +50,7 @@ def group_of(run: Run) -> str:
 
 
 async def ask(run: Run, what: Callable[[Admin], T]) -> T:
-    """Ask the brokers, in another thread."""
+    """Send a request to the brokers, in another thread."""
 
     def asking() -> T:
         with Admin.of(run.settings) as admin:

@@ -1,4 +1,4 @@
-"""Brokers that refuse, die, move, forget or slow down, and the network before them."""
+"""Brokers that reject records, die, change roles or throttle, and faults of the network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from aiokafka.structs import TopicPartition
 from stream.kafka.clients import aiokafka_options
 from tests.faults.kinds.base import MAYBE, ask, group_of, kinds, names_of, ready
 from tests.faults.network import ADD_OFFSETS, END_TRANSACTION, INIT_PRODUCER, PRODUCE, TRANSACTION_OFFSETS, Link
-from tests.faults.run import POLL_S, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 
 __all__ = ["KINDS"]
 
@@ -76,17 +77,17 @@ async def _two_of_three(run: Run) -> None:
 
 @kind("partition leaders moved", cluster="three", crashes=MAYBE)
 async def _leader_moved(run: Run) -> None:
-    """The leader of a partition of `examples` steps down in order, and comes back."""
+    """The leader of a partition of `examples` is stopped in order and started again."""
     run.worker()
     await run.labels()
     await run.pause(0.0, 1.0)
-    place = TopicPartition(names_of(run).examples, run.draw.randrange(2))
-    async with AIOKafkaConsumer(place.topic, **aiokafka_options(run.settings.kafka)) as consumer:
+    partition = TopicPartition(names_of(run).examples, run.draw.randrange(2))
+    async with AIOKafkaConsumer(partition.topic, **aiokafka_options(run.settings.kafka)) as consumer:
         cluster = consumer._client.cluster
-        leader = cluster.leader_for_partition(place)
+        leader = cluster.leader_for_partition(partition)
         os.kill(run.kafka.pids[leader], signal.SIGTERM)
         async with happens("another broker leads"):
-            while cluster.leader_for_partition(place) in (leader, None, -1):
+            while cluster.leader_for_partition(partition) in (leader, None, -1):
                 await asyncio.sleep(POLL_S)
                 await consumer._client.force_metadata_update()
     run.over()
@@ -99,7 +100,7 @@ async def _leader_moved(run: Run) -> None:
 
 @kind("network cut for longer than the session timeout", static=False, crashes=MAYBE)
 async def _cut(run: Run) -> None:
-    """The worker is cut off from its broker until the group lets it go; another may take over meanwhile."""
+    """The worker is cut off from its broker until the group removes it. Another worker may take over meanwhile."""
     port = int(run.kafka.bootstrap_servers.rsplit(":", 1)[1])
     async with Link(port) as link:
         run.links = {str(port): link.port}
@@ -114,7 +115,7 @@ async def _cut(run: Run) -> None:
         if another:
             run.worker("two")
             run.over()
-        async with happens("the group lets the worker go"):
+        async with happens("the group removes the worker"):
             while members & await _members(run):
                 await asyncio.sleep(POLL_S)
         await run.pause(0.5, 3.5)
@@ -133,7 +134,7 @@ async def _members(run: Run) -> set[str]:
 
 
 async def _answers_lost(run: Run, request: int, *, times: int) -> None:
-    """The broker does what it was asked, and the worker doesn't hear of it: the connection breaks, or says no more."""
+    """The broker carries out a request, and its answer is lost: the connection breaks, or sends no more bytes."""
     run.settings = run.settings.model_copy(
         update={"kafka": run.settings.kafka.model_copy(update={"request_timeout_ms": 4_000})}
     )
@@ -142,7 +143,7 @@ async def _answers_lost(run: Run, request: int, *, times: int) -> None:
         run.links = {str(port): link.port}
         worker = run.worker()
         await run.labels()
-        if request == INIT_PRODUCER:  # asked for at a start only
+        if request == INIT_PRODUCER:  # only sent at a start
             await run.end(worker)
             link.lose(request, times=times, silently=run.draw.random() < 0.5)
             run.start(worker)
@@ -172,7 +173,7 @@ async def _producer_answer_lost(run: Run) -> None:
 
 
 async def _coordinator_moved(run: Run, *, of_transactions: bool) -> None:
-    """The coordinator is stopped in order; another broker takes its place, and the first may come back to it."""
+    """The coordinator is stopped in order and another broker takes over. Later the first broker is started again."""
     run.worker()
     await run.labels()
     await run.pause(0.0, 1.0)
@@ -202,7 +203,7 @@ async def _transactions_coordinator(run: Run) -> None:
 
 @kind("throttled by quotas")
 async def _throttled(run: Run) -> None:
-    """The join may write and read a fraction of what comes in, for a while, and is killed in it at times."""
+    """For a while, quotas let the join read and write less than what comes in. In half of the runs it is killed meanwhile."""
     client = f"join-{run.folder.name}"
     run.settings = run.settings.model_copy(update={"kafka": run.settings.kafka.model_copy(update={"client_id": client})})
     worker = run.worker()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.faults.clusters import Clock
 from tests.faults.kinds.base import MAYBE, kinds, ready
-from tests.faults.run import Kind, Run
+from tests.faults.play import Kind
+from tests.faults.run import Run
 
 __all__ = ["KINDS"]
 
@@ -16,7 +17,7 @@ JUMPS_S = (-7_200, -600, -5, 5, 600, 1_500)
 
 @kind("the broker's clock jumps", cluster="clock", crashes=MAYBE)
 async def _broker(run: Run) -> None:
-    """Ahead and back. Transactions may be ended by it, and arrival times fall."""
+    """The clock jumps ahead and back. The broker may end transactions because of it, and arrival times decrease."""
     clock = run.clusters.clock
     assert clock is not None
     worker = run.worker()

@@ -1,4 +1,4 @@
-"""Workers that are killed: at random, at named steps, while they take over, between a match and its label."""
+"""Workers that are killed: at random times, at named steps, while they take over, and between a match and its label."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tests.faults.clusters import Skipped
 from tests.faults.kinds.base import kinds, ready
-from tests.faults.run import POLL_S, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 from tests.faults.stream import WINDOW_MS
 from tests.faults.worker import RECOVERY, REVOKE, STEPS, Fault
 
@@ -24,7 +25,7 @@ kind = kinds(KINDS)
 
 
 async def random_kills(run: Run) -> None:
-    """One to three, of a worker that is ready or one that isn't."""
+    """One to three kills, of a worker that is ready or still starting."""
     worker = run.worker()
     for _ in range(run.draw.randrange(1, 4)):
         if run.draw.random() < 0.7:
@@ -47,28 +48,28 @@ async def _step(step: str, run: Run) -> None:
     run.over()
 
 
-async def _fall(step: str, run: Run, **fault: object) -> None:
-    """Have a worker that takes over without its disk come to a step."""
+async def _fault_in_takeover(step: str, run: Run, **fault: object) -> None:
+    """Start a worker with a lost disk and a fault at a step of taking over."""
     worker = run.worker()
-    # Early clicks wait only once enough is under way.
+    # There are only early clicks to be read once enough events are sent.
     await run.labels(150 if "clicks" in step else run.draw.randrange(1, 6))
     await run.pause(0.0, 0.5)
     await run.end(worker)
-    # With the disk lost, or of an older time, there is more to recover.
+    # Without its disk, the worker has more to recover.
     shutil.rmtree(run.state_of("one"))
     after = 1 if "being read" in step else run.draw.randrange(1, 3)
     run.start(worker, Fault(step=step, after=after, **fault))  # type: ignore[arg-type]
 
 
 async def _recovery(step: str, run: Run) -> None:
-    await _fall(step, run)
+    await _fault_in_takeover(step, run)
     await run.died(run.workers["one"])
     run.over()
 
 
 async def _revoke(step: str, run: Run) -> None:
-    run.hold()  # by the time that another has joined, all else would have been labelled
-    first = run.worker("one", Fault(step=step, after=2))  # once when it joins, without partitions
+    run.hold()  # otherwise everything would be labelled before the second worker has joined
+    first = run.worker("one", Fault(step=step, after=2))  # the first time is when it joins, without partitions
     await run.labels()
     await run.pause(0.0, 0.5)
     run.worker("two")
@@ -83,10 +84,10 @@ KINDS += [Kind(f"kill -9 {step}", partial(_revoke, step), static=False, killed=1
 
 
 @kind("SIGTERM in a takeover", static=True)
-async def _told_to_stop(run: Run) -> None:
-    """A worker that is told to stop while it rebuilds ends in order, and the next one begins where it has to."""
+async def _asked_to_stop(run: Run) -> None:
+    """A worker that gets SIGTERM while it rebuilds ends in order, and the next worker begins at the right position."""
     run.hold()
-    await _fall(run.draw.choice(sorted(RECOVERY)), run, signal=int(signal.SIGTERM))
+    await _fault_in_takeover(run.draw.choice(sorted(RECOVERY)), run, signal=int(signal.SIGTERM))
     worker = run.workers["one"]
     worker.wanted = False
     async with happens("the worker ends"):
@@ -101,14 +102,14 @@ async def _told_to_stop(run: Run) -> None:
 @kind("the kernel's OOM killer in a takeover", static=True, killed=1)
 async def _out_of_memory(run: Run) -> None:
     async with _memory_limit(f"headrace-faults-{os.getpid()}-{id(run)}", mb=32) as group:
-        await _fall(run.draw.choice(sorted(RECOVERY)), run, memory_group=str(group))
+        await _fault_in_takeover(run.draw.choice(sorted(RECOVERY)), run, memory_group=str(group))
         await run.died(run.workers["one"])
         run.over()
 
 
 @contextlib.asynccontextmanager
 async def _memory_limit(name: str, *, mb: int) -> AsyncIterator[Path]:
-    """A control group whose members may have so much more memory: the file that takes their ids."""
+    """A control group whose members may use so much more memory; gives the file to which members write their pid."""
     for root, limit in ((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max")):
         group = root / name
         try:
@@ -127,7 +128,7 @@ async def _memory_limit(name: str, *, mb: int) -> AsyncIterator[Path]:
 
 
 async def _removed(group: Path) -> None:
-    for _ in range(100):  # until the last member's memory is given back
+    for _ in range(100):  # until the memory of its last member is released
         with contextlib.suppress(OSError):
             await asyncio.to_thread(group.rmdir)
             return
@@ -136,7 +137,7 @@ async def _removed(group: Path) -> None:
 
 @kind("kill -9 and the disk lost between match and hold", join=(("hold_ms", WINDOW_MS),), static=True)
 async def _matched(run: Run) -> None:
-    """What is killed knows of clicks whose impressions' labels are still held."""
+    """The worker that is killed has matched clicks with impressions whose labels are still held."""
     worker = run.worker()
     run.hold()
     await run.labels(run.draw.randrange(1, 40))

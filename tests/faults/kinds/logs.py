@@ -1,4 +1,4 @@
-"""Logs that lose what is needed: topics made anew, records deleted. The join must refuse to go on rather than guess."""
+"""Logs without records that the join needs: topics that were created anew, deleted records. The join must then stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import signal
 
 from stream.topics.admin import create_topics
 from tests.faults.kinds.base import ask, kinds, names_of, ready
-from tests.faults.run import POLL_S, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 from tests.faults.sender import Sender
 
 __all__ = ["KINDS"]
@@ -20,7 +21,7 @@ REFUSES = {"settles": False, "sends": False, "static": True, "crashes": (2, 10)}
 
 
 async def _half(run: Run, ends: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGKILL)) -> None:
-    """The first half of the stream, joined as far as it goes, and the worker ended; what is there now is looked at."""
+    """Send and join the first half of the stream, end the worker, and read the topics."""
     worker, rows = run.worker(), run.stream.rows
     await ready(worker)
     async with Sender(run.settings) as sender:
@@ -32,14 +33,14 @@ async def _half(run: Run, ends: tuple[signal.Signals, ...] = (signal.SIGTERM, si
     await run.ledger()
 
 
-async def _refused_without_a_word(run: Run, pattern: str) -> None:
-    """The worker, started again, ends each time and writes nothing."""
+async def _stops_without_output(run: Run, pattern: str) -> None:
+    """Start the worker again. It must end each time with an error that matches the pattern, and write no records."""
     before = await asyncio.to_thread(run.logs.written)
     worker = run.workers["one"]
     run.start(worker)
     await run.refused(pattern, worker)
     after = await asyncio.to_thread(run.logs.written)
-    assert after == before, f"expected nothing more in examples and dead-letters, found records beyond {before} up to {after}"
+    assert after == before, f"expected no more records in examples and dead-letters, found records from {before} to {after}"
 
 
 async def _anew(run: Run, topic: str) -> None:
@@ -53,10 +54,10 @@ async def _anew(run: Run, topic: str) -> None:
     await asyncio.to_thread(create_topics, run.settings.kafka, run.settings.topics)
     run.logs.forget(topic)
     rows = run.stream.rows
-    if run.draw.random() < 0.5:  # the new log may be as long as the old one was
+    if run.draw.random() < 0.5:  # so that the new log may be as long as the old one
         async with Sender(run.settings) as sender:
             await sender.send(rows[len(rows) // 2 :], over_s=0.5)
-    await _refused_without_a_word(run, "was (deleted and )?made anew")
+    await _stops_without_output(run, "was (deleted and )?made anew")
 
 
 for _topic in ("impressions", "clicks", "examples"):
@@ -72,12 +73,12 @@ async def _truncated(run: Run) -> None:
     await _rest(run)
     ends, topic = await asyncio.to_thread(run.logs.ends, "impressions"), names_of(run).impressions
     await ask(run, lambda admin: admin.truncate(topic, {number: end - 1 for number, end in ends.items()}))
-    await _refused_without_a_word(run, "were deleted before they were read")
+    await _stops_without_output(run, "were deleted before they were read")
 
 
 @kind("behind by more than the retention", **REFUSES)
 async def _behind(run: Run) -> None:
-    """Retention itself deletes what a worker that stands still has not read."""
+    """Retention deletes records that a stopped worker hasn't read."""
     await _half(run)
     await _rest(run)
     topic = names_of(run).impressions
@@ -85,7 +86,7 @@ async def _behind(run: Run) -> None:
     async with happens("retention deletes"):
         while not await asyncio.to_thread(run.logs.deleted, "impressions"):
             await asyncio.sleep(0.5)
-    await _refused_without_a_word(run, "were deleted before they were read")
+    await _stops_without_output(run, "were deleted before they were read")
 
 
 @kind("records deleted that a rebuild needs, and the disk lost", **REFUSES)
@@ -98,12 +99,12 @@ async def _needed(run: Run) -> None:
     before = {number: committed[source, number] if source == "impressions" else end for number, end in ends.items()}
     topic = getattr(names_of(run), source)
     await ask(run, lambda admin: admin.truncate(topic, before))
-    await _refused_without_a_word(run, "rebuilding needs offsets from")
+    await _stops_without_output(run, "rebuilding needs offsets from")
 
 
 @kind("records deleted that were read, and the disk kept", static=True, sends=False)
 async def _read(run: Run) -> None:
-    """What is on the disk is enough to go on, and a worker that stops in order has everything there."""
+    """After an orderly stop, the worker's disk has all of its state, so that it doesn't need the deleted records."""
     await _half(run, ends=(signal.SIGTERM,))
     committed = await asyncio.to_thread(run.logs.committed)
     for source in ("impressions", "clicks"):
@@ -116,6 +117,7 @@ async def _read(run: Run) -> None:
 
 
 async def _rest(run: Run) -> None:
+    """Send the second half of the stream."""
     rows = run.stream.rows
     async with Sender(run.settings) as sender:
         await sender.send(rows[len(rows) // 2 :], over_s=1.0)

@@ -1,4 +1,4 @@
-"""Streams that are hard by themselves, with workers killed meanwhile."""
+"""Streams that are difficult by themselves, with workers killed meanwhile."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from functools import partial
 
 from tests.faults.kinds.base import kinds
 from tests.faults.kinds.killed import random_kills
-from tests.faults.run import Kind, Run
+from tests.faults.play import Kind
+from tests.faults.run import Run
 from tests.faults.stream import large, quiet, returning, wrong_clocks
 
 __all__ = ["KINDS"]
@@ -24,7 +25,7 @@ kind("one client's clock ahead", stream=partial(wrong_clocks, ahead_ms=30 * MINU
 
 @kind("sources silent, idle timeout as shipped", stream=quiet, join=(("idle_timeout_ms", 5_000),))
 async def _silent(run: Run) -> None:
-    """One or two kills, anywhere in it."""
+    """One or two kills, at any time."""
     worker = run.worker()
     await run.labels()
     for _ in range(run.draw.randrange(1, 3)):

@@ -1,4 +1,4 @@
-"""State folders that are lost, old or another's, and disks that are full, slow or short of files."""
+"""State folders that are lost, old or of another worker, full and slow disks, and too few open files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.clusters import Skipped
+from tests.faults.fault_worker import FaultWorker
 from tests.faults.kinds.base import kinds, ready
-from tests.faults.run import POLL_S, FaultWorker, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 from tests.faults.sender import Sender
 from tests.faults.stream import CLICKS, ordinary
 from tests.faults.worker import Fault
@@ -27,6 +29,7 @@ HOUR_MS = 3_600_000
 
 
 async def _with_state(run: Run, change: Callable[[FaultWorker], Awaitable[None]]) -> None:
+    """End a worker, change its state folder, and start it again."""
     worker = run.worker()
     await run.labels(run.draw.randrange(1, 20))
     await run.pause(0.0, 0.8)
@@ -62,11 +65,11 @@ async def _older(run: Run) -> None:
 
 @kind("state folder of another worker", static=False)
 async def _of_another(run: Run) -> None:
-    """Each gets what the other had, also under the other partition's name."""
+    """Two workers swap their state folders, in half of the runs also with the names of the partitions swapped."""
     one, two = run.worker("one", Fault(flush_s=0.2)), run.worker("two", Fault(flush_s=0.2))
     states = run.state_of("one"), run.state_of("two")
     await run.labels()
-    while not all(any(folder.glob("partition-?")) for folder in states):  # the second to come may have taken both at first
+    while not all(any(folder.glob("partition-?")) for folder in states):  # one may have both partitions at first
         await asyncio.sleep(POLL_S)
     await run.pause(0.3, 1.0)
     await run.end(one)
@@ -93,7 +96,7 @@ async def _of_another(run: Run) -> None:
     join=(("max_ahead_ms", 24 * HOUR_MS),),
 )
 async def _stalled(run: Run) -> None:
-    """All impressions come, 2.7 hours of them, and no click: everything waits. Then the rest, without the disk."""
+    """All impressions of 2.7 hours come without further clicks, so they all wait. Then the clicks come, without the disk."""
     worker, rows = run.worker(), run.stream.rows
     clicks, others = [row for row in rows if row.source == CLICKS], [row for row in rows if row.source != CLICKS]
     some = run.draw.randrange(1, 40)
@@ -145,7 +148,7 @@ async def _small_disk(folder: Path, *, size_mb: int) -> AsyncIterator[Path]:
 
 @kind("slow disk", crashes=(0, 1))
 async def _slow_disk(run: Run) -> None:
-    """Every fsync of the worker's takes from a third of a second to a second longer, also as it takes over again."""
+    """Every fsync of the worker takes 0.3 to 1 s longer, also when it takes over again."""
     if shutil.which("strace") is None:
         raise Skipped("a slow disk: expected strace (apt install strace), which delays fsync, found none")
     delay_us = run.draw.randrange(300_000, 1_000_000)
@@ -162,7 +165,7 @@ async def _slow_disk(run: Run) -> None:
 
 @kind("too few open files allowed", static=True, crashes=(1, 10))
 async def _few_files(run: Run) -> None:
-    """A start with too low a limit must say so, and leave the folder as it is."""
+    """A start with too low a limit must end with an error that says so, and leave the folder as it is."""
     run.hold()
     worker = run.worker("one", Fault(flush_s=0.1))
     await run.labels(run.draw.randrange(1, 40))
@@ -171,7 +174,7 @@ async def _few_files(run: Run) -> None:
     before = _folders(run.state_of("one"))
     assert before, "no state folder"
     run.start(worker, Fault(open_files=run.draw.choice([24, 40, 64])))
-    async with happens("the worker ends for want of files"):
+    async with happens("the worker ends without file descriptors"):
         while not worker.ended:
             await asyncio.sleep(POLL_S)
     worker.wanted = False
@@ -179,8 +182,8 @@ async def _few_files(run: Run) -> None:
         worker.kill()
     worker.ended = worker.ended[:1]
     log = worker.log.read_text(errors="replace")
-    assert "open files" in log or "RLIMIT_NOFILE" in log or "ulimit" in log, f"not said why:\n{log[-3_000:]}"
-    assert _folders(run.state_of("one")) == before, "the state folder was thrown away"
+    assert "open files" in log or "RLIMIT_NOFILE" in log or "ulimit" in log, f"no reason in the log:\n{log[-3_000:]}"
+    assert _folders(run.state_of("one")) == before, "the state folder was discarded"
     run.start(worker)
     run.over()
     run.go_on()
@@ -189,5 +192,5 @@ async def _few_files(run: Run) -> None:
 
 
 def _folders(state: Path) -> dict[str, int]:
-    """The databases under a state folder, and which each is: another one in its place has another inode."""
+    """The databases of a state folder, with their inodes: a database that was replaced has another inode."""
     return {path.name: path.stat().st_ino for path in sorted(state.glob("partition-*"))}

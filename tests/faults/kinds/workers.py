@@ -1,4 +1,4 @@
-"""Workers against each other, and settings that change from one life to the next."""
+"""Workers that compete, and settings that change between two starts."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import shutil
 import signal
 
 from tests.faults.kinds.base import kinds, ready
-from tests.faults.run import POLL_S, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 
 __all__ = ["KINDS"]
 
 KINDS: list[Kind] = []
 kind = kinds(KINDS)
 
-# How a log says that another has the transactional id now.
+# Errors in a worker's log if another worker has taken over its transactional id.
 FENCED = ("ProducerFenced", "InvalidProducerEpoch")
 
 
@@ -25,12 +26,12 @@ async def _zombie(run: Run) -> None:
     still = run.worker("still")
     await run.labels()
     await run.pause(0.0, 0.5)
-    still.wanted = False  # fenced, it must end by itself; its return would be another kind of fault
+    still.wanted = False  # once fenced it must end by itself, and isn't started again
     os.kill(still.pid, signal.SIGSTOP)
     run.over()
     await ready(run.worker("other"))  # it has taken over
     os.kill(still.pid, signal.SIGCONT)
-    run.go_on()  # what comes now it would like to label, too
+    run.go_on()  # records that the resumed worker would label, too
     async with happens("the one that was stopped ends"):
         while still.returncode is None:
             await asyncio.sleep(POLL_S)
@@ -69,7 +70,7 @@ async def _there_and_back(run: Run) -> None:
 
 @kind("one state folder for two workers", static=False)
 async def _one_folder(run: Run) -> None:
-    """The folder of a partition may be open in the other process: each needs one of its own, and finds it again or not."""
+    """A partition's folder may be open in the other worker. Each worker needs its own, and may or may not find it again."""
     run.hold()
     shared = run.folder / "state-shared"
     one = run.worker("one", state=shared)
@@ -86,7 +87,7 @@ async def _one_folder(run: Run) -> None:
 
 @kind("one instance_id for two workers", static=True)
 async def _one_name(run: Run) -> None:
-    """The second takes the first one's place in the group; the first must end and say so."""
+    """The second worker replaces the first one in the group. The first must end with an error that says so."""
     run.hold()
     first = run.worker("one")
     await run.labels()
@@ -99,13 +100,13 @@ async def _one_name(run: Run) -> None:
             await asyncio.sleep(POLL_S)
     log = first.log.read_text()
     assert first.returncode == 1, f"expected it to end with 1, found {first.returncode}:\n{log[-3_000:]}"
-    assert any(word in log for word in ("FencedInstanceId", "instance_id", *FENCED)), f"not said why:\n{log[-3_000:]}"
+    assert any(word in log for word in ("FencedInstanceId", "instance_id", *FENCED)), f"no reason in the log:\n{log[-3_000:]}"
     run.go_on()
 
 
 @kind("settings changed between lives", static=True)
 async def _settings(run: Run) -> None:
-    """Hold, window, dedupe horizon and rate; what is pending ends under what it came by, with the disk and without."""
+    """Hold, window, dedupe horizon and rate change, with the disk kept or lost. Pending impressions keep their old settings."""
     worker, draw = run.worker(), run.draw
     choices = {
         "hold_ms": [0, 300, 3_000, 10_000],

@@ -117,7 +117,10 @@ class FakeConsumer:
         assert tp == self._tp
         return self._position
 
-    async def getmany(self, tp: Any, *, timeout_ms: int) -> dict[Any, list[Any]]:
+    def pause(self, tp: Any) -> None:
+        assert tp == self._tp
+
+    async def getmany(self, tp: Any, *, timeout_ms: int, max_records: int | None = None) -> dict[Any, list[Any]]:
         start, self._position = self._position, min(self._position + self._fetch, len(self._log.topics[tp.topic]))
         return {tp: self._log.records(tp.topic, start, self._position)}
 

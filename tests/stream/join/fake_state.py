@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from state.errors import StateInUse
-from state.join_state import _ENTRY, Chunk, Entry, JoinMeta, Pending, Place
+from state.join_state import _ENTRY, Chunk, Entry, JoinMeta, Pending, TimeOffset
 
 __all__ = ["DictState", "Disk"]
 
@@ -21,7 +21,7 @@ class DictState:
         self.open = False
         self.ids: dict[bytes, Entry] = {}
         self.payloads: dict[tuple[int, int], tuple[bytes, bytes, bool]] = {}
-        self.held_clicks: dict[Place, int] = {}
+        self.held_clicks: dict[TimeOffset, int] = {}
         self.early: dict[tuple[bytes, int, int], bytes] = {}
         self.chunks: dict[Chunk, list[bytes]] = {}
         self._meta: JoinMeta | None = None
@@ -38,18 +38,18 @@ class DictState:
     def packed_entries(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return [None if entry is None else _ENTRY.pack(*entry) for entry in self.entries(keys)]
 
-    def pending(self, places: Sequence[Place]) -> list[Pending | None]:
+    def pending(self, places: Sequence[TimeOffset]) -> list[Pending | None]:
         return [(*place, *self.payloads[place]) if place in self.payloads else None for place in places]
 
-    def pending_between(self, begin: Place, end: Place) -> Iterator[Pending]:
+    def pending_between(self, begin: TimeOffset, end: TimeOffset) -> Iterator[Pending]:
         for place in sorted(self.payloads):
             if begin <= place < end:
                 yield (*place, *self.payloads[place])
 
-    def held(self, places: Sequence[Place]) -> list[int | None]:
+    def held(self, places: Sequence[TimeOffset]) -> list[int | None]:
         return [self.held_clicks.get(place) for place in places]
 
-    def held_between(self, begin: Place, end: Place) -> dict[Place, int]:
+    def held_between(self, begin: TimeOffset, end: TimeOffset) -> dict[TimeOffset, int]:
         return {place: click_ms for place, click_ms in self.held_clicks.items() if begin <= place < end}
 
     def early_clicks(self) -> Iterator[tuple[bytes, tuple[int, int, bytes]]]:
@@ -59,7 +59,7 @@ class DictState:
     def all_chunks(self) -> Iterator[Chunk]:
         yield from sorted(self.chunks)
 
-    def pending_places(self) -> Iterator[Place]:
+    def pending_impressions(self) -> Iterator[TimeOffset]:
         yield from sorted(self.payloads)
 
     def flush(self) -> None:
@@ -93,11 +93,11 @@ class _Batch:
 
         self._changes.append(drop)
 
-    def hold(self, clicks: Iterable[tuple[Place, int]]) -> None:
+    def hold(self, clicks: Iterable[tuple[TimeOffset, int]]) -> None:
         rows = dict(clicks)
         self._changes.append(lambda: self._state.held_clicks.update(rows))
 
-    def drop_held(self, places: Iterable[Place]) -> None:
+    def drop_held(self, places: Iterable[TimeOffset]) -> None:
         for place in places:
             self._changes.append(lambda place=place: self._state.held_clicks.pop(place, None))
 

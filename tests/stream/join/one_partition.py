@@ -17,6 +17,7 @@ from stream.join.takeover import Takeover
 from stream.kafka.clients import aiokafka_options
 from stream.kafka.transport import Run
 from stream.topics.names import TopicNames
+from tests.stream.join.owner import Owner
 
 __all__ = ["GROUP", "Fatal", "read", "runs", "take"]
 
@@ -64,9 +65,7 @@ async def take(settings: Settings) -> PartitionJoin:
         identity="i",
         partitions=1,
         taken=taken,
-        log_end=lambda topic: None,
-        after_step=lambda partition: None,
-        fatal=fatal,
+        owner=Owner(failed=fatal),
         metrics=JoinMetrics(CollectorRegistry()),
     )
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from state.join_state import Chunk
 from stream.join.events import Events
-from stream.join.logic import Plan, Step, watermark
+from stream.join.logic import Step, watermark
 from stream.join.memory import Memory
+from stream.join.plan import Plan
 from stream.join.settings_history import NEVER_MS, History
 from stream.settings import JoinSettings
 from tests.stream.join.fake_state import DictState
@@ -39,7 +40,7 @@ class Partition:
 
     def __init__(self, settings: JoinSettings) -> None:
         self.settings, self.state = settings, DictState()
-        self.memory = Memory(History().with_settings(settings, impressions=0, clicks=0, watermark_ms=NEVER_MS))
+        self.memory = Memory(History().with_settings(settings, form="", impressions=0, clicks=0, watermark_ms=NEVER_MS))
         self.impressions = self.clicks = self.examples = 0  # next offsets
         self.example_of: dict[int, int] = {}  # an impression's offset → its example's
 
@@ -47,7 +48,7 @@ class Partition:
         """Go on under other settings, as a worker does that takes over."""
         self.settings, memory = settings, self.memory
         at = {"impressions": self.impressions, "clicks": self.clicks, "watermark_ms": memory.watermark_ms}
-        memory.history = memory.history.with_settings(settings, **at)
+        memory.history = memory.history.with_settings(settings, form="", **at)
         memory.expired_ms = min(memory.expired_ms, memory.watermark_ms - memory.history.max_window_ms)
 
     def step(self, runs: list[tuple[str, Events]], *, impressions_idle: bool = False, clicks_idle: bool = False) -> Plan:
@@ -69,7 +70,7 @@ class Partition:
             chunk = Chunk(plan.first_offset, max(plan.remembered[key][0] for key in plan.new_ids), before)
             memory.add_chunk(chunk)
         self._apply(plan, chunk)
-        for source_offset in (*plan.left_out, *(example[3] for example in plan.examples)):
+        for source_offset in (*plan.left_out, *(example.source_offset for example in plan.examples)):
             self.example_of.setdefault(source_offset, self.examples)
             self.examples += 1
         return plan

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from stream.join.events import WATERMARK_HEADER
 from stream.kafka.clients import aiokafka_options
-from stream.records.dead_letter import REPLAY_HEADER
+from stream.records.replay import REPLAY_HEADER
+from stream.records.watermark import WATERMARK_HEADER
 from stream.topics.names import TopicNames
 from tests.stream.join.one_partition import read, runs, take
 

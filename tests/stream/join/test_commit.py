@@ -14,15 +14,16 @@ from prometheus_client import CollectorRegistry
 
 from stream.errors import PositionError
 from stream.join.commit_metadata import Progress, decode_progress, encode_progress, new_life
-from stream.join.events import WATERMARK_HEADER
 from stream.join.memory import Memory
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, Positions, TakenOver
 from stream.join.settings_history import MAX_CHANGES, NEVER_MS, History, Terms
 from stream.kafka.transport import LogEnd, Run
+from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics.names import TopicNames
 from tests.stream.join.fake_state import DictState
+from tests.stream.join.owner import Owner
 
 NAMES = TopicNames.of(TopicSettings())
 SETTINGS = JoinSettings(window_ms=10, lateness_ms=0, dedupe_horizon_ms=0)
@@ -31,7 +32,7 @@ LogEnds = Callable[[str], LogEnd | None]
 
 
 def fresh(settings: JoinSettings) -> Memory:
-    return Memory(History().with_settings(settings, impressions=0, clicks=0, watermark_ms=NEVER_MS))
+    return Memory(History().with_settings(settings, form="", impressions=0, clicks=0, watermark_ms=NEVER_MS))
 
 
 class Fatal(BaseException):
@@ -109,9 +110,7 @@ class Bench:
             identity="i",
             partitions=4,
             taken=TakenOver(self.producer, self.state, fresh(settings), Positions(0, 0, 0), 0),
-            log_end=log_end,
-            after_step=lambda partition: None,
-            fatal=self._fatal,
+            owner=Owner(log_end, self._fatal),
             metrics=JoinMetrics(CollectorRegistry()),
         )
 
@@ -315,10 +314,13 @@ def test_too_many_changes_of_settings_are_refused():
     history = History()
     for index in range(MAX_CHANGES):
         changed = SETTINGS.model_copy(update={"window_ms": 100 + index})
-        history = history.with_settings(changed, impressions=index, clicks=index, watermark_ms=0)
+        history = history.with_settings(changed, form="", impressions=index, clicks=index, watermark_ms=0)
     assert len(history.terms) == MAX_CHANGES
-    again = history.with_settings(changed, impressions=99, clicks=99, watermark_ms=0)
+    again = history.with_settings(changed, form="", impressions=99, clicks=99, watermark_ms=0)
     assert again == history  # nothing has changed
     with pytest.raises(PositionError, match=f"expected at most {MAX_CHANGES} changes of window_ms"):
-        history.with_settings(SETTINGS, impressions=99, clicks=99, watermark_ms=0)
-    assert len(history.pruned(2, 99).with_settings(SETTINGS, impressions=99, clicks=99, watermark_ms=0).terms) < MAX_CHANGES
+        history.with_settings(SETTINGS, form="", impressions=99, clicks=99, watermark_ms=0)
+    assert (
+        len(history.pruned(2, 99).with_settings(SETTINGS, form="", impressions=99, clicks=99, watermark_ms=0).terms)
+        < MAX_CHANGES
+    )

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model.features import FeatureDecoder
-from stream.join.events import MAX_TIMESTAMP_MS, WATERMARK_HEADER, Events, _read_fast, _read_slow, read_run
+from stream.join.events import Events, _read_fast, _read_slow, read_run
 from stream.kafka import batch_reader
-from stream.kafka.batches import batch_bytes
 from stream.records.dead_letter import MAX_TEXT, REASONS, DeadLetter
-from stream.records.times import MAX_AGE_MS
+from stream.records.packing import batch_bytes
+from stream.records.times import MAX_AGE_MS, MAX_TIMESTAMP_MS
+from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics.contract import OUTPUT_MARGIN_BYTES
 from tests.corpus import CORPUS, SCHEMA, TIME_MS, Case, envelope

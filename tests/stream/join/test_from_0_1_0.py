@@ -12,8 +12,8 @@ from unittest.mock import patch
 import pytest
 
 from state.join_state import Chunk, JoinMeta
-from stream.join import takeover
-from stream.join.events import WATERMARK_HEADER
+from stream.join import local_state
+from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings
 from tests.stream.join.fake_state import DictState, Disk
 from tests.stream.join.world import NAMES, World
@@ -118,7 +118,7 @@ def test_fake_negatives(found: str, caplog: pytest.LogCaptureFixture) -> None:
 
 def taken_over(policy: str, found: str) -> Sequence[tuple[Any, ...]]:
     disk = Disk()
-    with patch.object(takeover, "JoinState", disk):
+    with patch.object(local_state, "JoinState", disk):
         world = left_by_0_1_0(policy)
         if found == "its state":
             disk.put(FOLDER / "a" / "partition-0", state_of_0_1_0(policy))

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from stream.join import idle as idle_module
 from stream.join import partition as partition_module
 from stream.join.source_clock import AGREEING
 from stream.kafka.transport import LogEnd
@@ -16,7 +17,7 @@ CHOSEN = JoinSettings(window_ms=10, lateness_ms=0, dedupe_horizon_ms=0, idle_tim
 
 
 class Clock:
-    """In the place of `time` in the partition's module."""
+    """In the place of `time` in the modules of partition and idle sources."""
 
     def __init__(self) -> None:
         self.now_s = 5_000.0
@@ -34,6 +35,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(partition_module, "time", clock)
+    monkeypatch.setattr(idle_module, "time", clock)
     return clock
 
 
@@ -41,7 +43,12 @@ def test_a_source_is_idle_only_at_the_end_and_for_long_enough(clock):
     async def check() -> None:
         ends: dict[str, LogEnd] = {}
         bench = Bench(CHOSEN, ends.get)
-        idle = bench.partition.is_idle
+
+        def idle(topic: str) -> bool:
+            bench.partition.observe_idle(bench.partition.positions)
+            said = bench.partition.is_idle(topic)
+            assert bench.partition.is_idle(topic) == said, "asking changes nothing"
+            return said
 
         def fetched(offset: int, highwater: int) -> None:
             ends[NAMES.clicks] = LogEnd(offset, int(clock.time() * 1000), highwater)

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.join_state import Chunk
-from stream.join import logic
-from stream.join.logic import CORRECTION, FIRST, watermark
+from stream.join import first_labels
+from stream.join.logic import watermark
 from stream.join.memory import Memory
 from stream.join.settings_history import NEVER_MS, History
+from stream.records.example import CORRECTION, FIRST
 from stream.settings import JoinSettings
 from tests.stream.join.oracle import Oracle, Partition, run_of
 
@@ -80,12 +81,12 @@ class Checked:
         self._hold_against_the_oracle(plan)
         self._hold_low_water()
         mine = {offset for source, events in cut if source == "impressions" for offset in events.offsets}
-        stored = [*plan.left_out, *(offset for _, _, _, offset, _, kind in plan.examples if kind == FIRST)]
+        stored = [*plan.left_out, *(each.source_offset for each in plan.examples if each.kind == FIRST)]
         stored = [offset for offset in stored if offset not in mine]
         assert len(stored) <= self.real.settings.max_outputs
         # Short of where it may go only because the transaction is full.
         if (memory.watermark_ms, memory.cut) < (self.real.allowed_ms, 0):
-            corrections = sum(kind == CORRECTION for *_, kind in plan.examples)
+            corrections = sum(each.kind == CORRECTION for each in plan.examples)
             assert len(stored) >= max(self.real.settings.max_outputs - corrections, 1)
         return plan
 
@@ -93,21 +94,22 @@ class Checked:
         for offset in plan.left_out:
             assert offset not in self.left_out | self.firsts.keys(), "left out twice, or a label as well"
             self.left_out.add(offset)
-        for key, value, time_ms, offset, click_ms, kind in plan.examples:
-            if kind == CORRECTION:
+        for example in plan.examples:
+            offset, click_ms = example.source_offset, example.click_ms
+            if example.kind == CORRECTION:
                 assert offset in self.firsts.keys() | self.left_out, "a correction of nothing"
                 assert offset not in self.corrections, "a second correction"
                 self.corrections[offset] = click_ms
             else:
                 assert offset not in self.left_out | self.firsts.keys(), "a second first label"
                 self.firsts[offset] = click_ms
-            assert (key, time_ms) == self.oracle.accepted[offset]
-            assert value == b"%d" % offset
+            assert (example.key, example.impression_ms) == self.oracle.accepted[offset]
+            assert example.value == b"%d" % offset
         leaves = []  # when real time would have sent it
-        for _, _, time_ms, offset, click_ms, kind in plan.examples:
-            chosen = self.oracle.lives_by[offset]
-            due_ms = time_ms + min(chosen.hold_ms, chosen.window_ms)
-            leaves.append(max(due_ms, click_ms) if kind == CORRECTION else due_ms)
+        for example in plan.examples:
+            chosen = self.oracle.lives_by[example.source_offset]
+            due_ms = example.impression_ms + min(chosen.hold_ms, chosen.window_ms)
+            leaves.append(max(due_ms, example.click_ms) if example.kind == CORRECTION else due_ms)
         assert leaves == sorted(leaves)
         for letter in plan.dead:
             assert letter.message
@@ -226,7 +228,7 @@ def test_in_order_every_cut_gives_the_labels_of_the_window_rule(given_log, data)
 
 
 def labels(plan: Any) -> list[tuple[bytes, int, int]]:
-    return [(key, time_ms, click_ms) for key, _, time_ms, _, click_ms, _ in plan.examples]
+    return [(each.key, each.impression_ms, each.click_ms) for each in plan.examples]
 
 
 def moved(partition: Partition, mark: int) -> Any:
@@ -243,14 +245,14 @@ def test_a_label_leaves_when_its_hold_is_over_and_a_later_click_corrects_it():
     assert labels(moved(partition, 25)) == [(b"early", 20, 24)]
     assert labels(moved(partition, 27)) == [(b"late", 21, -1), (b"never", 22, -1)]
     plan = partition.step([("clicks", run_of([(b"late", 30), (b"late", 29)], 1))])
-    assert [(key, click, kind) for key, _, _, _, click, kind in plan.examples] == [(b"late", 30, CORRECTION)]
+    assert [(each.key, each.click_ms, each.kind) for each in plan.examples] == [(b"late", 30, CORRECTION)]
 
 
 def test_a_click_beyond_the_hold_that_was_read_before_the_label_corrects_it_at_once():
     partition = Partition(join_settings(hold_ms=4))
     partition.step([("impressions", run_of([(b"a", 20)], 0)), ("clicks", run_of([(b"a", 25)], 0))])
     plan = moved(partition, 25)
-    assert [(click, kind) for _, _, _, _, click, kind in plan.examples] == [(-1, FIRST), (25, CORRECTION)]
+    assert [(each.click_ms, each.kind) for each in plan.examples] == [(-1, FIRST), (25, CORRECTION)]
     assert labels(partition.step([("clicks", run_of([(b"a", 22)], 1))])) == []  # a duplicate by now
 
 
@@ -340,7 +342,7 @@ def test_an_id_used_twice_in_one_step_holds_the_low_water_at_its_first_use():
 
 
 def no_horizon() -> History:
-    return History().with_settings(join_settings(dedupe_horizon_ms=0), impressions=0, clicks=0, watermark_ms=NEVER_MS)
+    return History().with_settings(join_settings(dedupe_horizon_ms=0), form="", impressions=0, clicks=0, watermark_ms=NEVER_MS)
 
 
 def test_chunks_of_one_first_offset_are_forgotten_each():
@@ -382,12 +384,12 @@ def test_what_is_due_at_one_instant_is_cut_too():
     partition = Partition(join_settings(max_outputs=3))
     partition.step([("impressions", run_of([(b"%d" % index, 100) for index in range(8)], 0))])
     plans = [moved(partition, END_MS), partition.step([]), partition.step([])]
-    assert [[example[3] for example in plan.examples] for plan in plans] == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert [[example.source_offset for example in plan.examples] for plan in plans] == [[0, 1, 2], [3, 4, 5], [6, 7]]
     assert [plan.watermark_ms for plan in plans] == [110, 110, END_MS]
 
 
 def test_a_transaction_is_cut_by_bytes_too(monkeypatch):
-    monkeypatch.setattr(logic, "MAX_OUTPUT_BYTES", 2)
+    monkeypatch.setattr(first_labels, "MAX_OUTPUT_BYTES", 2)
     partition = Partition(join_settings())
     partition.step([("impressions", run_of([(b"%d" % index, 100) for index in range(8)], 0))])  # values of one byte
     assert [len(plan.examples) for plan in (moved(partition, END_MS), partition.step([]), partition.step([]))] == [3, 3, 2]

@@ -71,7 +71,7 @@ def test_an_id_that_is_none(found, reason, message):
 @pytest.mark.parametrize(
     ("key", "found"),
     [
-        (None, "no key: send the id as the key too, so that both topics place it alike"),
+        (None, "no key: send the id as the key too, so that both topics choose the same partition for it"),
         (b"", "b''"),
         (b'"i"', "b'\"i\"': the id as a JSON string. Use a plain string serializer for keys"),
         (b'{"id":"i"}', "b'{\"id\":\"i\"}': a JSON object. Send the id alone (Kafka Connect: ExtractField$Key and a "

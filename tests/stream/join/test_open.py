@@ -13,10 +13,13 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from state.errors import JoinStateError
 from state.join_state import LAYOUT, JoinMeta, JoinState, StateOptions
 from stream.errors import PositionError
-from stream.join import takeover
+from stream.join import committed as committed_module
+from stream.join import local_state, takeover
 from stream.join.commit_metadata import Progress, encode_progress
-from stream.join.logic import Memory
-from stream.join.rebuild import Committed, Rebuild
+from stream.join.committed import Committed, CommittedReader
+from stream.join.local_state import LocalState
+from stream.join.memory import Memory
+from stream.join.rebuild import Rebuild
 from stream.join.takeover import Takeover
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
 from stream.topics.names import TopicNames
@@ -50,7 +53,7 @@ def takeover_in(folder: Path) -> Takeover:
 
 
 def open_state(folder: Path) -> JoinState:
-    return takeover_in(folder)._open(0, COMMITTED)
+    return LocalState(folder, OPTIONS, "i").open(0, COMMITTED)
 
 
 def pending(folder: Path) -> int:
@@ -97,7 +100,7 @@ def test_any_other_error_leaves_it_and_ends_the_worker(tmp_path: Path, monkeypat
             raise JoinStateError(words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(takeover, "JoinState", Fails)
+        patch.setattr(local_state, "JoinState", Fails)
         with pytest.raises(JoinStateError, match=words):
             open_state(tmp_path)
     assert pending(tmp_path) == PENDING
@@ -170,8 +173,14 @@ def test_labels_beyond_what_was_committed_stop_a_takeover(tmp_path: Path, local:
     async def rebuild() -> Memory:
         state = open_state(tmp_path)
         try:
-            work = Rebuild(JoinSettings(), NAMES, 0, "i", FakeConsumer(log), state, committed, lambda: True)
-            return (await work.run())[0]
+            work = Rebuild(
+                *(JoinSettings(), NAMES, 0, "i"),
+                consumer=FakeConsumer(log),
+                state=state,
+                committed=committed,
+                still_ours=lambda: True,
+            )
+            return (await work.run()).memory
         finally:
             state.close()
 
@@ -191,7 +200,7 @@ def test_offsets_of_one_source_that_were_reset_alone_are_refused(
     sources = [TopicPartition(topic, 0) for topic in (NAMES.impressions, NAMES.clicks)]
     metadata = encode_progress(PROGRESS)
     known = {tp: OffsetAndMetadata(0, "" if reset in (tp.topic, "both") else metadata) for tp in sources}
-    opening = takeover_in(tmp_path)
+    reader = CommittedReader(KafkaSettings(), NAMES, "g", "i")
 
     async def committed_offsets(*args: Any) -> dict[TopicPartition, OffsetAndMetadata]:
         return known
@@ -199,14 +208,14 @@ def test_offsets_of_one_source_that_were_reset_alone_are_refused(
     async def ends(*args: Any) -> dict[TopicPartition, int]:
         return dict.fromkeys((*sources, TopicPartition(NAMES.examples, 0)), 0)
 
-    monkeypatch.setattr(takeover, "committed_offsets", committed_offsets)
-    monkeypatch.setattr(takeover, "high_watermarks", ends)
+    monkeypatch.setattr(committed_module, "committed_offsets", committed_offsets)
+    monkeypatch.setattr(committed_module, "high_watermarks", ends)
     consumer = SimpleNamespace(beginning_offsets=ends, end_offsets=ends)
     if not said:
-        assert asyncio.run(opening._committed(consumer, 0)).progress is None
+        assert asyncio.run(reader.read(consumer, 0)).progress is None
         return
     with pytest.raises(PositionError, match=f"found none with those of {reset}: they were reset alone"):
-        asyncio.run(opening._committed(consumer, 0))
+        asyncio.run(reader.read(consumer, 0))
 
 
 class Consumer(FakeConsumer):
@@ -229,7 +238,7 @@ def test_damage_that_is_found_on_reading_is_moved_aside_too(tmp_path: Path, monk
     monkeypatch.setattr(takeover, "AIOKafkaProducer", lambda **options: producer)
     monkeypatch.setattr(takeover, "AIOKafkaConsumer", lambda **options: Consumer(log))
 
-    async def committed(self: Takeover, consumer: Any, number: int) -> Committed:
+    async def committed(self: CommittedReader, consumer: Any, number: int) -> Committed:
         return COMMITTED
 
     async def take() -> int:
@@ -240,6 +249,6 @@ def test_damage_that_is_found_on_reading_is_moved_aside_too(tmp_path: Path, monk
         taken.state.close()
         return taken.pending
 
-    monkeypatch.setattr(Takeover, "_committed", committed)
+    monkeypatch.setattr(CommittedReader, "read", committed)
     assert asyncio.run(take()) == PENDING
     assert folders(tmp_path) == ["partition-0", "partition-0.damaged"]

@@ -55,7 +55,7 @@ def test_once_all_is_settled_partitions_may_change() -> None:
 def test_what_is_not_read_yet_refuses_other_partitions(topic: str) -> None:
     """Its clicks, and those that it waits for, may be elsewhere by now."""
     ends = {tp: end + (tp.topic == topic) for tp, end in ENDS.items()}
-    with pytest.raises(TopicError, match=r"found 4\. Records of before are not read yet") as told:
+    with pytest.raises(TopicError, match=r"found 4\. Records from before are not read yet") as told:
         check_partition_count(committed(partitions=1), ends, NAMES, 4, None)
     assert "HEADRACE_JOIN__ACCEPT_PARTITIONS=4" in str(told.value)
     check_partition_count(committed(partitions=1), ends, NAMES, 4, 4)

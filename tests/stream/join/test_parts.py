@@ -17,11 +17,11 @@ from stream.errors import StreamError
 from stream.join.partition import Positions
 from stream.join.rebuild_progress import RebuildProgress
 from stream.join.worker import JoinWorker, run_join
-from stream.kafka.cluster import Cluster, ClusterWatch
+from stream.kafka.cluster import Cluster
 from stream.kafka.transport import LogEnd
 from stream.settings import HttpSettings, JoinSettings, KafkaSettings, SchemaRegistrySettings, TopicSettings
 from stream.topics.names import TopicNames
-from stream.worker.watchdog import PATIENCE_S, TOLD_S, Watchdog
+from stream.worker.watchdog import PATIENCE_S, REPORT_S, Watchdog
 
 NAMES = TopicNames.of(TopicSettings())
 TOPICS = (NAMES.impressions, NAMES.clicks, NAMES.examples, NAMES.dead_letters)
@@ -40,22 +40,22 @@ class Bench:
     """A join worker that was never started, two partitions that it owns, the ends of their logs, and its watchdog."""
 
     def __init__(self, folder: Path) -> None:
-        self.watch = ClusterWatch(KafkaSettings(), CLUSTER, changed=lambda error: None)
         self.worker = JoinWorker(
             kafka=KafkaSettings(),
             settings=JoinSettings(),
+            schema_registry=SchemaRegistrySettings(),
             names=NAMES,
             cluster=CLUSTER,
             state_dir=folder,
-            registry=CollectorRegistry(),
-            watch=self.watch,
+            prometheus=CollectorRegistry(),
         )
+        self.watch = self.worker.watch
         self.ends: dict[TP, int] = {TP(topic, number): 0 for topic in TOPICS[:2] for number in (0, 1)}
         self.fetched: Callable[[TP], bool] = lambda tp: True
         self.worker.app.consumer = SimpleNamespace(log_end=self._log_end)
         self.positions = {number: Positions(0, 0, 0) for number in (0, 1)}
         self.worker.partitions = {number: self._partition(at) for number, at in self.positions.items()}
-        self.worker._takeover_done = True
+        self.worker.joins, self.worker.waiting_for = True, None
         self.dog, self.now_s = Watchdog(self.worker.parts, end), 0.0
 
     @staticmethod
@@ -89,7 +89,7 @@ def check(folder: Path, scene: Callable[[Bench], None]) -> None:
 def test_one_of_two_partitions_hangs_while_its_loop_ticks(tmp_path: Path) -> None:
     def scene(bench: Bench) -> None:
         bench.ends[TP(NAMES.impressions, 0)] = bench.ends[TP(NAMES.impressions, 1)] = 5_000
-        said = bench.live(TOLD_S + 5, 1)
+        said = bench.live(REPORT_S + 5, 1)
         assert said is not None
         assert said.startswith("impressions, partition 0: no progress for 3")
         assert "records from offset 0 to 5000 waiting" in said
@@ -130,17 +130,17 @@ def test_a_rebuild_of_any_length_goes_on_and_one_that_hangs_does_not(tmp_path: P
     """Before, whatever took more than two minutes was killed, and began anew for ever."""
 
     def scene(bench: Bench) -> None:
-        bench.worker._takeover_done = False
+        bench.worker.waiting_for = "partitions are being assigned"
         # The flow of what stayed stands still meanwhile.
         bench.ends[TP(NAMES.impressions, 0)] = 5_000
         rebuild = bench.worker._rebuilds[1] = RebuildProgress(1)
         rebuild.at("its producer")
-        assert bench.live(TOLD_S - 5) is None
+        assert bench.live(REPORT_S - 5) is None
         rebuild.begin(9_000_000)
         for _ in range(10):
-            assert bench.live(TOLD_S - 5) is None
+            assert bench.live(REPORT_S - 5) is None
             rebuild.advance(1_000)
-        said = bench.live(TOLD_S + 5)
+        said = bench.live(REPORT_S + 5)
         assert said is not None
         assert said.startswith("taking over partition 1: no progress for ")
         with pytest.raises(Ended, match="taking over partition 1: no progress for 120 s with records to be read again"):
@@ -151,7 +151,7 @@ def test_a_rebuild_of_any_length_goes_on_and_one_that_hangs_does_not(tmp_path: P
 
 def test_an_assignment_that_never_comes(tmp_path: Path) -> None:
     def scene(bench: Bench) -> None:
-        bench.worker._takeover_done = False
+        bench.worker.waiting_for = "partitions are being assigned"
         with pytest.raises(Ended, match="the group's assignment: no progress for 120 s"):
             bench.live(2 * PATIENCE_S)
 
@@ -168,7 +168,7 @@ def test_a_registry_that_is_away_is_told_and_ends_nothing(tmp_path: Path) -> Non
         assert said is not None
         assert said.startswith("impressions, partition 0: no progress for ")
         assert said.endswith("(the schema registry doesn't answer: status 503)")
-        bench.worker._takeover_done = False
+        bench.worker.waiting_for = "partitions are being assigned"
         bench.worker._rebuilds[0] = RebuildProgress(0)
         said = bench.live(2 * PATIENCE_S)
         assert said is not None
@@ -184,8 +184,13 @@ def test_a_registry_that_is_away_is_told_and_ends_nothing(tmp_path: Path) -> Non
 def test_a_worker_without_the_packages_of_the_registry_does_not_start(monkeypatch, tmp_path: Path) -> None:
     """Said before Kafka is asked for anything."""
     monkeypatch.setattr("stream.formats.reader._there", lambda module: module != "fastavro")
-    chosen = JoinSettings().with_registry(SchemaRegistrySettings(url="http://registry:8081"))
-    nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1")
-    starting = run_join(kafka=nowhere, settings=chosen, names=NAMES, http=HttpSettings(), state_dir=tmp_path)
-    with pytest.raises(StreamError, match=r"found no fastavro. Install them: pip install 'headrace\[schema-registry\]'"):
+    starting = run_join(
+        kafka=KafkaSettings(bootstrap_servers="127.0.0.1:1"),
+        settings=JoinSettings(),
+        schema_registry=SchemaRegistrySettings(url="http://registry:8081"),
+        names=NAMES,
+        http=HttpSettings(),
+        state_dir=tmp_path,
+    )
+    with pytest.raises(StreamError, match=r"found no fastavro. Run `make setup` in the checkout"):
         asyncio.run(starting)

@@ -20,8 +20,8 @@ from deploy.feeding.watermarks import send_watermarks
 from deploy.settings import Settings
 from headrace.events import encode_click, encode_impression
 from stream.join import metrics as metrics_module
-from stream.join.logic import Plan
 from stream.join.metrics import JoinMetrics
+from stream.join.plan import Plan
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topics.names import TopicNames
 from tests.stream.join.made_up import PATIENCE_S, join_settings, join_worker, send, until
@@ -37,9 +37,8 @@ def test_the_age_of_a_watermark_grows_while_impressions_wait_for_it(monkeypatch:
 
     def step(now: float, watermark_ms: int, pending: int) -> float | None:
         clock.now = now
-        memory = SimpleNamespace(early_clicks=0, impressions_seen_ms=90, clicks_seen_ms=90, watermark_ms=watermark_ms)
-        partition: Any = SimpleNamespace(number=3, memory=memory, pending=pending)
-        metrics.observe(partition, Plan())
+        memory: Any = SimpleNamespace(early_clicks=0, impressions_seen_ms=90, clicks_seen_ms=90, watermark_ms=watermark_ms)
+        metrics.observe_step(3, Plan(), memory, pending)
         return registry.get_sample_value(AGE, {"partition": "3"})
 
     told = [step(*each) for each in ((100, 50, 2), (107, 50, 2), (109, 50, 1), (110, 51, 1), (112, 51, 0), (115, 51, 1))]

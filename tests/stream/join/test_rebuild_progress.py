@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from stream.join import rebuild_progress as recovery
 from stream.join.metrics import JoinMetrics
-from stream.join.rebuild_progress import RebuildProgress, told
+from stream.join.rebuild_progress import RebuildProgress, takeover_status
 from stream.join.retention import NEAR, Margin, RetentionWatch
 from stream.kafka.clients import aiokafka_options
 from stream.topics.names import TopicNames
@@ -63,9 +63,9 @@ def test_readyz_says_how_far_it_is():
     progress = RebuildProgress(3)
     progress.begin(400)
     progress.advance(100)
-    text = told([progress], 1, 4)
+    text = takeover_status([progress], 1, 4)
     assert text.startswith("partitions are being taken over: 1 of 4 done; partition 3: 100 of 400 offsets read again (25%), ")
-    assert told([], 0, 0) == "partitions are being taken over: 0 of 0 done"
+    assert takeover_status([], 0, 0) == "partitions are being taken over: 0 of 0 done"
 
 
 def margin(*, low: int = 50, start: int = 10, age_ms: int | None = HOUR_MS, retention_ms: int = 10 * HOUR_MS) -> Margin:

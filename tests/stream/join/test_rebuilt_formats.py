@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -15,14 +15,16 @@ from state.join_state import JoinState, StateOptions
 from stream.errors import PositionError, StreamError
 from stream.formats import Formats, open_formats
 from stream.join.commit_metadata import decode_progress
+from stream.join.committed import Committed
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, TakenOver
-from stream.join.rebuild import Committed, Rebuild
+from stream.join.rebuild import Rebuild
 from stream.kafka.transport import LogEnd, Run
-from stream.letters.log import Origin
+from stream.records.dead_letter import Origin
 from stream.settings import JoinSettings, SchemaRegistrySettings
 from tests.stream.formats.stand_in import StandIn, avro_frame, framed
 from tests.stream.join.fake_log import FakeConsumer, FakeLog, FakeProducer
+from tests.stream.join.owner import Owner
 from tests.stream.join.world import NAMES
 
 TIME_MS = 10**12  # when the fake log's records arrive
@@ -47,26 +49,33 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         yield running
 
 
+class Chosen(NamedTuple):
+    """Settings of one start."""
+
+    join: JoinSettings
+    schema_registry: SchemaRegistrySettings
+
+
 class OnePartition:
     """A partition over a log in memory, whose disk is lost at every start."""
 
     def __init__(self, folder: Path, registry: StandIn) -> None:
         self.folder, self.registry, self.log, self.starts = folder, registry, FakeLog(NAMES), 0
 
-    def settings(self, envelope: str = "none", *, url: bool = True) -> JoinSettings:
-        chosen = JoinSettings(window_ms=60_000, hold_ms=1_000, lateness_ms=0, envelope=envelope)  # type: ignore[arg-type]
-        return chosen.with_registry(SchemaRegistrySettings(url=self.registry.url if url else None))
+    def settings(self, envelope: str = "none", *, url: bool = True) -> Chosen:
+        join = JoinSettings(window_ms=60_000, hold_ms=1_000, lateness_ms=0, envelope=envelope)  # type: ignore[arg-type]
+        return Chosen(join, SchemaRegistrySettings(url=self.registry.url if url else None))
 
-    def formats(self, settings: JoinSettings) -> Formats:
-        return open_formats(settings.schema_registry)
+    def formats(self, chosen: Chosen) -> Formats:
+        return open_formats(chosen.schema_registry)
 
-    async def start(self, settings: JoinSettings) -> PartitionJoin:
+    async def start(self, chosen: Chosen) -> PartitionJoin:
         self.starts += 1
         committed = Committed(0, 0, 0, 0, 0, len(self.log.topics[NAMES.examples]), None)
         if self.log.committed:
             (impressions, metadata), (clicks, _) = (self.log.committed[topic] for topic in (NAMES.impressions, NAMES.clicks))
             committed.impressions, committed.clicks, committed.progress = impressions, clicks, decode_progress(metadata)
-        formats = self.formats(settings)
+        settings, formats = chosen.join, self.formats(chosen)
         state = JoinState(self.folder / str(self.starts), StateOptions(8))
         try:
             rebuild = Rebuild(
@@ -74,14 +83,15 @@ class OnePartition:
                 NAMES,
                 0,
                 "i",
-                FakeConsumer(self.log),
-                state,
-                committed,
-                lambda: True,
+                consumer=FakeConsumer(self.log),
+                state=state,
+                committed=committed,
+                still_ours=lambda: True,
                 formats=formats,
                 letters_of=self.letters_of,
             )
-            taken = TakenOver(FakeProducer(self.log), state, *(await rebuild.run()))
+            rebuilt = await rebuild.run()
+            taken = TakenOver(FakeProducer(self.log), state, rebuilt.memory, rebuilt.positions, rebuilt.pending)
         except BaseException:
             state.close()
             await formats.close()
@@ -94,9 +104,7 @@ class OnePartition:
             identity="i",
             partitions=1,
             taken=taken,
-            log_end=lambda topic: LogEnd(0, 0, 0),
-            after_step=lambda partition: None,
-            fatal=lambda what, error: None,
+            owner=Owner(lambda topic: LogEnd(0, 0, 0)),
             metrics=JoinMetrics(CollectorRegistry()),
             formats=formats,
         )

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from stream.errors import Abandoned, PositionError
-from stream.join import takeover
+from stream.join import local_state
 from stream.join.commit_metadata import decode_progress, encode_progress
 from stream.join.partition import PartitionJoin
 from stream.settings import JoinSettings
@@ -105,7 +105,7 @@ async def rebuild(
     disk, left = Disk(), iter(range(reads))
     if found is not None:
         disk.put(FOLDER / "w" / "partition-0", copy.deepcopy(found))
-    with patch.object(takeover, "JoinState", disk):
+    with patch.object(local_state, "JoinState", disk):
         other = World(world.settings, FOLDER, disk.destroy)
         other.log = log
         try:
@@ -144,7 +144,7 @@ def check(world: World, log: FakeLog, position: Position, partition: PartitionJo
 
 async def check_every_position(chosen: JoinSettings, rounds: list[Any], reads: int, back: int) -> None:
     disk = Disk()
-    with patch.object(takeover, "JoinState", disk):
+    with patch.object(local_state, "JoinState", disk):
         world = World(chosen, FOLDER, disk.destroy, plain_clocks=True)
         try:
             positions = await live(world, rounds)

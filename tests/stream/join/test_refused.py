@@ -12,9 +12,9 @@ from aiokafka.errors import MessageSizeTooLargeError
 from aiokafka.structs import TopicPartition
 
 from deploy.settings import Settings
-from stream.join.events import WATERMARK_HEADER
 from stream.kafka.clients import aiokafka_options
 from stream.kafka.offsets import committed_offsets
+from stream.records.watermark import WATERMARK_HEADER
 from stream.topics.names import TopicNames
 from tests.stream.join.one_partition import GROUP, Fatal, read, runs, take
 

@@ -17,8 +17,8 @@ from stream.errors import Abandoned
 from stream.join import worker as module
 from stream.join.rebuild_progress import RebuildProgress
 from stream.join.worker import JoinWorker
-from stream.kafka.cluster import Cluster, ClusterWatch
-from stream.settings import JoinSettings, KafkaSettings, TopicSettings
+from stream.kafka.cluster import Cluster
+from stream.settings import JoinSettings, KafkaSettings, SchemaRegistrySettings, TopicSettings
 from stream.topics.names import TopicNames
 
 NAMES = TopicNames.of(TopicSettings())
@@ -33,11 +33,11 @@ class Bench:
         self.worker: Any = JoinWorker(
             kafka=KafkaSettings(),
             settings=JoinSettings(),
+            schema_registry=SchemaRegistrySettings(),
             names=NAMES,
             cluster=CLUSTER,
             state_dir=folder,
-            registry=CollectorRegistry(),
-            watch=ClusterWatch(KafkaSettings(), CLUSTER, changed=lambda error: None),
+            prometheus=CollectorRegistry(),
         )
         self.begun, self.ended, self.closed = Counter[int](), dict[int, str](), list[int]()
         self.events: dict[int, asyncio.Event] = {}

@@ -10,13 +10,14 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from deploy.settings import Settings
-from stream.join.events import WATERMARK_HEADER
-from stream.join.logic import CORRECTION, FIRST, Plan
+from stream.join.outgoing import set_aside_too_large
 from stream.join.partition import PartitionJoin
+from stream.join.plan import Plan
 from stream.kafka.clients import aiokafka_options
 from stream.kafka.transport import Run
-from stream.letters.log import read_letter
-from stream.records.example import set_aside_too_large
+from stream.records.dead_letter import read_letter
+from stream.records.example import CORRECTION, FIRST, Example
+from stream.records.watermark import WATERMARK_HEADER
 from stream.topics.limits import OutputLimits
 from stream.topics.names import TopicNames
 from tests.raw_batches import RawRecord, raw_batch, raw_records, send_raw_batch
@@ -125,8 +126,12 @@ def test_a_limit_that_was_raised_lets_the_next_labels_through(topics):
 
 def test_an_impression_whose_example_is_too_large_is_named_as_left_out():
     """A rebuild would else take it for one that came late: its next click an orphan, and its id free to be used again."""
-    rows = [(b"a", b"x", 5, 0, -1, FIRST), (b"b", b"x" * 900, 6, 1, -1, FIRST), (b"c", b"x" * 900, 7, 2, 9, FIRST)]
-    plan = Plan(examples=[*rows, (b"d", b"x" * 900, 8, 3, 9, CORRECTION)], left_out=[7], counts=Counter(negatives=2))
+    rows = [
+        Example(b"a", b"x", 5, 0, -1, FIRST),
+        Example(b"b", b"x" * 900, 6, 1, -1, FIRST),
+        Example(b"c", b"x" * 900, 7, 2, 9, FIRST),
+    ]
+    plan = Plan(examples=[*rows, Example(b"d", b"x" * 900, 8, 3, 9, CORRECTION)], left_out=[7], counts=Counter(negatives=2))
     set_aside_too_large(plan, 1_000, "impressions", 4)
     assert plan.examples == rows[:1]
     assert (plan.left_out, plan.counts["negatives"]) == ([7, 1, 2], 1)
@@ -142,14 +147,14 @@ def test_an_impression_whose_example_is_too_large_is_named_as_left_out():
 
 def test_a_correction_that_is_too_large_has_a_letter_where_its_negative_has_none_in_the_same_step():
     """The negative went out under a higher limit, or was left out by the rate: without a letter the click is gone."""
-    correction = (b"a", b"x" * 900, 5, 0, 9, CORRECTION)
+    correction = Example(b"a", b"x" * 900, 5, 0, 9, CORRECTION)
     alone = Plan(examples=[correction], counts=Counter(negatives=0))
     set_aside_too_large(alone, 1_000, "impressions", 4)
     assert ([letter.offset for letter in alone.dead], alone.left_out, alone.examples) == ([0], [], [])
     by_rate = Plan(examples=[correction], left_out=[0], counts=Counter(negatives=0))
     set_aside_too_large(by_rate, 1_000, "impressions", 4)
     assert ([letter.offset for letter in by_rate.dead], by_rate.left_out) == ([0], [0])
-    both = Plan(examples=[(b"a", b"x" * 900, 5, 0, -1, FIRST), correction], counts=Counter(negatives=1))
+    both = Plan(examples=[Example(b"a", b"x" * 900, 5, 0, -1, FIRST), correction], counts=Counter(negatives=1))
     set_aside_too_large(both, 1_000, "impressions", 4)
     assert ([letter.offset for letter in both.dead], both.left_out) == ([0], [0])
 

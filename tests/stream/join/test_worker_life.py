@@ -87,11 +87,11 @@ def test_one_folder_for_two_workers(topics, start):
 
 
 HANGS = """
-from stream.join import takeover
+from stream.join import committed
 async def hang(*args, **kwargs):
     print("hanging", file=sys.stderr, flush=True)
     await asyncio.sleep(600)
-takeover.committed_offsets = hang
+committed.committed_offsets = hang
 """
 
 

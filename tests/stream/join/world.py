@@ -13,17 +13,20 @@ from prometheus_client import CollectorRegistry
 from state.join_state import StateOptions
 from stream.errors import Abandoned
 from stream.join.commit_metadata import decode_progress
-from stream.join.events import WATERMARK_HEADER, Events
+from stream.join.committed import Committed
+from stream.join.events import Events
+from stream.join.local_state import LocalState
 from stream.join.metrics import JoinMetrics
 from stream.join.partition import PartitionJoin, TakenOver
-from stream.join.rebuild import Committed, Rebuild
-from stream.join.takeover import Takeover
+from stream.join.rebuild import Rebuild
 from stream.kafka.transport import LogEnd, Run
-from stream.records.dead_letter import REPLAY_HEADER
-from stream.settings import JoinSettings, KafkaSettings, TopicSettings
+from stream.records.replay import REPLAY_HEADER
+from stream.records.watermark import WATERMARK_HEADER
+from stream.settings import JoinSettings, TopicSettings
 from stream.topics.names import TopicNames
 from tests.stream.join.fake_log import Crash, FakeConsumer, FakeLog, FakeProducer
 from tests.stream.join.oracle import Oracle
+from tests.stream.join.owner import Owner
 
 __all__ = ["END_MS", "NAMES", "World", "time_of"]
 
@@ -87,19 +90,12 @@ class World:
     async def take(self, worker: str, still_ours: Callable[[], bool] = lambda: True) -> PartitionJoin:
         """As `Takeover.take` does, with the fakes."""
         committed = self.committed()
-        state = Takeover(
-            kafka=KafkaSettings(),
-            settings=self.settings,
-            names=NAMES,
-            group="g",
-            identity="i",
-            state_dir=self.folder / worker,
-            options=OPTIONS,
-        )._open(0, committed)
+        state = LocalState(self.folder / worker, OPTIONS, "i").open(0, committed)
         try:
             consumer = FakeConsumer(self.log)
-            rebuild = Rebuild(self.settings, NAMES, 0, "i", consumer, state, committed, still_ours)
-            memory, positions, pending = await rebuild.run()
+            rebuilt = await Rebuild(
+                self.settings, NAMES, 0, "i", consumer=consumer, state=state, committed=committed, still_ours=still_ours
+            ).run()
         except BaseException:
             state.close()
             raise
@@ -110,10 +106,8 @@ class World:
             group="g",
             identity="i",
             partitions=1,
-            taken=TakenOver(FakeProducer(self.log), state, memory, positions, pending),
-            log_end=self.log_end,
-            after_step=lambda partition: None,
-            fatal=lambda what, error: None,
+            taken=TakenOver(FakeProducer(self.log), state, rebuilt.memory, rebuilt.positions, rebuilt.pending),
+            owner=Owner(self.log_end),
             metrics=self.metrics,
         )
         if self.plain_clocks:
@@ -178,7 +172,7 @@ class World:
         runs = [run for part in (reversed(cut) if clicks_first else cut) for run in part]
         partition._producer.crash = crash
         # A watermark that moved without settling anything was not committed; a crash takes it back.
-        partition._idle_since.update(dict.fromkeys(self.idle, float("-inf")))  # for long, where the position is at the end
+        partition._idle._since.update(dict.fromkeys(self.idle, float("-inf")))  # for long, where the position is at the end
         memory = partition.memory
         self.oracle.watermark_ms, before = memory.watermark_ms, dict(self.log.committed)
         self.oracle.change(partition._settings, memory.history.pruned(*partition.low_water()[:2]))
@@ -346,5 +340,5 @@ class World:
         await self.step([], [])
         state = self.partition._state
         assert list(state.all_chunks()) == []
-        assert (list(state.pending_places()), state.held_between((0, 0), (1 << 60, 0))) == ([], {})
+        assert (list(state.pending_impressions()), state.held_between((0, 0), (1 << 60, 0))) == ([], {})
         assert state.entries(sorted(self.oracle.last)) == [None] * len(self.oracle.last)

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from deploy.settings import Settings
 from stream.kafka import batch_reader, fetched
-from stream.kafka.batch_reader import UNREADABLE_HEADER, _Batches, read_batch
+from stream.kafka.batch_reader import _Batches, read_batch
 from stream.kafka.clients import aiokafka_options
+from stream.records.unreadable import UNREADABLE_HEADER
 from stream.topics.names import TopicNames
 from tests.raw_batches import CODECS, RawRecord, compressed, raw_batch, raw_records, send_raw_batch
 

@@ -14,8 +14,8 @@ from stream.errors import NoAnswer, StreamError
 from stream.kafka import clients
 from stream.kafka.clients import answer, quietly_stopped, started, written
 from stream.kafka.cluster import describe_cluster, topic_configs
-from stream.kafka.log_spans import high_watermarks
 from stream.kafka.offsets import committed_offsets
+from stream.kafka.read_log import high_watermarks
 from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.outbox import Outbox
 from stream.settings import KafkaSettings, TopicSettings

@@ -6,17 +6,14 @@ import asyncio
 import struct
 from typing import Any
 
-import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.join.logic import CORRECTION, FIRST, Plan
 from stream.kafka.batches import send_batches
-from stream.kafka.packed import pack_headers, unpack_headers, varint
-from stream.records.example import packed_plan, plan_records
+from stream.records.packing import pack_headers
 
 SIZE = 2_000
 HEADERS = st.lists(st.tuples(st.text(max_size=70), st.one_of(st.none(), st.binary(max_size=70))), max_size=3)
@@ -68,37 +65,3 @@ def test_the_bytes_are_those_of_aiokafka(rows, transactional, packed):
             assert abs(first_ms - struct.unpack_from(">q", other, 27)[0]) < 60_000
 
     asyncio.run(check())
-
-
-EXAMPLES = st.lists(
-    st.tuples(
-        st.binary(min_size=1, max_size=5),
-        st.binary(max_size=9),
-        st.integers(0, 1 << 50),
-        st.integers(0, 1 << 40),
-        st.one_of(st.just(-1), st.integers(0, 1 << 50)),
-        st.sampled_from([FIRST, CORRECTION]),
-    ),
-    max_size=9,
-)
-
-
-@given(EXAMPLES, st.lists(st.integers(0, 1 << 40), max_size=3), st.sampled_from([1.0, 0.25]))
-def test_examples_have_the_same_headers_packed_or_not(examples, left_out, rate):
-    plan = Plan(examples=examples, left_out=left_out, held={(5, 7): 9})
-    packed = [(key, value, pack_headers(headers)) for key, value, headers in plan_records(plan, rate)]
-    found = packed_plan(plan, rate)
-    assert [(key, value, each if isinstance(each, bytes) else pack_headers(each)) for key, value, each in found] == packed
-
-
-@given(HEADERS)
-def test_packed_headers_can_be_read_again(headers):
-    assert unpack_headers(pack_headers(headers)) == headers
-
-
-@pytest.mark.parametrize(
-    ("number", "expected"),
-    [(0, b"\0"), (-1, b"\x01"), (1, b"\x02"), (63, b"\x7e"), (64, b"\x80\x01"), (1 << 20, b"\x80\x80\x80\x01")],
-)
-def test_numbers_are_packed_as_kafka_packs_them(number, expected):
-    assert varint[number] == varint[number] == expected

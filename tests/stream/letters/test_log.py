@@ -8,8 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream.letters.log import Letter, Origin, Wanted, read_letter, read_receipt, receipt
-from stream.records.dead_letter import MAX_RENAMED, ORIGINAL, OUR_HEADERS, DeadLetter
+from stream.letters.log import Wanted
+from stream.records.dead_letter import MAX_RENAMED, ORIGINAL, OUR_HEADERS, DeadLetter, Letter, Origin, read_letter
+from stream.records.replay import read_receipt, receipt
 
 NAMES = st.one_of(st.sampled_from([*OUR_HEADERS, ORIGINAL, ORIGINAL + "reason", "kind", "replayed"]), st.text(max_size=12))
 
@@ -70,7 +71,7 @@ def test_wanted_takes_what_every_part_takes() -> None:
     for refuses in (
         Wanted(reasons={"bad_utf8"}),
         Wanted(sources={"clicks"}),
-        Wanted(places={"1/8"}),
+        Wanted(names={"1/8"}),
         Wanted(since_ms=78),
         Wanted(until_ms=77),
     ):

@@ -15,11 +15,12 @@ from aiokafka.structs import TopicPartition
 from deploy.settings import Settings
 from stream.errors import Fenced
 from stream.kafka.clients import aiokafka_options
-from stream.kafka.log_spans import read_spans, span_consumer
+from stream.kafka.read_log import log_consumer, log_spans, read_spans
 from stream.letters import replay as letter_replay
-from stream.letters.log import Origin, Wanted, receipt
+from stream.letters.log import Wanted
 from stream.letters.replay import Replay, plan_replay, replay_letters
-from stream.records.dead_letter import REPLAY_HEADER, DeadLetter
+from stream.records.dead_letter import DeadLetter, Origin
+from stream.records.replay import REPLAY_HEADER, receipt
 from stream.topics.names import TopicNames
 
 
@@ -59,12 +60,10 @@ class Scene:
 
     async def records(self, topic: str) -> list[Any]:
         """All committed records."""
-        consumer = span_consumer(self.settings.kafka)
+        consumer = log_consumer(self.settings.kafka)
         await consumer.start()
         try:
-            places = [TopicPartition(topic, number) for number in (0, 1)]
-            ends, starts = await consumer.end_offsets(places), await consumer.beginning_offsets(places)
-            spans = {tp: (starts[tp], ends[tp]) for tp in places}
+            spans = await log_spans(self.settings.kafka, consumer, [TopicPartition(topic, number) for number in (0, 1)])
             return [record async for _, run in read_spans(consumer, spans, stall_s=20) for record in run]
         finally:
             await consumer.stop()
@@ -124,7 +123,7 @@ def test_repeated_and_by_parts(scene: Scene) -> None:
         for wanted, fed in (
             (Wanted(reasons={"wrong_type"}), 4),
             (Wanted(reasons={"wrong_type"}), 0),
-            (Wanted(places={"0/0"}), 1),
+            (Wanted(names={"0/0"}), 1),
             (Wanted(), 5),
             (Wanted(), 0),
         ):

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from stream.kafka.batch_reader import UNREADABLE_HEADER
-from stream.kafka.batches import batch_bytes
 from stream.kafka.clients import aiokafka_options
-from stream.letters.log import LetterLog, Wanted, read_letter
+from stream.letters.log import LetterLog, Wanted
 from stream.letters.replay import plan_replay, replay_letters
-from stream.records.dead_letter import REASONS, SIZE_HEADER, WITHOUT_BYTES, DeadLetter
+from stream.records.dead_letter import REASONS, SIZE_HEADER, WITHOUT_BYTES, DeadLetter, read_letter
+from stream.records.packing import batch_bytes
+from stream.records.unreadable import UNREADABLE_HEADER
 from stream.scorer.answers import Answers
 from stream.scorer.outbox import Outbox
 from stream.topics.contract import OUTPUT_MARGIN_BYTES

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from state.registry import Champion, RegistryState, VersionRecord
+from state.registry import Champion, RegistryState, VersionRange, VersionRecord
 from stream.scorer import swap
 from stream.scorer.answers import answer_requests
 from stream.scorer.metrics import ScorerMetrics
@@ -23,7 +23,7 @@ from tests.stream.scorer.factory import MAX_BYTES, records, served
 def registry(version: int | None, *, rolled_back: Iterable[tuple[int, int]] = (), good: Iterable[int] = ()) -> RegistryState:
     return RegistryState(
         versions={number: VersionRecord(version=number, good_at_ms=1) for number in good},
-        champion=Champion(version=version, rolled_back=tuple(rolled_back)),
+        champion=Champion(version=version, rolled_back=tuple(VersionRange(*each) for each in rolled_back)),
     )
 
 
@@ -106,13 +106,13 @@ def test_a_start_waits_for_the_first_version_or_its_failure() -> None:
     async def run() -> None:
         it = Serving()
         it.want(None)
-        await it.swapper.tried()  # nothing to wait for
+        await it.swapper.first_load_ended()  # nothing to wait for
         it.want(1)
-        await it.swapper.tried()
+        await it.swapper.first_load_ended()
         assert it.version == 1
         it.store.broken.add(2)
         it.want(2)
-        await it.swapper.tried()
+        await it.swapper.first_load_ended()
         assert it.version == 1 and it.count("swap_failures") == 1
 
     asyncio.run(run())
@@ -242,7 +242,7 @@ def test_a_start_with_an_unreadable_champion_falls_back_to_the_newest_good_versi
         assert it.swapper.fallback is None and it.gauge("fallback") == 0 and it.swapper.applied == 10
 
     asyncio.run(run())
-    assert "serving version 3 in place of the champion, version 9: version 9 is broken" in caplog.messages
+    assert "serving version 3 instead of the champion, version 9: version 9 is broken" in caplog.messages
 
 
 def test_a_version_that_was_rolled_back_from_does_not_go_on_where_the_target_is_broken() -> None:

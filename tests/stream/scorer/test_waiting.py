@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stream.registry.heartbeat import Heartbeat
+from stream.records.heartbeat import Heartbeat
 from stream.scorer import waiting
 from stream.scorer.waiting import WaitingRoom, due_ms, is_first
 from stream.settings import KafkaSettings, TopicSettings

@@ -23,8 +23,9 @@ from deploy.settings import Settings
 from headrace.scores import Answer, ScoreStream
 from state.settings import SnapshotSettings
 from stream.kafka.clients import aiokafka_options, kafka_python_options
-from stream.registry.heartbeat import Heartbeat, HeartbeatReader
-from stream.registry.operations import roll_back
+from stream.records.heartbeat import Heartbeat
+from stream.registry.heartbeat import HeartbeatReader
+from stream.registry.operations import Operations, RollbackRequest
 from stream.registry.writer import RegistryWriter
 from stream.topics.limits import max_message_bytes
 from stream.topics.names import TopicNames
@@ -291,7 +292,7 @@ async def _promote(scene: Scene, version: int) -> int:
 
 
 async def _roll_back(scene: Scene) -> Any:
-    return await roll_back(scene.settings.kafka, scene.names, who="test", reason="test", timeout_ms=15_000)
+    return await Operations(scene.settings.kafka, scene.names, "test").rollback(RollbackRequest("test", timeout_ms=15_000))
 
 
 def _dead_letters(scene: Scene) -> list[tuple[str, str]]:

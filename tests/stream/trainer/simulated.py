@@ -16,13 +16,13 @@ from model.settings import ModelSettings
 from state.join_state import JoinState, StateOptions
 from stream.join.events import Events
 from stream.kafka.transport import Run
-from stream.records.example import plan_records
 from stream.settings import JoinSettings
 from stream.trainer.batching import BatchCutter
-from stream.trainer.evaluation import Report, Scores
+from stream.trainer.evaluation import Evaluation, Report
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.training import Training
 from tests.stream.join.oracle import Partition
+from tests.stream.join.written import written
 from tests.stream.trainer.factory import metrics
 
 __all__ = ["Calibration", "Chain"]
@@ -50,7 +50,7 @@ class Chain:
         self._partition: Any = Partition(join)
         self._partition.state = JoinState(folder / "state", StateOptions(8))
         self.learner = Learner(SCHEMA, MODEL, device="cpu")
-        self.scores = Scores(20_000)
+        self.scores = Evaluation(20_000)
         cutter = BatchCutter(MODEL.batch_rows, {0: 0})
         self.training = Training(self.learner, cutter, self.scores, metrics(), max_batch_age_s=0)
         self._examples, self._features = ExampleDecoder(SCHEMA), FeatureDecoder(SCHEMA)
@@ -92,7 +92,7 @@ class Chain:
         )
         plan = partition.step([("impressions", impressions), ("clicks", clicks)])
         records = []
-        for offset, (key, value, headers) in enumerate(plan_records(plan, self._join.negative_rate), self._offset):
+        for offset, (key, value, headers) in enumerate(written(plan, self._join.negative_rate), self._offset):
             kept = tuple(header for header in headers if header[0] not in self._without)
             records.append(
                 SimpleNamespace(

@@ -13,8 +13,8 @@ from model.learner import Learner
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.trainer.batching import BatchCutter
-from stream.trainer.bookkeeping import from_json, kept_of, to_json
-from stream.trainer.evaluation import Scores
+from stream.trainer.bookkeeping import bookkeeping_in, from_json, to_json
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.start import go_on
 from stream.trainer.training import Training
@@ -44,7 +44,12 @@ class Gate:
 
 def training(learner, gate):
     return Training(
-        learner, BatchCutter(32, {0: 0}), Scores(100), metrics(), max_batch_age_s=0, kept={"gate": gate} if gate else None
+        learner,
+        BatchCutter(32, {0: 0}),
+        Evaluation(100),
+        metrics(),
+        max_batch_age_s=0,
+        bookkeeping={"gate": gate} if gate else None,
     )
 
 
@@ -63,7 +68,7 @@ def restarted(tmp_path, captured, gate):
     learner = Learner(SCHEMA, MODEL, device="cpu")
     start = go_on(learner, announced(store.manifest(2)), store, SCHEMA, MODEL)
     two = training(learner, gate)
-    two.restore(start.kept)
+    two.restore(start.bookkeeping)
     return two
 
 
@@ -78,7 +83,7 @@ def test_parts_and_metrics_go_on_after_a_restart(tmp_path):
     two = restarted(tmp_path, captured, other)
     assert other.blocks == [Block(200, 0.25)]
     assert other.tensor.tolist() == [1.5, 2]
-    report, before = two.capture().scores.report(), captured.scores.report()
+    report, before = two.capture().evaluation.report(), captured.evaluation.report()
     assert report["progressive", "window"] == before["progressive", "window"]
     assert report["progressive", "total"] == before["progressive", "total"]
     assert report["progressive", "total"].examples == 200
@@ -86,12 +91,12 @@ def test_parts_and_metrics_go_on_after_a_restart(tmp_path):
 
 def test_a_version_without_them_leaves_parts_as_they_began(tmp_path):
     captured = trained(None).capture()
-    for name in kept_of(captured.trainer):
+    for name in bookkeeping_in(captured.trainer):
         del captured.trainer[name]
     gate = Gate()
     two = restarted(tmp_path, captured, gate)
     assert gate.blocks == []
-    assert two.capture().scores.report()["progressive", "total"].examples == 0
+    assert two.capture().evaluation.report()["progressive", "total"].examples == 0
 
 
 def test_a_part_that_cannot_read_its_state_begins_anew_and_the_others_go_on(tmp_path, caplog):
@@ -100,8 +105,8 @@ def test_a_part_that_cannot_read_its_state_begins_anew_and_the_others_go_on(tmp_
     gate = Gate()
     two = restarted(tmp_path, captured, gate)
     assert gate.blocks == []
-    assert two.capture().scores.report()["progressive", "total"].examples == 200
-    assert "the version's state of 'gate' can't be used and begins anew" in caplog.text
+    assert two.capture().evaluation.report()["progressive", "total"].examples == 200
+    assert "the version's state of 'gate' can't be used, it begins from nothing" in caplog.text
 
 
 @pytest.mark.parametrize("tensor", [None, torch.zeros(3), to_json({"a": 1})])

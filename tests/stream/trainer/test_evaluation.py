@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from model.metrics import Metrics, auc, measure
-from state.gate import not_finite
+from state.gate_report import not_finite
 from stream.trainer import evaluation as module
 from stream.trainer.batching import TrainingBatch
-from stream.trainer.evaluation import Scores, manifest_metrics
+from stream.trainer.evaluation import Evaluation, manifest_metrics
 from tests.stream.trainer.factory import columns
 
 
@@ -50,7 +50,7 @@ def feed(counted, scores, labels, served, size=256):
 
 def test_each_scope_measures_its_own_examples(stream):
     scores, labels, served = stream
-    counted = Scores(1_000, evaluation_from_ms=2_000)
+    counted = Evaluation(1_000, evaluation_from_ms=2_000)
     feed(counted, scores, labels, served)
     report = counted.freeze().report()
     there = ~np.isnan(served)
@@ -69,7 +69,7 @@ def test_each_scope_measures_its_own_examples(stream):
 def test_beyond_the_exact_examples_the_auc_comes_from_bins(stream, monkeypatch):
     monkeypatch.setattr(module, "EXACT_EXAMPLES", 5_000)
     scores, labels, served = stream
-    counted = Scores(1_000, evaluation_from_ms=0)
+    counted = Evaluation(1_000, evaluation_from_ms=0)
     feed(counted, scores, labels, served)
     evaluation = counted.freeze().report()["progressive", "evaluation"]
     assert evaluation.examples == 10_000
@@ -81,7 +81,7 @@ def test_negatives_left_out_count_as_if_they_were_there():
     served = (random.random(40_000) * 0.4).astype(np.float32)
     labels = random.random(40_000) < served
     kept = labels | (random.random(40_000) < 0.2)
-    whole, tenth = (Scores(40_000, evaluation_from_ms=0) for _ in range(2))
+    whole, tenth = (Evaluation(40_000, evaluation_from_ms=0) for _ in range(2))
     whole.add(served, batch(labels, served=served))
     tenth.add(served[kept], batch(labels[kept], served=served[kept], rates=np.full(kept.sum(), 0.2)))
     expected, found = whole.freeze().report(), tenth.freeze().report()
@@ -95,7 +95,7 @@ def test_negatives_left_out_count_as_if_they_were_there():
 
 def test_corrections_leave_served_metrics_as_if_labels_had_been_known(stream):
     scores, labels, served = stream
-    known, late = (Scores(20_000, evaluation_from_ms=0) for _ in range(2))
+    known, late = (Evaluation(20_000, evaluation_from_ms=0) for _ in range(2))
     feed(known, scores, labels, served)
     feed(late, scores, np.zeros(len(labels)), served)
     clicked = labels > 0.5
@@ -111,7 +111,7 @@ def test_corrections_leave_served_metrics_as_if_labels_had_been_known(stream):
 @pytest.mark.parametrize("rate", [None, 0.25])
 def test_clicks_taken_back_leave_served_metrics_as_if_they_had_been_none(stream, rate):
     scores, labels, served = stream
-    known, late = (Scores(20_000, evaluation_from_ms=0) for _ in range(2))
+    known, late = (Evaluation(20_000, evaluation_from_ms=0) for _ in range(2))
     wrong = labels.copy()
     wrong[::10] = 1
     taken_back = wrong > labels
@@ -131,7 +131,7 @@ def test_clicks_taken_back_leave_served_metrics_as_if_they_had_been_none(stream,
 
 def test_a_restart_goes_on_with_all_scopes(stream):
     scores, labels, served = stream
-    straight, stopped, resumed = (Scores(3_000, evaluation_from_ms=500) for _ in range(3))
+    straight, stopped, resumed = (Evaluation(3_000, evaluation_from_ms=500) for _ in range(3))
     feed(straight, scores, labels, served)
     half = 5_000
     feed(stopped, scores[:half], labels[:half], served[:half])
@@ -149,7 +149,7 @@ def test_a_restart_goes_on_with_all_scopes(stream):
 
 def test_an_evaluation_since_another_time_begins_anew(stream):
     scores, labels, served = stream
-    before, after, without = Scores(100, evaluation_from_ms=500), Scores(100, evaluation_from_ms=600), Scores(100)
+    before, after, without = Evaluation(100, evaluation_from_ms=500), Evaluation(100, evaluation_from_ms=600), Evaluation(100)
     feed(before, scores, labels, served)
     for each in (after, without):
         each.restore(before.state())
@@ -160,7 +160,7 @@ def test_an_evaluation_since_another_time_begins_anew(stream):
 
 def test_what_is_frozen_stays(stream):
     scores, labels, served = stream
-    counted = Scores(1_000, evaluation_from_ms=0)
+    counted = Evaluation(1_000, evaluation_from_ms=0)
     feed(counted, scores[:3_000], labels[:3_000], served[:3_000])
     frozen = counted.freeze()
     before = frozen.report()
@@ -171,7 +171,7 @@ def test_what_is_frozen_stays(stream):
 
 def test_manifest_names_are_those_the_gate_reads(stream):
     scores, labels, served = stream
-    counted = Scores(5_000)
+    counted = Evaluation(5_000)
     feed(counted, scores, labels, served)
     metrics = manifest_metrics(counted.freeze().report())
     assert metrics["window_examples"] == 5_000
@@ -185,7 +185,7 @@ def test_manifest_names_are_those_the_gate_reads(stream):
 
 @pytest.mark.parametrize("labels", [[], [0, 0, 0], [1, 1]], ids=["nothing", "no click", "clicks only"])
 def test_a_window_that_is_not_defined_is_no_broken_model(labels):
-    counted = Scores(100, evaluation_from_ms=0)
+    counted = Evaluation(100, evaluation_from_ms=0)
     if labels:
         counted.add(np.full(len(labels), 0.5, np.float32), batch(labels, weights=np.zeros(len(labels))))
     metrics = manifest_metrics(counted.freeze().report())

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from model.hashing import hash_bytes
-from stream.join.logic import CORRECTION, FIRST, Plan
+from stream.join.plan import Plan
 from stream.join.sampling import Sampling
 from stream.records.dead_letter import REASONS
-from stream.records.example import plan_records
-from stream.trainer.examples import ExampleDecoder, _BadHeader, _check, _columns, hash_ids
+from stream.records.example import CORRECTION, FIRST, Example
+from stream.trainer.examples import ExampleDecoder, hash_ids
+from tests.stream.join.written import written
 from tests.stream.trainer.factory import ARRIVED_MS, FIRST_MS, SCHEMA, record, run, value
 
 BAD = [
@@ -70,14 +69,14 @@ def test_columns_of_a_run():
 def test_rate_and_kind_of_a_run_and_what_was_left_out():
     """As the join writes them; its own bookkeeping is no example."""
     examples = [
-        (b"x0", value(0), FIRST_MS, 7, -1, FIRST),
-        (b"x1", b"{", FIRST_MS, 8, -1, FIRST),
-        (b"x2", value(2), FIRST_MS, 9, FIRST_MS + 5, CORRECTION),
-        (b"x3", value(3), FIRST_MS, 10, FIRST_MS + 6, FIRST),
+        Example(b"x0", value(0), FIRST_MS, 7, -1, FIRST),
+        Example(b"x1", b"{", FIRST_MS, 8, -1, FIRST),
+        Example(b"x2", value(2), FIRST_MS, 9, FIRST_MS + 5, CORRECTION),
+        Example(b"x3", value(3), FIRST_MS, 10, FIRST_MS + 6, FIRST),
     ]
     plan = Plan(examples=examples, left_out=[1, 2], held={(3, 3): 4})
     records = []
-    for offset, (key, payload, headers) in enumerate(plan_records(plan, 0.25)):
+    for offset, (key, payload, headers) in enumerate(written(plan, 0.25)):
         records.append(record(offset, payload=payload or b"", only=headers))
         records[-1].key = key
     decoded = ExampleDecoder(SCHEMA).decode(run(records))
@@ -161,28 +160,6 @@ def test_a_run_of_bad_records_only_and_an_empty_one():
     assert [letter.offset for letter in decoded.letters] == [0, 1]
     empty = ExampleDecoder(SCHEMA).decode(run([], before=5, after=7))
     assert (len(empty), empty.after, empty.letters) == (0, 7, [])
-
-
-JUNK = st.one_of(
-    st.none(), st.binary(max_size=20), st.sampled_from([b"0", b"1", b"1.5", b"1e400", b"12", b"1_0", b" 7", b"\xb2"])
-)
-
-
-NAMES = ("label", "weight", "impression_ms", "rate", "kind")
-
-
-@given(st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(NAMES, JUNK)), max_size=6))
-def test_columns_and_single_records_agree_on_what_is_bad(headers):
-    def good(each):
-        try:
-            _check(each)
-        except _BadHeader:
-            return False
-        return True
-
-    verdicts = [good(each) for each in headers]
-    assert (_columns(headers) is not None) == all(verdicts)
-    assert _columns([each for each, fine in zip(headers, verdicts, strict=True) if fine]) is not None
 
 
 def test_a_sample_by_hash_of_the_id_is_even_and_knows_nothing_of_the_negatives_left_out():

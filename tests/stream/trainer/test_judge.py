@@ -10,15 +10,16 @@ import pytest
 
 from model.learner import Learner
 from model.schema import FieldSpec
-from state.gate import Block, GateState
+from state.gate import GateState
+from state.gate_blocks import Block
 from state.manifest import Manifest
-from state.registry import Champion, RegistryState, VersionRecord
+from state.registry import Champion, RegistryState, VersionRange, VersionRecord
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.bookkeeping import from_json
-from stream.trainer.evaluation import Scores
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.judge import GATHERED_ROWS, SPREAD_EXAMPLES, Anchor, Judge, choose_anchor
 from stream.trainer.training import Training
 from tests.judged import judged
@@ -204,7 +205,7 @@ def test_what_is_frozen_goes_on_as_if_nothing_had_happened():
 def test_training_captures_the_gate_of_the_same_moment():
     judge = Judge(ALL, GateState(line=5))
     learner = Learner(SCHEMA, MODEL, device="cpu")
-    training = Training(learner, BatchCutter(32, {0: 0}), Scores(100), metrics(), max_batch_age_s=0.0, judge=judge)
+    training = Training(learner, BatchCutter(32, {0: 0}), Evaluation(100), metrics(), max_batch_age_s=0.0, judge=judge)
     training.add(columns(range(70)))
     while training.step(0.0, more_at_hand=True):
         pass
@@ -259,7 +260,7 @@ def test_an_anchor_is_changed_for_one_that_is_as_much_newer_again():
 
 
 def test_what_was_rolled_back_is_no_anchor():
-    state = registry((1, 0, 0, True), (2, 5, 3_000, True), champion=1, rolled_back=((1, 2),))
+    state = registry((1, 0, 0, True), (2, 5, 3_000, True), champion=1, rolled_back=(VersionRange(1, 2),))
     assert choose(state, minute=30, clicks=20_000, anchor=2) == 1
 
 
@@ -311,4 +312,4 @@ async def test_another_store_or_another_schema_leaves_the_served_scores(store, c
             await following.follow(state, 0)
         assert judge.anchor == Anchor(None, None)
         assert judge.report().flow == "withheld"
-    assert "the scores that were served stand in for it" in caplog.text
+    assert "the scores that were served are compared instead" in caplog.text

@@ -11,7 +11,7 @@ import pytest
 from model.errors import UpdateNotFinite
 from model.learner import Learner
 from stream.trainer.batching import BatchCutter
-from stream.trainer.evaluation import Scores
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.pipeline import RUNS_WAITING, Pipeline
 from stream.trainer.training import Training
@@ -27,12 +27,16 @@ def make(learner, *, rows=32, age_s=0.05, decoder=None):
     failures: list[tuple[str, BaseException]] = []
     letters: list = []
 
-    def fatal(what, error):
-        failures.append((what, error))
+    class Owner:
+        def take_letters(self, more):
+            letters.extend(more)
+
+        def failed(self, what, error):
+            failures.append((what, error))
 
     counted = metrics()
-    training = Training(learner, BatchCutter(rows, {0: 0}), Scores(100), counted, max_batch_age_s=age_s)
-    pipeline = Pipeline(training, decoder or ExampleDecoder(SCHEMA), counted, letters=letters.extend, fatal=fatal, threads=1)
+    training = Training(learner, BatchCutter(rows, {0: 0}), Evaluation(100), counted, max_batch_age_s=age_s)
+    pipeline = Pipeline(Owner(), training, decoder or ExampleDecoder(SCHEMA), counted, threads=1)
     return pipeline, failures, letters
 
 
@@ -156,7 +160,7 @@ async def test_a_real_learner_in_the_thread_learns():
     pipeline.start()
     await pipeline.put(run([record(offset) for offset in range(3_000)]))
     await until(lambda: learner.examples_seen == 3_000)
-    report = (await pipeline.capture()).scores.report()
+    report = (await pipeline.capture()).evaluation.report()
     await pipeline.stop()
     assert report["progressive", "window"].auc > 0.9  # which user it is says it all
     assert failures == []

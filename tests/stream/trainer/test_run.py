@@ -68,15 +68,11 @@ class Stage:
             stage.asked.append("serve")
             stage.served = each
 
-        async def nothing(*args):
-            return None
-
         monkeypatch.setattr(worker, "describe_cluster", cluster)
         monkeypatch.setattr(worker, "read_registry", registry)
         monkeypatch.setattr(worker, "RegistryWriter", Writer)
-        monkeypatch.setattr(worker, "RegistryReader", Reader)
+        monkeypatch.setattr(worker, "RegistryFollower", Reader)
         monkeypatch.setattr(worker, "serve", serve)
-        monkeypatch.setattr(worker.TrainerWorker, "start", nothing)
         monkeypatch.setattr(prepare, "_log_bounds", bounds)
 
     def version(self, number: int, **more) -> VersionRecord:

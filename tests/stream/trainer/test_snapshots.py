@@ -14,7 +14,7 @@ from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import Fenced, RegistryError
 from stream.trainer import snapshots
-from stream.trainer.evaluation import Scores
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.snapshots import Publisher
 from stream.trainer.start import Start
 from stream.trainer.training import Captured
@@ -78,7 +78,7 @@ def captured(examples=100, letters=0, negative_rate=1.0):
         watermark_ms=FIRST_MS,
         examples_seen=examples,
         negative_rate=negative_rate,
-        scores=Scores(100).freeze(),
+        evaluation=Evaluation(100).freeze(),
         letters=letters,
         at_ms=123,
     )

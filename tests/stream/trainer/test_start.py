@@ -148,7 +148,7 @@ def test_a_registry_that_was_made_anew_is_refused(store):
         find_start(announced(), store, SCHEMA, MODEL, topic_ids={"examples": "e", "snapshots": "new"})
     text = str(refused.value)
     assert "holds 1 versions: expected a registry that knows one of them, found one that knows no version at all" in text
-    assert "`snapshots` was made anew (id new, version 1 was announced to old)" in text
+    assert "`snapshots` was created again (id new, version 1 was announced to old)" in text
     assert find_start(announced(), store, SCHEMA, MODEL, topic_ids={"snapshots": "new"}, new_model=True).manifest is None
 
 

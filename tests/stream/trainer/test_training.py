@@ -12,8 +12,8 @@ from model.errors import ModelError
 from model.learner import Learner
 from stream.records.dead_letter import REASONS
 from stream.trainer.batching import BatchCutter
-from stream.trainer.bookkeeping import kept_of
-from stream.trainer.evaluation import Scores
+from stream.trainer.bookkeeping import bookkeeping_in
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder, hash_ids
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import ARRIVED_MS, FIRST_MS, MODEL, SCHEMA, columns, metrics, record, run
@@ -44,7 +44,7 @@ class FakeLearner:
 def make(learner, *, rows=10, age_s=0.5, positions=None, watermark_ms=0, observers=()):
     cutter = BatchCutter(rows, positions or {0: 0})
     return Training(
-        learner, cutter, Scores(100), metrics(), max_batch_age_s=age_s, watermark_ms=watermark_ms, observers=observers
+        learner, cutter, Evaluation(100), metrics(), max_batch_age_s=age_s, watermark_ms=watermark_ms, observers=observers
     )
 
 
@@ -178,7 +178,7 @@ class Refusing(Learner):
 def test_what_cannot_be_learned_is_set_aside_and_nothing_else(caplog):
     learner, counted = Refusing({3, 21, 22}), metrics()
     watching = Watching(learner)
-    training = Training(learner, BatchCutter(32, {0: 0}), Scores(100), counted, max_batch_age_s=0, observers=[watching])
+    training = Training(learner, BatchCutter(32, {0: 0}), Evaluation(100), counted, max_batch_age_s=0, observers=[watching])
     training.add(columns(range(64)))
     while training.step(0.0):
         pass
@@ -199,7 +199,7 @@ def test_what_cannot_be_learned_is_set_aside_and_nothing_else(caplog):
 
 def test_a_batch_that_fails_changes_neither_weights_nor_optimizers():
     learner = Refusing(range(32))
-    training = Training(learner, BatchCutter(32, {0: 0}), Scores(100), metrics(), max_batch_age_s=0)
+    training = Training(learner, BatchCutter(32, {0: 0}), Evaluation(100), metrics(), max_batch_age_s=0)
     learner.bad = set()
     training.add(columns(range(32)))
     training.step(0.0)
@@ -218,7 +218,7 @@ def test_a_model_that_is_not_finite_itself_is_an_error_and_not_every_examples_fa
     serving, trainer = learner.serving_state(), learner.trainer_state()
     serving["bias"][:] = np.inf
     learner.restore(serving, trainer)
-    training = Training(learner, BatchCutter(32, {0: 0}), Scores(100), metrics(), max_batch_age_s=0)
+    training = Training(learner, BatchCutter(32, {0: 0}), Evaluation(100), metrics(), max_batch_age_s=0)
     training.add(columns(range(32)))
     with pytest.raises(ModelError, match="the model's weights aren't finite"):
         training.step(0.0)
@@ -276,7 +276,7 @@ def test_killed_and_restarted_weights_equal_uninterrupted_ones_bit_for_bit():
             learner = Learner(SCHEMA, MODEL, device="cpu")
             learner.restore(snapshot.serving, snapshot.trainer)
             training = make(learner, rows=MODEL.batch_rows, age_s=1e9, positions=snapshot.offsets)
-            training.restore(kept_of(snapshot.trainer))
+            training.restore(bookkeeping_in(snapshot.trainer))
             at = snapshot.offsets[0]
     assert kills > 3
     good = 2_000 - len(range(5, 2_000, 13))
@@ -286,7 +286,7 @@ def test_killed_and_restarted_weights_equal_uninterrupted_ones_bit_for_bit():
     for ours, theirs in ((found.serving, expected.serving), (found.trainer, expected.trainer)):
         assert ours.keys() == theirs.keys()
         for name in theirs:
-            if kept_of({name: ours[name]}):  # sums of metrics are rounded by how often they were looked at
+            if bookkeeping_in({name: ours[name]}):  # sums of metrics are rounded by how often they were looked at
                 torch.testing.assert_close(ours[name], theirs[name], equal_nan=True, msg=name)
             else:
                 assert torch.equal(ours[name], theirs[name]), name

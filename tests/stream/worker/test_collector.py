@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from state.join_state import JoinState, StateOptions
-from stream.worker.runtime import YOUNG_OBJECTS, tame_collector
+from stream.worker.collector import YOUNG_OBJECTS, tame_collector
 from tests.stream.join.test_commit import NAMES, Bench
 
 
@@ -24,7 +24,7 @@ def collector() -> Iterator[None]:
 
 
 def test_once_a_worker_is_ready_what_it_began_with_is_left_out(collector, monkeypatch):
-    monkeypatch.setattr("stream.worker.runtime.FREEZE_LOOK_S", 0.001)
+    monkeypatch.setattr("stream.worker.collector.FREEZE_LOOK_S", 0.001)
 
     async def check() -> None:
         answers = iter(["not yet", "not yet", None])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from faust.types import TP
 
-from stream.kafka.cluster import Cluster, ClusterWatch
+from stream.kafka.cluster import Cluster
 from stream.kafka.transport import LogEnd
 from stream.scorer.worker import ScorerWorker
 from stream.settings import KafkaSettings, ScorerSettings, TopicSettings
@@ -19,7 +19,13 @@ from stream.trainer.worker import TrainerWorker
 from stream.worker.watchdog import Part
 
 NAMES = TopicNames.of(TopicSettings())
-WATCH = ClusterWatch(KafkaSettings(), Cluster("c", {}, {}), changed=lambda error: None)
+CLUSTER = Cluster("c", {}, {NAMES.score_requests: 2})
+
+
+_UNUSED = (
+    *("snapshots", "decoder", "skew", "publisher", "letters", "registry"),
+    *("follower", "judge", "anchors", "scores", "metrics"),
+)
 
 
 def trainer(positions: dict[int, int]) -> Any:
@@ -27,10 +33,11 @@ def trainer(positions: dict[int, int]) -> Any:
         kafka=KafkaSettings(),
         group="g",
         topic=NAMES.examples,
-        pipeline=SimpleNamespace(training=SimpleNamespace(positions=positions)),  # type: ignore[arg-type]
-        watch=WATCH,
+        training=SimpleNamespace(positions=positions),  # type: ignore[arg-type]
+        threads=1,
+        cluster=CLUSTER,
         **dict.fromkeys(  # type: ignore[arg-type]
-            ("snapshots", "publisher", "letters", "registry", "follower", "judge", "anchors", "scores", "metrics")
+            _UNUSED
         ),
     )
     worker._accepted = dict.fromkeys(positions, 9_999)  # what waits in queues is no progress
@@ -45,10 +52,10 @@ def scorer(positions: dict[int, int]) -> Any:
         stale=lambda: False,
         worker_id="w",
         max_bytes=1,
-        watch=WATCH,
+        cluster=CLUSTER,
         **dict.fromkeys(("swapper", "outbox", "heartbeats", "metrics")),  # type: ignore[arg-type]
     )
-    worker._answered, worker._joins = positions, True
+    worker._answering.answered = positions
     return worker
 
 
@@ -60,9 +67,11 @@ def test_each_partition_by_what_is_done(make: Any, topic: str) -> None:
         worker.app.consumer = SimpleNamespace(
             log_end=lambda tp: LogEnd(ends[tp], int(time.time() * 1000), ends[tp]), assignment=set, stop_flow=lambda: None
         )
-        worker._standing = "joining the group"
+        assert worker.waiting_for == "joining the group"
+        assert list(worker.parts()) == [], "not before it joins"
+        worker.joins = True
         assert [part.name for part in worker.parts()] == ["the group's assignment"]
-        worker._standing = ""
+        worker.waiting_for = None
         assert list(worker.parts()) == [
             Part(f"{topic}, partition 0", 5, "records from offset 5 to 10 waiting"),
             Part(f"{topic}, partition 1", 10, None),

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import pytest
 
-from stream.worker.watchdog import PATIENCE_S, TOLD_S, Part, Watchdog
+from stream.worker.watchdog import PATIENCE_S, REPORT_S, Part, Watchdog
 
 
 class Ended(BaseException):
@@ -44,7 +44,7 @@ class Bench:
 
 def test_one_of_two_that_hangs_is_named_and_ends_the_process() -> None:
     bench = Bench()
-    bench.live(TOLD_S - 5, "b")
+    bench.live(REPORT_S - 5, "b")
     assert bench.dog.stalled is None
     bench.live(10, "b")
     assert bench.dog.stalled is not None
@@ -57,7 +57,7 @@ def test_one_of_two_that_hangs_is_named_and_ends_the_process() -> None:
 def test_progress_of_whatever_length_is_progress() -> None:
     bench = Bench()
     for _ in range(20):
-        bench.live(TOLD_S - 5, "b")
+        bench.live(REPORT_S - 5, "b")
         bench.live(1, "a", "b")
         assert bench.dog.stalled is None
 
@@ -68,7 +68,7 @@ def test_nothing_to_do_is_no_stall() -> None:
     assert bench.dog.stalled is None
     # Work that comes after a long rest has the whole patience before it.
     bench.waiting["a"] = "records"
-    bench.live(TOLD_S - 5)
+    bench.live(REPORT_S - 5)
     assert bench.dog.stalled is None
 
 
@@ -85,13 +85,13 @@ def test_a_part_that_has_gone_is_forgotten() -> None:
     bench.live(5, "b")
     assert bench.dog.stalled is None
     bench.positions["a"] = 0
-    bench.live(TOLD_S - 5, "b")
+    bench.live(REPORT_S - 5, "b")
     assert bench.dog.stalled is None
 
 
 def test_a_process_that_was_stopped_was_not_stalled() -> None:
     bench = Bench()
-    bench.live(TOLD_S - 10, "b")
+    bench.live(REPORT_S - 10, "b")
     bench.now_s += 10 * PATIENCE_S
     bench.live(2, "b")
     assert bench.dog.stalled is None

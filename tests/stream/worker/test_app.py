@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from stream.settings import KafkaSettings
-from stream.worker.runtime import MAX_POLL_INTERVAL_S, build_app
+from stream.worker.app import MAX_POLL_INTERVAL_S, build_app
 
 
 def test_a_long_rebuild_does_not_lose_its_place_in_the_group() -> None:

@@ -1,0 +1,163 @@
+"""Answers requests, from the runs that Kafka hands over to positions whose answers are acknowledged.
+
+    runs ─▶ intake ── batches ──▶ scoring (a thread) ── answers ──▶ outbox ──▶ acknowledged ──▶ `answered`
+
+Requests that wait are scored together in one forward pass. While answers are on their way to the brokers the next requests are
+scored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+from stream.kafka.transport import Run
+from stream.scorer.answers import Answers, answer_requests
+from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
+from stream.scorer.metrics import ScorerMetrics
+from stream.scorer.outbox import Outbox
+from stream.scorer.swap import Swapper
+
+__all__ = ["Answering"]
+
+# Most scored batches whose answers are not sent yet: enough that scoring never waits for a round trip.
+SCORED_WAITING = 4
+
+
+class Answering:
+    """The way of requests through a scorer. Run `score_all` and `send_all` as tasks.
+
+    Args:
+        stale: whether the registry couldn't be read to its end within the lease.
+        max_candidates: of one request; more get an error answer.
+        max_bytes: largest batch that the topic `scores` takes.
+    """
+
+    def __init__(
+        self,
+        swapper: Swapper,
+        outbox: Outbox,
+        metrics: ScorerMetrics,
+        *,
+        worker_id: str,
+        stale: Callable[[], bool],
+        max_candidates: int,
+        max_bytes: int,
+    ) -> None:
+        self._swapper, self._outbox, self._metrics = swapper, outbox, metrics
+        self._worker_id, self._stale = worker_id, stale
+        self._max_candidates, self._max_bytes = max_candidates, max_bytes
+        self.answered: dict[int, int] = {}
+        """Next offset by partition: the answers to everything before it are acknowledged."""
+        self._intake = Intake()
+        self._arrived, self._room, self._done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._scored: asyncio.Queue[tuple[Batch, Answers]] = asyncio.Queue(SCORED_WAITING)
+        self._thread = ThreadPoolExecutor(1, "scoring")
+        self._under_way = 0  # batches taken from the intake whose answers are not acknowledged
+        self._batches = 0  # batches whose answers are acknowledged
+
+    def expected(self, partition: int) -> int | None:
+        """The next offset to take of a partition; None for one that isn't ours."""
+        return self._intake.expected.get(partition)
+
+    def assign(self, positions: Mapping[int, int]) -> None:
+        """Go on with these partitions from these positions."""
+        self._intake.assign(positions)
+        self.answered = dict(positions)
+
+    def drop_waiting(self) -> None:
+        """Take nothing more and drop what waits, until the next `assign`. The next owner answers it."""
+        self._intake.drop()
+
+    def close_intake(self) -> None:
+        """Take nothing more. What waits is still answered."""
+        self._intake.expected = {}
+
+    async def put(self, run: Run) -> int | None:
+        """Take a run; waits while the intake is full. Returns the offset to seek to if records before the run are missing."""
+        while self._intake.full:
+            self._room.clear()
+            await self._room.wait()
+        missing_from = self._intake.put(run)
+        self._arrived.set()
+        return missing_from
+
+    async def all_answered(self, timeout_s: float) -> None:
+        """Wait until nothing waits or is under way, at most this long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._under_way or not self._intake.empty:
+                    self._done.clear()
+                    await self._done.wait()
+
+    async def begun_answered(self, timeout_s: float) -> bool:
+        """Wait for the answers to all that was begun so far, at most this long. Returns whether they are acknowledged."""
+        until = self._batches + self._under_way
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._batches < until:
+                    self._done.clear()
+                    await self._done.wait()
+        return self._batches >= until
+
+    async def answer(self, records: list[Any]) -> None:
+        """Answer requests that didn't come through `put`. Returns when the brokers have the answers."""
+        for start in range(0, len(records), MAX_REQUESTS):
+            part = records[start : start + MAX_REQUESTS]
+            for future in await self._outbox.send(await self._score(part)):
+                await future
+            self._metrics.acknowledged(part)
+
+    async def score_all(self) -> None:
+        """Score what waits, until cancelled."""
+        while True:
+            batch = self._intake.take()
+            if batch is None:
+                self._arrived.clear()
+                await self._arrived.wait()
+                continue
+            self._under_way += 1
+            self._room.set()
+            await self._scored.put((batch, await self._score(batch.records)))
+
+    async def send_all(self) -> None:
+        """Send what is scored, until cancelled."""
+        while True:
+            scored = [await self._scored.get()]
+            while not self._scored.empty():
+                scored.append(self._scored.get_nowait())
+            futures = [future for _, answers in scored for future in await self._outbox.send(answers)]
+            for future in futures:
+                await future
+            for batch, _ in scored:
+                self._acknowledged(batch)
+
+    async def _score(self, records: list[Any]) -> Answers:
+        if not records:
+            return Answers()
+        began = time.perf_counter()
+        answer = partial(
+            answer_requests,
+            records,
+            self._swapper.current,  # one version for the whole batch, whatever is swapped meanwhile
+            worker=self._worker_id,
+            max_candidates=self._max_candidates,
+            max_bytes=self._max_bytes,
+            stale=self._stale(),
+        )
+        answers = await asyncio.get_running_loop().run_in_executor(self._thread, answer)
+        self._metrics.scored(answers, time.perf_counter() - began)
+        return answers
+
+    def _acknowledged(self, batch: Batch) -> None:
+        self._metrics.acknowledged(batch.records)
+        if batch.generation == self._intake.generation:
+            self.answered.update(batch.positions)
+        self._under_way -= 1
+        self._batches += 1
+        self._done.set()
