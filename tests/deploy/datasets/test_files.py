@@ -146,13 +146,13 @@ def test_a_column_has_one_role(tmp_path: Path) -> None:
 
 def test_an_option_for_a_column_that_is_not_there(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "log.jsonl", [{"timestamp": T, "clicked": 1, "f": 1}])
-    told = "found timestamp, clicked, f. Correct the name, or leave the option out."
+    found = "found timestamp, clicked, f. Correct the name, or leave the option out."
     message = refused(file, columns=Columns(drop=frozenset({"typo"})))
     assert message.startswith("log.jsonl: expected a column 'typo' (--drop), found ")
-    assert {*message.partition("found ")[2].partition(". ")[0].split(", ")} == {"timestamp", "clicked", "f"}, told
+    assert {*message.partition("found ")[2].partition(". ")[0].split(", ")} == {"timestamp", "clicked", "f"}, found
     (tmp_path / "log.csv").write_text(f"timestamp,clicked,f\n{T},1,1\n")
     message = refused(tmp_path / "log.csv", "csv", Columns(text=frozenset({"typo"})))
-    assert message == f"log.csv: expected a column 'typo' (--text), {told}"
+    assert message == f"log.csv: expected a column 'typo' (--text), {found}"
 
 
 def test_a_name_that_no_file_can_hold(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 
 from deploy.datasets import Columns, FileDataSet
+from deploy.datasets.json_lines import read_json_lines
 from deploy.feeding.replay import impressions
 from tests.deploy.datasets.files import T, refused, write_lines
 
@@ -135,3 +136,11 @@ def test_a_file_that_grows_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(json_lines._Columns, "decide", grow)
     (chunk,) = FileDataSet(file, "jsonl").chunks()
     assert chunk.features == [b'{"f":1}']
+
+
+def test_whole_numbers_beyond_2_53_that_are_doubles_fit_into_a_column_of_floats(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"f":9007199254740994,"l":[9007199254740994]}\n{"f":0.5,"l":[0.5]}\n')
+    table, _ = read_json_lines(file)
+    assert table["f"].type == pa.float64()
+    assert table.to_pylist() == [{"f": 9007199254740994.0, "l": [9007199254740994.0]}, {"f": 0.5, "l": [0.5]}]
