@@ -2,11 +2,11 @@
 # The first Python on PATH that is new enough; `make PYTHON=… setup` takes another.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v $$p; break; }; done)
-# What uv, pip and the jar cache keep goes below the user's home, and into the checkout where there is none to write to.
+# uv, pip and the jar cache keep their files below the user's home; where no home can be written, in the checkout.
 ifneq ($(shell test -d "$(HOME)" && test -w "$(HOME)" && echo yes),yes)
 export HOME := $(CURDIR)/.home
 endif
-# Where deploy/install_uv.sh puts it when there is none on PATH.
+# deploy/install_uv.sh puts uv there when there is none on PATH.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo $(HOME)/.local/bin/uv)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
@@ -29,19 +29,24 @@ setup: .venv/.synced ## install uv if missing, then everything into .venv
 demo: setup ## the whole system on real impressions, about 2 minutes, with a rollback
 	$(BIN)/headrace demo
 
-# Tests wait for processes more than they compute, so two at a time take little more than half the time.
+# Tests wait for processes more than they compute: two at a time take little more than half the time.
 JOBS ?= 2
 test: setup ## every test, JOBS at a time, against a real Apache Kafka
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-check: setup ## lint, format, types, import direction, generated docs
+check: setup ## lint, format, types, imports, declared dependencies, dead code, sizes, pages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry headrace
+	$(BIN)/deptry stream model state deploy --non-dev-dependency-groups worker,schema-registry
+	$(BIN)/deptry tests bench --exclude '\.venv' --ignore DEP002 --non-dev-dependency-groups worker,schema-registry,dev
+	$(BIN)/python -m tests.house
 	$(BIN)/python -m deploy.docs --check
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_asyncapi.py
 
-format: setup ## mend what the formatter and the linter can
+format: setup ## fix what the formatter and the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -54,11 +59,11 @@ bench: setup ## every benchmark, one JSON line each, about 20 minutes; load at a
 
 RUNS ?= 61
 SEED ?= 1
-faults: setup ## hurt the join RUNS times from SEED on (kills, brokers, disks, networks, clocks), check its ledger each time
+faults: setup ## run the join under RUNS faults from SEED on (kills, brokers, disks, networks, clocks), check each time
 	$(BIN)/python -m tests.faults --runs $(RUNS) --seed $(SEED) --jobs $(JOBS) --write-docs
 
 lock: ## resolve requirements.lock again from pyproject.toml
-	$(UV) pip compile pyproject.toml --extra worker --extra schema-registry --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock
+	$(UV) pip compile pyproject.toml --group worker --group schema-registry --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock
 
 clean: ## remove .venv and what the local Kafka and the workers left
 	rm -rf .venv .headrace

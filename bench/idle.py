@@ -19,9 +19,9 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import report, warn_if_busy
-from bench.join import usage
 from deploy.demo.play import worker_environment
 from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.usage import usage
 from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
 from stream.settings import KafkaSettings, TopicSettings
@@ -47,15 +47,15 @@ def measure(bootstrap_servers: str, partitions: int, work: Path) -> dict[str, fl
         worker.wait_ready(PATIENCE_S)
         ready_s = time.monotonic() - began
         time.sleep(2.0)
-        before = usage(worker.pid)["cpu_seconds"]
+        before = usage(worker.pid).cpu_seconds
         time.sleep(STRETCH_S)
         used = usage(worker.pid)
     finally:
         worker.ask_to_stop()
         worker.wait_stopped()
     return {
-        "rss_mb": round(used["rss_mb"]),
-        "cpu_percent": round((used["cpu_seconds"] - before) / STRETCH_S * 100, 1),
+        "rss_mb": round(used.rss_mb),
+        "cpu_percent": round((used.cpu_seconds - before) / STRETCH_S * 100, 1),
         "ready_s": round(ready_s, 1),
     }
 

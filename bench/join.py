@@ -45,6 +45,7 @@ from bench.common import report, warn_if_busy
 from bench.peer_kafka_streams import KafkaStreamsPeer, pinned
 from deploy.demo.play import worker_environment
 from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.usage import usage
 from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
 from stream.kafka.batches import BATCH_BYTES, send_batches
@@ -185,14 +186,6 @@ async def count_labels(
     return {"labels": firsts, "positives": positives, "corrections": corrections}, changed
 
 
-def usage(pid: int) -> dict[str, float]:
-    """CPU seconds so far, memory and peak memory of a process."""
-    ticks = sum(int(part) for part in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    memory = {"rss_mb": int(status["VmRSS"].split()[0]) / 1024, "peak_rss_mb": int(status["VmHWM"].split()[0]) / 1024}
-    return {"cpu_seconds": ticks / os.sysconf("SC_CLK_TCK"), **memory}
-
-
 def settings_for(kind: str, bootstrap_servers: str, work: Path, hold_ms: int | None = None) -> Settings:
     join = JoinSettings(window_ms=WINDOW_MS)
     return Settings(
@@ -258,11 +251,11 @@ def measure_kafka_streams(settings: Settings, truth: Truth, work: Path, applicat
 
 def timed(settings: Settings, truth: Truth, pid: int, alive: Callable[[], None]) -> Measured:
     """Time a run from now until every label has been read."""
-    began, before = time.monotonic(), usage(pid)["cpu_seconds"]
+    began, before = time.monotonic(), usage(pid).cpu_seconds
     counts, done = asyncio.run(count_labels(settings, truth, alive, patience_s=60))
     used = usage(pid)
-    cpu_us = (used["cpu_seconds"] - before) * 1e6 / truth.events
-    return Measured(truth.events / (done - began), cpu_us, used["peak_rss_mb"], counts)
+    cpu_us = (used.cpu_seconds - before) * 1e6 / truth.events
+    return Measured(truth.events / (done - began), cpu_us, used.peak_rss_mb, counts)
 
 
 def in_turns(settings: Settings, impressions: int, pairs: int, work: Path) -> tuple[list[Measured], list[Measured]]:
@@ -315,7 +308,7 @@ def measure_faust(bootstrap_servers: str, impressions: int, work: Path) -> dict[
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    return {"rate": truth.events / (done - began), "peak_rss_mb": used["peak_rss_mb"]}
+    return {"rate": truth.events / (done - began), "peak_rss_mb": used.peak_rss_mb}
 
 
 @click.command()

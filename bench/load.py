@@ -40,6 +40,7 @@ from bench.common import report, warn_if_busy
 from deploy.demo.play import worker_environment
 from deploy.feeding.partitions import partitions_of
 from deploy.local_kafka.cluster import LocalKafka
+from deploy.processes.usage import usage
 from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
 from stream.kafka.batches import BATCH_BYTES, send_batches
@@ -191,18 +192,13 @@ class Watch:
             metrics = await asyncio.to_thread(self._worker.metrics)
             pending = sum(value for (name, _), value in metrics.items() if name == "headrace_join_pending_impressions")
             state_mb = await asyncio.to_thread(_folder_mb, self._settings.state_dir)
-            self.samples.append(Sample(_rss_mb(self._worker.pid), state_mb, int(pending)))
+            self.samples.append(Sample(usage(self._worker.pid).rss_mb, state_mb, int(pending)))
             await asyncio.sleep(SAMPLE_S)
 
     @property
     def accounted(self) -> int:
         """Number of impressions that were labelled, dead letters or pending when last seen."""
         return self.examples + len(self.dead) + (self.samples[-1].pending if self.samples else 0)
-
-
-def _rss_mb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
 
 def _folder_mb(folder: Path) -> float:

@@ -1,4 +1,4 @@
-"""What the settings are, where each came from, and what in them will not work together."""
+"""The report of settings: each value with its source, and which values do not work together."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """Something to know about the settings: an `error` stops a worker or loses data, a `hint` may be meant."""
+    """A remark on a setting: an `error` stops a worker or loses data; a `hint` may be intended."""
 
     level: Literal["error", "hint"]
     key: str
@@ -57,7 +57,7 @@ def entries(settings: Settings) -> list[Entry]:
 
 
 def findings(settings: Settings) -> list[Finding]:
-    """What will not work together, and what is likely not meant; empty when there is nothing to say. Opens no connection."""
+    """Settings that do not work together, and settings that are likely a mistake. Opens no connection."""
     return [finding for check in _CHECKS for finding in check(settings)]
 
 
@@ -93,8 +93,8 @@ def _features(settings: Settings) -> Iterator[Finding]:
         yield Finding(
             "hint",
             "features.fields",
-            "none named, so there is nothing to learn from: trainers and scorers need them (the demo and `headrace replay` "
-            "name their data set's own). Add [[features.fields]] tables to the file.",
+            "no features are named, so there is nothing to learn from: trainers and scorers need them (the demo and `headrace "
+            "replay` name those of their data set). Add [[features.fields]] tables to the file.",
         )
 
 
@@ -127,8 +127,8 @@ def _topics(settings: Settings) -> Iterator[Finding]:
         yield Finding(
             "hint",
             "topics.replication_factor",
-            "1, on brokers that are not on this machine: the loss of one loses events. With three brokers or more, 3 and "
-            "topics.min_insync_replicas 2 survive it.",
+            "1, on brokers that are not on this machine: the loss of one broker loses events. With three brokers or more, 3 "
+            "replicas and topics.min_insync_replicas 2 survive the loss.",
         )
 
 
@@ -157,7 +157,7 @@ def _security(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 "hint",
                 f"kafka.{key}",
-                f"in {settings_file()}, where whoever reads the file reads it. HEADRACE_KAFKA__{key.upper()} keeps it out.",
+                f"in {settings_file()}, where everyone who reads the file sees it. HEADRACE_KAFKA__{key.upper()} keeps it out.",
             )
 
 
@@ -174,8 +174,8 @@ def _schema_registry(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 "hint",
                 f"schema_registry.{key}",
-                f"in {settings_file()}, where whoever reads the file reads it. HEADRACE_SCHEMA_REGISTRY__{key.upper()} keeps "
-                "it out.",
+                f"in {settings_file()}, where everyone who reads the file sees it. HEADRACE_SCHEMA_REGISTRY__{key.upper()} "
+                "keeps it out.",
             )
     if (chosen.username or chosen.token) and any(each.strip().startswith("http:") for each in (chosen.url or "").split(",")):
         yield Finding("hint", "schema_registry.url", "http:// sends the login in the clear. https:// encrypts it.")

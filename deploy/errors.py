@@ -2,8 +2,8 @@
 
 DeployError
 ├── ConfigError        a setting is missing, unknown or wrong
-├── LocalKafkaError    the local Kafka can't be resolved, started or stopped
-├── DataSetError       a data set is not there or not readable
+├── LocalKafkaError    the local Kafka can't be downloaded, started or stopped
+├── DataSetError       a data set is missing, or can't be read as its name says
 └── FeedError          events could not be sent to Kafka
 """
 
@@ -21,11 +21,11 @@ class ConfigError(DeployError):
 
 
 class LocalKafkaError(DeployError):
-    """The local Kafka can't be resolved, started or stopped."""
+    """The local Kafka can't be downloaded, started or stopped."""
 
 
 class DataSetError(DeployError):
-    """A data set is not there, or is not what its name says."""
+    """A data set is missing, or can't be read as its name says."""
 
 
 class FeedError(DeployError):

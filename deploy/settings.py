@@ -42,7 +42,7 @@ from stream.settings import (
     TrainerSettings,
 )
 
-__all__ = ["LocalKafkaSettings", "Settings", "load_settings", "settings_file"]
+__all__ = ["NOT_SETTINGS", "LocalKafkaSettings", "Settings", "load_settings", "settings_file"]
 
 DEFAULT_FILE = Path("headrace.toml")
 

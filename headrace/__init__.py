@@ -1,4 +1,4 @@
-"""The client for applications: send impressions and clicks, ask for scores, hear the answers.
+"""The client for applications: sends impressions and clicks, asks for scores, reads the answers.
 
 ```python
 from headrace import Client
@@ -8,7 +8,7 @@ with Client("127.0.0.1:9092") as client:
     client.send_click("imp-1")
 ```
 
-Needs kafka-python and msgspec, nothing else. What isn't in `__all__` can change.
+The client needs kafka-python with its codecs, crc32c and msgspec, and nothing else. Names that aren't in `__all__` can change.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LAZY = {"Answer": "scores", "AnswerError": "scores", "Client": "client", "Score
 
 
 def __getattr__(name: str) -> Any:
-    # The command line imports this package for its errors alone; kafka-python takes 150 ms that `--help` needn't pay.
+    # The command line imports this package for its errors alone. kafka-python takes 150 ms to import; `--help` does without.
     if name in _LAZY:
         import importlib
 

@@ -1,4 +1,4 @@
-"""Opening kafka-python's clients: options checked, errors of our own, and nothing left that could hang a forked process."""
+"""Opens kafka-python's clients: checks options, raises our own errors, and leaves nothing that could hang a forked process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["OPEN_MS", "close_producer", "connect", "connection_options", "one_li
 
 OPEN_MS = 15_000  # longest wait for a first broker, and for a topic's partitions: with Kafka up, both take milliseconds
 
-# What the client is built on: acknowledged, in order, placed by murmur2, read from where it wants, bytes as they are.
+# Options that the client sets itself: records are acknowledged, in order, partitioned by murmur2, and bytes as they are.
 _OF_SENDING = {"acks", "batch_size", "enable_idempotence", "linger_ms", "max_block_ms", "partitioner", "transactional_id"}
 _OF_READING = {"auto_commit_interval_ms", "auto_offset_reset", "consumer_timeout_ms", "enable_auto_commit", "group_id"}
 _OF_BYTES = {"key_deserializer", "key_serializer", "value_deserializer", "value_serializer"}
 _OURS = _OF_SENDING | _OF_READING | _OF_BYTES | {"allow_auto_create_topics", "group_instance_id", "kafka_client"}
-_FORCED_S = 1.0  # for a thread that is told to end at once
+_FORCED_S = 1.0  # for a thread to end at once
 _PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "OAUTHBEARER", "AWS_MSK_IAM")
 _WAITS = {
@@ -35,7 +35,7 @@ _WAITS = {
 _LONGEST_MS = 86_400_000  # a day
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\],@]+):([0-9]{1,5})")
 
-# Everything that was opened and may still be: a child process must not touch any of it, not even when it ends.
+# Every client that was opened and may still be open. A child process must not touch any of them, not even when it ends.
 _opened: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -43,7 +43,7 @@ def connection_options(bootstrap_servers: Any, options: Mapping[str, Any]) -> di
     """The options of every connection, from what the user gave.
 
     Raises:
-        InvalidOption: an address or a name is wrong, or the client sets that option itself.
+        InvalidOption: an address, a name or a value is wrong, or the client sets that option itself.
     """
     known = (KafkaProducer.DEFAULT_CONFIG.keys() | KafkaConsumer.DEFAULT_CONFIG.keys()) - _OURS
     for name in options:
@@ -53,7 +53,7 @@ def connection_options(bootstrap_servers: Any, options: Mapping[str, Any]) -> di
             near = difflib.get_close_matches(name, known, n=1)
             advice = f"Did you mean {near[0]}?" if near else "Leave it out; kafka-python documents the options that there are."
             raise InvalidOption(f"{name}: expected an option of kafka-python's connections, found none of that name. {advice}")
-    # kafka-python tries a wrong protocol or file again and again, and then says only that no broker answers.
+    # kafka-python retries with a wrong protocol or file, and in the end reports only that no broker answers.
     protocol = options.get("security_protocol", "PLAINTEXT")
     if protocol not in _PROTOCOLS:
         raise InvalidOption(
@@ -63,7 +63,7 @@ def connection_options(bootstrap_servers: Any, options: Mapping[str, Any]) -> di
         file = options.get(name)
         if file is not None and not (isinstance(file, str | os.PathLike) and os.access(file, os.R_OK)):
             raise InvalidOption(f"{name}: expected a file that can be read, found none at {shown(file)}. Correct the path.")
-    # Of these it takes any value, and then waits for ever or finds out when nobody can tell any more.
+    # kafka-python accepts any value of these, and then waits for ever, or fails later, where nobody sees the cause.
     for name, value in options.items():
         if name in _WAITS and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LONGEST_MS):
             raise InvalidOption(f"{name}: expected milliseconds, from 0 to {_LONGEST_MS}, found {shown(value)}. Pass a number.")
@@ -86,14 +86,14 @@ def _check_login(protocol: str, options: Mapping[str, Any]) -> None:
 
 
 def connect(kind: Any, options: Mapping[str, Any], **more: Any) -> Any:
-    """A KafkaProducer or KafkaConsumer with the user's options, as far as it knows them, and ours.
+    """A KafkaProducer or KafkaConsumer, with those of the user's options that this kind of client has, and with ours.
 
-    kafka-python 3.0 leaves its sockets open when it can't connect, and doesn't hand `allow_auto_create_topics` down to its
-    metadata requests: a mistyped prefix would make topics.
+    kafka-python 3.0 leaves its sockets open when it can't connect; they are closed here. It also doesn't pass
+    `allow_auto_create_topics` on to its metadata requests, so that a mistyped prefix would create topics.
 
     Raises:
         DeliveryError: no broker answers.
-        InvalidOption: kafka-python refuses the value of an option.
+        InvalidOption: kafka-python rejects the value of an option.
     """
     opened: list[KafkaNetClient] = []
 
@@ -123,9 +123,9 @@ def connect(kind: Any, options: Mapping[str, Any], **more: Any) -> Any:
 
 
 def close_producer(producer: Any, timeout_s: float) -> None:
-    """Close a KafkaProducer, with or without what it still holds.
+    """Close a KafkaProducer, even when records are outstanding.
 
-    kafka-python's own `close` ends at the first record that isn't acknowledged in time, and leaves the thread that sends.
+    kafka-python's own `close` gives up at the first record that isn't acknowledged in time, and leaves its thread alive.
     """
     try:
         producer.close(timeout=timeout_s)
@@ -136,9 +136,13 @@ def close_producer(producer: Any, timeout_s: float) -> None:
 
 
 def one_line(error: Any) -> str:
-    """An exception in one line: its class where its text doesn't say it, and its text."""
+    """An exception in one line: its text, after the name of its class where the text doesn't have it."""
     text = " ".join(str(error).split())
-    if isinstance(error, BrokerResponseError) and error.args in ((), (None,)):  # a code of the broker: the rest is a lecture
+    # Of a broker's error code, the first sentence of its description is enough.
+    if isinstance(error, BrokerResponseError) and error.args in (
+        (),
+        (None,),
+    ):
         text = str(error.description).split(". ")[0].rstrip(".")
     name = type(error).__name__
     return text if name in text else f"{name}: {text}" if text else name
@@ -169,8 +173,9 @@ def _bad_servers(found: Any) -> str:
 
 
 def _forget_in_child() -> None:
-    # A child has copies without threads, and perhaps with locks that a thread held: closing one, as kafka-python does when
-    # the interpreter ends or the object is collected, would wait for ever. Marked as closed, they do nothing.
+    # A child's copies of the clients have no threads, and perhaps locks that a thread of the parent held. kafka-python closes a
+    # client when the interpreter ends or the object is collected, and closing a copy would wait for ever. A copy that is marked
+    # as closed does nothing.
     for made in _opened:
         made._closed = True
     _opened.clear()

@@ -1,7 +1,7 @@
 """Errors of the client.
 
 HeadraceError
-├── InvalidEvent     an event that the pipeline would refuse; `path` says where
+├── InvalidEvent     an event that the pipeline would reject; `path` says where
 ├── InvalidOption    an argument of the client, or an option of its connections, is wrong
 ├── InvalidAnswer    a record of `scores` is not an answer
 ├── UnusableClient   the client was closed, or was made before this process was forked
@@ -19,7 +19,7 @@ class HeadraceError(Exception):
 
 
 class InvalidEvent(HeadraceError):
-    """An event that the pipeline would refuse; `path` says where (`$.features.price`)."""
+    """An event that the pipeline would reject; `path` says where (`$.features.price`)."""
 
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class InvalidOption(HeadraceError):
 
 
 class InvalidAnswer(HeadraceError):
-    """A record of `scores` is not what the contract says of an answer."""
+    """A record of the topic `scores` is not an answer as the contract defines it."""
 
 
 class UnusableClient(HeadraceError):

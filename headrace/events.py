@@ -1,4 +1,4 @@
-"""Events as bytes: what the pipeline takes, checked before it is sent.
+"""Events as bytes, checked before they are sent by the rules of the pipeline.
 
 | event | fields |
 | --- | --- |
@@ -7,12 +7,12 @@
 | score request | `request_id`, `context` (features shared by all), `candidates` [{`id`, `features`}]; optional: `deadline_ms` |
 
 Ids are non-empty strings. Times are integers in milliseconds since 1970-01-01 UTC, at most 40 years old (a time in seconds
-looks older). A feature is a string, a finite number, a list of strings or None. What breaks that raises InvalidEvent here,
-instead of ending in `dead-letters` later.
+looks older). A feature is a string, a finite number, a list of strings or None. An event that breaks these rules raises
+InvalidEvent here, and would end in `dead-letters` otherwise.
 
-A numpy scalar is taken as the Python number or string of exactly its value (np.float32(0.1) as 0.10000000149011612), and a
-member of an enum of strings or integers as its value. Everything else is refused: booleans, arrays, sets, dates, decimals,
-bytes; the message says what to pass.
+A numpy scalar is sent as the Python number or string of exactly its value (np.float32(0.1) as 0.10000000149011612), and a
+member of an enum of strings or integers as its value. All other types are rejected: booleans, arrays, sets, dates, decimals,
+bytes. The message says what to pass.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ Candidate = tuple[str, Features]
 WATERMARK_HEADER = "headrace-watermark"
 """Header of a watermark record: event time in ms as ASCII decimal digits."""
 
-_LATEST_MS = 253_402_300_799_999  # the end of the year 9999: beyond lie microseconds and garbage
-_MAX_AGE_MS = 40 * 365 * 86_400_000  # the join's own: before lie seconds (read as milliseconds, they are in January 1970)
+_LATEST_MS = 253_402_300_799_999  # the end of the year 9999: later times are microseconds or garbage
+_MAX_AGE_MS = 40 * 365 * 86_400_000  # the join's limit. A time in seconds, read as milliseconds, is in January 1970
 _INTEGERS = range(-(1 << 63), 1 << 64)  # what the pipeline reads without losing digits
 _MAX_VERSION = (1 << 63) - 1
 
@@ -113,7 +113,7 @@ def encode_click(impression_id: str, timestamp_ms: int) -> tuple[bytes, bytes]:
 def encode_request(
     request_id: str, context: Features, candidates: Iterable[Candidate], deadline_ms: int | None = None
 ) -> tuple[bytes, bytes]:
-    """Key and value of a score request. Raises InvalidEvent; one bad candidate refuses the whole request."""
+    """Key and value of a score request. Raises InvalidEvent, also for a whole request with one bad candidate."""
     listed: list[dict[str, Any]] = []
     if not isinstance(candidates, Iterable):
         _refuse("$.candidates", "pairs (id, features)", candidates, "Pass candidates as [(id, {name: value}), …]")
@@ -137,7 +137,7 @@ def encode_request(
 
 
 def check_time(value: Any, path: str) -> int:
-    """The time itself when it can be one. Raises InvalidEvent."""
+    """The time as an integer. Raises InvalidEvent when the value is no time in milliseconds."""
     when = plain(value)
     if not _is_integer(when) or not 0 <= when <= _LATEST_MS:
         expected = "milliseconds since 1970-01-01 UTC as an integer, before the year 10000"
@@ -149,16 +149,16 @@ def check_time(value: Any, path: str) -> int:
 
 
 def plain(value: Any) -> Any:
-    """A string, integer or float of exactly Python's own type, where the value is a numpy scalar or of a subclass.
+    """The value as Python's own string, integer or float, where it is a numpy scalar or of a subclass of these.
 
-    Everything else comes back as it is, numpy's `longdouble`, dates and arrays too: they would lose something.
+    All other values come back unchanged. So do numpy's `longdouble`, dates and arrays, which would lose precision or meaning.
     """
     if type(value) in _PLAIN:
         return value
     if type(value).__name__ == "MaskedConstant":  # numpy's for a missing value, whose item is 0
         return value
-    # numpy is no dependency of the client, and asking the value needs no import: "U" is text, "b" a boolean. A duration ("m")
-    # is one of numpy's integers, and would lose its unit.
+    # numpy is no dependency of the client, and attributes need no import: kind "U" is text, "b" a boolean. A duration,
+    # kind "m", is one of numpy's integers, and would lose its unit.
     if getattr(value, "ndim", None) == 0 and getattr(getattr(value, "dtype", None), "kind", "") in tuple("iufUb"):
         item = value.item()
         return item if type(item) in _PLAIN else value
@@ -170,7 +170,7 @@ def plain(value: Any) -> Any:
 
 
 def _unit_advice(value: Any) -> str:
-    """What to do about a time in another unit, by which unit makes it a time of the last or next 40 years."""
+    """What to do about a time in another unit: the unit by which it lies within 40 years of now. Empty when there is none."""
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LATEST_MS * 10**7:
         for unit, per_ms, how in (
             ("seconds", 0.001, "multiply by 1000"),
@@ -253,7 +253,7 @@ def _refuse(path: str, expected: str, found: Any, advice: str) -> NoReturn:
 
 
 def shown(value: Any) -> str:
-    """A value for an error's text: on one line, and cut, so that no customer's data is in a log in full."""
+    """A value for an error's text, on one line and cut at 80 characters, so that no log holds a customer's data in full."""
     try:
         text = " ".join(repr(value).split())
     except Exception:  # a whole number of more than 4,300 digits, or an object's own

@@ -1,6 +1,6 @@
-"""How long a client can be used: from when it was made until it is closed, and only in the process that made it.
+"""How long a client can be used: from its construction until it is closed, and only in the process that made it.
 
-A fork copies the memory of a client but not its threads, which do the sending: what the child sends would wait for ever.
+A fork copies the memory of a client but not its threads, which do the sending. Records sent by the child would wait for ever.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ __all__ = ["Lifetime"]
 
 
 class Lifetime:
-    """Whether an object may be used here and now.
+    """Whether an object may be used now, in this process.
 
     Args:
-        what: the object, for messages ("client").
-        again: what to do in place of using it ("Make a new Client").
+        what: the object's name in messages ("client").
+        again: what to do instead ("Make a new Client").
     """
 
     def __init__(self, what: str, again: str) -> None:
@@ -32,13 +32,13 @@ class Lifetime:
         return os.getpid() != self._pid
 
     def check(self) -> None:
-        """Raises UnusableClient when the object was closed, or was made before a fork."""
+        """Raise UnusableClient when the object was closed, or was made before a fork."""
         self.check_process()
         if self.closed:
             raise UnusableClient(f"{self._what}: expected it open, found it closed. {self._again}.")
 
     def check_process(self) -> None:
-        """Raises UnusableClient when the object was made before a fork."""
+        """Raise UnusableClient when the object was made before a fork."""
         if self.forked:
             raise UnusableClient(
                 f"{self._what}: expected the process that made it ({self._pid}), found process {os.getpid()}, which was forked "

@@ -1,4 +1,4 @@
-"""Answers of the scorers: decoding them, following them, and waiting for one's own."""
+"""Answers of the scorers: decodes them, follows all of them, and waits for the answers to one's own requests."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ import msgspec
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError, UnsupportedCodecError
 
+from headrace.arguments import check_wait
 from headrace.connections import OPEN_MS, connect, one_line
-from headrace.errors import DeliveryError, HeadraceError, InvalidAnswer, InvalidOption
-from headrace.events import plain, shown
+from headrace.errors import DeliveryError, HeadraceError, InvalidAnswer
 from headrace.lifetime import Lifetime
 
-__all__ = ["Answer", "AnswerError", "AnswerRouter", "Score", "ScoreStream", "check_wait", "decode_answer"]
+__all__ = ["Answer", "AnswerError", "AnswerRouter", "Score", "ScoreStream", "decode_answer"]
 
 log = logging.getLogger(__name__)
 
-_POLL_MS = 200  # how soon a closed stream notices; records wake the poll at once
-_LONGEST_WAIT_MS = 10 * 24 * 3_600_000  # ten days: below what the system's timers take
+_POLL_MS = 200  # how soon a closed stream ends; a record ends the poll at once
 
 
 class Score(msgspec.Struct, frozen=True):
@@ -37,7 +36,7 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class AnswerError(msgspec.Struct, frozen=True):
-    """Why a request couldn't be scored: a reason code, where in the request, and words for people."""
+    """Why a request couldn't be scored: a reason code, the path within the request, and a message for people."""
 
     reason: str
     path: str = ""
@@ -60,7 +59,7 @@ class _Value(msgspec.Struct, frozen=True):
 class Answer:
     """One record of the live score topic.
 
-    Answers come at least once: the same `request_id` may be seen twice. When `error` is not None the request couldn't be
+    Answers are sent at least once: the same `request_id` may arrive twice. When `error` is not None, the request couldn't be
     scored and `scores` is empty. `event` holds the CloudEvents attributes (`id`, `source`, `type`, `time`, …).
     """
 
@@ -88,10 +87,10 @@ _decode_value = msgspec.json.Decoder(_Value).decode
 
 
 def decode_answer(record: Any) -> Answer:
-    """From a kafka-python record of `scores`.
+    """The answer in a kafka-python record of the topic `scores`.
 
     Raises:
-        InvalidAnswer: the value is not what the contract says.
+        InvalidAnswer: the value is not an answer as the contract defines it.
     """
     try:
         value = _decode_value(record.value or b"")
@@ -117,21 +116,11 @@ def decode_answer(record: Any) -> Answer:
     )
 
 
-def check_wait(value: Any, name: str) -> Any:
-    """The time to wait, in ms, when it can be one. Raises InvalidOption."""
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _LONGEST_WAIT_MS:
-        raise InvalidOption(
-            f"{name}: expected milliseconds, from 0 to {_LONGEST_WAIT_MS} (ten days), found {shown(value)}. Pass a number."
-        )
-    return value
-
-
 class ScoreStream:
-    """The live score topic, all partitions, no consumer group: every stream sees every answer.
+    """A reader of the live score topic, all partitions, without a consumer group: every stream reads every answer.
 
-    Iterate over it (it never ends by itself; `close` from any thread ends it), or call `poll`. One thread reads.
-    Opening it waits until the positions are known: what is asked afterwards is answered where the stream can see it.
+    Iterate over the stream, which ends only by `close`, from any thread, or call `poll`. One thread at a time reads.
+    The constructor waits until the positions are known, so that the stream reads the answer to every later request.
     """
 
     def __init__(self, topic: str, options: dict[str, Any], *, from_beginning: bool = False) -> None:
@@ -151,11 +140,11 @@ class ScoreStream:
             raise
 
     def poll(self, timeout_ms: int = _POLL_MS) -> list[Answer]:
-        """The next answers, none when nothing came within the time.
+        """The next answers; an empty list when none came within the time.
 
         Raises:
-            InvalidAnswer: a record is not an answer. The next call goes on behind it.
-            HeadraceError: the topic can't be read, with the reason. So does every later call; subscribe again.
+            InvalidAnswer: a record is not an answer. The next call continues with the record after it.
+            HeadraceError: the topic can't be read; the message has the reason. Every later call raises it, too: subscribe anew.
             UnusableClient: the stream is closed, or was made before this process was forked.
         """
         until = time.monotonic() + check_wait(timeout_ms, "timeout_ms") / 1_000
@@ -175,7 +164,7 @@ class ScoreStream:
             yield from self.poll()
 
     def close(self) -> None:
-        """Leave the topic; from any thread. Closing again does nothing."""
+        """Disconnect, from any thread. Closing a closed stream does nothing."""
         self._lifetime.check_process()
         self._lifetime.closed = True
         with self._reading:
@@ -214,14 +203,14 @@ class ScoreStream:
             raise self._failed
         try:
             polled = self._consumer.poll(timeout_ms=timeout_ms)
-        except Exception as error:  # kafka-python lets through what its decompressors raise, each its own kind
-            # After a batch that it couldn't unpack, its next poll would never return.
+        except Exception as error:  # kafka-python passes on what its decompressors raise, and each has errors of its own
+            # After a batch that kafka-python couldn't unpack, its next poll would never return.
             self._failed = self._unreadable(error)
             raise self._failed from error
         return [record for records in polled.values() for record in records]
 
     def _decoded(self) -> list[Answer]:
-        """What was fetched, as far as the first record that is no answer; that one alone is raised, by the next call."""
+        """The fetched answers before the first record that isn't one. The next call raises InvalidAnswer for that record."""
         answers: list[Answer] = []
         while self._records:
             try:
@@ -247,10 +236,10 @@ class ScoreStream:
 
 
 class AnswerRouter:
-    """Reads `scores` in a thread of its own and gives each answer to the one who asked.
+    """Reads the topic `scores` in a thread of its own, and gives each answer to the future of its request.
 
-    An answer to somebody else's request, and a second answer to the same request, are dropped. A record that is no answer
-    is logged and passed over.
+    Answers to other programs' requests, and second answers to the same request, are dropped. A record that isn't an answer
+    is logged and skipped.
     """
 
     def __init__(self, topic: str, options: dict[str, Any]) -> None:
@@ -263,7 +252,7 @@ class AnswerRouter:
         self._thread.start()
 
     def expect(self, request_id: str) -> Future[Answer]:
-        """A future for the answer; call it before the request is sent.
+        """A future for the answer to a request. Call `expect` before the request is sent.
 
         Raises:
             HeadraceError: the same id is already waited for, or the reading thread has ended.
@@ -287,7 +276,7 @@ class AnswerRouter:
             self._waiting.pop(request_id, None)
 
     def close(self, timeout_s: float) -> None:
-        """Stop reading; whoever still waits gets an error."""
+        """Stop reading. Every future that still waits gets an error."""
         self._closing.set()
         if threading.current_thread() is not self._thread:  # which runs the callbacks of answers
             self._thread.join(timeout_s)
@@ -301,7 +290,7 @@ class AnswerRouter:
                 try:
                     answers = self._stream.poll()
                 except InvalidAnswer as error:
-                    log.warning("%s It is passed over.", error)
+                    log.warning("%s The record is skipped.", error)
                     continue
                 for answer in answers:
                     self._give(answer)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FeatureBatch", "gather_ranges"]
+__all__ = ["FeatureBatch", "Float32Array", "Int64Array", "gather_ranges"]
 
 Int64Array = npt.NDArray[np.int64]
 Float32Array = npt.NDArray[np.float32]

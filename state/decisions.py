@@ -6,14 +6,13 @@ they are in the log and are applied.
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from state.changes import Announcement, Cause, Change, Held, Moved, Undo
 from state.errors import Refused, StaleEpoch
 from state.gate_report import judge_version
 from state.manifest import Manifest
@@ -36,12 +35,6 @@ from state.registry import (
 from state.settings import SnapshotSettings
 
 __all__ = [
-    "Announcement",
-    "Cause",
-    "Change",
-    "Held",
-    "Moved",
-    "Undo",
     "announce",
     "due_good",
     "hold",
@@ -52,93 +45,6 @@ __all__ = [
     "tag_good",
     "take_epoch",
 ]
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Change(Generic[T]):
-    """Records to write in one transaction, in order, and the outcome of the change once they are written."""
-
-    records: tuple[KeyedRecord, ...]
-    outcome: T
-
-
-@dataclass(frozen=True, slots=True)
-class Cause:
-    """Who asks for a change, when and why. `operation` is a random id of the change; its retries have the same id."""
-
-    who: str
-    now_ms: int
-    reason: str
-    operation: str
-
-
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """Whether an announced version was promoted. `reason` is the gate's, or why the gate wasn't asked.
-
-    `previous` is the champion before; None where the version wasn't promoted, or there was none.
-    """
-
-    version: int
-    promoted: bool
-    reason: str
-    previous: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Undo:
-    """The operation that restores exactly what was before another one.
-
-    version      the version to promote; None: the champion stays, and only the hold changes
-    reason       why it is promoted
-    hold         hold auto-promotion (True), let it go on (False), or leave it as it is (None)
-    hold_reason  why it was held before
-    """
-
-    version: int | None
-    reason: str
-    hold: bool | None
-    hold_reason: str = ""
-
-    @property
-    def command(self) -> str:
-        """The command that does it."""
-        if self.version is None:
-            return (
-                f"headrace snapshot hold --reason {shlex.quote(self.hold_reason)}" if self.hold else "headrace snapshot resume"
-            )
-        words = ["headrace", "snapshot", "promote", str(self.version), "--reason", self.reason]
-        if self.hold is not None:
-            words += ["--hold", self.hold_reason] if self.hold else ["--resume"]
-        return shlex.join(words)
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """The champion was moved by hand. `undo` restores what was before; None where there was no champion before."""
-
-    version: int
-    previous: int | None
-    held: bool
-    undo: Undo | None
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Auto-promotion is held or goes on, as the log has it.
-
-    `changed` is False where it was so before. Then `reason`, `who` and `at_ms` (ms since epoch) are those of the operation that
-    did it, and `undo` is None.
-    """
-
-    held: bool
-    reason: str
-    changed: bool
-    undo: Undo | None
-    who: str = ""
-    at_ms: int = 0
 
 
 def take_epoch(state: RegistryState, *, who: str, now_ms: int) -> Change[int]:

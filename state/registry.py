@@ -22,8 +22,12 @@ from state.manifest import Manifest, finite_or_null, nan_for_null
 
 __all__ = [
     "CHAMPION_KEY",
+    "KEPT_MOVES",
+    "KEPT_RANGES",
+    "KEPT_TIMES",
     "TRAINER_KEY",
     "Champion",
+    "How",
     "KeyedRecord",
     "Move",
     "RegistryState",

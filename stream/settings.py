@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 __all__ = [
+    "DEVICES",
     "HttpSettings",
     "JoinSettings",
     "KafkaSettings",

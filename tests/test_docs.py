@@ -23,7 +23,13 @@ from tests.stream.join.written import written
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "headrace.json"
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 ASYNCAPI: dict[str, Any] = yaml.safe_load((ROOT / "docs" / "asyncapi.yaml").read_text())
+
+
+def anchor_of(heading: str) -> str:
+    """As GitHub makes it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def known_metrics() -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "path",
-    [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", *sorted((ROOT / "deploy").rglob("*.yml")), DASHBOARD],
+    [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md")), *sorted((ROOT / "deploy").rglob("*.yml")), DASHBOARD],
     ids=str,
 )
 def test_a_metric_that_is_named_exists(path: Path) -> None:
@@ -151,16 +157,45 @@ def test_metrics_are_made_where_the_pages_look_for_them() -> None:
 
 
 def test_links_between_pages_resolve() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    """Files and headings: a heading's anchor is its words in lower case, joined by hyphens."""
+    pages_by_hand = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    anchors = {page: {anchor_of(heading) for heading in HEADING.findall(page.read_text())} for page in pages_by_hand}
+    for page in pages_by_hand:
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+            path = (page.parent / target).resolve() if target else page
+            assert path.exists(), f"{page.name} links to {target}"
+            assert not anchor or anchor in anchors[path], f"{page.name} links to {target}#{anchor}"
 
 
-@pytest.mark.parametrize("page", ["reliability.md", "join.md"])
+@pytest.mark.parametrize("page", ["reliability.md", "join-rules.md"])
 def test_the_tests_that_a_page_names_exist(page: str) -> None:
-    code = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    there = set(re.findall(r"def (test_\w+)\(", code))
-    named = set(re.findall(r"`(test_\w+?)(…?)`", (ROOT / "docs" / page).read_text()))
+    """`test_name`, or `folder/test_file.py::test_name` below tests/; a name may be cut with an ellipsis."""
+    tests = ROOT / "tests"
+    there = {
+        str(path.relative_to(tests)): re.findall(r"def (test_\w+)\(", path.read_text()) for path in tests.rglob("test_*.py")
+    }
+    everywhere = [name for names in there.values() for name in names]
+    named = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+?)(…?)`", (ROOT / "docs" / page).read_text())
     assert len(named) > 5
-    missing = [name for name, cut in named if not (any(each.startswith(name) for each in there) if cut else name in there)]
+    missing = []
+    for file, name, cut in named:
+        names = there.get(file, []) if file else everywhere
+        if not (any(each.startswith(name) for each in names) if cut else name in names):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+ROOMS = ("headrace", "stream", "model", "state", "deploy", "bench", "tests", "docs")
+BY_HAND = [
+    *sorted(ROOT.glob("*.md")),
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.stem not in ("cli", "settings")),
+]
+
+
+@pytest.mark.parametrize("page", BY_HAND, ids=str)
+def test_the_files_that_a_page_names_exist(page: Path) -> None:
+    """A code span that is a path from the top of the checkout, such as `stream/join/logic.py`; join-rules.md names tests."""
+    top = ROOT / "tests" if page.name == "join-rules.md" else ROOT
+    named = re.findall(rf"`((?:{'|'.join(ROOMS)})/[\w./-]*)(?:::\w+)?`", page.read_text())
+    missing = [name for name in named if not (ROOT / name).exists() and not (top / name).exists()]
     assert missing == []

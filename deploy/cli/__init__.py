@@ -1,4 +1,4 @@
-"""The command `headrace`: nouns and verbs, each loaded when it is asked for."""
+"""The command `headrace`: its commands, each imported when it is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deploy.cli.standard_streams import prepare
 
 __all__ = ["cli", "console", "main"]
 
-# command → module:attribute. Importing this package imports none of them, so `headrace --help` needs neither torch nor Faust.
+# command → module:attribute. Importing this package imports none of the modules, so `headrace --help` loads no torch.
 COMMANDS = {
     "config": "deploy.cli.config:config",
     "data": "deploy.cli.data:data",
@@ -32,7 +32,7 @@ COMMANDS = {
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported on first use, and whose errors all end as one line and an exit code."""
+    """A group that imports a command on first use, and turns every error into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -57,25 +57,25 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="headrace")
 def cli() -> None:
-    """Online learning from a stream: Kafka in, fresh click predictions out, one command to go back.
+    """Online learning from a stream: impressions and clicks in through Kafka, fresh click predictions out.
 
     \b
     Examples:
       headrace kafka start                        run a local Apache Kafka
-      headrace topics create                      make the eight topics
+      headrace topics create                      create the eight topics
       headrace run join                           start a join worker (also: trainer, scorer)
-      headrace replay kuairand --speed 1000       feed real impressions
-      headrace snapshot rollback                  put the last good model back
+      headrace replay kuairand --speed 1000       send recorded impressions and clicks
+      headrace snapshot rollback                  serve the last good model again
     """
     quiet_clients()
 
 
 def console() -> Any:
-    """Run the command line as the process that it is: see `deploy.cli.standard_streams`."""
+    """Run the command line as a process of its own, with usable standard streams (`deploy.cli.standard_streams`)."""
     prepare()
     return main()
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Run the command line and end the process; every error is one line on stderr (`deploy.cli.failures`)."""
+    """Run the command line, then end the process. Every error is one line on stderr (`deploy.cli.failures`)."""
     return cli.main(args=argv, prog_name="headrace", standalone_mode=True)

@@ -1,4 +1,4 @@
-"""`headrace config`: see the settings, and check them."""
+"""`headrace config`: prints the settings and checks them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["config"]
 
 @click.group()
 def config() -> None:
-    """See every setting and where it came from, and check that they work together.
+    """Print every setting with its source, and check that the settings work together.
 
     \b
     Examples:
@@ -23,7 +23,7 @@ def config() -> None:
 
 
 @config.command()
-@click.option("--set", "only_set", is_flag=True, help="Only what is not a default.")
+@click.option("--set", "only_set", is_flag=True, help="Only settings that are not at their default.")
 @format_option
 def show(only_set: bool, output: str) -> None:
     """Print every key with its value and source (default, file or environment). Secrets are masked.
@@ -50,7 +50,7 @@ def show(only_set: bool, output: str) -> None:
 @config.command()
 @format_option
 def check(output: str) -> None:
-    """Check the settings, alone and together, with hints. Opens no connection. Exit code 1 when something is wrong.
+    """Check each setting, and that the settings work together. Opens no connection. Exit code 1 when there is an error.
 
     \b
     Examples:

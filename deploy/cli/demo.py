@@ -44,7 +44,7 @@ __all__ = ["demo"]
 )
 @format_option
 def demo(dataset: str, limit: int | None, fast: bool, window_ms: int, keep: Path | None, output: str) -> None:
-    """Run everything once on real impressions: Kafka, join, trainer, scorer, a rollback. About 3 minutes.
+    """Run everything once on real impressions: Kafka, join, trainer, scorer, a rollback. About 2 minutes.
 
     The exit code is 0 only if every impression got exactly one label. However the demo ends, it leaves nothing behind.
 

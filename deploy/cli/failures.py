@@ -1,7 +1,7 @@
-"""The one place where an error becomes what a user reads: one line on stderr, and an exit code.
+"""Turns every error into what a user reads: one line on stderr, and an exit code.
 
-Errors of our own carry their line already. Errors of libraries are put into words here: the object, what was expected, what was
-found, what to do. What nobody expected is a bug, and its line says so; `HEADRACE_TRACEBACK=1` prints any error's traceback.
+Our own errors carry their line already. For errors of libraries, the line is written here: the object, what was expected, what
+was found, what to do. Any other error is a bug, and its line says so. `HEADRACE_TRACEBACK=1` prints every error's traceback.
 """
 
 from __future__ import annotations
@@ -26,22 +26,23 @@ EXIT_INTERRUPTED = 128 + 2  # SIGINT
 EXIT_PIPE = 128 + 13  # SIGPIPE
 
 EXIT_CODES = {  # docs/cli.md
-    0: "done; also when Ctrl-C or SIGTERM ended a command that runs until then (a worker, `watermarks`, `scores tail`), or a "
-    "`replay` or `simulate` in order",
-    1: "an error that its line explains: Kafka, a setting, a file, a package. Or a check found something (`config check`, "
-    "`topics check`, `doctor`, `snapshot verify`, `kafka status`), or a question was answered with no",
+    0: "success. Also when Ctrl-C or SIGTERM ends a command that runs until then (a worker, `watermarks`, `scores tail`), or "
+    "ends a `replay` or `simulate` in order",
+    1: "an error that its line explains: Kafka, a setting, a file, a package; in an installation of the wheel, which holds the "
+    "client alone, every command. Also: a check found something (`config check`, `topics check`, `doctor`, `snapshot verify`, "
+    "`kafka status`), or a question was answered with no",
     2: "wrong usage",
-    3: "a rollback that not every live scorer confirmed in time; it stands",
-    EXIT_BUG: "an error that nobody expected: a bug",
+    3: "not every live scorer confirmed a rollback in time; the rollback stands",
+    EXIT_BUG: "an unexpected error: a bug",
     EXIT_INTERRUPTED: "Ctrl-C",
-    EXIT_PIPE: "who read the output has gone, as `head -1` does after a line",
+    EXIT_PIPE: "the reader of the output has ended, as `head -1` does after one line",
 }
 
-# Modules whose errors are written for people: one family in each room.
+# The modules of our own errors, one family in each room; their text is the line that a user reads.
 OWN = ("deploy.errors", "headrace.errors", "model.errors", "state.errors", "stream.errors")
-LONGEST = 600  # characters of a library's message; some print pages
+LONGEST = 600  # characters of a library's message, some of which are pages long
 
-# What to do about an error of the operating system; the others: look at the path.
+# What to do about an error of the operating system. For all others: check the path.
 CURES = {
     errno.ENOSPC: "Free space on that disk, or use another one",
     errno.EDQUOT: "Free space within the quota, or use another disk",
@@ -58,7 +59,7 @@ CURES = {
 
 
 class Failure(click.ClickException):
-    """A line for people and an exit code; click prints it and ends the process with it."""
+    """An error line and an exit code. click prints the line and ends the process with the code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -72,20 +73,20 @@ class Failure(click.ClickException):
 
 @contextlib.contextmanager
 def telling(context: click.Context | None = None) -> Iterator[None]:
-    """Run a command so that every error leaves as a `Failure`, and everything that was printed is out."""
+    """Run a command: every error becomes a `Failure`, and all output is flushed before the end."""
     try:
         yield
-        sys.stdout.flush()  # not left to the end of the process, where a failure could only be complained about
+        sys.stdout.flush()  # here, since at the end of the process a failure could no longer change the exit code
     except (click.ClickException, click.exceptions.Exit):
         raise
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # rich makes one of it, with code 1
+        if isinstance(error.__context__, BrokenPipeError):  # rich turns it into a SystemExit with code 1
             raise Failure("", EXIT_PIPE) from error
         raise
     except KeyboardInterrupt as error:
         raise Failure("", EXIT_INTERRUPTED) from error
     except click.Abort as error:
-        # click makes an Abort of Ctrl-C at a question, too, and keeps what it was as its context.
+        # click turns Ctrl-C at a question into an Abort, too, and keeps the KeyboardInterrupt as its context.
         if isinstance(error.__context__, KeyboardInterrupt):
             raise Failure("", EXIT_INTERRUPTED) from error
         raise
@@ -104,7 +105,7 @@ def telling(context: click.Context | None = None) -> Iterator[None]:
 
 
 def explained(error: BaseException) -> str | None:
-    """What a user reads of an error; None for one that nobody expected."""
+    """The line that a user reads; None for an error that isn't expected, a bug."""
     families = {(each.__module__.split(".")[0], each.__name__) for each in type(error).__mro__}
     if any(each.__module__ in OWN for each in type(error).__mro__):
         return str(error)
@@ -135,8 +136,8 @@ def explained(error: BaseException) -> str | None:
 
 def _bug(command: str, error: BaseException) -> str:
     return (
-        f"{command}: expected no such error, found {_shown(error)}. This is a bug in Headrace: please report it with what the "
-        "same command prints under HEADRACE_TRACEBACK=1."
+        f"{command}: expected no such error, found {_shown(error)}. This is a bug in Headrace: please report it with the "
+        "output of the same command under HEADRACE_TRACEBACK=1."
     )
 
 
@@ -154,8 +155,8 @@ def _import_error(error: ImportError) -> str | None:
         return None
     found = "none" if isinstance(error, ModuleNotFoundError) else f"one that can't be loaded ({_shown(error)})"
     return (
-        f"Python package {package or 'of the workers'}: expected it for this command, found {found}. Install what workers and "
-        "this command need: pip install 'headrace[worker]' (in a checkout: make setup)."
+        f"Python package {package or 'of the workers'}: expected it for this command, found {found}. Run `make setup` in "
+        "the checkout, which installs what workers and commands need."
     )
 
 

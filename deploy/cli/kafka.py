@@ -1,4 +1,4 @@
-"""`headrace kafka`: a real Apache Kafka on this machine."""
+"""`headrace kafka`: runs Apache Kafka itself on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIABLE = "HEADRACE_KAFKA__BOOTSTRAP_SERVERS"
 
 
 class _Folder(click.Path):
-    """A folder's name. An empty one is an unset variable of a shell; `reset` would take it for the current folder."""
+    """A folder's name, not empty: `--dir "$UNSET"` would otherwise make `reset` remove data from the current folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
@@ -35,7 +35,7 @@ def _dir_option(function: Callable[..., Any]) -> Callable[..., Any]:
         "--dir",
         "folder",
         type=_Folder(file_okay=False, path_type=Path),
-        help="Folder of its data, logs and ports; the setting local_kafka.dir when not given.",
+        help="The folder of its data, logs and ports. Default: the setting local_kafka.dir.",
     )(function)
 
 
@@ -47,22 +47,22 @@ def kafka() -> None:
     Examples:
       headrace kafka start                      one broker; prints its address
       headrace kafka start --brokers 3          a cluster that survives the loss of one
-      eval "$(headrace kafka start | grep ^export)"   and point this shell at it
+      eval "$(headrace kafka start | grep ^export)"   start it, and let this shell's commands use it
       headrace kafka stop                       its data stays
     """
 
 
 @kafka.command()
 @click.option(
-    "--brokers", type=click.Choice(["1", "3"]), help="How many; what the folder already holds when not given, else 1."
+    "--brokers", type=click.Choice(["1", "3"]), help="How many brokers. Default: as many as the folder already holds, else 1."
 )
 @_dir_option
 @format_option
 def start(brokers: str | None, folder: Path | None, output: str) -> None:
-    """Start it, wait until it answers, and print its address.
+    """Start Kafka, wait until it answers, and print its address.
 
-    Started again, it keeps its data and its ports; brokers that run are left alone. The first start downloads Apache
-    Kafka's jars (45 MB, checked against pinned hashes) into a cache.
+    A cluster that is started again keeps its data and its ports. Brokers that already run are left alone. The first start
+    downloads Apache Kafka's jars (45 MB, checked against pinned hashes) into a cache.
 
     \b
     Examples:
@@ -88,7 +88,7 @@ def start(brokers: str | None, folder: Path | None, output: str) -> None:
 @_dir_option
 @format_option
 def stop(folder: Path | None, output: str) -> None:
-    """Stop it; its data and its ports stay.
+    """Stop Kafka. Its data and its ports stay.
 
     \b
     Examples:
@@ -110,7 +110,7 @@ def stop(folder: Path | None, output: str) -> None:
 @_dir_option
 @format_option
 def status(folder: Path | None, output: str) -> None:
-    """Say whether it runs, and where. Exit code 1 unless all brokers run.
+    """Print whether Kafka runs, and where. Exit code 1 unless all brokers run.
 
     \b
     Examples:
@@ -124,12 +124,12 @@ def status(folder: Path | None, output: str) -> None:
 
 
 @kafka.command()
-@click.option("--yes", is_flag=True, help="Don't ask.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--yes", is_flag=True, help="Don't ask for confirmation.")
+@click.option("--dry-run", is_flag=True, help="Print what would be removed, and remove nothing.")
 @_dir_option
 @format_option
 def reset(yes: bool, dry_run: bool, folder: Path | None, output: str) -> None:
-    """Stop it and remove all its data: topics, records, offsets, logs.
+    """Stop Kafka and remove all its data: topics, records, offsets, logs.
 
     \b
     Examples:
@@ -184,7 +184,7 @@ def _echo_status(status: KafkaStatus, output: str, note: str = "") -> None:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar while jars come and a spinner while brokers start, on a terminal; a line each elsewhere."""
+    """On a terminal, a bar while jars are downloaded and a spinner while brokers start; elsewhere, a line for each."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 

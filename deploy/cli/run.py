@@ -16,7 +16,7 @@ __all__ = ["run"]
 
 @click.group()
 def run() -> None:
-    """Run a worker until SIGTERM or Ctrl-C, which drain it.
+    """Run a worker until SIGTERM or Ctrl-C, which drains it: it finishes what it has begun, and ends.
 
     \b
     Examples:
@@ -27,25 +27,24 @@ def run() -> None:
 
 
 def _common(function: Any) -> Any:
-    function = click.option("--verbose", is_flag=True, help="Also Faust's and aiokafka's everyday logs.")(function)
-    # For programs that start workers: theirs is the other end of standard input.
+    function = click.option("--verbose", is_flag=True, help="Also log what Faust and aiokafka log below warnings.")(function)
+    # For programs that start workers and hold the other end of standard input.
     function = click.option("--leash", is_flag=True, hidden=True, help="Stop when standard input ends.")(function)
     function = click.option(
         "--nice",
         type=click.IntRange(0, 19),
         default=0,
-        help="Give way by so much to what else runs on this machine: 10 for a join or trainer beside a scorer. Where Linux "
-        "shares cores out by session (autogroups), it counts against other sessions only for a worker that leads its own: a "
-        "service, a container, `setsid headrace run …`.",
+        help="Niceness, 0 to 19: 10 suits a join or trainer beside a scorer. Under Linux autogroups it affects other sessions "
+        "only if this worker leads its own session, as a service, a container and `setsid headrace run …` do.",
     )(function)
-    return click.option("--http-port", type=click.IntRange(0, 65_535), help="Instead of http.port; 0 takes a free one.")(
+    return click.option("--http-port", type=click.IntRange(0, 65_535), help="Instead of http.port; 0 takes a free port.")(
         function
     )
 
 
 def _settings(http_port: int | None, nice: int, verbose: bool, leash: bool) -> Any:
     if leash:
-        # First of all: a worker imports, connects and takes over for many seconds, and its parent may end meanwhile.
+        # First, since a worker imports, connects and takes over partitions for many seconds, and its parent may end meanwhile.
         hold_leash()
     give_way(nice)
     from deploy.logs import setup_logs
@@ -92,7 +91,7 @@ def _known_device(context: click.Context, parameter: click.Parameter, name: str 
     return name
 
 
-_device = click.option("--device", callback=_known_device, help="auto, cpu or cuda; instead of the setting.")
+_device = click.option("--device", callback=_known_device, help="auto, cpu, cuda or cuda:N, instead of the setting.")
 
 
 @run.command()
@@ -100,8 +99,8 @@ _device = click.option("--device", callback=_known_device, help="auto, cpu or cu
 @click.option(
     "--new-model",
     is_flag=True,
-    help="Begin from nothing at the start of the log, whatever the store holds. The champion stays until the new model has "
-    "been compared with it. For one start: leave it out afterwards.",
+    help="Train a new model from the start of the log, whatever the snapshot store holds. The champion stays until the new "
+    "model has been compared with it. For one start only: leave the option out afterwards.",
 )
 @_common
 def trainer(device: str | None, new_model: bool, http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
@@ -111,7 +110,7 @@ def trainer(device: str | None, new_model: bool, http_port: int | None, nice: in
     Examples:
       headrace run trainer
       headrace run trainer --device cuda
-      headrace run trainer --new-model               another schema, or a model that is to be learned anew
+      headrace run trainer --new-model               after a change of the schema, or to learn from scratch
     """
     settings = _settings(http_port, nice, verbose, leash)
     from stream.topics.names import TopicNames
@@ -136,7 +135,7 @@ def trainer(device: str | None, new_model: bool, http_port: int | None, nice: in
 @_device
 @_common
 def scorer(device: str | None, http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
-    """Answer score requests with the champion, swapping versions as they come.
+    """Answer score requests with the champion, and swap to each new champion while running.
 
     \b
     Examples:

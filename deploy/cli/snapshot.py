@@ -13,7 +13,7 @@ from deploy.cli.times import DURATION, TIME, clock, duration
 
 if TYPE_CHECKING:
     from deploy.settings import Settings
-    from state.decisions import Held
+    from state.changes import Held
     from stream.registry.operations import ChampionMoved, Operations, Plan
     from stream.topics.names import TopicNames
 

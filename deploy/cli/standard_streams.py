@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr as every command may take them for granted, whatever the terminal or supervisor gives."""
+"""Makes stdin, stdout and stderr usable for every command, whatever the terminal or supervisor provides."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, TextIO
 
 __all__ = ["STDOUT", "prepare"]
 
-STDOUT = "stdout"  # the file name that errors of writing the output carry
+STDOUT = "stdout"  # the file name in errors of writing to stdout
 
 
 def prepare() -> None:
-    """Make all three usable; called once, by the process that is the command.
+    """Prepare all three streams. The process of a command calls this once.
 
-    - One that is closed (`headrace … >&-`) becomes /dev/null. A file opened later could otherwise take its number, and get what
-      a library prints.
-    - A character that the encoding of stdout or stderr lacks (in Latin-1, say) is written as an escape, as in Python's
-      own tracebacks. Documents for machines (JSON, TOML) are UTF-8 in any case: `deploy.cli.common.echo_document`.
-    - An error of writing to stdout carries the name `stdout`: a full disk under it is told from a full disk elsewhere. What
-      stderr can't take is dropped, since there is nowhere left to complain; the exit code still speaks.
+    - A closed stream (`headrace … >&-`) becomes /dev/null. Otherwise a file opened later could take its number, and a library's
+      output would go into that file.
+    - A character that the encoding of stdout or stderr lacks (Latin-1, for example) is written as an escape, as in Python's
+      own tracebacks. Documents for machines (JSON, TOML) are always UTF-8: `deploy.cli.common.echo_document`.
+    - An error of writing to stdout has the file name `stdout`, which tells a full disk below stdout from a full disk elsewhere.
+    - Output that stderr can't take is dropped, since no stream is left to report that. The exit code still does.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
@@ -32,7 +32,7 @@ def prepare() -> None:
 
 
 class _Named(io.FileIO):
-    """stdout, whose first error says so. What comes after that is dropped: Python would try it again at the end."""
+    """stdout. Its first error names it; later output is dropped, since Python would try to write it again at the end."""
 
     failed = False
 
@@ -45,7 +45,7 @@ class _Named(io.FileIO):
 
 
 class _Dropping(io.FileIO):
-    """stderr, which has no errors."""
+    """stderr. It raises no errors."""
 
     def write(self, data: Any, /) -> int:
         try:

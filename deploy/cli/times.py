@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from stream.records.times import duration
+from stream.records.times import clock, duration
 
 __all__ = ["DURATION", "MOMENT", "TIME", "clock", "duration"]
 
@@ -63,10 +63,3 @@ class _Moment(click.ParamType):
 DURATION = _Duration()
 TIME = _Time()
 MOMENT = _Moment()
-
-
-def clock(at_ms: int | None) -> str:
-    """A time in UTC to the second, in the form that `--before` reads. A dash for never."""
-    if not at_ms:
-        return "-"
-    return datetime.datetime.fromtimestamp(at_ms / 1_000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

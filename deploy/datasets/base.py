@@ -19,6 +19,7 @@ __all__ = [
     "MAX_DELAY_MS",
     "Chunk",
     "DataSet",
+    "Int64s",
     "Pair",
     "Progress",
     "draw_delays",

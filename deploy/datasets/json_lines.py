@@ -148,9 +148,12 @@ class _Columns:
         for name, kind in self.types.items():
             values = [row.get(name) for row in rows]
             try:
-                self._chunks.setdefault(name, []).append(pa.array(values, kind))
+                chunk = pa.array(values, kind)
             except UnicodeEncodeError:
                 refuse(self._path, "text that UTF-8 can hold", "half of a surrogate pair", "Fix its source.", column=name)
+            except pa.ArrowInvalid:  # in a column of floats, Arrow rejects whole numbers beyond 2^53 even if they are doubles
+                chunk = pa.array([_with_floats(value) for value in values], kind)
+            self._chunks.setdefault(name, []).append(chunk)
 
     def columns(self) -> dict[str, pa.ChunkedArray]:
         """The columns with all values added."""
@@ -245,6 +248,13 @@ class _Shape:
         found = f"{_described(second.value)} after {_described(first.value)}"
         do = f"Write them all as strings, say, or leave the column out: --drop {name}."
         refuse(path, "values of one type", found, do, column=name, row=second.row)
+
+
+def _with_floats(value: Any) -> Any:
+    """The value, or the list, with floats instead of whole numbers."""
+    if type(value) is list:
+        return [_with_floats(item) for item in value]
+    return float(value) if type(value) is int else value
 
 
 def _described(value: Any) -> str:

@@ -28,7 +28,8 @@ from stream.topics.names import TopicNames
 
 __all__ = ["DemoResult", "demo_settings", "play", "worker_environment"]
 
-# The replay is paced so that people can watch the model learn, and so that a run ends within about 3 minutes on two cores.
+# The stream is paced so that people can watch the model learn, and so that a run takes about 2 minutes on two cores: 119 and
+# 122 s were measured (docs/experiments.md).
 REPLAY_S = 75.0
 SCORED_FRACTION = 0.15
 SETTLE_S = 90.0  # longest wait, once the stream has ended, for the last labels and for the trainer to learn them

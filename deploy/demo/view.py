@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, Group
@@ -34,7 +34,6 @@ class Figures:
     served_auc: float | None = None
     version: int | None = None
     scores_per_s: float = 0.0
-    notes: list[str] = field(default_factory=list)
 
 
 def _number(value: float | None, digits: int = 4) -> str:

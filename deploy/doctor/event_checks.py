@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deploy.cli.times import duration
 from deploy.doctor.finding import Finding
 from deploy.doctor.producers import Sent, who_sent
 from deploy.doctor.readings import Readings, Tail
 from deploy.feeding.partitions import partitions_of
-from stream.records.times import unit_of
+from stream.records.times import duration, unit_of
 
 __all__ = ["clocks", "dead_letters", "partitioner", "time_units"]
 
@@ -42,7 +41,7 @@ _CURES = {
     "restart the workers; `headrace dead-letters list --reason too_large` lists these events",
     "unreadable": "find the producer of these batches: its compression is broken, or they expand to more than 64 MiB; "
     "`headrace dead-letters list --reason unreadable` lists their partitions and offsets",
-    "framed": "set schema_registry.url (pip install 'headrace[schema-registry]'), restart the join, then run "
+    "framed": "set schema_registry.url, restart the join, then run "
     "`headrace dead-letters replay --reason framed`; or use plain JSON serializers (docs/producers.md)",
     "enveloped": "set join.envelope to what `headrace dead-letters list --reason enveloped` names, restart the join, then run "
     "`headrace dead-letters replay --reason enveloped` (docs/producers.md)",

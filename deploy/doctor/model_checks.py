@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from deploy.cli.times import clock, duration
 from deploy.doctor.finding import Finding
 from deploy.doctor.readings import Readings
 from state.registry import VersionRecord
+from stream.records.times import clock, duration
 
 __all__ = ["calibration", "champion", "gate", "hold", "publishes_nothing", "publishing", "scorers", "skew", "versions"]
 

@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deploy.cli.times import clock, duration
 from deploy.doctor.finding import Finding
 from deploy.doctor.model_checks import publishes_nothing
 from deploy.doctor.readings import Partition, Readings
-from stream.records.times import MAX_TIMESTAMP_MS
+from stream.records.times import MAX_TIMESTAMP_MS, clock, duration
 from stream.topics.needs import MEND
 
 __all__ = ["deleted", "lag", "low_water", "open_transactions", "watermark"]

@@ -78,7 +78,7 @@ def kafka_version(path: Path = LOCK) -> str:
 
 
 def cache_root(settings: LocalKafkaSettings) -> Path:
-    """Where jars are kept, one folder a version of Kafka.
+    """The folder where jars are kept, with one folder for each version of Kafka.
 
     Raises:
         LocalKafkaError: there is no home folder, or Java couldn't name the folder's files.
@@ -101,12 +101,12 @@ def cache_root(settings: LocalKafkaSettings) -> Path:
 
 
 def jars(settings: LocalKafkaSettings, *, lock: Path = LOCK, on_progress: OnProgress = lambda done, total: None) -> list[Path]:
-    """Bring every pinned jar into the cache, if it isn't there, and check all hashes.
+    """Download the pinned jars that the cache lacks, and check the hashes of all.
 
-    Two processes may do this at once: files are checked aside and moved into place whole.
+    Two processes may do this at once: a download goes to a folder of its own, is checked there, and is moved into place whole.
 
     Raises:
-        LocalKafkaError: a jar can't be had, or isn't the one pinned.
+        LocalKafkaError: a jar can't be downloaded, or its hash isn't the pinned one.
     """
     pinned = read_lock(lock)
     folder = cache_root(settings) / pinned[0].version

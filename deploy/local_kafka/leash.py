@@ -1,7 +1,7 @@
 """The process that stops a local Kafka when the process that uses it has ended, in whatever way.
 
-It reads its standard input, a pipe that only the user's process holds open: the end of the input is the end of the user.
-Nothing is imported before that, so that waiting costs little memory.
+Its standard input is a pipe that only the user's process holds open, so the input ends when that process ends. Nothing is
+imported before, so that waiting costs little memory.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import signal
 import sys
 
+__all__ = ["main"]
+
 
 def main() -> None:
-    # A terminal's hang-up or a supervisor's signal to all is exactly when it must still do its work.
+    """Wait for the end of standard input, then stop the brokers of the folder in the first argument."""
+    # A terminal's hang-up, or a supervisor's signal to a whole group, ends the user's process: this one must outlive it.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()

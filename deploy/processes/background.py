@@ -1,6 +1,6 @@
-"""Background processes that can be found again from another process, and never mistaken for a stranger's.
+"""Background processes that another program can find again, and never mistakes for a stranger's.
 
-A pid alone is reused by the system; a pid with the moment it started is not.
+The system gives the pid of an ended process to a new one. A pid together with the moment its process started names one process.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import psutil
 
 __all__ = ["Process", "mark", "stop_all"]
 
@@ -21,24 +21,32 @@ POLL_S = 0.02  # between two looks at a process that is asked to stop; a look co
 
 
 class Process(msgspec.Struct, frozen=True):
-    """A process by its pid and the moment it started, in the system's own words (compared, never read)."""
+    """A process by its pid and the moment it started. `started` is compared as text, never read."""
 
     pid: int
     started: str
 
     @property
     def alive(self) -> bool:
-        """Whether this very process still runs. One that has ended but was not waited for does not."""
-        return _started(self.pid) == self.started
+        """Whether this very process still runs. A process that has ended but was not waited for (a zombie) does not."""
+        # Twice: when the clock is set between psutil's two readings, one answer is wrong.
+        return any(_started(self.pid) == self.started for _ in range(2))
 
     def send(self, number: signal.Signals) -> bool:
-        """Send a signal if this very process still runs; whether it was sent. Raises PermissionError: it is another user's."""
+        """Send a signal if this very process still runs, and return whether it was sent.
+
+        Raises:
+            PermissionError: it is another user's.
+        """
         if not self.alive:
             return False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-            return True
-        return False
+        try:
+            psutil.Process(self.pid).send_signal(number)
+        except psutil.AccessDenied as error:
+            raise PermissionError(f"process {self.pid}: expected one of this user, found another user's") from error
+        except psutil.NoSuchProcess:
+            return False
+        return True
 
 
 def mark(pid: int) -> Process | None:
@@ -69,24 +77,23 @@ def _wait(processes: Sequence[Process], timeout_ms: int) -> None:
 
 
 def _started(pid: int) -> str | None:
+    """The run of the machine, and the moment within it; None when no process with this pid runs."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None if Path("/proc/self/stat").exists() else _started_by_ps(pid)
-    # The command's name, in brackets, may hold spaces and brackets; what follows it is state, ppid, … start time (22nd).
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else f"{_boot()}:{fields[19]}"
+        process = psutil.Process(pid)
+        if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+            return None
+        created = process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+    if not psutil.LINUX:
+        return f"{created:.2f}"
+    # Linux counts start times from the machine's boot. psutil adds the time of the boot, which moves when the clock is set.
+    ticks = round((created - psutil.boot_time()) * os.sysconf("SC_CLK_TCK"))
+    return f"{_boot()}:{ticks}"
 
 
 def _boot() -> str:
-    """Tells one run of the machine from another: start times count from its boot."""
+    """Linux's id of this run of the machine, for which psutil has no call."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
-
-
-def _started_by_ps(pid: int) -> str | None:
-    """For systems with no /proc, as macOS."""
-    answer = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    state, _, started = answer.stdout.strip().partition(" ")
-    return None if not started or state.startswith("Z") else started.strip()

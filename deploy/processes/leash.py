@@ -1,4 +1,7 @@
-"""Ending with the process that started this one, in whatever way that ends: its end of standard input is a leash."""
+"""A leash: this process ends when the process that started it ends, even by kill -9.
+
+The parent holds the other end of standard input, and the system closes that end when the parent ends.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ __all__ = ["hold_leash"]
 
 
 def hold_leash() -> None:
-    """From now on the end of standard input is a SIGTERM: it ends a process that starts, and drains a worker that runs."""
+    """Send this process SIGTERM when standard input ends. SIGTERM drains a running worker, and ends a starting one."""
 
     def wait() -> None:
-        # Not through sys.stdin: a thread that waits in it keeps the interpreter from ending.
+        # Not through sys.stdin: the interpreter can't end while a thread waits in it.
         while os.read(0, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Giving way to other processes where workers share a machine's cores."""
+"""Lowers a worker's priority where it shares a machine's cores with other processes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ ATTEMPTS, RETRY_S = 10, 0.1
 
 
 def give_way(niceness: int) -> None:
-    """Lower this process's priority by `niceness` (0 to 19); where it leads a session, against other sessions, too.
+    """Lower this process's priority by `niceness` (0 to 19), and that of its session if this process leads the session.
 
-    Linux's autogroups (sched(7), "The autogroup feature") share the cores out between sessions first, and niceness counts
-    only within one: a worker with a session of its own is nice to nobody but itself until its group is, too. The group of a
-    session that another process leads, a shell's, isn't this one's to change: all that runs there would give way, for good.
+    Linux's autogroups (sched(7), "The autogroup feature") first share the cores out between sessions; niceness then counts
+    within a session only. A worker alone in its session therefore gives way to others only when its group has the niceness,
+    too. The group of a session that another process leads (a shell) is left alone: all programs there would give way for good.
     """
     if not niceness:
         return
     os.nice(niceness)
     if os.getsid(0) != os.getpid():
         return
-    with contextlib.suppress(OSError):  # no autogroups here, or an older kernel
+    with contextlib.suppress(OSError):  # the kernel has no autogroups
         for _ in range(ATTEMPTS):
             try:
                 Path("/proc/self/autogroup").write_text(str(niceness))

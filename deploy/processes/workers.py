@@ -1,4 +1,4 @@
-"""Worker processes of the demo and of the tests: `headrace run …` on a leash, so that none outlives who started it."""
+"""Worker processes for the demo, benchmarks and tests: `headrace run …` on a leash, so that none outlives its parent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.errors import DeployError
+from deploy.processes.usage import usage
 
 __all__ = ["Worker", "stop_workers"]
 
@@ -31,13 +33,13 @@ def _free_port() -> int:
 
 
 class Worker:
-    """One `headrace run KIND`. It ends when this process ends, in whatever way.
+    """One `headrace run KIND`. The worker ends when this process ends, even by kill -9.
 
     Args:
         kind: join, trainer or scorer.
-        env: its whole environment, HEADRACE_* included.
-        log: its stderr is appended there.
-        nice: how much it gives way to what else runs here.
+        env: the worker's whole environment, HEADRACE_* included.
+        log: the file that the worker's stderr is appended to.
+        nice: the worker's niceness, 0 to 19.
     """
 
     def __init__(self, kind: str, env: Mapping[str, str], log: Path, *, cwd: Path, nice: int = 0) -> None:
@@ -45,7 +47,7 @@ class Worker:
         self._env, self._cwd = dict(env), cwd
         self.program = [sys.executable, "-m", "headrace"]
         self._process: subprocess.Popen[bytes] | None = None
-        self._peak_kb = 0
+        self._peak_rss_mb = 0.0
 
     @property
     def pid(self) -> int:
@@ -57,18 +59,18 @@ class Worker:
         return None if self._process is None else self._process.poll()
 
     def start(self) -> None:
-        """Start it, also again after it has ended."""
+        """Start the worker. A worker that has ended can be started again."""
         self.wait_stopped()  # closes the old leash
         command = [*self.program, "run", self.kind, "--leash", "--http-port", str(self.port)]
         command += ["--nice", str(self._nice)]
         with self.log.open("ab") as stderr:
-            # A session of its own: Ctrl-C in the terminal is for the parent, which stops its workers in order.
+            # In a session of its own, so that Ctrl-C reaches the parent alone, which stops its workers in order.
             self._process = subprocess.Popen(
                 command, env=self._env, cwd=self._cwd, stdin=subprocess.PIPE, stderr=stderr, start_new_session=True
             )
 
     def check(self) -> None:
-        """Raises DeployError with the last lines of its log when the worker has ended."""
+        """Raise DeployError, with the last lines of the log, when the worker has ended."""
         code = self.returncode
         if code is not None:
             lines = self.log.read_text(errors="replace").splitlines()[-12:]
@@ -93,7 +95,7 @@ class Worker:
             time.sleep(POLL_S)
 
     def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
-        """Its metrics now, by (sample name, label values); empty while it can't answer."""
+        """The worker's metrics now, by (sample name, label values); empty while it doesn't answer."""
         try:
             with self._get("/metrics") as answer:
                 text = answer.read().decode()
@@ -106,11 +108,10 @@ class Worker:
         }
 
     def peak_rss_mb(self) -> float:
-        """The most memory it has held, in MiB (VmHWM); what was last seen once it has ended."""
-        with contextlib.suppress(OSError, StopIteration):
-            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
-            self._peak_kb = int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-        return round(self._peak_kb / 1024, 1)
+        """The most memory that the worker has held, in MiB; after its end, the last value that was read."""
+        with contextlib.suppress(psutil.Error):
+            self._peak_rss_mb = usage(self.pid).peak_rss_mb or self._peak_rss_mb  # 0 of one that has ended
+        return round(self._peak_rss_mb, 1)
 
     def kill(self) -> None:
         """SIGKILL: what a crash looks like."""

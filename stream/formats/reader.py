@@ -210,7 +210,7 @@ def open_formats(settings: SchemaRegistrySettings, failed: Callable[[], None] = 
     if missing:
         raise StreamError(
             f"schema_registry.url is set: expected the packages {', '.join(_PACKAGES.values())}, found no "
-            f"{', '.join(missing)}. Install them: pip install 'headrace[schema-registry]'"
+            f"{', '.join(missing)}. Run `make setup` in the checkout, which installs them."
         )
     if settings.ssl_cafile is not None:
         try:

@@ -25,7 +25,7 @@ import msgspec
 
 from stream.formats.refused import RefusedError
 
-__all__ = ["row_json"]
+__all__ = ["json_row", "row_json"]
 
 # Fields of an impression or a click that are no features.
 CONTRACT = frozenset(("impression_id", "timestamp", "features", "score", "model_version"))

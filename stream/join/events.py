@@ -93,9 +93,8 @@ def read_run(
     return fast if fast is not None else _read_slow(records, max_future_ms, max_watermark_future_ms, values)
 
 
-def _read_fast(records: Sequence[Record], max_future_ms: int, opened: Sequence[_Opened] | None = None) -> Events | None:
-    """Decode a run in one call; None when any record must be checked alone."""
-    values = [record.value for record in records] if opened is None else opened
+def _read_fast(records: Sequence[Record], max_future_ms: int, values: Sequence[_Opened]) -> Events | None:
+    """Decode a run, with `values` as they were opened, in one call; None when any record must be checked alone."""
     keys = [record.key for record in records]
     try:
         lines = b"\n".join(values)  # type: ignore[arg-type]  # TypeError for what is not bytes
@@ -120,10 +119,9 @@ def _read_fast(records: Sequence[Record], max_future_ms: int, opened: Sequence[_
 
 
 def _read_slow(
-    records: Sequence[Record], max_future_ms: int, max_watermark_future_ms: int, opened: Sequence[_Opened] | None = None
+    records: Sequence[Record], max_future_ms: int, max_watermark_future_ms: int, values: Sequence[_Opened]
 ) -> Events:
     events = Events()
-    values = [record.value for record in records] if opened is None else opened
     for record, value in zip(records, values, strict=True):
         if isinstance(value, Refused):
             events.dead.append(DeadLetter.of(record, *value))

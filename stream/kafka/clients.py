@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from aiokafka.admin import AIOKafkaAdminClient
 
 __all__ = [
+    "STOP_S",
     "admin_client",
     "aiokafka_options",
     "answer",

@@ -70,7 +70,6 @@ class Run:
     partition: int
     before: int  # fetch position before the first record
     after: int  # fetch position after the last one
-    end: int  # end of the log (the last stable offset) when it was fetched
     records: list[LogRecord]
     held: _Held | None = None  # counts the run's bytes for as long as the run exists
 
@@ -206,9 +205,8 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
             after = state.position
             if after > before:
                 self._next[tp] = after
-                end = state.highwater if state.lso is None else state.lso
                 records = fetched.get(tp, [])
-                runs[tp] = Run(tp.topic, tp.partition, before, after, end or 0, records, self.run_bytes.take(records))
+                runs[tp] = Run(tp.topic, tp.partition, before, after, records, self.run_bytes.take(records))
         return runs
 
     async def seek_runs(self, offsets: Mapping[TP, int]) -> None:

@@ -5,7 +5,9 @@ The client has the same rule of units for itself (`headrace/events.py`).
 
 from __future__ import annotations
 
-__all__ = ["MAX_AGE_MS", "MAX_TIMESTAMP_MS", "duration", "too_old", "unit_of", "wrong_unit"]
+import datetime
+
+__all__ = ["MAX_AGE_MS", "MAX_TIMESTAMP_MS", "clock", "duration", "too_old", "unit_of", "wrong_unit"]
 
 # The end of the year 9999, the last one that ISO 8601 writes in four digits.
 MAX_TIMESTAMP_MS = 253_402_300_799_999
@@ -45,3 +47,10 @@ def duration(span_ms: float) -> str:
         if span_ms >= size_ms:
             return f"{span_ms / size_ms:.3g} {unit}"
     return f"{span_ms:.0f} ms"
+
+
+def clock(at_ms: int | None) -> str:
+    """A time in UTC to the second, in the form that `--before` reads. A dash for never."""
+    if not at_ms:
+        return "-"
+    return datetime.datetime.fromtimestamp(at_ms / 1_000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

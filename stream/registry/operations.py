@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, overload
 
 from state import decisions
-from state.decisions import Cause, Held, Moved, Undo
+from state.changes import Cause, Held, Moved, Undo
 from state.errors import Refused, SnapshotCorrupt, SnapshotError
 from state.registry import RegistryState
 from state.store import SnapshotStore

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from state import decisions
-from state.decisions import Announcement, Cause, Change, Held, Moved
+from state.changes import Announcement, Cause, Change, Held, Moved
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
 from state.registry import KeyedRecord, RegistryState, encode_record

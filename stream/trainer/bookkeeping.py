@@ -18,7 +18,7 @@ import torch
 
 from model.errors import ModelError
 
-__all__ = ["Bookkeeping", "bookkeeping_in", "bookkeeping_state", "from_json", "restore_bookkeeping", "to_json"]
+__all__ = ["Bookkeeping", "State", "bookkeeping_in", "bookkeeping_state", "from_json", "restore_bookkeeping", "to_json"]
 
 log = logging.getLogger(__name__)
 

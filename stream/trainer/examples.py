@@ -18,7 +18,7 @@ from stream.records.example import read_examples
 from stream.records.join_notes import is_note
 from stream.records.record import Record
 
-__all__ = ["DecodedRun", "ExampleDecoder", "hash_ids"]
+__all__ = ["BoolArray", "DecodedRun", "ExampleDecoder", "Float32Array", "Float64Array", "Int64Array", "hash_ids"]
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]

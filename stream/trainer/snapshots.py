@@ -12,7 +12,7 @@ import msgspec
 
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
-from state.decisions import Announcement
+from state.changes import Announcement
 from state.errors import Refused, SnapshotError
 from state.manifest import Manifest
 from state.settings import SnapshotSettings

@@ -208,7 +208,7 @@ def _from(run: Run, offset: int) -> Run:
     if run.before == offset:
         return run
     records = [record for record in run.records if record.offset >= offset]
-    return Run(run.topic, run.partition, offset, run.after, run.end, records)
+    return Run(run.topic, run.partition, offset, run.after, records)
 
 
 async def run_trainer(

@@ -19,8 +19,8 @@ from rich.table import Table
 from tests.faults.clusters import Clusters
 from tests.faults.code import code_now, commit_now
 from tests.faults.kinds import KINDS, kind_named
+from tests.faults.play import Result, play
 from tests.faults.report import read_results, totals, write_table
-from tests.faults.run import Result, play
 
 RESULTS = Path(".headrace/faults.jsonl")
 PAGE = Path("docs/reliability.md")

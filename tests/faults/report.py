@@ -8,7 +8,7 @@ from statistics import median
 
 import msgspec
 
-from tests.faults.run import Result
+from tests.faults.play import Result
 from tests.faults.stream import WINDOW_MS
 
 __all__ = ["read_results", "table", "totals", "write_table"]

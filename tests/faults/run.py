@@ -1,21 +1,16 @@
-"""One run: a stream goes in, a kind of fault happens meanwhile, and the ledger says whether anything came of it."""
+"""One run: a stream goes in, a kind of fault happens meanwhile, and the ledger says whether anything was lost by it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import re
-import shutil
 import signal
-import sys
 import time
-import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from aiokafka import AIOKafkaConsumer
@@ -24,96 +19,30 @@ from aiokafka.structs import TopicPartition
 
 from deploy.demo.play import worker_environment
 from deploy.local_kafka.cluster import LocalKafka
-from deploy.processes.workers import Worker
 from deploy.settings import Settings
 from state.settings import SnapshotSettings
 from stream.kafka.clients import aiokafka_options
 from stream.settings import JoinSettings, KafkaSettings, TopicSettings
-from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
-from tests.faults.clusters import Clusters, Skipped
+from tests.faults.clusters import Clusters
+from tests.faults.fault_worker import END_S, FaultWorker
 from tests.faults.ledger import FOREVER_MS, Ledger, Life
 from tests.faults.logs import Logs
-from tests.faults.nursery import Nursery
 from tests.faults.sender import Sender
-from tests.faults.stream import HORIZON_MS, LATENESS_MS, MAX_FUTURE_MS, WINDOW_MS, Sent, Stream, ordinary
+from tests.faults.stream import HORIZON_MS, LATENESS_MS, MAX_FUTURE_MS, WINDOW_MS, Sent, Stream
 from tests.faults.worker import Fault
 
-__all__ = ["POLL_S", "FaultWorker", "Kind", "Result", "Run", "happens", "play", "variant"]
+__all__ = ["POLL_S", "Run", "happens"]
 
 PATIENCE_S = 120.0
-FAULT_S = 40.0  # for a fault to happen
+FAULT_S = 40.0  # the longest wait for a fault to happen
 POLL_S = 0.2
-END_S = 60.0  # a worker drains within 9 s by itself, but for writes that a slow disk holds up
 MAX_RESTARTS = 20
-NURSERY = Nursery()
-
-Maker = Callable[[int, int, int], Stream]
-
-
-class Result(msgspec.Struct):
-    """What one run came to: a line of the results' file."""
-
-    kind: str
-    seed: int
-    lost: int
-    doubled: int
-    wrong: int
-    recovery_s: float | None
-    """From the end of the fault until every partition of `examples` has a new transaction; None where one had no more."""
-    restarts: int
-    """Of workers that ended without being asked to."""
-    events: int
-    seconds: float
-    problems: list[str]
-    hold_ms: int = 0
-    negative_rate: float = 1.0
-    skipped: str = ""
-    """Why the fault can't be made on this machine; such a run counts for nothing."""
-    code: str = ""
-    """What it is a result of; see `tests.faults.code`."""
-
-
-class FaultWorker(Worker):
-    """A join worker with a fault built in until it is started again."""
-
-    def __init__(self, env: dict[str, str], log: Path, *, cwd: Path, before: Sequence[str] = ()) -> None:
-        super().__init__("join", env, log, cwd=cwd)
-        self.program = [*before, sys.executable, "-m", "tests.faults.worker"]
-        # What strace or the loader must have to do with is executed; the others are forked.
-        self._forked = not before and "LD_PRELOAD" not in env
-        self.wanted = False
-        self.ended: list[int] = []  # exit codes of the ends that nobody asked for
-
-    def arm(self, fault: Fault) -> None:
-        self._env["FAULT"] = msgspec.json.encode(fault).decode()
-
-    def settings(self, settings: Settings) -> None:
-        """From its next start on."""
-        self._env = worker_environment(settings) | {"FAULT": self._env.get("FAULT", "{}")}
-
-    def start(self) -> None:
-        if self._forked:
-            self.wait_stopped()
-            arguments = ["run", self.kind, "--leash", "--http-port", str(self.port)]
-            self._process = NURSERY.start(arguments, self._env, self._cwd, self.log)  # type: ignore[assignment]
-        else:
-            super().start()
-        self.wanted = True
-
-    def end(self, number: int = signal.SIGKILL) -> None:
-        """End it, and leave it ended; blocks."""
-        self.wanted = False
-        assert self._process is not None
-        self._process.send_signal(number)
-        code = self._process.wait(END_S)
-        if code not in (0, -number):
-            self.ended.append(code)
 
 
 @contextlib.asynccontextmanager
 async def happens(what: str) -> AsyncIterator[None]:
-    """A part of the fault that is waited for: without it the run is an error."""
+    """Wait for a part of the fault. A run without it is an error, never a success."""
     try:
         async with asyncio.timeout(FAULT_S):
             yield
@@ -122,15 +51,15 @@ async def happens(what: str) -> AsyncIterator[None]:
 
 
 class Run:
-    """What a kind of fault has to work with.
+    """One run: the cluster, the stream, the workers, and the actions that a kind of fault takes on them.
 
     Attributes:
-        draw: everything random comes from here, so that a seed says it all.
+        draw: the source of everything random, so that a seed repeats a run.
         kafka: the cluster.
-        logs: what the topics hold.
-        lives: the settings that the stream was joined under so far.
-        everyone: all workers ever started, also those whose name another has now.
-        fault_over: when the fault was over (monotonic); from then on recovery is timed.
+        logs: reads what the topics hold.
+        lives: the settings that the stream was joined under so far, one entry for each change.
+        everyone: all workers ever started, also those whose name another worker has now.
+        fault_over: when the fault ended, in monotonic seconds. Recovery is timed from then on.
     """
 
     def __init__(
@@ -139,9 +68,9 @@ class Run:
         self.draw, self.kafka, self.folder, self.stream = random.Random(seed), kafka, folder, stream
         self.clusters = clusters
         self.links: dict[str, int] = {}
-        self.before: tuple[str, ...] = ()  # what the command of a worker begins with
-        self.environment: dict[str, str] = {}  # of workers, besides the settings
-        self.drains_late = False  # asked to stop at the end, a worker may take longer than the drain limit, and end with 1
+        self.before: tuple[str, ...] = ()  # words before a worker's command, such as strace
+        self.environment: dict[str, str] = {}  # more environment of the workers, besides their settings
+        self.drains_late = False  # whether a worker may exceed its drain limit at the end, and exit with 1
         replicas = kafka.brokers
         base = Settings(
             kafka=KafkaSettings(bootstrap_servers=kafka.bootstrap_servers),
@@ -163,8 +92,8 @@ class Run:
         self.sent = False
         self._second_half = asyncio.Event()
         self._second_half.set()
-        self._ends: dict[int, int] = {}  # of `examples`, by partition, as last seen
-        self._committed: list[tuple[float, float, int]] = []  # since when, and when, a partition of it was seen to have grown
+        self._ends: dict[int, int] = {}  # partition of `examples` → its end, as last seen
+        self._committed: list[tuple[float, float, int]] = []  # (previous look, this look, partition), each time it grew
 
     def state_of(self, name: str) -> Path:
         return self.folder / f"state-{name}"
@@ -172,7 +101,7 @@ class Run:
     def worker(
         self, name: str = "one", fault: Fault | None = None, *, state: Path | None = None, instance: str = ""
     ) -> FaultWorker:
-        """Start a worker; with a fault that it has until its next start."""
+        """Start a worker. It has the fault until its next start."""
         settings = self.settings.model_copy(update={"state_dir": state or self.state_of(name)})
         if self.settings.join.instance_id is not None:
             settings = _with_join(settings, instance_id=instance or name)
@@ -190,32 +119,32 @@ class Run:
         worker.arm(Fault(links=self.links))
 
     async def end(self, worker: FaultWorker, number: int = signal.SIGKILL) -> None:
-        """End a worker, and leave it ended."""
+        """End a worker; the supervisor doesn't start it again."""
         await asyncio.to_thread(worker.end, number)
 
     async def leave(self, worker: FaultWorker) -> None:
-        """End a worker while others stay, in order or not. Only what is killed leaves something to recover from."""
+        """End one worker among others, by SIGTERM or SIGKILL at random. Recovery is timed only after SIGKILL."""
         number = self.draw.choice([signal.SIGTERM, signal.SIGKILL])
         await self.end(worker, number)
         if number == signal.SIGKILL:
             self.over()
 
     async def died(self, worker: FaultWorker, code: int = -signal.SIGKILL) -> None:
-        """Wait until the fault built in has happened, and the supervisor has started the worker again."""
+        """Wait until the worker's built-in fault has ended it, and the supervisor has started it again."""
         async with happens("the worker ends by the fault"):
             while not worker.ended:
                 await asyncio.sleep(POLL_S)
         assert worker.ended[0] == code, f"expected the fault to end the worker with {code}, found {worker.ended[0]}"
 
     async def labels(self, count: int = 1) -> None:
-        """Wait until that many more labels or so are seen committed, or all is sent."""
+        """Wait until about `count` more labels are seen committed, or all events are sent."""
         began, have = time.monotonic(), sum(self._ends.values())
         while sum(self._ends.values()) < have + count and not self.sent:
             assert time.monotonic() - began < PATIENCE_S, "no labels"
             await asyncio.sleep(POLL_S)
 
     async def change(self, worker: FaultWorker, **join: object) -> None:
-        """Other settings for a worker that has ended, the only one: from what it has committed on."""
+        """Give the only worker, which has ended, other settings. They hold from what the worker has committed on."""
         await asyncio.sleep(0.5)  # a commit that the kill came upon is through by then
         committed, ends = await asyncio.to_thread(lambda: (self.logs.committed(), self.logs.ends("examples")))
         self.settings = _with_join(self.settings, **join)
@@ -226,7 +155,7 @@ class Run:
         self.lives.append(replace(life(self.settings.join), impressions_from=since, examples_from=ends))
 
     async def refused(self, pattern: str, *workers: FaultWorker) -> None:
-        """Wait until each worker has refused to go on for a second time, and leave it ended."""
+        """Wait until each worker has exited with 1 for a second time, with `pattern` in its log; then keep it ended."""
         for worker in workers:
             async with happens(f"the worker ends, and says {pattern!r}"):
                 while worker.ended.count(1) < 2:
@@ -237,7 +166,7 @@ class Run:
             assert re.search(pattern, log), f"expected the worker to say {pattern!r}, found:\n{log[-3_000:]}"
 
     def hold(self) -> None:
-        """Keep back the second half of the stream's last phase until `go_on`: what is hurt by then has work left."""
+        """Keep back the second half of the stream's last phase until `go_on`: workers have work left after the fault."""
         self._second_half.clear()
 
     def go_on(self) -> None:
@@ -247,7 +176,7 @@ class Run:
         await asyncio.sleep(self.draw.uniform(least_s, most_s))
 
     def over(self) -> None:
-        """The fault is over: from now on it is recovery."""
+        """Note that the fault is over: recovery begins."""
         self.fault_over = time.monotonic()
 
     def recovery_s(self) -> float | None:
@@ -281,7 +210,7 @@ class Run:
         self.sent = True
 
     async def supervise(self) -> None:
-        """Start again what ends by itself, as a supervisor would."""
+        """Start workers again that end by themselves, as a supervisor would."""
         while True:
             for worker in self.workers.values():
                 if worker.wanted and (code := worker.returncode) is not None:
@@ -292,7 +221,7 @@ class Run:
             await asyncio.sleep(POLL_S)
 
     async def watch(self) -> None:
-        """See how far `examples` is committed."""
+        """Note how far `examples` is committed, again and again."""
         topic = TopicNames.of(self.settings.topics).examples
         places = [TopicPartition(topic, number) for number in range(self.settings.topics.partitions)]
         options = {**aiokafka_options(self.settings.kafka), "request_timeout_ms": 5_000}
@@ -301,7 +230,7 @@ class Run:
                 consumer = AIOKafkaConsumer(**options, isolation_level="read_committed")
                 try:
                     await consumer.start()
-                    since = 0.0  # when the answer before was asked for
+                    since = 0.0  # when the previous answer was asked for
                     while True:
                         asked = time.monotonic()
                         # Not `wait_for`, which before Python 3.12 may swallow the cancellation that ends this.
@@ -313,17 +242,17 @@ class Run:
                                 self._committed.append((since, time.monotonic(), tp.partition))
                         since = asked
                         await asyncio.sleep(POLL_S)
-                finally:  # also of one that could not start
+                finally:  # also for a consumer that could not start
                     await consumer.stop()
             await asyncio.sleep(POLL_S)
 
     async def ledger(self, sent: list[Sent] | None = None, until_ms: int = FOREVER_MS) -> Ledger:
-        """What is there now, held against what was sent."""
+        """A ledger of the logs as they are now against the events that were sent."""
         found = await asyncio.to_thread(self.logs.read)
         return Ledger(self.lives, found, self.stream.rows if sent is None else sent, until_ms=until_ms)
 
     async def complete(self, sent: list[Sent] | None = None, until_ms: int = FOREVER_MS) -> Ledger:
-        """Wait until nothing is missing of what the watermark settles, or there is something wrong."""
+        """Wait until no label that the watermark settles is missing, or until something is doubled or wrong."""
         ends = time.monotonic() + PATIENCE_S
         while (ledger := await self.ledger(sent, until_ms)).lost and not ledger.doubled and not ledger.wrong:
             if time.monotonic() > ends:
@@ -351,51 +280,6 @@ class Run:
         return ledger
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of fault.
-
-    Args:
-        play: makes it happen while the stream goes in; may send the stream by itself when `sends` is false.
-        cluster: `shared`, `alone`, `three` or `clock`.
-        static: whether workers have an instance id; None draws.
-        stream: makes it from a seed, the hold and the skew.
-        sends: whether the stream is sent while it plays.
-        settles: whether everything must be there in the end; else the join has refused to go on, and nothing may be wrong.
-        killed: how often a worker kills itself, exactly.
-        crashes: how often workers may end with 1, least and most: where the fault is one that a worker must not live on.
-    """
-
-    name: str
-    play: Callable[[Run], Awaitable[None]]
-    cluster: str = "shared"
-    static: bool | None = None
-    stream: Maker = ordinary
-    sends: bool = True
-    settles: bool = True
-    join: tuple[tuple[str, object], ...] = ()
-    killed: int = 0
-    crashes: tuple[int, int] = (0, 0)
-
-    def unexpected(self, ended: list[int]) -> list[str]:
-        """What is wrong with the exit codes of workers that nobody asked to end."""
-        killed, crashed = ended.count(-signal.SIGKILL), ended.count(1)
-        least, most = self.crashes
-        if killed == self.killed and least <= crashed <= most and killed + crashed == len(ended):
-            return []
-        return [f"expected {self.killed} kills and {least} to {most} ends with 1, found workers that ended with {ended}"]
-
-
-def variant(name: str, seed: int) -> dict[str, Any]:
-    """The holds, rates and skews that runs mix."""
-    draw = random.Random(f"variant of {name} {seed}")
-    return {
-        "hold_ms": draw.choice([0, 300, 3_000, WINDOW_MS]),
-        "negative_rate": draw.choice([1.0, 1.0, 0.5, 0.1]),
-        "negative_skew_ms": draw.choice([0, 0, 300]),
-    }
-
-
 def life(join: JoinSettings) -> Life:
     """Settings as the ledger knows them, from the beginning."""
     hold_ms = min(join.hold_ms, join.window_ms)
@@ -421,105 +305,3 @@ def _join(join: JoinSettings, *, static: bool, **chosen: object) -> JoinSettings
         "instance_id": "one" if static else None,
     }
     return join.model_copy(update={**update, **chosen})
-
-
-@contextlib.contextmanager
-def _ended(run: Run) -> Iterator[None]:
-    """No worker is left, whatever happened."""
-    try:
-        yield
-    finally:
-        for worker in run.everyone:
-            if worker.returncode is None:
-                os.kill(worker.pid, signal.SIGCONT)
-                worker.kill()
-            worker.wait_stopped()
-
-
-async def _play(kind: Kind, run: Run) -> Ledger:
-    background: list[asyncio.Future[Any]] = [asyncio.ensure_future(run.supervise()), asyncio.ensure_future(run.watch())]
-
-    async def act() -> Ledger:
-        if kind.sends:
-            sending = asyncio.ensure_future(run.send())
-            background.append(sending)
-        await kind.play(run)
-        if not kind.settles:
-            ledger = await run.ledger()
-            ledger.lost, ledger.problems = 0, [problem for problem in ledger.problems if not problem.startswith("lost")]
-            return ledger
-        if kind.sends:
-            await sending
-        return await run.settle()
-
-    acting = asyncio.ensure_future(act())
-    try:
-        await asyncio.wait([acting, *background], return_when=asyncio.FIRST_COMPLETED)
-        for task in background[:2]:  # they end only by an error
-            if task.done():
-                task.result()
-        return await acting
-    finally:
-        everything = [acting, *background]
-        for task in everything:
-            task.cancel()
-        await asyncio.gather(*everything, return_exceptions=True)
-
-
-def play(kind: Kind, seed: int, clusters: Clusters, folder: Path, *, code: str = "") -> Result:
-    """One run of a kind; blocks. A run whose fault could not be made is an error, never a success."""
-    chosen = {**variant(kind.name, seed), **dict(kind.join)}
-    result = Result(
-        kind=kind.name,
-        seed=seed,
-        lost=0,
-        doubled=0,
-        wrong=0,
-        recovery_s=None,
-        restarts=0,
-        events=0,
-        seconds=0.0,
-        problems=[],
-        hold_ms=chosen["hold_ms"],
-        negative_rate=chosen["negative_rate"],
-        code=code,
-    )
-    try:
-        with clusters.use(kind.cluster) as kafka:
-            _play_on(kafka, kind, seed, clusters, folder, chosen, result)
-    except Skipped as reason:
-        result.skipped = str(reason)
-    except Exception as error:
-        traceback.print_exc()
-        result.problems.append(f"the run failed: {error!r}")
-    return result
-
-
-def _play_on(
-    kafka: LocalKafka, kind: Kind, seed: int, clusters: Clusters, folder: Path, chosen: dict[str, Any], result: Result
-) -> None:
-    draw = random.Random(f"{kind.name} {seed}")
-    slug = "".join(letter if letter.isalnum() else "-" for letter in kind.name)[:60]
-    work = folder / f"{slug}-{seed}-{draw.randrange(1 << 24):06x}"
-    work.mkdir(parents=True)
-    static = draw.random() < 0.5 if kind.static is None else kind.static
-    stream = kind.stream(seed, min(chosen["hold_ms"], chosen.get("window_ms", WINDOW_MS)), chosen["negative_skew_ms"])
-    run = Run(seed, kafka, work, static=static, stream=stream, clusters=clusters, **chosen)
-    create_topics(run.settings.kafka, run.settings.topics)
-    began = time.monotonic()
-    with _ended(run), run.logs:
-        try:
-            ledger = asyncio.run(_play(kind, run))
-            result.lost, result.doubled, result.wrong = ledger.lost, ledger.doubled, ledger.wrong
-            result.problems = ledger.problems[:20]
-        except Skipped:
-            raise
-        except Exception as error:
-            traceback.print_exc()
-            result.problems = [f"the run failed: {error!r}; see {work}"]
-    ended = [end for worker in run.everyone for end in worker.ended]
-    result.problems += kind.unexpected(ended)
-    result.recovery_s, result.restarts = run.recovery_s(), len(ended)
-    result.events, result.seconds = len(stream.rows), round(time.monotonic() - began, 1)
-    if not result.problems:
-        shutil.rmtree(work)

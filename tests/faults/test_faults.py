@@ -20,8 +20,8 @@ from tests.faults.clusters import Clusters
 from tests.faults.code import ROOT, code_now, deciding_files
 from tests.faults.kinds import KINDS, kind_named
 from tests.faults.nursery import Nursery
+from tests.faults.play import Kind, Result, play
 from tests.faults.report import BEGIN, END, table, totals, write_table
-from tests.faults.run import Kind, Result, play
 
 
 @pytest.mark.kafka

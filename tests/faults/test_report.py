@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.faults.code import ROOT
+from tests.faults.play import Result
 from tests.faults.report import BEGIN, END, table, write_table
-from tests.faults.run import Result
 
 
 def result(kind: str = "a kill", **changes: object) -> Result:

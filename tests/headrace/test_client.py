@@ -15,6 +15,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.partitioner import murmur2
 
 import headrace.client
+import headrace.delivery
 from deploy.settings import Settings
 from headrace import Client, DeliveryError, InvalidAnswer, InvalidEvent, NoAnswer
 from stream.topics.admin import create_topics
@@ -146,7 +147,7 @@ def test_a_record_above_the_limit_says_the_sizes(client: Client) -> None:
 
 
 def test_a_missing_topic_says_how_to_make_it(kafka: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(headrace.client, "_MAX_BLOCK_MS", 1_000)
+    monkeypatch.setattr(headrace.delivery, "_MAX_BLOCK_MS", 1_000)
     with (
         Client(kafka.bootstrap_servers, topic_prefix="nobody-made-") as client,
         pytest.raises(DeliveryError, match=r"topic 'nobody-made-impressions': expected its partitions.*headrace topics create"),

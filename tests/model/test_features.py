@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
-import json
-import math
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,29 +14,17 @@ from model.arrow_json import Doubt
 from model.batch import FeatureBatch
 from model.errors import FeatureError, ModelError
 from model.features import FeatureDecoder
-from model.hashing import hash_bytes, missing_key, number_key
-from model.schema import FeatureSchema, FieldSpec
-
-SCHEMA = FeatureSchema(
-    fields=(
-        FieldSpec(name="user"),
-        FieldSpec(name="tags", kind="list"),
-        FieldSpec(name="item", space="user"),
-        FieldSpec(name="price", kind="numeric"),
-        FieldSpec(name="age", kind="numeric", buckets="linear", width=5),
-        FieldSpec(name="dwell", kind="numeric", buckets="scaled"),
-        FieldSpec(name="words", kind="list", space="tags"),
-    )
+from model.hashing import number_key
+from model.schema import FeatureSchema
+from tests.model.made_features import (
+    SCHEMA,
+    finite,
+    impression,
+    raw,
+    reference_row,
+    rows_of,
+    values,
 )
-
-
-def impression(features: Any, **envelope: Any) -> bytes:
-    return json.dumps({"impression_id": "i", "timestamp": 1, "features": features, **envelope}).encode()
-
-
-def raw(features: str, rest: str = "") -> bytes:
-    return f'{{"impression_id":"i","timestamp":1,"features":{features}{rest}}}'.encode()
-
 
 GOOD = [
     raw('{"user":"u1","item":"i9","price":1.5,"age":33,"dwell":-2,"tags":["a","b"],"words":["a"]}'),
@@ -71,6 +55,7 @@ GOOD = [
     raw('{"other":' + "[" * 300 + "]" * 300 + "}"),
     raw('{"other":' + "9" * 6000 + "}"),
 ]
+
 
 BAD = [
     (b"", "malformed_json", "$"),
@@ -137,50 +122,8 @@ BAD = [
     (raw("{}", ',"model_version":"7"'), "wrong_type", "$.model_version"),
 ]
 
+
 CORPUS: list[bytes | None] = [*GOOD, *(payload for payload, _, _ in BAD)]
-
-
-# The keys that a row must have, computed value by value.
-
-
-def reference_row(values: list[reference.Value]) -> tuple[list[int], list[float], list[list[int]]]:
-    keys, scales, lists = [], [], []
-    for value, field in zip(values, SCHEMA.fields, strict=True):
-        space = field.hash_space
-        if field.kind == "list":
-            lists.append([hash_bytes(v.encode(), space) for v in value or []] or [missing_key(space)])
-            continue
-        scale = 1.0
-        if value is None:
-            keys.append(missing_key(space))
-        elif isinstance(value, str):
-            keys.append(hash_bytes(value.encode(), space))
-        elif field.buckets == "scaled":
-            keys.append(number_key(0, space))
-            scale = math.copysign(math.log1p(abs(value)), value)
-        else:
-            keys.append(number_key(reference_bucket(value, field), space))
-        scales.append(scale)
-    return keys, scales, lists
-
-
-def reference_bucket(x: float, field: FieldSpec) -> int:
-    if field.buckets == "linear":
-        return max(-(1 << 62), min(1 << 62, math.floor(x / field.width)))
-    mantissa, exponent = math.frexp(1 + abs(x))
-    edges = [2 ** (step / field.per_octave) for step in range(field.per_octave)]
-    bucket = (exponent - 1) * field.per_octave + bisect.bisect_right(edges, 2 * mantissa) - 1
-    return ~bucket if x < 0 else bucket
-
-
-def rows_of(batch: FeatureBatch) -> list[tuple[list[int], list[float], list[list[int]]]]:
-    rows = []
-    for row in range(len(batch)):
-        bounds = batch.list_offsets[row * batch.lists : (row + 1) * batch.lists + 1]
-        lists = [batch.list_keys[a:b].tolist() for a, b in pairwise(bounds)]
-        assert batch.scales is not None
-        rows.append((batch.keys[row].tolist(), batch.scales[row].tolist(), lists))
-    return rows
 
 
 def assert_decoded_as_the_reference_says(payloads: list[bytes | None]) -> None:
@@ -258,21 +201,6 @@ def test_a_field_that_changes_its_type_along_the_run() -> None:
     assert_decoded_as_the_reference_says(payloads)
 
 
-numbers = st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.sampled_from([0.0, -0.0, 3.0, 2.0**53])
-leaves = st.none() | st.booleans() | numbers | st.text(max_size=12)
-values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner))
-finite = st.fixed_dictionaries(
-    {},
-    optional={
-        "user": st.none() | st.text(max_size=20) | st.integers(-(2**63), 2**63 - 1),
-        "item": st.integers(0, 5),
-        "tags": st.none() | st.lists(st.text(max_size=5), max_size=4),
-        "words": st.lists(st.sampled_from(["a", "b"]), max_size=3),
-        "price": st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(10**30), 10**30),
-        "age": st.floats(-1e3, 1e3),
-        "dwell": st.floats(-1e3, 1e3) | st.integers(-5, 5),
-    },
-)
 likely = st.tuples(finite, st.just({}) | st.fixed_dictionaries({"other": values})).map(lambda parts: parts[0] | parts[1])
 odd = st.dictionaries(st.sampled_from(["user", "item", "tags", "price", "dwell", "x"]), values)
 
@@ -301,9 +229,6 @@ def test_mangled_records(payload: bytes, data: st.DataObject) -> None:
     assert rows_of(fast.batch)[1][::2] == expected[::2]
 
 
-# Buckets
-
-
 @pytest.mark.parametrize(
     ("price", "bucket"), [(0, 0), (0.18, 0), (0.19, 1), (1, 4), (3, 8), (7, 12), (-0.1, -1), (-1, -5), (1e308, 4092)]
 )
@@ -323,87 +248,6 @@ def test_integers_and_their_strings_share_a_row_and_so_do_fields_of_one_space() 
         FeatureDecoder(SCHEMA).impressions([impression({"user": 7, "item": "7"}), impression({"user": "7", "item": 7.0})]).batch
     )
     assert len(np.unique(batch.keys[:, :2])) == 1
-
-
-# Score requests
-
-
-def request(**parts: Any) -> bytes:
-    return json.dumps({"request_id": "r", "candidates": [], **parts}).encode()
-
-
-def test_a_candidates_feature_wins_over_the_contexts() -> None:
-    context = {"user": "u", "price": 2, "dwell": 3, "tags": ["c"], "words": ["w"]}
-    own = {"item": 5, "price": 9, "dwell": None, "tags": ["x", "y"], "words": None}
-    payload = request(context=context, candidates=[{"id": "a", "features": own}, {"id": "b"}], deadline_ms=77)
-    for payloads in ([payload], [payload] * 40):
-        decoded = FeatureDecoder(SCHEMA).requests(payloads)
-        assert not decoded.bad
-        assert decoded.request_ids[0] == "r"
-        assert decoded.candidate_ids[0] == ["a", "b"]
-        assert decoded.deadlines_ms.tolist() == [77] * len(payloads)
-        assert decoded.offsets.tolist() == list(range(0, 2 * len(payloads) + 1, 2))
-        merged = {**context, "item": 5, "price": 9, "tags": ["x", "y"]}
-        expected = FeatureDecoder(SCHEMA).impressions([impression(merged), impression(context)]).batch
-        assert rows_of(decoded.batch)[:2] == rows_of(expected)
-        assert rows_of(decoded.batch)[-2:] == rows_of(expected)
-
-
-BAD_REQUESTS = [
-    (b"", "malformed_json", "$"),
-    (b'{"candidates":[]}', "missing_field", "$"),
-    (b'{"request_id":"r"}', "missing_field", "$"),
-    (request(request_id=7), "wrong_type", "$.request_id"),
-    (request(candidates={}), "nested", "$.candidates"),
-    (request(candidates=[None]), "wrong_type", "$.candidates[0]"),
-    (request(candidates=[{"features": {}}]), "missing_field", "$.candidates[0]"),
-    (request(candidates=[{"id": 5}]), "wrong_type", "$.candidates[0].id"),
-    (request(candidates=[{"id": "a"}, {"id": "b", "features": []}]), "wrong_type", "$.candidates[1].features"),
-    (request(candidates=[{"id": "a", "features": {"price": "x"}}]), "wrong_type", "$.candidates[0].features.price"),
-    (request(candidates=[{"id": "a", "features": {"tags": [3]}}]), "wrong_type", "$.candidates[0].features.tags[0]"),
-    (request(context=[]), "wrong_type", "$.context"),
-    (request(context={"user": {}}), "nested", "$.context.user"),
-    (request(context={"price": math.inf}), "not_finite", "$.context.price"),
-    (request(deadline_ms="soon"), "wrong_type", "$.deadline_ms"),
-    (request(deadline_ms=-1), "wrong_type", "$.deadline_ms"),
-]
-
-
-@pytest.mark.parametrize(("payload", "reason", "path"), BAD_REQUESTS)
-def test_bad_requests(payload: bytes, reason: str, path: str) -> None:
-    good = request(request_id="good", candidates=[{"id": "a", "features": {"user": 1}}], context={"item": "x"})
-    for before, after in ((0, 0), (30, 7)):
-        decoded = FeatureDecoder(SCHEMA).requests([good] * before + [payload] + [good] * after)
-        (bad,) = decoded.bad
-        assert (bad.index, bad.reason, bad.path) == (before, reason, path)
-        assert decoded.rows.tolist() == [i for i in range(before + 1 + after) if i != before]
-        assert len(decoded.batch) == decoded.offsets[-1] == before + after
-
-
-requests = st.fixed_dictionaries(
-    {
-        "request_id": st.text(max_size=5),
-        "candidates": st.lists(st.fixed_dictionaries({"id": st.text(max_size=3)}, optional={"features": finite}), max_size=4),
-    },
-    optional={"context": st.none() | finite, "deadline_ms": st.none() | st.integers(0, 2**50)},
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(requests, min_size=9, max_size=20))
-def test_any_requests(records: list[Any]) -> None:
-    payloads = [json.dumps(record).encode() for record in records]
-    decoded = FeatureDecoder(SCHEMA).requests(payloads)
-    expected = [reference.decode_request(payload, SCHEMA) for payload in payloads]
-    assert not decoded.bad
-    assert decoded.request_ids == [e.request_id for e in expected]
-    assert decoded.candidate_ids == [e.candidate_ids for e in expected]
-    assert decoded.deadlines_ms.tolist() == [e.deadline_ms for e in expected]
-    rows = [reference_row(values) for e in expected for values in e.candidates]
-    assert [row[::2] for row in rows_of(decoded.batch)] == [row[::2] for row in rows]
-
-
-# Batches
 
 
 @settings(deadline=None)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 
 __all__ = ["Case", "Ended", "black_hole", "commands", "run_all"]
 
@@ -167,13 +168,12 @@ def _drained(reading: int) -> bytes:
 
 
 def _session(leader: int) -> list[str]:
-    """Processes of a session: what a command started and left."""
+    """The command lines of a session's processes: those that a command started and left behind."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rsplit(")", 1)[1].split()
-            if int(fields[3]) == leader and fields[0] != "Z":
-                found.append((stat.parent / "cmdline").read_text().replace("\0", " "))
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(pid) == leader and (process := psutil.Process(pid)).status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
     return found
 
 

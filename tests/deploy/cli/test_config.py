@@ -105,7 +105,7 @@ def test_a_key_that_was_replaced_says_by_what(monkeypatch: pytest.MonkeyPatch) -
             "snapshots.served_calibration_band",
             "the alarm would never end",
         ),
-        ({"local_kafka": {"java": "/nowhere/java"}}, "error", "local_kafka.java", "Mend the path"),
+        ({"local_kafka": {"java": "/nowhere/java"}}, "error", "local_kafka.java", "Correct the path"),
     ],
 )
 def test_findings(change: dict[str, Any], level: str, key: str, says: str) -> None:
@@ -129,7 +129,7 @@ def test_a_schema_registry_without_its_packages(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("stream.formats.reader._there", lambda module: module != "fastavro")
     [found] = [each for each in findings(Settings(schema_registry={"url": "https://a"})) if each.level == "error"]
     assert found.key == "schema_registry.url"
-    assert "pip install 'headrace[schema-registry]'" in found.message
+    assert "Run `make setup` in the checkout" in found.message
 
 
 def test_the_join_is_given_the_schema_registry(monkeypatch: pytest.MonkeyPatch) -> None:

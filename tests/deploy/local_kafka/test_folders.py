@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from deploy.local_kafka.cluster import LONGEST_DIR, LocalKafka
 from deploy.local_kafka.jars import cache_root, jars
 from deploy.settings import LocalKafkaSettings
 from tests.deploy.local_kafka.test_cluster import create, read, write
+from tests.other_user import as_nobody
 
 # A list's comma, an escape, what shells, properties, log4j2 and class paths take for theirs, letters beyond Latin-1 and ASCII,
 # an é of two characters, a line break, a space at the end.
@@ -115,19 +115,6 @@ def test_reset_removes_nothing_that_start_did_not_make(tmp_path: Path) -> None:
     LocalKafka(LocalKafkaSettings(dir=tmp_path)).reset()
     assert left(tmp_path) == ["lock", "logs", "node-mine"]
     assert left(tmp_path / "logs") == ["app.log", "node-10.log"]
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Without root's rights, for which no mode is an obstacle."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65_534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 @pytest.fixture

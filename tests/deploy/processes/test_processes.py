@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
-from deploy.processes import background as processes
+from deploy.processes import background
 from deploy.processes.background import Process, mark, stop_all
+from deploy.processes.usage import usage
 
 
 @pytest.fixture
@@ -56,10 +59,39 @@ def test_deaf_and_paused_processes_are_ended() -> None:
             assert paused.wait() == -signal.SIGTERM
 
 
-def test_ps_tells_the_same_of_a_process(sleeper: subprocess.Popen[bytes]) -> None:
-    first = processes._started_by_ps(sleeper.pid)
-    assert first
-    assert processes._started_by_ps(sleeper.pid) == first
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_mark_counts_from_the_boot(sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting the clock changes no mark, and the state files of earlier versions hold the same text."""
+    stat = Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    process = mark(sleeper.pid)
+    assert process is not None and process.started == f"{boot}:{stat[19]}"
+    real = psutil.boot_time()
+    for module in (psutil, psutil._pslinux):
+        monkeypatch.setattr(module, "boot_time", lambda: real + 3_600.0)
+    assert process.alive
     sleeper.kill()
     sleeper.wait()
-    assert processes._started_by_ps(sleeper.pid) is None
+    assert not process.alive and mark(sleeper.pid) is None
+
+
+def test_a_clock_set_between_two_readings_ends_nothing(
+    sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = mark(sleeper.pid)
+    readings = iter([psutil.boot_time() + 1.0])
+    monkeypatch.setattr(background.psutil, "boot_time", lambda: next(readings, psutil._pslinux.boot_time()))
+    assert process is not None and process.alive
+
+
+def test_usage_of_a_process() -> None:
+    program = "import sys; held = bytearray(64 << 20); del held; sum(range(3_000_000)); print(flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=pipe, stdout=pipe) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.readline()
+        used = usage(child.pid)
+        child.stdin.close()
+    assert used.cpu_seconds > 0 and 0 < used.rss_mb < used.peak_rss_mb - 50, used
+    with pytest.raises(psutil.NoSuchProcess):
+        usage(child.pid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.faults.kinds import brokers, clocks, killed, logs, records, state, workers
-from tests.faults.run import Kind
+from tests.faults.play import Kind
 
 __all__ = ["KINDS", "kind_named"]
 

@@ -8,7 +8,9 @@ from typing import TypeVar
 
 from stream.topics.names import TopicNames
 from tests.faults.admin import Admin
-from tests.faults.run import POLL_S, FaultWorker, Kind, Run
+from tests.faults.fault_worker import FaultWorker
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run
 
 __all__ = ["MAYBE", "ask", "group_of", "kinds", "names_of", "ready"]
 

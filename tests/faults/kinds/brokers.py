@@ -12,7 +12,8 @@ from aiokafka.structs import TopicPartition
 from stream.kafka.clients import aiokafka_options
 from tests.faults.kinds.base import MAYBE, ask, group_of, kinds, names_of, ready
 from tests.faults.network import ADD_OFFSETS, END_TRANSACTION, INIT_PRODUCER, PRODUCE, TRANSACTION_OFFSETS, Link
-from tests.faults.run import POLL_S, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 
 __all__ = ["KINDS"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.faults.clusters import Clock
 from tests.faults.kinds.base import MAYBE, kinds, ready
-from tests.faults.run import Kind, Run
+from tests.faults.play import Kind
+from tests.faults.run import Run
 
 __all__ = ["KINDS"]
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tests.faults.clusters import Skipped
 from tests.faults.kinds.base import kinds, ready
-from tests.faults.run import POLL_S, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 from tests.faults.stream import WINDOW_MS
 from tests.faults.worker import RECOVERY, REVOKE, STEPS, Fault
 

@@ -8,7 +8,8 @@ import signal
 
 from stream.topics.admin import create_topics
 from tests.faults.kinds.base import ask, kinds, names_of, ready
-from tests.faults.run import POLL_S, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 from tests.faults.sender import Sender
 
 __all__ = ["KINDS"]

@@ -6,7 +6,8 @@ from functools import partial
 
 from tests.faults.kinds.base import kinds
 from tests.faults.kinds.killed import random_kills
-from tests.faults.run import Kind, Run
+from tests.faults.play import Kind
+from tests.faults.run import Run
 from tests.faults.stream import large, quiet, returning, wrong_clocks
 
 __all__ = ["KINDS"]

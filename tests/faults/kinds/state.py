@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from tests.faults.clusters import Skipped
+from tests.faults.fault_worker import FaultWorker
 from tests.faults.kinds.base import kinds, ready
-from tests.faults.run import POLL_S, FaultWorker, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 from tests.faults.sender import Sender
 from tests.faults.stream import CLICKS, ordinary
 from tests.faults.worker import Fault

@@ -8,7 +8,8 @@ import shutil
 import signal
 
 from tests.faults.kinds.base import kinds, ready
-from tests.faults.run import POLL_S, Kind, Run, happens
+from tests.faults.play import Kind
+from tests.faults.run import POLL_S, Run, happens
 
 __all__ = ["KINDS"]
 

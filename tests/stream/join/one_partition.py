@@ -73,4 +73,4 @@ async def take(settings: Settings) -> PartitionJoin:
 async def runs(settings: Settings, topics: Sequence[str]) -> list[Run]:
     """All that is in these topics, a run each."""
     read_back = {topic: await read(settings, topic) for topic in topics}
-    return [Run(topic, 0, 0, len(records), len(records), records) for topic, records in read_back.items()]
+    return [Run(topic, 0, 0, len(records), records) for topic, records in read_back.items()]

@@ -135,7 +135,7 @@ class Bench:
             for index, row in enumerate(rows)
         ]
         after = before + len(rows) + gap
-        return Run(topic, NUMBER, before, after, after, records)
+        return Run(topic, NUMBER, before, after, records)
 
     async def step(self, impressions: list[Any], clicks: list[Any], *, gap: int = 0) -> list[Any]:
         """One step; what the producer was asked in it."""

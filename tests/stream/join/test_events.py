@@ -53,6 +53,16 @@ def neighbour(offset: int) -> Any:
     return record(offset, b"n%d" % offset, envelope(f"n{offset}"))
 
 
+def quick(records: list[Any]) -> Events | None:
+    """The fast path, on values as they came."""
+    return _read_fast(records, MAX_FUTURE_MS, [record.value for record in records])
+
+
+def slow(records: list[Any]) -> Events:
+    """The slow path, on values as they came."""
+    return _read_slow(records, MAX_FUTURE_MS, MAX_FUTURE_MS, [record.value for record in records])
+
+
 def columns(events: Events) -> tuple[Any, ...]:
     return (
         events.keys,
@@ -73,7 +83,7 @@ def test_a_bad_record_is_set_aside_wherever_it_stands(case):
             records = [neighbour(offset) for offset in range(count + 1)]
             records[place] = of(case, place)
             events = read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS)
-            assert columns(events) == columns(_read_slow(records, MAX_FUTURE_MS, MAX_FUTURE_MS))
+            assert columns(events) == columns(slow(records))
             assert events.offsets == [offset for offset in range(count + 1) if offset != place]
             [letter] = events.dead
             assert (letter.reason, letter.path, letter.offset) == (case.reason, case.path, place)
@@ -88,7 +98,7 @@ def test_what_only_others_can_judge_is_passed_on(case):
         records = [neighbour(offset) for offset in range(4)]
         records[place] = of(case, place)
         events = read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS)
-        assert columns(events) == columns(_read_slow(records, MAX_FUTURE_MS, MAX_FUTURE_MS))
+        assert columns(events) == columns(slow(records))
         assert events.dead == []
         assert events.values == [each.value for each in records]
 
@@ -118,9 +128,9 @@ def test_the_whole_corpus_in_one_run():
 def test_the_fast_path_takes_ordinary_runs():
     records = [neighbour(offset) for offset in range(50)]
     records += [of(case, 50 + index) for index, case in enumerate(TRAINER) if case.name not in SLOW_BUT_GOOD]
-    fast = _read_fast(records, MAX_FUTURE_MS)
+    fast = quick(records)
     assert fast is not None
-    assert columns(fast) == columns(_read_slow(records, MAX_FUTURE_MS, MAX_FUTURE_MS))
+    assert columns(fast) == columns(slow(records))
 
 
 # Good JSON that isn't one object a line.
@@ -140,7 +150,7 @@ SLOW_BUT_GOOD = {"spread over lines", "carriage returns", "spaces around"}
 )
 def test_records_that_only_balance_together_are_refused(values):
     records = [record(offset, key, value) for offset, (key, value) in enumerate(zip((b"a", b"b"), values, strict=True))]
-    assert _read_fast(records, MAX_FUTURE_MS) is None
+    assert quick(records) is None
     assert read_run(records, MAX_FUTURE_MS, MAX_FUTURE_MS).dead
 
 
@@ -152,9 +162,9 @@ VALUES = st.one_of(st.none(), st.just(_A), st.just(_B), st.lists(PIECES, max_siz
 @given(st.lists(st.tuples(st.sampled_from([b"a", b"b", None]), VALUES), max_size=5))
 def test_the_fast_path_never_says_otherwise(rows):
     records = [record(offset, key, value) for offset, (key, value) in enumerate(rows)]
-    fast = _read_fast(records, MAX_FUTURE_MS)
+    fast = quick(records)
     if fast is not None:
-        assert columns(fast) == columns(_read_slow(records, MAX_FUTURE_MS, MAX_FUTURE_MS))
+        assert columns(fast) == columns(slow(records))
 
 
 @given(st.lists(st.binary(max_size=30), max_size=4))
@@ -248,7 +258,7 @@ def test_the_corpus_as_it_lies_in_the_log(codec):
             (case.key, case.value, case.headers_read) for case in cases
         ]
         events = read_run(read, MAX_FUTURE_MS, MAX_FUTURE_MS)
-        assert columns(events) == columns(_read_slow(read, MAX_FUTURE_MS, MAX_FUTURE_MS))
+        assert columns(events) == columns(slow(read))
         assert [(letter.offset, letter.reason) for letter in events.dead] == [
             (offset, case.reason) for offset, case in enumerate(cases, start) if case.judge == "envelope"
         ]

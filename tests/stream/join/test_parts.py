@@ -192,5 +192,5 @@ def test_a_worker_without_the_packages_of_the_registry_does_not_start(monkeypatc
         http=HttpSettings(),
         state_dir=tmp_path,
     )
-    with pytest.raises(StreamError, match=r"found no fastavro. Install them: pip install 'headrace\[schema-registry\]'"):
+    with pytest.raises(StreamError, match=r"found no fastavro. Run `make setup` in the checkout"):
         asyncio.run(starting)

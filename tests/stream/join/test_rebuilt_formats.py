@@ -124,7 +124,7 @@ class OnePartition:
             (NAMES.clicks, partition.positions.clicks),
         ):
             end = len(self.log.topics[topic])
-            runs.append(Run(topic, 0, start, end, end, self.log.records(topic, start)))
+            runs.append(Run(topic, 0, start, end, self.log.records(topic, start)))
         await partition._step(await partition._prepared(runs))
 
     async def stop(self, partition: PartitionJoin) -> None:

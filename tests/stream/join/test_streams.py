@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stream.join.settings_history import NEVER_MS
 from stream.settings import JoinSettings
-from tests.stream.join.test_logic import END_MS, SETTINGS, Checked
+from tests.stream.join.checked import END_MS, SETTINGS, Checked
 
 SOURCES = ("impressions", "clicks")
 partition_of = DefaultPartitioner()

@@ -62,7 +62,7 @@ async def step(settings: Settings, partition: PartitionJoin) -> None:
     for run in await runs(settings, (names.impressions, names.clicks)):
         before = ours.impressions if run.topic == names.impressions else ours.clicks
         records = [record for record in run.records if record.offset >= before]
-        await partition._step([Run(run.topic, 0, before, run.after, run.end, records)])
+        await partition._step([Run(run.topic, 0, before, run.after, records)])
 
 
 def test_what_is_larger_than_the_outputs_take_is_a_dead_letter_without_its_bytes(topics, tmp_path):

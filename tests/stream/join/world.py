@@ -160,7 +160,7 @@ class World:
         for count in counts:
             after = min(start + count, len(log))
             if after > start:
-                cut.append(Run(topic, 0, start, after, len(log), self.log.records(topic, start, after)))
+                cut.append(Run(topic, 0, start, after, self.log.records(topic, start, after)))
             start = after
         return cut
 

@@ -15,7 +15,7 @@ from tests.stream.scorer.factory import record
 def run(partition: int, before: int, after: int, *, gaps: frozenset[int] = frozenset(), value: bytes = b"v") -> Run:
     """A run in which the offsets in `gaps` hold no record (transaction markers)."""
     kept = [offset for offset in range(before, after) if offset not in gaps]
-    return Run("score-requests", partition, before, after, after, [record(value, b"k", offset, partition) for offset in kept])
+    return Run("score-requests", partition, before, after, [record(value, b"k", offset, partition) for offset in kept])
 
 
 _lengths = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12)), max_size=20)

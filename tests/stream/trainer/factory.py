@@ -70,7 +70,7 @@ def record(
 def run(records: Sequence[Any], *, partition: int = 0, before: int | None = None, after: int | None = None) -> Run:
     first = records[0].offset if before is None else before
     last = records[-1].offset + 1 if after is None else after
-    return Run("examples", partition, first, last, last, list(records))
+    return Run("examples", partition, first, last, list(records))
 
 
 def columns(offsets: Iterable[int], *, partition: int = 0, after: int | None = None, letters: int = 0) -> DecodedRun:

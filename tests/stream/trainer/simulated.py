@@ -99,7 +99,7 @@ class Chain:
                     topic="examples", partition=0, offset=offset, timestamp=until_ms, key=key, value=value, headers=kept
                 )
             )
-        run = Run("examples", 0, self._offset, self._offset + len(records), self._offset + len(records), records)
+        run = Run("examples", 0, self._offset, self._offset + len(records), records)
         self._offset = run.after
         decoded = self._examples.decode(run)
         assert not decoded.letters

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from state.decisions import Announcement
+from state.changes import Announcement
 from state.errors import Refused, SnapshotError
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore

@@ -16,7 +16,7 @@ from stream.kafka.transport import LogEnd, Run
 from stream.settings import KafkaSettings
 from stream.worker import Part, Worker, membership
 
-RUN = Run("clicks", 0, 0, 5, 5, [])
+RUN = Run("clicks", 0, 0, 5, [])
 
 
 class Ended(BaseException):

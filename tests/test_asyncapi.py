@@ -1,0 +1,62 @@
+"""The payloads in docs/asyncapi.yaml have the fields of the structs that are sent, and the types that msgspec gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from headrace.scores import AnswerError
+from stream.letters import log as letters
+from stream.registry.heartbeat import Heartbeat
+from stream.scorer import answers
+
+PAGE: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[1] / "docs" / "asyncapi.yaml").read_text())
+# The page's schema → the struct that is encoded.
+PAYLOADS = {"heartbeat": Heartbeat, "replayReceipt": letters._Receipt, "scoreAnswer": answers.Answer}
+
+
+def shape(schema: dict[str, Any], document: dict[str, Any]) -> Any:
+    """The types in a JSON schema: names of types, lists of shapes, fields with their shapes; no descriptions or limits."""
+    if "$ref" in schema:
+        target: Any = document
+        for part in schema["$ref"].removeprefix("#/").split("/"):
+            target = target[part]
+        return shape(target, document)
+    choices = schema.get("anyOf") or schema.get("oneOf")
+    if choices is None:
+        kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+        choices = [{**schema, "type": kind} for kind in kinds]
+    found = [
+        {"object": {name: shape(each, document) for name, each in choice.get("properties", {}).items()}}
+        if choice.get("type") == "object"
+        else {"array": [shape(each, document) for each in choice.get("prefixItems") or [choice["items"]]]}
+        if choice.get("type") == "array"
+        else choice["type"]
+        if "type" in choice
+        else shape(choice, document)
+        for choice in choices
+    ]
+    return found[0] if len(found) == 1 else sorted(found, key=str)
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_payloads(name: str) -> None:
+    (reference,), components = msgspec.json.schema_components([PAYLOADS[name]])
+    document = {"$defs": components}
+    page, code = PAGE["components"]["schemas"][name], components[reference["$ref"].rpartition("/")[2]]
+    if PAYLOADS[name].__struct_config__.omit_defaults:  # then null, as a default, is never written
+        for field in code["properties"].values():
+            if "default" in field and field["default"] is None:
+                field["anyOf"].remove({"type": "null"})
+    assert shape(page, PAGE) == shape(code, document)
+    assert set(page["required"]) <= set(code["required"]), "the page promises a field that the code may leave out"
+
+
+def test_the_client_reads_an_error_as_the_scorer_writes_it() -> None:
+    _, written = msgspec.json.schema_components([answers.Problem])
+    _, read = msgspec.json.schema_components([AnswerError])
+    assert read["AnswerError"]["properties"].keys() == written["Problem"]["properties"].keys()
