@@ -133,12 +133,13 @@ class JoinWorker(Worker):
     async def revoked(self) -> None:
         await self._stop_loops()
 
-    async def assigned(self, partitions: set[TP]) -> None:
+    async def assigned(self) -> None:
         """Take over what is new and go on with what stayed."""
         await self._stop_loops()
         self._paused.clear()  # Faust resumes every partition when this is over
-        generation = self.app.consumer_generation_id
-        ours = self._numbers(partitions)
+        # Read together, with no await between them: while the steps ended, another rebalance may have completed.
+        generation, assigned = self.app.consumer_generation_id, self.app.consumer.assignment()
+        ours = self._numbers(assigned)
         for number in sorted((self.partitions.keys() | self._takeovers.keys()) - ours):
             await self._let_go(number)
         check_file_limit(self._file_limit, len(ours))

@@ -154,7 +154,10 @@ class Operations:
         Raises:
             SnapshotError: the version isn't whole in the store.
         """
-        seen = await self.look()
+        if isinstance(request, PromoteRequest) and request.timeout_ms is None:  # no scorer is waited for
+            seen = Seen(await read_registry(self._kafka, self._names), [])
+        else:
+            seen = await self.look()
         cause = Cause(self._who, _now_ms(), request.reason, operation="plan")
         try:
             if isinstance(request, PromoteRequest):

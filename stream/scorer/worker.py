@@ -159,8 +159,8 @@ class ScorerWorker(Worker):
         await self._answering.all_answered(REVOKE_S)
         await self._commit()
 
-    async def assigned(self, partitions: set[TP]) -> None:
-        ours = sorted(tp.partition for tp in partitions if tp.topic == self._topic)
+    async def assigned(self) -> None:
+        ours = sorted(tp.partition for tp in self.app.consumer.assignment() if tp.topic == self._topic)
         positions = await committed_positions(self._kafka, self.group, self._topic, ours)
         self._answering.assign(positions)
         self._committed = dict(positions)

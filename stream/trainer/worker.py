@@ -136,8 +136,9 @@ class TrainerWorker(Worker):
     async def revoked(self) -> None:
         """Nothing to do: positions are the trainer's own, and what it has taken is trained."""
 
-    async def assigned(self, partitions: set[TP]) -> str | None:
-        others = sorted(self._accepted.keys() - {tp.partition for tp in partitions if tp.topic == self._topic})
+    async def assigned(self) -> str | None:
+        ours = {tp.partition for tp in self.app.consumer.assignment() if tp.topic == self._topic}
+        others = sorted(self._accepted.keys() - ours)
         if not others:
             return None
         missing = f"partitions {others} of {self._topic} belong to another member of the group {self.group}"

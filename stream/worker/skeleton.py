@@ -2,7 +2,7 @@
 
     Kafka ── runs ──▶ agent ──▶ deliver(run)                    the worker's own work, behind a guard
     group ── revoked ──▶ revoked() ──▶ put out by another?
-          └─ assigned ─▶ assigned(partitions) ──▶ ready, or what is still missing
+          └─ assigned ─▶ assigned() ────────────▶ ready, or what is still missing
 
 A worker derives from `Worker` and fills in what only it knows. Each exception in these methods ends the process: the log is
 read again by whoever comes next, so nothing is lost by ending, while Faust would go on and count the run as handled.
@@ -42,7 +42,7 @@ class Worker(ABC):
         def next_offset(self, tp): return self.positions.get(tp)
         async def deliver(self, run): self.positions[TP(run.topic, run.partition)] = run.after
         async def revoked(self): ...                    # finish or drop what is under way
-        async def assigned(self, partitions): ...       # find the positions to go on from
+        async def assigned(self): ...                   # find the positions to go on from
         def work(self): return self.source_parts("clicks", {0: 7})
         async def drain(self): ...
 
@@ -107,8 +107,10 @@ class Worker(ABC):
         """
 
     @abstractmethod
-    async def assigned(self, partitions: set[TP]) -> str | None:
-        """Prepare for these partitions; the flow of runs stands still meanwhile, heartbeats go on.
+    async def assigned(self) -> str | None:
+        """Prepare for the partitions of `self.app.consumer.assignment()`. The flow of runs stands still, heartbeats go on.
+
+        Another rebalance may complete during any await, so read the assignment after the last one that comes before its use.
 
         Returns:
             None when the worker does its work now, else what it still waits for.
@@ -215,5 +217,5 @@ class Worker(ABC):
             fatal(f"{self.name}: taking over partitions", error)
 
     async def _rebalanced(self) -> None:
-        self.waiting_for = await self.assigned(self.app.consumer.assignment())
+        self.waiting_for = await self.assigned()
         self.membership.joined = True
