@@ -25,8 +25,8 @@ __all__ = ["Worker", "stop_workers"]
 
 STOP_S = 12.0  # a worker drains within 9 s by itself
 POLL_S = 0.05
-# A worker that has ended is noticed at once, so this is for one that hangs. Starting takes 5 to 10 s on a quiet machine with
-# two cores; a minute was not enough on one with a load of 15.
+# Longest wait until a worker is ready. A worker that has ended is noticed at once, so the limit is for one that hangs. Starting
+# takes 5 to 10 s on a quiet machine with two cores; a minute was not enough on one with a load of 15.
 READY_S = 180.0
 
 
@@ -121,7 +121,7 @@ class Worker:
     def peak_rss_mb(self) -> float:
         """The most memory that the worker has held, in MiB; after its end, the last value that was read."""
         with contextlib.suppress(psutil.Error):
-            self._peak_rss_mb = usage(self.pid).peak_rss_mb or self._peak_rss_mb  # 0 of one that has ended
+            self._peak_rss_mb = usage(self.pid).peak_rss_mb or self._peak_rss_mb  # 0 when the worker has ended
         return round(self._peak_rss_mb, 1)
 
     def kill(self) -> None:

@@ -5,7 +5,7 @@
           └─ assigned ─▶ assigned() ────────────▶ ready, or what is still missing
 
 A worker derives from `Worker` and fills in what only it knows. Each exception in these methods ends the process: the log is
-read again by whoever comes next, so nothing is lost by ending, while Faust would go on and count the run as handled.
+read again by the next process, so ending loses nothing. Faust alone would go on and count the run as handled.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Worker(ABC):
         """End the process, after a while, if another worker with the same instance id has taken this worker's membership.
 
         Args:
-            fenced: ask the group also if it still knows this worker, because a producer of it was fenced.
+            fenced: a producer of this worker was fenced, so ask the group even if it still knows this worker.
         """
         if await self.membership.check(fenced=fenced) is not None:
             await self.membership.wait_put_out()
@@ -180,12 +180,12 @@ class Worker(ABC):
                 yield number, max(end.offset - position, 0)
 
     def source_parts(self, topic: str, positions: Mapping[int, int]) -> Iterator[Part]:
-        """The partitions of a topic for the watchdog. Up to its position a partition's records are worked up and committed."""
+        """The partitions of a topic for the watchdog. Records before a partition's position are processed and committed."""
         for number, position in positions.items():
             yield source_part(TP(topic, number), position, self.log_end(TP(topic, number)), self.watch)
 
     def parts(self) -> Iterable[Part]:
-        """What the watchdog looks after now: nothing before the worker joins and once it was put out by another."""
+        """What the watchdog looks after now: nothing before the worker joins, and nothing after another has put it out."""
         if self.membership.put_out is not None or not self.joins:
             return []
         return self.on_the_way() if self.waiting_for is not None else self.work()
