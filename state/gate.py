@@ -30,7 +30,8 @@ COMPARED_CLICKS = 25
 STANDARD_ERRORS = 4.0
 # How many of the newest blocks are judged together. Gross faults show in one block, small ones only over several.
 STRETCHES = (1, 2, 4, 8)
-# Blocks kept. A new line is released by a stretch of `anchor_clicks`, which is 10 blocks at the default settings.
+# Blocks kept, at least. A new line is released by a stretch of `anchor_clicks`, which is 10 blocks at the default settings. As
+# many blocks are kept as the longest stretch has.
 KEPT_BLOCKS = 16
 # Lines remembered as passed. An operator who goes back and forth between models has two or three.
 KEPT_LINES = 20
@@ -159,7 +160,8 @@ class Gate:
     def close_block(self, now_ms: int) -> None:
         """Judge the open block together with those before it, and begin another."""
         state = self.state
-        state.blocks = [*state.blocks, state.open][-KEPT_BLOCKS:]
+        kept = max(KEPT_BLOCKS, math.ceil(self._settings.anchor_clicks / self._settings.gate_block_clicks))
+        state.blocks = [*state.blocks, state.open][-kept:]
         state.compared_clicks += state.open.clicks
         state.open = Block()
         if state.flow == "flowing":
