@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
+from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from stream.errors import PositionError
@@ -49,7 +49,7 @@ class CommittedReader:
     identity: str
     """The ids of cluster and topics (`JoinWorker`). Progress with another identity belongs to another log."""
 
-    async def read(self, consumer: Any, number: int) -> Committed:
+    async def read(self, consumer: AIOKafkaConsumer, number: int) -> Committed:
         """The committed offsets and their metadata; the start of the logs before the first transaction.
 
         Args:
@@ -144,7 +144,7 @@ class CommittedReader:
         return ", ".join(f"{name} was made anew (id {new}, before {old})" for name, old, new in pairs if old != new)
 
 
-async def _holds_records(consumer: Any, tp: TopicPartition, start: int, end: int) -> bool:
+async def _holds_records(consumer: AIOKafkaConsumer, tp: TopicPartition, start: int, end: int) -> bool:
     """Whether any record was ever committed there; markers of an aborted first transaction don't count."""
     async for _ in read_spans(consumer, {tp: Span(start, end)}, stall_s=STALL_S):
         return True

@@ -12,8 +12,9 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from aiokafka import AIOKafkaProducer
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from faust.types import TP
 
@@ -65,7 +66,7 @@ class Positions:
 class TakenOver:
     """What a takeover ends with and a `PartitionJoin` starts from."""
 
-    producer: Any
+    producer: AIOKafkaProducer
     state: JoinState
     memory: Memory
     positions: Positions

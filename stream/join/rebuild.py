@@ -10,8 +10,8 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
+from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
 from state.join_state import LAYOUT, JoinMeta, JoinState
@@ -70,7 +70,7 @@ class Rebuild:
         number: int,
         identity: str,
         *,
-        consumer: Any,
+        consumer: AIOKafkaConsumer,
         state: JoinState,
         committed: Committed,
         still_ours: Callable[[], bool],

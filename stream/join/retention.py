@@ -12,8 +12,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
 from stream.join.memory import LowWater
@@ -148,7 +149,9 @@ class RetentionWatch:
         configs = await topic_configs(self._kafka, self._topics, ("retention.ms",))
         return {topic: int(found["retention.ms"]) for topic, found in configs.items() if "retention.ms" in found}
 
-    async def _read_arrivals(self, consumer: Any, left: Mapping[TopicPartition, Span]) -> dict[TopicPartition, int]:
+    async def _read_arrivals(
+        self, consumer: AIOKafkaConsumer, left: Mapping[TopicPartition, Span]
+    ) -> dict[TopicPartition, int]:
         """When the first record at or after each low-water offset arrived, where there is one.
 
         It is not read again while the low-water offset stays the same.

@@ -17,7 +17,6 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
@@ -109,7 +108,7 @@ class Takeover:
     async def _opened(
         self,
         number: int,
-        consumer: Any,
+        consumer: AIOKafkaConsumer,
         committed: Committed,
         still_ours: Callable[[], bool],
         progress: RebuildProgress,
@@ -136,7 +135,7 @@ class Takeover:
     async def _rebuild(
         self,
         number: int,
-        consumer: Any,
+        consumer: AIOKafkaConsumer,
         state: JoinState,
         committed: Committed,
         still_ours: Callable[[], bool],
@@ -167,7 +166,7 @@ class Takeover:
                 raise state_error(state.path, "could not read it", error) from error
             raise
 
-    def _producer(self, number: int) -> Any:
+    def _producer(self, number: int) -> AIOKafkaProducer:
         return AIOKafkaProducer(
             **aiokafka_options(self._kafka),
             transactional_id=transactional_id(self._names, self._settings, number),
@@ -176,7 +175,7 @@ class Takeover:
             max_request_size=1 << 30,  # the broker's limits decide, topic by topic
         )
 
-    def _consumer(self) -> Any:
+    def _consumer(self) -> AIOKafkaConsumer:
         return AIOKafkaConsumer(
             **aiokafka_options(self._kafka),
             enable_auto_commit=False,

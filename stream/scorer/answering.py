@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 from stream.kafka.transport import Run
+from stream.records.record import Record
 from stream.scorer.answers import Answers, answer_requests
 from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
@@ -105,7 +105,7 @@ class Answering:
                     await self._done.wait()
         return self._batches >= until
 
-    async def answer(self, records: list[Any]) -> None:
+    async def answer(self, records: list[Record]) -> None:
         """Answer requests that didn't come through `put`. Returns when the brokers have the answers."""
         for start in range(0, len(records), MAX_REQUESTS):
             part = records[start : start + MAX_REQUESTS]
@@ -137,7 +137,7 @@ class Answering:
             for batch, _ in scored:
                 self._acknowledged(batch)
 
-    async def _score(self, records: list[Any]) -> Answers:
+    async def _score(self, records: list[Record]) -> Answers:
         if not records:
             return Answers()
         began = time.perf_counter()
