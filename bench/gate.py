@@ -23,7 +23,7 @@ import copy
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import click
 import numpy as np
@@ -174,7 +174,14 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-logits))
 
 
-def false_holds(seed: int, click_rate: float, hours: float, settings: SnapshotSettings) -> int:
+class Holds(NamedTuple):
+    """How often a healthy model was withheld, and how many blocks were judged."""
+
+    holds: int
+    blocks: int
+
+
+def false_holds(seed: int, click_rate: float, hours: float, settings: SnapshotSettings) -> Holds:
     """How often a healthy model was withheld in so many hours."""
     simulation = Simulation(seed, click_rate, settings, rows=1_024)
     simulation.warm_up(WARM_UP_S * PER_SECOND)
@@ -184,7 +191,7 @@ def false_holds(seed: int, click_rate: float, hours: float, settings: SnapshotSe
         holds += before == "flowing" and state.flow == "withheld"
         before = state.flow
         if simulation.now_ms >= hours * 3_600_000:
-            return holds
+            return Holds(holds, round(simulation.clicks / settings.gate_block_clicks))
     raise AssertionError
 
 
@@ -239,7 +246,7 @@ def main(seeds: int, days: int, hours: float) -> None:
     settings = SnapshotSettings()
     holds, caught, clicks = {}, {}, {}
     for click_rate in CLICK_RATES:
-        found = [false_holds(seed, click_rate, hours, settings) for seed in range(days)]
+        found = [false_holds(seed, click_rate, hours, settings).holds for seed in range(days)]
         holds[f"{click_rate:g}"] = round(sum(found) / days * 24 / hours, 2) if days else None
         ends: dict[Fault, list[float]] = {fault: [] for fault in FAULTS}
         for seed in range(seeds):

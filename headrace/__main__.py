@@ -50,7 +50,7 @@ def _run() -> int:
 
 
 def _client_alone(arguments: list[str]) -> int:
-    """Answer without the command line."""
+    """Answer `--help` and `--version`, and reject every command, where only the client is installed. Returns the exit code."""
     if arguments in (["--help"], ["-h"]):
         sys.stdout.write(_HELP)
         return 0

@@ -20,12 +20,13 @@ __all__ = ["OPEN_MS", "close_producer", "connect", "connection_options", "one_li
 
 OPEN_MS = 15_000  # longest wait for a first broker, and for a topic's partitions: with Kafka up, both take milliseconds
 
-# Options that the client sets itself: records are acknowledged, in order, partitioned by murmur2, and bytes as they are.
+# Options that the client sets itself, so that records are acknowledged, stay in order, are partitioned by murmur2, and are sent
+# as the bytes that they are.
 _OF_SENDING = {"acks", "batch_size", "enable_idempotence", "linger_ms", "max_block_ms", "partitioner", "transactional_id"}
 _OF_READING = {"auto_commit_interval_ms", "auto_offset_reset", "consumer_timeout_ms", "enable_auto_commit", "group_id"}
 _OF_BYTES = {"key_deserializer", "key_serializer", "value_deserializer", "value_serializer"}
 _OURS = _OF_SENDING | _OF_READING | _OF_BYTES | {"allow_auto_create_topics", "group_instance_id", "kafka_client"}
-_FORCED_S = 1.0  # for a thread to end at once
+_FORCED_S = 1.0  # longest wait for a producer's thread that is forced to end
 _PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "OAUTHBEARER", "AWS_MSK_IAM")
 _WAITS = {
@@ -88,8 +89,9 @@ def _check_login(protocol: str, options: Mapping[str, Any]) -> None:
 def connect(kind: Any, options: Mapping[str, Any], **more: Any) -> Any:
     """A KafkaProducer or KafkaConsumer, with those of the user's options that this kind of client has, and with ours.
 
-    kafka-python 3.0 leaves its sockets open when it can't connect; they are closed here. It also doesn't pass
-    `allow_auto_create_topics` on to its metadata requests, so that a mistyped prefix would create topics.
+    kafka-python 3.0 leaves its sockets open when it can't connect; they are closed here. kafka-python also doesn't pass
+    `allow_auto_create_topics` on to its metadata requests, so the option is set here: otherwise a mistyped prefix would create
+    topics.
 
     Raises:
         DeliveryError: no broker answers.
@@ -138,7 +140,7 @@ def close_producer(producer: Any, timeout_s: float) -> None:
 def one_line(error: Any) -> str:
     """An exception in one line: its text, after the name of its class where the text doesn't have it."""
     text = " ".join(str(error).split())
-    # Of a broker's error code, the first sentence of its description is enough.
+    # A broker's error has a code and a description, whose first sentence is enough.
     if isinstance(error, BrokerResponseError) and error.args in (
         (),
         (None,),

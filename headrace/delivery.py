@@ -2,7 +2,7 @@
 
 A client has up to three connections, each opened when it is first needed:
 
-- a producer of events, which waits for company (`linger_ms`) and sends batches;
+- a producer of events, which waits for more events (`linger_ms`) and sends batches;
 - a producer of score requests, which doesn't wait, since somebody waits for the answer;
 - a reader of answers (`headrace.scores.AnswerRouter`).
 """
@@ -35,8 +35,8 @@ _BATCH_BYTES = 256 * 1024  # some 500 impressions
 _MAX_BLOCK_MS = OPEN_MS  # to learn a topic's partitions; beyond, the topic is missing or the broker is down
 _MAX_OUTSTANDING = 50_000  # records; kafka-python itself buffers without limit (50 MB at 1 kB each)
 _KEPT_FAILURES = 5  # enough to see a pattern in one line; all of them are counted
-_DISCONNECT_S = 5.0  # for a goodbye to the brokers, each of up to three connections
-_EXIT_MS = 10_000  # what a program waits for at its end when nobody closed its clients; a supervisor's patience is longer
+_DISCONNECT_S = 5.0  # longest time to disconnect, for each of up to three connections
+_EXIT_MS = 10_000  # what a program waits for at its end when nobody closed its clients; supervisors wait longer
 
 
 class Delivery:
@@ -167,7 +167,10 @@ class Delivery:
 
     @contextlib.contextmanager
     def _one_opens(self) -> Iterator[None]:
-        """One thread opens a connection; the others wait for it, but not one after another for a broker that is down."""
+        """Let one thread open a connection while the others wait for it.
+
+        The wait is limited, so that threads don't wait one after another for a broker that is down.
+        """
         if not self._opening.acquire(timeout=OPEN_MS / 1_000):
             raise DeliveryError(
                 f"connections: expected another thread to open them within {OPEN_MS} ms, found it still waiting for a broker. "
@@ -235,7 +238,7 @@ def _no_topic(topic: str, error: BaseException) -> DeliveryError:
     )
 
 
-# What this process has opened and somebody still holds, or has records outstanding (the records' futures hold it).
+# What this process has opened and is still in use: held by a client, or by the futures of outstanding records.
 _open: weakref.WeakSet[Delivery] = weakref.WeakSet()
 
 

@@ -113,7 +113,7 @@ def encode_click(impression_id: str, timestamp_ms: int) -> tuple[bytes, bytes]:
 def encode_request(
     request_id: str, context: Features, candidates: Iterable[Candidate], deadline_ms: int | None = None
 ) -> tuple[bytes, bytes]:
-    """Key and value of a score request. Raises InvalidEvent, also for a whole request with one bad candidate."""
+    """Key and value of a score request. Raises InvalidEvent. One bad candidate rejects the whole request."""
     listed: list[dict[str, Any]] = []
     if not isinstance(candidates, Iterable):
         _refuse("$.candidates", "pairs (id, features)", candidates, "Pass candidates as [(id, {name: value}), …]")
@@ -256,6 +256,6 @@ def shown(value: Any) -> str:
     """A value for an error's text, on one line and cut at 80 characters, so that no log holds a customer's data in full."""
     try:
         text = " ".join(repr(value).split())
-    except Exception:  # a whole number of more than 4,300 digits, or an object's own
+    except Exception:  # an integer of more than 4,300 digits, or an error of the object's own `__repr__`
         return "one that can't be written"
     return text if len(text) <= 80 else f"{text[:77]}..."

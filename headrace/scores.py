@@ -119,7 +119,9 @@ def decode_answer(record: Any) -> Answer:
 class ScoreStream:
     """A reader of the live score topic, all partitions, without a consumer group: every stream reads every answer.
 
-    Iterate over the stream, which ends only by `close`, from any thread, or call `poll`. One thread at a time reads.
+    Iterate over the stream, or call `poll`. The iteration ends only after `close`, which any thread may call. One thread at a
+    time reads.
+
     The constructor waits until the positions are known, so that the stream reads the answer to every later request.
     """
 
@@ -278,7 +280,7 @@ class AnswerRouter:
     def close(self, timeout_s: float) -> None:
         """Stop reading. Every future that still waits gets an error."""
         self._closing.set()
-        if threading.current_thread() is not self._thread:  # which runs the callbacks of answers
+        if threading.current_thread() is not self._thread:  # that thread runs the callbacks of answers, which may call this
             self._thread.join(timeout_s)
 
     def _run(self) -> None:

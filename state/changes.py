@@ -84,10 +84,10 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Auto-promotion is held or goes on, as the log has it.
+    """Whether auto-promotion is held, as the log has it.
 
-    `changed` is False where it was so before. Then `reason`, `who` and `at_ms` (ms since epoch) are those of the operation that
-    did it, and `undo` is None.
+    `changed` is False when the operation changed nothing. Then `reason`, `who` and `at_ms` (ms since epoch) are those of the
+    earlier operation that held auto-promotion or let it go on, and `undo` is None.
     """
 
     held: bool

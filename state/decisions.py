@@ -269,7 +269,10 @@ class _Step(NamedTuple):
 
 
 def _move(champion: Champion, entry: VersionRecord, cause: Cause, *, how: How) -> _Step:
-    """A move to `entry`. `champion` is the alias before, but with hold and ranges as they are to be after."""
+    """A move to `entry`.
+
+    `champion` is the champion before the move, but with the hold and the ranges that it is to have after the move.
+    """
     # Clocks of different machines differ, and `--before` reads these times: a move is never earlier than the one before it.
     at_ms = max(cause.now_ms, champion.at_ms + 1)
     move = Move(

@@ -25,11 +25,13 @@ __all__ = ["Gate", "GateState"]
 # A block closes once it compares at least this many clicks, however many the stream had. A mean over fewer is not near enough
 # to normal: a limit of 4 standard errors would be exceeded by chance more often than the normal distribution says.
 COMPARED_CLICKS = 25
-# Standard errors by which a stretch must be worse. By chance one block in 30,000 is, and a day at 300 impressions/s has 6,500.
+# Standard errors by which a stretch must be worse than allowed. By chance one block in 30,000 is that much worse, and a day at
+# 300 impressions/s has 6,500 blocks.
 STANDARD_ERRORS = 4.0
 # How many of the newest blocks are judged together. Gross faults show in one block, small ones only over several.
 STRETCHES = (1, 2, 4, 8)
-# Blocks kept. A new line is released by a stretch of `anchor_clicks`, which is 5 blocks at the default settings.
+# Blocks kept, at least. A new line is released by a stretch of `anchor_clicks`, which is 10 blocks at the default settings. As
+# many blocks are kept as the longest stretch has.
 KEPT_BLOCKS = 16
 # Lines remembered as passed. An operator who goes back and forth between models has two or three.
 KEPT_LINES = 20
@@ -82,8 +84,8 @@ class Gate:
         """Count the labels of all examples, (B,) each.
 
         Args:
-            weights: how often each example counts in the comparison, for those left out of the stream too; 0: an example that
-                can't be compared.
+            weights: how often each example counts in the comparison, which makes up for negatives left out of the stream; 0 for
+                an example that can't be compared.
             comparable: whether there is an anchor. Without one, labels are counted but no block is filled.
         """
         clicked = np.asarray(labels) > 0.5
@@ -158,7 +160,8 @@ class Gate:
     def close_block(self, now_ms: int) -> None:
         """Judge the open block together with those before it, and begin another."""
         state = self.state
-        state.blocks = [*state.blocks, state.open][-KEPT_BLOCKS:]
+        kept = max(KEPT_BLOCKS, math.ceil(self._settings.anchor_clicks / self._settings.gate_block_clicks))
+        state.blocks = [*state.blocks, state.open][-kept:]
         state.compared_clicks += state.open.clicks
         state.open = Block()
         if state.flow == "flowing":

@@ -5,8 +5,8 @@ A block's mean difference of log loss, the live weights' less the anchor's, is a
     difference = share × mean(clicks) + (1 - share) × mean(non-clicks)
 
 The two means come from the compared sample, the share of clicks from the whole stream (post-stratification, Cochran, "Sampling
-Techniques", section 5A.9). A model that is wrong by a constant differs between the groups and hardly within them. So the fault
-shows with a small share of the forward passes nearly as soon as it would with all of them.
+Techniques", section 5A.9). If the logits of the live model are wrong by a constant, the difference of loss varies between the
+two groups and hardly within each. So a small share of the forward passes shows the fault nearly as soon as all of them would.
 
 Pure: no Kafka, no torch, no clock.
 """
@@ -110,7 +110,8 @@ def compare(blocks: Sequence[Block]) -> Comparison:
     """Compare the live weights with the anchor over some blocks, by the formula at the top of this module.
 
     The variance within clicks is the larger of two: that of d among the compared clicks, and that of the gap of logits among
-    all compared examples. A click's d is nearly its gap, and 25 clicks alone can agree by chance.
+    all compared examples. The second can stand for the first, since a click's d is nearly its gap, but for the sign. It is
+    needed because the d of 25 clicks alone can agree by chance.
     """
     total = blocks[0]
     for block in blocks[1:]:

@@ -66,7 +66,7 @@ def judge_version(
     """Whether a version may become champion without an operator.
 
     Args:
-        report: the version's; None for one that no gate has looked at, which never may.
+        report: the version's report; None for a version that no gate has looked at, which may never become champion by itself.
         champion_line: the line of the champion; None when there is no champion.
     """
     if report is None:

@@ -42,8 +42,8 @@ CHAMPION_KEY = "alias/champion"
 TRAINER_KEY = "alias/trainer"
 _VERSION_PREFIX = "version/"
 
-# Moves kept in the champion's record. By them a retried operation, within seconds, finds what it has done already, and an
-# operator sees who did what lately. At about 200 bytes each they are most of a record that is written with every promotion.
+# Moves kept in the champion's record. They show a retried operation, within seconds, what it has done already, and an operator
+# who did what lately. At about 200 bytes each they are most of a record that is written with every promotion.
 KEPT_MOVES = 20
 # Times kept in a version's record. A version is rarely champion more than twice.
 KEPT_TIMES = 20
@@ -179,7 +179,7 @@ class KeyedRecord(NamedTuple):
 
 @dataclass(slots=True)
 class RegistryState:
-    """The registry as of some offset. `apply` changes it in place: one owner, and readers on the same event loop."""
+    """The registry as of some offset. `apply` changes it in place: there is one owner, and readers are on its event loop."""
 
     versions: dict[int, VersionRecord] = field(default_factory=dict)
     champion: Champion = field(default_factory=Champion)
@@ -208,7 +208,7 @@ class RegistryState:
 
     @property
     def newest(self) -> int:
-        """The largest version ever announced; 0 without any. A collector of old versions must keep it."""
+        """The largest version ever announced; 0 without any. Whoever deletes old versions must keep this one."""
         return max(max(self.versions, default=0), self.champion.version or 0)
 
     def champion_at(self, at_ms: int) -> int | None:

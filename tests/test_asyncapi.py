@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from headrace.scores import AnswerError
-from stream.letters import log as letters
+from stream.records import replay
+from stream.records.answer import Answer, Problem
 from stream.registry.heartbeat import Heartbeat
-from stream.scorer import answers
 
 PAGE: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[1] / "docs" / "asyncapi.yaml").read_text())
 # The page's schema → the struct that is encoded.
-PAYLOADS = {"heartbeat": Heartbeat, "replayReceipt": letters._Receipt, "scoreAnswer": answers.Answer}
+PAYLOADS = {"heartbeat": Heartbeat, "replayReceipt": replay._Receipt, "scoreAnswer": Answer}
 
 
 def shape(schema: dict[str, Any], document: dict[str, Any]) -> Any:
@@ -57,6 +57,6 @@ def test_payloads(name: str) -> None:
 
 
 def test_the_client_reads_an_error_as_the_scorer_writes_it() -> None:
-    _, written = msgspec.json.schema_components([answers.Problem])
+    _, written = msgspec.json.schema_components([Problem])
     _, read = msgspec.json.schema_components([AnswerError])
     assert read["AnswerError"]["properties"].keys() == written["Problem"]["properties"].keys()

@@ -19,7 +19,8 @@ STOP_TIMEOUT_MS = 15_000  # a broker closes its logs in under a second here; a l
 LAST_LINES = 15
 LINE_WIDTH = 400  # some of Kafka's lines hold its whole configuration
 
-# pid → each broker that this process started and that has not ended. Any object may stop a broker; its parent must wait for it.
+# pid → each broker that this process started and that has not ended. Any process may stop a broker, but this one is its parent
+# and must take its exit status.
 _children: dict[int, subprocess.Popen[bytes]] = {}
 
 
@@ -28,8 +29,8 @@ class Brokers:
 
     Args:
         folder: of the cluster, as an absolute path.
-        heap_mb: of each broker.
-        java, classpath: what runs them.
+        heap_mb: largest heap of each broker, in MiB.
+        java, classpath: the java binary and the jars that run them.
     """
 
     def __init__(self, folder: Path, heap_mb: int, java: Path, classpath: list[Path]) -> None:
@@ -94,11 +95,12 @@ class Brokers:
 
     def _command(self, *, heap_mb: int) -> list[str]:
         # Measured on two cores beside everything else: a scorer's p99 was 35 ms with the serial collector, and 50 ms with G1,
-        # whose threads want the cores all the time, and which takes 40 MB more. C2 stays: without it a start is 0.4 s shorter.
+        # whose threads want the cores all the time, and which takes 40 MB more. The compiler C2 stays on, though a
+        # start without it is 0.4 s shorter.
         options = [f"-Xmx{heap_mb}m", "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError", "-Djava.awt.headless=true"]
         options.append(f"-Dlog4j2.configurationFile={LOGGING}")
         if (java_version(self._java) or 0) >= 24:
-            options.append("--enable-native-access=ALL-UNNAMED")  # zstd, lz4 and snappy; without, a warning each
+            options.append("--enable-native-access=ALL-UNNAMED")  # else zstd, lz4 and snappy print a warning each
         return [str(self._java), *options, "-cp", ":".join(str(jar) for jar in self._classpath)]
 
 

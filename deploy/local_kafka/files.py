@@ -28,8 +28,8 @@ class Node(msgspec.Struct, frozen=True):
 def server_properties(node: Node, nodes: Sequence[Node]) -> str:
     """The properties of one node among `nodes`, which runs in its own folder.
 
-    Its data lies in `data` there. No path stands in the files: `log.dirs` is a list with commas, and a file of properties has
-    its own rules for backslashes and for whatever isn't Latin-1.
+    Its data lies in `data` there. The properties hold no path from outside the folder, which could have any name: `log.dirs`
+    is split at commas, and a file of properties has its own rules for backslashes and for whatever isn't Latin-1.
     """
     replicas = min(3, len(nodes))
     in_sync = min(2, replicas)
@@ -51,7 +51,7 @@ def server_properties(node: Node, nodes: Sequence[Node]) -> str:
         "group.initial.rebalance.delay.ms": 0,
         # Tests of failures can't wait for the default of 6 s.
         "group.min.session.timeout.ms": 1_000,
-        # A killed worker's transaction is looked for every 10 s by default, on top of its own timeout.
+        # By default Kafka looks every 10 s for transactions that have timed out, such as that of a killed worker.
         "transaction.abort.timed.out.transaction.cleanup.interval.ms": 1_000,
         # A killed broker is declared dead, and may come back, after 6 s instead of 9.
         "broker.heartbeat.interval.ms": 1_000,

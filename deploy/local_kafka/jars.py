@@ -190,7 +190,7 @@ def _maven(repository: Path) -> Any:
             "HEADRACE_LOCAL_KAFKA__RESOLVER=mvn to use Maven, or set HEADRACE_KAFKA__BOOTSTRAP_SERVERS to use an existing "
             "cluster."
         ) from error
-    # Mirrors that the user's jgo is set up with count, as Maven's own settings do for mvn.
+    # Mirrors in the user's jgo settings are used, as mvn uses those in Maven's settings.
     remote = {"central": MAVEN_CENTRAL_URL} | GlobalSettings.load().repositories
     return MavenContext(repo_cache=repository, remote_repos=remote, timeout=HTTP_TIMEOUT_S)
 

@@ -1,7 +1,7 @@
 """The process that stops a local Kafka when the process that uses it has ended, in whatever way.
 
-Its standard input is a pipe that only the user's process holds open, so the input ends when that process ends. Nothing is
-imported before, so that waiting costs little memory.
+Its standard input is a pipe that only the user's process holds open, so the input ends when that process ends. All that
+stopping needs is imported only then, so that waiting takes little memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Background processes that another program can find again, and never mistakes for a stranger's.
+"""Background processes that another program can find again, without mistaking a stranger's process for one of them.
 
-The system gives the pid of an ended process to a new one. A pid together with the moment its process started names one process.
+A pid alone doesn't name a process for long, since the system gives the pid of an ended process to a new one. A pid together
+with the moment its process started does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ POLL_S = 0.02  # between two looks at a process that is asked to stop; a look co
 
 
 class Process(msgspec.Struct, frozen=True):
-    """A process by its pid and the moment it started. `started` is compared as text, never read."""
+    """A process by its pid and the moment it started. `started` is compared as text, never parsed."""
 
     pid: int
     started: str
@@ -29,7 +30,7 @@ class Process(msgspec.Struct, frozen=True):
     @property
     def alive(self) -> bool:
         """Whether this very process still runs. A process that has ended but was not waited for (a zombie) does not."""
-        # Twice: when the clock is set between psutil's two readings, one answer is wrong.
+        # This is asked twice: when the clock is set between psutil's two readings, one answer is wrong.
         return any(_started(self.pid) == self.started for _ in range(2))
 
     def send(self, number: signal.Signals) -> bool:
@@ -77,7 +78,7 @@ def _wait(processes: Sequence[Process], timeout_ms: int) -> None:
 
 
 def _started(pid: int) -> str | None:
-    """The run of the machine, and the moment within it; None when no process with this pid runs."""
+    """When the process with this pid started, as text: on Linux the boot and the time since; None when no such process runs."""
     try:
         process = psutil.Process(pid)
         if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["give_way"]
 
-# Linux takes one write each 100 ms from all processes without CAP_SYS_ADMIN, and workers start together.
+# Linux accepts one such write each 100 ms, counting all processes without CAP_SYS_ADMIN, and workers start together.
 ATTEMPTS, RETRY_S = 10, 0.1
 
 

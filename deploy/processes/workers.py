@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -24,6 +25,9 @@ __all__ = ["Worker", "stop_workers"]
 
 STOP_S = 12.0  # a worker drains within 9 s by itself
 POLL_S = 0.05
+# Longest wait until a worker is ready. A worker that has ended is noticed at once, so the limit is for one that hangs. Starting
+# takes 5 to 10 s on a quiet machine with two cores; a minute was not enough on one with a load of 15.
+READY_S = 180.0
 
 
 def _free_port() -> int:
@@ -73,25 +77,32 @@ class Worker:
         """Raise DeployError, with the last lines of the log, when the worker has ended."""
         code = self.returncode
         if code is not None:
-            lines = self.log.read_text(errors="replace").splitlines()[-12:]
-            raise DeployError(f"the {self.kind} worker ended with {code}; {self.log} says:\n  " + "\n  ".join(lines))
+            raise DeployError(f"the {self.kind} worker ended with {code}. {self._log_tail()}")
+
+    def _log_tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()[-12:]
+        return f"{self.log} says:\n  " + "\n  ".join(lines)
 
     def is_ready(self) -> bool:
         with contextlib.suppress(OSError), self._get("/readyz"):
             return True
         return False
 
-    def wait_ready(self, timeout_s: float = 60.0) -> None:
+    def wait_ready(self, timeout_s: float = READY_S) -> None:
         """Wait for `/readyz`.
 
         Raises:
-            DeployError: the worker ended, or isn't ready in time.
+            DeployError: the worker ended, or isn't ready in time. The message has the last lines of its log.
         """
         deadline = time.monotonic() + timeout_s
         while not self.is_ready():
             self.check()
             if time.monotonic() > deadline:
-                raise DeployError(f"the {self.kind} worker was not ready within {timeout_s:.0f} s; its log is {self.log}")
+                raise DeployError(
+                    f"the {self.kind} worker: expected to be ready within {timeout_s:.0f} s, found that it isn't. "
+                    f"The machine has a load of {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; try again when it is "
+                    f"quieter. {self._log_tail()}"
+                )
             time.sleep(POLL_S)
 
     def metrics(self) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -110,7 +121,7 @@ class Worker:
     def peak_rss_mb(self) -> float:
         """The most memory that the worker has held, in MiB; after its end, the last value that was read."""
         with contextlib.suppress(psutil.Error):
-            self._peak_rss_mb = usage(self.pid).peak_rss_mb or self._peak_rss_mb  # 0 of one that has ended
+            self._peak_rss_mb = usage(self.pid).peak_rss_mb or self._peak_rss_mb  # 0 when the worker has ended
         return round(self._peak_rss_mb, 1)
 
     def kill(self) -> None:

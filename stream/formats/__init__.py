@@ -13,7 +13,7 @@ values = formats.open(records, form)          # for each record JSON bytes, or a
 | `avro.py`, `protobuf.py` | a schema's text → a function from payload to Python objects |
 | `envelopes.py` | envelopes of Kafka Connect's JsonConverter and of Debezium |
 | `rows.py` | a decoded record → the contract's JSON |
-| `hints.py` | what a value is that can't be used, for the text of its dead letter |
+| `hints.py` | recognises values that can't be used, for the texts of their dead letters |
 | `reader.py` | `Formats`, which combines these |
 
 A form says which formats to look for: "f" frames, "c" Connect's envelopes, "d" Debezium's. It is kept with the settings that

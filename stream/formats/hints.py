@@ -1,4 +1,4 @@
-"""What a value or a key is that doesn't fit the contract, for the text of its dead letter."""
+"""Recognises values and keys that don't fit the contract, for the texts of their dead letters."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def about_wrapped_string(value: bytes) -> str:
 
 
 def about_key(key: bytes | None, impression_id: str) -> str:
-    """What a key is that isn't the event's id, and what to do about it."""
+    """For a key that isn't the event's id: what it is, and what to do about it."""
     if key is None:
         return "no key: send the id as the key too, so that both topics choose the same partition for it"
     number = schema_id(key)

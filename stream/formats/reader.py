@@ -34,11 +34,11 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 15.0
 CONFIRM_S = 2.0
 # Wait before the registry is asked again for a schema that it doesn't have.
 UNKNOWN_S = 60.0
-# Ids without a schema that are remembered. Only values that were never frames have so many.
+# Limit for the ids without a schema that are remembered. Only values that aren't frames at all bring so many.
 MAX_UNKNOWN = 10_000
 
-# Requests at a time, and the number of wanted schemas from which `trouble` reports them: no producer has so many new schemas at
-# once, so these are bytes that only look like frames.
+# Limit for requests at a time, and the number of schemas to fetch above which `trouble` reports them: no producer has so many
+# new schemas at once, so these are bytes that only look like frames.
 AT_ONCE, MANY = 8, 100
 # Registries keep ids in Java's `int`, and answer something else than "no such schema" to a larger number.
 MAX_ID = 0x7FFF_FFFF

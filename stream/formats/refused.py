@@ -1,4 +1,4 @@
-"""Why there is no JSON for a value."""
+"""Why a value could not be turned into the contract's JSON."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def row_json(row: object) -> bytes:
     """The event of a decoded record, as JSON.
 
     Raises:
-        RefusedError: JSON can't represent a value of the record, or it is no record.
+        RefusedError: JSON can't represent a value of the record, or `row` is no record.
     """
     if not isinstance(row, dict):
         raise RefusedError("wrong_type", "$", f"expected a record, found {_kind(row)}")
@@ -54,7 +54,7 @@ def json_row(value: bytes) -> bytes:
     """The event of a row in JSON. Every field keeps its bytes.
 
     Raises:
-        msgspec.DecodeError, RecursionError: it is no JSON object.
+        msgspec.DecodeError, RecursionError: `value` is no JSON object.
         RefusedError: see `row_json`.
     """
     row: dict[str, object] = dict(_object(value))

@@ -2,8 +2,9 @@
 
 | module | what it does |
 | --- | --- |
-| `events` | the records of a run → event times and ids; what can't be read becomes a dead letter |
-| `logic` | the decisions, as pure functions: a state and the events of a step → labels and changes of the state |
+| `events`, `wrong_fields` | the records of a run → event times and ids; what can't be read becomes a dead letter |
+| `logic`, `first_labels` | the decisions, without Kafka: a state and the events of a step → labels and changes of the state |
+| `plan`, `outgoing` | what one step decided, and the records that it writes to `examples` |
 | `memory` | the part of the state that is kept in memory |
 | `sampling` | which negatives go out |
 | `source_clock`, `idle` | how far a source has come, and whether it still holds the watermark back |
@@ -14,5 +15,5 @@
 | `rebuild` | reads the log again up to the committed offsets: `rebuild_labels` and `rebuild_state` decide and write |
 | `rebuild_progress`, `retention`, `metrics` | what a worker reports |
 | `checks`, `partition_count`, `file_limit` | what is checked before a worker joins its group |
-| `worker` | the process: partitions that are assigned, taken over, and given up |
+| `worker` | the process: it takes over the partitions that it is assigned, and closes those that it loses |
 """

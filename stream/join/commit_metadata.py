@@ -12,7 +12,7 @@ __all__ = ["Progress", "decode_progress", "encode_progress", "new_life"]
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Committed together with both sources' offsets, in one transaction.
+    """What is committed together with both sources' offsets, in one transaction.
 
     The first label of an impression is out exactly when (event time + hold, offset) is below (watermark, cut). The cut is above
     0 only when more impressions of one time are due than one transaction takes.
@@ -31,13 +31,13 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     terms: tuple[Terms, ...] = msgspec.field(name="t", default=())  # () in progress that version 0.1.0 committed
     identity: str = msgspec.field(name="o", default="")  # of cluster and topics; "" in progress of version 0.1.0
     partitions: int = msgspec.field(name="n", default=0)  # of the topics when this was committed; 0 when it isn't known
-    life: str = msgspec.field(name="l", default="")  # drawn at a first start; "" in progress from before releases drew one
+    life: str = msgspec.field(name="l", default="")  # drawn at a first start; "" in progress of releases that drew none
 
 
 def new_life() -> str:
-    """A random mark of everything since a first start, or since offsets were reset.
+    """A random mark, drawn at a first start and after offsets were reset.
 
-    A local state from before has another mark.
+    A local state from before that has another mark.
     """
     return secrets.token_urlsafe(6)
 

@@ -1,4 +1,4 @@
-"""Reads what the join's group has committed for a partition number, and rejects what can't be gone on from."""
+"""Reads what the join's group has committed for a partition number, and rejects it where the join can't go on from there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stream.topics.names import TopicNames
 
 __all__ = ["STALL_S", "Committed", "CommittedReader"]
 
-# Longest wait for a record that is there: the open transaction of a replay ends within its timeout of 60 s.
+# Longest wait for records that an open transaction holds back: that of a replay ends within its timeout of 60 s.
 STALL_S = 90.0
 
 
@@ -47,7 +47,7 @@ class CommittedReader:
     names: TopicNames
     group: str
     identity: str
-    """Of cluster and topics (`JoinWorker`); progress under another one is of another log."""
+    """The ids of cluster and topics (`JoinWorker`). Progress with another identity belongs to another log."""
 
     async def read(self, consumer: Any, number: int) -> Committed:
         """The committed offsets and their metadata; the start of the logs before the first transaction.
@@ -56,8 +56,8 @@ class CommittedReader:
             consumer: a started one without a group, which reads committed records.
 
         Raises:
-            PositionError: the log lost records that were not read yet, ends before what was committed, or holds labels that
-                nothing committed accounts for; or the offsets were reset for one source alone.
+            PositionError: the log lost records that were not read yet, or ends before what was committed; or `examples` holds
+                labels but nothing is committed; or the offsets were reset for one source alone.
         """
         impressions = TopicPartition(self.names.impressions, number)
         clicks = TopicPartition(self.names.clicks, number)
@@ -93,9 +93,9 @@ class CommittedReader:
         if len(alone := [tp.topic for tp, offset in known.items() if not offset.metadata]) == 1:
             raise PositionError(
                 f"group {self.group}, partition {number}: expected the join's progress with the committed offsets of "
-                f"impressions and clicks, found none with those of {alone[0]}: they were reset alone. What has its label can't "
-                "be told from what is pending then. To begin again, reset those of both topics with Kafka's consumer-groups "
-                "tool."
+                f"impressions and clicks, found none with those of {alone[0]}: they were reset alone. Labelled "
+                "impressions can't be told apart from pending ones then. To begin again, reset those of both topics with "
+                "Kafka's consumer-groups tool."
             )
 
     def _check_log(
@@ -130,10 +130,10 @@ class CommittedReader:
             ) from error
         if progress is not None and progress.identity not in ("", self.identity):
             raise PositionError(
-                f"group {self.group}, partition {number}: expected the topics that its progress is of, found others of the "
-                f"same names: {self._recreated(progress.identity)}. What has its label can't be told from what is pending. To "
-                "begin again, reset the offsets of impressions and clicks with Kafka's consumer-groups tool: to the ends of "
-                "their logs, where no impression may be labelled a second time."
+                f"group {self.group}, partition {number}: expected the topics that its progress was committed for, found "
+                f"others of the same names: {self._recreated(progress.identity)}. Labelled impressions can't be told apart "
+                "from pending ones. To begin again, reset the offsets of impressions and clicks with Kafka's consumer-groups "
+                "tool: to the ends of their logs if no impression may be labelled a second time."
             )
         return progress
 

@@ -1,9 +1,12 @@
 """Reading a run of impressions or clicks: the envelope only (id, event time, well-formed JSON).
 
-The fast path decodes a whole run in one call. When it doesn't accept the run, its values are opened first if they may be in
-another format (`stream.formats`), and the fast path is tried again. Then each record goes through `_read_one`, which decides.
-Both use the same decoder, so they agree by construction when the run is one object a line. The fast path accepts no value that
-is in another format.
+The fast path decodes a whole run in one call. A run that it doesn't accept takes two more attempts:
+
+- If its values may be in another format (`stream.formats`), they are opened, and the fast path is tried again.
+- Then each record goes through `_read_one`, which decides.
+
+The fast path and `_read_one` use the same decoder, so they agree by construction when the run is one object a line. The fast
+path accepts no value that is in another format.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class _Envelope(msgspec.Struct):
 
 
 _decoder = msgspec.json.Decoder(_Envelope)
-# A value as JSON, as it came or as it was opened; or why there is no JSON.
+# A value as JSON, as it came or decoded from another format; or why there is no JSON; None when the record has no value.
 _Opened = bytes | Refused | None
 
 
@@ -79,7 +82,7 @@ def read_run(
     - an event more than `max_future_ms` ahead of its own arrival. The record's Kafka timestamp is compared and not the clock,
       so that a replay decides the same;
     - a watermark record more than `max_watermark_future_ms` ahead, which would make every later impression late;
-    - both when they lie more than `MAX_AGE_MS` before their arrival: such a time is in seconds, or made up.
+    - a record of either kind whose time is more than `MAX_AGE_MS` before its arrival: such a time is in seconds, or made up.
 
     Args:
         formats: opens values in another format than plain JSON. `Formats.prepare` must have had these records.
@@ -94,7 +97,7 @@ def read_run(
 
 
 def _read_fast(records: Sequence[Record], max_future_ms: int, values: Sequence[_Opened]) -> Events | None:
-    """Decode a run, with `values` as they were opened, in one call; None when any record must be checked alone."""
+    """Decode a run, whose opened values are `values`, in one call; None when any record must be checked alone."""
     keys = [record.key for record in records]
     try:
         lines = b"\n".join(values)  # type: ignore[arg-type]  # TypeError for what is not bytes

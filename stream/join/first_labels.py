@@ -57,9 +57,9 @@ class FirstLabels:
         plan.watermark_ms = memory.watermark_ms
         self._label_stored(stored, held)
         self._label_own(own)
-        # The order in which real time would have labelled them: a step of a fast replay spans hours, and a model that learns
-        # all of its corrections before all of its negatives learns little (docs/experiments.md). The sort is stable, so a
-        # correction stays behind its negative.
+        # Sort the labels as they would have come in real time: a step of a fast replay spans hours, and a model that learns all
+        # of its corrections before all of its negatives learns little (docs/experiments.md). The sort is stable, so a
+        # correction stays after its negative.
         if len(self._history.terms) == 1 and not any(example.kind == CORRECTION for example in plan.examples):
             plan.examples.sort(key=_impression_ms)
         else:
@@ -70,14 +70,14 @@ class FirstLabels:
         return max(due_ms, example.click_ms) if example.kind == CORRECTION else due_ms
 
     def _ranges(self, until: _Due) -> Iterator[tuple[Terms, TimeOffset, TimeOffset]]:
-        """For each terms, the pending impressions that become due when the watermark moves to `until`: from, and up to."""
+        """For each terms, the range of pending impressions that are due once the watermark is at `until`: first, and end."""
         memory = self._memory
         for terms in self._history.terms:
             begin = max(memory.watermark_ms - terms.hold_ms, 0), memory.cut if memory.watermark_ms >= terms.hold_ms else 0
             yield terms, begin, (until.due_ms - terms.hold_ms, until.offset)
 
     def _stored_due(self, until: _Due) -> tuple[list[Pending], _Due]:
-        """The stored impressions whose first label is due, in order, and up to where these are all."""
+        """The stored impressions whose first label is due, in order, and the end up to which they are complete."""
         room = max(self._max_outputs - len(self._plan.examples), 1)
         due: list[Pending] = []
         several, terms_of = len(self._history.terms) > 1, self._history.of
@@ -117,7 +117,7 @@ class FirstLabels:
                 continue
             plan.settled += 1
             impression = time_ms, offset
-            # A click of this step is earlier than the state's: else it would not have been held.
+            # A click that this step holds is earlier than the one in the state; otherwise the step would not hold it.
             click_ms = plan.held.pop(impression, -1)
             if click_ms < 0:
                 click_ms = clicks.get(impression, -1)

@@ -27,12 +27,12 @@ class LocalState:
     state_dir: Path
     options: StateOptions
     identity: str
-    """Of cluster and topics; state of another log is moved aside."""
+    """The ids of cluster and topics; state of another log is moved aside."""
 
     def open(self, number: int, committed: Committed) -> JoinState:
-        """The state to rebuild from; an empty one where the folder is damaged, or can't be a prefix of this log.
+        """The state to rebuild from; an empty one where the folder is damaged, or holds no prefix of this log.
 
-        What is in such a folder is moved aside, unless it is worth nothing (new, or left by an unfinished rebuild).
+        The content of such a folder is moved aside, unless it is of no use (it is new, or an unfinished rebuild left it).
 
         Raises:
             JoinStateError: the folder can't be opened, and what it holds may be good.
@@ -54,7 +54,7 @@ class LocalState:
             ):
                 return state
             state.close()
-            # New, left by an unfinished rebuild, or of a start after which no event came.
+            # The state is new, or an unfinished rebuild left it, or no event came after the start that made it.
             if meta is None or max(meta.watermark_ms, meta.impressions_seen_ms, meta.clicks_seen_ms) == NEVER_MS:
                 JoinState.destroy(path)
             elif committed.progress is not None or meta.watermark_ms > NEVER_MS:
@@ -87,13 +87,13 @@ class LocalState:
             raise
 
     def _is_prefix(self, state: JoinState, meta: JoinMeta, committed: Committed, progress: Progress) -> bool:
-        """Whether the state is where this log was at some time, and the log still has all that came after."""
+        """Whether the state belongs to an earlier position of this log, and the log still has all that came after."""
         return (
             meta.life == progress.life
             and meta.identity.removesuffix("/layout 3") == self.identity  # version 0.1.0 had its layout in there
             and committed.impressions_start <= meta.impressions_position <= committed.impressions
             and committed.clicks_start <= meta.clicks_position <= committed.clicks
-            # The watermark moves without records, too.
+            # Compared besides the positions, since the watermark also moves without records.
             and (meta.watermark_ms, meta.cut) <= (progress.watermark_ms, progress.cut)
             and (
                 # An older state needs the labels given since; one that is up to date does not.
@@ -105,10 +105,10 @@ class LocalState:
 
 
 def _terms_known(state: JoinState, meta: JoinMeta, progress: Progress) -> bool:
-    """Whether the progress still says under which settings everything was read: in the state, and beyond its positions.
+    """Whether the progress still has the settings of all records: those in the state, and those beyond its positions.
 
     The progress no longer has the settings of records that are forgotten by now. An old state may remember such records, or lie
-    before them and read them again: they would be decided under the settings of today.
+    before them, so that they would be read again. They would then be decided under the settings of today.
     """
     if not progress.terms:
         return True

@@ -1,4 +1,4 @@
-"""The decisions of the join, pure: a state and one step's events in; labels, dead letters and state changes out.
+"""The decisions of the join, without Kafka: from a state and one step's events to labels, dead letters and state changes.
 
 Times are event times in ms. W is the watermark. `window`, `hold`, `horizon` and `skew` come from the settings that an
 impression was read under (`settings_history.py`):
@@ -9,7 +9,8 @@ impression was read under (`settings_history.py`):
   (`first_labels.py`);
 - a later click is a correction. One that was read before the first label waits for it. With hold = window there is none;
 - a click without an impression is an orphan once t_click + skew < W;
-- an impression older than W - window - max(horizon, skew) is late: an id is remembered while a click for it may wait;
+- an impression older than W - window - max(horizon, skew) is late. The skew is there because an id must be remembered for as
+  long as a click for it may wait;
 - an impression is a duplicate of the remembered one with its id when it is at most `horizon` newer. The rule looks at the two
   records alone, not at W, so that a rebuild, which knows only today's W, decides as it was decided then;
 - ids are remembered for one more horizon: an impression that isn't late can be a duplicate of one that is so old.
@@ -141,8 +142,8 @@ class Step:
         plan.dead.extend(events.dead)
         self._see("clicks", events)
         entries = self._state.entries(events.keys)
-        matched: list[tuple[TimeOffset, int]] = []  # of impressions whose first label is out, or says itself whether it is
-        repeated: list[tuple[TimeOffset, int]] = []  # of impressions whose label waits
+        matched: list[tuple[TimeOffset, int]] = []  # of impressions whose label is out, or of version 0.1.0
+        repeated: list[tuple[TimeOffset, int]] = []  # of impressions whose label is not out
         for index, (key, click_ms) in enumerate(zip(events.keys, events.times_ms, strict=True)):
             plan.counts["clicks"] += 1
             entry = plan.remembered.get(key) or entries[index]
@@ -172,7 +173,7 @@ class Step:
         self._match_sooner(repeated)
 
     def _match_stored(self, matched: list[tuple[TimeOffset, int]]) -> None:
-        """Correct the labels that are out. An impression of version 0.1.0 says itself whether its label is."""
+        """Correct the labels that are out. For an impression of version 0.1.0, its stored row says whether its label is out."""
         plan = self.plan
         rows = self._state.pending([impression for impression, _ in matched])
         for ((time_ms, offset), click_ms), row in zip(matched, rows, strict=True):
@@ -197,7 +198,7 @@ class Step:
                 self.plan.held[impression] = click_ms
 
     def _keep_early(self, record: Record, key: bytes, time_ms: int) -> None:
-        """Keep a click whose impression has not come, or was not this one."""
+        """Keep a click until an impression comes that it counts for, or make it an orphan when its time is over."""
         if time_ms + self._history.max_skew_ms < self._memory.watermark_ms:
             self._orphan(DeadLetter.of(record, "orphan_click", "$.impression_id", ""), time_ms)
         elif time_ms in self._memory.early.get(key, ()):

@@ -29,7 +29,7 @@ class EarlyClick(NamedTuple):
         return cls(time_ms, record.offset, msgspec.msgpack.encode((record.value, record.headers)))
 
     def letter(self, key: bytes, topic: str, partition: int) -> DeadLetter:
-        """The click as a dead letter without a text."""
+        """The click as a dead letter without an error text."""
         value, headers = msgspec.msgpack.decode(self.packed, type=tuple[bytes | None, tuple[Header, ...]])
         return DeadLetter("orphan_click", "", "$.impression_id", topic, partition, self.offset, key, value, headers)
 
@@ -68,7 +68,7 @@ class Memory:
         return len(self._early_offsets)
 
     def first_is_out(self, time_ms: int, offset: int, terms: Terms) -> bool:
-        """Whether all steps so far have moved the watermark past the hold of an impression."""
+        """Whether the steps before this one have moved the watermark past an impression's hold: its label is out."""
         due_ms = time_ms + terms.hold_ms
         return due_ms < self.watermark_ms or (due_ms == self.watermark_ms and offset < self.cut)
 
@@ -101,9 +101,9 @@ class Memory:
         heapq.heappush(self._chunks_due, (chunk.max_time_ms + self.history.of(chunk.first_offset).horizon_ms, chunk))
 
     def due_chunks(self, late_before_ms: int) -> list[Chunk]:
-        """Remove and return the chunks whose every id may be forgotten.
+        """Remove and return the chunks of which all ids may be forgotten.
 
-        That is so when each impression that could be a duplicate of such an id is late.
+        An id may be forgotten once every impression that could be a duplicate of it would be late.
         """
         due: list[Chunk] = []
         while self._chunks_due:

@@ -34,8 +34,8 @@ def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) 
 
     - The impression is named as left out: a rebuild sees that it was accepted, and has its label.
     - If the label is positive, its click is also named as matched: a rebuild sees that the impression was clicked.
-    - A correction gets a letter of its own, unless its first label has one in the same step: the negative may have fitted, or
-      been left out.
+    - A correction gets a letter of its own, unless its first label gets one in the same step. The first label has none if the
+      negative fitted when it left, or was left out.
 
     Args:
         topic: full name of `impressions`; with `partition`, it says in the letters where the bytes are.
@@ -47,7 +47,7 @@ def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) 
     if max_example_bytes(longest_key, longest_value) <= max_bytes:
         return
     kept: list[Example] = []
-    firsts: set[int] = set()  # a correction stands behind its negative
+    firsts: set[int] = set()  # a correction comes after its negative
     for example in plan.examples:
         key, value, offset = example.key, example.value, example.source_offset
         if max_example_bytes(key, value) <= max_bytes:

@@ -37,12 +37,12 @@ from stream.topics.names import TopicNames
 
 __all__ = ["Owner", "PartitionJoin", "Positions", "TakenOver"]
 
-# Most records of one step. This bounds how long deciding holds the event loop: about 100 ms on one core.
+# Limit for the records of one step. This bounds how long deciding holds the event loop: about 100 ms on one core.
 MAX_STEP_RECORDS = 6_000
-# The state is flushed this often, so a crash leaves at most this much to read again, or a full write buffer.
+# How often the state is flushed. After a crash, at most the records of this time, or of a full write buffer, are read again.
 FLUSH_S = 30.0
-# Longest time for a transaction until its commit: enough for a broker that has failed to be replaced. The coordinator aborts
-# much sooner a transaction that nobody goes on with (join.transaction_timeout_ms).
+# Longest time for a transaction until its commit: long enough for a failed broker to be replaced. The coordinator aborts an
+# abandoned transaction much sooner (join.transaction_timeout_ms).
 TRANSACTION_S = 90.0
 # How often a partition without new records checks whether its sources are idle and the watermark may move.
 TICK_S = 0.1
@@ -50,7 +50,11 @@ TICK_S = 0.1
 
 @dataclass(slots=True)
 class Positions:
-    """Next offsets. Those of the sources say what is applied; that of `examples` is a lower bound of what comes next."""
+    """The next offset of each topic.
+
+    Records of a source below its offset have been applied to the state. The next record of `examples` has its offset, or a
+    later one.
+    """
 
     impressions: int
     clicks: int
@@ -86,7 +90,7 @@ class PartitionJoin:
 
     Args:
         partitions: how many the topics have; committed with the progress.
-        limits: what the topics of labels and dead letters take.
+        limits: the largest batches that `examples` and `dead-letters` take.
         formats: opens events that aren't plain JSON; without it none are opened.
     """
 
@@ -152,7 +156,8 @@ class PartitionJoin:
     async def run(self) -> None:
         """Step until cancelled. A step under way, with its transaction, ends first."""
         while True:
-            # The runs get no name here: it would keep them alive, and their bytes counted, until the next ones come.
+            # The runs are not assigned to a variable, which would keep them in memory, and their bytes counted, until the next
+            # ones come.
             step = asyncio.ensure_future(self._step(await self._prepared(await self._gather())))
             try:
                 await asyncio.shield(step)
@@ -164,7 +169,7 @@ class PartitionJoin:
         """The next runs: those that come within `step_ms` of the first, or none after a tick without any."""
         runs: list[Run] = []
         records = 0
-        # Not `wait_for`: before Python 3.12 it swallows a cancellation that comes together with what it waits for.
+        # `wait_for` isn't used: before Python 3.12 it loses a cancellation that arrives together with what it waits for.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TICK_S) as limit:
                 while records < MAX_STEP_RECORDS:
@@ -175,8 +180,10 @@ class PartitionJoin:
         return runs
 
     async def _prepared(self, runs: list[Run]) -> list[Run]:
-        """The same runs, once the schemas that they name are there. While the schema registry is away this waits, and can be
-        cancelled."""
+        """Fetch the schemas that these runs name, and return the runs.
+
+        While the schema registry is away, this waits, and can be cancelled.
+        """
         if self._form:
             for run in runs:
                 await self._formats.prepare(run.records, self._form)
@@ -241,7 +248,7 @@ class PartitionJoin:
         return self._idle.is_idle(topic)
 
     def _chunk(self, plan: Plan) -> Chunk | None:
-        """What this step remembers, with the position of `examples` before the step."""
+        """The ids that this step remembers, with the position of `examples` before the step; None when there are no ids."""
         if not plan.new_ids:
             return None
         latest = max(plan.remembered[key][0] for key in plan.new_ids)
@@ -254,7 +261,7 @@ class PartitionJoin:
         began = time.perf_counter()
         async with asyncio.timeout(TRANSACTION_S):
             await self._write(plan, after)
-        # A commit that hangs may or may not have happened. Beyond the broker's own limit only a new start can find out.
+        # A commit that hangs may or may not have happened. After the broker's own time limit only a new start can find out.
         async with asyncio.timeout(self._settings.transaction_timeout_ms / 1000):
             await self._producer.commit_transaction()
         self._metrics.commit_seconds.observe(time.perf_counter() - began)
@@ -272,7 +279,8 @@ class PartitionJoin:
         for future in dead_sends:
             await future
         if written:
-            # A lower bound: the first batch's offset, all records and the marker. Records of a replay may lie between them.
+            # The first batch's offset, plus all records and the transaction's marker. This is a lower bound, since records of a
+            # replay may lie between them.
             after.examples = written[0].offset + record_count(plan) + 1
         metadata = encode_progress(self._progress(after))
         await producer.send_offsets_to_transaction(

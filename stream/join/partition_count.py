@@ -72,8 +72,8 @@ def check_partition_count(
             continue
         with contextlib.suppress(msgspec.DecodeError):  # the takeover of that partition says what is wrong
             joined.append(_Joined(tp, impressions.offset, clicks.offset, decode_progress(impressions.metadata)))
-    # Records since the first commit under this number were sent under it. A partition with unread records from before was
-    # reported at the first start under this number.
+    # Once something is committed under the present number, unread records were sent under that number, too: unread records from
+    # before were reported at the first start under it.
     begun = any(each.progress.partitions == partitions for each in joined)
     for tp, impressions_at, clicks_at, progress in joined:
         if progress.partitions in (0, partitions):

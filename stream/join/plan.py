@@ -17,7 +17,7 @@ __all__ = ["Plan", "StoredState"]
 
 
 class StoredState(Protocol):
-    """What the logic reads of `state.join_state.JoinState`. Tests put a dictionary behind it."""
+    """What the logic reads of `state.join_state.JoinState`. Tests implement it with dictionaries."""
 
     def entries(self, keys: list[bytes]) -> list[Entry | None]: ...
     def packed_entries(self, keys: list[bytes]) -> list[bytes | None]: ...
@@ -38,7 +38,7 @@ class Plan:
     left_out: list[int] = field(default_factory=list)
     held: dict[TimeOffset, int] = field(default_factory=dict)  # impressions whose label waits, and the time of their click
     dropped_held: list[TimeOffset] = field(default_factory=list)
-    set_aside: dict[TimeOffset, int] = field(default_factory=dict)  # impressions whose positive label is too large, likewise
+    set_aside: dict[TimeOffset, int] = field(default_factory=dict)  # the same for impressions whose positive label is too large
     settled: int = 0
     dead: list[DeadLetter] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -50,6 +50,6 @@ class Plan:
     new_early: list[tuple[bytes, EarlyClick]] = field(default_factory=list)
     dropped_early: list[tuple[bytes, EarlyClick]] = field(default_factory=list)
     forgotten: list[Chunk] = field(default_factory=list)
-    forget_before_ms: Callable[[int], int] = field(default=lambda offset: NEVER_MS)  # by offset; newer uses of ids are kept
+    forget_before_ms: Callable[[int], int] = field(default=lambda offset: NEVER_MS)  # by offset; ids used again later are kept
     expired_until_ms: int = 0
     watermark_ms: int = NEVER_MS

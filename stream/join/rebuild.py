@@ -105,7 +105,7 @@ class Rebuild:
         )
 
     def _terms_then(self) -> History:
-        """What all below the committed offsets was decided under. Version 0.1.0 did not record it: then today's settings."""
+        """The settings of all records below the committed offsets. Version 0.1.0 did not record them: then today's are used."""
         last, settings = self._committed.progress, self._settings
         if last is None:
             return History().with_settings(settings, form=self._form, impressions=0, clicks=0, watermark_ms=NEVER_MS)
@@ -130,7 +130,7 @@ class Rebuild:
         labels_from = start.examples if older and committed.progress is not None else examples_end
         await self._check_start(names.examples, labels_from, examples_end)
         if not older and committed.progress is not None:
-            # They are read for one check only: none of them may be beyond what was committed.
+            # The labels are read only to check that none of them is beyond what was committed.
             labels_from = min(max(start.examples, committed.examples_start), examples_end)
         spans = (
             (labels_from, examples_end),
@@ -163,9 +163,9 @@ class Rebuild:
             raise PositionError(
                 f"{topic}, partition {self._number}: rebuilding needs offsets from {start}, found the log starting at {first}. "
                 f"Retention of {topic} is shorter than what is pending: raise `topics.retention_ms`. To go on, put the state "
-                "folder of the worker that had this partition last into `state_dir`. Without it, what is pending can't be told "
-                "from what has its label: resetting the offsets of both sources with Kafka's consumer-groups tool gives up the "
-                "former (offsets beyond it) or repeats the latter (offsets before it)."
+                "folder of the worker that had this partition last into `state_dir`. Without it, pending impressions can't be "
+                "told apart from labelled ones. If you reset the offsets of both sources with Kafka's consumer-groups tool, "
+                "pending impressions before the new offsets get no label, and labelled ones after them get a second."
             )
 
     async def _read(self, topic: str, start: int, until: int) -> AsyncIterator[list[Record]]:
@@ -206,7 +206,7 @@ class Rebuild:
             self._rebuilt.mark_clicked(clicked)
 
     def _check_beyond(self) -> None:
-        """Labels, and the offsets of the impressions that they are for, are committed together: none may be beyond."""
+        """Check that no label is for an impression beyond the committed offset: labels and offsets are committed together."""
         furthest = self._labels.furthest
         if self._committed.progress is not None and furthest >= self._committed.impressions:
             raise PositionError(
@@ -214,18 +214,18 @@ class Rebuild:
                 f"{self._committed.impressions}, which is what the group has committed, found something about offset "
                 f"{furthest}. Brokers before Kafka 2.5 answer with an older offset while a transaction ends: start the worker "
                 "again. If that doesn't help, the group's offsets were set back: reset both sources' with Kafka's "
-                "consumer-groups tool, and labels of what lies between are given again."
+                "consumer-groups tool, and the impressions in between are labelled again."
             )
 
     # Deciding again
 
     async def _prepare(self, records: list[Record], of: Callable[[int], Terms]) -> None:
-        """Fetch the schemas of a run. It waits while the schema registry is away."""
+        """Fetch the schemas of a run. This waits while the schema registry is away."""
         for form, group in groupby(records, key=lambda record: of(record.offset).form):
             await self._formats.prepare(list(group), form)
 
     def _by_terms(self, records: list[Record], of: Callable[[int], Terms]) -> Iterator[tuple[Terms, Events]]:
-        """The events of a run, split by the settings that they were read under then."""
+        """The events of a run, split by the settings that they were first read under."""
         settings = self._settings
         for terms, group in groupby(records, key=lambda record: of(record.offset)):
             events = read_run(list(group), terms.max_future_ms, settings.max_watermark_future_ms, self._formats, terms.form)
@@ -244,10 +244,10 @@ class Rebuild:
         self._rebuilt.keep_clicks(events for _, events in self._by_terms(records, self._history.of_click))
 
     async def _check_schemas(self) -> None:
-        """Records whose schema isn't there must have become dead letters then; otherwise the schema was deleted since.
+        """Check that records whose schema the registry doesn't have became dead letters when they were first read.
 
-        Records of a deleted schema can't be taken for dead letters: the pending impressions among them would lose their labels
-        without a trace.
+        If one did not, its schema was deleted since. Such records can't be skipped like dead letters: the pending impressions
+        among them would lose their labels without a trace.
         """
         if not self._without_schema:
             return
@@ -280,7 +280,7 @@ class Rebuild:
         )
 
     def _memory(self, early: list[tuple[bytes, EarlyClick]]) -> Memory:
-        """The memory to go on with. What is read from here on comes under the settings of today."""
+        """The memory to go on with. Records read from here on are decided under the settings of today."""
         committed, progress = self._committed, self._committed.progress
         history = self._history.with_settings(
             self._settings,
@@ -293,7 +293,8 @@ class Rebuild:
         if progress is not None:
             memory.watermark_ms, memory.cut = progress.watermark_ms, progress.cut
             memory.impressions_seen_ms, memory.clicks_seen_ms = progress.impressions_seen_ms, progress.clicks_seen_ms
-            memory.expired_ms = max(self._watermark_ms - history.max_window_ms, 0)  # from here on rows come that live longer
+            # By the largest window, with today's settings included: rows that are added from here on may live longer.
+            memory.expired_ms = max(self._watermark_ms - history.max_window_ms, 0)
         for key, click in early:
             memory.add_early(key, click)
         for chunk in self._state.all_chunks():

@@ -19,8 +19,8 @@ class Labels:
     """Labels and notes of the join, gathered from `examples`.
 
     Attributes:
-        resolved: impressions that have their first label or were left out, by offset: whether they are clicked.
-        held: impressions whose click waited for the first label, by (event time, offset): the time of the earliest such click.
+        resolved: offset → whether the impression is clicked; of impressions that have their first label or were left out.
+        held: (event time, offset) → time of the earliest click; of impressions whose click waited for the first label.
         matched: clicks that are accounted for, by id and event time.
         foreign: records that the join has not written.
     """
@@ -51,7 +51,7 @@ class Labels:
         return clicked
 
     def _hold(self, click: Matched) -> None:
-        """Note a matched click. Raises ValueError for numbers that no event time and no offset can be."""
+        """Note a matched click. Raises ValueError for numbers that can't be an event time or an offset."""
         impression = click.impression_ms, click.source_offset
         if not all(0 <= number < 1 << 63 for number in impression):
             raise ValueError(click)
@@ -68,14 +68,14 @@ class Labels:
         if example.click_ms < 0:
             if example.kind == FIRST:
                 self.resolved[example.source_offset] = False
-            return False  # the join writes no correction to 0; after a foreign one the impression stays clicked
+            return False  # the join writes no correction to 0; a foreign one leaves the impression clicked
         self.matched.add((example.key, example.click_ms))
         self.resolved[example.source_offset] = True
         return True
 
     @property
     def furthest(self) -> int:
-        """The largest offset in `impressions` that anything was said about, -1 without any."""
+        """The largest offset in `impressions` that a label or a note names, -1 without any."""
         return max(max(self.resolved, default=-1), max((offset for _, offset in self.held), default=-1))
 
     def clear(self) -> None:

@@ -23,8 +23,8 @@ _END = (1 << 63, 0)  # beyond every impression
 class RebuiltState:
     """The state of a partition while it is rebuilt.
 
-    The first write deletes the positions, and `settle` writes the new ones: what an unfinished rebuild leaves is at no position
-    of the log, and is deleted when it is opened again.
+    The first write deletes the positions, and `settle` writes the new ones. So the state that an unfinished rebuild leaves has
+    no positions, and is deleted when it is opened again.
 
     Args:
         labels: what `examples` says. It must be complete before `accept`, `hold` and `keep_clicks`.
@@ -50,7 +50,7 @@ class RebuiltState:
         return (time_ms + self._history.of(offset).hold_ms, offset) < (self._watermark_ms, self._cut)
 
     def mark_clicked(self, clicked: Sequence[Example]) -> None:
-        """Mark impressions of an older local state that were clicked since."""
+        """Mark the impressions of an older local state that were clicked after that state was written."""
         entries = self._state.entries([each.key for each in clicked])
         batch = self._batch()
         batch.remember(
@@ -70,7 +70,7 @@ class RebuiltState:
         stored = self._state.entries(events.keys)
         remembered: dict[bytes, Entry] = {}
         pending: list[tuple[int, int, bytes, bytes]] = []
-        labelled: list[tuple[int, int, bytes, bytes]] = []  # by version 0.1.0, before the watermark had passed them
+        labelled: list[tuple[int, int, bytes, bytes]] = []  # by 0.1.0, before the watermark passed them
         first_offset = -1  # not taken from `remembered`, which has only the later offset of an id used twice
         for index, (key, time_ms, offset) in enumerate(zip(events.keys, events.times_ms, events.offsets, strict=True)):
             known = remembered.get(key) or stored[index]
@@ -138,7 +138,8 @@ class RebuiltState:
     def _waits(self, key: bytes, click_ms: int, offset: int, entry: Entry | None) -> bool:
         """Whether a click is not accounted for yet. `entry` is the impression that is remembered under its id.
 
-        A click that labelled an earlier use of the id is outside the window of the newer use, so it waits.
+        `matched` is looked at first: a click that labelled an earlier use of the id may lie outside the window of the newer
+        use, and would seem to wait.
         """
         history = self._history
         if (key, click_ms) in self._labels.matched or click_ms + history.max_skew_ms < self._watermark_ms:
@@ -148,12 +149,12 @@ class RebuiltState:
         if entry is None:
             return True
         terms = history.of(entry[1])
-        # An impression that may be forgotten by now didn't count for the clicks that are still in question.
+        # An impression that may be forgotten by now is too old for a click that may still wait (as in `Step.clicks`).
         remembered = entry[0] >= history.late_before(self._watermark_ms) - terms.horizon_ms
         return not (remembered and terms.counts(click_ms, entry[0]))
 
     def settle(self, meta: JoinMeta) -> list[tuple[bytes, EarlyClick]]:
-        """Drop what was settled since an older local state, and write the positions: the rebuild is done.
+        """Drop what has been settled since an older local state was written, and write the positions. This ends the rebuild.
 
         Returns:
             The clicks that still wait for their impression, in order of offset.

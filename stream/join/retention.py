@@ -38,7 +38,7 @@ READ_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """One log of one partition.
+    """How near retention is to the low-water offset, in one log of one partition.
 
     offsets      from the log's start to the low-water offset; negative when retention has passed it
     left_s       until retention by time reaches the low-water offset. Infinite when no record is there or after it, or when

@@ -37,11 +37,10 @@ class Terms(msgspec.Struct, frozen=True, array_like=True):
     """One set of settings, and the offsets from which it holds. Encoded without names, since it is part of every commit.
 
     - `late_floor_ms`: impressions before this time were late when these terms began, and stay late: their ids may be forgotten.
-    - `legacy`: the terms of version 0.1.0, which kept none. A pending impression then says itself whether its first label is
-      out.
-    - `orphan_floor_ms`: when these terms began, no click before this time was waiting any more, among the clicks read until
-      then. A longer skew doesn't change that. Clicks read since have their own terms, so the floor isn't copied to the next
-      terms.
+    - `legacy`: whether these stand for version 0.1.0, which recorded no terms. The stored row of a pending impression then says
+      whether its first label is out.
+    - `orphan_floor_ms`: of the clicks read before these terms began, those before this time no longer waited, and a longer skew
+      doesn't let them wait again. Clicks read since have their own terms, so the floor isn't copied to the next terms.
     - `form`: the formats that events could have besides plain JSON (`stream.formats`).
     """
 
@@ -109,7 +108,7 @@ class History:
 
     @property
     def max_late_ms(self) -> int:
-        """How far behind the watermark an impression is late. No waiting click counts for an id that is forgotten by this rule.
+        """How far behind the watermark an impression is late: so far that no waiting click counts for an id forgotten by then.
 
         Version 0.1.0 did not consider the skew, and may have forgotten ids that its larger skews would keep.
         """
@@ -155,7 +154,7 @@ class History:
         return max(self.current.orphan_floor_ms if none_since else NEVER_MS, watermark_ms - self.max_skew_ms)
 
     def was_orphan(self, offset: int, click_ms: int) -> bool:
-        """Whether a click was settled when some of these terms began."""
+        """Whether a click had been settled already when any of these terms began."""
         return any(offset < terms.clicks_from and click_ms < terms.orphan_floor_ms for terms in self.terms)
 
     def with_settings(self, settings: JoinSettings, *, form: str, impressions: int, clicks: int, watermark_ms: int) -> History:

@@ -4,9 +4,9 @@ The front of a source is the event time that its watermark follows, `lateness_ms
 
 - No event moves the front beyond the event's own arrival at the broker (the record's Kafka timestamp, `LogAppendTime`).
 - The front is the largest of the smallest times of any five events in a row (`AGREEING`).
-- An event that took as long to arrive as the events that made the front, or at most `lateness_ms` less, moves the front at once
-  to its own time. So a live stream doesn't wait for four more events. In a replay of the past, an event far ahead of the others
-  took years less to arrive than they did.
+- An event moves the front at once to its own time if it took as long to arrive as the events that made the front, or at most
+  `lateness_ms` less. So a live stream doesn't wait for four more events. In a replay of the past, this rule doesn't admit an
+  event with a wrong time far ahead of the others, since it took years less to arrive than they did.
 
 So a clock that is 59 minutes ahead moves the front at most to the moment of the event's arrival, and a single wrong event in a
 replay doesn't move it. With events in order, the front is at the newest event in a live stream, and four events behind in a
@@ -48,7 +48,7 @@ class SourceClock:
         self.lag_ms: int | None = None
         """Time from event to arrival of the event that five agreed on; None before there was one."""
         self._confirmed_ms = front_ms
-        self._times, self._lags = _NONE, _NONE  # of the last four events, for the next run
+        self._times, self._lags = _NONE, _NONE  # of the last four events, to be joined with the next run's
 
     def read(self, events: Events) -> None:
         """Take a run, in the log's order, and set its `front_ms` and `ahead`."""

@@ -1,4 +1,4 @@
-"""Takes over a partition number: fence the previous owner, read how far it came, bring the state there, and go on.
+"""Takes over a partition number: fence the previous owner, read how far it came, and bring the state there.
 
 The order matters:
 
@@ -51,7 +51,7 @@ class Takeover:
     """Takes over partition numbers, one after another.
 
     Args:
-        identity: of cluster and topics; local state of another log is moved aside.
+        identity: the ids of cluster and topics; local state of another log is moved aside.
         group: the consumer group whose offsets hold the progress.
         formats: opens events that aren't plain JSON.
     """
@@ -183,8 +183,10 @@ class Takeover:
             auto_offset_reset="none",
             isolation_level="read_committed",
             max_partition_fetch_bytes=4 << 20,
-            fetch_max_wait_ms=20,  # a fetch in flight at one log's end holds back the next log's first, of the same broker
-            retry_backoff_ms=20,  # the first question about each topic waits once for its metadata
+            # A fetch that waits at the end of one log delays the first fetch of the next log from the same broker.
+            fetch_max_wait_ms=20,
+            # The first request about each topic waits this long once, for the topic's metadata.
+            retry_backoff_ms=20,
         )
 
     async def _letters_of(self, origins: set[Origin]) -> set[Origin]:

@@ -1,4 +1,4 @@
-"""The join worker: owns partition numbers and hands each its runs."""
+"""The join worker: takes over the partition numbers that it is assigned, and gives each the runs that are fetched for it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["JoinWorker", "run_join"]
 
 log = logging.getLogger(__name__)
 
-# Takeovers under way at once. Each opens three connections and holds a fetch in memory.
+# Limit for takeovers at one time. Each opens three connections and holds a fetch in memory.
 TAKEOVERS_AT_ONCE = 8
 # How often the wait for takeovers checks whether another rebalance has begun.
 GENERATION_LOOK_S = 0.2
@@ -117,7 +117,7 @@ class JoinWorker(Worker):
             await self.app.consumer.seek_runs({tp: partition.accepted[run.topic]})
 
     async def _stop_loops(self) -> None:
-        """Let the steps under way end."""
+        """Stop the partitions' loops. Steps under way end first."""
         loops, self._loops = self._loops, {}
         for task in loops.values():
             task.cancel()
@@ -133,12 +133,13 @@ class JoinWorker(Worker):
     async def revoked(self) -> None:
         await self._stop_loops()
 
-    async def assigned(self, partitions: set[TP]) -> None:
-        """Take over what is new and go on with what stayed."""
+    async def assigned(self) -> None:
+        """Take over the partition numbers that are new, and go on with those that stayed."""
         await self._stop_loops()
         self._paused.clear()  # Faust resumes every partition when this is over
-        generation = self.app.consumer_generation_id
-        ours = self._numbers(partitions)
+        # Read together, with no await between them: while the steps ended, another rebalance may have completed.
+        generation, assigned = self.app.consumer_generation_id, self.app.consumer.assignment()
+        ours = self._numbers(assigned)
         for number in sorted((self.partitions.keys() | self._takeovers.keys()) - ours):
             await self._let_go(number)
         check_file_limit(self._file_limit, len(ours))
@@ -167,7 +168,7 @@ class JoinWorker(Worker):
         """The partition numbers that were assigned.
 
         Raises:
-            TopicError: the sources' partitions were assigned apart, or the topics have gained partitions.
+            TopicError: different partition numbers of the two sources were assigned, or the topics have gained partitions.
         """
         names, count = self._names, self._cluster.partitions[self._names.impressions]
         ours = {tp.partition for tp in assigned if tp.topic == names.impressions}
@@ -187,7 +188,7 @@ class JoinWorker(Worker):
     async def _let_go(self, number: int) -> None:
         """Close a partition that went to another worker, and end its takeover if that is under way."""
         if (task := self._takeovers.pop(number, None)) is not None:
-            # A state that is not rebuilt to the end is at no position of the log; the next takeover starts again.
+            # A state that is rebuilt only in part belongs to no position of the log; the next takeover starts again.
             task.cancel()
             await asyncio.wait([task])
             self._rebuilds.pop(number, None)
@@ -262,10 +263,10 @@ class JoinWorker(Worker):
                 self.app.consumer.resume_partitions({tp})
 
     def failed(self, what: str, error: BaseException) -> None:
-        """End the process, at once unless another worker may have put this one out.
+        """End the process at once, or after a wait if another worker with the same instance id may have replaced this one.
 
-        Without the wait in `end_if_replaced` two workers with one instance id would fence each other at the pace of their
-        supervisors' restarts.
+        Without the wait, which is in `end_if_replaced`, two workers with one instance id would fence each other as often as
+        their supervisors restart them.
         """
         if self._settings.instance_id is None or not isinstance(error, FENCED):
             fatal(what, error)
@@ -285,14 +286,14 @@ class JoinWorker(Worker):
         return takeover_status(list(self._rebuilds.values()), len(self.partitions), self._assigned)
 
     def on_the_way(self) -> Iterable[Part]:
-        """Takeovers, by how far they are. The flow stands still meanwhile, also for partitions that stayed."""
+        """The takeovers under way, each with its progress. Meanwhile no partition gets records, not even one that stayed."""
         if not self._rebuilds:
             yield from super().on_the_way()
         for number, rebuild in list(self._rebuilds.items()):
             yield Part(f"taking over partition {number}", rebuild.progress, rebuild.stage, self._formats.trouble)
 
     def work(self) -> Iterable[Part]:
-        """Partitions of both sources, by their committed positions. A source that is paused for the other has no work."""
+        """The partitions of both sources, with their committed positions. A source that is paused for the other is left out."""
         for number, partition in self.partitions.items():
             committed = partition.positions
             for topic, position in ((self._names.impressions, committed.impressions), (self._names.clicks, committed.clicks)):
@@ -303,7 +304,7 @@ class JoinWorker(Worker):
     async def drain(self) -> None:
         """Let the transactions under way end, and close everything.
 
-        A takeover under way is given up: a state that is not rebuilt to the end is at no position of the log.
+        A takeover under way is given up, since a state that is rebuilt only in part belongs to no position of the log.
         """
         self._stopping = True
         await self._stop_loops()

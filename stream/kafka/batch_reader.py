@@ -1,4 +1,4 @@
-"""Reads fetched batches so that none can stop a partition: header names of any bytes, and a limit on expanded batches.
+"""Reads fetched batches so that none can stop a partition: header names may have any bytes, and expanded batches have a limit.
 
 aiokafka 0.14.0 has two weaknesses here:
 
@@ -173,7 +173,7 @@ class _ReadRecord(SimpleNamespace):
 
 
 def _record(body: bytes, position: int) -> tuple[int, int, bytes | None, bytes | None, list[tuple[str, bytes | None]], int]:
-    """Read one record: its time and offset less the batch's, key, value, headers, and the position after the record."""
+    """Read one record: its time and offset relative to the batch's, key, value, headers, and the position after the record."""
     size, position = _varint(body, position)
     end = position + size
     if size < 0 or end > len(body):

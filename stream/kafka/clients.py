@@ -1,4 +1,4 @@
-"""The options of every Kafka client, from one settings object; how long to wait for an answer; the error where none comes.
+"""Options for every Kafka client, from one settings object; time limits for Kafka's answers, and the error when none comes.
 
 Secrets are unmasked here and nowhere else. What the `…_options` functions return must not be logged.
 """
@@ -120,7 +120,7 @@ async def _start(
 
 
 def unreachable(kafka: KafkaSettings, expected: str, found: BaseException | str) -> NoAnswer:
-    """The error for a Kafka that can't be reached, or answers with an error. Every room raises this one, with one text.
+    """The error for a Kafka that can't be reached, or answers with an error. All code raises this one, so its text is the same.
 
     Args:
         expected: what was to come, such as "an answer about topics".
@@ -141,7 +141,9 @@ def unreachable(kafka: KafkaSettings, expected: str, found: BaseException | str)
 async def written(
     kafka: KafkaSettings, futures: Sequence[asyncio.Future[T]], what: str, *, within_s: float | None = None
 ) -> list[T]:
-    """Await the futures of records or batches that a producer was given. (aiokafka's idempotent producer retries for ever.)
+    """Await the futures of records or batches that a producer was given, for a limited time.
+
+    Without the limit aiokafka's idempotent producer would retry for ever.
 
     Raises:
         NoAnswer: a record isn't written in time. It may still be written later.
@@ -149,7 +151,8 @@ async def written(
     """
     if not futures:
         return []
-    # `asyncio.wait` leaves the futures alone when the time is up. Awaited one by one, the producer's own would be cancelled.
+    # When the time is up, `asyncio.wait` leaves the futures alone. If they were awaited one by one, the time limit would cancel
+    # a future that belongs to the producer.
     await answer(kafka, asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION), f"what was sent: {what}", within_s=within_s)
     return [await future for future in futures]
 
@@ -239,7 +242,7 @@ def ssl_context(settings: KafkaSettings) -> ssl.SSLContext | None:
         ) from error
     if settings.ssl_certfile is not None:
         try:
-            # A function, because OpenSSL asks for a password on the terminal where it is given None: a worker would hang.
+            # The password is given by a function: with None, OpenSSL asks on the terminal for it, and a worker would hang.
             context.load_cert_chain(
                 settings.ssl_certfile, settings.ssl_keyfile, lambda: _unmasked(settings.ssl_keyfile_password) or ""
             )

@@ -1,6 +1,6 @@
 """The cluster and the topics that a worker works with: checked at its start, kept with its local state, watched while it runs.
 
-Also the questions about topics that every room asks alike: how many partitions, and which configuration.
+Two functions answer questions about topics for the whole project: how many partitions a topic has, and which configuration.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Cluster:
     leaderless: frozenset[tuple[str, int]] = field(default=frozenset(), compare=False)
 
     def changes(self, now: Cluster) -> list[str]:
-        """Differences, as sentences, that stop a worker which began with this cluster. `now` is the cluster as it is now."""
+        """The differences, as sentences, that end a worker which began with this cluster. `now` is the cluster as it is now."""
         if now.cluster_id != self.cluster_id:
             return [f"expected cluster {self.cluster_id}, found {now.cluster_id}: the addresses lead to another cluster"]
         problems = []
@@ -157,7 +157,7 @@ def _cluster(kafka: KafkaSettings, topics: Sequence[str], answered: Response) ->
 async def topic_configs(
     kafka: KafkaSettings, topics: Collection[str], keys: Collection[str] | None = None
 ) -> dict[str, dict[str, str]]:
-    """Each topic's configuration as the cluster has it, under Kafka's own names. The one place that reads it.
+    """Each topic's configuration as the cluster has it, under Kafka's own names. Nothing else reads it.
 
     Args:
         keys: the configurations wanted; all when None.

@@ -1,6 +1,6 @@
 """Committed offsets of a group, with their metadata.
 
-aiokafka's own ways leave something out: its consumer the metadata, its admin client the errors.
+aiokafka's consumer leaves out the metadata, and its admin client leaves out the errors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stream.settings import KafkaSettings
 
 __all__ = ["committed_offsets"]
 
-# How long to ask again. Three things take time:
+# How long the request is repeated. Three things take time:
 # - a broker that has just become the group's coordinator reads the group's log first;
 # - a new cluster creates that log at the first request;
 # - an open transaction with offsets of this group ends within its own timeout (join.transaction_timeout_ms, 15 s).

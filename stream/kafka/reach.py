@@ -20,7 +20,7 @@ from stream.settings import KafkaSettings
 
 __all__ = ["reach"]
 
-# Between two attempts at one address. A broker that is just starting refuses connections for some seconds.
+# Wait between two attempts at one address. A broker that is just starting refuses connections for some seconds.
 RETRY_S = 0.2
 
 

@@ -1,7 +1,7 @@
 """Reading partitions of a log up to known offsets, with a consumer that belongs to no group.
 
 `read_to` is the one loop. It goes by the consumer's positions, not by the offsets of records: a log may end in transactions'
-markers and aborted records, which no reader is given, so the record before an end may never come.
+markers and aborted records, which are never delivered, so the record before an end may never come.
 
 ```python
 consumer = await started(kafka, log_consumer(kafka), "the ends of examples")
@@ -77,7 +77,7 @@ async def log_spans(
 
 
 async def high_watermarks(kafka: KafkaSettings, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
-    """The ends of all that is written, open transactions included. (A `read_committed` consumer's ends are before those.)"""
+    """The ends of all that is written, open transactions included. (A `read_committed` consumer's ends are before them.)"""
     consumer = await started(kafka, log_consumer(kafka, committed=False), "the ends of logs")
     try:
         return await answer(kafka, consumer.end_offsets(list(partitions)), "the ends of logs")
@@ -103,7 +103,7 @@ async def read_to(
     Args:
         ends: the end of each partition to be read. Other assigned partitions are left alone.
         poll_ms: longest single wait for records.
-        max_records: most records of one wait, over all partitions.
+        max_records: limit for the records of one wait, over all partitions.
         stall_s: give up when no position has moved for so long; None: wait for as long as it takes.
         pause: pause each partition at its end, so that nothing beyond it is fetched.
         on_round: called with the positions before each wait. What it raises ends the reading.

@@ -79,9 +79,8 @@ class RunBytes:
 
     def __init__(self) -> None:
         self._taken, self._moved_at = 0, time.monotonic()
-        self._let_go: deque[int] = (
-            deque()
-        )  # without a lock: a run may end in the middle of anything, also in the garbage collector
+        # A deque needs no lock. That matters because a run may end in the middle of anything, also in the garbage collector.
+        self._let_go: deque[int] = deque()
 
     def have_room(self) -> bool:
         """Whether another fetch may be delivered."""
@@ -174,7 +173,7 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         max_records: int | None = None,
     ) -> dict[TP, Run]:
         # A copy, because Faust's own set changes when the application pauses a partition meanwhile. A run that was fetched but
-        # is not delivered would be lost until something else is fetched.
+        # is not delivered would be missing until something else is fetched.
         wanted = set(active_partitions)
         if not wanted:
             return {}  # the last partition was paused since Faust looked; to aiokafka, no partition means all partitions

@@ -8,8 +8,8 @@ one reads.
 The order matters, as in `stream.join.takeover`:
 
 1. the producer starts;
-2. the end of `dead-letters` is taken, beyond every open transaction (another writer's would hide receipts behind its
-beginning);
+2. the end of `dead-letters` is taken, beyond every open transaction: a reader of committed records stops where another
+   writer's open transaction begins, and would miss receipts after that offset;
 3. receipts are read;
 4. letters are read.
 """
@@ -93,7 +93,7 @@ async def replay_letters(kafka: KafkaSettings, names: TopicNames, wanted: Wanted
                     await feeder.feed(batch)
                     batch, size = [], 0
             await feeder.feed(batch)
-    except (ProducerFenced, IllegalOperation) as error:  # IllegalOperation: aiokafka had noticed before this send
+    except (ProducerFenced, IllegalOperation) as error:  # IllegalOperation: aiokafka already knew of the fencing
         raise Fenced(
             "dead letters: expected to replay alone, found that another replay began after this one. What this one committed "
             f"({replay.fed.total():,} records) stays and isn't sent again; the other replay goes on with the rest."

@@ -27,10 +27,10 @@ from stream.records.unreadable import why_unreadable
 __all__ = ["REASONS", "WITHOUT_BYTES", "DeadLetter", "Letter", "Origin", "read_letter"]
 
 # Characters of an error text and of a path. Both may quote an id or a field's name as large as the record itself, which must
-# still fit into `dead-letters`: twice this, at 4 bytes each, is far below the 64 KiB that the topic takes above its sources.
+# still fit into `dead-letters`: twice this, at 4 bytes each, is far below the 64 KiB by which its limit exceeds its sources'.
 MAX_TEXT = 1_000
 
-# Every reason code, and what it says. docs/events.md lists them; tests/test_docs.py holds the two together.
+# Every reason code, and what it says. docs/events.md lists them; tests/test_docs.py compares the two.
 REASONS = {
     "empty_value": "the record has no value",
     "bad_utf8": "the value is not UTF-8",
@@ -66,8 +66,8 @@ MAX_KEY_KEPT = 1_000
 # Taking one prefix off gives every original name back.
 ORIGINAL = "original."
 _RESERVED = frozenset((*OUR_HEADERS, SIZE_HEADER))
-# Original headers that get the prefix. Only a record made to do harm has more; those beyond are left out. The prefix takes 9
-# bytes, so all of them are far below the 64 KiB, too.
+# Limit for original headers that get the prefix. Only a malicious record has more; the rest are left out. A prefix takes 9
+# bytes, so all prefixes are far below the 64 KiB, too.
 MAX_RENAMED = 1_000
 
 

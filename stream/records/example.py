@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 FIRST = "first"
-CORRECTION = "correction"  # of a label that was sent before, which was the other one
+CORRECTION = "correction"  # of a label that was sent before and was the other one
 REPLAY = "replay"  # of a first label that became a dead letter; the impression has had its `first`
 
 _LABEL, _WEIGHT, KIND, _RATE = "label", "weight", "kind", "rate"
@@ -57,10 +57,10 @@ _FIRST, _CORRECTION = FIRST.encode(), CORRECTION.encode()
 _HEADERS_BYTES = 512
 # Any number of 18 digits fits an int64. `MAX_TIMESTAMP_MS` has 15.
 _MAX_DIGITS = 18
-# An example of this weight counts as so many. Adagrad keeps the squares of gradients: after one example of weight 10,000, a row
-# learns as slowly as after a hundred million examples of weight 1.
+# An example of this weight counts as 10,000 examples. Adagrad keeps the squares of gradients: after one example of weight
+# 10,000, a row learns as slowly as after a hundred million examples of weight 1.
 MAX_WEIGHT = 10_000.0
-# At this rate a negative weighs 10,000, the same bound. `join.negative_rate` has it too.
+# At this rate a negative weighs 10,000, the largest weight. `join.negative_rate` has the same bound.
 MIN_RATE = 1e-4
 
 
@@ -102,7 +102,7 @@ def example_records(examples: Iterable[Example], negative_rate: float) -> Iterat
 
 
 def _packed_start(label: bytes, kind: str, negative_rate: float, numbers: int) -> bytes:
-    """Packed headers up to the value of `impression_ms`, the first of so many numbers."""
+    """Packed headers up to the value of `impression_ms`, the first of the `numbers` last headers, which hold numbers."""
     headers = ((_LABEL, label), (_WEIGHT, b"1"), (KIND, kind.encode()), *rate_header(negative_rate))
     packed = b"".join([pack_header(name, value) for name, value in headers])
     return varint[len(headers) + numbers] + packed + _packed_name(_IMPRESSION_MS)

@@ -6,7 +6,7 @@
   label of their impression, or their label is too large.
 
 With `left_out`, the topic accounts for every impression. With `matched`, a rebuild reads what was decided instead of guessing
-it from the clicks: a click that came to nothing before a late impression of its id arrived looks just like one that waits.
+it from the clicks: a click that became an orphan before its impression arrived looks just like one that waits for the label.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ varint = _Varints()
 
 
 def pack_header(name: str, value: bytes | None) -> bytes:
-    """One header; `pack_headers` without its count."""
+    """One header, as `pack_headers` packs each."""
     key = name.encode()
     return varint[len(key)] + key + (varint[-1] if value is None else varint[len(value)] + value)
 

@@ -1,6 +1,6 @@
 """A score request: a record on `score-requests`. Key: the request's id. Value: JSON, which docs/events.md describes.
 
-`model.requests` and `model.features` decode the features. Here is what can be read of a request that can't be scored.
+`model.requests` and `model.features` decode the features. This module reads what it can of a request that can't be scored.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class RegistryFollower:
         self._report()
 
     def _note_end(self) -> bool:
-        """Note when the log's end was last seen; whether it is reached."""
+        """Note when the log's end was last seen. Returns whether the follower is at the end now."""
         at = self._log.caught_up_at()
         if at is not None:
             self._caught_up_at = at

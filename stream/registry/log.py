@@ -31,7 +31,8 @@ ANSWER = "an answer about the snapshot registry"
 # The broker answers a fetch without new records after this time. So this is also how often a follower learns that there is
 # nothing new.
 FETCH_WAIT_MS = 500
-# One wait for records while reading to a known end. Short, since the marker at a transaction's end ends no wait.
+# Longest single wait for records while reading to a known end. It is short, since the marker at a transaction's end is no
+# record and doesn't end the wait.
 POLL_MS = 10
 
 

@@ -81,7 +81,7 @@ class Plan:
 
     version, previous   the champion after it and before it
     held, held_already  whether auto-promotion would be held after it, and whether it is held now
-    undo                what would restore the champion of now; None without one
+    undo                what would restore the present champion; None when there is no champion now
     live                the scorers that would have to confirm
     """
 
@@ -100,7 +100,8 @@ class ChampionMoved:
 
     version, previous       the champion after it and before it
     held                    whether auto-promotion is held now
-    undo                    what restores exactly what was before; `undo.command` is the command. None without a champion before
+    undo                    what restores exactly what was before; `undo.command` is the command. None when there was no
+                            champion before
     confirmed, unconfirmed  scorers that serve `version`, and the last heartbeats of those that didn't confirm in time. Both are
                             empty when no wait was asked for
     took_ms                 from the beginning of the operation to the last confirmation, or to the end of the wait
@@ -154,7 +155,10 @@ class Operations:
         Raises:
             SnapshotError: the version isn't whole in the store.
         """
-        seen = await self.look()
+        if isinstance(request, PromoteRequest) and request.timeout_ms is None:  # no scorer is waited for
+            seen = Seen(await read_registry(self._kafka, self._names), [])
+        else:
+            seen = await self.look()
         cause = Cause(self._who, _now_ms(), request.reason, operation="plan")
         try:
             if isinstance(request, PromoteRequest):
@@ -252,7 +256,10 @@ class Operations:
         return await (self.hold(undo.hold_reason) if undo.hold else self.resume())
 
     async def _check_store(self, version: int) -> None:
-        """Scorers are never sent to a version that the store doesn't have whole. Hashes are left out: a rollback is urgent."""
+        """Raise SnapshotError if the version isn't whole in the store, so that scorers are never sent to it.
+
+        Hashes aren't checked, since a rollback is urgent.
+        """
         if self._store is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""Answers requests, from the runs that Kafka hands over to positions whose answers are acknowledged.
+"""The way of requests through a scorer, from the runs that Kafka delivers to the positions whose answers are acknowledged.
 
     runs ─▶ intake ── batches ──▶ scoring (a thread) ── answers ──▶ outbox ──▶ acknowledged ──▶ `answered`
 
@@ -34,7 +34,7 @@ class Answering:
 
     Args:
         stale: whether the registry couldn't be read to its end within the lease.
-        max_candidates: of one request; more get an error answer.
+        max_candidates: most candidates in one request; a request with more gets an error as its answer.
         max_bytes: largest batch that the topic `scores` takes.
     """
 
@@ -96,7 +96,7 @@ class Answering:
                     await self._done.wait()
 
     async def begun_answered(self, timeout_s: float) -> bool:
-        """Wait for the answers to all that was begun so far, at most this long. Returns whether they are acknowledged."""
+        """Wait until the batches that are under way now are acknowledged, at most this long. Returns whether they are."""
         until = self._batches + self._under_way
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):

@@ -1,4 +1,4 @@
-"""From a batch of score requests to their answers: one decode, one forward pass, one record each. Pure of Kafka's clients."""
+"""From a batch of score requests to their answers: one decode, one forward pass, one record each. Uses no Kafka client."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from stream.scorer.serving import Served
 
 __all__ = ["Answers", "answer_requests"]
 
-# Digits of a score after the point. A float32 tells probabilities near 1 apart by 6e-8; rare clicks (1e-5) still have three
-# digits.
+# Digits of a score after the point. Neighbouring float32 values near 1 differ by 6e-8, and the score of a rare click (1e-5)
+# still has three digits.
 DIGITS = 8
 # Rows in one call of the model: some 40 MB of activations at 40 fields of 16 floats and layers of 400. More rows are no faster.
 PASS_ROWS = 4_096
@@ -150,7 +150,7 @@ class _Writer:
             self.refuse(record, Problem("answer_too_large", "$.candidates", message))
 
     def refuse(self, record: Record, problem: Problem) -> None:
-        """Answer a request with an error, under the record's key: the sender waits for that one."""
+        """Answer a request with an error, under the record's key: the sender waits for an answer with that key."""
         problem = Problem(problem.reason, problem.path[:MAX_TEXT], problem.message[:MAX_TEXT])
         name = request_id(record)
         if name is not None and self._write(name, [], problem):

@@ -6,8 +6,8 @@ The registry names the wanted version, which may change while another one is bei
 - when versions come faster than they load, the version being loaded is served on the way to the wanted one, so a scorer always
   moves on;
 - a champion that can't be loaded is tried again, at growing intervals, for as long as it is wanted. Meanwhile the version that
-  answers goes on. When there is none, or when a rollback went back beyond it, the newest older version that is tagged good is
-  loaded instead. `fallback` then names the champion in heartbeats, metrics and the log.
+  answers goes on. When no version answers, or the one that answers was rolled back, the newest older version that is tagged
+  good is loaded instead. `fallback` then names the champion that can't be read, in heartbeats, metrics and the log.
 
 Everything here runs on the event loop; only `load` runs in threads.
 """
@@ -68,7 +68,7 @@ class Swapper:
         self.applied = 0
         """Registry offset below which everything is in effect; a heartbeat's `registry_offset`."""
         self.changed = asyncio.Event()
-        """Set when any of these changes; the sender of heartbeats clears it."""
+        """Set when `current`, `applied` or `fallback` changes; the sender of heartbeats clears it."""
         self.fallback: Fallback | None = None
         """Not None from a failure to load the champion until a champion answers."""
         self.has_version = asyncio.Event()
@@ -131,7 +131,7 @@ class Swapper:
                 return
 
     def _fallbacks(self) -> list[int]:
-        """Versions that may answer instead of the champion, the newest first; none while none is needed."""
+        """Versions that may answer instead of the champion, the newest first; empty while no fallback is needed."""
         champion, wanted = self._registry.champion, self._wanted
         if self.fallback is None or wanted is None:
             return []

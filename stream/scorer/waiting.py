@@ -35,7 +35,7 @@ __all__ = ["WaitingRoom", "due_ms", "is_first"]
 
 log = logging.getLogger(__name__)
 
-# How often the live scorers are read while another scorer answers, or while a broker doesn't.
+# How often the live scorers are read while another scorer answers, and how long to wait after an error of Kafka.
 LOOK_S = 0.5
 # Longest round. Without this limit the client would retry a commit for as long as no coordinator answers.
 ROUND_S = 30.0

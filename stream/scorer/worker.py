@@ -50,8 +50,8 @@ log = logging.getLogger(__name__)
 SESSION_TIMEOUT_MS = 10_000
 # How often positions are committed. A crash repeats the answers of at most this long.
 COMMIT_S = 0.2
-# Longest waits for answers under way. While partitions are taken away no heartbeat goes to the group (SESSION_TIMEOUT_MS); at
-# the end everything has to fit into the time for draining (stream/worker/lifecycle.py).
+# Longest waits for answers under way. REVOKE_S is well within SESSION_TIMEOUT_MS, since no heartbeat goes to the group while
+# partitions are taken away. DRAIN_S is part of the time for draining a worker (stream/worker/lifecycle.py).
 REVOKE_S, DRAIN_S = 3.0, 4.0
 
 
@@ -119,7 +119,7 @@ class ScorerWorker(Worker):
 
     async def before_joining(self) -> None:
         """Wait for a version to answer with."""
-        # Where a version is there and quick to load, the waiting room would only open to be closed again.
+        # A version that loads quickly needs no waiting room, which would be closed as soon as it is open.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.no_model_after_ms / 1000):
                 await self._swapper.first_load_ended()
@@ -159,8 +159,8 @@ class ScorerWorker(Worker):
         await self._answering.all_answered(REVOKE_S)
         await self._commit()
 
-    async def assigned(self, partitions: set[TP]) -> None:
-        ours = sorted(tp.partition for tp in partitions if tp.topic == self._topic)
+    async def assigned(self) -> None:
+        ours = sorted(tp.partition for tp in self.app.consumer.assignment() if tp.topic == self._topic)
         positions = await committed_positions(self._kafka, self.group, self._topic, ours)
         self._answering.assign(positions)
         self._committed = dict(positions)
@@ -206,7 +206,7 @@ class ScorerWorker(Worker):
                 async with asyncio.timeout(interval_s):
                     await swapper.changed.wait()
 
-    # Readiness, progress, the end
+    # Readiness, progress, shutdown
 
     def ready(self) -> str | None:
         if self._swapper.current is None:

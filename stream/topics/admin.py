@@ -108,7 +108,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 def differences(contracts: Sequence[TopicContract], found: Mapping[str, Found]) -> list[Difference]:
-    """Compare topics with their contracts; the part of `check_topics` that asks nobody."""
+    """Compare topics with their contracts; the part of `check_topics` that sends no request."""
     problems = []
     for contract in contracts:
         topic = found.get(contract.name)
@@ -141,7 +141,10 @@ def _require_retention(names: TopicNames, topics: TopicSettings, join: JoinSetti
 
 
 def _require_equal_partitions(names: TopicNames, contracts: Sequence[TopicContract], found: Mapping[str, Found]) -> None:
-    """Create nothing beside topics with another number of partitions: the join could not start on them."""
+    """Raise TopicError if missing topics would get another number of partitions than existing ones.
+
+    The join could not start on such topics.
+    """
     counts = {contract.name: found[contract.name].partitions for contract in contracts if contract.name in found}
     planned = {contract.name: contract.partitions for contract in contracts} | counts
     unequal = unequal_partitions(names, planned)
@@ -274,7 +277,8 @@ def _set_configs(
 ) -> list[str]:
     """Set the configurations that differ from the contract. Returns the topics that were changed.
 
-    By kafka-python, which changes the named configurations only. aiokafka's request would reset all others to their defaults.
+    This uses kafka-python, whose request changes only the configurations that it names. aiokafka's request would reset all
+    others to their defaults.
     """
     from kafka.admin import ConfigResource, ConfigResourceType
 

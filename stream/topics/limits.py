@@ -47,9 +47,9 @@ async def max_message_bytes(kafka: KafkaSettings, topic: str) -> int:
 
 
 async def letter_limit(kafka: KafkaSettings, topic: str) -> int:
-    """The largest batch that `dead-letters` or `examples` accepts, for deciding which records are left out.
+    """The largest batch that `dead-letters` or `examples` accepts, to decide which records are left out as too large.
 
-    At least 64 KiB, which the contract gives both. A topic with less is configured wrongly: writing to it then fails, which is
-    better than leaving out every record.
+    Never less than 64 KiB, since by the contract both topics accept that. A topic that accepts less is configured wrongly:
+    writing to it then fails, which is better than leaving out every record.
     """
     return max(await max_message_bytes(kafka, topic), OUTPUT_MARGIN_BYTES)

@@ -85,8 +85,8 @@ class BatchCutter:
 
     `positions` are exactly what has been cut: a version captured between two batches holds them. Examples that wait for their
     batch to fill aren't counted, and are read again after a restart, so a batch begins at the same example either way.
-    Records that gave no example (bad ones, transaction markers) count together with the example before them, or alone once
-    nothing older waits.
+    Offsets without an example (bad records, transaction markers) count as trained together with the example before them, or by
+    themselves if no older example waits.
     """
 
     def __init__(self, rows: int, positions: Mapping[int, int]) -> None:
@@ -95,7 +95,7 @@ class BatchCutter:
         self.positions = dict(positions)
         self.waiting = 0
         self.letters = 0
-        """Number of dead letters, of all handed over, of the runs that `positions` has reached."""
+        """Number of dead letters in all runs that `positions` has reached."""
 
     def add(self, run: DecodedRun) -> None:
         """Take the next run of a partition."""

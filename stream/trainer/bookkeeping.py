@@ -4,7 +4,8 @@
     training.restore(start.bookkeeping)
 
 Each part has a name. Its tensors are in `trainer.safetensors`, next to the learner's, as `kept.NAME.KEY`. A part begins from
-nothing when the version has no tensors of its name, as versions of older releases, and when the part doesn't know their layout.
+nothing when the version has no tensors of that name, as in versions of older releases, or tensors in a layout that the part
+doesn't know.
 """
 
 from __future__ import annotations

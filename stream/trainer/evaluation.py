@@ -8,8 +8,9 @@ There are two kinds of scores:
 
 Metrics of both kinds describe the stream before negatives were left out: a negative that was sent at rate r counts 1 / r times.
 
-- A correction to 1 adds its click and takes back one negative, whether or not the negative of its impression was sent. On
-  average that is just what the sent negatives count for; at rate 1 it is exact for the served score, which is the same in both.
+- A correction to 1 adds its click and takes back one negative, whether or not the negative of its impression was sent. That is
+  right on average: the negative was sent with probability r, and then counted 1 / r times. At rate 1 it is exact for the served
+  score, which is the same in the first label and in the correction.
 - A correction to 0 adds a negative and takes back one click. Clicks are sent at any rate.
 - The progressive score taken back is that of the correction, since the first label's isn't kept.
 

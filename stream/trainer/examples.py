@@ -37,14 +37,16 @@ class DecodedRun:
     labels         float32 (N,)  1 clicked, 0 not
     weights        float32 (N,)  importance
     impression_ms  int64 (N,)    event time
-    reached_ms     int64 (N,)    the earlier of event time and the example's arrival: a watermark may follow it
+    reached_ms     int64 (N,)    the earlier of event time and the example's arrival in Kafka; the watermark is the largest of
+                                 these, so an event time in the future doesn't move it into the future
     served         float32 (N,)  the score that the impression was shown with, NaN where absent
     versions       int64 (N,)    the version of the model that gave that score, -1 where absent
     id_hashes      int64 (N,)    hash of the impression id (`hash_ids`)
-    rates          float64 (N,)  share of negatives that were sent when this example was; None when all were
-    corrects       bool (N,)     whether the example takes back the label sent before (the other one); None when none does
+    rates          float64 (N,)  share of negatives that the join sent at the time of this example; None when it sent all
+    corrects       bool (N,)     whether the example is a correction, which takes back the opposite label sent before; None when
+                                 none is
     records        the examples as they were read, N of them
-    after          the partition's position after the run, beyond bad records and transaction markers, too
+    after          the partition's position after the run; bad records and transaction markers are counted, too
     """
 
     partition: int
@@ -109,7 +111,7 @@ def hash_ids(ids: Sequence[bytes | None]) -> Int64Array:
     """A 64-bit hash of each impression id, as int64 (N,): samples of impressions are drawn by it.
 
     The same id has the same hash in every process, so a first label and its correction fall into the same sample. The join
-    leaves out negatives by another hash, so such a sample isn't tilted by what was left out.
+    leaves out negatives by another hash, so such a sample isn't biased by what was left out.
     """
     if not ids:
         return np.empty(0, np.int64)

@@ -130,7 +130,7 @@ class Judge:
 
     @property
     def anchor(self) -> Anchor | None:
-        """What the live weights are compared with; None before there is anything."""
+        """What the live weights are compared with; None while there is no anchor."""
         return self._anchor
 
     def compare_with(self, anchor: Anchor | None) -> None:
@@ -240,7 +240,7 @@ class Judge:
         was_live, was_anchor, was_weight = values[known].T
         now = labels[at][known]
         self._gate.pair(1 - now, was_weight, was_live, was_anchor, taken_back=True)
-        # The first label is taken back; the other one then counts like all labels of its kind.
+        # The pair of the first label was taken back above. The corrected label counts like any other.
         self._gate.pair(now, weights[at][known], was_live, was_anchor)
         # The first label isn't remembered, or its negative was left out of the stream: compare by the present scores.
         unknown = at[~known]

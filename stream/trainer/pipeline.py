@@ -47,14 +47,14 @@ class Owner(Protocol):
         """
 
     def failed(self, what: str, error: BaseException) -> None:
-        """A thread has failed. Must end the process: runs would be lost with a thread that is missing. Called in the thread."""
+        """A thread has failed. Must end the process, since runs are lost without that thread. Called in that thread."""
 
 
 class Pipeline:
     """Runs `Training` in threads. Must be built on the event loop.
 
     Args:
-        threads: of torch, in the training thread; 0 lets torch choose.
+        threads: number of threads that torch uses for training; 0 lets torch choose.
     """
 
     def __init__(

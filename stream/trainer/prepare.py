@@ -71,7 +71,10 @@ async def prepare(
 
 
 def gate_state(start: Start, epoch: int) -> GateState:
-    """What the gate begins with: a new line, or the line of the version. The blocks are in the trainer's state."""
+    """What the gate begins with: a new line for a new model, else the line of the version that training goes on from.
+
+    The version's blocks are restored later, from its trainer state.
+    """
     if start.manifest is None:
         return GateState(line=epoch)
     verdict = start.manifest.verdict

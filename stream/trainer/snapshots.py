@@ -48,7 +48,7 @@ class Publisher:
       announced only when the store has all of it.
     - Failures are logged and counted, and training goes on, since an older model serves better than none. Only being fenced
       ends the publisher.
-    - A version that is written but not announced is announced again, and no other version is written before.
+    - A version that is written but not announced is announced again, and no other version is written before that.
     - After a version that couldn't be written, the next interval writes another one with a number of its own.
 
     `more_metrics` is called for each version. Its metrics are in the manifest next to those of the scores.

@@ -62,7 +62,7 @@ class Start:
     def watermark_ms(self) -> int:
         """Event time of the newest impression trained.
 
-        Older releases saved times after the version's own; such a time is cut to it.
+        Older releases could save an event time after the version's creation; the time of creation then replaces it.
         """
         return 0 if self.manifest is None else min(self.manifest.watermark_ms, self.manifest.created_at_ms)
 
@@ -158,7 +158,10 @@ def find_start(
 
 
 def _require_same_log(manifest: Manifest, topic_ids: Mapping[str, str]) -> None:
-    """A topic that was created again has the same name, and after a while offsets as large as the old one's."""
+    """Raise PositionError if `examples` was created again since the version was trained.
+
+    Only the id of the topic shows it: the new topic has the same name, and after a while offsets as large as the old one's.
+    """
     trained, now = manifest.topic_ids.get("examples"), topic_ids.get("examples")
     if trained and now and trained != now:
         raise PositionError(
@@ -168,7 +171,10 @@ def _require_same_log(manifest: Manifest, topic_ids: Mapping[str, str]) -> None:
 
 
 def _require_left_over(manifest: Manifest, registry: RegistryState, topic_ids: Mapping[str, str], there: str) -> None:
-    """Versions that were never announced are expected when a trainer of this registry died before its first announcement."""
+    """Raise SnapshotError if versions in the store that were never announced aren't from a trainer of this registry.
+
+    A trainer that dies before its first announcement leaves such versions, so they are no error by themselves.
+    """
     written, now = manifest.topic_ids.get("snapshots"), topic_ids.get("snapshots")
     ours = written == now if written and now else manifest.epoch <= registry.trainer.epoch
     if not ours:

@@ -66,7 +66,7 @@ class Observer(Protocol):
 class Captured:
     """A copy of the trainer between two batches: weights, optimizer and positions of the same moment.
 
-    `letters` is the number of dead letters, of all handed over, that must be written before `offsets` are published.
+    `letters` is how many dead letters, counted from the first one, must be written before `offsets` are published.
     """
 
     serving: dict[str, torch.Tensor]

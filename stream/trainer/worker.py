@@ -58,10 +58,10 @@ log = logging.getLogger(__name__)
 # A trainer that was killed is replaced at once under its instance id. This time-out is for one that hangs and has no
 # replacement.
 SESSION_TIMEOUT_MS = 10_000
-# The group knows every trainer by this id, and the newest one that joins is the member. (The old one would join again under it:
-# aiokafka 0.14 doesn't know that being replaced is the end. The two would put each other out, so the epoch decides.)
+# The group knows every trainer by this id, and the newest one that joins is the member. The epoch decides which of two trainers
+# stays: aiokafka 0.14 joins again after it was replaced, so by the id alone the two would replace each other for ever.
 INSTANCE_ID = "trainer"
-# How often gauges are updated and the champion's time as `good` is checked.
+# How often gauges are updated, and how often to check which versions are due to be tagged good.
 HOUSEKEEPING_S = 1.0
 # How often to check whether another anchor is due. The check looks at every version, and the rule counts in minutes.
 ANCHOR_S = 5.0
@@ -136,8 +136,9 @@ class TrainerWorker(Worker):
     async def revoked(self) -> None:
         """Nothing to do: positions are the trainer's own, and what it has taken is trained."""
 
-    async def assigned(self, partitions: set[TP]) -> str | None:
-        others = sorted(self._accepted.keys() - {tp.partition for tp in partitions if tp.topic == self._topic})
+    async def assigned(self) -> str | None:
+        ours = {tp.partition for tp in self.app.consumer.assignment() if tp.topic == self._topic}
+        others = sorted(self._accepted.keys() - ours)
         if not others:
             return None
         missing = f"partitions {others} of {self._topic} belong to another member of the group {self.group}"
@@ -183,7 +184,7 @@ class TrainerWorker(Worker):
         newer = sum(1 for version in state.versions if version > (state.champion.version or 0))
         self._metrics.judged(self._judge.report(), newer)
 
-    # Progress, the end
+    # Progress and shutdown
 
     def work(self) -> Iterable[Part]:
         """Partitions, by the positions that are trained."""
@@ -330,7 +331,8 @@ async def _built(
         judge=judge,
     )
     training.restore(start.bookkeeping)
-    # Before the first version: one of a new line must not be taken for the champion's.
+    # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a new
+    # line for one of the champion's line.
     await anchors.follow(follower.state, start.watermark_ms)
     letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
     publisher = Publisher(

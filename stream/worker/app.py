@@ -40,7 +40,7 @@ def build_app(
         broker_heartbeat_interval=session_timeout_ms / 3000,
         broker_max_poll_interval=MAX_POLL_INTERVAL_S,
         broker_max_poll_records=20_000,  # of one fetch, all partitions together; FETCH_MAX_BYTES bounds each
-        # Every start seeks. If a position falls off the log's end, that is an error and never a silent skip.
+        # A worker seeks to its own position in every partition. A position outside the log is an error and never a silent skip.
         consumer_auto_offset_reset="none",
         consumer_group_instance_id=instance_id,
         # Size of Faust's queue between its consumer and an agent, in runs: Faust 0.15.3 ignores `app.topic(maxsize=…)`. Bytes
@@ -49,8 +49,8 @@ def build_app(
         stream_buffer_maxsize=4,
         stream_wait_empty=False,
         stream_recovery_delay=0.0,
-        # With 0 standby replicas and no tables Faust takes a round-robin assignor, which may split the partitions of two topics
-        # across workers.
+        # With 0 standby replicas and no tables Faust takes a round-robin assignor, which may give partition N of two topics to
+        # different workers.
         table_standby_replicas=1,
         topic_disable_leader=True,
         topic_allow_declare=False,

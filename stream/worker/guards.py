@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def fatal(what: str, error: BaseException) -> NoReturn:
-    """End the process at once with exit code 1. Whoever comes next reads the log again, and nothing half decided goes out.
+    """End the process at once with exit code 1. The next process reads the log again, and nothing half decided is sent.
 
     The process' log gets one line. It includes the traceback unless the error is written for people (one of ours) or comes
     from outside (Kafka, the operating system).

@@ -21,7 +21,7 @@ __all__ = ["serve"]
 
 log = logging.getLogger(__name__)
 
-# Longest time for draining. It must end before the supervisor's patience does: docker kills after 10 s, Kubernetes after 30 s.
+# Longest time for draining. It must be shorter than the supervisor waits: docker kills after 10 s, Kubernetes after 30 s.
 DRAIN_S = 9.0
 
 

@@ -29,7 +29,7 @@ class Membership:
     """Whether a worker is still the member of its group that has its instance id.
 
     Args:
-        instance_id: None where there is nothing to look for.
+        instance_id: None when there is nothing to check.
         setting: name of the setting that the id comes from, for the message.
     """
 

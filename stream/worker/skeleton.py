@@ -2,10 +2,10 @@
 
     Kafka ── runs ──▶ agent ──▶ deliver(run)                    the worker's own work, behind a guard
     group ── revoked ──▶ revoked() ──▶ put out by another?
-          └─ assigned ─▶ assigned(partitions) ──▶ ready, or what is still missing
+          └─ assigned ─▶ assigned() ────────────▶ ready, or what is still missing
 
 A worker derives from `Worker` and fills in what only it knows. Each exception in these methods ends the process: the log is
-read again by whoever comes next, so nothing is lost by ending, while Faust would go on and count the run as handled.
+read again by the next process, so ending loses nothing. Faust alone would go on and count the run as handled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Worker(ABC):
         def next_offset(self, tp): return self.positions.get(tp)
         async def deliver(self, run): self.positions[TP(run.topic, run.partition)] = run.after
         async def revoked(self): ...                    # finish or drop what is under way
-        async def assigned(self, partitions): ...       # find the positions to go on from
+        async def assigned(self): ...                   # find the positions to go on from
         def work(self): return self.source_parts("clicks", {0: 7})
         async def drain(self): ...
 
@@ -107,8 +107,10 @@ class Worker(ABC):
         """
 
     @abstractmethod
-    async def assigned(self, partitions: set[TP]) -> str | None:
-        """Prepare for these partitions; the flow of runs stands still meanwhile, heartbeats go on.
+    async def assigned(self) -> str | None:
+        """Prepare for the partitions of `self.app.consumer.assignment()`. The flow of runs stands still, heartbeats go on.
+
+        Another rebalance may complete during any await, so read the assignment after the last one that comes before its use.
 
         Returns:
             None when the worker does its work now, else what it still waits for.
@@ -160,7 +162,7 @@ class Worker(ABC):
         """End the process, after a while, if another worker with the same instance id has taken this worker's membership.
 
         Args:
-            fenced: ask the group also if it still knows this worker, because a producer of it was fenced.
+            fenced: a producer of this worker was fenced, so ask the group even if it still knows this worker.
         """
         if await self.membership.check(fenced=fenced) is not None:
             await self.membership.wait_put_out()
@@ -178,12 +180,12 @@ class Worker(ABC):
                 yield number, max(end.offset - position, 0)
 
     def source_parts(self, topic: str, positions: Mapping[int, int]) -> Iterator[Part]:
-        """The partitions of a topic for the watchdog. Up to its position a partition's records are worked up and committed."""
+        """The partitions of a topic for the watchdog. Records before a partition's position are processed and committed."""
         for number, position in positions.items():
             yield source_part(TP(topic, number), position, self.log_end(TP(topic, number)), self.watch)
 
     def parts(self) -> Iterable[Part]:
-        """What the watchdog looks after now: nothing before the worker joins and once it was put out by another."""
+        """What the watchdog looks after now: nothing before the worker joins, and nothing after another has put it out."""
         if self.membership.put_out is not None or not self.joins:
             return []
         return self.on_the_way() if self.waiting_for is not None else self.work()
@@ -215,5 +217,5 @@ class Worker(ABC):
             fatal(f"{self.name}: taking over partitions", error)
 
     async def _rebalanced(self) -> None:
-        self.waiting_for = await self.assigned(self.app.consumer.assignment())
+        self.waiting_for = await self.assigned()
         self.membership.joined = True

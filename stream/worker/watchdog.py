@@ -54,7 +54,7 @@ class Part:
 
 
 def source_part(tp: TP, position: int, end: LogEnd | None, watch: ClusterWatch) -> Part:
-    """A partition of a source. Up to `position` its records are worked up and committed.
+    """A partition of a source. Records before `position` are processed and committed.
 
     The partition has work while its log goes on beyond the position. It also counts as having work while no fetch has been
     answered for 10 s, since nobody knows then where the log ends.
@@ -76,7 +76,7 @@ def source_part(tp: TP, position: int, end: LogEnd | None, watch: ClusterWatch) 
 
 
 class Watchdog:
-    """Looks every second.
+    """Looks at all parts every second, reports those that have stalled, and in the end ends the process.
 
     Args:
         parts: the parts as they are now; called on the event loop.

@@ -183,6 +183,19 @@ def test_a_new_line_is_withheld_until_it_held_its_own_over_enough_clicks() -> No
     assert gate.report().passed == (1,)
 
 
+def test_a_new_line_is_released_however_many_blocks_the_settings_ask_for() -> None:
+    """Fewer blocks were kept than the stretch had, so a new line stayed withheld for ever."""
+    gate = Gate(SETTINGS.model_copy(update={"anchor_clicks": 30 * SETTINGS.gate_block_clicks}), GateState(line=2))
+    gate.oppose(1, 500)
+    gate.anchored(9)
+    for _ in range(29):
+        block(gate, noise=0.01)
+        assert gate.state.flow == "withheld"
+    for _ in range(3):
+        block(gate, noise=0.01)
+    assert gate.state.flow == "flowing"
+
+
 def test_a_line_that_is_champion_by_hand_is_no_longer_held_against_another() -> None:
     gate = Gate(SETTINGS, GateState(line=2))
     gate.oppose(1, 500)

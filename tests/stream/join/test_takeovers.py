@@ -113,6 +113,36 @@ def test_a_takeover_outlives_rebalances_that_leave_it_its_partition(tmp_path: Pa
     check(tmp_path, monkeypatch, scene)
 
 
+def test_a_rebalance_that_completes_while_the_steps_end_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the worker takes over a partition that has gone to another worker, and fences that worker's producer."""
+
+    async def scene(bench: Bench) -> None:
+        step_ends = asyncio.Event()
+
+        async def step() -> None:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                await step_ends.wait()  # its transaction
+                raise
+
+        bench.events = {number: asyncio.Event() for number in (0, 1)}
+        for event in bench.events.values():
+            event.set()
+        await bench.rebalance(0)
+        bench.worker._loops[0].cancel()
+        bench.worker._loops[0] = asyncio.ensure_future(step())
+        await asyncio.sleep(0)
+        earlier = bench.rebalance(0, 1)
+        await asyncio.sleep(0.05)
+        later = bench.rebalance(0)
+        step_ends.set()
+        await asyncio.gather(earlier, later, return_exceptions=True)
+        assert bench.begun == {0: 1} and bench.worker._loops.keys() == {0}
+
+    check(tmp_path, monkeypatch, scene)
+
+
 def test_one_that_fails_fails_the_rebalance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene(bench: Bench) -> None:
         async def fails(number: int, still_ours: Callable[[], bool]) -> None:

@@ -15,7 +15,7 @@ from aiokafka.structs import TopicPartition
 from deploy.settings import Settings
 from stream.errors import Fenced
 from stream.kafka.clients import aiokafka_options
-from stream.kafka.read_log import log_consumer, log_spans, read_spans
+from stream.kafka.read_log import Span, high_watermarks, log_consumer, read_spans
 from stream.letters import replay as letter_replay
 from stream.letters.log import Wanted
 from stream.letters.replay import Replay, plan_replay, replay_letters
@@ -59,11 +59,13 @@ class Scene:
         return await replay_letters(self.settings.kafka, self.names, wanted or Wanted(), who="test")
 
     async def records(self, topic: str) -> list[Any]:
-        """All committed records."""
+        """All committed records, also those whose commit marker is still on its way to their partition."""
         consumer = log_consumer(self.settings.kafka)
         await consumer.start()
         try:
-            spans = await log_spans(self.settings.kafka, consumer, [TopicPartition(topic, number) for number in (0, 1)])
+            tps = [TopicPartition(topic, number) for number in (0, 1)]
+            starts, ends = await consumer.beginning_offsets(tps), await high_watermarks(self.settings.kafka, tps)
+            spans = {tp: Span(starts[tp], ends[tp]) for tp in tps}
             return [record async for _, run in read_spans(consumer, spans, stall_s=20) for record in run]
         finally:
             await consumer.stop()

@@ -13,6 +13,7 @@ from deploy.settings import Settings
 from state.settings import SnapshotSettings
 from stream.errors import StreamError, TopicError
 from stream.kafka.clients import aiokafka_options
+from stream.records import heartbeat as heartbeat_record
 from stream.records.heartbeat import Heartbeat, live_limit_ms
 from stream.registry import heartbeat
 from stream.registry.heartbeat import HeartbeatReader, HeartbeatSender
@@ -64,7 +65,7 @@ def test_the_dead_and_those_who_said_goodbye_are_not_waited_for(topics: Settings
 
 
 def test_a_scorer_that_dies_while_it_is_waited_for_stays_unconfirmed(topics: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heartbeat, "GRACE_MS", 0)
+    monkeypatch.setattr(heartbeat_record, "GRACE_MS", 0)
 
     async def run() -> None:
         names = TopicNames.of(topics.topics)

@@ -61,8 +61,8 @@ class Counter(Worker):
     async def revoked(self) -> None:
         self._do("revoked")
 
-    async def assigned(self, partitions: set[TP]) -> str | None:
-        assert partitions == {TP("clicks", 0)}
+    async def assigned(self) -> str | None:
+        assert self.app.consumer.assignment() == {TP("clicks", 0)}
         self._do("assigned")
         return self.missing
 
