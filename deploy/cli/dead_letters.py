@@ -125,10 +125,10 @@ def list_(
 
 
 @dead_letters.command()
-@click.argument("place", metavar="PARTITION/OFFSET")
+@click.argument("name", metavar="PARTITION/OFFSET")
 @click.option("--raw", is_flag=True, help="Print only the record's value, byte for byte.")
 @format_option
-def show(place: str, raw: bool, output: str) -> None:
+def show(name: str, raw: bool, output: str) -> None:
     """Show one letter whole: its reason and its source, and key, headers and value as received.
 
     \b
@@ -138,7 +138,7 @@ def show(place: str, raw: bool, output: str) -> None:
     """
     from stream.letters.log import LetterLog
 
-    partition, offset = _place(place)
+    partition, offset = _offset_of(name)
     settings, names = _settings()
 
     async def read() -> Letter:
@@ -159,22 +159,22 @@ def show(place: str, raw: bool, output: str) -> None:
             ("error", _text(letter.error.encode())),
             ("source", str(letter.origin)),
             ("key", "-" if letter.key is None else _text(letter.key)),
-            *((f"header {_text(name.encode())}", _text(value or b"")) for name, value in letter.headers),
+            *((f"header {_text(header.encode())}", _text(value or b"")) for header, value in letter.headers),
             ("value", _value(letter)),
         ]
-        for name, value in rows:
-            click.echo(f"{name:8} {value}")
+        for title, value in rows:
+            click.echo(f"{title:8} {value}")
 
 
 @dead_letters.command()
-@click.argument("places", nargs=-1, metavar="[PARTITION/OFFSET]...")
+@click.argument("chosen", nargs=-1, metavar="[PARTITION/OFFSET]...")
 @_wanted_options
 @click.option("--all", "everything", is_flag=True, help="Every letter; required when no other option chooses letters.")
 @click.option("--dry-run", is_flag=True, help="Say what would be sent; write nothing.")
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @format_option
 def replay(
-    places: tuple[str, ...],
+    chosen: tuple[str, ...],
     reasons: tuple[str, ...],
     sources: tuple[str, ...],
     since_ms: int | None,
@@ -199,10 +199,10 @@ def replay(
     """
     from stream.letters.replay import plan_replay, replay_letters
 
-    if not (places or reasons or sources or everything or since_ms is not None or until_ms is not None):
+    if not (chosen or reasons or sources or everything or since_ms is not None or until_ms is not None):
         raise click.UsageError("expected PARTITION/OFFSET, --reason, --source, --since, --until or --all, found none of them.")
     settings, names = _settings()
-    wanted = _wanted(names, reasons, sources, since_ms, until_ms, tuple(map(_normal, places)))
+    wanted = _wanted(names, reasons, sources, since_ms, until_ms, tuple(map(_normal, chosen)))
     if dry_run or (not yes and sys.stdin.isatty()):
         planned = ask_kafka(settings, plan_replay(settings.kafka, names, wanted), ABOUT)
         if dry_run:
@@ -248,7 +248,7 @@ def _show_replay(replay: Replay, names: TopicNames, output: str, *, dry_run: boo
         )
     for letter in replay.too_large:
         click.echo(
-            f"{letter.name}: {letter.origin.topic} refused it for its size ({letter.size:,} bytes, and a header that a replay "
+            f"{letter.name}: {letter.origin.topic} rejected it for its size ({letter.size:,} bytes, and a header that a replay "
             "adds). Raise topics.max_message_bytes, `headrace topics create --mend`, and replay again.",
             err=True,
         )
@@ -314,17 +314,19 @@ def _sum(counts: Counter[tuple[str, str]]) -> str:
     return ", ".join(f"{count:,} {source} {reason}" for (source, reason), count in sorted(counts.items())) or "none"
 
 
-def _place(place: str) -> tuple[int, int]:
-    partition, slash, offset = place.partition("/")
+def _offset_of(name: str) -> tuple[int, int]:
+    """The partition and the offset that a letter's name consists of."""
+    partition, slash, offset = name.partition("/")
     if not (slash and partition.isascii() and partition.isdigit() and offset.isascii() and offset.isdigit()):
         raise click.UsageError(
-            f"{place!r}: expected PARTITION/OFFSET such as 0/17, as `headrace dead-letters list` shows in its first column."
+            f"{name!r}: expected PARTITION/OFFSET such as 0/17, as `headrace dead-letters list` shows in its first column."
         )
     return int(partition), int(offset)
 
 
-def _normal(place: str) -> str:
-    partition, offset = _place(place)
+def _normal(name: str) -> str:
+    """A letter's name without leading zeros, as `Letter.name` has it."""
+    partition, offset = _offset_of(name)
     return f"{partition}/{offset}"
 
 
@@ -334,7 +336,7 @@ def _wanted(
     sources: tuple[str, ...],
     since_ms: int | None,
     until_ms: int | None,
-    places: tuple[str, ...] = (),
+    chosen: tuple[str, ...] = (),
 ) -> Wanted:
     from stream.letters.log import Wanted
     from stream.records.dead_letter import REASONS
@@ -343,7 +345,7 @@ def _wanted(
         if reason not in REASONS:
             raise click.UsageError(f"--reason {reason!r}: expected one of {', '.join(REASONS)}.")
     full = frozenset(f"{names.prefix}{source}" for source in sources)
-    return Wanted(frozenset(reasons), full, frozenset(places), since_ms, until_ms)
+    return Wanted(frozenset(reasons), full, frozenset(chosen), since_ms, until_ms)
 
 
 def _settings() -> tuple[Settings, TopicNames]:

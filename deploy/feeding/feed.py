@@ -23,6 +23,7 @@ from deploy.feeding.partitions import partitions_of
 from stream.errors import NoAnswer
 from stream.kafka.batches import BATCH_BYTES, send_batches
 from stream.kafka.clients import aiokafka_options, started, unreachable
+from stream.kafka.cluster import partition_counts
 from stream.kafka.reach import reach
 from stream.records.watermark import watermark_header
 from stream.settings import KafkaSettings
@@ -73,14 +74,12 @@ class Feed:
         """How many partitions a topic has. Raises FeedError when it is missing."""
         if topic not in self._partitions:
             try:
-                # All topics, since a broker that creates topics on demand would create the one asked for, with one partition.
-                known = await self._producer.client.fetch_all_metadata()
-                found = known.partitions_for_topic(topic)
-            except KafkaError as error:
+                count = (await partition_counts(self._kafka, [topic])).get(topic)
+            except (KafkaError, NoAnswer) as error:
                 raise FeedError(f"topic {topic!r}: expected its partitions, found {error!r}. Check the brokers.") from error
-            if not found:
+            if not count:
                 raise FeedError(f"topic {topic!r}: expected a topic, found none with that name. Run `headrace topics create`.")
-            self._partitions[topic] = len(found)
+            self._partitions[topic] = count
         return self._partitions[topic]
 
     async def send(

@@ -149,7 +149,7 @@ async def read_spans(
     poll_ms: int = POLL_MS,
     on_round: Callable[[Positions], object] | None = None,
 ) -> AsyncIterator[tuple[TopicPartition, list[Record]]]:
-    """Read these stretches and nothing else; the arguments are those of `read_to`. The consumer is assigned anew.
+    """Read these stretches and nothing else; the arguments are those of `read_to`. Replaces the consumer's assignment.
 
     Raises:
         NoAnswer: no position has moved for `stall_s`: a broker is away, or an open transaction is before an end.
@@ -169,7 +169,7 @@ async def read_spans(
 async def first_records(
     consumer: AIOKafkaConsumer, spans: Mapping[TopicPartition, Span], *, within_s: float
 ) -> dict[TopicPartition, Record | None]:
-    """The first record of each span. The consumer is assigned anew.
+    """The first record of each span. Replaces the consumer's assignment.
 
     Returns:
         None for a span that holds markers only. A partition is missing where no broker answered within `within_s`.
