@@ -16,9 +16,12 @@ from stream.kafka.batches import send_batches
 from stream.records.packing import pack_headers
 
 SIZE = 2_000
-HEADERS = st.lists(st.tuples(st.text(max_size=70), st.one_of(st.none(), st.binary(max_size=70))), max_size=3)
 BYTES = st.one_of(st.none(), st.binary(max_size=20), st.integers(0, 2 * SIZE).map(lambda size: b"x" * size))
-ROWS = st.lists(st.tuples(BYTES, BYTES, HEADERS), max_size=150)
+
+
+def rows(names: st.SearchStrategy[str]) -> st.SearchStrategy[list[Any]]:
+    headers = st.lists(st.tuples(names, st.one_of(st.none(), st.binary(max_size=70))), max_size=3)
+    return st.lists(st.tuples(BYTES, BYTES, headers), max_size=150)
 
 
 class Producer(AIOKafkaProducer):
@@ -48,13 +51,33 @@ class Producer(AIOKafkaProducer):
         return asyncio.get_running_loop().create_future()
 
 
-@given(ROWS, st.booleans(), st.booleans())
-def test_the_bytes_are_those_of_aiokafka(rows, transactional, packed):
+async def sent_by_both(records: list[Any], *, transactional: bool, packed: bool) -> tuple[Producer, Producer]:
+    """aiokafka's batches and ours."""
+    theirs, ours = (Producer(transactional=transactional, ours=own) for own in (False, True))
+    given_ = [(key, value, pack_headers(headers) if packed else headers) for key, value, headers in records]
+    for producer in (theirs, ours):
+        await send_batches(producer, "t", 3, given_)
+    return theirs, ours
+
+
+@given(rows(st.text(max_size=70)), st.booleans())
+def test_the_records_are_those_of_aiokafka(records, packed):
+    """Whatever the names of headers: aiokafka takes one that isn't ASCII for longer than it is, and begins a batch sooner."""
+
     async def check() -> None:
-        theirs, ours = (Producer(transactional=transactional, ours=own) for own in (False, True))
-        given_ = [(key, value, pack_headers(headers) if packed else headers) for key, value, headers in rows]
-        for producer in (theirs, ours):
-            await send_batches(producer, "t", 3, given_)
+        theirs, ours = (
+            [(record.key, record.value, list(record.headers)) for data in producer.sent for record in DefaultRecordBatch(data)]
+            for producer in await sent_by_both(records, transactional=False, packed=packed)
+        )
+        assert ours == theirs
+
+    asyncio.run(check())
+
+
+@given(rows(st.text(st.characters(codec="ascii"), max_size=70)), st.booleans(), st.booleans())
+def test_the_bytes_are_those_of_aiokafka(records, transactional, packed):
+    async def check() -> None:
+        theirs, ours = await sent_by_both(records, transactional=transactional, packed=packed)
         assert len(ours.sent) == len(theirs.sent)
         for one, other in zip(ours.sent, theirs.sent, strict=True):
             # All but the time at which it was sent, and the checksum, which follows from it.
