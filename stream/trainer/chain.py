@@ -23,10 +23,13 @@ import torch
 
 from model.errors import ModelError
 from stream.records.delta import DeltaHeader, Point, encode_delta
-from stream.trainer.bookkeeping import State, from_json, to_json
+from stream.trainer.bookkeeping import PREFIX, State, from_json, to_json
 from stream.trainer.captured import CapturedDelta
 
-__all__ = ["Base", "Chain", "EncodedDelta", "Published", "SendsDeltas", "saved_base"]
+NAME = "chain"
+"""Under which the chain is in the bookkeeping of versions."""
+
+__all__ = ["NAME", "Base", "Chain", "EncodedDelta", "Published", "SendsDeltas", "saved_chain"]
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -158,23 +161,25 @@ class Chain:
         return self._published
 
     def state(self) -> State:
-        """The newest point in the log, and the keys of the rows that changed since. Both are needed to go on from a version that
-        is no point of the chain."""
+        """The newest point in the log, and the keys of the rows that changed since.
+
+        A trainer needs both to go on from a version that is no point of the chain.
+        """
         newest = self._published or (None if self._base is None else self._base.published)
         return {} if newest is None else {"published": to_json(newest), "touched": self._touched()}
 
     def restore(self, state: State) -> None:
-        """Nothing to do: `saved_base` reads the state, before the chain exists."""
+        """Nothing to do: `saved_chain` reads the state, before the chain exists."""
 
 
-def saved_base(state: State) -> tuple[Published, torch.Tensor] | None:
-    """What `Chain.state` saved: the newest point in the log, and keys int64 (N,) of the rows that changed since.
+def saved_chain(bookkeeping: State) -> tuple[Published, torch.Tensor] | None:
+    """What `Chain.state` saved in a version: the newest point in the log, and keys int64 (N,) of the rows that changed since.
 
     None when there is none, or in a layout that this version of Headrace doesn't know.
     """
-    touched = state.get("touched")
+    touched = bookkeeping.get(f"{PREFIX}{NAME}.touched")
     try:
-        published = from_json(state.get("published"), Published)
+        published = from_json(bookkeeping.get(f"{PREFIX}{NAME}.published"), Published)
     except ModelError:
         return None
     if touched is None or touched.dtype != torch.int64 or touched.dim() != 1:

@@ -1,4 +1,4 @@
-"""Publishing: deltas on a topic, versions in the store. Both are captured between two batches, and training goes on meanwhile."""
+"""Publishes deltas on a topic and versions in the store. Both are captured between two batches; training goes on meanwhile."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
 import torch
-
 from model.frozen import FrozenModel
+
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.changes import Announcement

@@ -11,10 +11,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
+from model.frozen import FrozenModel
 
 from model.errors import UpdateNotFinite
 from model.features import FeatureBatch
-from model.frozen import FrozenModel
 from model.rows import ModelDelta
 from stream.records.dead_letter import DeadLetter
 from stream.trainer.batching import BatchCutter, TrainingBatch
