@@ -19,6 +19,7 @@ EXPORTED: dict[str, str] = {
         ["stream.records.delta.encode_delta", "stream.records.delta_assembly.assemble"], "for the trainer's and scorers' deltas"
     ),
     "deploy.datasets.Chunk": "a new data set yields it",
+    **dict.fromkeys(["model.reserve.reservable_rows", "model.reserve.reserved"], "room for tables that grow"),
 }
 """`module.name` of names in `__all__` that no other module imports."""
 
