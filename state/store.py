@@ -156,6 +156,16 @@ class SnapshotStore:
                 problems.append(str(error))
         return problems
 
+    def delete(self, version: int) -> None:
+        """Remove a version, its manifest first. Does nothing for what is gone already.
+
+        Raises:
+            SnapshotError: the store can't be reached or rejects a request. Once the manifest is gone, no reader finds the
+                version; delete it again.
+        """
+        folder = _folder(version)
+        self._remove(folder, sorted(self._blobs.files(folder), key=lambda name: name != MANIFEST_FILE))
+
     def _remove(self, folder: str, names: list[str]) -> None:
         for name in names:
             self._blobs.delete(folder, name)
