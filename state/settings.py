@@ -51,8 +51,8 @@ class SnapshotSettings(BaseModel):
     keep_versions: int = Field(
         default=10,
         ge=1,
-        description="Number of newest versions that are not deleted. The champion, versions with an alias or a tag, and the gate's "
-        "anchor are never deleted.",
+        description="Number of newest versions that are not deleted. The champion, aliased and tagged versions, "
+        "and the gate's anchor are never deleted.",
     )
     keep_good: int = Field(
         default=3,
