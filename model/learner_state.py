@@ -129,7 +129,7 @@ class LearnerState:
             ModelError: a freeze is open.
         """
         count = len(take(serving, "keys", (-1,), torch.int64))
-        parts = self._fitting({**serving, **trainer}, count)
+        parts = self._fitting({**trainer, **serving}, count)
         self._rows.require_no_freeze()
         self._restore_small(serving, trainer)
         self.begin_restore(count)
@@ -244,8 +244,8 @@ class LearnerState:
         if rows > self._restoring or (rows < self._restoring and not at_most):
             found = f"at least {rows}" if at_most else f"{rows}"
             raise SnapshotMismatch(
-                f"snapshot: expected {self._restoring} rows, as begin_restore was given, found {found}; pieces of it are missing "
-                "or come twice"
+                f"snapshot: expected {self._restoring} rows, as begin_restore was given, found {found}; pieces of it are "
+                "missing or come twice"
             )
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from state.manifest import Manifest
+from state.store import SnapshotStore
 from stream.deltas.writer import Sent
 
+from model.learner import Learner
 from model.rows import ModelDelta, Rows
 from stream.records.delta_assembly import Delta, assemble
 from stream.trainer.captured import CapturedVersion
@@ -95,16 +99,45 @@ class DeltaLog:
         return [(each.header.chain, each.header.sequence) for each in self.deltas]
 
 
-def whole(captured: CapturedVersion) -> SimpleNamespace:
-    """A captured version with its tensors in memory, as `serving` and `trainer`. Ends the freeze."""
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A captured version in memory."""
+
+    captured: CapturedVersion
+    pieces: list[Any]
+    dense: dict[str, torch.Tensor]
+    small: dict[str, torch.Tensor]
+
+    @property
+    def serving(self) -> dict[str, torch.Tensor]:
+        return {**self.dense, **_joined(_parts(each.serving) for each in self.pieces)}
+
+    @property
+    def trainer(self) -> dict[str, torch.Tensor]:
+        return {**self.small, **_joined(each.trainer for each in self.pieces)}
+
+    def restore(self, learner: Learner) -> None:
+        """Have a learner go on from it."""
+        learner.begin_restore(sum(len(each.serving) for each in self.pieces))
+        for each in self.pieces:
+            learner.restore_rows(each.serving, each.trainer)
+        learner.finish_restore(self.dense, self.small)
+
+    def write(self, store: SnapshotStore, manifest: Manifest) -> Manifest:
+        """Write it to a store."""
+        return store.write_version(manifest, dense=self.dense, small=self.small, pieces=self.pieces)
+
+
+def whole(captured: CapturedVersion) -> Whole:
+    """A captured version, copied into memory. Ends the freeze."""
     with captured.frozen as frozen:
-        pieces = list(frozen.pieces(1_000))
-        rows = {name: [getattr(each.serving, name) for each in pieces] for name in ("keys", "embedding", "first_order")}
-        state = {name: [each.trainer[name] for each in pieces] for name in (pieces[0].trainer if pieces else ())}
-        serving = {name: torch.cat(parts) for name, parts in rows.items() if parts}
-        trainer = {name: torch.cat(parts) for name, parts in state.items()}
-        return SimpleNamespace(
-            serving={**serving, **frozen.dense},
-            trainer={**trainer, **frozen.small, **captured.bookkeeping},
-            captured=captured,
-        )
+        return Whole(captured, list(frozen.pieces(1_000)), dict(frozen.dense), {**frozen.small, **captured.bookkeeping})
+
+
+def _parts(rows: Rows) -> dict[str, torch.Tensor]:
+    return {"keys": rows.keys, "embedding": rows.embedding, "first_order": rows.first_order}
+
+
+def _joined(pieces: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    parts = list(pieces)
+    return {name: torch.cat([each[name] for each in parts]) for name in (parts[0] if parts else ())}

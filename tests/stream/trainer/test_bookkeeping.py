@@ -65,7 +65,7 @@ def trained(gate):
 def restarted(tmp_path, captured, gate):
     store = SnapshotStore(SnapshotSettings(url=str(tmp_path)))
     manifest = write(store, 1)  # for its fields; the tensors follow
-    store.write(msgspec.structs.replace(manifest, version=2, examples_seen=200), captured.serving, captured.trainer)
+    captured.write(store, msgspec.structs.replace(manifest, version=2, examples_seen=200))
     learner = Learner(SCHEMA, MODEL, device="cpu")
     start = go_on(learner, announced(store.manifest(2)), store, SCHEMA, MODEL)
     two = training(learner, gate)
@@ -92,8 +92,8 @@ def test_parts_and_metrics_go_on_after_a_restart(tmp_path):
 
 def test_a_version_without_them_leaves_parts_as_they_began(tmp_path):
     captured = whole(trained(None).capture_version())
-    for name in bookkeeping_in(captured.trainer):
-        del captured.trainer[name]
+    for name in bookkeeping_in(captured.small):
+        del captured.small[name]
     gate = Gate()
     two = restarted(tmp_path, captured, gate)
     assert gate.blocks == []
@@ -102,7 +102,7 @@ def test_a_version_without_them_leaves_parts_as_they_began(tmp_path):
 
 def test_a_part_that_cannot_read_its_state_begins_anew_and_the_others_go_on(tmp_path, caplog):
     captured = whole(trained(None).capture_version())
-    captured.trainer["kept.gate.blocks"] = to_json([{"clicks": "many"}])
+    captured.small["kept.gate.blocks"] = to_json([{"clicks": "many"}])
     gate = Gate()
     two = restarted(tmp_path, captured, gate)
     assert gate.blocks == []

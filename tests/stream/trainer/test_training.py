@@ -260,9 +260,9 @@ def test_killed_and_restarted_weights_equal_uninterrupted_ones_bit_for_bit():
         if random.random() < 0.2:  # killed: all since the last snapshot is gone
             kills += 1
             learner = Learner(SCHEMA, MODEL, device="cpu")
-            learner.restore(snapshot.serving, snapshot.trainer)
+            snapshot.restore(learner)
             training = make(learner, rows=MODEL.batch_rows, age_s=1e9, positions=snapshot.captured.position.offsets)
-            training.restore(bookkeeping_in(snapshot.trainer))
+            training.restore(bookkeeping_in(snapshot.small))
             at = snapshot.captured.position.offsets[0]
     assert kills > 3
     good = 2_000 - len(range(5, 2_000, 13))
