@@ -77,8 +77,8 @@ class TrainerMetrics:
         )
         self.snapshot_seconds = Histogram(
             "headrace_trainer_snapshot_seconds",
-            "Time of each stage of a version or delta: capture and capture_delta (training waits), write, announce, and delta (to "
-            "its commit).",
+            "Time of each stage of a version or delta: capture and capture_delta (training waits), write, announce, delta (to its "
+            "commit).",
             ["stage"],
             registry=prometheus,
             buckets=_SECONDS,

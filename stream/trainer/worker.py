@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
 from faust.types import TP
@@ -264,6 +264,7 @@ async def run_trainer(
             fatal("trainer", Fenced(f"expected to be the only trainer: {taken}. Run one at a time."))
 
     follower = RegistryFollower(kafka, names, on_change=end_if_replaced)
+    closing: list[Callable[[], Awaitable[None]]] = [follower.close, registry.close]
     try:
         # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
         require_free(http)
@@ -276,10 +277,15 @@ async def run_trainer(
         start = prepared.start
         came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
         log.info("epoch %d on %s, going on from %s at %s", epoch, prepared.learner.device, came_from, prepared.positions)
+        deltas = DeltaWriter(kafka, names, epoch=epoch)
+        closing.append(deltas.close)
+        # From here on no older trainer writes a delta, so what the log holds by now is all that scorers can have applied.
+        await deltas.open()
         prometheus = new_prometheus()
         worker = await _built(
             prepared,
             epoch,
+            deltas,
             kafka=kafka,
             settings=settings,
             names=names,
@@ -294,13 +300,14 @@ async def run_trainer(
         )
         await serve(worker, http=http, prometheus=prometheus)
     finally:
-        await follower.close()
-        await registry.close()
+        for close in closing:
+            await close()
 
 
 async def _built(
     prepared: Prepared,
     epoch: int,
+    deltas: DeltaWriter,
     *,
     kafka: KafkaSettings,
     settings: TrainerSettings,
@@ -318,9 +325,6 @@ async def _built(
     start = prepared.start
     metrics = TrainerMetrics(prometheus)
     scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
-    deltas = DeltaWriter(kafka, names, epoch=epoch)
-    # From here on no older trainer writes a delta, so what the log holds by now is all that scorers can have applied.
-    await deltas.open()
     base = await go_on_in_place(prepared.learner, start, kafka, names)
     chain = Chain(str(ChainName(model.name, epoch, 0)), deltas, base, prepared.learner.touched_keys)
     judge = Judge(snapshots, gate_state(start, epoch))
