@@ -12,7 +12,6 @@ EXPORTED: dict[str, str] = {
         "the definition that the metrics of a running total are tested against",
     ),
     "deploy.datasets.Chunk": "a new data set yields it",
-    **dict.fromkeys(["model.reserve.reservable_rows", "model.reserve.reserved"], "room for tables that grow"),
 }
 """`module.name` of names in `__all__` that no other module imports."""
 
