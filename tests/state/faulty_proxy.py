@@ -67,6 +67,7 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body are written apart, and each would wait 40 ms for the other
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -67,7 +67,7 @@ def azurite(folder: Path) -> Iterator[str]:
     assert node is not None
     (port,) = free_ports(1)
     folder.mkdir()
-    options = ["--blobPort", str(port), "--location", folder, "--inMemoryPersistence", "--silent", "--skipApiVersionCheck"]
+    options = ["--blobPort", str(port), "--inMemoryPersistence", "--silent", "--skipApiVersionCheck"]
     with _running([node, main, "--blobHost", "127.0.0.1", *options], folder, port) as address:
         yield address
 
