@@ -98,7 +98,7 @@ class _Gaps:
         self._thread.start()
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, *trace: object) -> None:
         self._done.set()
         self._thread.join()
 
