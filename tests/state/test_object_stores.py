@@ -164,12 +164,15 @@ def test_a_store_that_is_unavailable_for_a_moment_is_asked_again(place: Place) -
 @pytest.mark.parametrize("name", ["dense.safetensors", "serving-00001.safetensors", "trainer.safetensors", "manifest.json"])
 @pytest.mark.parametrize("fault", ["cut request", "cut answer"])
 def test_a_connection_that_is_cut_costs_a_request_and_no_version(place: Place, fault: Fault, name: str) -> None:
-    """The answer can get lost after the store has done it: then the writer finds its own file, and goes on."""
+    """The answer can get lost after the store has done it: then the writer finds its own file, and goes on.
+
+    Who repeats the request, obstore or nobody, is its affair.
+    """
     store = at(place.url)
     place.proxy.fail(fault, times=1, name=name)
     write(store, 1)
     assert is_whole(store, 1, 1.0)
-    assert place.proxy.count("PUT", name) == (2 if fault == "cut request" else 1)
+    assert place.proxy.count("PUT", name) >= (2 if fault == "cut request" else 1)
 
 
 def test_an_answer_that_ends_in_the_middle_is_never_taken_for_a_file(place: Place) -> None:
