@@ -64,6 +64,8 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     gate            why it was promoted, or why it stays a candidate
     verdict         the gate's report when the version was captured; None: announced by something without a gate
     who             who announced it
+    chain, sequence, digest, deltas_offset  as in the manifest. A release that doesn't know them leaves them out when it writes
+                    the record again; the version then counts as one that is no point of a chain
     """
 
     version: int
@@ -77,6 +79,10 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
     schema_hash: str = ""
     size: int = 0
+    chain: str = ""
+    sequence: int | None = None
+    digest: str = ""
+    deltas_offset: int | None = None
     announced_at_ms: int = 0
     who: str = ""
     gate: str = ""
@@ -99,6 +105,10 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
             metrics=manifest.metrics,
             schema_hash=manifest.schema_hash,
             size=manifest.size,
+            chain=manifest.chain,
+            sequence=manifest.sequence,
+            digest=manifest.digest,
+            deltas_offset=manifest.deltas_offset,
             announced_at_ms=now_ms,
             who=who,
             gate=gate,
@@ -152,6 +162,11 @@ class Champion(msgspec.Struct, frozen=True, kw_only=True):
     hold_operation: str = ""
     rolled_back: tuple[VersionRange, ...] = ()
     moves: tuple[Move, ...] = ()
+
+    @property
+    def follows(self) -> bool:
+        """Whether scorers follow the champion's chain. While auto-promotion is held they serve exactly the champion."""
+        return not self.hold
 
     def was_rolled_back(self, version: int) -> bool:
         """Whether a rollback went back over this version."""
