@@ -10,9 +10,9 @@ elif step.act == "refuse":
     progress = step.progress                  # the last whole state goes on answering
 ```
 
-A delta that is refused for the first time is read once more, since what broke may have been the reading. If it is refused again,
-the chain is broken for this replica: it stays before that delta, passes over what follows, and goes on by `state.chain_start`
-from a version that already contains what it could not apply.
+A delta that is refused for the first time is read once more, since what broke may have been the reading. If it is refused
+again, the chain is broken for this replica: the replica stays before that delta, passes over what follows, and is replaced by a
+version that contains what it could not apply (`state.chain_versions`).
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ class LogSeen(NamedTuple):
     """How far a reader of deltas has come.
 
     position  the next offset to read; None: the log can't be read
-    ended     it has been at the end of the log since the registry was last read
+    overdue   the champion is known for so long that the log should have brought it
     """
 
     position: int | None
-    ended: bool
+    overdue: bool
 
 
 class Naming(NamedTuple):
@@ -85,7 +85,7 @@ def is_behind(progress: Progress, line: int, champion: VersionRecord, log: LogSe
         return False
     if log.position is None or champion.deltas_offset is None:
         return True
-    return log.position >= champion.deltas_offset or log.ended
+    return log.position >= champion.deltas_offset or log.overdue
 
 
 def is_beyond(progress: Progress, record: VersionRecord) -> bool:

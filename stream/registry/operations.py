@@ -294,7 +294,7 @@ class Operations:
             if scorers is not None:
                 try:
                     waited = await scorers.wait_for_confirmations(
-                        written.position, moved.version, timeout_ms, now_ms=written.at_ms
+                        written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
                     )
                 except KafkaError as error:
                     undo = "none, there was no champion before" if moved.undo is None else moved.undo.command

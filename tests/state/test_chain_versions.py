@@ -14,7 +14,7 @@ from state.registry import Champion, RegistryState, VersionRecord
 
 OURS, LATER = ChainName("deepfm", 3, 0), ChainName("deepfm", 4, 0)
 AT = Progress(ChainPoint(OURS, 100), 1)
-READING, ENDED, UNREADABLE = LogSeen(1_000, False), LogSeen(1_000, True), LogSeen(None, False)
+READING, OVERDUE, UNREADABLE = LogSeen(1_000, False), LogSeen(1_000, True), LogSeen(None, False)
 
 
 def version(number: int, sequence: int | None, chain: str = "deepfm/3/0", *, line: int = 1, **more: Any) -> VersionRecord:
@@ -67,7 +67,9 @@ def test_the_newest_version_of_the_champions_line_comes_first() -> None:
         pytest.param(version(1, 40), READING, True, False, id="the champion is behind the applied deltas"),
         pytest.param(version(1, 101, deltas_offset=1_001), READING, False, False, id="ahead, its delta isn't read yet"),
         pytest.param(version(1, 101, deltas_offset=1_000), READING, False, True, id="ahead, and the log didn't bring it"),
-        pytest.param(version(1, 101, deltas_offset=5_000), ENDED, False, True, id="ahead, and the log ends before it"),
+        pytest.param(
+            version(1, 101, deltas_offset=5_000), OVERDUE, False, True, id="ahead, and the log doesn't bring it in time"
+        ),
         pytest.param(version(1, 101, deltas_offset=5_000), UNREADABLE, False, True, id="ahead, without a log"),
         pytest.param(version(1, 100), UNREADABLE, True, False, id="at it, without a log"),
         pytest.param(version(1, 7, "deepfm/2/0"), READING, True, False, id="of a chain that ours goes on from"),
