@@ -55,6 +55,7 @@ UNUSED: dict[str, str] = {
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
     "loss_error": "a field of the gate's verdict, which `headrace snapshot show` reads by its key",
+    "delta_interval_ms": "for the trainer's deltas",
     "rebase": "for the scorers, which follow the chain of a restarted trainer",
     "frame": "a parameter of a signal handler",
 }
