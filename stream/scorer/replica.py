@@ -67,10 +67,10 @@ class Replica:
         refused = None if before is None else before.progress.refused
         served.is_replica = True
         self.served, self.line = served, record.line
-        self.progress = Progress(point, served.predictor.digest, refused=refused)
+        self.progress: Progress = Progress(point, served.predictor.digest, refused=refused)
         self.offset = offset
         """Where reading goes on: behind the last delta that was applied."""
-        self.recent = (Mark(point.sequence, f"{self.progress.digest:016x}"),)
+        self.recent: tuple[Mark, ...] = (Mark(point.sequence, f"{self.progress.digest:016x}"),)
         self._marks = Marks(point.chain, ())
 
     def mark(self, records: Iterable[VersionRecord]) -> None:

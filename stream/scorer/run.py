@@ -132,6 +132,7 @@ async def run_scorer(
             outbox=outbox,
             heartbeats=heartbeats,
             metrics=metrics,
+            following_metrics=following_metrics,
             worker_id=worker_id,
             max_bytes=await max_message_bytes(kafka, names.scores),
         )

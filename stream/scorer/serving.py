@@ -97,8 +97,8 @@ def load_version(store: SnapshotStore, version: int, *, device: str, announced: 
         ) from error
     if manifest.digest and predictor.digest != int(manifest.digest, 16):
         raise SnapshotCorrupt(
-            f"version {version}: expected weights with the digest {manifest.digest}, found {predictor.digest:016x}. The files are "
-            "as they were written, so the trainer wrote others than it had. Roll back: `headrace snapshot rollback`."
+            f"version {version}: expected weights with the digest {manifest.digest}, found {predictor.digest:016x}. The files "
+            "are as they were written, so the trainer wrote others than it had. Roll back: `headrace snapshot rollback`."
         )
     predictor.predict(decoder.requests(_WARM_UP).batch)
     created_at_ms = manifest.created_at_ms or int(time.time() * 1000)
