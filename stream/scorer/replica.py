@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from model.predictor import Prepared
 from model.rows import ModelDelta
 from state.chain import ChainPoint, Offered, Problem, Progress, after
 from state.chain_name import ChainName
@@ -83,7 +84,7 @@ class Replica:
         """Whether these weights are at the champion's point or past it."""
         return covers(self.progress, self.line, champion)
 
-    def prepare(self, delta: WholeDelta) -> Any:
+    def prepare(self, delta: WholeDelta) -> Prepared:
         """Find out what applying a delta would do, while the weights are in use.
 
         Raises:
@@ -92,7 +93,7 @@ class Replica:
         """
         return self.served.predictor.prepare(delta.model)
 
-    def apply(self, prepared: Any, delta: WholeDelta, offered: Offered) -> None:
+    def apply(self, prepared: Prepared, delta: WholeDelta, offered: Offered) -> None:
         """Put a delta into the weights. Runs in the thread that scores, between two batches."""
         predictor, state = self.served.predictor, self.served.state
         predictor.apply(prepared)

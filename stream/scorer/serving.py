@@ -88,8 +88,18 @@ def load_version(store: SnapshotStore, version: int, *, device: str, announced: 
         schema = FeatureSchema.model_validate(manifest.features)
         settings = ModelSettings.model_validate(manifest.model)
         decoder = RequestDecoder(schema)
-        rate = manifest.negative_rate
-        predictor = Predictor(schema, settings, store.serving(version), device=device, negative_rate=rate)
+        reader = store.read(version)
+        predictor = Predictor(
+            schema,
+            settings,
+            reader.dense(),
+            expected_rows=reader.row_count,
+            device=device,
+            negative_rate=manifest.negative_rate,
+        )
+        for rows in reader.rows():
+            predictor.add(rows)
+        predictor.ready()
     except (ModelError, ValueError) as error:
         raise SnapshotCorrupt(
             f"version {version}: expected weights of the model that its manifest names, found: {error}. "
