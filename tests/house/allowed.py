@@ -11,6 +11,7 @@ EXPORTED: dict[str, str] = {
         ["model.metrics.calibration", "model.metrics.log_loss", "model.metrics.normalised_entropy"],
         "the definition that the metrics of a running total are tested against",
     ),
+    "stream.registry.collect.collect_by_itself": "for the trainer, which deletes versions from time to time",
     "deploy.datasets.Chunk": "a new data set yields it",
 }
 """`module.name` of names in `__all__` that no other module imports."""
