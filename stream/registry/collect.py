@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,7 +28,7 @@ from state.alias_records import Doomed
 from state.errors import SnapshotCorrupt, SnapshotError, SnapshotNotFound
 from state.manifest import Manifest
 from state.registry import RegistryState
-from state.retention import kept_versions, unannounced
+from state.retention import kept_versions, unannounced, versions_to_delete
 from state.settings import SnapshotSettings
 from state.upkeep import needed
 from stream.errors import RegistryError
@@ -114,7 +114,7 @@ def plan_collection(
     """
     if state.versions:
         require_same_store(state, store, "Nothing would be deleted.")
-    kept = _kept(state, _served_by(live), settings)
+    kept = kept_versions(state, _now_ms(), settings=settings, besides={**_served_by(live), **needed(state)})
     versions = tuple(sorted(state.versions.keys() - kept.keys()))
     size = sum(state.versions[version].size for version in versions)
     pending = tuple(doomed.version for doomed in state.deletion.versions)
@@ -152,7 +152,7 @@ async def collect(
     ended = ""
 
     def choose(state: RegistryState) -> Iterable[int]:
-        return state.versions.keys() - _kept(state, served, settings).keys()
+        return versions_to_delete(state, _now_ms(), settings=settings, besides={**served, **needed(state)})
 
     while True:
         written = await writer.retire(choose, reason, rests=rests, ended=ended)
@@ -205,11 +205,6 @@ def _served_by(live: Iterable[Heartbeat]) -> dict[int, str]:
         if beat.version >= 0:
             found[beat.version] = f"scorer {beat.worker} answers with it"
     return found
-
-
-def _kept(state: RegistryState, served: Mapping[int, str], settings: SnapshotSettings) -> dict[int, str]:
-    """Versions that stay, and why."""
-    return kept_versions(state, _now_ms(), settings=settings, besides={**served, **needed(state)})
 
 
 def _rests(state: RegistryState, store: VersionStore) -> list[Doomed]:

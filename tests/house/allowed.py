@@ -49,6 +49,7 @@ UNUSED: dict[str, str] = {
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
     "loss_error": "a field of the gate's verdict, which `headrace snapshot show` reads by its key",
+    "follows": "for scorers that follow the champion's chain",
     "frame": "a parameter of a signal handler",
 }
 """Names that vulture finds unused."""
