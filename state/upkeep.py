@@ -20,9 +20,9 @@ __all__ = ["Choose", "Reindexed", "Retired", "needed", "reindex", "retire"]
 
 Choose = Callable[[RegistryState], Iterable[int]]
 
-# Versions deleted by one transaction. Each is 40 bytes in the record of the deletion, and their files are what a process that
-# dies leaves for the next one.
-BATCH = 100
+# Versions deleted by one transaction. Each is 30 bytes in the record of the deletion, and their files are what a process that
+# dies leaves for the next one. Each batch looks at all versions: 1 s with 100,000 of them, as a store of 0.1.0 may have.
+BATCH = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,11 @@ def retire(
     pending = state.deletion
     if pending.versions and pending.operation != ended:
         return Change((), Retired(pending.versions, pending.operation))
-    chosen = sorted(state.versions.keys() & set(choose(state)) - needed(state).keys())
-    going = [Doomed(version, state.versions[version].epoch, state.versions[version].created_at_ms) for version in chosen]
-    going += sorted(rest for rest in rests if rest.version not in state.versions and rest.version < state.newest)
-    now = tuple(going[:BATCH])
+    stay = needed(state)
+    chosen = sorted(version for version in choose(state) if version in state.versions and version not in stay)
+    unknown = sorted(rest for rest in rests if rest.version not in state.versions and rest.version < state.newest)
+    now = tuple(_doomed(state.versions[version]) for version in chosen[:BATCH])
+    now += tuple(unknown[: BATCH - len(now)])
     if not now and not pending.versions:
         return Change((), Retired((), ""))
     note = Deletion(versions=now, who=cause.who, at_ms=cause.now_ms, reason=cause.reason, operation=cause.operation)
@@ -110,7 +111,7 @@ def retire(
         records.append(KeyedRecord(version_key(version), None))
         if version in state.tags:  # tags that were all removed; one that is there keeps the version
             records.append(KeyedRecord(tags_key(version), None))
-    return Change(tuple(records), Retired(now, cause.operation, len(going) - len(now), size))
+    return Change(tuple(records), Retired(now, cause.operation, len(chosen) + len(unknown) - len(now), size))
 
 
 def reindex(
@@ -148,6 +149,10 @@ def reindex(
     if installed is not None:
         records += install(state, added[installed], cause)
     return Change(tuple(records), Reindexed(tuple(added), tuple(repaired), installed))
+
+
+def _doomed(record: VersionRecord) -> Doomed:
+    return Doomed(record.version, record.epoch, record.created_at_ms)
 
 
 def _completed(record: VersionRecord, manifest: Manifest) -> VersionRecord:

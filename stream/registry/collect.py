@@ -130,6 +130,7 @@ async def collect(
     live: Iterable[Heartbeat],
     *,
     reason: str,
+    batches: int | None = None,
 ) -> Collected:
     """Delete the versions that `state.retention` lets go, but for those with an alias or a tag or that a live scorer reports.
 
@@ -137,6 +138,7 @@ async def collect(
         state: the registry as it was read just now, to compare it with the store. What goes is decided on the newest state.
         live: the last heartbeat of each live scorer.
         reason: why; it stays in the registry.
+        batches: stop after so many; None: when nothing is left to delete.
 
     Raises:
         RegistryError: the store isn't the registry's; nothing was deleted.
@@ -151,7 +153,11 @@ async def collect(
     done = Collected()
     ended = ""
 
+    begun = 0
+
     def choose(state: RegistryState) -> Iterable[int]:
+        if batches is not None and begun >= batches:
+            return ()
         return versions_to_delete(state, _now_ms(), settings=settings, besides={**served, **needed(state)})
 
     while True:
@@ -159,22 +165,29 @@ async def collect(
         batch = written.outcome
         if not batch.versions:
             return done
+        begun += 1
         logger.info("registry: deleting %d versions, %d more to come: %s", len(batch.versions), batch.left, reason)
         await asyncio.to_thread(_delete, store, batch.versions, done)
         done.size += batch.size
         ended = batch.operation
         deleted = {doomed.version for doomed in batch.versions}
         rests = [rest for rest in rests if rest.version not in deleted]
+        if batches is not None and begun >= batches:
+            rests = []
 
 
 async def collect_by_itself(
     kafka: KafkaSettings, names: TopicNames, writer: RegistryWriter, store: VersionStore, settings: SnapshotSettings
 ) -> Collected:
-    """Delete versions as the trainer does it from time to time, with its own writer. Raises as `collect` does."""
+    """Delete versions as the trainer does it from time to time, with its own writer: one batch. Raises as `collect` does.
+
+    Files are deleted in a thread. With some 100,000 versions, which a store of an older release may have, the event loop stands
+    still for a second.
+    """
     async with HeartbeatReader(kafka, names) as scorers:
         live = await scorers.live()
     state = await read_registry(kafka, names)
-    return await collect(writer, store, settings, state, live, reason="by itself, in the trainer")
+    return await collect(writer, store, settings, state, live, reason="by itself", batches=1)
 
 
 def require_same_store(state: RegistryState, store: VersionStore, otherwise: str) -> None:

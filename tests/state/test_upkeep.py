@@ -85,10 +85,11 @@ def test_a_deletion_that_has_not_ended_comes_first() -> None:
     assert upkeep.retire(log.state, everything, log.cause(), ended=last.operation).records == ()
 
 
-def test_a_deletion_goes_in_batches_oldest_first() -> None:
-    log = a_log(upkeep.BATCH + 20)
+def test_a_deletion_goes_in_batches_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "BATCH", 40)
+    log = a_log(60)
     first = retire(log)
-    assert [doomed.version for doomed in first.versions] == list(range(1, upkeep.BATCH + 1)) and first.left == 18
+    assert [doomed.version for doomed in first.versions] == list(range(1, 41)) and first.left == 18
     second = retire(log, ended=first.operation)
     assert (len(second.versions), second.left) == (18, 0)
     assert len(log.state.versions) == 2
