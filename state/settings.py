@@ -42,7 +42,7 @@ class SnapshotSettings(BaseModel):
     interval_ms: int = Field(
         default=60_000,
         ge=100,
-        description="Time between two versions. The first versions of a new model come sooner. Scorers don't wait for versions: "
+        description="Time between two versions. The first ones of a new model come sooner. Scorers don't wait for versions: "
         "they follow the deltas. A version is what a rollback goes back to, and what a worker starts from.",
     )
     delta_interval_ms: int = Field(
