@@ -13,8 +13,6 @@ EXPORTED: dict[str, str] = {
     ),
     "stream.registry.collect.collect_by_itself": "for the trainer, which deletes versions from time to time",
     "deploy.datasets.Chunk": "a new data set yields it",
-    "state.retention.unannounced": "for the trainer's deletion of what killed writers left",
-    "state.retention.versions_to_delete": "for the trainer's deletion of old versions",
 }
 """`module.name` of names in `__all__` that no other module imports."""
 
