@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from aiokafka.errors import KafkaError
 
+from state.background import in_background
 from state.chain_versions import point_of
 from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
@@ -72,7 +73,10 @@ async def run_scorer(
         return load_version(store, version, device=settings.device, announced=reader.state.versions.get(version))
 
     def load_record(record: VersionRecord) -> Served:
-        return load_version(store, record.version, device=settings.device, announced=record)
+        def load() -> Served:
+            return load_version(store, record.version, device=settings.device, announced=record)
+
+        return in_background(load) if swapper.is_serving else load()
 
     async def alone(work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(scoring, work)
