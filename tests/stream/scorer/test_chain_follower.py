@@ -124,6 +124,7 @@ def test_withheld_deltas_leave_the_last_state_and_its_age() -> None:
         (lambda trainer, log: trainer.make(), "gap"),
         (lambda trainer, log: log.problem("checksum", "damaged", 1, 0, trainer.make().header.sequence), "checksum"),
         (lambda trainer, log: (trainer.make(), log.problem("not_a_delta", "somebody else wrote it")), "not_a_delta"),
+        (lambda trainer, log: (trainer.make(), log.problem("log_gone", "retention has passed")), "log_gone"),
         (lambda trainer, log: log.append(trainer.make(digest="0" * 16)), "wrong_digest"),
         (lambda trainer, log: log.append(trainer.make()._replace(model="other")), "unfit"),
     ],

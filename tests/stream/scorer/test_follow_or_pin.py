@@ -37,6 +37,26 @@ def test_a_rollback_pins_and_the_replica_goes_on_aside() -> None:
     scene(steps)
 
 
+def test_a_start_while_a_version_is_pinned_follows_aside() -> None:
+    async def run() -> None:
+        trainer = Trainer(Log())
+        trainer.delta(2)
+        trainer.version(1)
+        trainer.delta(2)
+        trainer.version(2)
+        it = Scorer(trainer)
+        it.want(1, hold=True)
+        await it.until(lambda: it.named == (1, 0))
+        trainer.delta(1)
+        await it.until(lambda: it.follower.replica is not None and it.follower.replica.progress.point.sequence == 5)
+        assert it.named == (1, 0) and it.rows == trainer.versions[1] and it.read == [2]
+        it.want(1)
+        assert it.named == (2, 1), "at once"
+        await it.close()
+
+    asyncio.run(run())
+
+
 def test_without_memory_to_spare_a_resume_reads_the_newest_version() -> None:
     async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
         trainer.delta(3)
