@@ -141,6 +141,28 @@ def test_a_log_that_can_no_longer_be_opened_leaves_the_replica_until_a_newer_cha
         it.want(2)
         await it.until(lambda: it.named == (2, 0) and it.swapper.applied == 20)
         assert not it.swapper.is_following
+        log.broken = None
+        trainer.delta(3)  # the delta before version 2 isn't in the log, so the version is read
+        await it.until_caught_up()
+        assert it.swapper.is_following and it.follower.problem == "" and it.read == [1, 2]
+
+    scene(steps)
+
+
+def test_a_log_that_comes_back_is_read_on() -> None:
+    async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
+        log.broken = TopicError("away")
+        log.problem("checksum", "m")
+        await it.until(lambda: it.follower.problem == "away")
+        log.items.pop()
+        trainer.delta(3)
+        trainer.version(2)
+        it.want(2)
+        await it.until(lambda: it.named == (2, 0) and not it.swapper.is_following)
+        log.broken = None
+        await it.until(lambda: it.swapper.is_following)
+        await it.until_caught_up()
+        assert it.follower.problem == "" and it.read == [1], "no version was needed"
 
     scene(steps)
 
