@@ -15,10 +15,7 @@ EXPORTED: dict[str, str] = {
         ["model.digest.dense_hash", "model.digest.digest_sum", "model.digest.row_hashes"],
         "for the digests of trainer and scorers",
     ),
-    **dict.fromkeys(
-        ["stream.deltas.reader.read_back", "stream.deltas.writer.DeltaWriter", "stream.records.delta_assembly.assemble"],
-        "for the trainer's deltas",
-    ),
+    "stream.deltas.reader.read_back": "for a trainer that starts",
     "deploy.datasets.Chunk": "a new data set yields it",
 }
 """`module.name` of names in `__all__` that no other module imports."""
