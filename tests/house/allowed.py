@@ -13,7 +13,7 @@ EXPORTED: dict[str, str] = {
         "the definition that the metrics of a running total are tested against",
     ),
     **dict.fromkeys(
-        ["stream.deltas.reader.read_back", "stream.deltas.writer.DeltaWriter", "stream.records.delta_assembly.assemble"],
+        ["stream.deltas.reader.read_back", "stream.records.delta_assembly.assemble"],
         "for the trainer's deltas",
     ),
     "stream.registry.collect.collect_by_itself": "for the trainer, which deletes versions from time to time",
