@@ -54,7 +54,7 @@ docs: setup ## write the generated pages again
 	$(BIN)/python -m deploy.docs
 
 bench: setup ## every benchmark, one JSON line each, about 20 minutes; load at a tenth of its size
-	@for run in train.py join.py score.py recovery.py "load.py --events 1000000"; do \
+	@for run in train.py join.py score.py deltas.py recovery.py "load.py --events 1000000"; do \
 	echo "== $$run"; $(BIN)/python bench/$$run || exit 1; done
 
 RUNS ?= 61

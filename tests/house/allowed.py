@@ -12,10 +12,7 @@ EXPORTED: dict[str, str] = {
         ["model.metrics.calibration", "model.metrics.log_loss", "model.metrics.normalised_entropy"],
         "the definition that the metrics of a running total are tested against",
     ),
-    **dict.fromkeys(
-        ["stream.deltas.reader.read_back", "stream.deltas.writer.DeltaWriter", "stream.records.delta_assembly.assemble"],
-        "for the trainer's deltas",
-    ),
+    "stream.deltas.reader.read_back": "for a trainer that starts",
     "stream.registry.collect.collect_by_itself": "for the trainer, which deletes versions from time to time",
     "deploy.datasets.Chunk": "a new data set yields it",
 }
