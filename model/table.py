@@ -100,8 +100,7 @@ class KeyTable:
         return rows
 
     def load(self, keys: torch.Tensor) -> None:
-        """Fills an empty table with distinct `keys` (N,), whose rows are 1 to N in their order."""
-        assert self._count == 0
+        """Adds distinct `keys` (N,), none of which is in the table; they get the next rows in their order."""
         self._append(keys.to(self.device))
 
     def _append(self, keys: torch.Tensor) -> None:

@@ -25,6 +25,7 @@ class SnapshotSettings(BaseModel):
     [snapshots]
     url = "s3://bucket/headrace"  # also gs://…, az://…, file:///var/lib/headrace/snapshots, or a folder
     interval_ms = 5_000           # a version every 5 s
+    delta_interval_ms = 250       # what has changed, to the scorers, 4 times a second
     anchor_clicks = 500           # on a stream with few clicks, compare with a good version 500 clicks old
     auto_promote = false          # versions stay candidates until `headrace snapshot promote`
     ```
@@ -38,6 +39,12 @@ class SnapshotSettings(BaseModel):
         "`file://`). A relative folder lies beside the settings file.",
     )
     interval_ms: int = Field(default=5_000, ge=100, description="Time between two versions.")
+    delta_interval_ms: int = Field(
+        default=250,
+        ge=10,
+        description="Time between two deltas, in which scorers get what the model has changed. Longer than a delta takes to "
+        "be written.",
+    )
     min_examples: int = Field(
         default=1, ge=0, description="Number of examples that must have been learned since the last version for a new one."
     )

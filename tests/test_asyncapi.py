@@ -12,11 +12,12 @@ import yaml
 from headrace.scores import AnswerError
 from stream.records import replay
 from stream.records.answer import Answer, Problem
+from stream.records.delta import DeltaHeader
 from stream.registry.heartbeat import Heartbeat
 
 PAGE: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[1] / "docs" / "asyncapi.yaml").read_text())
 # The page's schema → the struct that is encoded.
-PAYLOADS = {"heartbeat": Heartbeat, "replayReceipt": replay._Receipt, "scoreAnswer": Answer}
+PAYLOADS = {"deltaHeader": DeltaHeader, "heartbeat": Heartbeat, "replayReceipt": replay._Receipt, "scoreAnswer": Answer}
 
 
 def shape(schema: dict[str, Any], document: dict[str, Any]) -> Any:
@@ -26,6 +27,8 @@ def shape(schema: dict[str, Any], document: dict[str, Any]) -> Any:
         for part in schema["$ref"].removeprefix("#/").split("/"):
             target = target[part]
         return shape(target, document)
+    if "enum" in schema:
+        return sorted(schema["enum"])
     choices = schema.get("anyOf") or schema.get("oneOf")
     if choices is None:
         kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]

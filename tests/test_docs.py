@@ -16,6 +16,7 @@ from headrace.events import encode_click, encode_impression, encode_request
 from state.held_click import HeldClick
 from stream.join.plan import Plan
 from stream.records.dead_letter import REASONS, DeadLetter
+from stream.records.delta import DELTA_PROBLEMS
 from stream.records.example import CORRECTION, FIRST, Example
 from stream.records.heartbeat import Heartbeat
 from stream.settings import TopicSettings
@@ -102,6 +103,12 @@ def test_every_reason_code_is_documented() -> None:
     table = dict(re.findall(r"^\| `([a-z_0-9]+)` \| (.+) \|$", page.split("| reason | what it says |")[1], re.MULTILINE))
     assert table == REASONS
     assert set(ASYNCAPI["components"]["schemas"]["deadLetterHeaders"]["properties"]["reason"]["enum"]) == set(REASONS)
+
+
+def test_every_problem_of_a_delta_is_documented() -> None:
+    page = (ROOT / "docs" / "events.md").read_text()
+    rows = page.split("| problem | what it says |")[1].split("\n\n")[0]
+    assert dict(re.findall(r"^\| `([a-z_0-9]+)` \| (.+) \|$", rows, re.MULTILINE)) == DELTA_PROBLEMS
 
 
 def test_the_code_uses_no_other_reason_code() -> None:

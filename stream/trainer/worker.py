@@ -25,9 +25,11 @@ from prometheus_client import CollectorRegistry
 from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
+from state.chain_name import ChainName
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
+from stream.deltas.writer import DeltaWriter
 from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.kafka.cluster import Cluster, describe_cluster
 from stream.kafka.transport import Run
@@ -39,6 +41,8 @@ from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
+from stream.trainer.chain import NAME as CHAIN
+from stream.trainer.chain import Chain
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
@@ -46,6 +50,7 @@ from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
 from stream.trainer.prepare import Prepared, gate_state, prepare, topic_ids
+from stream.trainer.rebase import go_on_in_place
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher
 from stream.trainer.training import Training
@@ -86,6 +91,7 @@ class TrainerWorker(Worker):
         skew: SkewCheck,
         publisher: Publisher,
         letters: LetterBox,
+        deltas: DeltaWriter,
         registry: RegistryWriter,
         follower: RegistryFollower,
         judge: Judge,
@@ -103,7 +109,7 @@ class TrainerWorker(Worker):
         )
         self._topic, self._snapshots, self._training, self._skew = topic, snapshots, training, skew
         self._pipeline = Pipeline(self, training, decoder, metrics, threads=threads)
-        self._publisher, self._letters, self._registry = publisher, letters, registry
+        self._publisher, self._letters, self._deltas, self._registry = publisher, letters, deltas, registry
         self._follower, self._judge, self._anchors = follower, judge, anchors
         self._scores, self._metrics = scores, metrics
         # Next offset to hand over, by partition.
@@ -116,7 +122,7 @@ class TrainerWorker(Worker):
         await self._letters.start()
         self._pipeline.start()
         training = self._training
-        self._publishing = guarded(self._publisher.run(lambda: training.examples_seen, self._pipeline.capture), self.name)
+        self._publishing = guarded(self._publisher.run(training, self._pipeline.between_batches), self.name)
         self._housekeeping = guarded(self._keep_house(), self.name)
         self.background(self._skew.run())
 
@@ -198,9 +204,8 @@ class TrainerWorker(Worker):
         if self._publishing is not None:
             await self._publishing  # a version under way is completed
         await self._pipeline.stop()
-        training = self._training
-        if self._publisher.has_news(training.examples_seen):
-            await self._publisher.publish(training.capture())
+        await self._publisher.drain(self._training)
+        await self._deltas.close()
         await self._letters.close()
 
 
@@ -236,7 +241,7 @@ async def run_trainer(
         PositionError: the log isn't the one that the newest version was trained on, or lost examples.
         StreamError: the port for metrics is taken.
     """
-    cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots))
+    cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots, names.deltas))
     registry = RegistryWriter(kafka, names, who=f"trainer@{socket.gethostname()}:{os.getpid()}")
     store = SnapshotStore(snapshots)
     log.info("snapshots at %s", store.url)
@@ -313,6 +318,11 @@ async def _built(
     start = prepared.start
     metrics = TrainerMetrics(prometheus)
     scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
+    deltas = DeltaWriter(kafka, names)
+    # From here on no older trainer writes a delta, so what the log holds by now is all that scorers can have applied.
+    await deltas.start()
+    base = await go_on_in_place(prepared.learner, start, kafka, names)
+    chain = Chain(str(ChainName(model.name, epoch, 0)), deltas, base, prepared.learner.touched_keys)
     judge = Judge(snapshots, gate_state(start, epoch))
     anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
 
@@ -328,6 +338,7 @@ async def _built(
         max_batch_age_s=settings.max_batch_age_ms / 1000,
         watermark_ms=start.watermark_ms,
         observers=(skew,),
+        bookkeeping={CHAIN: chain},
         judge=judge,
     )
     training.restore(start.bookkeeping)
@@ -338,6 +349,7 @@ async def _built(
     publisher = Publisher(
         store=store,
         registry=registry,
+        chain=chain,
         letters=letters,
         settings=snapshots,
         schema=schema,
@@ -360,6 +372,7 @@ async def _built(
         skew=skew,
         publisher=publisher,
         letters=letters,
+        deltas=deltas,
         registry=registry,
         follower=follower,
         judge=judge,

@@ -11,7 +11,15 @@ EXPORTED: dict[str, str] = {
         ["model.metrics.calibration", "model.metrics.log_loss", "model.metrics.normalised_entropy"],
         "the definition that the metrics of a running total are tested against",
     ),
+    **dict.fromkeys(
+        ["model.digest.dense_hash", "model.digest.digest_sum", "model.digest.row_hashes"],
+        "for the digests of trainer and scorers",
+    ),
+    **dict.fromkeys(
+        ["stream.records.delta.encode_delta", "stream.records.delta_assembly.assemble"], "for the trainer's and scorers' deltas"
+    ),
     "deploy.datasets.Chunk": "a new data set yields it",
+    **dict.fromkeys(["model.reserve.reservable_rows", "model.reserve.reserved"], "room for tables that grow"),
 }
 """`module.name` of names in `__all__` that no other module imports."""
 
@@ -48,6 +56,8 @@ UNUSED: dict[str, str] = {
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
     "loss_error": "a field of the gate's verdict, which `headrace snapshot show` reads by its key",
+    "delta_interval_ms": "for the trainer's deltas",
+    "rebase": "for the scorers, which follow the chain of a restarted trainer",
     "frame": "a parameter of a signal handler",
 }
 """Names that vulture finds unused."""

@@ -6,8 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.embedding import EmbeddingTable, initial_rows, unique_rows
+from model.distinct import unique_rows
+from model.embedding import EmbeddingTable, initial_rows
+from model.frozen import ModelRows
 from model.hashing import EMPTY_KEY
+from model.rows import Rows
 from model.table import ABSENT_ROW, KeyTable
 
 CPU = torch.device("cpu")
@@ -109,8 +112,13 @@ def test_first_weights_are_near_normal() -> None:
     assert not torch.equal(rows, initial_rows(torch.arange(100_000), 8, std=0.01, seed=4))
 
 
-def make_table(room: int = 2) -> EmbeddingTable:
-    return EmbeddingTable(4, init_std=0.01, accumulator_start=0.5, seed=0, room=room, device=CPU)
+def make_table(room: int = 2, rows: ModelRows | None = None) -> EmbeddingTable:
+    held = rows or ModelRows(EmbeddingTable.columns(4), room, CPU)
+    return EmbeddingTable(4, held, init_std=0.01, accumulator_start=0.5, seed=0, expected=room)
+
+
+def serving(table: EmbeddingTable) -> Rows:
+    return table.serving(torch.arange(1, len(table) + 1))
 
 
 def insert(table: EmbeddingTable, keys: list[int]) -> torch.Tensor:
@@ -123,28 +131,29 @@ def test_order_of_arrival_and_growth_dont_matter() -> None:
     for key in range(40):
         insert(one, [key])
     insert(other, list(range(39, -1, -1)))
-    first, second = one.serving_state(), other.serving_state()
-    order = first["keys"].argsort(), second["keys"].argsort()
-    assert torch.equal(first["embedding"][order[0]], second["embedding"][order[1]])
+    first, second = serving(one), serving(other)
+    order = first.keys.argsort(), second.keys.argsort()
+    assert torch.equal(first.embedding[order[0]], second.embedding[order[1]])
     assert len(one) == len(other) == 40
 
 
 def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
-    table = make_table(64)
+    held = ModelRows(EmbeddingTable.columns(4), 64, CPU)
+    table = make_table(64, held)
     rows = insert(table, [5, 6, 7])
-    before = table.serving_state()
+    before = serving(table)
     gathered = table.gather(rows[[2, 0, 2]])
     order = gathered.inverse[:2]  # indices of the rows of keys 7 and 5 among the distinct rows
     gradient, first = torch.zeros(2, 4), torch.zeros(2)
     gradient[order], first[order] = torch.tensor([[1.0, -2, 0, 3], [0.5, 0, 0, 0]]), torch.tensor([2.0, -1])
     table.step(gathered, gradient, first, rate=0.1)
-    after = table.serving_state()
+    after = serving(table)
     gradient, first = gradient[order], first[order]
-    expected = before["embedding"][[2, 0]] - 0.1 * gradient / (0.5 + gradient**2).sqrt()
-    torch.testing.assert_close(after["embedding"][[2, 0]], expected)
-    torch.testing.assert_close(after["first_order"][[2, 0]], -0.1 * first / (0.5 + first**2).sqrt())
-    assert torch.equal(after["embedding"][1], before["embedding"][1])
-    assert table.trainer_state()["adagrad.first_order"].tolist() == [1.5, 0.5, 4.5]
+    expected = before.embedding[[2, 0]] - 0.1 * gradient / (0.5 + gradient**2).sqrt()
+    torch.testing.assert_close(after.embedding[[2, 0]], expected)
+    torch.testing.assert_close(after.first_order[[2, 0]], -0.1 * first / (0.5 + first**2).sqrt())
+    assert torch.equal(after.embedding[1], before.embedding[1])
+    assert held.part("adagrad.first_order")[1:4].tolist() == [1.5, 0.5, 4.5]
 
 
 def test_the_absent_row_reads_zero() -> None:
@@ -160,9 +169,9 @@ def test_rows_begin_at_the_row_of_their_kind_and_a_key_of_two_kinds_at_that_of_t
     insert(plain, [5, 6, 7])
     embedding, first_order = torch.tensor([[1.0] * 4, [2.0] * 4]), torch.tensor([0.1, 0.2])
     table.insert(tensor([5, 6, 7, 6]), tensor([0, 1, 1, 0]), embedding, first_order)
-    found = table.serving_state()
-    assert found["keys"].tolist() == [5, 6, 7]
-    torch.testing.assert_close(found["embedding"] - plain.serving_state()["embedding"], embedding[[0, 0, 1]])
-    assert found["first_order"].tolist() == pytest.approx([0.1, 0.1, 0.2])
+    found = serving(table)
+    assert found.keys.tolist() == [5, 6, 7]
+    torch.testing.assert_close(found.embedding - serving(plain).embedding, embedding[[0, 0, 1]])
+    assert found.first_order.tolist() == pytest.approx([0.1, 0.1, 0.2])
     table.insert(tensor([5]), tensor([1]), embedding, first_order)  # a known key keeps its row
-    assert torch.equal(table.serving_state()["embedding"], found["embedding"])
+    assert torch.equal(serving(table).embedding, found.embedding)
