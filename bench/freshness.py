@@ -8,8 +8,7 @@ A simulated stream has a CTR of 5 % and lognormal click delays with a mean of 5 
 of 10 ms at once, shows them, and sends them with their scores. Broker, join, trainer, scorer and this service share the
 machine.
 
-The figures come from the topics after the run: `examples` says where each click's label is, `deltas` which delta was the first
-to learn it, and `scores` which answer was the first to know that delta. They are of all clicks, those of corrections included.
+The figures come from the topics after the run (`deploy/demo/freshness.py`). They are of all clicks, corrections included.
 
 A label is due when the join may give it: at the impression's event time + hold + lateness, and a correction at the click's
 arrival, if that is later. (A join that waits for the watermark gives a correction at the click's event time + lateness.)
@@ -25,132 +24,27 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 import numpy as np
-from aiokafka import AIOKafkaConsumer
-from aiokafka.structs import TopicPartition
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import report, warn_if_busy
-from bench.freshness_figures import Answers, Clicks, Deltas, figures
+from bench.freshness_figures import due_ms, figures
 from bench.live_load import Shown, draw_live, play_live
 from bench.real_time import run_settings
+from deploy.demo.freshness import read_followed
 from deploy.demo.play import worker_environment
 from deploy.feeding.simulation import Simulation
 from deploy.local_kafka.cluster import LocalKafka
 from deploy.processes.usage import usage
 from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
-from stream.kafka.clients import aiokafka_options
-from stream.kafka.read_log import read_to
-from stream.records.delta import DeltaHeader, read_piece
-from stream.records.example import CORRECTION, read_example
-from stream.records.join_notes import is_note
-from stream.records.record import Record
-from stream.registry.log import read_registry
-from stream.settings import JoinSettings
 from stream.topics.admin import create_topics
-from stream.topics.names import TopicNames
 
 CTR = 0.05
 WARM_S = 60.0  # until the figures begin: model and chain have begun, caches are warm
 KINDS = ("join", "trainer", "scorer")
 SETTLE_S = 3.0  # after the last event: the last answers are in the log
-
-
-class _Answer(msgspec.Struct):
-    """What is read of an answer's value."""
-
-    model_version: int | None = None
-    delta: int = 0
-
-
-_decode_answer = msgspec.json.Decoder(_Answer).decode
-_decode_header = msgspec.json.Decoder(DeltaHeader).decode
-
-
-async def records_of(settings: Settings, topic: str, partitions: int) -> list[Record]:
-    """All committed records of a topic, in the order of their arrival."""
-    consumer: Any = AIOKafkaConsumer(
-        **aiokafka_options(settings.kafka), enable_auto_commit=False, isolation_level="read_committed"
-    )
-    await consumer.start()
-    found: list[Record] = []
-    try:
-        assigned = [TopicPartition(topic, number) for number in range(partitions)]
-        consumer.assign(assigned)
-        ends = await consumer.end_offsets(assigned)
-        await consumer.seek_to_beginning(*assigned)
-        async for _, records in read_to(consumer, ends):
-            found.extend(records)
-    finally:
-        await consumer.stop()
-    return sorted(found, key=lambda record: record.timestamp)
-
-
-def clicks_of(records: list[Record], join: JoinSettings) -> Clicks:
-    """The clicks in `examples`, with the times at which their labels were due."""
-    rows: list[tuple[int, int, int, int, int]] = []
-    for record in records:
-        if is_note(record):
-            continue
-        example = read_example(record)
-        if example.click_arrived_ms < 0:
-            continue
-        due_ms = example.impression_ms + join.held_ms + join.lateness_ms
-        if example.kind == CORRECTION:
-            due_ms = max(due_ms, example.click_arrived_ms)
-        rows.append((record.partition, record.offset, due_ms, example.click_arrived_ms, record.timestamp))
-    return Clicks(*np.array(rows, np.int64).reshape(-1, 5).T)
-
-
-def deltas_of(records: list[Record], partitions: int) -> Deltas:
-    """The deltas of the log. A delta of several records is there when its last one is."""
-    headers: list[DeltaHeader] = []
-    written_ms: list[int] = []
-    for record in records:
-        piece = read_piece(record.value)
-        if not piece.piece:
-            headers.append(_decode_header(piece.content[: piece.header_bytes]))
-        if piece.piece == piece.pieces - 1:
-            written_ms.append(record.timestamp)
-    chains = {header.chain for header in headers}
-    if len(chains) != 1:
-        names = sorted(chains)
-        raise click.ClickException(f"deltas: expected those of one chain, found {names}: a worker has ended. See its log.")
-    offsets = np.array([[header.offsets.get(str(number), 0) for number in range(partitions)] for header in headers])
-    return Deltas(
-        np.array([header.sequence for header in headers]),
-        np.array([header.at_ms for header in headers]),
-        np.array(written_ms),
-        {number: offsets[:, number] for number in range(partitions)},
-    )
-
-
-def answers_of(records: list[Record], sequences: dict[int, int]) -> Answers:
-    """The answers with scores.
-
-    Args:
-        sequences: by version, its point of the chain.
-    """
-    answers = [(_decode_answer(record.value or b"{}"), record.timestamp) for record in records]
-    scored = [(answer, at_ms) for answer, at_ms in answers if answer.model_version is not None]
-    return Answers(
-        np.array([sequences[answer.model_version or 0] + answer.delta for answer, _ in scored], np.int64),
-        np.array([at_ms for _, at_ms in scored], np.int64),
-    )
-
-
-async def measure(settings: Settings, from_ms: int) -> dict[str, float]:
-    """The figures of a run that has ended, of labels that were due from `from_ms` on."""
-    names, partitions = TopicNames.of(settings.topics), settings.topics.partitions
-    clicks = clicks_of(await records_of(settings, names.examples, partitions), settings.join)
-    deltas = deltas_of(await records_of(settings, names.deltas, 1), partitions)
-    registry = await read_registry(settings.kafka, names)
-    sequences = {version: record.sequence or 0 for version, record in registry.versions.items()}
-    answers = answers_of(await records_of(settings, names.scores, settings.topics.request_partitions), sequences)
-    return {**figures(clicks, deltas, answers, from_ms), "deltas": len(deltas.sequence), "answers": len(answers.sequence)}
 
 
 async def run(simulation: Simulation, settings: Settings, work: Path, warm_ms: int) -> dict[str, float]:
@@ -174,8 +68,11 @@ async def run(simulation: Simulation, settings: Settings, work: Path, warm_ms: i
         await asyncio.sleep(SETTLE_S)
         product = histogram(workers[2], "headrace_scorer_click_freshness_seconds")
         cpu = {f"{worker.kind}_cpu_s": usage(worker.pid).cpu_seconds for worker in workers}
-        found = await measure(settings, start_ms + settings.join.held_ms + settings.join.lateness_ms + warm_ms)
-        return {**found, **product, **cpu}
+        followed, join = await read_followed(settings), settings.join
+        due = due_ms(followed, join.held_ms, join.lateness_ms)
+        found = figures(followed, due, start_ms + join.held_ms + join.lateness_ms + warm_ms)
+        # Some clicks of the last moment are always left.
+        return {**found, "unanswered_clicks": followed.total - len(followed.clicks), **product, **cpu}
     finally:
         for worker in workers:
             worker.ask_to_stop()
