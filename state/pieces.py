@@ -29,6 +29,7 @@ __all__ = [
     "RowsWithState",
     "bounded",
     "piece_count",
+    "piece_kind",
     "piece_rows",
     "serving_piece",
     "trainer_piece",
@@ -93,6 +94,12 @@ def serving_piece(index: int) -> str:
 def trainer_piece(index: int) -> str:
     """The file of what the trainer keeps for the rows of a piece."""
     return f"trainer-{index:05d}.safetensors"
+
+
+def piece_kind(name: str) -> str | None:
+    """`serving` or `trainer` for the file of a piece, None for another file."""
+    match = _PIECE.fullmatch(name)
+    return None if match is None else match[1]
 
 
 def piece_count(names: Iterable[str], kind: str) -> int | None:

@@ -27,6 +27,7 @@ class SnapshotSettings(BaseModel):
     interval_ms = 5_000           # a version every 5 s
     delta_interval_ms = 250       # what has changed, to the scorers, 4 times a second
     anchor_clicks = 500           # on a stream with few clicks, compare with a good version 500 clicks old
+    keep_for_ms = 86_400_000      # a rollback can go back a day
     auto_promote = false          # versions stay candidates until `headrace snapshot promote`
     ```
     """
@@ -53,6 +54,28 @@ class SnapshotSettings(BaseModel):
         ge=1,
         description="Number of versions that a scorer keeps in memory: the one that answers and those that answered before it. "
         "The target of a rollback is kept in addition. Going back to one of them needs no download.",
+    )
+    keep_versions: int = Field(
+        default=10,
+        ge=1,
+        description="Number of newest versions that are not deleted. The champion, aliased and tagged versions, "
+        "and the gate's anchor are never deleted.",
+    )
+    keep_good: int = Field(
+        default=3,
+        ge=1,
+        description="Number of newest good versions below the champion that are not deleted: the targets of rollbacks.",
+    )
+    keep_ms: int = Field(
+        default=60_000, ge=0, description="Age below which no version is deleted: somebody may be loading or promoting it."
+    )
+    keep_every_ms: int = Field(
+        default=600_000,
+        ge=1,
+        description="Time between two former champions that are not deleted, for rollbacks to a time.",
+    )
+    keep_for_ms: int = Field(
+        default=7_200_000, ge=0, description="How long such former champions are not deleted; 0 keeps none of them."
     )
     good_after_ms: int = Field(
         default=10_000,

@@ -427,6 +427,25 @@ class ScorerSettings(_Frozen):
         description="Answers say `stale` when the scorer hasn't read the registry to its end for this long. At least twice "
         "`scorer.heartbeat_ms`.",
     )
+    spare_mb: int = Field(
+        default=1_000,
+        ge=0,
+        description="Memory in MB for weights that don't answer: the version that a rollback would go to, while deltas are followed, "
+        "and the replica that follows them, while a version is pinned. Weights that need more are read from the store when they "
+        "are wanted.",
+    )
+    heal_jitter_ms: int = Field(
+        default=2_000,
+        ge=0,
+        description="Longest random wait before a scorer whose deltas were refused reads a version from the store, so that not "
+        "all scorers read at once.",
+    )
+    scrub_s: int = Field(
+        default=600,
+        ge=1,
+        description="Time between two checks of the weights in memory against their digest, in s. A check takes a tenth of one "
+        "core.",
+    )
     instance_id: str | None = Field(
         default=None,
         description="Name of this worker in its group and in heartbeats, such as a pod's, different for each worker. When "

@@ -12,6 +12,7 @@ import msgspec
 from deploy.cli.tables import print_pairs, print_table
 from deploy.cli.times import clock
 from state.manifest import Manifest, finite_or_null
+from state.pieces import piece_kind
 from state.registry import RegistryState, VersionRecord
 from stream.records.heartbeat import Heartbeat
 
@@ -145,10 +146,21 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         ("schema", manifest.schema_hash),
     ]
     pairs += [(name, _number(manifest.metrics, name)) for name in sorted(manifest.metrics)]
-    pairs += [
-        (f"file {name}", f"{entry.size:,} bytes, SHA-256 {entry.sha256}") for name, entry in sorted(manifest.files.items())
+    return pairs + _file_pairs(manifest)
+
+
+def _file_pairs(manifest: Manifest) -> list[tuple[str, str]]:
+    """The files of a version; those of one kind of piece, of which there can be hundreds, in one line."""
+    pairs = []
+    for kind in ("serving", "trainer"):
+        pieces = [entry.size for name, entry in manifest.files.items() if piece_kind(name) == kind]
+        if pieces:
+            pairs.append((f"pieces {kind}", f"{len(pieces):,} files, {sum(pieces):,} bytes"))
+    return pairs + [
+        (f"file {name}", f"{entry.size:,} bytes, SHA-256 {entry.sha256}")
+        for name, entry in sorted(manifest.files.items())
+        if piece_kind(name) is None
     ]
-    return pairs
 
 
 def _verdict(state: RegistryState) -> dict[str, Any] | None:

@@ -23,16 +23,18 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from state import decisions
+from state import alias_decisions, decisions, upkeep
+from state.alias_decisions import AliasMoved, Tagged
 from state.changes import Announcement, Cause, Change, Held, Moved
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
 from state.registry import KeyedRecord, RegistryState, encode_record
 from state.settings import SnapshotSettings
+from state.upkeep import Reindexed, Retired
 from stream.errors import Fenced, RegistryError
 from stream.kafka.clients import aiokafka_options, unreachable
 from stream.registry.log import ANSWER, RegistryLog
@@ -76,7 +78,7 @@ class Written(Generic[T]):
 
 
 class RegistryWriter:
-    """Announces versions, moves the champion, holds auto-promotion. Nothing else writes to `snapshots`.
+    """Announces versions, moves champion and aliases, tags, takes versions away. Nothing else writes to `snapshots`.
 
     ```python
     writer = RegistryWriter(settings.kafka, names, who="trainer@host")
@@ -136,6 +138,36 @@ class RegistryWriter:
     async def resume(self, reason: str = "") -> Written[Held]:
         """Let auto-promotion go on."""
         return await self._change(decisions.resume, reason)
+
+    async def set_alias(self, name: str, version: int, reason: str) -> Written[AliasMoved]:
+        """Point an alias other than `champion` at a version."""
+        return await self._change(lambda state, cause: alias_decisions.set_alias(state, name, version, cause), reason)
+
+    async def remove_alias(self, name: str, reason: str) -> Written[AliasMoved]:
+        """Remove an alias; its history stays."""
+        return await self._change(lambda state, cause: alias_decisions.remove_alias(state, name, cause), reason)
+
+    async def tag(
+        self, version: int, values: Mapping[str, str], reason: str, *, remove: Collection[str] = ()
+    ) -> Written[Tagged]:
+        """Put tags on a version, or change or remove them."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[Tagged]:
+            return alias_decisions.tag(state, version, values, cause, remove=remove)
+
+        return await self._change(decide, reason)
+
+    async def retire(
+        self, choose: upkeep.Choose, reason: str, *, keep: Collection[int] = (), ended: str = ""
+    ) -> Written[Retired]:
+        """Take away the records of versions whose files are then to be deleted; see `stream.registry.collect`."""
+        return await self._change(lambda state, cause: upkeep.retire(state, choose, cause, keep=keep, ended=ended), reason)
+
+    async def reindex(
+        self, manifests: Mapping[int, Manifest], reason: str, *, champion: int | None = None
+    ) -> Written[Reindexed]:
+        """Enter versions of the store that the registry doesn't know."""
+        return await self._change(lambda state, cause: upkeep.reindex(state, manifests, cause, champion=champion), reason)
 
     async def tag_good(self, *versions: int) -> tuple[int, ...]:
         """Tag versions as good: a rollback that names no version goes to the newest of them. Returns those newly tagged."""
@@ -215,7 +247,7 @@ class RegistryWriter:
                     return change
             await self._drop_producer()
         await self._take_over()
-        if self._log.state.done(cause.operation) is not None:
+        if self._log.state.has_done(cause.operation):
             return None
         return decide(self._log.state, cause)
 

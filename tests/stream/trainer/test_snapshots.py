@@ -108,7 +108,7 @@ async def test_a_version_says_all_about_itself(bench):
     assert manifest.metrics["window_examples"] == 0
     assert manifest.schema_hash == SCHEMA.fingerprint()
     assert manifest.model["hidden"] == [8]
-    assert set(manifest.files) == {"serving.safetensors", "trainer.safetensors"}
+    assert set(manifest.files) == {"dense.safetensors", "trainer.safetensors"}
     assert at.outcomes("promoted") == 1
     await at.publisher.publish(captured(200))
     assert [(each.version, each.parent) for each in at.registry.announced] == [(7, None), (8, 7)]
