@@ -66,7 +66,7 @@ async def run(simulation: Simulation, settings: Settings, work: Path, warm_ms: i
         start_ms = simulation.start_ms
         await play_live(live, settings, start_ms, look)
         await asyncio.sleep(SETTLE_S)
-        product = histogram(workers[2], "headrace_scorer_click_freshness_seconds")
+        product = histogram(workers[2], "headrace_scorer_click_to_answer_seconds")
         cpu = {f"{worker.kind}_cpu_s": usage(worker.pid).cpu_seconds for worker in workers}
         followed, join = await read_followed(settings), settings.join
         due = due_ms(followed, join.held_ms, join.lateness_ms)

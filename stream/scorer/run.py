@@ -26,6 +26,7 @@ from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.chain_follower import ChainFollower
 from stream.scorer.delta_log import open_deltas
 from stream.scorer.following_metrics import FollowingMetrics
+from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
 from stream.scorer.scrub import scrub_regularly
@@ -64,6 +65,7 @@ async def run_scorer(
     worker_id = settings.instance_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     prometheus = new_prometheus()
     metrics, following_metrics = ScorerMetrics(prometheus), FollowingMetrics(prometheus)
+    freshness = Freshness(prometheus)
     store = SnapshotStore(snapshots)
     scoring = ThreadPoolExecutor(1, "scoring")
     spare_bytes = settings.spare_mb * 1_000_000
@@ -84,6 +86,7 @@ async def run_scorer(
         alone,
         swapper,
         following_metrics,
+        freshness,
         jitter_s=settings.heal_jitter_ms / 1_000,
     )
 
@@ -132,6 +135,7 @@ async def run_scorer(
             outbox=outbox,
             heartbeats=heartbeats,
             metrics=metrics,
+            freshness=freshness,
             worker_id=worker_id,
             max_bytes=await max_message_bytes(kafka, names.scores),
         )

@@ -27,6 +27,7 @@ from stream.kafka.transport import Run
 from stream.registry.heartbeat import HeartbeatSender, Weights
 from stream.scorer.answering import Answering
 from stream.scorer.chain_follower import ChainFollower
+from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
 from stream.scorer.serving import WeightsState
@@ -84,6 +85,7 @@ class ScorerWorker(Worker):
         outbox: Outbox,
         heartbeats: HeartbeatSender,
         metrics: ScorerMetrics,
+        freshness: Freshness,
         worker_id: str,
         max_bytes: int,
     ) -> None:
@@ -105,6 +107,7 @@ class ScorerWorker(Worker):
             swapper,
             outbox,
             metrics,
+            freshness,
             scoring=scoring,
             worker_id=worker_id,
             stale=stale,

@@ -16,6 +16,7 @@ from stream.errors import TopicError
 from stream.scorer import chain_follower, swap
 from stream.scorer.chain_follower import ChainFollower
 from stream.scorer.following_metrics import FollowingMetrics
+from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.serving import Served
 from stream.scorer.swap import Swapper
@@ -41,6 +42,7 @@ class Scorer:
         self.read: list[int] = []
         """Versions read to follow their chain."""
         self.prometheus = CollectorRegistry()
+        self.freshness = Freshness(self.prometheus)
         self.scoring = ThreadPoolExecutor(1, "scoring")
         self.spare, self.position = spare, 0
         self.swapper = Swapper(self.store.load, ScorerMetrics(self.prometheus), keep=3, spare_bytes=spare)
@@ -50,6 +52,7 @@ class Scorer:
             self._alone,
             self.swapper,
             FollowingMetrics(self.prometheus),
+            self.freshness,
             jitter_s=jitter_s,
         )
         self.task = asyncio.ensure_future(self.follower.run())
@@ -345,6 +348,38 @@ def test_the_old_state_answers_until_the_new_one_is_no_older() -> None:
         await it.until(lambda: seen.add(it.at) is None and it.count("replica_loads_total", why="memory") == 1)
         await it.until(lambda: seen.add(it.at) is None and it.follower.replica is it.follower._growing)
         assert seen == {("deepfm/1/0", 7)}, "answers never go back"
+
+    scene(steps)
+
+
+NOW_MS = 1 << 45  # taken by the trainer after this scorer began to follow
+
+
+def test_clicks_count_from_the_first_delta_taken_while_this_scorer_follows() -> None:
+    async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
+        trainer.delta(arrivals=(1, 2))  # taken long ago: other scorers have answered with these
+        trainer.delta(at_ms=NOW_MS, arrivals=(3, 4))
+        await it.until_caught_up()
+        assert list(it.freshness.take()) == [3, 4]
+
+    scene(steps)
+
+
+def test_clicks_wait_for_the_replica_that_has_learned_them_and_count_once() -> None:
+    async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
+        trainer.delta(at_ms=NOW_MS, arrivals=(3,))
+        await it.until_caught_up()
+        assert list(it.freshness.take()) == [3]
+        hold = it.store.held[1] = threading.Event()
+        before = it.swapper.current
+        it.follower.damaged()
+        await it.until(lambda: it.read == [1, 1])
+        trainer.delta(at_ms=NOW_MS, arrivals=(4,))
+        assert list(it.freshness.take()) == []
+        hold.set()
+        await it.until(lambda: it.swapper.current is not before)
+        await it.until_caught_up()
+        assert list(it.freshness.take()) == [4]  # 3 is in a delta that the replica before had
 
     scene(steps)
 

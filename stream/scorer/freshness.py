@@ -1,0 +1,56 @@
+"""Measures freshness: the time from a click's arrival in Kafka to the first answer by weights that have learned it.
+
+A delta brings a sample of the arrivals that it has learned (`stream.records.delta`). They wait here until a batch that was scored
+after the delta is acknowledged by the brokers. Left out are clicks that other scorers have answered with already, in deltas from
+before this scorer began to follow, and clicks that an operator keeps from answers, while a version answers as it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Histogram
+
+__all__ = ["MAX_WAITING", "Freshness"]
+
+# Finest where clicks lie by default: they wait for join.hold_ms + join.lateness_ms after their impression, which is 15 s.
+_SECONDS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 45, 60, 120, 300, 900, 3_600)
+# Most arrivals that wait for an answer. A delta brings at most 64, four times a second; a scorer without requests would collect
+# them for ever. The newest are kept.
+MAX_WAITING = 4_096
+
+
+class Freshness:
+    """For the event loop.
+
+    freshness.learned(header.arrivals)   # the delta is in the weights that answer
+    known = freshness.take()             # right before a batch is scored
+    freshness.answered(known)            # its answers are acknowledged
+    """
+
+    def __init__(self, prometheus: CollectorRegistry) -> None:
+        self._seconds = Histogram(
+            "headrace_scorer_click_to_answer_seconds",
+            "Time from a click's arrival in Kafka to the first answer by weights that have learned it, of a sample of the clicks.",
+            registry=prometheus,
+            buckets=_SECONDS,
+        )
+        self._waiting: deque[int] = deque(maxlen=MAX_WAITING)
+
+    def learned(self, arrivals_ms: Iterable[int]) -> None:
+        """Note the arrivals of clicks (ms since epoch) that the weights have learned. No answer knows them yet."""
+        self._waiting.extend(arrivals_ms)
+
+    def take(self) -> Sequence[int]:
+        """The arrivals that the next batch is the first to know."""
+        arrivals_ms = list(self._waiting)
+        self._waiting.clear()
+        return arrivals_ms
+
+    def answered(self, arrivals_ms: Iterable[int]) -> None:
+        """Count clicks whose first answer is acknowledged now."""
+        now_ms = time.time_ns() // 1_000_000
+        for arrived_ms in arrivals_ms:
+            self._seconds.observe(max(now_ms - arrived_ms, 0) / 1_000)
