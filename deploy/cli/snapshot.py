@@ -103,15 +103,30 @@ def show(version: int, output: str) -> None:
 
 
 @snapshot.command()
-@click.argument("version", type=click.IntRange(min=1))
+@click.argument("version", type=click.IntRange(min=1), required=False)
+@click.option("--live", is_flag=True, help="Compare the weights of all live scorers, not the files of a version.")
+@click.option(
+    "--wait", "wait_ms", type=DURATION, default="10s", show_default=True, help="With --live: how long to look at heartbeats."
+)
 @format_option
-def verify(version: int, output: str) -> None:
+def verify(version: int | None, live: bool, wait_ms: int, output: str) -> None:
     """Read every file of VERSION and compare it with the manifest. Exit code 1 when anything differs.
+
+    With --live, compare the digests of the weights that scorers have in memory, at equal points of a chain, with each other and
+    with the announced versions.
 
     \b
     Examples:
       headrace snapshot verify 41
+      headrace snapshot verify --live
     """
+    if live == (version is not None):
+        raise click.UsageError("expected VERSION or --live, found both." if live else "expected VERSION or --live, found neither.")
+    if version is None:
+        from deploy.cli.snapshot_live import verify_live
+
+        verify_live(wait_ms, output)
+        return
     from state.store import SnapshotStore
 
     store = SnapshotStore(command_settings().snapshots)

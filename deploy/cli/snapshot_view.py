@@ -10,13 +10,13 @@ import click
 import msgspec
 
 from deploy.cli.tables import print_pairs, print_table
-from deploy.cli.times import clock
+from deploy.cli.times import clock, duration
 from state.manifest import Manifest, finite_or_null
 from state.pieces import piece_kind
 from state.registry import RegistryState, VersionRecord
 from stream.records.heartbeat import Heartbeat
 
-__all__ = ["beat_json", "print_version", "print_versions", "registry_json", "version_json"]
+__all__ = ["beat_json", "print_version", "print_versions", "registry_json", "version_json", "weights_text"]
 
 
 def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[str, Any]:
@@ -74,7 +74,27 @@ def beat_json(beat: Heartbeat) -> dict[str, Any]:
         "stale": beat.stale,
         "fallback_of": beat.fallback_of,
         "fallback_reason": beat.fallback_reason,
+        "following": beat.following,
+        "chain": beat.chain or None,
+        "sequence": beat.sequence,
+        "digest": beat.digest or None,
+        "delta": beat.delta,
+        "weights_age_ms": beat.weights_age_ms,
+        "problem": beat.problem,
     }
+
+
+def weights_text(beat: Heartbeat) -> str:
+    """The weights that a scorer answers with, in words."""
+    if beat.version < 0:
+        return "no version"
+    words = f"version {beat.version}"
+    if beat.delta:
+        words += f" and {beat.delta:,} deltas"
+    if beat.chain:
+        words += f" ({beat.chain} at {beat.sequence:,}, digest {beat.digest})"
+    return words
+
 
 
 def print_versions(document: dict[str, Any]) -> None:
@@ -107,7 +127,11 @@ def print_versions(document: dict[str, Any]) -> None:
         click.echo(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
     for beat in document["scorers"]:
         version = "no version" if beat["version"] is None else f"version {beat['version']}"
+        if beat["following"]:
+            version += f" and {beat['delta']:,} deltas, {duration(beat['weights_age_ms'])} old"
         line = f"scorer {beat['worker']} on {beat['host']}: {version}{', stale' if beat['stale'] else ''}"
+        if beat["problem"]:
+            line += f"; it goes no further: {beat['problem']}"
         if beat["fallback_of"] is not None:
             line += f"; it can't read version {beat['fallback_of']}: {beat['fallback_reason']}"
         click.echo(line)

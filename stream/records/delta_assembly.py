@@ -53,21 +53,20 @@ class DeltaAssembly:
     assembly.delta()
     ```
 
-    Every method raises DeltaDamaged; after that the assembly is of no use.
+    Every method raises DeltaDamaged; after that the assembly is of no use. `pieces` is the number of pieces so far.
     """
 
     def __init__(self, first: Piece) -> None:
         if first.format != FORMAT:
             raise UnknownFormat(first.format)
-        self._first, self._expected = first, 0
+        self._first, self.pieces = first, 0
         if first.piece:
             raise DeltaDamaged("missing_piece", f"{first.name}: expected its first piece, found piece {first.piece}.")
         self.header = self._read_header(first)
         size = _body_bytes(self.header)
         if size > first.pieces * len(first.content):
-            raise DeltaDamaged(
-                "wrong_size", self._found(f"a body of {size:,} bytes", f"{first.pieces} pieces of at most this size")
-            )
+            room = f"at most {first.pieces:,} times {len(first.content):,}"  # no piece is larger than the first
+            raise DeltaDamaged("wrong_size", self._found(f"a body of {size:,} bytes", room))
         try:
             self._body: npt.NDArray[np.uint8] = np.empty(size, np.uint8)
         except (MemoryError, ValueError, OverflowError) as error:  # ValueError: more bytes than an address has
@@ -78,22 +77,22 @@ class DeltaAssembly:
     @property
     def whole(self) -> bool:
         """Whether every piece is there."""
-        return self._expected == self._first.pieces
+        return self.pieces == self._first.pieces
 
     def add(self, piece: Piece) -> None:
         """Add the next piece."""
         if piece.identity != self._first.identity or self.whole:
-            raise DeltaDamaged("missing_piece", self._found(f"piece {self._expected}", f"piece {piece.piece} of {piece.name}"))
-        if piece.piece != self._expected:
-            reason = "repeated_piece" if piece.piece < self._expected else "missing_piece"
-            raise DeltaDamaged(reason, self._found(f"piece {self._expected}", f"piece {piece.piece}"))
+            raise DeltaDamaged("missing_piece", self._found(f"piece {self.pieces}", f"piece {piece.piece} of {piece.name}"))
+        if piece.piece != self.pieces:
+            reason = "repeated_piece" if piece.piece < self.pieces else "missing_piece"
+            raise DeltaDamaged(reason, self._found(f"piece {self.pieces}", f"piece {piece.piece}"))
         self._take(piece.content)
 
     def delta(self) -> Delta:
         """The delta, without another copy: its tensors are views of the body (float16 rows are widened)."""
         header = self.header
         if not self.whole:
-            raise DeltaDamaged("missing_piece", self._found(f"{self._first.pieces} pieces", f"{self._expected}"))
+            raise DeltaDamaged("missing_piece", self._found(f"{self._first.pieces} pieces", f"{self.pieces}"))
         if self._filled != len(self._body):
             raise DeltaDamaged("wrong_size", self._found(f"{len(self._body):,} bytes", f"{self._filled:,}"))
         if self._crc != header.body_crc32c:
@@ -122,7 +121,7 @@ class DeltaAssembly:
         self._body[self._filled : end] = np.frombuffer(part, np.uint8)
         self._crc = crc32c(part, self._crc)
         self._filled = end
-        self._expected += 1
+        self.pieces += 1
 
     def _read_header(self, first: Piece) -> DeltaHeader:
         try:

@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from state import alias_decisions, decisions, upkeep
 from state.alias_decisions import AliasMoved, Tagged
@@ -37,6 +37,7 @@ from state.settings import SnapshotSettings
 from state.upkeep import Reindexed, Retired
 from stream.errors import Fenced, RegistryError
 from stream.kafka.clients import aiokafka_options, unreachable
+from stream.kafka.transactional import dropped, is_fencing, retrieve
 from stream.registry.log import ANSWER, RegistryLog
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
@@ -56,8 +57,6 @@ MAX_BACKOFF_S = 1.0
 ATTEMPT_TIMEOUT_S = 20.0
 # A writer that is killed in the middle of a transaction holds back readers of the registry at most this long.
 TRANSACTION_TIMEOUT_MS = 15_000
-# How long to wait for a producer to stop while its broker doesn't answer.
-CLOSE_TIMEOUT_S = 5.0
 
 T = TypeVar("T")
 Decide = Callable[[RegistryState, Cause], Change[T]]
@@ -230,7 +229,7 @@ class RegistryWriter:
                 except BaseException:
                     await self._drop_producer()
                     raise
-        if _is_fencing(failure):
+        if is_fencing(failure):
             raise Fenced(
                 f"{self._topic}: expected to change the registry within {ATTEMPTS} attempts, found another writer in "
                 "between each time. Nothing was changed; run it again."
@@ -276,7 +275,7 @@ class RegistryWriter:
             for key, record in records:
                 value = encode_record(record)
                 future = await self._producer.send(self._topic, key=key.encode(), value=value, partition=0)
-                future.add_done_callback(_retrieve)
+                future.add_done_callback(retrieve)
                 sent.append(future)
             written = [await future for future in sent]
             await self._producer.commit_transaction()
@@ -287,18 +286,9 @@ class RegistryWriter:
         self._at_ms = written[-1].timestamp
 
     async def _drop_producer(self) -> None:
-        """Stop the producer. An open transaction is aborted, since it would hold back every reader until it times out."""
         producer, self._producer = self._producer, None
-        if producer is None:
-            return
-        # A producer that is fenced or cut off fails here. The next producer to start ends its transaction.
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await producer.abort_transaction()
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await producer.stop()
-        _quieten(producer)
+        if producer is not None:
+            await dropped(producer)
 
 
 class _CommitFailed(Exception):
@@ -308,26 +298,6 @@ class _CommitFailed(Exception):
 def registry_transactional_id(names: TopicNames) -> str:
     """The transactional id that all writers of one registry share: `<prefix>headrace-registry`."""
     return f"{names.snapshots.removesuffix('snapshots')}headrace-registry"
-
-
-def _is_fencing(error: BaseException) -> bool:
-    from aiokafka import errors
-
-    return isinstance(error, errors.ProducerFenced | errors.InvalidProducerEpoch | errors.InvalidTxnState)
-
-
-def _quieten(producer: AIOKafkaProducer) -> None:
-    """Retrieve the errors that a fenced producer leaves in futures of its own: asyncio would print each of them."""
-    batches = [batch for queue in producer._message_accumulator._batches.values() for batch in queue]
-    for future in (producer._txn_manager._transaction_waiter, *(batch._drain_waiter for batch in batches)):
-        if future is not None and future.done():
-            _retrieve(future)
-
-
-def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Retrieve a future's error; asyncio would otherwise report that nobody did."""
-    if not future.cancelled():
-        future.exception()
 
 
 def _now_ms() -> int:

@@ -16,7 +16,8 @@ EXPORTED: dict[str, str] = {
         "for the digests of trainer and scorers",
     ),
     **dict.fromkeys(
-        ["stream.records.delta.encode_delta", "stream.records.delta_assembly.assemble"], "for the trainer's and scorers' deltas"
+        ["stream.deltas.reader.read_back", "stream.deltas.writer.DeltaWriter", "stream.records.delta_assembly.assemble"],
+        "for the trainer's deltas",
     ),
     "deploy.datasets.Chunk": "a new data set yields it",
     **dict.fromkeys(["model.reserve.reservable_rows", "model.reserve.reserved"], "room for tables that grow"),
@@ -57,6 +58,7 @@ UNUSED: dict[str, str] = {
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
     "loss_error": "a field of the gate's verdict, which `headrace snapshot show` reads by its key",
     "delta_interval_ms": "for the trainer's deltas",
+    **dict.fromkeys(["at_end", "seen_end_at"], "for the scorers, which follow the deltas"),
     "rebase": "for the scorers, which follow the chain of a restarted trainer",
     "frame": "a parameter of a signal handler",
 }
