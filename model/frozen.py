@@ -180,6 +180,7 @@ class FrozenModel:
     def __init__(self, freeze: Freeze, dense: dict[str, torch.Tensor], small: dict[str, torch.Tensor]) -> None:
         self._freeze: Freeze | None = freeze
         self._begun = False
+        self._saved = 0
         self.rows = freeze.count
         self.dense = dense
         self.small = small
@@ -202,6 +203,11 @@ class FrozenModel:
             self._require_open()  # rows that changed after it was closed weren't saved
             yield Piece(Rows(*(parts.pop(name) for name in SERVING)), parts)
 
+    @property
+    def saved(self) -> int:
+        """Number of rows that were saved because they changed before they were read; as of its end once it is closed."""
+        return self._saved if self._freeze is None else self._freeze.saved
+
     def _require_open(self) -> Freeze:
         if self._freeze is None:
             raise ModelError(
@@ -213,6 +219,7 @@ class FrozenModel:
         """Ends it, and frees the memory of saved rows. Call it also if writing fails; further calls do nothing."""
         freeze, self._freeze = self._freeze, None
         if freeze is not None:
+            self._saved = freeze.saved
             freeze.close()
 
     def __enter__(self) -> FrozenModel:

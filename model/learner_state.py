@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from model.network import choose_device, dense_model
 from model.rows import ModelDelta, Rows
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
+from model.table import ABSENT_ROW
 from model.typical import Typical
 
 __all__ = ["LearnerState"]
@@ -51,6 +53,7 @@ class LearnerState:
         self._intercept = Intercept(self.device)
         self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
         self._deltas = Deltas(self._rows, self._dense_serving())
+        self._expected = torch.empty(0, dtype=torch.int64, device=self.device)  # keys without a row that `expect` was given
         self._restoring: int | None = None  # the number of rows that a restore under way will have
 
     @property
@@ -60,8 +63,24 @@ class LearnerState:
 
     @property
     def touched(self) -> int:
-        """Number of rows that the next delta has."""
-        return len(self._rows.touched)
+        """Number of rows that the next delta has, at most."""
+        return len(self._rows.touched) + len(self._expected)
+
+    def touched_keys(self) -> torch.Tensor:
+        """Keys of these rows on the CPU, int64 (N,), each once. The next delta has them all the same."""
+        rows = self._rows.part("keys").index_select(0, self._rows.touched.listed())
+        return torch.cat((rows, self._expected)).cpu()
+
+    def expect(self, keys: torch.Tensor) -> None:
+        """Have the rows of `keys` (N,) in the next delta, touched or not.
+
+        A key that has no row when the delta is taken is among those that are gone. A trainer that goes on from an older version
+        needs this for the rows that deltas have changed since.
+        """
+        keys = keys.to(self.device)
+        rows = self._table.keys.lookup(keys)
+        self._rows.touched.add(rows[rows != ABSENT_ROW])
+        self._expected = torch.unique(torch.cat((self._expected, keys[rows == ABSENT_ROW])))
 
     @property
     def digest(self) -> int:
@@ -76,7 +95,11 @@ class LearnerState:
         """
         self._require_restored()
         touched = self._rows.touched.take()
-        return self._deltas.take(touched, self._table.serving(touched), self._dense_serving() if dense else None)
+        expected, self._expected = self._expected, self._expected[:0]
+        delta = self._deltas.take(touched, self._table.serving(touched), self._dense_serving() if dense else None)
+        if not len(expected):
+            return delta
+        return replace(delta, gone=expected[self._table.keys.lookup(expected) == ABSENT_ROW].cpu())
 
     def freeze(self) -> FrozenModel:
         """The model as it is now, to be written in another thread while training goes on.
@@ -106,7 +129,7 @@ class LearnerState:
             ModelError: a freeze is open.
         """
         count = len(take(serving, "keys", (-1,), torch.int64))
-        parts = self._fitting({**serving, **trainer}, count)
+        parts = self._fitting({**trainer, **serving}, count)
         self._rows.require_no_freeze()
         self._restore_small(serving, trainer)
         self.begin_restore(count)
@@ -130,6 +153,7 @@ class LearnerState:
         self._rows.clear(rows + 1)
         self._table.clear(expected=rows)
         self._deltas.forget_rows()
+        self._expected = self._expected[:0]
         self._restoring = rows
 
     def restore_rows(self, serving: Rows, trainer: Mapping[str, torch.Tensor]) -> None:
@@ -220,8 +244,8 @@ class LearnerState:
         if rows > self._restoring or (rows < self._restoring and not at_most):
             found = f"at least {rows}" if at_most else f"{rows}"
             raise SnapshotMismatch(
-                f"snapshot: expected {self._restoring} rows, as begin_restore was given, found {found}; pieces of it are missing "
-                "or come twice"
+                f"snapshot: expected {self._restoring} rows, as begin_restore was given, found {found}; pieces of it are "
+                "missing or come twice"
             )
 
 

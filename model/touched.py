@@ -44,11 +44,15 @@ class Touched:
         if self._collected_count >= _COLLECTED:
             self._look_up()
 
+    def listed(self) -> torch.Tensor:
+        """The touched rows (N,) int64, each once, in no particular order. They stay touched."""
+        self._look_up()
+        self._listed = [torch.cat(self._listed)] if self._listed else []
+        return self._listed[0] if self._listed else torch.empty(0, dtype=torch.int64, device=self._rows.device)
+
     def take(self) -> torch.Tensor:
         """The touched rows (N,) int64, each once, in no particular order. None is touched any more then."""
-        self._look_up()
-        taken = self._listed
-        rows = torch.cat(taken) if taken else torch.empty(0, dtype=torch.int64, device=self._rows.device)
+        rows = self.listed()
         self._rows["touched"].index_fill_(0, rows, 0)
         self.forget()
         return rows

@@ -14,7 +14,7 @@ Until the trainer has come as far as the old chain's newest point, nothing is pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from model.errors import ModelError
+from stream.deltas.writer import Sent
 from stream.records.delta import DeltaHeader, Point, encode_delta
 from stream.trainer.bookkeeping import PREFIX, State, from_json, to_json
 from stream.trainer.captured import CapturedDelta
@@ -81,8 +82,8 @@ class SendsDeltas(Protocol):
         """The offset after the last record of the log."""
         ...
 
-    async def send(self, pieces: list[bytes]) -> int:
-        """Write the records of a delta in one transaction. Returns the offset after them."""
+    async def send(self, pieces: Sequence[bytes]) -> Sent:
+        """Write the records of a delta in one transaction."""
         ...
 
 
@@ -157,9 +158,11 @@ class Chain:
 
         Raises:
             Fenced: another trainer has taken over.
+            DeltaTooLarge: the topic's limit was lowered. The delta must be encoded again.
             NoAnswer: Kafka can't be reached. The same delta must be sent again.
         """
-        self._published = Published(delta.point, await self._writer.send(delta.pieces))
+        sent = await self._writer.send(delta.pieces)
+        self._published = Published(delta.point, sent.next_offset)
         return self._published
 
     def state(self) -> State:

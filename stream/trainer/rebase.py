@@ -11,10 +11,16 @@ from typing import NamedTuple
 
 import torch
 
+from model.learner import Learner
 from state.manifest import Manifest
-from stream.records.delta import Delta, Point
+from stream.deltas.pieces import DeltaProblem, FoundDelta
+from stream.deltas.reader import read_back
+from stream.records.delta import Point
+from stream.settings import KafkaSettings
+from stream.topics.names import TopicNames
 from stream.trainer.bookkeeping import State
 from stream.trainer.chain import Base, Published, saved_chain
+from stream.trainer.start import Start
 
 __all__ = ["Anchored", "Found", "find_base", "where_in_the_log"]
 
@@ -46,24 +52,25 @@ def where_in_the_log(manifest: Manifest, bookkeeping: State) -> Anchored | None:
     return None if saved is None else Anchored(*saved)
 
 
-async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[tuple[int, Delta]]) -> Found:
+async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[FoundDelta | DeltaProblem]) -> Found:
     """Follow the chain from a version to the newest delta that the log has of it.
 
     Retention may have deleted deltas of the chain. Then the version's own point is the newest, and scorers that are further
     load the version before they apply the new chain's first delta.
 
     Args:
-        deltas: the log's deltas, each with the offset after it, from `at.published.offset` on.
+        deltas: what the log holds from `at.published.offset` on. Records that are no delta are passed over; if one of the chain
+            is damaged, scorers stay before it too.
     """
     newest, touched = at.published, [at.touched]
     offsets = {int(name): offset for name, offset in manifest.offsets.items()}
-    async for offset, delta in deltas:
-        header = delta.header
-        if header.parent != newest.point:
-            continue  # of another line of weights, or of a trainer that was replaced
-        newest = Published(Point(header.chain, header.sequence), offset)
-        offsets = {int(name): each for name, each in header.offsets.items()}
-        touched += [delta.model.rows.keys.clone(), delta.model.gone.clone()]
+    async for each in deltas:
+        if not isinstance(each, FoundDelta) or each.delta.header.parent != newest.point:
+            continue  # no delta, or one of another line of weights, or of a trainer that was replaced
+        header, model = each.delta.header, each.delta.model
+        newest = Published(Point(header.chain, header.sequence), each.next_offset)
+        offsets = {int(name): offset for name, offset in header.offsets.items()}
+        touched += [model.rows.keys.clone(), model.gone.clone()]
     return Found(Base(newest, offsets), torch.unique(torch.cat(touched)))
 
 
@@ -80,7 +87,6 @@ async def go_on_in_place(learner: Learner, start: Start, kafka: KafkaSettings, n
     at = where_in_the_log(start.manifest, start.bookkeeping)
     if at is None:
         return None
-    async with DeltaReader(kafka, names) as reader:
-        found = await find_base(start.manifest, at, reader.read_back(at.published.offset))
+    found = await find_base(start.manifest, at, read_back(kafka, names, start=at.published.offset))
     learner.expect(found.keys)
     return found.base

@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
-
-import torch
-from model.frozen import FrozenModel
 
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.changes import Announcement
 from state.errors import Refused, SnapshotError
 from state.manifest import Manifest
+from state.pieces import piece_rows
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import Fenced, NoAnswer, RegistryError
+from stream.errors import DeltaTooLarge, Fenced, NoAnswer, RegistryError
 from stream.trainer.captured import CapturedDelta, CapturedVersion
 from stream.trainer.chain import Chain, Published
 from stream.trainer.evaluation import manifest_metrics
@@ -153,9 +151,12 @@ class Publisher:
             try:
                 await self._chain.send(encoded)
                 break
+            except DeltaTooLarge as error:
+                log.info("delta %d is cut again: %s", encoded.point.sequence, error)
+                encoded = await asyncio.to_thread(self._chain.encode, captured)
             except NoAnswer as error:
                 self._metrics.deltas.labels("failed").inc()
-                log.error("delta %d isn't written, it is tried again; training goes on: %s", encoded.point.sequence, error)
+                log.error("delta %d isn't written, it is sent again; training goes on: %s", encoded.point.sequence, error)
                 await asyncio.sleep(SEND_AGAIN_S)
         self._sent = captured.position.examples_seen
         self._metrics.delta_sent(encoded.rows, encoded.size, time.perf_counter() - began)
@@ -262,8 +263,8 @@ class Publisher:
             watermark_ms=position.watermark_ms,
             examples_seen=position.examples_seen,
             negative_rate=position.negative_rate,
-            chain="" if point is None else point.chain,
-            sequence=None if point is None else point.sequence,
+            chain="" if point is None else point.point.chain,
+            sequence=None if point is None else point.point.sequence,
             deltas_offset=None if point is None else point.offset,
             digest=f"{captured.digest:016x}" if captured.on_chain else "",
             metrics={**manifest_metrics(report), **self._more_metrics()},
@@ -277,12 +278,5 @@ class Publisher:
             manifest,
             dense=frozen.dense,
             small={**frozen.small, **captured.bookkeeping},
-            pieces=_pieces(frozen),
+            pieces=frozen.pieces(piece_rows(self._schema.embedding_dim)),
         )
-
-
-def _pieces(frozen: FrozenModel) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """The rows of a version as the store takes them."""
-    for piece in frozen.pieces(ROWS_PER_PIECE):
-        rows = piece.serving
-        yield {"keys": rows.keys, "embedding": rows.embedding, "first_order": rows.first_order}, piece.trainer

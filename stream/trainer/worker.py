@@ -318,9 +318,9 @@ async def _built(
     start = prepared.start
     metrics = TrainerMetrics(prometheus)
     scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
-    deltas = DeltaWriter(kafka, names)
+    deltas = DeltaWriter(kafka, names, epoch=epoch)
     # From here on no older trainer writes a delta, so what the log holds by now is all that scorers can have applied.
-    await deltas.start()
+    await deltas.open()
     base = await go_on_in_place(prepared.learner, start, kafka, names)
     chain = Chain(str(ChainName(model.name, epoch, 0)), deltas, base, prepared.learner.touched_keys)
     judge = Judge(snapshots, gate_state(start, epoch))

@@ -264,8 +264,8 @@ def test_an_empty_model_has_no_pieces() -> None:
 
 def test_closing_frees_the_saved_rows() -> None:
     trained = Trained(1000)
-    model = FrozenModel(trained.rows.freeze(1000), {}, {})
-    assert (freeze := trained.rows._freeze) is not None
+    freeze = trained.rows.freeze(1000)
+    model = FrozenModel(freeze, {}, {})
     trained.change(list(range(1000)))
     saved = weakref.ref(freeze._saved["weights"])
     assert saved() is not None
