@@ -171,7 +171,7 @@ class ExampleColumns:
     impression_ms  int64 (N,)    event time
     rates          float64 (N,)  share of negatives that were sent at the time; None when all were
     corrects       bool (N,)     whether the example takes back a label; None when none does
-    arrived_ms     int64 (N,)    when the click arrived in Kafka, -1 where that isn't known; None when it is known of none
+    arrived_ms     int64 (N,)    when the click arrived in Kafka, -1 without one or if that isn't known; None if known of none
     letters        dead letters of the other records
     """
 
@@ -243,17 +243,27 @@ def _columns(records: Sequence[Record], headers: Sequence[Headers]) -> ExampleCo
     if not set(kinds) <= _KINDS.keys():
         return None
     corrects = [kind == _CORRECTION for kind in kinds]
-    arrived = [each.get(CLICK_ARRIVED_MS) for each in headers]
+    clicked = np.array([label == _CLICKED for label in labels], np.float32)
     return ExampleColumns(
         records=records,
-        labels=np.array([label == _CLICKED for label in labels], np.float32),
+        labels=clicked,
         weights=weights.astype(np.float32),
         impression_ms=milliseconds,
         rates=np.array([rate_of[each] for each in rated]) if rate_of.keys() - {None} else None,
         corrects=np.array(corrects) if any(corrects) else None,
-        arrived_ms=np.array([_arrival(each) for each in arrived], np.int64) if any(arrived) else None,
+        arrived_ms=_arrivals(headers, np.flatnonzero(clicked).tolist()),
         letters=[],
     )
+
+
+def _arrivals(headers: Sequence[Headers], clicked: list[int]) -> npt.NDArray[np.int64] | None:
+    """When clicks arrived, int64 (N,): -1 where that isn't known; None when it is known of none. `clicked` are their rows."""
+    arrived = [headers[row].get(CLICK_ARRIVED_MS) for row in clicked]
+    if not any(arrived):
+        return None
+    column = np.full(len(headers), NOT_KNOWN_MS, np.int64)
+    column[clicked] = [_arrival(each) for each in arrived]
+    return column
 
 
 class _BadHeader(Exception):
