@@ -61,7 +61,8 @@ class Answer:
     """One record of the live score topic.
 
     Answers are sent at least once: the same `request_id` may arrive twice. When `error` is not None, the request couldn't be
-    scored and `scores` is empty. `delta` is the number of updates of the weights since `model_version`. `event` holds the CloudEvents attributes (`id`, `source`, `type`, `time`, …).
+    scored and `scores` is empty. `delta` is the number of updates of the weights since `model_version`. `event` holds the
+    CloudEvents attributes (`id`, `source`, `type`, `time`, …).
     """
 
     request_id: str

@@ -430,9 +430,9 @@ class ScorerSettings(_Frozen):
     spare_mb: int = Field(
         default=1_000,
         ge=0,
-        description="Memory in MB for weights that don't answer: the version that a rollback would go to, while deltas are followed, "
-        "and the replica that follows them, while a version is pinned. Weights that need more are read from the store when they "
-        "are wanted.",
+        description="Memory in MB for weights that don't answer: the version that a rollback would go to, while deltas are "
+        "followed, and the replica that follows them, while a version is pinned. Weights that need more are read from the "
+        "store when they are wanted.",
     )
     heal_jitter_ms: int = Field(
         default=2_000,

@@ -121,7 +121,9 @@ def verify(version: int | None, live: bool, wait_ms: int, output: str) -> None:
       headrace snapshot verify --live
     """
     if live == (version is not None):
-        raise click.UsageError("expected VERSION or --live, found both." if live else "expected VERSION or --live, found neither.")
+        raise click.UsageError(
+            "expected VERSION or --live, found both." if live else "expected VERSION or --live, found neither."
+        )
     if version is None:
         from deploy.cli.snapshot_live import verify_live
 

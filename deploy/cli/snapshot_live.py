@@ -43,8 +43,8 @@ def verify_live(wait_ms: int, output: str) -> None:
     for each in found.differences:
         who = "; ".join(f"{digest}: {', '.join(names)}" for digest, names in each.digests.items())
         click.echo(
-            f"{each.chain} at sequence {each.sequence}: expected one digest, found {len(each.digests)} ({who}). Restart a scorer "
-            "that differs from the others, or go back: `headrace snapshot rollback`.",
+            f"{each.chain} at sequence {each.sequence}: expected one digest, found {len(each.digests)} ({who}). Restart a "
+            "scorer that differs from the others, or go back: `headrace snapshot rollback`.",
             err=True,
         )
     if found.differences:

@@ -96,7 +96,6 @@ def weights_text(beat: Heartbeat) -> str:
     return words
 
 
-
 def print_versions(document: dict[str, Any]) -> None:
     """The table of `headrace snapshot list`, newest first."""
     numbers = ("examples", "log loss", "auc", "calibration", "MB")

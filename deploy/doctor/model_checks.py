@@ -169,8 +169,8 @@ def scorers(readings: Readings) -> Iterator[Finding]:
                 what=what,
                 expected="the deltas of the champion's chain, applied to the last",
                 found=f"it answers with version {beat.version} and {beat.delta} deltas, and goes no further: {beat.problem}",
-                cure="it goes on by itself with the next version; if none comes, see the trainer's log. If only this scorer stays "
-                "behind, check its snapshots.url and its connection to Kafka",
+                cure="it goes on by itself with the next version; if none comes, see the trainer's log. If only this scorer "
+                "stays behind, check its snapshots.url and its connection to Kafka",
             )
         if beat.stale:
             yield Finding(

@@ -58,9 +58,9 @@ class Problem(msgspec.Struct, frozen=True):
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The value of the record.
 
-    `model_version` is the newest announced version at or below the point of the weights that scored, and `delta` the number of
-    deltas since. `snapshot_age_ms` is the time since these weights were captured by the trainer. Both are null while there is no
-    model. `delta`, `stale` and `error` are absent when they are 0, false and null.
+    `model_version` is the newest announced version at or below the point of the weights that scored, `delta` the number of
+    deltas since. `snapshot_age_ms` is the time since the trainer captured these weights. Version and age are null while there
+    is no model. `delta`, `stale` and `error` are absent when they are 0, false and null.
     """
 
     request_id: str

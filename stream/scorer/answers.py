@@ -138,7 +138,8 @@ class _Writer:
         self.answers = Answers()
         self._encoder, self._max_bytes, self._stale = AnswerEncoder(worker, now_ms, max_bytes), max_bytes, stale
         state = None if served is None else served.state
-        self._version, self._delta = (None, 0) if state is None else (state.version, state.delta)
+        self._version = None if state is None else state.version
+        self._delta = 0 if state is None else state.delta
         self._age_ms = None if state is None else max(now_ms - state.captured_at_ms, 0)
 
     def answer(self, record: Record, name: str, scores: list[Score]) -> None:

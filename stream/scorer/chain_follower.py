@@ -39,9 +39,11 @@ log = logging.getLogger(__name__)
 
 # How often the follower looks whether the log's end is reached and whether the champion is overdue.
 LOOK_S = 0.2
-# A version is announced seconds after its delta is in the log. A log that hasn't brought the champion's delta this long after
-# the champion's record was read doesn't have it, or this scorer reads more slowly than the trainer writes: then a version helps.
+# A version is announced after its delta was committed. When the log hasn't brought the champion's delta this long after the
+# champion's record was read, the log lacks it, or this scorer reads more slowly than the trainer writes: a version helps.
 OVERDUE_S = 10.0
+# Longest random wait before the log is read once more. Whatever went wrong is over by then, and a hundred scorers spread.
+REREAD_S = 0.2
 # First and longest wait before the next attempt when no version or no log can be read.
 RETRY_S, MAX_RETRY_S = 0.5, 10.0
 
@@ -139,42 +141,41 @@ class ChainFollower:
 
     async def _session(self) -> None:
         """Read a version where one is needed, and the log from there on. Returns when the log must be opened anew."""
-        replica, record = self._growing, None
-        if replica is None or self._replace:
-            record = self._choose(replica)
-            if record is None:
-                self._replace = ""
-                self._cannot("no version of the champion's chain can be followed from")
-                await self._news_or(MAX_RETRY_S)
+        replica = self._growing
+        if replica is not None and not self._replace:
+            async with self._open_log(replica.offset) as deltas:
+                await self._read(replica, deltas)
+            return
+        found = self._candidates(replica)
+        record = next((each for each in found if each.version not in self._unreadable), None)
+        if record is None:
+            self._replace = ""
+            self._cannot("no version of the champion's chain can be followed from")
+            await self._news_or(MAX_RETRY_S)
+            return
+        if self._replace and self._replace != "behind":
+            await asyncio.sleep(random.uniform(0, self._jitter_s))
+        assert record.deltas_offset is not None  # of a version that can be followed from
+        async with self._open_log(record.deltas_offset) as deltas:
+            try:
+                replica = self._growing = await self._begin(record, replica)
+            except Exception as error:
+                self._unreadable.add(record.version)
+                if all(each.version in self._unreadable for each in found):
+                    self._unreadable.clear()
+                    raise
+                log.warning("version %d can't be read, trying an older one: %s", record.version, error)
                 return
-            if self._replace and self._replace != "behind":
-                await asyncio.sleep(random.uniform(0, self._jitter_s))
-        offset = replica.offset if record is None else record.deltas_offset
-        assert offset is not None
-        async with self._open_log(offset) as deltas:
-            if record is not None:
-                try:
-                    replica = self._growing = await self._begin(record, replica)
-                except Exception as error:
-                    self._unreadable.add(record.version)
-                    if all(each.version in self._unreadable for each in starts(self._registry)):
-                        raise
-                    log.warning("version %d can't be read, trying an older one: %s", record.version, error)
-                    return
-            assert replica is not None
             await self._read(replica, deltas)
 
-    def _choose(self, before: Replica | None) -> VersionRecord | None:
-        """The version to begin with: the newest that could be read and, where a chain broke, that has what broke it."""
-        found = starts(self._registry)
-        if before is not None and before.progress.broken is not None and self._replace != "memory":
-            champion = self._registry.champion_record
-            if champion is not None and before.covers(champion):
-                found = [record for record in found if is_beyond(before.progress, record)]
-        readable = [record for record in found if record.version not in self._unreadable]
-        if not readable:
-            self._unreadable.clear()
-        return next(iter(readable or found), None)
+    def _candidates(self, before: Replica | None) -> list[VersionRecord]:
+        """The versions to begin with, the newest first. Where a chain broke, only those that have what broke it."""
+        found, champion = starts(self._registry), self._registry.champion_record
+        if before is None or before.progress.broken is None or self._replace == "memory":
+            return found
+        if champion is None or not before.covers(champion):
+            return found
+        return [record for record in found if is_beyond(before.progress, record)]
 
     async def _begin(self, record: VersionRecord, before: Replica | None) -> Replica:
         began = time.perf_counter()
@@ -217,14 +218,8 @@ class ChainFollower:
         before = self.replica
         if before is replica:
             return
-        if (
-            before is None
-            and self._listener.is_serving
-            and not deltas.at_end
-            or before is not None
-            and order(replica.progress.point) < order(before.progress.point)
-            and not deltas.at_end
-        ):
+        older = self._listener.is_serving if before is None else order(replica.progress.point) < order(before.progress.point)
+        if older and not deltas.at_end:
             return
         if before is None:
             self._follows_since_ms = time.time_ns() // 1_000_000
@@ -274,6 +269,7 @@ class ChainFollower:
         if step.act == "reread":
             reason = step.progress.refused
             log.warning("%s; reading it once more", "" if reason is None else reason.message)
+            await asyncio.sleep(random.uniform(0, REREAD_S))
         elif step.progress.broken is not None and step.act in ("refuse", "wait"):
             await self._stay(replica, step)
         return step.act

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+from model.predictor import Prepared
 from model.rows import ModelDelta
 from state.chain import ChainPoint, Offered, Problem, Progress, after
 from state.chain_name import ChainName
@@ -69,10 +70,10 @@ class Replica:
         refused = None if before is None else before.progress.refused
         served.is_replica = True
         self.served, self.line = served, record.line
-        self.progress = Progress(point, served.predictor.digest, refused=refused)
+        self.progress: Progress = Progress(point, served.predictor.digest, refused=refused)
         self.offset = offset
         """Where reading goes on: behind the last delta that was applied."""
-        self.recent = (Mark(point.sequence, f"{self.progress.digest:016x}"),)
+        self.recent: tuple[Mark, ...] = (Mark(point.sequence, f"{self.progress.digest:016x}"),)
         self.unanswered: deque[int] = deque(maxlen=MAX_WAITING)
         """Arrivals of clicks (ms) that were learned before this replica answers, while another one does (`freshness`)."""
         self._marks = Marks(point.chain, ())
@@ -87,7 +88,7 @@ class Replica:
         """Whether these weights are at the champion's point or past it."""
         return covers(self.progress, self.line, champion)
 
-    def prepare(self, delta: WholeDelta) -> Any:
+    def prepare(self, delta: WholeDelta) -> Prepared:
         """Find out what applying a delta would do, while the weights are in use.
 
         Raises:
@@ -96,7 +97,7 @@ class Replica:
         """
         return self.served.predictor.prepare(delta.model)
 
-    def apply(self, prepared: Any, delta: WholeDelta, offered: Offered) -> None:
+    def apply(self, prepared: Prepared, delta: WholeDelta, offered: Offered) -> None:
         """Put a delta into the weights. Runs in the thread that scores, between two batches."""
         predictor, state = self.served.predictor, self.served.state
         predictor.apply(prepared)

@@ -46,8 +46,8 @@ async def scrub_regularly(
             metrics.scrubbed(right)
             if not right:
                 log.error(
-                    "version %d, delta %d: expected the digest %016x of the weights in memory, found another: memory has changed "
-                    "by itself. They are read again; if this comes again, test the machine's memory",
+                    "version %d, delta %d: expected the digest %016x of the weights in memory, found another: memory has "
+                    "changed by itself. The weights are read again; if this comes again, test the machine's memory",
                     *(each.version, each.state.delta, each.predictor.digest),
                 )
                 damaged(each)

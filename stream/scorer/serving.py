@@ -88,8 +88,18 @@ def load_version(store: SnapshotStore, version: int, *, device: str, announced: 
         schema = FeatureSchema.model_validate(manifest.features)
         settings = ModelSettings.model_validate(manifest.model)
         decoder = RequestDecoder(schema)
-        rate = manifest.negative_rate
-        predictor = Predictor(schema, settings, store.serving(version), device=device, negative_rate=rate)
+        reader = store.read(version)
+        predictor = Predictor(
+            schema,
+            settings,
+            reader.dense(),
+            expected_rows=reader.row_count,
+            device=device,
+            negative_rate=manifest.negative_rate,
+        )
+        for rows in reader.rows():
+            predictor.add(rows)
+        predictor.ready()
     except (ModelError, ValueError) as error:
         raise SnapshotCorrupt(
             f"version {version}: expected weights of the model that its manifest names, found: {error}. "
@@ -97,8 +107,8 @@ def load_version(store: SnapshotStore, version: int, *, device: str, announced: 
         ) from error
     if manifest.digest and predictor.digest != int(manifest.digest, 16):
         raise SnapshotCorrupt(
-            f"version {version}: expected weights with the digest {manifest.digest}, found {predictor.digest:016x}. The files are "
-            "as they were written, so the trainer wrote others than it had. Roll back: `headrace snapshot rollback`."
+            f"version {version}: expected weights with the digest {manifest.digest}, found {predictor.digest:016x}. The files "
+            "are as they were written, so the trainer wrote others than it had. Roll back: `headrace snapshot rollback`."
         )
     predictor.predict(decoder.requests(_WARM_UP).batch)
     created_at_ms = manifest.created_at_ms or int(time.time() * 1000)

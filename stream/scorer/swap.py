@@ -1,8 +1,8 @@
 """The weights that answer: exactly the champion, or a replica that follows the champion's chain.
 
 While auto-promotion is held, and for versions without a chain, the champion is loaded while the old version answers, then
-replaces it by one assignment. Otherwise a replica answers, which `stream.scorer.chain_follower` hands over; while no replica can be
-brought to the champion, the champion itself is loaded as above.
+replaces it by one assignment. Otherwise a replica answers, which `stream.scorer.chain_follower` hands over. While no replica
+can be brought to the champion, the champion itself is loaded as above.
 
 The registry names the wanted version, which may change while another one is being loaded:
 

@@ -1,4 +1,4 @@
-"""A chain of made-up weights: a trainer that writes deltas and versions, a log that can be damaged, and the weights themselves."""
+"""A chain of made-up weights: a trainer that writes deltas and versions, a log that can be damaged, and a store."""
 
 from __future__ import annotations
 
