@@ -77,7 +77,7 @@ class TrainerMetrics:
         )
         self.snapshot_seconds = Histogram(
             "headrace_trainer_snapshot_seconds",
-            "Time of each stage of a version or delta: capture and capture_delta (training waits), write, announce, delta (up to "
+            "Time of each stage of a version or delta: capture and capture_delta (training waits), write, announce, and delta (to "
             "its commit).",
             ["stage"],
             registry=prometheus,

@@ -11,10 +11,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from model.frozen import FrozenModel
 
 from model.errors import UpdateNotFinite
 from model.features import FeatureBatch
+from model.frozen import FrozenModel
 from model.rows import ModelDelta
 from stream.records.dead_letter import DeadLetter
 from stream.trainer.arrivals import ArrivalSample
@@ -257,12 +257,15 @@ class Training:
         withheld = self.withheld
         delta = self.capture_delta()
         began = time.perf_counter()
-        verdict = None if self._judge is None else self._judge.report()
+        bookkeeping = bookkeeping_state(self._bookkeeping)
+        verdict = (
+            None if self._judge is None else self._judge.report()
+        )  # after its state was taken: then it knows every example
         if verdict is not None and self._problems:
             verdict = msgspec.structs.replace(verdict, problems=(*verdict.problems, *self._problems))
         captured = CapturedVersion(
             frozen=self._learner.freeze(),
-            bookkeeping=bookkeeping_state(self._bookkeeping),
+            bookkeeping=bookkeeping,
             evaluation=self._evaluation.freeze(),
             verdict=verdict,
             position=self._position(),

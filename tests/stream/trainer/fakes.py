@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from state.manifest import Manifest
-from state.store import SnapshotStore
-from stream.deltas.writer import Sent
 
 from model.learner import Learner
 from model.rows import ModelDelta, Rows
+from state.manifest import Manifest
+from state.store import SnapshotStore
+from stream.deltas.writer import Sent
 from stream.records.delta_assembly import Delta, assemble
 from stream.trainer.captured import CapturedVersion
 

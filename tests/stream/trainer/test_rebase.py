@@ -1,4 +1,4 @@
-"""A trainer that restarts goes on in place: scorers at the old chain's newest point reach the new trainer's weights by one delta."""
+"""A trainer that restarts goes on in place: scorers at the old chain's newest point reach its weights by one delta."""
 
 from __future__ import annotations
 
