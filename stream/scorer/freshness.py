@@ -1,8 +1,8 @@
 """Measures freshness: the time from a click's arrival in Kafka to the first answer by weights that have learned it.
 
-A delta brings a sample of the arrivals that it has learned (`stream.records.delta`). They wait here until a batch that was scored
-after the delta is acknowledged by the brokers. Left out are clicks that other scorers have answered with already, in deltas from
-before this scorer began to follow, and clicks that an operator keeps from answers, while a version answers as it is.
+A delta brings a sample of the arrivals that it has learned (`stream.records.delta`). They wait here until a batch that was
+scored after the delta is acknowledged by the brokers. Clicks in deltas from before this scorer began to follow are left out:
+other scorers have answered with them already. So are clicks of the time in which a pinned version answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Freshness:
     def __init__(self, prometheus: CollectorRegistry) -> None:
         self._seconds = Histogram(
             "headrace_scorer_click_to_answer_seconds",
-            "Time from a click's arrival in Kafka to the first answer by weights that have learned it, of a sample of the clicks.",
+            "Time from a click's arrival in Kafka to the first answer by weights that have learned it. A sample of the clicks.",
             registry=prometheus,
             buckets=_SECONDS,
         )
