@@ -37,6 +37,7 @@ _CREDENTIALS = {
 _NO_CREDENTIALS = (
     "169.254.169.254",
     "169.254.170.2",
+    "/latest/api/token",
     "metadata.google.internal",
     "Account must be specified",
     "MissingCredentials",

@@ -26,9 +26,11 @@ from state.settings import SnapshotSettings
 __all__ = ["kept_versions", "unannounced", "versions_to_delete"]
 
 
-def versions_to_delete(state: RegistryState, now_ms: int, *, settings: SnapshotSettings) -> list[int]:
-    """Versions that may be deleted, ascending."""
-    return sorted(state.versions.keys() - kept_versions(state, now_ms, settings=settings).keys())
+def versions_to_delete(
+    state: RegistryState, now_ms: int, *, settings: SnapshotSettings, besides: Mapping[int, str] | None = None
+) -> list[int]:
+    """Versions that may be deleted, ascending. `besides` is that of `kept_versions`."""
+    return sorted(state.versions.keys() - kept_versions(state, now_ms, settings=settings, besides=besides).keys())
 
 
 def kept_versions(

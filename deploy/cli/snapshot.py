@@ -1,4 +1,4 @@
-"""`headrace snapshot …`: look at versions, move the champion, go back. The other commands of the group are in `snapshot_*.py`."""
+"""`headrace snapshot …`: look at versions, move the champion, go back. More commands of the group are in `snapshot_*.py`."""
 
 from __future__ import annotations
 

@@ -141,7 +141,9 @@ def tag(version: int, tags: tuple[str, ...], remove: tuple[str, ...], reason: st
     else:
         found = _registry().tags_of(version)
     if output == "json":
-        echo_json({"version": version, "tagged": _tags_json(found), "changed": changed})
+        from deploy.cli.snapshot_view import tagged_json
+
+        echo_json({"version": version, "tagged": tagged_json(found), "changed": changed})
         return
     from deploy.cli.tables import print_table
     from deploy.cli.times import clock
@@ -164,8 +166,8 @@ def tag(version: int, tags: tuple[str, ...], remove: tuple[str, ...], reason: st
 def history(name: str, last: int, output: str) -> None:
     """Show who moved ALIAS, when and why, latest first. By default the champion.
 
-    The registry keeps the last 20 moves of an alias, and besides the last 20 of the champion by hand. Of older automatic moves of
-    the champion it keeps those of versions that aren't deleted.
+    The registry keeps the last 20 moves of an alias, and of the champion also the last 20 by hand. Of the champion's older
+    automatic moves it keeps those of versions that aren't deleted.
 
     \b
     Examples:
@@ -209,19 +211,12 @@ def _champion_moves(state: RegistryState) -> list[dict[str, Any]]:
         for move in state.champion.moves
     ]
     known = {move.at_ms for move in state.champion.moves}
-    for record in state.versions.values():
-        for at_ms in record.champion_at_ms:
-            if at_ms not in known:
-                moves.append(
-                    {
-                        "at_ms": at_ms,
-                        "from": None,
-                        "to": record.version,
-                        "how": "auto",
-                        "who": record.who,
-                        "reason": record.gate,
-                    }
-                )
+    moves += [
+        {"at_ms": at_ms, "from": None, "to": record.version, "how": "auto", "who": record.who, "reason": record.gate}
+        for record in state.versions.values()
+        for at_ms in record.champion_at_ms
+        if at_ms not in known
+    ]
     return sorted(moves, key=lambda move: move["at_ms"] or 0)
 
 
@@ -240,12 +235,6 @@ def _alias_moves(state: RegistryState, name: str) -> list[dict[str, Any]] | None
         }
         for move in record.moves
     ]
-
-
-def _tags_json(tags: Any) -> dict[str, Any]:
-    return {
-        name: {"value": each.value, "who": each.who, "at_ms": each.at_ms, "reason": each.reason} for name, each in tags.items()
-    }
 
 
 def _show_moved(moved: AliasMoved, output: str) -> None:

@@ -11,8 +11,7 @@ from deploy.cli.common import ask_kafka, echo_json, format_option
 from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of
 
 if TYPE_CHECKING:
-    from deploy.settings import Settings
-    from stream.registry.collect import CollectionPlan, Policy
+    from stream.registry.collect import CollectionPlan
     from stream.registry.reindex import Reindexing
 
 __all__ = ["gc", "reindex"]
@@ -26,9 +25,8 @@ __all__ = ["gc", "reindex"]
 def gc(reason: str, dry_run: bool, yes: bool, output: str) -> None:
     """Delete versions that nothing needs: files and records, for good.
 
-    The policy is in the settings (`snapshots.keep_versions` and others). Kept in any case are the champion and what a rollback or
-    its undo goes to, the newest version, versions with an alias or a tag, and those that live scorers report. The trainer does
-    the same by itself.
+    The settings `snapshots.keep_…` say what is kept. Besides, versions with an alias or a tag and those that live scorers
+    report are kept. The trainer deletes versions by itself, too.
 
     A run that is killed, or that loses the store, leaves versions without a record. The next run deletes their files.
 
@@ -39,18 +37,17 @@ def gc(reason: str, dry_run: bool, yes: bool, output: str) -> None:
     """
     settings = command_settings()
     operations = operations_of(settings)
-    policy = _policy(settings)
     if dry_run or (not yes and sys.stdin.isatty()):
-        plan = ask_kafka(settings, operations.plan_gc(policy), ABOUT)
+        plan = ask_kafka(settings, operations.plan_gc(settings.snapshots), ABOUT)
         if dry_run:
             _show_plan(plan, output)
             return
-        if not plan.versions and not plan.pending:
+        count = len(plan.versions) + len(plan.pending) + len(plan.rests)
+        if not count:
             click.echo("nothing to delete")
             return
-        count = len(plan.versions) + len(plan.pending)
         click.confirm(f"Delete {count} versions ({plan.size / 1e6:,.1f} MB) for good?", abort=True, err=True)
-    done = ask_kafka(settings, operations.gc(policy, reason), ABOUT)
+    done = ask_kafka(settings, operations.gc(settings.snapshots, reason), ABOUT)
     if output == "json":
         echo_json({"deleted": done.versions, "bytes": done.size, "foreign": done.foreign, "dry_run": False})
     else:
@@ -78,9 +75,9 @@ def gc(reason: str, dry_run: bool, yes: bool, output: str) -> None:
 def reindex(champion: int | None, reason: str, dry_run: bool, output: str) -> None:
     """Make the registry again from the store, after the topic `snapshots` was lost.
 
-    Enters every version that is whole in the store and that the registry doesn't know. If it knows none at all, the version that
-    live scorers answer with becomes champion, and auto-promotion is held: whether it was held isn't known. Aliases, tags, `good`
-    and the history are lost with the topic.
+    Enters every version that is whole in the store and that the registry doesn't know. If it knows none at all, the version
+    that live scorers answer with becomes champion, and auto-promotion is held, since nobody knows whether it was. Aliases,
+    tags, `good` and the history are lost with the topic.
 
     A run that is killed is run again. Exit code 1 when a version in the store couldn't be read.
 
@@ -118,6 +115,7 @@ def _show_plan(plan: CollectionPlan, output: str) -> None:
                 "bytes": plan.size,
                 "kept": {str(version): why for version, why in plan.kept.items()},
                 "pending": plan.pending,
+                "rests": plan.rests,
                 "dry_run": True,
             }
         )
@@ -128,8 +126,11 @@ def _show_plan(plan: CollectionPlan, output: str) -> None:
     )
     if plan.pending:
         click.echo(f"would end an earlier deletion of {len(plan.pending)} versions{_shown(plan.pending)}")
-    for version, why in plan.kept.items():
-        click.echo(f"keeps {version}: {why}")
+    if plan.rests:
+        click.echo(f"would delete what was never announced: {len(plan.rests)} versions{_shown(plan.rests)}")
+    from deploy.cli.tables import print_table
+
+    print_table(("kept", "why"), [[str(version), why] for version, why in plan.kept.items()], right=("kept",))
 
 
 def _show_reindexing(done: Reindexing, dry_run: bool) -> None:
@@ -153,9 +154,3 @@ def _shown(versions: list[int] | tuple[int, ...]) -> str:
         return ""
     few = ", ".join(map(str, versions[:3]))
     return f" ({few})" if len(versions) <= 3 else f" ({few}, … {versions[-1]})"
-
-
-def _policy(settings: Settings) -> Policy:
-    from state.retention import deletable
-
-    return lambda state, now_ms: deletable(state, settings.snapshots, now_ms=now_ms)

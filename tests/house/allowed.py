@@ -12,14 +12,13 @@ EXPORTED: dict[str, str] = {
         "the definition that the metrics of a running total are tested against",
     ),
     **dict.fromkeys(
-        ["model.digest.dense_hash", "model.digest.digest_sum", "model.digest.row_hashes"],
-        "for the digests of trainer and scorers",
-    ),
-    **dict.fromkeys(
         ["stream.deltas.reader.read_back", "stream.deltas.writer.DeltaWriter", "stream.records.delta_assembly.assemble"],
         "for the trainer's deltas",
     ),
+    "stream.registry.collect.collect_by_itself": "for the trainer, which deletes versions from time to time",
     "deploy.datasets.Chunk": "a new data set yields it",
+    "state.retention.unannounced": "for the trainer's deletion of what killed writers left",
+    "state.retention.versions_to_delete": "for the trainer's deletion of old versions",
 }
 """`module.name` of names in `__all__` that no other module imports."""
 
@@ -52,13 +51,13 @@ UNUSED: dict[str, str] = {
         ["dotenv_settings", "file_secret_settings", "model_config", "settings_customise_sources"], "pydantic's own name"
     ),
     "add_fields": "python-json-logger calls it",
+    "trainer_rows": "for the trainer's restart piece by piece",
     "_closed": "set on kafka-python's clients, which look at it before they wait for brokers",
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
     "loss_error": "a field of the gate's verdict, which `headrace snapshot show` reads by its key",
     "delta_interval_ms": "for the trainer's deltas",
-    **dict.fromkeys(["at_end", "seen_end_at"], "for the scorers, which follow the deltas"),
-    "rebase": "for the scorers, which follow the chain of a restarted trainer",
+    "seen_end_at": "for the trainer, which reads deltas to their end",
     "frame": "a parameter of a signal handler",
 }
 """Names that vulture finds unused."""
