@@ -13,6 +13,11 @@ __all__ = ["FollowingMetrics"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _LOAD_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+# Finest where clicks lie by default: they wait for join.hold_ms + join.lateness_ms after their impression, which is 15 s.
+_FRESHNESS_SECONDS = (
+    *(0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 45, 60),
+    *(120, 300, 900, 3_600),
+)
 
 
 class FollowingMetrics:
@@ -72,6 +77,12 @@ class FollowingMetrics:
             "Checks of weights in memory, by what they found: `right`, or `wrong`.",
             ["found"],
             registry=prometheus,
+        )
+        self.click_to_answer = Histogram(
+            "headrace_scorer_click_to_answer_seconds",
+            "Time from a click's arrival in Kafka to the first answer by weights that have learned it. A sample of the clicks.",
+            registry=prometheus,
+            buckets=_FRESHNESS_SECONDS,
         )
 
     def began(self, why: str, seconds: float) -> None:

@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-
-from prometheus_client import CollectorRegistry, Histogram
+from collections.abc import Callable, Iterable, Sequence
 
 __all__ = ["MAX_WAITING", "Freshness"]
 
-# Finest where clicks lie by default: they wait for join.hold_ms + join.lateness_ms after their impression, which is 15 s.
-_SECONDS = (0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 45, 60, 120, 300, 900, 3_600)
 # Most arrivals that wait for an answer. A delta brings at most 64, four times a second; a scorer without requests would collect
 # them for ever. The newest are kept.
 MAX_WAITING = 4_096
@@ -25,18 +21,18 @@ MAX_WAITING = 4_096
 class Freshness:
     """For the event loop.
 
-    freshness.learned(header.arrivals)   # the delta is in the weights that answer
-    known = freshness.take()             # right before a batch is scored
-    freshness.answered(known)            # its answers are acknowledged
+    ```python
+    freshness.learned(header.arrivals)  # the delta is in the weights that answer
+    known = freshness.take()  # right before a batch is scored
+    freshness.answered(known)  # its answers are acknowledged
+    ```
+
+    Args:
+        observe: called with the seconds of each click.
     """
 
-    def __init__(self, prometheus: CollectorRegistry) -> None:
-        self._seconds = Histogram(
-            "headrace_scorer_click_to_answer_seconds",
-            "Time from a click's arrival in Kafka to the first answer by weights that have learned it. A sample of the clicks.",
-            registry=prometheus,
-            buckets=_SECONDS,
-        )
+    def __init__(self, observe: Callable[[float], None]) -> None:
+        self._observe = observe
         self._waiting: deque[int] = deque(maxlen=MAX_WAITING)
 
     def learned(self, arrivals_ms: Iterable[int]) -> None:
@@ -53,4 +49,4 @@ class Freshness:
         """Count clicks whose first answer is acknowledged now."""
         now_ms = time.time_ns() // 1_000_000
         for arrived_ms in arrivals_ms:
-            self._seconds.observe(max(now_ms - arrived_ms, 0) / 1_000)
+            self._observe(max(now_ms - arrived_ms, 0) / 1_000)

@@ -65,7 +65,7 @@ async def run_scorer(
     worker_id = settings.instance_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     prometheus = new_prometheus()
     metrics, following_metrics = ScorerMetrics(prometheus), FollowingMetrics(prometheus)
-    freshness = Freshness(prometheus)
+    freshness = Freshness(following_metrics.click_to_answer.observe)
     store = SnapshotStore(snapshots)
     scoring = ThreadPoolExecutor(1, "scoring")
     spare_bytes = settings.spare_mb * 1_000_000

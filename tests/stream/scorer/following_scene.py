@@ -43,7 +43,8 @@ class Scorer:
         self.read: list[int] = []
         """Versions read to follow their chain."""
         self.prometheus = CollectorRegistry()
-        self.freshness = Freshness(self.prometheus)
+        metrics = FollowingMetrics(self.prometheus)
+        self.freshness = Freshness(metrics.click_to_answer.observe)
         self.scoring = ThreadPoolExecutor(1, "scoring")
         self.spare, self.position = spare, 0
         self.swapper = Swapper(self.store.load, ScorerMetrics(self.prometheus), keep=3, spare_bytes=spare)
@@ -52,7 +53,7 @@ class Scorer:
             self.log.open,
             self._alone,
             self.swapper,
-            FollowingMetrics(self.prometheus),
+            metrics,
             self.freshness,
             jitter_s=jitter_s,
         )

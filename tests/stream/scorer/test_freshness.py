@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from stream.kafka.transport import Run
 from stream.scorer.answering import Answering
+from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.freshness import MAX_WAITING, Freshness
 from stream.scorer.metrics import ScorerMetrics
 from tests.stream.scorer.factory import MAX_BYTES, record, records, served
@@ -23,7 +24,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.prometheus = CollectorRegistry()
-        self.freshness = Freshness(self.prometheus)
+        self.freshness = Freshness(FollowingMetrics(self.prometheus).click_to_answer.observe)
         self.weights = served(7)
         self.weights.is_replica = True
         self.swapper: Any = SimpleNamespace(current=self.weights)
@@ -144,7 +145,7 @@ def test_what_a_pinned_version_keeps_from_answers_is_left_out():
 
 
 def test_without_requests_only_the_newest_wait():
-    freshness = Freshness(CollectorRegistry())
+    freshness = Freshness(lambda seconds: None)
     freshness.learned(range(MAX_WAITING + 10))
     assert list(freshness.take()) == list(range(10, MAX_WAITING + 10))
     assert list(freshness.take()) == []
