@@ -6,6 +6,7 @@ __all__ = ["EXPORTED", "UNUSED"]
 
 EXPORTED: dict[str, str] = {
     "stream.records.answer.ANSWER_REASONS": "the table of reasons in docs/events.md is checked against it",
+    "state.chain.REFUSALS": "the table of reasons in docs/scoring.md is checked against it",
     "model.hashing.hash_bytes": "the definition that the hashes of columns are tested against",
     **dict.fromkeys(
         ["model.metrics.calibration", "model.metrics.log_loss", "model.metrics.normalised_entropy"],
@@ -17,8 +18,6 @@ EXPORTED: dict[str, str] = {
     ),
     "stream.registry.collect.collect_by_itself": "for the trainer, which deletes versions from time to time",
     "deploy.datasets.Chunk": "a new data set yields it",
-    "state.retention.unannounced": "for the trainer's deletion of what killed writers left",
-    "state.retention.versions_to_delete": "for the trainer's deletion of old versions",
 }
 """`module.name` of names in `__all__` that no other module imports."""
 
@@ -51,7 +50,6 @@ UNUSED: dict[str, str] = {
         ["dotenv_settings", "file_secret_settings", "model_config", "settings_customise_sources"], "pydantic's own name"
     ),
     "add_fields": "python-json-logger calls it",
-    "trainer_rows": "for the trainer's restart piece by piece",
     "_closed": "set on kafka-python's clients, which look at it before they wait for brokers",
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
