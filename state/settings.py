@@ -24,7 +24,7 @@ class SnapshotSettings(BaseModel):
     ```toml
     [snapshots]
     url = "s3://bucket/headrace"  # also gs://…, az://…, file:///var/lib/headrace/snapshots, or a folder
-    interval_ms = 5_000           # a version every 5 s
+    interval_ms = 60_000          # a whole version every minute
     delta_interval_ms = 250       # what has changed, to the scorers, 4 times a second
     anchor_clicks = 500           # on a stream with few clicks, compare with a good version 500 clicks old
     keep_for_ms = 86_400_000      # a rollback can go back a day
@@ -39,7 +39,12 @@ class SnapshotSettings(BaseModel):
         description="Where versions are written: a folder, or a URL that obstore understands (`s3://`, `gs://`, `az://`, "
         "`file://`). A relative folder lies beside the settings file.",
     )
-    interval_ms: int = Field(default=5_000, ge=100, description="Time between two versions.")
+    interval_ms: int = Field(
+        default=60_000,
+        ge=100,
+        description="Time between two versions. The first ones of a new model come sooner. Scorers don't wait for versions: "
+        "they follow the deltas. A version is what a rollback goes back to, and what a worker starts from.",
+    )
     delta_interval_ms: int = Field(
         default=250,
         ge=10,

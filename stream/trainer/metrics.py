@@ -77,8 +77,8 @@ class TrainerMetrics:
         )
         self.snapshot_seconds = Histogram(
             "headrace_trainer_snapshot_seconds",
-            "Time of each stage of a version or delta: capture and capture_delta (training waits), write, announce, and delta (to "
-            "its commit).",
+            "Time of each stage of a version: capture (training waits), write, announce; of a delta: capture_delta (training "
+            "waits), delta (to its commit).",
             ["stage"],
             registry=prometheus,
             buckets=_SECONDS,
@@ -93,6 +93,9 @@ class TrainerMetrics:
         self.delta_bytes = Counter("headrace_trainer_delta_bytes", "Bytes sent in deltas.", registry=prometheus)
         self.delta_time = Gauge(
             "headrace_trainer_delta_timestamp_seconds", "Time at which the newest delta was committed.", registry=prometheus
+        )
+        self.deleted_versions = Counter(
+            "headrace_trainer_deleted_versions", "Versions deleted because nothing needs them any more.", registry=prometheus
         )
         self.snapshot_version = Gauge("headrace_trainer_snapshot_version", "Newest version announced.", registry=prometheus)
         self.snapshot_bytes = Gauge("headrace_trainer_snapshot_bytes", "Size of the newest version.", registry=prometheus)

@@ -16,9 +16,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 
+from aiokafka.errors import KafkaError
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
@@ -26,6 +27,7 @@ from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.chain_name import ChainName
+from state.errors import SnapshotError
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
@@ -34,6 +36,7 @@ from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.kafka.cluster import Cluster, describe_cluster
 from stream.kafka.transport import Run
 from stream.records.dead_letter import DeadLetter
+from stream.registry.collect import collect_by_itself
 from stream.registry.follower import RegistryFollower
 from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
@@ -68,6 +71,8 @@ SESSION_TIMEOUT_MS = 10_000
 INSTANCE_ID = "trainer"
 # How often gauges are updated, and how often to check which versions are due to be tagged good.
 HOUSEKEEPING_S = 1.0
+# How often versions are deleted that nothing needs any more. It reads the registry whole, and lists the store.
+COLLECT_S = 60.0
 # How often to check whether another anchor is due. The check looks at every version, and the rule counts in minutes.
 ANCHOR_S = 5.0
 
@@ -83,8 +88,9 @@ class TrainerWorker(Worker):
         kafka: KafkaSettings,
         cluster: Cluster,
         group: str,
-        topic: str,
+        names: TopicNames,
         snapshots: SnapshotSettings,
+        store: SnapshotStore,
         training: Training,
         decoder: ExampleDecoder,
         threads: int,
@@ -103,11 +109,12 @@ class TrainerWorker(Worker):
             kafka,
             cluster,
             group=group,
-            topics=(topic,),
+            topics=(names.examples,),
             session_timeout_ms=SESSION_TIMEOUT_MS,
             instance_id=INSTANCE_ID,
         )
-        self._topic, self._snapshots, self._training, self._skew = topic, snapshots, training, skew
+        self._kafka, self._names, self._topic = kafka, names, names.examples
+        self._snapshots, self._store, self._training, self._skew = snapshots, store, training, skew
         self._pipeline = Pipeline(self, training, decoder, metrics, threads=threads)
         self._publisher, self._letters, self._deltas, self._registry = publisher, letters, deltas, registry
         self._follower, self._judge, self._anchors = follower, judge, anchors
@@ -124,7 +131,7 @@ class TrainerWorker(Worker):
         training = self._training
         self._publishing = guarded(self._publisher.run(training, self._pipeline.between_batches), self.name)
         self._housekeeping = guarded(self._keep_house(), self.name)
-        self.background(self._skew.run())
+        self.background(self._skew.run(), self._collect())
 
     # Runs and positions
 
@@ -182,6 +189,18 @@ class TrainerWorker(Worker):
                 await self._registry.tag_due(self._snapshots)
             except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
                 log.warning("tagging good versions: %s", error)
+
+    async def _collect(self) -> None:
+        """Delete versions that nothing needs any more, from time to time."""
+        while True:
+            await asyncio.sleep(COLLECT_S)
+            try:
+                done = await collect_by_itself(self._kafka, self._names, self._registry, self._store, self._snapshots)
+                if done.versions:
+                    self._metrics.deleted_versions.inc(len(done.versions))
+                    log.info("deleted %d versions, %d MB: %s", len(done.versions), done.size // 1_000_000, done.versions)
+            except (RegistryError, NoAnswer, SnapshotError, KafkaError) as error:  # the next time deletes what is left
+                log.warning("deleting versions that nothing needs: %s", error)
 
     async def _show_gate(self) -> None:
         """Change to the anchor that is due, and update the metrics of the gate."""
@@ -264,6 +283,7 @@ async def run_trainer(
             fatal("trainer", Fenced(f"expected to be the only trainer: {taken}. Run one at a time."))
 
     follower = RegistryFollower(kafka, names, on_change=end_if_replaced)
+    closing: list[Callable[[], Awaitable[None]]] = [follower.close, registry.close]
     try:
         # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
         require_free(http)
@@ -276,10 +296,15 @@ async def run_trainer(
         start = prepared.start
         came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
         log.info("epoch %d on %s, going on from %s at %s", epoch, prepared.learner.device, came_from, prepared.positions)
+        deltas = DeltaWriter(kafka, names, epoch=epoch)
+        closing.append(deltas.close)
+        # From here on no older trainer writes a delta, so what the log holds by now is all that scorers can have applied.
+        await deltas.open()
         prometheus = new_prometheus()
         worker = await _built(
             prepared,
             epoch,
+            deltas,
             kafka=kafka,
             settings=settings,
             names=names,
@@ -294,13 +319,14 @@ async def run_trainer(
         )
         await serve(worker, http=http, prometheus=prometheus)
     finally:
-        await follower.close()
-        await registry.close()
+        for close in closing:
+            await close()
 
 
 async def _built(
     prepared: Prepared,
     epoch: int,
+    deltas: DeltaWriter,
     *,
     kafka: KafkaSettings,
     settings: TrainerSettings,
@@ -318,9 +344,6 @@ async def _built(
     start = prepared.start
     metrics = TrainerMetrics(prometheus)
     scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
-    deltas = DeltaWriter(kafka, names, epoch=epoch)
-    # From here on no older trainer writes a delta, so what the log holds by now is all that scorers can have applied.
-    await deltas.open()
     base = await go_on_in_place(prepared.learner, start, kafka, names)
     chain = Chain(str(ChainName(model.name, epoch, 0)), deltas, base, prepared.learner.touched_keys)
     judge = Judge(snapshots, gate_state(start, epoch))
@@ -364,8 +387,9 @@ async def _built(
         kafka=kafka,
         cluster=cluster,
         group=f"{names.prefix}{settings.group}",
-        topic=names.examples,
+        names=names,
         snapshots=snapshots,
+        store=store,
         training=training,
         decoder=ExampleDecoder(schema),
         threads=settings.threads,
