@@ -187,7 +187,8 @@ def _deltas(records: Sequence[Record], partitions: int) -> Deltas:
             headers.append(decode(piece.content[: piece.header_bytes]))
         if piece.piece == piece.pieces - 1:
             written_ms.append(record.timestamp)
-    chosen = [index for index, header in enumerate(headers) if header.chain == headers[-1].chain]
+    newest = headers[-1].chain if headers else ""
+    chosen = [index for index, header in enumerate(headers) if header.chain == newest]
     rows = [
         (
             headers[at].sequence,

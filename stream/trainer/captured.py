@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from model.frozen import FrozenModel
 
+from model.frozen import FrozenModel
 from model.rows import ModelDelta
 from state.gate_report import GateReport
 from stream.trainer.evaluation import FrozenEvaluation
