@@ -7,7 +7,7 @@ from the log (`stream/join/takeover.py`). Each partition number has one database
 | --- | --- | --- |
 | `ids` | impression id | event time, offset, clicked: every impression remembered, for dedupe and matching |
 | `payloads` | event time, offset | id, whether the first label is sent, bytes: pending impressions in the order of expiry |
-| `held` | event time, offset of an impression | time of its click: clicks that wait for the label of their impression |
+| `held` | event time, offset of an impression | event time and arrival of its click, which waits for the impression's label |
 | `early` | id, event time and offset of the click | the click's record: clicks whose impression has not come |
 | `chunks` | first offset, largest event time, position | the ids that one step remembered, so that forgetting needs no scan |
 | default | `meta` | identity, positions and watermark, written in one batch with the changes that they stand for |
@@ -36,18 +36,18 @@ from rocksdict import (
 )
 
 from state.errors import JoinStateError, StateDamaged
+from state.held_click import HeldClick, pack_held, unpack_held
 from state.join_folder import set_aside, state_error
 
 __all__ = ["LAYOUT", "Chunk", "Entry", "JoinMeta", "JoinState", "Pending", "StateBatch", "StateOptions", "TimeOffset"]
 
-# The layout of this table. Layout 3, of Headrace 0.1.0, has no `held`, and its `meta` names the layout in `identity` instead of
-# `layout`. It can be read as it is.
-LAYOUT = 4
+# The layout of this table. Older layouts can be read as they are. Layout 3, of Headrace 0.1.0, has no `held`, and its `meta`
+# names the layout in `identity` instead of `layout`. Layout 4 has no arrivals of clicks, in `held` and in `early`.
+LAYOUT = 5
 
 _ENTRY = struct.Struct("<qq?")  # event time, offset, clicked
 _ORDERED = struct.Struct(">QQ")  # event time, offset, both >= 0: big-endian bytes sort as the numbers do
 _CHUNK = struct.Struct(">QQQ")  # first offset, largest event time, examples position
-_TIME = struct.Struct("<q")
 # Length of an id (far below 2 GiB). The top bit says that the first label is sent; only Headrace 0.1.0 set it.
 _U32 = struct.Struct("<I")
 _LABELLED = 1 << 31
@@ -154,10 +154,10 @@ class StateBatch:
             begin, end = _ORDERED.pack(max(from_ms, 0), 0), _ORDERED.pack(until_ms, 0)
             self._batch.delete_range(begin, end, self._state.payloads_family)
 
-    def hold(self, clicks: Iterable[tuple[TimeOffset, int]]) -> None:
-        """Keep the time of a click for an impression whose label waits, by the impression's (event time, offset)."""
-        for (time_ms, offset), click_ms in clicks:
-            self._batch.put(_ORDERED.pack(time_ms, offset), _TIME.pack(click_ms), self._state.held_family)
+    def hold(self, clicks: Iterable[tuple[TimeOffset, HeldClick]]) -> None:
+        """Keep the click of an impression whose label waits, by the impression's (event time, offset)."""
+        for (time_ms, offset), click in clicks:
+            self._batch.put(_ORDERED.pack(time_ms, offset), pack_held(click), self._state.held_family)
 
     def drop_held(self, impressions: Iterable[TimeOffset]) -> None:
         for time_ms, offset in impressions:
@@ -312,22 +312,22 @@ class JoinState:
         read.set_readahead_size(1 << 20)
         return read
 
-    def held(self, impressions: Sequence[TimeOffset]) -> list[int | None]:
-        """For each impression, the time of the click that waits for its label; None without one."""
+    def held(self, impressions: Sequence[TimeOffset]) -> list[HeldClick | None]:
+        """For each impression, the click that waits for its label; None without one."""
         if not impressions:
             return []
         found = self.held_clicks.get([_ORDERED.pack(time_ms, offset) for time_ms, offset in impressions])
-        return [None if packed is None else _TIME.unpack(packed)[0] for packed in found]
+        return [None if packed is None else unpack_held(packed) for packed in found]
 
-    def held_between(self, begin: TimeOffset, end: TimeOffset) -> dict[TimeOffset, int]:
-        """The times of the waiting clicks of all impressions with `begin <= (event time, offset) < end`."""
+    def held_between(self, begin: TimeOffset, end: TimeOffset) -> dict[TimeOffset, HeldClick]:
+        """The waiting clicks of all impressions with `begin <= (event time, offset) < end`."""
         if end <= begin:
             return {}
-        held: dict[TimeOffset, int] = {}
+        held: dict[TimeOffset, HeldClick] = {}
         read = self._range(end)
         key = start = _ORDERED.pack(*begin)
         for key, packed in self.held_clicks.items(from_key=start, read_opt=read):
-            held[_ORDERED.unpack(key)] = _TIME.unpack(packed)[0]
+            held[_ORDERED.unpack(key)] = unpack_held(packed)
         self._check_end(self.held_clicks, key)
         return held
 

@@ -14,6 +14,7 @@ import yaml
 from deploy.docs import metrics, pages
 from headrace.events import encode_click, encode_impression, encode_request
 from state.chain import REFUSALS
+from state.held_click import HeldClick
 from stream.join.plan import Plan
 from stream.records.dead_letter import REASONS, DeadLetter
 from stream.records.delta import DELTA_PROBLEMS
@@ -79,9 +80,9 @@ def test_what_the_client_sends_is_what_asyncapi_says() -> None:
 
 
 def test_headers_are_what_asyncapi_says() -> None:
-    kinds = ((-1, FIRST), (9, FIRST), (9, CORRECTION))
-    examples = [Example(b"i", b"{}", 5, 7, click_ms, kind) for click_ms, kind in kinds]
-    plan = Plan(examples=examples, left_out=[3, 1, 2], held={(5, 9): 11})
+    kinds = ((-1, FIRST, -1), (9, FIRST, -1), (9, CORRECTION, 12))
+    examples = [Example(b"i", b"{}", 5, 7, click_ms, kind, arrived_ms) for click_ms, kind, arrived_ms in kinds]
+    plan = Plan(examples=examples, left_out=[3, 1, 2], held={(5, 9): HeldClick(11, 12), (6, 10): HeldClick(12)})
     for rate in (1.0, 0.05):
         for key, value, headers in written(plan, rate):
             name = {b"left_out": "leftOut", b"matched": "matched"}.get(dict(headers)["kind"] or b"", "example")

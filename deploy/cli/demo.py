@@ -100,7 +100,7 @@ def _summary(result: DemoResult) -> None:
         ("calibration", result.calibration),
         ("AUC of the scores as served", result.served_auc),
         ("versions published / scores answered", f"{result.versions} / {result.scores:,}"),
-        ("click to a model that learned it, p50 / p99", waits),
+        ("click to an answer that knows it, p50 / p99", waits),
         ("rollback, until every scorer had it", f"{result.rollback_ms:.0f} ms"),
         ("peak memory", ", ".join(f"{kind} {mb:.0f} MB" for kind, mb in result.peak_rss_mb.items())),
         ("took", f"{result.seconds:.0f} s"),

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
@@ -21,7 +19,7 @@ from stream.records.join_notes import read_left_out, read_matched
 from stream.records.record import Record
 from stream.topics.names import TopicNames
 
-__all__ = ["Audit", "Ledger", "Position", "ServedVersion"]
+__all__ = ["Audit", "Ledger", "Position"]
 
 
 class Position(NamedTuple):
@@ -29,15 +27,6 @@ class Position(NamedTuple):
 
     partition: int
     offset: int
-
-
-class ServedVersion(NamedTuple):
-    """A version that answered requests."""
-
-    offsets: dict[str, int]
-    """By partition of `examples`, the next offset to train when the version was captured."""
-    since_ms: int
-    """When it first answered, ms since the epoch."""
 
 
 @dataclass(slots=True)
@@ -79,30 +68,6 @@ class Ledger:
                 shown = ", ".join(key.decode(errors="replace") for key in keys[:5])
                 found.append(f"{len(keys)} impressions {name}: {shown}{', …' if len(keys) > 5 else ''}")
         return found
-
-    def click_to_served_ms(self, served: list[ServedVersion]) -> npt.NDArray[np.float64]:
-        """For each click, the time in ms from its arrival until a model that learned from it answers requests.
-
-        A click that no served version has learned from is left out.
-
-        Args:
-            served: every version that was served.
-        """
-        waits: list[float] = []
-        by_partition: dict[int, tuple[list[int], list[int]]] = {}
-        for offsets, since_ms in sorted(served, key=lambda version: version.since_ms):
-            for partition, offset in offsets.items():
-                reach, since = by_partition.setdefault(int(partition), ([], []))
-                if not reach or offset > reach[-1]:
-                    reach.append(offset)
-                    since.append(since_ms)
-        for key, at in self.positives.items():
-            arrived = self.clicked_at_ms.get(key)
-            reach, since = by_partition.get(at.partition, ([], []))
-            index = int(np.searchsorted(reach, at.offset, side="right"))
-            if arrived is not None and index < len(since):
-                waits.append(max(since[index] - arrived, 0))
-        return np.array(waits, dtype=np.float64)
 
 
 class Audit:

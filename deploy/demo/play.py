@@ -11,9 +11,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from deploy.datasets import DataSet
-from deploy.demo.audit import Audit, Ledger, ServedVersion
+from deploy.demo.audit import Audit, Ledger
+from deploy.demo.freshness import read_followed
 from deploy.demo.view import Figures, View
 from deploy.errors import DeployError
 from deploy.feeding.replay import Replayer
@@ -283,9 +285,7 @@ class _Run:
         ledger, stats = self._ledger, self._replayer.stats
         state = await read_registry(self._settings.kafka, self._names)
         newest = max(state.versions.values(), key=lambda record: record.version)
-        offsets = _offsets(self._settings, list(self._served))
-        served = [ServedVersion(offsets[number], since) for number, since in self._served.items() if number in offsets]
-        waits = await asyncio.to_thread(ledger.click_to_served_ms, served)
+        waits = (await read_followed(self._settings)).click_to_answer_ms
         problems = ledger.problems()
         if len(ledger.impressions) != stats.impressions:
             problems.append(f"{stats.impressions} impressions sent, {len(ledger.impressions)} found")
@@ -314,17 +314,6 @@ class _Run:
         )
 
 
-def _offsets(settings: Settings, versions: list[int]) -> dict[int, dict[str, int]]:
-    from state.errors import SnapshotError
-    from state.store import SnapshotStore
-
-    store, found = SnapshotStore(settings.snapshots), {}
-    for version in versions:
-        with contextlib.suppress(SnapshotError):
-            found[version] = store.manifest(version).offsets
-    return found
-
-
 def _sum(metrics: Mapping[tuple[str, tuple[str, ...]], float], name: str) -> float:
     return sum(value for (sample, _), value in metrics.items() if sample == name)
 
@@ -333,5 +322,5 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or value != value else round(value, 4)
 
 
-def _quantile(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], q: float) -> float | None:
+def _quantile(values: npt.NDArray[np.int64], q: float) -> float | None:
     return round(float(np.quantile(values, q)), 1) if len(values) else None

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
+from state.held_click import HeldClick
 from state.join_state import Pending, TimeOffset
 from stream.join.memory import Memory
 from stream.join.plan import Plan, StoredState
@@ -102,13 +103,13 @@ class FirstLabels:
             due = [due[index] for when, index in by_due if when < until]
         return due, until
 
-    def _held_due(self, until: _Due) -> dict[TimeOffset, int]:
-        held: dict[TimeOffset, int] = {}
+    def _held_due(self, until: _Due) -> dict[TimeOffset, HeldClick]:
+        held: dict[TimeOffset, HeldClick] = {}
         for _, begin, end in self._ranges(until):
             held.update(self._state.held_between(begin, end))
         return held
 
-    def _label_stored(self, rows: Iterable[Pending], clicks: dict[TimeOffset, int]) -> None:
+    def _label_stored(self, rows: Iterable[Pending], clicks: dict[TimeOffset, HeldClick]) -> None:
         """The first labels of stored impressions, and the corrections that waited for them."""
         plan, keeps, rate = self._plan, self._sampling.keeps, self._sampling.rate
         out, negatives = plan.examples, 0
@@ -118,10 +119,8 @@ class FirstLabels:
             plan.settled += 1
             impression = time_ms, offset
             # A click that this step holds is earlier than the one in the state; otherwise the step would not hold it.
-            click_ms = plan.held.pop(impression, -1)
-            if click_ms < 0:
-                click_ms = clicks.get(impression, -1)
-            if click_ms < 0:
+            click = plan.held.pop(impression, None) or clicks.get(impression)
+            if click is None:
                 if rate >= 1 or keeps(key):
                     out.append(Example(key, value, time_ms, offset, -1, FIRST))
                     negatives += 1
@@ -130,7 +129,7 @@ class FirstLabels:
                 continue
             plan.dropped_pending.append(impression)
             plan.dropped_held.append(impression)
-            negatives += self._label_clicked(key, value, time_ms, offset, click_ms)
+            negatives += self._label_clicked(key, value, time_ms, offset, click)
         plan.counts["negatives"] += negatives
 
     def _label_own(self, impressions: Iterable[TimeOffset]) -> None:
@@ -140,27 +139,27 @@ class FirstLabels:
             time_ms, offset = impression
             plan.settled += 1
             key, value = plan.new_pending[impression]
-            click_ms = plan.held.pop(impression, -1)
-            if click_ms >= 0:
-                plan.counts["negatives"] += self._label_clicked(key, value, time_ms, offset, click_ms)
+            click = plan.held.pop(impression, None)
+            if click is not None:
+                plan.counts["negatives"] += self._label_clicked(key, value, time_ms, offset, click)
             elif keeps(key):
                 plan.examples.append(Example(key, value, time_ms, offset, -1, FIRST))
                 plan.counts["negatives"] += 1
             else:
                 plan.left_out.append(offset)
-            if click_ms >= 0 or time_ms + window_ms < plan.watermark_ms:
+            if click is not None or time_ms + window_ms < plan.watermark_ms:
                 del plan.new_pending[impression]
 
-    def _label_clicked(self, key: bytes, value: bytes, time_ms: int, offset: int, click_ms: int) -> int:
+    def _label_clicked(self, key: bytes, value: bytes, time_ms: int, offset: int, click: HeldClick) -> int:
         """Label a clicked impression: a positive, or a negative and its correction. Returns how many negatives were kept."""
-        plan = self._plan
+        plan, (click_ms, arrived_ms) = self._plan, click
         if click_ms <= time_ms + self._history.of(offset).hold_ms:
-            plan.examples.append(Example(key, value, time_ms, offset, click_ms, FIRST))
+            plan.examples.append(Example(key, value, time_ms, offset, click_ms, FIRST, arrived_ms))
             return 0
         kept = self._sampling.keeps(key)
         if kept:
             plan.examples.append(Example(key, value, time_ms, offset, -1, FIRST))
         else:
             plan.left_out.append(offset)
-        plan.examples.append(Example(key, value, time_ms, offset, click_ms, CORRECTION))
+        plan.examples.append(Example(key, value, time_ms, offset, click_ms, CORRECTION, arrived_ms))
         return int(kept)

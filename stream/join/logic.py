@@ -24,6 +24,7 @@ changes a label that the watermark has not yet settled.
 
 from __future__ import annotations
 
+from state.held_click import HeldClick
 from state.join_state import Entry, TimeOffset
 from stream.join.events import Events
 from stream.join.first_labels import FirstLabels
@@ -134,7 +135,7 @@ class Step:
         self.plan.counts["matched_clicks"] += 1
         self.plan.counts["duplicate_clicks"] += len(counting) - 1
         self.plan.remembered[key] = (time_ms, offset, True)
-        self.plan.held[time_ms, offset] = counting[0].time_ms
+        self.plan.held[time_ms, offset] = counting[0].held()
 
     def clicks(self, events: Events) -> None:
         """Match a run's clicks. A click in the window of its impression is held until the first label, or corrects it."""
@@ -142,8 +143,8 @@ class Step:
         plan.dead.extend(events.dead)
         self._see("clicks", events)
         entries = self._state.entries(events.keys)
-        matched: list[tuple[TimeOffset, int]] = []  # of impressions whose label is out, or of version 0.1.0
-        repeated: list[tuple[TimeOffset, int]] = []  # of impressions whose label is not out
+        matched: list[tuple[TimeOffset, HeldClick]] = []  # of impressions whose label is out, or of version 0.1.0
+        repeated: list[tuple[TimeOffset, HeldClick]] = []  # of impressions whose label is not out
         for index, (key, click_ms) in enumerate(zip(events.keys, events.times_ms, strict=True)):
             plan.counts["clicks"] += 1
             entry = plan.remembered.get(key) or entries[index]
@@ -156,27 +157,28 @@ class Step:
                 self._keep_early(events.records[index], key, click_ms)
                 continue
             is_out = memory.first_is_out(time_ms, offset, terms) and impression not in plan.new_pending
+            click = HeldClick(click_ms, events.records[index].timestamp)
             if clicked:
                 plan.counts["duplicate_clicks"] += 1
                 if not is_out:
-                    repeated.append((impression, click_ms))
+                    repeated.append((impression, click))
             elif time_ms + terms.window_ms < plan.watermark_ms or (is_out and terms.hold_ms >= terms.window_ms):
                 plan.counts["late_clicks"] += 1
             else:
                 plan.counts["matched_clicks"] += 1
                 plan.remembered[key] = (time_ms, offset, True)
                 if is_out or terms.legacy:
-                    matched.append((impression, click_ms))
+                    matched.append((impression, click))
                 else:
-                    plan.held[impression] = click_ms
+                    plan.held[impression] = click
         self._match_stored(matched)
         self._match_sooner(repeated)
 
-    def _match_stored(self, matched: list[tuple[TimeOffset, int]]) -> None:
+    def _match_stored(self, matched: list[tuple[TimeOffset, HeldClick]]) -> None:
         """Correct the labels that are out. For an impression of version 0.1.0, its stored row says whether its label is out."""
         plan = self.plan
         rows = self._state.pending([impression for impression, _ in matched])
-        for ((time_ms, offset), click_ms), row in zip(matched, rows, strict=True):
+        for ((time_ms, offset), click), row in zip(matched, rows, strict=True):
             if row is None:
                 raise RuntimeError(
                     f"impression at offset {offset} (event time {time_ms}) is pending but its bytes are not in the state: "
@@ -184,18 +186,18 @@ class Step:
                 )
             _, _, key, value, labelled = row
             if labelled or self._memory.first_is_out(time_ms, offset, self._history.of(offset)):
-                plan.examples.append(Example(key, value, time_ms, offset, click_ms, CORRECTION))
+                plan.examples.append(Example(key, value, time_ms, offset, click.click_ms, CORRECTION, click.arrived_ms))
                 plan.dropped_pending.append((time_ms, offset))
             else:
-                plan.held[time_ms, offset] = click_ms
+                plan.held[time_ms, offset] = click
 
-    def _match_sooner(self, repeated: list[tuple[TimeOffset, int]]) -> None:
-        """Keep the earliest of several clicks for an impression whose label waits."""
-        stored = self._state.held([impression for impression, _ in repeated]) if repeated else []
-        for (impression, click_ms), stored_ms in zip(repeated, stored, strict=True):
-            held_ms = self.plan.held.get(impression, stored_ms)
-            if held_ms is not None and click_ms < held_ms:
-                self.plan.held[impression] = click_ms
+    def _match_sooner(self, repeated: list[tuple[TimeOffset, HeldClick]]) -> None:
+        """Keep the earliest of several clicks for an impression whose label waits; of clicks of one time, the first read."""
+        found = self._state.held([impression for impression, _ in repeated]) if repeated else []
+        for (impression, click), stored in zip(repeated, found, strict=True):
+            held = self.plan.held.get(impression, stored)
+            if held is not None and click.click_ms < held.click_ms:
+                self.plan.held[impression] = click
 
     def _keep_early(self, record: Record, key: bytes, time_ms: int) -> None:
         """Keep a click until an impression comes that it counts for, or make it an orphan when its time is over."""

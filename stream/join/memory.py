@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from state.held_click import NOT_KNOWN_MS, HeldClick
 from state.join_state import Chunk
 from stream.join.settings_history import NEVER_MS, History, Terms
 from stream.records.dead_letter import DeadLetter
@@ -17,8 +18,16 @@ from stream.records.record import Header, Record
 __all__ = ["EarlyClick", "LowWater", "Memory"]
 
 
+class _ClickRecord(msgspec.Struct, frozen=True, array_like=True):
+    """What the state keeps of the record of an early click. State of a layout before 5 has no `arrived_ms`."""
+
+    value: bytes | None
+    headers: tuple[Header, ...]
+    arrived_ms: int = NOT_KNOWN_MS
+
+
 class EarlyClick(NamedTuple):
-    """A click whose impression has not come. `packed` has the value and headers that its dead letter would need."""
+    """A click whose impression has not come. `packed` has what its dead letter would need, and its arrival."""
 
     time_ms: int
     offset: int
@@ -26,12 +35,19 @@ class EarlyClick(NamedTuple):
 
     @classmethod
     def of(cls, record: Record, time_ms: int) -> EarlyClick:
-        return cls(time_ms, record.offset, msgspec.msgpack.encode((record.value, record.headers)))
+        packed = msgspec.msgpack.encode(_ClickRecord(record.value, tuple(record.headers), record.timestamp))
+        return cls(time_ms, record.offset, packed)
+
+    def held(self) -> HeldClick:
+        """The click once it is matched and waits for the first label."""
+        return HeldClick(self.time_ms, msgspec.msgpack.decode(self.packed, type=_ClickRecord).arrived_ms)
 
     def letter(self, key: bytes, topic: str, partition: int) -> DeadLetter:
         """The click as a dead letter without an error text."""
-        value, headers = msgspec.msgpack.decode(self.packed, type=tuple[bytes | None, tuple[Header, ...]])
-        return DeadLetter("orphan_click", "", "$.impression_id", topic, partition, self.offset, key, value, headers)
+        record = msgspec.msgpack.decode(self.packed, type=_ClickRecord)
+        return DeadLetter(
+            "orphan_click", "", "$.impression_id", topic, partition, self.offset, key, record.value, record.headers
+        )
 
 
 class LowWater(NamedTuple):

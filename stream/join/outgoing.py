@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from state.held_click import HeldClick
 from stream.join.plan import Plan
 from stream.records.dead_letter import DeadLetter
 from stream.records.example import CORRECTION, FIRST, Example, example_records, max_example_bytes
@@ -17,7 +18,7 @@ def outgoing_records(plan: Plan, negative_rate: float) -> Iterator[Outgoing]:
     """All records of a step for `examples`. Negatives left out come first: a correction of one may be among the examples."""
     yield from left_out_records(plan.left_out, negative_rate)
     clicked = (*plan.held.items(), *plan.set_aside.items())
-    yield from matched_records([Matched(offset, time_ms, click_ms) for (time_ms, offset), click_ms in clicked])
+    yield from matched_records([Matched(offset, time_ms, *click) for (time_ms, offset), click in clicked])
     yield from example_records(plan.examples, negative_rate)
 
 
@@ -55,7 +56,7 @@ def set_aside_too_large(plan: Plan, max_bytes: int, topic: str, partition: int) 
             continue
         plan.counts["negatives"] -= example.click_ms < 0
         if example.click_ms >= 0:
-            plan.set_aside[example.impression_ms, offset] = example.click_ms
+            plan.set_aside[example.impression_ms, offset] = HeldClick(example.click_ms, example.click_arrived_ms)
         if example.kind == CORRECTION and offset in firsts:
             continue
         message = f"expected an example of at most {max_bytes} bytes, found {len(key) + len(value)} in key and value alone"

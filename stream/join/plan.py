@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from state.held_click import HeldClick
 from state.join_state import Chunk, Entry, Pending, TimeOffset
 from stream.join.memory import EarlyClick
 from stream.join.settings_history import NEVER_MS
@@ -23,8 +24,8 @@ class StoredState(Protocol):
     def packed_entries(self, keys: list[bytes]) -> list[bytes | None]: ...
     def pending(self, impressions: list[TimeOffset]) -> list[Pending | None]: ...
     def pending_between(self, begin: TimeOffset, end: TimeOffset) -> Iterator[Pending]: ...
-    def held(self, impressions: list[TimeOffset]) -> list[int | None]: ...
-    def held_between(self, begin: TimeOffset, end: TimeOffset) -> dict[TimeOffset, int]: ...
+    def held(self, impressions: list[TimeOffset]) -> list[HeldClick | None]: ...
+    def held_between(self, begin: TimeOffset, end: TimeOffset) -> dict[TimeOffset, HeldClick]: ...
 
 
 @dataclass(slots=True)
@@ -36,9 +37,11 @@ class Plan:
 
     examples: list[Example] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
-    held: dict[TimeOffset, int] = field(default_factory=dict)  # impressions whose label waits, and the time of their click
+    held: dict[TimeOffset, HeldClick] = field(default_factory=dict)  # impressions whose label waits, and their click
     dropped_held: list[TimeOffset] = field(default_factory=list)
-    set_aside: dict[TimeOffset, int] = field(default_factory=dict)  # the same for impressions whose positive label is too large
+    set_aside: dict[TimeOffset, HeldClick] = field(
+        default_factory=dict
+    )  # the same for impressions whose positive label is too large
     settled: int = 0
     dead: list[DeadLetter] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)

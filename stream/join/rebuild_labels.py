@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from state.held_click import HeldClick
 from state.join_state import TimeOffset
 from stream.records.example import FIRST, REPLAY, Example, read_example
 from stream.records.join_notes import Matched, read_left_out, read_matched
@@ -20,14 +21,14 @@ class Labels:
 
     Attributes:
         resolved: offset → whether the impression is clicked; of impressions that have their first label or were left out.
-        held: (event time, offset) → time of the earliest click; of impressions whose click waited for the first label.
+        held: (event time, offset) → the earliest click; of impressions whose click waited for the first label.
         matched: clicks that are accounted for, by id and event time.
         foreign: records that the join has not written.
     """
 
     def __init__(self) -> None:
         self.resolved: dict[int, bool] = {}
-        self.held: dict[TimeOffset, int] = {}
+        self.held: dict[TimeOffset, HeldClick] = {}
         self.matched: set[tuple[bytes, int]] = set()
         self.foreign = 0
 
@@ -55,7 +56,9 @@ class Labels:
         impression = click.impression_ms, click.source_offset
         if not all(0 <= number < 1 << 63 for number in impression):
             raise ValueError(click)
-        self.held[impression] = min(click.click_ms, self.held.get(impression, click.click_ms))
+        held = self.held.get(impression)
+        if held is None or click.click_ms < held.click_ms:
+            self.held[impression] = HeldClick(click.click_ms, click.arrived_ms)
 
     def _label(self, example: Example) -> bool:
         """Note one label. Returns whether the impression is clicked.

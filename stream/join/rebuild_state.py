@@ -79,7 +79,7 @@ class RebuiltState:
             clicked, is_out = labels.resolved.get(offset), self._first_is_out((time_ms, offset))
             if clicked is False and (time_ms, offset) in labels.held:  # its positive label was too large
                 clicked = True
-                labels.matched.add((key, labels.held[time_ms, offset]))
+                labels.matched.add((key, labels.held[time_ms, offset].click_ms))
             if clicked is None and (is_out or time_ms < terms.late_floor_ms):
                 continue
             remembered[key] = (time_ms, offset, bool(clicked))
@@ -108,17 +108,17 @@ class RebuiltState:
         found = [row for row in self._state.pending(too_large) if row is not None]
         for (time_ms, offset, key, *_), entry in zip(found, self._state.entries([row[2] for row in found]), strict=True):
             impression = time_ms, offset
-            labels.matched.add((key, labels.held[impression]))
+            labels.matched.add((key, labels.held[impression].click_ms))
             batch.drop_pending([impression])
             if entry is not None and entry[:2] == impression:
                 batch.remember([(key, (*impression, True))])
         rows, stored = self._state.pending(waiting), self._state.held(waiting)
-        known = [(each, row[2], held_ms) for each, row, held_ms in zip(waiting, rows, stored, strict=True) if row is not None]
+        known = [(each, row[2], held) for each, row, held in zip(waiting, rows, stored, strict=True) if row is not None]
         entries = self._state.entries([key for _, key, _ in known])
-        for (impression, key, held_ms), entry in zip(known, entries, strict=True):
-            click_ms = labels.held[impression]
-            labels.matched.add((key, click_ms))
-            batch.hold([(impression, click_ms if held_ms is None else min(click_ms, held_ms))])
+        for (impression, key, held), entry in zip(known, entries, strict=True):
+            click = labels.held[impression]
+            labels.matched.add((key, click.click_ms))
+            batch.hold([(impression, click if held is None or click.click_ms < held.click_ms else held)])
             if entry is not None and entry[:2] == impression:
                 batch.remember([(key, (*impression, True))])
         batch.write()

@@ -8,6 +8,7 @@ The record has the impression's own key and value. The label is in the headers:
 | `weight` | importance weight, 0 to 10,000; the join writes `1` |
 | `kind` | `first`, `correction` of a label that was sent before, or `replay` of a first label; without it, `first` |
 | `impression_ms`, `click_ms` | event times; `click_ms` only when there is a click |
+| `click_arrived_ms` | arrival of the click in Kafka, by the broker's clock; only when there is a click and it is known |
 | `source_offset` | the impression's offset in `impressions`: it names the labelled record even when an id is used twice |
 | `rate` | share of negatives that were sent at the time of this example, 0.0001 to 1; absent when all were |
 
@@ -23,12 +24,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from state.held_click import NOT_KNOWN_MS
 from stream.records.dead_letter import DeadLetter
 from stream.records.packing import pack_header, varint
 from stream.records.record import Header, Outgoing, Record
 from stream.records.times import MAX_TIMESTAMP_MS
 
 __all__ = [
+    "CLICK_ARRIVED_MS",
     "CORRECTION",
     "FIRST",
     "KIND",
@@ -49,6 +52,7 @@ REPLAY = "replay"  # of a first label that became a dead letter; the impression 
 
 _LABEL, _WEIGHT, KIND, _RATE = "label", "weight", "kind", "rate"
 _IMPRESSION_MS, _CLICK_MS, _SOURCE_OFFSET = "impression_ms", "click_ms", "source_offset"
+CLICK_ARRIVED_MS = "click_arrived_ms"
 _CLICKED, _NOT_CLICKED = b"1", b"0"
 _KINDS = {FIRST.encode(): FIRST, CORRECTION.encode(): CORRECTION, REPLAY.encode(): REPLAY}
 _FIRST, _CORRECTION = FIRST.encode(), CORRECTION.encode()
@@ -74,6 +78,8 @@ class Example(msgspec.Struct, frozen=True, gc=False):
     click_ms: int
     """-1 when the label is 0."""
     kind: str
+    click_arrived_ms: int = NOT_KNOWN_MS
+    """When the click arrived in Kafka; -1 when the label is 0, or when the arrival is not known."""
 
 
 def rate_header(negative_rate: float) -> tuple[Header, ...]:
@@ -87,18 +93,23 @@ def max_example_bytes(key: bytes, value: bytes) -> int:
 
 
 def example_records(examples: Iterable[Example], negative_rate: float) -> Iterator[Outgoing]:
-    """Records of first labels and corrections, with packed headers. All headers but two or three are packed once."""
-    negative, positive = (
+    """Records of first labels and corrections, with packed headers. All headers but two to four are packed once."""
+    negative, unknown, positive = (
         {kind: _packed_start(label, kind, negative_rate, numbers) for kind in (FIRST, CORRECTION)}
-        for label, numbers in ((_NOT_CLICKED, 2), (_CLICKED, 3))
+        for label, numbers in ((_NOT_CLICKED, 2), (_CLICKED, 3), (_CLICKED, 4))
     )
     for example in examples:
         at, source, click_ms = b"%d" % example.impression_ms, b"%d" % example.source_offset, example.click_ms
         numbers = varint[len(at)] + at + _PACKED_SOURCE_OFFSET + varint[len(source)] + source
         if click_ms < 0:
             yield example.key, example.value, negative[example.kind] + numbers
+            continue
+        numbers += pack_header(_CLICK_MS, b"%d" % click_ms)
+        if example.click_arrived_ms < 0:
+            yield example.key, example.value, unknown[example.kind] + numbers
         else:
-            yield example.key, example.value, positive[example.kind] + numbers + pack_header(_CLICK_MS, b"%d" % click_ms)
+            arrived = pack_header(CLICK_ARRIVED_MS, b"%d" % example.click_arrived_ms)
+            yield example.key, example.value, positive[example.kind] + numbers + arrived
 
 
 def _packed_start(label: bytes, kind: str, negative_rate: float, numbers: int) -> bytes:
@@ -131,8 +142,10 @@ def read_example(record: Record) -> Example:
     if key is None or kind not in _KINDS or label not in (_NOT_CLICKED, _CLICKED):
         raise ValueError(f"expected an example, found key {key!r}, kind {kind!r}, label {label!r}")
     source_offset, impression_ms = _natural(headers[_SOURCE_OFFSET]), _natural(headers[_IMPRESSION_MS])
-    click_ms = -1 if label == _NOT_CLICKED else _natural(headers[_CLICK_MS])
-    return Example(key, record.value or b"", impression_ms, source_offset, click_ms, _KINDS[kind])
+    if label == _NOT_CLICKED:
+        return Example(key, record.value or b"", impression_ms, source_offset, -1, _KINDS[kind])
+    click_ms, arrived_ms = _natural(headers[_CLICK_MS]), _arrival(headers.get(CLICK_ARRIVED_MS))
+    return Example(key, record.value or b"", impression_ms, source_offset, click_ms, _KINDS[kind], arrived_ms)
 
 
 def _natural(value: bytes | None) -> int:
@@ -141,6 +154,11 @@ def _natural(value: bytes | None) -> int:
     if not 0 <= number < 1 << 63:
         raise ValueError(number)
     return number
+
+
+def _arrival(value: bytes | None) -> int:
+    """The time in a header `click_arrived_ms`; -1 without one, or for what is no time. No label depends on it."""
+    return int(value) if value and value.isdigit() and len(value) <= _MAX_DIGITS else NOT_KNOWN_MS
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +171,7 @@ class ExampleColumns:
     impression_ms  int64 (N,)    event time
     rates          float64 (N,)  share of negatives that were sent at the time; None when all were
     corrects       bool (N,)     whether the example takes back a label; None when none does
+    arrived_ms     int64 (N,)    when the click arrived in Kafka, -1 without one or if that isn't known; None if known of none
     letters        dead letters of the other records
     """
 
@@ -162,6 +181,7 @@ class ExampleColumns:
     impression_ms: npt.NDArray[np.int64]
     rates: npt.NDArray[np.float64] | None
     corrects: npt.NDArray[np.bool_] | None
+    arrived_ms: npt.NDArray[np.int64] | None
     letters: list[DeadLetter]
 
 
@@ -223,15 +243,27 @@ def _columns(records: Sequence[Record], headers: Sequence[Headers]) -> ExampleCo
     if not set(kinds) <= _KINDS.keys():
         return None
     corrects = [kind == _CORRECTION for kind in kinds]
+    clicked = np.array([label == _CLICKED for label in labels], np.float32)
     return ExampleColumns(
         records=records,
-        labels=np.array([label == _CLICKED for label in labels], np.float32),
+        labels=clicked,
         weights=weights.astype(np.float32),
         impression_ms=milliseconds,
         rates=np.array([rate_of[each] for each in rated]) if rate_of.keys() - {None} else None,
         corrects=np.array(corrects) if any(corrects) else None,
+        arrived_ms=_arrivals(headers, np.flatnonzero(clicked).tolist()),
         letters=[],
     )
+
+
+def _arrivals(headers: Sequence[Headers], clicked: list[int]) -> npt.NDArray[np.int64] | None:
+    """When clicks arrived, int64 (N,): -1 where that isn't known; None when it is known of none. `clicked` are their rows."""
+    arrived = [headers[row].get(CLICK_ARRIVED_MS) for row in clicked]
+    if not any(arrived):
+        return None
+    column = np.full(len(headers), NOT_KNOWN_MS, np.int64)
+    column[clicked] = [_arrival(each) for each in arrived]
+    return column
 
 
 class _BadHeader(Exception):

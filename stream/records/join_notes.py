@@ -3,7 +3,9 @@
 - `left_out`: a JSON array of `source_offset`s. Their negatives were left out by `join.negative_rate` (the header `rate` holds
   it), or their examples are too large.
 - `matched`: a JSON array of [`source_offset`, `impression_ms`, `click_ms`]. These clicks were matched and wait for the first
-  label of their impression, or their label is too large.
+  label of their impression, or their label is too large. The header `click_arrived_ms` is a JSON array of their arrivals in
+  Kafka, in the same order, -1 where an arrival is not known. The arrivals are no part of the value, so that versions which
+  don't know them read the value.
 
 With `left_out`, the topic accounts for every impression. With `matched`, a rebuild reads what was decided instead of guessing
 it from the clicks: a click that became an orphan before its impression arrived looks just like one that waits for the label.
@@ -16,15 +18,17 @@ from typing import NamedTuple
 
 import msgspec
 
-from stream.records.example import KIND, rate_header
+from state.held_click import NOT_KNOWN_MS
+from stream.records.example import CLICK_ARRIVED_MS, KIND, rate_header
 from stream.records.record import Header, Outgoing, Record
 
 __all__ = ["Matched", "is_note", "left_out_records", "matched_records", "note_count", "read_left_out", "read_matched"]
 
 _LEFT_OUT: Header = (KIND, b"left_out")
 _MATCHED: Header = (KIND, b"matched")
-# Entries of one record: at most 20 and 66 bytes each, so a record stays below the smallest limit of the topic (64 KiB).
-_LEFT_OUT_ENTRIES, _MATCHED_ENTRIES = 2_000, 900
+# Entries of one record: at most 20 and 86 bytes each (an arrival takes up to 20), so a record stays below the smallest limit of
+# the topic (64 KiB).
+_LEFT_OUT_ENTRIES, _MATCHED_ENTRIES = 2_000, 700
 
 
 class Matched(NamedTuple):
@@ -33,10 +37,11 @@ class Matched(NamedTuple):
     source_offset: int
     impression_ms: int
     click_ms: int
+    arrived_ms: int = NOT_KNOWN_MS
 
 
 _decode_offsets = msgspec.json.Decoder(list[int]).decode
-_decode_matched = msgspec.json.Decoder(list[Matched]).decode
+_decode_matched = msgspec.json.Decoder(list[tuple[int, int, int]]).decode
 
 
 def left_out_records(source_offsets: Sequence[int], negative_rate: float) -> Iterator[Outgoing]:
@@ -49,7 +54,9 @@ def left_out_records(source_offsets: Sequence[int], negative_rate: float) -> Ite
 def matched_records(clicks: Sequence[Matched]) -> Iterator[Outgoing]:
     """The records that say which clicks were matched."""
     for start in range(0, len(clicks), _MATCHED_ENTRIES):
-        yield None, msgspec.json.encode(clicks[start : start + _MATCHED_ENTRIES]), [_MATCHED]
+        part = clicks[start : start + _MATCHED_ENTRIES]
+        arrivals = msgspec.json.encode([click.arrived_ms for click in part])
+        yield None, msgspec.json.encode([click[:3] for click in part]), [_MATCHED, (CLICK_ARRIVED_MS, arrivals)]
 
 
 def note_count(left_out: int, matched: int) -> int:
@@ -73,4 +80,13 @@ def read_left_out(record: Record) -> list[int] | None:
 
 def read_matched(record: Record) -> list[Matched] | None:
     """The clicks in a record `matched`; None for every other record. Raises as `read_left_out`."""
-    return _decode_matched(record.value or b"") if record.key is None and _MATCHED in record.headers else None
+    if record.key is not None or _MATCHED not in record.headers:
+        return None
+    clicks = _decode_matched(record.value or b"")
+    arrivals = next((value for name, value in record.headers if name == CLICK_ARRIVED_MS), None)
+    if arrivals is None:  # written by a version that did not keep arrivals
+        return [Matched(*click) for click in clicks]
+    arrived_ms = _decode_offsets(arrivals)
+    if len(arrived_ms) != len(clicks):
+        raise msgspec.ValidationError(f"expected {len(clicks)} arrivals in {CLICK_ARRIVED_MS}, found {len(arrived_ms)}")
+    return [Matched(*click, arrived) for click, arrived in zip(clicks, arrived_ms, strict=True)]

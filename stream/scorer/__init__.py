@@ -16,6 +16,7 @@
 | `delta_log` | the log of deltas, as the follower reads it |
 | `scrub` | checks the weights in memory |
 | `following_metrics` | what a scorer reports about following |
+| `freshness` | how long after a click an answer knows it |
 | `start` | the positions to go on from |
 | `metrics` | what a scorer reports |
 """

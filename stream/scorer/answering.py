@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 from stream.kafka.transport import Run
 from stream.records.record import Record
 from stream.scorer.answers import Answers, answer_requests
+from stream.scorer.freshness import Freshness
 from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
@@ -29,12 +31,19 @@ __all__ = ["Answering"]
 SCORED_WAITING = 4
 
 
+class _Scored(NamedTuple):
+    """A batch on its way to the brokers, and the arrivals (ms) of the clicks that its answers are the first to know."""
+
+    batch: Batch
+    answers: Answers
+    arrivals_ms: Sequence[int]
+
+
 class Answering:
     """The way of requests through a scorer. Run `score_all` and `send_all` as tasks.
 
     Args:
         scoring: one thread. What else is submitted to it runs between two batches.
-        on_scored: called after each scored batch, before anything else that was submitted to `scoring` is known to be done.
         stale: whether the registry couldn't be read to its end within the lease.
         max_candidates: most candidates in one request; a request with more gets an error as its answer.
         max_bytes: largest batch that the topic `scores` takes.
@@ -45,23 +54,23 @@ class Answering:
         swapper: Swapper,
         outbox: Outbox,
         metrics: ScorerMetrics,
+        freshness: Freshness,
         *,
         scoring: ThreadPoolExecutor,
-        on_scored: Callable[[], None],
         worker_id: str,
         stale: Callable[[], bool],
         max_candidates: int,
         max_bytes: int,
     ) -> None:
-        self._swapper, self._outbox, self._metrics = swapper, outbox, metrics
+        self._swapper, self._outbox, self._metrics, self._freshness = swapper, outbox, metrics, freshness
         self._worker_id, self._stale = worker_id, stale
         self._max_candidates, self._max_bytes = max_candidates, max_bytes
         self.answered: dict[int, int] = {}
         """Next offset by partition: the answers to everything before it are acknowledged."""
         self._intake = Intake()
         self._arrived, self._room, self._done = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._scored: asyncio.Queue[tuple[Batch, Answers]] = asyncio.Queue(SCORED_WAITING)
-        self._thread, self._on_scored = scoring, on_scored
+        self._scored: asyncio.Queue[_Scored] = asyncio.Queue(SCORED_WAITING)
+        self._thread = scoring
         self._under_way = 0  # batches taken from the intake whose answers are not acknowledged
         self._batches = 0  # batches whose answers are acknowledged
 
@@ -127,7 +136,13 @@ class Answering:
                 continue
             self._under_way += 1
             self._room.set()
-            await self._scored.put((batch, await self._score(batch.records)))
+            # Deltas are applied in the scoring thread, one after another with batches: what is learned now is in this batch.
+            current, arrivals_ms = self._swapper.current, self._freshness.take()
+            answers = await self._score(batch.records)
+            if not answers.candidates:
+                self._freshness.learned(arrivals_ms)
+            known = answers.candidates > 0 and current is not None and current.is_replica
+            await self._scored.put(_Scored(batch, answers, arrivals_ms if known else ()))
 
     async def send_all(self) -> None:
         """Send what is scored, until cancelled."""
@@ -135,11 +150,12 @@ class Answering:
             scored = [await self._scored.get()]
             while not self._scored.empty():
                 scored.append(self._scored.get_nowait())
-            futures = [future for _, answers in scored for future in await self._outbox.send(answers)]
+            futures = [future for each in scored for future in await self._outbox.send(each.answers)]
             for future in futures:
                 await future
-            for batch, _ in scored:
-                self._acknowledged(batch)
+            for each in scored:
+                self._freshness.answered(each.arrivals_ms)
+                self._acknowledged(each.batch)
 
     async def _score(self, records: list[Record]) -> Answers:
         if not records:
@@ -156,7 +172,6 @@ class Answering:
         )
         answers = await asyncio.get_running_loop().run_in_executor(self._thread, answer)
         self._metrics.scored(answers, time.perf_counter() - began)
-        self._on_scored()
         return answers
 
     def _acknowledged(self, batch: Batch) -> None:

@@ -26,7 +26,9 @@ from model.errors import DigestMismatch, ModelError
 from state.chain import Problem, Step, on_delta, on_digest, on_problem, order
 from state.chain_versions import LogSeen, is_behind, is_beyond, point_of, starts
 from state.registry import RegistryState, VersionRecord
+from stream.records.delta import DeltaHeader
 from stream.scorer.following_metrics import FollowingMetrics
+from stream.scorer.freshness import Freshness
 from stream.scorer.replica import DeltaLog, LogItem, Replica, WholeDelta, offered_by
 from stream.scorer.scrub import memory_is_right
 from stream.scorer.serving import Served
@@ -87,11 +89,12 @@ class ChainFollower:
         alone: Callable[[Callable[[], None]], Awaitable[None]],
         listener: Listener,
         metrics: FollowingMetrics,
+        freshness: Freshness,
         *,
         jitter_s: float,
     ) -> None:
         self._load, self._open_log, self._alone = load, open_log, alone
-        self._listener, self._metrics, self._jitter_s = listener, metrics, jitter_s
+        self._listener, self._metrics, self._freshness, self._jitter_s = listener, metrics, freshness, jitter_s
         self.replica: Replica | None = None
         """The replica that answers or may; None before the first one is as far as it can be, and when nobody wants one."""
         self.problem = ""
@@ -100,6 +103,7 @@ class ChainFollower:
         self._growing: Replica | None = None  # the replica that the log is read for; `replica` once it is no older than that
         self._news = asyncio.Event()
         self._uncovered_since: float | None = None
+        self._follows_since_ms = 0  # when the first replica began to answer
         self._unreadable: set[int] = set()
 
     def want(self, registry: RegistryState, wanted: bool) -> None:
@@ -224,7 +228,11 @@ class ChainFollower:
             ready = True
         if not ready:
             return
+        if before is None:
+            self._follows_since_ms = time.time_ns() // 1_000_000
         self.replica, self.problem = replica, ""
+        self._freshness.learned(replica.unanswered)
+        replica.unanswered.clear()
         self._listener.follow(replica)
         self._metrics.follows(replica.served.state)
 
@@ -295,11 +303,21 @@ class ChainFollower:
         if offered.parent.chain != offered.point.chain:
             replica.mark(self._registry.versions.values())
         self._metrics.applied(delta.header, prepared_s, took[0])
+        self._note_arrivals(replica, delta.header)
         if replica is self.replica:
             self.problem = ""
             if replica.served.version != version:
                 self._listener.renamed()
         return None
+
+    def _note_arrivals(self, replica: Replica, header: DeltaHeader) -> None:
+        """Note clicks that no answer knows yet. What was learned before this scorer followed, others have answered with."""
+        if header.at_ms < self._follows_since_ms:
+            return
+        if replica is self.replica:
+            self._freshness.learned(header.arrivals)
+        elif self.replica is not None and order(replica.progress.point) > order(self.replica.progress.point):
+            replica.unanswered.extend(header.arrivals)
 
     async def _stay(self, replica: Replica, step: Step) -> None:
         """The chain is broken for this replica. If that is because its own memory changed, a version is read."""

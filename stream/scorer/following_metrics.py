@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -14,10 +13,11 @@ __all__ = ["FollowingMetrics"]
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _LOAD_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-_FRESH_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 300, 3_600)
-# Arrival times that wait for the first answer after their delta. A delta brings at most 64, and a scorer without requests
-# would collect them for ever.
-MAX_ARRIVALS = 4_096
+# Finest where clicks lie by default: they wait for join.hold_ms + join.lateness_ms after their impression, which is 15 s.
+_FRESHNESS_SECONDS = (
+    *(0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 45, 60),
+    *(120, 300, 900, 3_600),
+)
 
 
 class FollowingMetrics:
@@ -78,13 +78,12 @@ class FollowingMetrics:
             ["found"],
             registry=prometheus,
         )
-        self._freshness = Histogram(
+        self.click_to_answer = Histogram(
             "headrace_scorer_click_to_answer_seconds",
-            "Time from a click's arrival in Kafka to the first answer by weights that have learned it. A sample.",
+            "Time from a click's arrival in Kafka to the first answer by weights that have learned it. A sample of the clicks.",
             registry=prometheus,
-            buckets=_FRESH_SECONDS,
+            buckets=_FRESHNESS_SECONDS,
         )
-        self._arrivals: deque[int] = deque(maxlen=MAX_ARRIVALS)
 
     def began(self, why: str, seconds: float) -> None:
         """Note that a version was read to follow its chain."""
@@ -110,13 +109,6 @@ class FollowingMetrics:
         self._apply.observe(apply_s)
         self._broken.set(0)
         self._at(header.sequence, header.at_ms)
-        self._arrivals.extend(header.arrivals)
-
-    def answered(self) -> None:
-        """Note that a batch was scored by the replica, with all that it had learned."""
-        now_ms = time.time_ns() // 1_000_000
-        while self._arrivals:
-            self._freshness.observe(max(now_ms - self._arrivals.popleft(), 0) / 1_000)
 
     def passed_over(self, reason: str) -> None:
         """Count a delta, or something damaged, that was not applied."""

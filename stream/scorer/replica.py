@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from state.chain_versions import Marks, Naming, covers, point_of
 from state.registry import VersionRecord
 from stream.records.delta import DeltaHeader
 from stream.records.heartbeat import Mark
+from stream.scorer.freshness import MAX_WAITING
 from stream.scorer.serving import Served, WeightsState
 
 __all__ = ["DeltaLog", "LogItem", "Replica", "WholeDelta", "offered_by"]
@@ -72,6 +74,8 @@ class Replica:
         self.offset = offset
         """Where reading goes on: behind the last delta that was applied."""
         self.recent: tuple[Mark, ...] = (Mark(point.sequence, f"{self.progress.digest:016x}"),)
+        self.unanswered: deque[int] = deque(maxlen=MAX_WAITING)
+        """Arrivals of clicks (ms) that were learned before this replica answers, while another one does (`freshness`)."""
         self._marks = Marks(point.chain, ())
 
     def mark(self, records: Iterable[VersionRecord]) -> None:

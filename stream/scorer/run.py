@@ -27,6 +27,7 @@ from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.chain_follower import ChainFollower
 from stream.scorer.delta_log import open_deltas
 from stream.scorer.following_metrics import FollowingMetrics
+from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
 from stream.scorer.scrub import scrub_regularly
@@ -65,6 +66,7 @@ async def run_scorer(
     worker_id = settings.instance_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     prometheus = new_prometheus()
     metrics, following_metrics = ScorerMetrics(prometheus), FollowingMetrics(prometheus)
+    freshness = Freshness(following_metrics.click_to_answer.observe)
     store = SnapshotStore(snapshots)
     scoring = ThreadPoolExecutor(1, "scoring")
     spare_bytes = settings.spare_mb * 1_000_000
@@ -90,6 +92,7 @@ async def run_scorer(
         alone,
         swapper,
         following_metrics,
+        freshness,
         jitter_s=settings.heal_jitter_ms / 1_000,
     )
 
@@ -143,7 +146,7 @@ async def run_scorer(
             outbox=outbox,
             heartbeats=heartbeats,
             metrics=metrics,
-            following_metrics=following_metrics,
+            freshness=freshness,
             worker_id=worker_id,
             max_bytes=await max_message_bytes(kafka, names.scores),
         )

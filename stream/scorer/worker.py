@@ -27,7 +27,7 @@ from stream.kafka.transport import Run
 from stream.registry.heartbeat import HeartbeatSender, Weights
 from stream.scorer.answering import Answering
 from stream.scorer.chain_follower import ChainFollower
-from stream.scorer.following_metrics import FollowingMetrics
+from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
 from stream.scorer.serving import WeightsState
@@ -85,7 +85,7 @@ class ScorerWorker(Worker):
         outbox: Outbox,
         heartbeats: HeartbeatSender,
         metrics: ScorerMetrics,
-        following_metrics: FollowingMetrics,
+        freshness: Freshness,
         worker_id: str,
         max_bytes: int,
     ) -> None:
@@ -107,8 +107,8 @@ class ScorerWorker(Worker):
             swapper,
             outbox,
             metrics,
+            freshness,
             scoring=scoring,
-            on_scored=lambda: following_metrics.answered() if swapper.is_following else None,
             worker_id=worker_id,
             stale=stale,
             max_candidates=settings.max_candidates,

@@ -10,12 +10,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from model.features import FeatureBatch
+from state.held_click import NOT_KNOWN_MS
 from stream.records.record import Record
 from stream.trainer.examples import BoolArray, DecodedRun, Float32Array, Float64Array, Int64Array
 
 __all__ = ["BatchCutter", "TrainingBatch"]
 
-_Column = TypeVar("_Column", Float64Array, BoolArray)
+_Column = TypeVar("_Column", Float64Array, BoolArray, Int64Array)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class TrainingBatch:
     records: Sequence[Record]
     rates: Float64Array | None = None
     corrects: BoolArray | None = None
+    arrived_ms: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -52,6 +54,7 @@ class TrainingBatch:
             records=self.records[part],
             rates=None if self.rates is None else self.rates[part],
             corrects=None if self.corrects is None else self.corrects[part],
+            arrived_ms=None if self.arrived_ms is None else self.arrived_ms[part],
         )
 
 
@@ -136,6 +139,7 @@ class BatchCutter:
             records=[record for run, start, stop in pieces for record in run.records[start:stop]],
             rates=_joined([(run.rates, start, stop) for run, start, stop in pieces], 1.0),
             corrects=_joined([(run.corrects, start, stop) for run, start, stop in pieces], False),
+            arrived_ms=_joined([(run.arrived_ms, start, stop) for run, start, stop in pieces], NOT_KNOWN_MS),
         )
 
     def _skip_empty(self) -> None:

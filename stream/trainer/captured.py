@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from model.frozen import FrozenModel
 
+from model.frozen import FrozenModel
 from model.rows import ModelDelta
 from state.gate_report import GateReport
 from stream.trainer.evaluation import FrozenEvaluation
@@ -37,10 +37,14 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class CapturedDelta:
-    """What changed since the delta before, and how far training had come."""
+    """What changed since the delta before, and how far training had come.
+
+    arrivals  when clicks that were learned since then arrived in Kafka (ms since epoch), a sample
+    """
 
     delta: ModelDelta
     position: Position
+    arrivals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,8 @@ class Chain:
             examples_seen=position.examples_seen,
             negative_rate=position.negative_rate,
             at_ms=position.at_ms,
+            # What a rebase has learned may be known to scorers already, by the chain before.
+            arrivals=() if self._published is None else captured.arrivals,
         )
         pieces = encode_delta(header, captured.delta, self._writer.limit)
         return EncodedDelta(Point(self.name, header.sequence), pieces, len(captured.delta.rows))

@@ -45,6 +45,8 @@ class DecodedRun:
     rates          float64 (N,)  share of negatives that the join sent at the time of this example; None when it sent all
     corrects       bool (N,)     whether the example is a correction, which takes back the opposite label sent before; None when
                                  none is
+    arrived_ms     int64 (N,)    when the click arrived in Kafka, -1 where there is none or that isn't known; None when it is
+                                 known of none
     records        the examples as they were read, N of them
     after          the partition's position after the run; bad records and transaction markers are counted, too
     """
@@ -64,6 +66,7 @@ class DecodedRun:
     records: Sequence[Record]
     rates: Float64Array | None = None
     corrects: BoolArray | None = None
+    arrived_ms: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -104,6 +107,7 @@ class ExampleDecoder:
             records=records if len(rows) == len(records) else [records[row] for row in rows.tolist()],
             rates=None if columns.rates is None else columns.rates[rows],
             corrects=None if columns.corrects is None else columns.corrects[rows],
+            arrived_ms=None if columns.arrived_ms is None else columns.arrived_ms[rows],
         )
 
 

@@ -17,6 +17,7 @@ from model.features import FeatureBatch
 from model.frozen import FrozenModel
 from model.rows import ModelDelta
 from stream.records.dead_letter import DeadLetter
+from stream.trainer.arrivals import ArrivalSample
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.bookkeeping import Bookkeeping, bookkeeping_state, restore_bookkeeping
 from stream.trainer.captured import CapturedDelta, CapturedVersion, Position
@@ -115,6 +116,7 @@ class Training:
         self._max_batch_age_s = max_batch_age_s
         self._waiting_since: float | None = None
         self._set_aside: list[DeadLetter] = []
+        self._arrivals = ArrivalSample()
         self._problems: tuple[str, ...] = ()  # of the last delta that was taken
         self.batches = 0
         self.watermark_ms = watermark_ms
@@ -201,6 +203,7 @@ class Training:
         self._evaluation.add(scores, batch)
         for observer in self._observers:
             observer.observe(batch, scores)
+        self._arrivals.add(batch)
         self.watermark_ms = max(self.watermark_ms, int(batch.reached_ms.max()))
         self._metrics.learned(batch, time.perf_counter() - began)
 
@@ -244,7 +247,7 @@ class Training:
             log.error("a delta of %d rows is withheld: %s", len(delta.rows), "; ".join(problems))
             return None
         self._metrics.snapshot_seconds.labels("capture_delta").observe(time.perf_counter() - began)
-        return CapturedDelta(delta, self._position())
+        return CapturedDelta(delta, self._position(), self._arrivals.take())
 
     def capture_version(self) -> CapturedVersion:
         """Everything that a version holds. To be called between two batches.

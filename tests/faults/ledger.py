@@ -136,6 +136,7 @@ class Ledger:
         self._by_key: dict[tuple[int, bytes], list[Use]] = defaultdict(list)
         self._dead: dict[Position, str] = {}  # reasons of the dead letters that are expected
         self._not_due: set[Position] = set()  # records whose dead letter may still be missing
+        self._arrivals: dict[tuple[int, bytes, int], set[str]] = defaultdict(set)  # of clicks: by partition, key and time
         self._impressions(self._incoming(IMPRESSIONS))
         self._clicks(self._incoming(CLICKS))
         for (partition, offset), use in self.uses.items():
@@ -207,6 +208,7 @@ class Ledger:
             if meant.reason:
                 self._dead[position] = meant.reason
                 continue
+            self._arrivals[record.partition, record.key, meant.time_ms].add(str(record.timestamp))
             uses = [use for use in self._by_key[record.partition, record.key] if use.life.counts(meant.time_ms, use.time_ms)]
             # The join forgets an id two horizons after its window.
             uses = [use for use in uses if use.time_ms >= meant.after_ms - use.life.window_ms - 2 * use.life.horizon_ms]
@@ -288,16 +290,23 @@ class Ledger:
 
     def _matched(self, record: Any, headers: dict[str, str]) -> None:
         """A record for the join's own use: clicks that wait for the first label of their impression."""
-        for offset, impression_ms, click_ms in json.loads(record.value):
+        arrivals = json.loads(headers.pop("click_arrived_ms", "[]"))
+        matched = json.loads(record.value)
+        if len(arrivals) != len(matched):
+            self._report("wrong", f"examples {record.partition}/{record.offset}: {len(matched)} clicks, arrivals {arrivals}")
+            return
+        for (offset, impression_ms, click_ms), arrived_ms in zip(matched, arrivals, strict=True):
             use = self._use(record.partition, offset, "matched")
             if use is None:
                 continue
             clicks = {click.time_ms for click in use.clicks}
-            if headers != {"kind": "matched"} or impression_ms != use.time_ms or click_ms not in clicks:
+            right = click_ms in clicks and str(arrived_ms) in self._arrivals[record.partition, use.record.key, click_ms]
+            if headers != {"kind": "matched"} or impression_ms != use.time_ms or not right:
                 self._report("wrong", f"{use.name}: matched by {headers} at {impression_ms} with {click_ms}, clicks {clicks}")
 
     def _label(self, record: Any, headers: dict[str, str], life: Life) -> None:
         offset, kind, click = headers.pop("source_offset", "none"), headers["kind"], headers.pop("click_ms", None)
+        arrived_ms = headers.pop("click_arrived_ms", None)
         use = self._use(record.partition, int(offset) if offset.isdigit() else -1, f"labelled ({kind})")
         if use is None:
             return
@@ -307,13 +316,15 @@ class Ledger:
         label, clicks_ms = use.labels.get(kind, Label("none", []))
         expected = {"kind": kind, "label": label, "weight": "1", "impression_ms": str(use.time_ms), **_rate(life)}
         right_click = click is None if not clicks_ms else click is not None and int(click) in clicks_ms
+        arrivals = {None} if click is None else self._arrivals[record.partition, use.record.key, int(click)]
+        right_click &= arrived_ms in arrivals
         kept = label != "0" or life.keeps(use.record.key)
         if label == "none":
             return  # `_whole` reports this
         same = (record.key, record.value) == (use.record.key, use.record.value)
         if headers != expected or not right_click or not kept or not same or use.oversize:
-            found = f"{headers}, click {click}" if kept else "a negative that the rate leaves out"
-            self._report("wrong", f"{use.name}: expected {expected}, click {clicks_ms}, found {found}")
+            found = f"{headers}, click {click}, arrived {arrived_ms}" if kept else "a negative that the rate leaves out"
+            self._report("wrong", f"{use.name}: expected {expected}, click {clicks_ms}, arrived {arrivals}, found {found}")
 
     def _whole(self, use: Use) -> None:
         """Check that an impression has each of its labels, once and in order."""

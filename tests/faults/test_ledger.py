@@ -12,6 +12,8 @@ import pytest
 from tests.faults.ledger import Found, Ledger, Life
 from tests.faults.stream import CLICKS, HORIZON_MS, IMPRESSIONS, WINDOW_MS, Sent, event
 
+ARRIVED_MS = 9_000  # of every record
+MATCHED = {"kind": "matched", "click_arrived_ms": f"[{ARRIVED_MS}]"}  # headers of a note about one click
 LIFE = Life(WINDOW_MS, 3_000, HORIZON_MS, 0, 1.0)
 
 
@@ -23,7 +25,7 @@ def test_the_ledger_shares_no_code_with_the_join():
 
 
 def record(row: Sent, offset: int) -> Any:
-    return SimpleNamespace(partition=0, offset=offset, key=row.key, value=row.value, headers=[])
+    return SimpleNamespace(partition=0, offset=offset, key=row.key, value=row.value, headers=[], timestamp=ARRIVED_MS)
 
 
 class Case:
@@ -58,7 +60,7 @@ class Case:
             "source_offset": str(source),
         }
         if click_ms is not None:
-            headers["click_ms"] = str(click_ms)
+            headers |= {"click_ms": str(click_ms), "click_arrived_ms": str(ARRIVED_MS)}
         self.write("examples", key, event(IMPRESSIONS, key, time_ms).value, {**headers, **other})
 
     def correct(self, key: bytes, time_ms: int, source: int, click_ms: int, **other: str) -> None:
@@ -102,7 +104,7 @@ def right() -> Case:
     case.click(b"nobody", 1_500)
     case.click(b"nobody", 1_500)
     case.send(Sent(CLICKS, b"broken", b"{", reason="malformed_json"))
-    case.write("examples", None, b"[[0, 1000, 4000]]", {"kind": "matched"})
+    case.write("examples", None, b"[[0, 1000, 4000]]", MATCHED)
     case.label(b"soon", 1_000, 0, click_ms=3_500)
     case.label(b"later", 2_000, 1)
     case.correct(b"later", 2_000, 1, 5_001)
@@ -160,14 +162,18 @@ def swapped(one: int, two: int) -> Any:
         (with_headers(1, click_ms="4000"), (0, 0, 1)),  # not the earliest
         (with_headers(3, click_ms="5000"), (0, 0, 1)),  # no such click
         (with_headers(2, click_ms="5001"), (0, 0, 1)),  # a negative with a click
+        (with_headers(0, click_arrived_ms="[9001]"), (0, 0, 1)),  # no click arrived then
+        (with_headers(0, click_arrived_ms="[9000, 9000]"), (0, 0, 1)),
+        (with_headers(1, click_arrived_ms="9001"), (0, 0, 1)),
+        (with_headers(2, click_arrived_ms="9000"), (0, 0, 1)),  # of a negative
         (with_headers(4, weight="2"), (0, 0, 1)),
         (with_headers(4, rate="0.5"), (0, 0, 1)),
         (with_headers(4, policy="fnw"), (0, 0, 1)),
         (with_headers(4, impression_ms="3001"), (0, 0, 1)),
         (with_value("examples", b"{}"), (0, 0, 1)),
         (with_headers(0, kind="else"), (0, 0, 1)),
-        (lambda case: case.write("examples", None, b"[[0, 1000, 4001]]", {"kind": "matched"}), (0, 0, 1)),
-        (lambda case: case.write("examples", None, b"[[3, 1000, 4000]]", {"kind": "matched"}), (0, 0, 1)),
+        (lambda case: case.write("examples", None, b"[[0, 1000, 4001]]", MATCHED), (0, 0, 1)),
+        (lambda case: case.write("examples", None, b"[[3, 1000, 4000]]", MATCHED), (0, 0, 1)),
         (lambda case: case.leave_out(2), (0, 1, 1)),  # sent, and named as left out
         (swapped(2, 4), (0, 0, 2)),  # labels out of order, and a correction before its first label
         (without("dead_letters", 0), (1, 0, 0)),

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from state.errors import StateInUse
+from state.held_click import HeldClick
 from state.join_state import Chunk, JoinState, StateOptions
 from tests.state.made_state import META, OPTIONS
 
@@ -23,7 +24,7 @@ def test_everything_is_read_back_after_closing(state):
     batch.remember([(b"a", (5, 0, False)), ("é🎬".encode(), (1 << 47, 1 << 62, True)), (b"\x00", (0, 2, False))])
     batch.add_pending([(5, 0, b"a", b"value of a"), (0, 2, b"\x00", b"\xff" * 300_000)])
     batch.add_pending([(1 << 47, 1 << 62, "é🎬".encode(), b"")], labelled=True)
-    batch.hold([((5, 0), 7), ((1 << 47, 1 << 62), 1 << 48)])
+    batch.hold([((5, 0), HeldClick(7, 9)), ((1 << 47, 1 << 62), HeldClick(1 << 48))])
     batch.add_early([(b"a", (9, 4, b"click")), (b"a", (8, 5, b"")), (b"\x00\xff" * 20, (9, 6, b"c"))])
     batch.add_chunk(Chunk(0, 5, 2), [b"a", b"\x00"])
     batch.set_meta(META)
@@ -42,7 +43,7 @@ def test_everything_is_read_back_after_closing(state):
             (1 << 47, 1 << 62, "é🎬".encode(), b"", True),
             (0, 2, b"\x00", b"\xff" * 300_000, False),
         ]
-        assert state.held([(5, 0), (0, 2), (1 << 47, 1 << 62)]) == [7, None, 1 << 48]
+        assert state.held([(5, 0), (0, 2), (1 << 47, 1 << 62)]) == [(7, 9), None, (1 << 48, -1)]
         assert sorted(state.early_clicks()) == [
             (b"\x00\xff" * 20, (9, 6, b"c")),
             (b"a", (8, 5, b"")),
@@ -103,12 +104,12 @@ def test_pending_is_dropped_by_range_and_one_by_one(state, first, drops, later, 
 def test_clicks_are_held_by_impression(state, first, drops, begin, end):
     batch = state.batch()
     batch.drop_held(state.held_between((0, 0), ALL))  # of the example before
-    batch.hold((impression, impression[0] + 3) for impression in first)
+    batch.hold((impression, HeldClick(impression[0] + 3, impression[1])) for impression in first)
     batch.drop_held(drops)
     batch.write()
-    expected = {impression: impression[0] + 3 for impression in first if impression not in drops}
+    expected = {each: (each[0] + 3, each[1]) for each in first if each not in drops}
     assert state.held_between(begin, end) == {
-        impression: ms for impression, ms in expected.items() if begin <= impression < end
+        impression: click for impression, click in expected.items() if begin <= impression < end
     }
     assert state.held(first) == [expected.get(impression) for impression in first]
 

@@ -13,6 +13,7 @@ import pytest
 from rocksdict import AccessType, Rdict
 
 from state.errors import JoinStateError, StateDamaged
+from state.held_click import NOT_KNOWN_MS, HeldClick
 from state.join_folder import state_error
 from state.join_state import LAYOUT, Chunk, JoinState, StateOptions
 from tests.state.made_state import META, OPTIONS
@@ -110,10 +111,19 @@ def test_a_database_of_layout_3_is_opened_as_it_is(tmp_path):
     assert opened.meta().layout == 3
     assert opened.entries([b"a"]) == [(5, 0, True)]
     batch = opened.batch()
-    batch.hold([((5, 0), 7)])
+    batch.hold([((5, 0), HeldClick(7, 9))])
     batch.write()
-    assert opened.held([(5, 0)]) == [7]
+    assert opened.held([(5, 0)]) == [(7, 9)]
     opened.close()
+
+
+def test_clicks_that_layout_4_held_have_no_arrival(state):
+    state.held_clicks[struct.pack(">QQ", 5, 0)] = struct.pack("<q", 7)
+    batch = state.batch()
+    batch.hold([((5, 1), HeldClick(8, 9))])
+    batch.write()
+    assert state.held([(5, 0), (5, 1)]) == [HeldClick(7, NOT_KNOWN_MS), HeldClick(8, 9)]
+    assert state.held_between((5, 0), (5, 2)) == {(5, 0): (7, -1), (5, 1): (8, 9)}
 
 
 @pytest.mark.parametrize("meta", [b"{", b"\xff", b'{"identity":"x"}'])

@@ -11,6 +11,7 @@ from aiokafka.structs import TopicPartition
 
 from deploy.demo.audit import Audit, Ledger
 from deploy.settings import Settings
+from state.held_click import HeldClick
 from stream.join.plan import Plan
 from stream.records.dead_letter import DeadLetter, Origin
 from stream.records.example import CORRECTION, FIRST, Example
@@ -95,7 +96,7 @@ def test_corrections() -> None:
         ([example(b"x", 9, CORRECTION, 7)], ["1 impressions corrected, but never labelled: x"]),
     ):
         topics = Topics().sent(b"a", b"b", b"c", clicked=[b"b", b"c", b"x"])
-        topics.written(Plan(examples=[*good, *more], left_out=[2], held={(5, 3): 9}), 0.5)
+        topics.written(Plan(examples=[*good, *more], left_out=[2], held={(5, 3): HeldClick(9)}), 0.5)
         assert topics.ledger.problems() == problem
         assert topics.ledger.labels == {b"a": 1, b"b": 1}
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stream.records.example import CORRECTION, FIRST
 from stream.settings import JoinSettings
-from tests.stream.join.oracle import Oracle, Partition, run_of
+from tests.stream.join.oracle import ARRIVED_MS, Oracle, Partition, run_of
 
 __all__ = ["END_MS", "SETTINGS", "Checked", "join_settings"]
 
@@ -88,6 +88,8 @@ class Checked:
                 self.firsts[offset] = click_ms
             assert (example.key, example.impression_ms) == self.oracle.accepted[offset]
             assert example.value == b"%d" % offset
+            arrived_ms = -1 if click_ms < 0 else ARRIVED_MS + self.oracle.deciding[offset]
+            assert example.click_arrived_ms == arrived_ms
         leaves = []  # when real time would have sent it
         for example in plan.examples:
             chosen = self.oracle.lives_by[example.source_offset]
@@ -108,9 +110,10 @@ class Checked:
         longest_ms = self.real.memory.history.max_window_ms  # what is expired is deleted by that at the latest
         assert all(time_ms >= self.real.memory.watermark_ms - longest_ms for time_ms, _ in state.payloads)
         assert not any(offset in oracle.clicks and oracle.is_out(offset) for offset in stored)
-        assert {offset: click for (_, offset), click in state.held_clicks.items()} == {
+        assert {offset: click.click_ms for (_, offset), click in state.held_clicks.items()} == {
             offset: click for offset, click in oracle.clicks.items() if not oracle.is_out(offset)
         }
+        assert all(click.arrived_ms == ARRIVED_MS + oracle.deciding[offset] for (_, offset), click in state.held_clicks.items())
         assert {(key, time, offset) for (key, time), offset in oracle.waiting.items()} == state.early.keys()
         waiting = [(key, click) for key, clicks in self.real.memory.early.items() for click in clicks.values()]
         assert {(key, time, offset) for key, (time, offset, _) in waiting} == state.early.keys()

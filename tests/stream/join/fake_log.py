@@ -24,15 +24,11 @@ class FakeLog:
         }
         self.starts = dict.fromkeys((names.impressions, names.clicks, names.examples), 0)  # below is deleted
         self.committed: dict[str, tuple[int, str]] = {}
-        self.now_ms = 10**12  # when a record arrives
+        self.now_ms = 10**12  # when the first record of a topic arrives; each later one arrives a millisecond later
 
     def append(self, topic: str, key: bytes | None, value: bytes | None, headers: tuple[tuple[str, bytes], ...] = ()) -> None:
-        log = self.topics[topic]
-        log.append(
-            SimpleNamespace(
-                topic=topic, partition=0, offset=len(log), key=key, value=value, headers=tuple(headers), timestamp=self.now_ms
-            )
-        )
+        log, more = self.topics[topic], {"headers": tuple(headers), "timestamp": self.now_ms + len(self.topics[topic])}
+        log.append(SimpleNamespace(topic=topic, partition=0, offset=len(log), key=key, value=value, **more))
 
     def gap(self, topic: str) -> None:
         self.topics[topic].append(None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from state.errors import StateInUse
+from state.held_click import HeldClick
 from state.join_state import _ENTRY, Chunk, Entry, JoinMeta, Pending, TimeOffset
 
 __all__ = ["DictState", "Disk"]
@@ -21,7 +22,7 @@ class DictState:
         self.open = False
         self.ids: dict[bytes, Entry] = {}
         self.payloads: dict[tuple[int, int], tuple[bytes, bytes, bool]] = {}
-        self.held_clicks: dict[TimeOffset, int] = {}
+        self.held_clicks: dict[TimeOffset, HeldClick] = {}
         self.early: dict[tuple[bytes, int, int], bytes] = {}
         self.chunks: dict[Chunk, list[bytes]] = {}
         self._meta: JoinMeta | None = None
@@ -46,11 +47,11 @@ class DictState:
             if begin <= place < end:
                 yield (*place, *self.payloads[place])
 
-    def held(self, places: Sequence[TimeOffset]) -> list[int | None]:
+    def held(self, places: Sequence[TimeOffset]) -> list[HeldClick | None]:
         return [self.held_clicks.get(place) for place in places]
 
-    def held_between(self, begin: TimeOffset, end: TimeOffset) -> dict[TimeOffset, int]:
-        return {place: click_ms for place, click_ms in self.held_clicks.items() if begin <= place < end}
+    def held_between(self, begin: TimeOffset, end: TimeOffset) -> dict[TimeOffset, HeldClick]:
+        return {place: click for place, click in self.held_clicks.items() if begin <= place < end}
 
     def early_clicks(self) -> Iterator[tuple[bytes, tuple[int, int, bytes]]]:
         for (key, time_ms, offset), value in sorted(self.early.items()):
@@ -93,7 +94,7 @@ class _Batch:
 
         self._changes.append(drop)
 
-    def hold(self, clicks: Iterable[tuple[TimeOffset, int]]) -> None:
+    def hold(self, clicks: Iterable[tuple[TimeOffset, HeldClick]]) -> None:
         rows = dict(clicks)
         self._changes.append(lambda: self._state.held_clicks.update(rows))
 

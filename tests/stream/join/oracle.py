@@ -19,9 +19,10 @@ from stream.join.settings_history import NEVER_MS, History
 from stream.settings import JoinSettings
 from tests.stream.join.fake_state import DictState
 
-__all__ = ["Oracle", "Partition", "run_of"]
+__all__ = ["ARRIVED_MS", "Oracle", "Partition", "run_of"]
 
 Row = tuple[bytes, int]  # id, event time
+ARRIVED_MS = 1_000_000  # arrival of the record at offset 0; each later one arrives a millisecond later
 
 
 def run_of(rows: list[Row], first_offset: int, *, mark: int = -1) -> Events:
@@ -29,7 +30,7 @@ def run_of(rows: list[Row], first_offset: int, *, mark: int = -1) -> Events:
     offsets = list(range(first_offset, first_offset + len(rows)))
     values = [b"%d" % offset for offset in offsets]
     records: list[Any] = [
-        SimpleNamespace(topic="t", partition=0, offset=offset, key=key, value=value, headers=())
+        SimpleNamespace(topic="t", partition=0, offset=offset, key=key, value=value, headers=(), timestamp=ARRIVED_MS + offset)
         for offset, (key, _), value in zip(offsets, rows, values, strict=True)
     ]
     return Events([key for key, _ in rows], [time for _, time in rows], offsets, values, records, watermark_ms=mark)
@@ -115,6 +116,7 @@ class Oracle:
         self.lives_by: dict[int, JoinSettings] = {}
         self.last: dict[bytes, int] = {}  # id → offset of the newest accepted one
         self.clicks: dict[int, int] = {}  # offset → time of its earliest click, of those read before its first label
+        self.deciding: dict[int, int] = {}  # offset → offset of that click in its own topic
         self.firsts: dict[int, int] = {}  # what was sent: time of the click, -1 for none
         self.corrections: dict[int, int] = {}
         self.left_out: set[int] = set()
@@ -155,7 +157,7 @@ class Oracle:
         self.lives_by[offset] = self.settings
         counting = sorted(time for who, time in self.waiting if who == key and self.counts_for(time, offset))
         if counting:
-            self.clicks[offset] = counting[0]
+            self.clicks[offset], self.deciding[offset] = counting[0], self.waiting[key, counting[0]]
             self.counts["matched_clicks"] += 1
             self.counts["duplicate_clicks"] += len(counting) - 1
             for time in counting:
@@ -168,15 +170,15 @@ class Oracle:
             chosen, impression_ms = self.lives_by[place], self.accepted[place][1]
             if place in self.clicks:
                 self.counts["duplicate_clicks"] += 1
-                if not self.is_out(place):
-                    self.clicks[place] = min(self.clicks[place], time_ms)
+                if not self.is_out(place) and time_ms < self.clicks[place]:
+                    self.clicks[place], self.deciding[place] = time_ms, offset
             elif impression_ms + chosen.window_ms < self.watermark_ms or (
                 self.is_out(place) and chosen.hold_ms >= chosen.window_ms
             ):
                 self.counts["late_clicks"] += 1
             else:
                 self.counts["matched_clicks"] += 1
-                self.clicks[place] = time_ms
+                self.clicks[place], self.deciding[place] = time_ms, offset
                 if self.is_out(place):
                     self.corrections[place] = time_ms
         elif time_ms + self.skew_ms < self.watermark_ms:

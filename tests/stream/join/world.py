@@ -203,7 +203,10 @@ class World:
                 continue
             if headers["kind"] == b"matched":
                 assert record.key is None
-                for offset, time_ms, click_ms in json.loads(record.value):
+                arrivals = json.loads(headers["click_arrived_ms"])
+                for (offset, time_ms, click_ms), arrived_ms in zip(json.loads(record.value), arrivals, strict=True):
+                    # A later step may have found an earlier click.
+                    assert self.arrived_ms(offset) == arrived_ms or click_ms > self.oracle.clicks[offset]
                     assert self.oracle.accepted[offset][1] == time_ms
                     assert self.oracle.counts_for(click_ms, offset)
                 continue
@@ -213,7 +216,8 @@ class World:
                 self.left_out |= offsets
                 continue
             offset, click_ms = int(headers["source_offset"]), int(headers.get("click_ms", b"-1"))
-            assert (headers["label"] == b"1") == (click_ms >= 0)
+            assert (headers["label"] == b"1") == (click_ms >= 0) == ("click_arrived_ms" in headers)
+            assert click_ms < 0 or self.arrived_ms(offset) == int(headers["click_arrived_ms"])
             if headers["kind"] == b"correction":
                 assert offset in self.left_out | self.firsts.keys(), "a correction of nothing"
                 assert offset not in self.corrections, "a second correction"
@@ -239,6 +243,10 @@ class World:
             click = self.log.topics[NAMES.clicks][offset]
             assert reason == "orphan_click"
             assert self.either_way(click.key, time_of(click), 1 << 60)
+
+    def arrived_ms(self, offset: int) -> int:
+        """When the click arrived that decided an impression's label."""
+        return int(self.log.topics[NAMES.clicks][self.oracle.deciding[offset]].timestamp)
 
     def either_way(self, key: bytes, click_ms: int, impressions_position: int) -> bool:
         """Whether the log allows two answers for a click: it counts for a use of its id which is not the newest by then.

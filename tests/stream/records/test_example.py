@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +35,7 @@ BY_KIND = {
     (FIRST, 9): {"label": b"1", "weight": b"1", "kind": b"first", **POSITION, "click_ms": b"9"},
     (CORRECTION, 9): {"label": b"1", "weight": b"1", "kind": b"correction", **POSITION, "click_ms": b"9"},
 }
+ARRIVED = {"click_arrived_ms": b"11"}
 
 
 def record(headers: Any, key: bytes | None = b"i", value: bytes | None = b"{}", offset: int = 3) -> Any:
@@ -52,6 +54,27 @@ def test_headers_of_each_kind(kind, click_ms):
         assert read_example(record(headers)) == example
 
 
+@pytest.mark.parametrize("kind", [FIRST, CORRECTION])
+def test_the_arrival_of_a_click(kind):
+    example = Example(b"i", b"{}", 5, 7, 9, kind, 11)
+    [(_, _, packed)] = example_records([example], 1.0)
+    headers = unpack_headers(packed)
+    assert dict(headers) == {**BY_KIND[kind, 9], **ARRIVED}
+    assert read_example(record(headers)) == example
+
+
+@pytest.mark.parametrize("found", [b"", b"x", b"-3", b"9" * 40, None, b"1.5"])
+def test_an_arrival_that_is_no_time_is_not_known_and_costs_no_example(found):
+    headers = tuple({**BY_KIND[FIRST, 9], "click_arrived_ms": found}.items())
+    assert read_example(record(headers)).click_arrived_ms == -1
+    known = record(tuple({**BY_KIND[FIRST, 9], **ARRIVED}.items()))
+    columns = read_examples([record(tuple(BY_KIND[FIRST, -1].items())), record(headers), known])
+    assert columns.letters == []
+    assert columns.arrived_ms is not None
+    assert columns.arrived_ms.tolist() == [-1, -1, 11]
+    assert read_examples([record(tuple(BY_KIND[FIRST, 9].items()))]).arrived_ms is None
+
+
 EXAMPLES = st.lists(
     st.builds(
         Example,
@@ -61,7 +84,8 @@ EXAMPLES = st.lists(
         st.integers(0, 1 << 40),
         st.one_of(st.just(-1), st.integers(0, 1 << 50)),
         st.sampled_from([FIRST, CORRECTION]),
-    ),
+        st.one_of(st.just(-1), st.integers(0, 1 << 50)),
+    ).map(lambda each: each if each.click_ms >= 0 else msgspec.structs.replace(each, click_arrived_ms=-1)),
     max_size=9,
 )
 
@@ -74,6 +98,7 @@ def test_packed_headers_are_those_that_kafka_would_pack(examples, rate):
         headers += [("rate", b"0.25")] if rate < 1 else []
         headers += [("impression_ms", b"%d" % example.impression_ms), ("source_offset", b"%d" % example.source_offset)]
         headers += [] if example.click_ms < 0 else [("click_ms", b"%d" % example.click_ms)]
+        headers += [] if example.click_arrived_ms < 0 else [("click_arrived_ms", b"%d" % example.click_arrived_ms)]
         expected.append((example.key, example.value, pack_headers(headers)))
         assert batch_bytes(example.key, example.value, headers) <= max_example_bytes(example.key, example.value)
     found = list(example_records(examples, rate))
@@ -138,7 +163,7 @@ JUNK = st.one_of(
 
 
 # The headers that the trainer parses. The others are for people and for the join's own rebuild.
-NAMES = ("label", "weight", "impression_ms", "rate", "kind")
+NAMES = ("label", "weight", "impression_ms", "rate", "kind", "click_arrived_ms")
 UNPARSED = ("click_ms", "source_offset")
 
 

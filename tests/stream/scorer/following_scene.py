@@ -14,6 +14,7 @@ from state.registry import RegistryState
 from stream.scorer import chain_follower, swap
 from stream.scorer.chain_follower import ChainFollower
 from stream.scorer.following_metrics import FollowingMetrics
+from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.serving import Served
 from stream.scorer.swap import Swapper
@@ -42,6 +43,8 @@ class Scorer:
         self.read: list[int] = []
         """Versions read to follow their chain."""
         self.prometheus = CollectorRegistry()
+        metrics = FollowingMetrics(self.prometheus)
+        self.freshness = Freshness(metrics.click_to_answer.observe)
         self.scoring = ThreadPoolExecutor(1, "scoring")
         self.spare, self.position = spare, 0
         self.swapper = Swapper(
@@ -53,7 +56,8 @@ class Scorer:
             self.log.open,
             self._alone,
             self.swapper,
-            FollowingMetrics(self.prometheus),
+            metrics,
+            self.freshness,
             jitter_s=jitter_s,
         )
         self.task = asyncio.ensure_future(self.follower.run())

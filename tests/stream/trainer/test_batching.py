@@ -113,6 +113,20 @@ def test_rates_and_corrections_of_runs_with_and_without():
     assert second.corrects.tolist() == [False, True, False]
 
 
+def test_arrivals_of_runs_with_and_without():
+    cutter = BatchCutter(3, {0: 0})
+    for each in (columns([0, 1]), replace(columns([2, 3]), arrived_ms=np.array([-1, 70])), columns([4, 5, 6, 7, 8])):
+        cutter.add(each)
+    first, second, third = cutter.cut(), cutter.cut(), cutter.cut()
+    assert first.arrived_ms is not None
+    assert second.arrived_ms is not None
+    assert (first.arrived_ms.tolist(), second.arrived_ms.tolist()) == ([-1, -1, -1], [70, -1, -1])
+    assert third.arrived_ms is None
+    part = second.slice(1, 3).arrived_ms
+    assert part is not None
+    assert part.tolist() == [-1, -1]
+
+
 def test_weights_are_left_out_only_where_all_are_one():
     cutter = BatchCutter(2, {0: 0})
     run = columns(range(4))

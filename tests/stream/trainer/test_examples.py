@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from model.hashing import hash_bytes
+from state.held_click import HeldClick
 from stream.join.plan import Plan
 from stream.join.sampling import Sampling
 from stream.records.dead_letter import REASONS
@@ -63,7 +64,7 @@ def test_columns_of_a_run():
     assert decoded.versions.tolist() == [-1, 12, -1]
     assert decoded.id_hashes.tolist() == [hash_bytes(b"x%d" % offset, "impression id") for offset in (10, 11, 13)]
     assert decoded.letters == []
-    assert (decoded.rates, decoded.corrects) == (None, None)
+    assert (decoded.rates, decoded.corrects, decoded.arrived_ms) == (None, None, None)
 
 
 def test_rate_and_kind_of_a_run_and_what_was_left_out():
@@ -71,10 +72,10 @@ def test_rate_and_kind_of_a_run_and_what_was_left_out():
     examples = [
         Example(b"x0", value(0), FIRST_MS, 7, -1, FIRST),
         Example(b"x1", b"{", FIRST_MS, 8, -1, FIRST),
-        Example(b"x2", value(2), FIRST_MS, 9, FIRST_MS + 5, CORRECTION),
+        Example(b"x2", value(2), FIRST_MS, 9, FIRST_MS + 5, CORRECTION, FIRST_MS + 8),
         Example(b"x3", value(3), FIRST_MS, 10, FIRST_MS + 6, FIRST),
     ]
-    plan = Plan(examples=examples, left_out=[1, 2], held={(3, 3): 4})
+    plan = Plan(examples=examples, left_out=[1, 2], held={(3, 3): HeldClick(4)})
     records = []
     for offset, (key, payload, headers) in enumerate(written(plan, 0.25)):
         records.append(record(offset, payload=payload or b"", only=headers))
@@ -86,6 +87,8 @@ def test_rate_and_kind_of_a_run_and_what_was_left_out():
     assert decoded.corrects is not None
     assert decoded.rates.tolist() == [0.25] * 3
     assert decoded.corrects.tolist() == [False, True, False]
+    assert decoded.arrived_ms is not None
+    assert decoded.arrived_ms.tolist() == [-1, FIRST_MS + 8, -1]
     assert [letter.offset for letter in decoded.letters] == [3]
 
 
