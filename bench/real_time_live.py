@@ -115,8 +115,8 @@ async def _seen(settings: Settings, names: TopicNames, versions: list[int]) -> d
     labels: dict[int, list[tuple[int, bool]]] = {}
     try:
         partitions = [TopicPartition(names.examples, number) for number in range(settings.topics.partitions)]
-        consumer.assign(partitions)
         ends = await consumer.end_offsets(partitions)
+        consumer.assign(partitions)  # only now: a fetch of the ends after it could undo the seek
         await consumer.seek_to_beginning(*partitions)
         async for partition, records in read_to(consumer, ends):
             kept = labels.setdefault(partition.partition, [])

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
 from deploy.settings import Settings
 from state.registry import RegistryState
-from stream.kafka.clients import aiokafka_options
-from stream.kafka.read_log import read_to
+from stream.kafka.clients import quietly_stopped, started
+from stream.kafka.read_log import log_consumer, log_spans, read_spans
 from stream.records.delta import DeltaHeader, read_piece
 from stream.records.example import CORRECTION, read_example
 from stream.records.join_notes import is_note
@@ -32,6 +30,9 @@ from stream.registry.log import read_registry
 from stream.topics.names import TopicNames
 
 __all__ = ["Answers", "Clicks", "Deltas", "Followed", "follow_clicks", "read_followed"]
+
+FETCH_BYTES = 8 << 20  # of one answer for one partition: a few round trips for a run
+STALL_S = 20.0  # a broker that sends nothing for so long is away
 
 Int64s = npt.NDArray[np.int64]
 
@@ -143,23 +144,14 @@ async def read_followed(settings: Settings) -> Followed:
 
 async def _records(settings: Settings, topic: str, partitions: int) -> list[Record]:
     """All committed records of a topic, in the order of their arrival."""
-    consumer: Any = AIOKafkaConsumer(
-        **aiokafka_options(settings.kafka),
-        enable_auto_commit=False,
-        isolation_level="read_committed",
-        max_partition_fetch_bytes=8 << 20,
-    )
-    await consumer.start()
+    kafka, wanted = settings.kafka, [TopicPartition(topic, number) for number in range(partitions)]
+    consumer = await started(kafka, log_consumer(kafka, max_partition_fetch_bytes=FETCH_BYTES), topic)
     found: list[Record] = []
     try:
-        assigned = [TopicPartition(topic, number) for number in range(partitions)]
-        consumer.assign(assigned)
-        ends = await consumer.end_offsets(assigned)
-        await consumer.seek_to_beginning(*assigned)
-        async for _, records in read_to(consumer, ends):
+        async for _, records in read_spans(consumer, await log_spans(kafka, consumer, wanted), stall_s=STALL_S):
             found.extend(records)
     finally:
-        await consumer.stop()
+        await quietly_stopped(consumer.stop)
     return sorted(found, key=lambda record: record.timestamp)
 
 
