@@ -7,6 +7,7 @@ StreamError
 ├── RegistryError    the rules don't allow a change of the registry of versions
 │   └── Fenced       another process changed it at the same time; run the operation again
 ├── Replaced         another worker with the same instance id is in the group
+├── LostLead         a trainer led, and another one may lead now
 ├── PositionError    the log doesn't fit the committed offsets
 └── Abandoned        a partition went to another worker while it was being taken over
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 __all__ = [
     "Abandoned",
     "Fenced",
+    "LostLead",
     "NoAnswer",
     "PositionError",
     "RegistryError",
@@ -52,6 +54,10 @@ class Fenced(RegistryError):
 
 class Replaced(StreamError):
     """Another worker with the same instance id has replaced this one in the group."""
+
+
+class LostLead(StreamError):
+    """A trainer led, and the group of trainers has chosen another one or may do so."""
 
 
 class PositionError(StreamError):

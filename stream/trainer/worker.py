@@ -1,12 +1,14 @@
 """The trainer worker: hands runs of `examples` to the training pipeline, and publishes versions.
 
-One trainer is active at a time. Its progress is in its snapshots and not in Kafka: it commits nothing to the group, and
-positions are its own. A new trainer replaces the old one in two ways:
+One trainer leads, and all others stand by (`stream.trainer.standby`). The leader's progress is in its snapshots and not in
+Kafka: it commits nothing to the group, and positions are its own. Three things keep a former leader, which may have been
+stopped or cut off, from doing harm or getting in the way:
 
-- It takes an epoch in the registry. With an older epoch the old trainer can announce nothing more, and it ends as soon as it
-  reads of the new one.
-- The group knows every trainer by one fixed instance id. So the new one gets the partitions at once, without waiting for the
-  old one's session to time out.
+- Each leader takes an epoch in the registry. With an older epoch nothing can be announced, and a trainer that reads of a newer
+  one ends.
+- The group of trainers no longer knows it, so it ends as soon as it hears from the group (`stream.trainer.leadership`).
+- The group that reads `examples` knows every leader by one fixed instance id. So the new leader gets the partitions at once,
+  without waiting for the old one's session to time out.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from faust.types import TP
@@ -33,7 +35,6 @@ from stream.kafka.cluster import Cluster, describe_cluster
 from stream.kafka.transport import Run
 from stream.records.dead_letter import DeadLetter
 from stream.registry.follower import RegistryFollower
-from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
@@ -45,21 +46,22 @@ from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
-from stream.trainer.prepare import Prepared, gate_state, prepare, topic_ids
+from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, topic_ids
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher
+from stream.trainer.standby import Standby
 from stream.trainer.training import Training
-from stream.worker import Part, Worker, fatal, guarded, new_prometheus, require_free, serve
+from stream.worker import Part, Worker, fatal, guarded, new_prometheus, serve
 
 __all__ = ["TrainerWorker", "run_trainer"]
 
 log = logging.getLogger(__name__)
 
-# A trainer that was killed is replaced at once under its instance id. This time-out is for one that hangs and has no
-# replacement.
+# In the group that reads `examples` a leader is replaced at once under its instance id. This time-out is for one that hangs and
+# has no replacement.
 SESSION_TIMEOUT_MS = 10_000
-# The group knows every trainer by this id, and the newest one that joins is the member. The epoch decides which of two trainers
-# stays: aiokafka 0.14 joins again after it was replaced, so by the id alone the two would replace each other for ever.
+# The group that reads `examples` knows every leader by this id, and the newest one that joins is the member. A former leader
+# may join again, since aiokafka 0.14 does so after it was replaced; it ends soon, by the group of trainers or by its epoch.
 INSTANCE_ID = "trainer"
 # How often gauges are updated, and how often to check which versions are due to be tagged good.
 HOUSEKEEPING_S = 1.0
@@ -186,6 +188,10 @@ class TrainerWorker(Worker):
 
     # Progress and shutdown
 
+    def positions(self) -> Mapping[int, int]:
+        """The next offset to train, by partition."""
+        return self._training.positions
+
     def work(self) -> Iterable[Part]:
         """Partitions, by the positions that are trained."""
         return self.source_parts(self._topic, self._training.positions)
@@ -222,11 +228,13 @@ async def run_trainer(
     model: ModelSettings,
     snapshots: SnapshotSettings,
     new_model: bool = False,
+    take_over: bool = False,
 ) -> None:
-    """Run a trainer until it gets a signal to stop.
+    """Run a trainer until it gets a signal to stop. It stands by while another one leads.
 
     Args:
-        new_model: begin from nothing at the start of the log, whatever the store holds.
+        new_model: begin from nothing at the start of the log, whatever the store holds. Takes over, too.
+        take_over: replace a trainer that leads.
 
     Raises:
         TopicError: topics are missing.
@@ -234,10 +242,11 @@ async def run_trainer(
         ModelError: no features are named, or the newest version is of another schema or model.
         SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
         PositionError: the log isn't the one that the newest version was trained on, or lost examples.
-        StreamError: the port for metrics is taken.
+        StreamError: the port for metrics is taken, the group of trainers doesn't let this one in, or a new model can't lead.
     """
     cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots))
-    registry = RegistryWriter(kafka, names, who=f"trainer@{socket.gethostname()}:{os.getpid()}")
+    who = f"trainer@{socket.gethostname()}:{os.getpid()}"
+    registry = RegistryWriter(kafka, names, who=who)
     store = SnapshotStore(snapshots)
     log.info("snapshots at %s", store.url)
     look = partial(
@@ -256,41 +265,54 @@ async def run_trainer(
     def end_if_replaced(state: RegistryState) -> None:
         if epoch is not None and state.trainer.epoch > epoch:
             taken = f"epoch {state.trainer.epoch} was taken by {state.trainer.who}, this trainer's is {epoch}"
-            fatal("trainer", Fenced(f"expected to be the only trainer: {taken}. Run one at a time."))
+            fatal("trainer", Fenced(f"expected to be the only trainer that leads: {taken}. Started again, this one stands by."))
 
     follower = RegistryFollower(kafka, names, on_change=end_if_replaced)
-    try:
-        # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
-        require_free(http)
-        prepared = await look(await read_registry(kafka, names))
-        # From here on no other trainer announces a version that this one would not know of.
-        epoch = await registry.take_trainer_epoch()
-        await follower.start()
-        if follower.state.newest != prepared.newest:
-            prepared = await look(follower.state)
-        start = prepared.start
-        came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
-        log.info("epoch %d on %s, going on from %s at %s", epoch, prepared.learner.device, came_from, prepared.positions)
-        prometheus = new_prometheus()
-        worker = await _built(
-            prepared,
-            epoch,
-            kafka=kafka,
-            settings=settings,
-            names=names,
-            cluster=cluster,
-            schema=schema,
-            model=model,
-            snapshots=snapshots,
-            store=store,
-            registry=registry,
-            follower=follower,
-            prometheus=prometheus,
-        )
-        await serve(worker, http=http, prometheus=prometheus)
-    finally:
-        await follower.close()
-        await registry.close()
+    prometheus = new_prometheus()
+    standby = Standby(
+        kafka=kafka,
+        settings=settings,
+        names=names,
+        cluster=cluster,
+        http=http,
+        prometheus=prometheus,
+        who=who,
+        look=look,
+        place_again=partial(place_again, kafka=kafka, settings=settings, names=names, cluster=cluster),
+        take_over=take_over,
+        new_model=new_model,
+    )
+    async with standby:
+        try:
+            # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
+            await standby.until_chosen()
+            # From here on no other trainer announces a version that this one would not know of.
+            epoch = await registry.take_trainer_epoch()
+            await follower.start()
+            prepared = await standby.newest(follower.state)
+            start = prepared.start
+            came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
+            log.info("epoch %d on %s, going on from %s at %s", epoch, prepared.learner.device, came_from, prepared.positions)
+            worker = await _built(
+                prepared,
+                epoch,
+                kafka=kafka,
+                settings=settings,
+                names=names,
+                cluster=cluster,
+                schema=schema,
+                model=model,
+                snapshots=snapshots,
+                store=store,
+                registry=registry,
+                follower=follower,
+                prometheus=prometheus,
+            )
+            standby.began(prepared, worker.positions, model.batch_rows)
+            await serve(worker, http=http, prometheus=prometheus, server=standby.server)
+        finally:
+            await follower.close()
+            await registry.close()
 
 
 async def _built(

@@ -1,0 +1,351 @@
+"""Which of several trainers leads: the one that has partition 0 of `snapshots` in a consumer group of their own.
+
+    trainers ── join, and say what they have loaded ──▶ group ── who leads ──▶ all of them
+
+The group is used for its membership alone: no trainer reads the topic through it, and none commits. Kafka lets go of a member
+that has not been heard of for the session time-out, and the group then chooses among the others. A trainer that stops cleanly
+leaves the group, so the next one leads at once.
+
+The group says who *may* lead. It can't keep a former leader from writing: that process may be stopped, or cut off from the
+brokers. The epoch in the registry and the transactional ids do that (`stream.registry.writer`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
+
+import msgspec
+from aiokafka import AIOKafkaConsumer
+from aiokafka.abc import ConsumerRebalanceListener
+from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    InconsistentGroupProtocolError,
+    InvalidSessionTimeoutError,
+    KafkaError,
+)
+from aiokafka.protocol.group import LeaveGroupRequest
+from aiokafka.structs import TopicPartition
+
+from stream.errors import LostLead, NoAnswer, StreamError
+from stream.kafka.clients import STOP_S, aiokafka_options, quietly_stopped, started
+from stream.settings import KafkaSettings
+
+__all__ = ["TAKE_OVER_AGAIN_MS", "Claim", "Leadership", "chosen"]
+
+log = logging.getLogger(__name__)
+
+# A leader that took over is safe from another take-over for this long. Two trainers that a supervisor always starts with
+# `--take-over` would otherwise end each other again and again. Kubernetes waits up to 5 minutes before it starts a process
+# again, so the limit is longer than that.
+TAKE_OVER_AGAIN_MS = 600_000
+# The group's session time-out as a share of trainer.session_timeout_ms. The rest is for the standby: to hear of it (one
+# heartbeat), to join, to take the epoch and to begin. With the default of 10 s these are 7 s and 3 s.
+SESSION_SHARE = 0.7
+# Heartbeats in one session time-out of the group. By a heartbeat a trainer also learns that the group chooses anew.
+HEARTBEATS = 10
+# aiokafka leaves the group when its application hasn't asked for records for this long. `run` asks every POLL_MS; a day
+# outlives any event loop that stands still, so that Kafka's session time-out alone decides.
+MAX_POLL_MS = 86_400_000
+# How often to ask aiokafka for errors of its membership.
+POLL_MS = 500
+# Wait before a standby joins with a new client, after an error that the old one couldn't recover from.
+AGAIN_S = 1.0
+# A client that hasn't left the group after this long waits for the group to choose, which takes a session time-out if a member
+# has just died. It is then taken out of the group by a request of our own. Leaving takes some milliseconds otherwise.
+CHOOSING_S = 0.25
+
+
+class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a trainer says of itself when it joins the group.
+
+    who         host and process, for people
+    since       generation of the group in which it was chosen; 0 while it doesn't lead
+    version     newest version whose state it has loaded; -1 for none
+    started_ms  when the process started (wall clock, ms since epoch)
+    asks        whether it asks to take over from a leader that is there
+    asked_ms    when it asked; 0 if never. A leader keeps it
+    """
+
+    who: str = "a trainer"
+    since: int = 0
+    version: int = -1
+    started_ms: int = 0
+    asks: bool = False
+    asked_ms: int = 0
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """Which member of the group leads, and what it said of itself. Every member receives it."""
+
+    member: str
+    claim: Claim
+
+
+def chosen(claims: Mapping[str, Claim]) -> str:
+    """The member that leads, of all members that have joined.
+
+    - A leader stays leader, whoever joins.
+    - One that asks to take over replaces a leader, unless that leader has itself taken over in the last ten minutes.
+    - Without a leader: one that asks; then one with the newest state; then the one that was started last, because in a rolling
+      update the others are about to be stopped.
+    """
+    leader = max((each for each, claim in claims.items() if claim.since), key=lambda each: claims[each].since, default=None)
+    asking = max((each for each, claim in claims.items() if claim.asks), key=lambda each: claims[each].asked_ms, default=None)
+    if asking is not None and (leader is None or not _too_soon(claims[asking], claims[leader])):
+        return asking
+    return leader or max(claims, key=lambda each: (claims[each].version, claims[each].started_ms, each))
+
+
+def _too_soon(asking: Claim, leader: Claim) -> bool:
+    return asking.asked_ms - leader.asked_ms < TAKE_OVER_AGAIN_MS
+
+
+class Leadership(ConsumerRebalanceListener):
+    """This process' membership in the group of trainers.
+
+    ```python
+    leadership = Leadership(kafka, group="headrace-trainer-leader", topic="snapshots", …)
+    await leadership.join()
+    task = asyncio.ensure_future(leadership.run())
+    await leadership.won.wait()
+    …
+    await leadership.leave()          # the next one leads at once
+    ```
+
+    Args:
+        group: name of the group.
+        topic: any topic with a partition 0.
+        session_timeout_ms: within this time after the leader was last heard of, another one leads.
+        who: host and process, for people.
+        loaded: gives the newest version whose state is loaded; -1 for none.
+        take_over: ask to replace a leader that is there. Asked once.
+        lost: called when this process led and no longer may. Must end the process.
+    """
+
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        *,
+        group: str,
+        topic: str,
+        session_timeout_ms: int,
+        who: str,
+        loaded: Callable[[], int],
+        take_over: bool,
+        lost: Callable[[BaseException], object],
+    ) -> None:
+        self.group = group
+        self.won = asyncio.Event()
+        """Set once this process leads. It never stands by again: losing the lead ends it."""
+        self.refused = asyncio.Event()
+        """Set when this process asked to take over and may not. It stands by then."""
+        self.leader: Claim | None = None
+        """What the leader said of itself when the group last chose; None while that isn't known."""
+        self.choices = 0
+        """How often the group has chosen since this process joined."""
+        self.joined = False
+        """Whether the group has chosen since this process last joined it."""
+        self._kafka, self._partition = kafka, TopicPartition(topic, 0)
+        self._session_ms = int(session_timeout_ms * SESSION_SHARE)
+        self._session_timeout_ms = session_timeout_ms
+        self._who, self._loaded, self._lost = who, loaded, lost
+        self._started_ms = _now_ms()
+        self._asks, self._asked_ms = take_over, self._started_ms if take_over else 0
+        self._since = 0
+        self._consumer: AIOKafkaConsumer = None
+
+    async def join(self) -> None:
+        """Connect, and begin to join. `won` may be set from now on.
+
+        Raises:
+            NoAnswer: Kafka can't be reached.
+        """
+        consumer = AIOKafkaConsumer(
+            **aiokafka_options(self._kafka),
+            group_id=self.group,
+            enable_auto_commit=False,
+            session_timeout_ms=self._session_ms,
+            heartbeat_interval_ms=max(self._session_ms // HEARTBEATS, 1),
+            max_poll_interval_ms=MAX_POLL_MS,
+            partition_assignment_strategy=(_Assignor(self._partition, self._claim, self._hear),),
+        )
+        consumer.subscribe([self._partition.topic], listener=self)
+        self._consumer = consumer
+        await started(self._kafka, consumer, f"the group {self.group}")
+
+    async def run(self) -> None:
+        """Look after the membership until cancelled. A standby whose client fails joins with another one.
+
+        Raises:
+            StreamError: the broker doesn't let this trainer into the group.
+        """
+        while True:
+            try:
+                while True:
+                    await self._consumer.getmany(timeout_ms=POLL_MS)
+            except (KafkaError, NoAnswer) as error:
+                self._require_allowed(error)
+                if self._since:
+                    self._lose(f"the membership in the group failed ({error!r})")
+                log.warning("group %s: joining again in %g s after: %r", self.group, AGAIN_S, error)
+            self.joined = False
+            await quietly_stopped(self._consumer.stop)
+            await asyncio.sleep(AGAIN_S)
+            try:
+                await self.join()
+            except (KafkaError, NoAnswer) as error:
+                log.warning("group %s: still out of reach: %s", self.group, error)
+
+    async def leave(self) -> None:
+        """Leave the group. Takes a few seconds at most, also while the group chooses or Kafka is away.
+
+        To be called once `run` is cancelled.
+        """
+        self._since = 0
+        consumer, self._consumer = self._consumer, None
+        if consumer is None:
+            return
+        coordinator = consumer._coordinator
+        member_id = None if coordinator is None else coordinator.member_id
+        stopping = asyncio.ensure_future(quietly_stopped(consumer.stop))
+        await asyncio.wait([stopping], timeout=CHOOSING_S)
+        if not stopping.done() and member_id and coordinator.coordinator_id is not None:
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await coordinator._send_req(LeaveGroupRequest(self.group, member_id))
+            except (KafkaError, TimeoutError) as error:
+                log.info("group %s: left without an answer: %r", self.group, error)
+        await stopping
+
+    # What aiokafka calls
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """The group chooses anew. A leader that joins again under its member id is still the leader."""
+        self.joined = False
+        self._require_membership()
+
+    def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """The group has chosen."""
+        if self._consumer is None:
+            return  # this trainer is leaving
+        self.choices += 1
+        self.joined = True
+        leads = self._partition in set(assigned)
+        refused = self._asks and not leads
+        self._asks = False
+        if leads and not self._since:
+            self._consumer.seek(self._partition, 0)
+            self._since = int(self._consumer._coordinator.generation)
+            self.won.set()
+        elif self._since and not leads:
+            self._lose(f"{self.leader_name} was chosen")
+        elif not leads:
+            log.info("standing by: %s leads", self.leader_name)
+        if leads:
+            self._consumer.pause(self._partition)
+        if refused:
+            self.refused.set()
+            log.warning("not taking over: %s", self.refusal)
+
+    @property
+    def leader_name(self) -> str:
+        """Host and process of the leader, for people."""
+        return "another trainer" if self.leader is None else self.leader.who
+
+    @property
+    def refusal(self) -> str:
+        """Why the group didn't let this trainer take over."""
+        return (
+            f"expected a leader that has not itself taken over in the last {TAKE_OVER_AGAIN_MS // 60_000} minutes, found "
+            f"{self.leader_name}, which has. Stop that one, and a standby leads at once; --take-over is for one start only."
+        )
+
+    def _claim(self) -> bytes:
+        """What this trainer says of itself in the request to join that is about to be sent."""
+        self._require_membership()
+        claim = Claim(self._who, self._since, self._loaded(), self._started_ms, self._asks, self._asked_ms)
+        return msgspec.json.encode(claim)
+
+    def _hear(self, choice: Choice | None) -> None:
+        self.leader = None if choice is None else choice.claim
+
+    def _require_membership(self) -> None:
+        """A leader whom the group no longer knows has lost the lead: another one may have it."""
+        if self._since and not self._consumer._coordinator.member_id:
+            self._lose(f"the group has not heard from this trainer for {self._session_ms / 1000:g} s or longer")
+
+    def _lose(self, why: str) -> None:
+        self._since = 0
+        self._lost(
+            LostLead(
+                f"group {self.group}: expected to lead, found that {why}. Another trainer leads now or soon; started "
+                "again, this one stands by."
+            )
+        )
+
+    def _require_allowed(self, error: BaseException) -> None:
+        if isinstance(error, InvalidSessionTimeoutError):
+            _reject(
+                f"trainer.session_timeout_ms {self._session_timeout_ms}: expected a time that the brokers take, found that "
+                f"they reject {self._session_ms} ms (a share of {SESSION_SHARE:g} of it is the group's session time-out). The "
+                "brokers' group.min.session.timeout.ms, 6,000 by default, and group.max.session.timeout.ms are its limits.",
+                error,
+            )
+        if isinstance(error, GroupAuthorizationFailedError):
+            _reject(
+                f"group {self.group}: expected to be let in, found that the brokers deny it. Allow this user to read the "
+                "group.",
+                error,
+            )
+        if isinstance(error, InconsistentGroupProtocolError):
+            _reject(
+                f"group {self.group}: expected trainers only, found consumers of another kind. Choose another trainer.group, "
+                "or stop them.",
+                error,
+            )
+
+
+class _Assignor:
+    """Chooses the leader, in the client of the member that the broker asks to. aiokafka takes the object as a strategy."""
+
+    name = "headrace-leader"
+
+    def __init__(self, partition: TopicPartition, claim: Callable[[], bytes], hear: Callable[[Choice | None], None]) -> None:
+        self._partition, self._claim, self._hear = partition, claim, hear
+
+    def metadata(self, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
+        """What this member sends with its request to join."""
+        return ConsumerProtocolMemberMetadata(0, list(topics), self._claim())
+
+    def assign(self, cluster: Any, members: Mapping[str, Any]) -> dict[str, ConsumerProtocolMemberAssignment]:
+        """What each member is sent: the partition for the leader, nothing for the others, and to all of them who leads."""
+        claims = {member: _decoded(metadata.user_data, Claim) or Claim() for member, metadata in members.items()}
+        leader = chosen(claims)
+        told = msgspec.json.encode(Choice(leader, claims[leader]))
+        partitions = [(self._partition.topic, [self._partition.partition])]
+        return {member: ConsumerProtocolMemberAssignment(0, partitions if member == leader else [], told) for member in members}
+
+    def on_assignment(self, assignment: Any) -> None:
+        """What this member was sent. Called before `on_partitions_assigned`."""
+        self._hear(_decoded(assignment.user_data, Choice))
+
+
+def _decoded(data: bytes | None, kind: type[Any]) -> Any:
+    """What another trainer has written, None where that can't be read: it may be of another release."""
+    try:
+        return msgspec.json.decode(data or b"", type=kind)
+    except msgspec.DecodeError:
+        return None
+
+
+def _reject(message: str, error: BaseException) -> NoReturn:
+    raise StreamError(message) from error
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
