@@ -19,6 +19,7 @@ from deploy.settings_page import settings_page
 from stream.join.metrics import JoinMetrics
 from stream.scorer.metrics import ScorerMetrics
 from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.standby_metrics import StandbyMetrics
 from stream.worker.metrics import new_prometheus, start_time
 
 __all__ = ["Described", "main", "metrics", "pages"]
@@ -79,9 +80,10 @@ def metrics() -> dict[str, list[Described]]:
     shared = new_prometheus()
     start_time(shared)
     registries = {"every worker": shared}
-    for name, kind in (("join", JoinMetrics), ("trainer", TrainerMetrics), ("scorer", ScorerMetrics)):
+    for name, kinds in (("join", [JoinMetrics]), ("trainer", [TrainerMetrics, StandbyMetrics]), ("scorer", [ScorerMetrics])):
         registries[name] = CollectorRegistry()
-        kind(registries[name])
+        for kind in kinds:
+            kind(registries[name])
     return {name: _described(registry) for name, registry in registries.items()}
 
 

@@ -15,13 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 import msgspec
 from aiokafka import AIOKafkaConsumer
 from aiokafka.abc import ConsumerRebalanceListener
-from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
 from aiokafka.errors import (
     GroupAuthorizationFailedError,
     InconsistentGroupProtocolError,
@@ -34,20 +33,18 @@ from aiokafka.structs import TopicPartition
 from stream.errors import LostLead, NoAnswer, StreamError
 from stream.kafka.clients import STOP_S, aiokafka_options, quietly_stopped, started
 from stream.settings import KafkaSettings
+from stream.trainer.election import TAKE_OVER_AGAIN_MS, Assignor, Choice, Claim
 
-__all__ = ["TAKE_OVER_AGAIN_MS", "Claim", "Leadership", "chosen"]
+__all__ = ["Leadership"]
 
 log = logging.getLogger(__name__)
 
-# A leader that took over is safe from another take-over for this long. Two trainers that a supervisor always starts with
-# `--take-over` would otherwise end each other again and again. Kubernetes waits up to 5 minutes before it starts a process
-# again, so the limit is longer than that.
-TAKE_OVER_AGAIN_MS = 600_000
 # The group's session time-out as a share of trainer.session_timeout_ms. The rest is for the standby: to hear of it (one
 # heartbeat), to join, to take the epoch and to begin. With the default of 10 s these are 7 s and 3 s.
 SESSION_SHARE = 0.7
-# Heartbeats in one session time-out of the group. By a heartbeat a trainer also learns that the group chooses anew.
-HEARTBEATS = 10
+# Heartbeats in one session time-out of the group, and the longest time between two: by a heartbeat a trainer also learns that
+# the group chooses anew, because another one has left or asks to take over.
+HEARTBEATS, MAX_HEARTBEAT_MS = 10, 1_000
 # aiokafka leaves the group when its application hasn't asked for records for this long. `run` asks every POLL_MS; a day
 # outlives any event loop that stands still, so that Kafka's session time-out alone decides.
 MAX_POLL_MS = 86_400_000
@@ -58,51 +55,6 @@ AGAIN_S = 1.0
 # A client that hasn't left the group after this long waits for the group to choose, which takes a session time-out if a member
 # has just died. It is then taken out of the group by a request of our own. Leaving takes some milliseconds otherwise.
 CHOOSING_S = 0.25
-
-
-class Claim(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a trainer says of itself when it joins the group.
-
-    who         host and process, for people
-    since       generation of the group in which it was chosen; 0 while it doesn't lead
-    version     newest version whose state it has loaded; -1 for none
-    started_ms  when the process started (wall clock, ms since epoch)
-    asks        whether it asks to take over from a leader that is there
-    asked_ms    when it asked; 0 if never. A leader keeps it
-    """
-
-    who: str = "a trainer"
-    since: int = 0
-    version: int = -1
-    started_ms: int = 0
-    asks: bool = False
-    asked_ms: int = 0
-
-
-class Choice(msgspec.Struct, frozen=True):
-    """Which member of the group leads, and what it said of itself. Every member receives it."""
-
-    member: str
-    claim: Claim
-
-
-def chosen(claims: Mapping[str, Claim]) -> str:
-    """The member that leads, of all members that have joined.
-
-    - A leader stays leader, whoever joins.
-    - One that asks to take over replaces a leader, unless that leader has itself taken over in the last ten minutes.
-    - Without a leader: one that asks; then one with the newest state; then the one that was started last, because in a rolling
-      update the others are about to be stopped.
-    """
-    leader = max((each for each, claim in claims.items() if claim.since), key=lambda each: claims[each].since, default=None)
-    asking = max((each for each, claim in claims.items() if claim.asks), key=lambda each: claims[each].asked_ms, default=None)
-    if asking is not None and (leader is None or not _too_soon(claims[asking], claims[leader])):
-        return asking
-    return leader or max(claims, key=lambda each: (claims[each].version, claims[each].started_ms, each))
-
-
-def _too_soon(asking: Claim, leader: Claim) -> bool:
-    return asking.asked_ms - leader.asked_ms < TAKE_OVER_AGAIN_MS
 
 
 class Leadership(ConsumerRebalanceListener):
@@ -170,9 +122,9 @@ class Leadership(ConsumerRebalanceListener):
             group_id=self.group,
             enable_auto_commit=False,
             session_timeout_ms=self._session_ms,
-            heartbeat_interval_ms=max(self._session_ms // HEARTBEATS, 1),
+            heartbeat_interval_ms=min(self._session_ms // HEARTBEATS, MAX_HEARTBEAT_MS),
             max_poll_interval_ms=MAX_POLL_MS,
-            partition_assignment_strategy=(_Assignor(self._partition, self._claim, self._hear),),
+            partition_assignment_strategy=(Assignor(self._partition, self._claim, self._hear),),
         )
         consumer.subscribe([self._partition.topic], listener=self)
         self._consumer = consumer
@@ -308,39 +260,6 @@ class Leadership(ConsumerRebalanceListener):
                 "or stop them.",
                 error,
             )
-
-
-class _Assignor:
-    """Chooses the leader, in the client of the member that the broker asks to. aiokafka takes the object as a strategy."""
-
-    name = "headrace-leader"
-
-    def __init__(self, partition: TopicPartition, claim: Callable[[], bytes], hear: Callable[[Choice | None], None]) -> None:
-        self._partition, self._claim, self._hear = partition, claim, hear
-
-    def metadata(self, topics: Iterable[str]) -> ConsumerProtocolMemberMetadata:
-        """What this member sends with its request to join."""
-        return ConsumerProtocolMemberMetadata(0, list(topics), self._claim())
-
-    def assign(self, cluster: Any, members: Mapping[str, Any]) -> dict[str, ConsumerProtocolMemberAssignment]:
-        """What each member is sent: the partition for the leader, nothing for the others, and to all of them who leads."""
-        claims = {member: _decoded(metadata.user_data, Claim) or Claim() for member, metadata in members.items()}
-        leader = chosen(claims)
-        told = msgspec.json.encode(Choice(leader, claims[leader]))
-        partitions = [(self._partition.topic, [self._partition.partition])]
-        return {member: ConsumerProtocolMemberAssignment(0, partitions if member == leader else [], told) for member in members}
-
-    def on_assignment(self, assignment: Any) -> None:
-        """What this member was sent. Called before `on_partitions_assigned`."""
-        self._hear(_decoded(assignment.user_data, Choice))
-
-
-def _decoded(data: bytes | None, kind: type[Any]) -> Any:
-    """What another trainer has written, None where that can't be read: it may be of another release."""
-    try:
-        return msgspec.json.decode(data or b"", type=kind)
-    except msgspec.DecodeError:
-        return None
 
 
 def _reject(message: str, error: BaseException) -> NoReturn:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, MetricsHandler
 from stream.errors import StreamError
 from stream.settings import HttpSettings
 
-__all__ = ["HttpServer", "require_free"]
+__all__ = ["HttpServer"]
 
 log = logging.getLogger(__name__)
 
@@ -84,16 +84,6 @@ class HttpServer:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-
-def require_free(settings: HttpSettings) -> None:
-    """Check that the port is free: another worker on this machine may listen on it.
-
-    Raises:
-        StreamError: the port is taken, or the address isn't one of this machine's.
-    """
-    if settings.port:
-        _listening(settings, _Handler).server_close()
 
 
 def _listening(settings: HttpSettings, handler: type[_Handler]) -> _Server:
