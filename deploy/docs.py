@@ -18,8 +18,7 @@ from deploy.cli.failures import EXIT_CODES
 from deploy.settings_page import settings_page
 from stream.join.metrics import JoinMetrics
 from stream.scorer.metrics import ScorerMetrics
-from stream.trainer.metrics import TrainerMetrics
-from stream.trainer.standby_metrics import StandbyMetrics
+from stream.trainer.metrics import StandbyMetrics, TrainerMetrics
 from stream.worker.metrics import new_prometheus, start_time
 
 __all__ = ["Described", "main", "metrics", "pages"]

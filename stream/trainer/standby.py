@@ -34,8 +34,8 @@ from stream.registry.log import read_registry
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.leadership import Leadership
+from stream.trainer.metrics import StandbyMetrics
 from stream.trainer.prepare import Prepared
-from stream.trainer.standby_metrics import StandbyMetrics
 from stream.worker import Part, fatal, guarded
 from stream.worker.http import HttpServer
 from stream.worker.watchdog import Watchdog

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from deploy.settings import Settings
+from deploy.local_kafka.cluster import LocalKafka
+from deploy.settings import LocalKafkaSettings, Settings
+from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.registry.log import read_registry
+from stream.settings import KafkaSettings, TopicSettings
+from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
 from tests.stream.trainer.factory import FIRST_MS, MODEL
 from tests.stream.trainer.process import PATIENCE_S, Process, newest, one_partition, send, until
@@ -219,6 +223,30 @@ async def test_take_over_is_for_one_start(topics, start):
     assert "a new model: expected a leader that has not itself taken over" in model.log.read_text()
     assert leads(new)
     assert await epochs(topics) == 2
+
+
+async def test_a_standby_outlives_a_kafka_that_is_away(tmp_path, start):
+    chosen = LocalKafkaSettings(dir=tmp_path / "kafka", start_timeout_ms=120_000)
+    with LocalKafka(chosen) as kafka:
+        settings = Settings(
+            kafka=KafkaSettings(bootstrap_servers=kafka.bootstrap_servers),
+            topics=TopicSettings(prefix="away-", partitions=1, request_partitions=1),
+            snapshots=SnapshotSettings(url=str(tmp_path / "snapshots")),
+        )
+        await asyncio.to_thread(create_topics, settings.kafka, settings.topics)
+        await send(settings, range(500))
+        leader, standby = await leader_and_standby(start, settings, **QUICK)
+        await until_learned(leader, settings, 500)
+        await asyncio.to_thread(kafka.stop)
+        await until(lambda: not stands_by(standby), standby)  # it says that Kafka doesn't answer
+        assert standby.answer("/healthz") == "ok\n"
+        leader.kill()
+        await asyncio.to_thread(kafka.start)
+        await send(settings, range(500, 1_000))
+        await until(lambda: leads(standby), standby)
+        await until_learned(standby, settings, 1_000)
+        standby.stop()
+        assert await epochs(settings) == 2
 
 
 async def test_a_standby_ends_at_once_when_asked_also_while_the_store_hangs(topics, start):
