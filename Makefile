@@ -40,8 +40,8 @@ check: setup ## lint, format, types, imports, declared dependencies, dead code, 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry headrace
-	$(BIN)/deptry stream model state deploy --non-dev-dependency-groups worker,schema-registry
-	$(BIN)/deptry tests bench --exclude '\.venv' --ignore DEP002 --non-dev-dependency-groups worker,schema-registry,dev
+	$(BIN)/deptry stream model state deploy --non-dev-dependency-groups worker,schema-registry,onnx
+	$(BIN)/deptry tests bench --exclude '\.venv' --ignore DEP002 --non-dev-dependency-groups worker,schema-registry,onnx,dev
 	$(BIN)/python -m tests.house
 	$(BIN)/python -m deploy.docs --check
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_asyncapi.py
@@ -63,7 +63,7 @@ faults: setup ## run the join under RUNS faults from SEED on (kills, brokers, di
 	$(BIN)/python -m tests.faults --runs $(RUNS) --seed $(SEED) --jobs $(JOBS) --write-docs
 
 lock: ## resolve requirements.lock again from pyproject.toml
-	$(UV) pip compile pyproject.toml --group worker --group schema-registry --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock
+	$(UV) pip compile pyproject.toml --group worker --group schema-registry --group onnx --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock
 
 clean: ## remove .venv and what the local Kafka and the workers left
 	rm -rf .venv .headrace

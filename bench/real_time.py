@@ -89,13 +89,13 @@ def labels_of(stream: Stream, join: JoinSettings) -> Labels:
 
 def seen(stream: Stream, settings: Settings) -> Seen:
     """What an observer behind the join sees of a stream."""
-    return Seen(labels_of(stream, settings.join), settings.join.held_ms, settings.snapshots.interval_ms, SWAP_MS)
+    return Seen(labels_of(stream, settings.join), settings.join.held_ms, settings.snapshots.delta_interval_ms, SWAP_MS)
 
 
 def accelerated(simulation: Simulation, settings: Settings, *, saturate: bool) -> tuple[Stream, Served]:
     """One run by event time."""
     stream = simulated(simulation)
-    interval_ms = settings.snapshots.interval_ms
+    interval_ms = settings.snapshots.delta_interval_ms
     scores, captured_ms = play(
         stream,
         labels_of(stream, settings.join),
@@ -115,7 +115,7 @@ def accelerated(simulation: Simulation, settings: Settings, *, saturate: bool) -
 @click.option("--accelerated", "fast", is_flag=True, help="By event time, without Kafka.")
 @click.option("--hold-ms", type=int, help="Instead of the default of join.hold_ms.")
 @click.option("--lateness-ms", type=int, help="Instead of the default of join.lateness_ms.")
-@click.option("--interval-ms", type=int, help="Instead of the default of snapshots.interval_ms.")
+@click.option("--interval-ms", type=int, help="Instead of the default of snapshots.delta_interval_ms.")
 @click.option("--ctr", default=0.05, show_default=True)
 @click.option("--ctr-step", "ctr_steps", type=CTR_STEP, multiple=True, metavar="SECONDS:CTR")
 @click.option("--hour-effect", default=0.2, show_default=True, help="Standard deviation of an hour's effect on the log odds.")
@@ -144,7 +144,7 @@ def main(
     changed = {name: value for name, value in (("hold_ms", hold_ms), ("lateness_ms", lateness_ms)) if value is not None}
     settings = settings.model_copy(update={"join": settings.join.model_copy(update=changed)})
     if interval_ms is not None:
-        snapshots = settings.snapshots.model_copy(update={"interval_ms": interval_ms})
+        snapshots = settings.snapshots.model_copy(update={"delta_interval_ms": interval_ms})
         settings = settings.model_copy(update={"snapshots": snapshots})
     rows = []
     for seed in map(int, seeds.split(",")):

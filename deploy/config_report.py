@@ -21,6 +21,9 @@ from stream.topics.needs import RETENTION_FORMULA
 
 __all__ = ["Entry", "Finding", "entries", "findings"]
 
+# How many intervals between versions `deltas` must be kept for: a version is announced up to one interval late while its store
+# is slow, and a scorer needs up to one more to load it.
+VERSIONS_KEPT = 3
 MASK = "**********"
 
 
@@ -114,6 +117,17 @@ def _retention(settings: Settings) -> Iterator[Finding]:
             "topics.retention_ms",
             f"{kept} ms is less than twice what the join needs, {needed} ms ({RETENTION_FORMULA}): little is left for "
             "downtime. Raise it.",
+        )
+
+
+def _deltas(settings: Settings) -> Iterator[Finding]:
+    kept, interval = settings.topics.deltas_retention_ms, settings.snapshots.interval_ms
+    if kept < VERSIONS_KEPT * interval:
+        yield Finding(
+            "error",
+            "topics.deltas_retention_ms",
+            f"expected at least {VERSIONS_KEPT} times snapshots.interval_ms ({interval}), found {kept}: deltas would be "
+            "deleted before a scorer that loads the version before them could read them. Raise it, or lower the interval.",
         )
 
 
@@ -213,6 +227,7 @@ def _java(settings: Settings) -> Iterator[Finding]:
 _CHECKS: tuple[Callable[[Settings], Iterator[Finding]], ...] = (
     _features,
     _retention,
+    _deltas,
     _topics,
     _security,
     _schema_registry,

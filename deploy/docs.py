@@ -17,6 +17,7 @@ from deploy.cli import cli
 from deploy.cli.failures import EXIT_CODES
 from deploy.settings_page import settings_page
 from stream.join.metrics import JoinMetrics
+from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.metrics import ScorerMetrics
 from stream.trainer.metrics import StandbyMetrics, TrainerMetrics
 from stream.worker.metrics import new_prometheus, start_time
@@ -79,10 +80,15 @@ def metrics() -> dict[str, list[Described]]:
     shared = new_prometheus()
     start_time(shared)
     registries = {"every worker": shared}
-    for name, kinds in (("join", [JoinMetrics]), ("trainer", [TrainerMetrics, StandbyMetrics]), ("scorer", [ScorerMetrics])):
-        registries[name] = CollectorRegistry()
-        for kind in kinds:
-            kind(registries[name])
+    kinds = (
+        ("join", JoinMetrics),
+        ("trainer", TrainerMetrics),
+        ("trainer", StandbyMetrics),
+        ("scorer", ScorerMetrics),
+        ("scorer", FollowingMetrics),
+    )
+    for name, kind in kinds:
+        kind(registries.setdefault(name, CollectorRegistry()))
     return {name: _described(registry) for name, registry in registries.items()}
 
 

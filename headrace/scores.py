@@ -53,6 +53,7 @@ class _Value(msgspec.Struct, frozen=True):
     snapshot_age_ms: int | float | None = None
     error: AnswerError | None = None
     stale: bool = False
+    delta: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,8 @@ class Answer:
     """One record of the live score topic.
 
     Answers are sent at least once: the same `request_id` may arrive twice. When `error` is not None, the request couldn't be
-    scored and `scores` is empty. `event` holds the CloudEvents attributes (`id`, `source`, `type`, `time`, …).
+    scored and `scores` is empty. `delta` is the number of updates of the weights since `model_version`. `event` holds the
+    CloudEvents attributes (`id`, `source`, `type`, `time`, …).
     """
 
     request_id: str
@@ -72,6 +74,7 @@ class Answer:
     event: dict[str, str] = field(default_factory=dict)
     partition: int = -1
     offset: int = -1
+    delta: int = 0
 
     def best(self) -> Score:
         """The candidate with the highest probability. Raises HeadraceError for an answer without scores."""
@@ -113,6 +116,7 @@ def decode_answer(record: Any) -> Answer:
         },
         partition=record.partition,
         offset=record.offset,
+        delta=value.delta,
     )
 
 

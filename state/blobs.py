@@ -1,47 +1,68 @@
 """Folders of immutable files, in an object store or in a local folder that survives kill -9 and power loss.
 
-A file is created once and never overwritten. Object stores have a conditional put for this. In a local folder the data goes to
-a temporary file, which is flushed to the disk and then linked to its name: a link fails if the name is taken, and the file is
-whole before it has its name. obstore's own LocalStore doesn't flush, so it is only used for listings.
+A file is created once and never overwritten. Object stores have a conditional put for this; `_put_without_condition` is for
+those that don't. In a local folder the data goes to a temporary file, which is flushed to the disk and then linked to its name:
+a link fails if the name is taken, and the file is whole before it has its name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
+import threading
+from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 from obstore.exceptions import NotFoundError as ObjectNotFound
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.store import ObjectStore
 
 from state.errors import SnapshotError
+from state.object_store import explained, open_store, store_kind
 
-__all__ = ["Blobs", "LocalBlobs", "blobs_at"]
+__all__ = ["Blobs", "Entry", "LocalBlobs", "blobs_at"]
+
+log = logging.getLogger(__name__)
 
 # The errors that a missing object raises: object stores and the local file system differ.
 _MISSING = (FileNotFoundError, ObjectNotFound)
+_EXISTS = (AlreadyExistsError, FileExistsError)
+
+
+class Entry(NamedTuple):
+    """A file in a folder: its size in bytes, and the store's tag of its content (None where it has none)."""
+
+    size: int
+    tag: str | None = None
+
+
+class _Found(NamedTuple):
+    """A file that was read."""
+
+    data: bytes
+    tag: str | None
 
 
 class Blobs:
-    """Files in folders one level deep, in any store that obstore supports."""
+    """Files in folders one level deep, in any store that obstore supports. Several threads can use it at once."""
 
     def __init__(self, url: str) -> None:
         self.url = url
+        self._lock = threading.Lock()
+        self._opened: ObjectStore | None = None
+        self._has_conditions: bool | None = None  # None: not tried yet
 
     def _store(self) -> ObjectStore:
-        if not hasattr(self, "_opened"):
-            try:
-                self._opened = from_url(self.url)
-            except (BaseError, ValueError) as error:
-                raise SnapshotError(
-                    f"snapshots.url {self.url!r}: expected a folder, file://, s3://, gs:// or az:// (credentials "
-                    f"from the environment), found: {_first_line(error)}. Correct it; `headrace config show` prints it."
-                ) from error
-        return self._opened
+        with self._lock:
+            if self._opened is None:
+                self._opened = open_store(self.url)
+            return self._opened
 
     def folders(self) -> list[str]:
         """Names of all folders, in no particular order."""
@@ -56,10 +77,10 @@ class Blobs:
         except (BaseError, OSError) as error:
             raise self._failed("list", "", "", error) from error
 
-    def files(self, folder: str) -> dict[str, int]:
-        """Sizes in bytes of a folder's files, by name; none if the folder doesn't exist."""
+    def entries(self, folder: str) -> dict[str, Entry]:
+        """A folder's files by name; none if the folder doesn't exist."""
         listing = self._listing(folder)
-        return {str(entry["path"]).rsplit("/", 1)[-1]: int(entry["size"]) for entry in listing["objects"]}
+        return {str(entry["path"]).rsplit("/", 1)[-1]: Entry(int(entry["size"]), _tag(entry)) for entry in listing["objects"]}
 
     def read(self, folder: str, name: str) -> bytes:
         """The content of a file.
@@ -68,26 +89,49 @@ class Blobs:
             FileNotFoundError: the file doesn't exist.
             SnapshotError: the store can't be reached or rejects the request.
         """
+        return self._found(folder, name).data
+
+    def _found(self, folder: str, name: str) -> _Found:
         try:
-            return bytes(obstore.get(self._store(), f"{folder}/{name}").bytes())
+            found = obstore.get(self._store(), f"{folder}/{name}")
+            return _Found(bytes(found.bytes()), _tag(found.meta))
         except _MISSING as error:
             raise FileNotFoundError(self.path(folder, name)) from error
         except (BaseError, OSError) as error:
             raise self._failed("read", folder, name, error) from error
 
-    def create(self, folder: str, name: str, data: bytes) -> None:
+    def create(self, folder: str, name: str, parts: Sequence[bytes | memoryview]) -> str | None:
         """Write a new file, whole or not at all.
 
+        The answer to a request can get lost after the store has done it, and obstore repeats a request whose connection was
+        cut. So if the store says that the file exists, or gives no answer, the file is read: the same content is taken for this
+        writer's own. Content must therefore differ between writers (`state.version_writer`).
+
+        Args:
+            parts: the content, one after the other.
+
+        Returns:
+            The store's tag of the content where another writer could replace it, since the store has no conditional puts. Else
+            None.
+
         Raises:
-            FileExistsError: the file exists; it isn't changed.
+            FileExistsError: the file exists with other content; it isn't changed.
             SnapshotError: the store can't be reached or rejects the request.
         """
+        data = b"".join(parts)
         try:
-            obstore.put(self._store(), f"{folder}/{name}", data, mode="create")
-        except (AlreadyExistsError, FileExistsError) as error:
-            raise FileExistsError(self.path(folder, name)) from error
+            return self._put_new(folder, name, data)
+        except _EXISTS as error:
+            failed: Exception = FileExistsError(self.path(folder, name))
+            cause: Exception = error
         except (BaseError, OSError) as error:
-            raise self._failed("write", folder, name, error) from error
+            failed, cause = self._failed("write", folder, name, error), error
+        found = None
+        with contextlib.suppress(FileNotFoundError, SnapshotError):
+            found = self._found(folder, name)
+        if found is None or found.data != data:
+            raise failed from cause
+        return None if self._has_conditions else found.tag
 
     def delete(self, folder: str, name: str) -> None:
         """Remove a file if it exists."""
@@ -98,12 +142,72 @@ class Blobs:
         except (BaseError, OSError) as error:
             raise self._failed("delete", folder, name, error) from error
 
-    def delete_folder(self, folder: str) -> None:
-        """Remove an empty folder. Object stores have no folders, so this does nothing there."""
+    def delete_folder(self, folder: str, *, leftovers: bool = False) -> None:
+        """Remove an empty folder. Object stores have no folders, so this does nothing there.
+
+        Args:
+            leftovers: remove the temporary files of writers that were killed, too.
+        """
 
     def path(self, folder: str, name: str = "") -> str:
         """The address of a folder or file, for messages."""
         return "/".join(part for part in (self.url.rstrip("/"), folder, name) if part)
+
+    def _put_new(self, folder: str, name: str, data: bytes) -> str | None:
+        """One attempt to write a file that doesn't exist."""
+        if self._conditional(folder):
+            # Several parts at once can't be conditional. They aren't needed: files are small (`state.pieces`).
+            self._put(f"{folder}/{name}", data, mode="create")
+            return None
+        return self._put_without_condition(f"{folder}/{name}", data)
+
+    def _put(self, path: str, data: bytes, *, mode: Literal["create", "overwrite"]) -> str | None:
+        return _tag(obstore.put(self._store(), path, data, mode=mode, use_multipart=False))
+
+    def _put_without_condition(self, path: str, data: bytes) -> str | None:
+        """Look whether a file exists, write it, and look whether it is still this writer's.
+
+        Two writers of one name that look at the same moment both write it. The first one finds the other's file by the second
+        look, here or before its manifest. In the worst case both believe to have written a version: only one of them is
+        announced, since the registry knows which trainer is the newest, and readers compare each file with the manifest's hash.
+        """
+        store = self._store()
+        with contextlib.suppress(*_MISSING):
+            obstore.head(store, path)
+            raise FileExistsError(path)
+        tag = self._put(path, data, mode="overwrite")
+        found = obstore.head(store, path)
+        if found["size"] != len(data) or (tag is not None and _tag(found) != tag):
+            raise FileExistsError(path)
+        return tag
+
+    def _conditional(self, folder: str) -> bool:
+        """Whether the store has conditional puts. S3's has since 2024; of its imitations some reject the condition, and some
+        ignore it, so each is tried once a process, with a file of one byte."""
+        if self._has_conditions is None:
+            self._has_conditions = store_kind(self.url) != "s3" or self._tried(f"{folder}/.probe-{secrets.token_hex(8)}")
+            if not self._has_conditions:
+                log.warning(
+                    "snapshots.url: %s ignores or rejects the condition of a write (If-None-Match). Two trainers that write "
+                    "the same version at the same moment can damage it; readers notice, and take another one",
+                    self.url,
+                )
+        return self._has_conditions
+
+    def _tried(self, path: str) -> bool:
+        try:
+            self._put(path, b"1", mode="create")
+            self._put(path, b"2", mode="create")
+        except _EXISTS:
+            return True
+        except BaseError as error:
+            if isinstance(error, NotSupportedError) or "NotImplemented" in str(error) or " 501 " in str(error):
+                return False
+            raise
+        finally:
+            with contextlib.suppress(BaseError, OSError):
+                obstore.delete(self._store(), path)
+        return False
 
     def _listing(self, folder: str | None) -> dict[str, list]:  # type: ignore[type-arg]
         try:
@@ -115,7 +219,7 @@ class Blobs:
 
     def _failed(self, action: str, folder: str, name: str, error: Exception) -> SnapshotError:
         return SnapshotError(
-            f"snapshot store: can't {action} {self.path(folder, name)}: {_first_line(error)}. "
+            f"snapshot store: can't {action} {self.path(folder, name)}: {explained(self.url, error)}. "
             "Check that the store exists and that this process may use it."
         )
 
@@ -127,17 +231,20 @@ class LocalBlobs(Blobs):
         super().__init__(str(root))
         self._root = root
 
-    def _store(self) -> ObjectStore:
-        return LocalStore(self._root)
-
     def folders(self) -> list[str]:
-        return super().folders() if self._root.is_dir() else []
+        return [entry.name for entry in self._within("") if entry.is_dir()]
 
     def folders_with(self, name: str) -> list[str]:
         return [folder for folder in self.folders() if (self._root / folder / name).is_file()]
 
-    def files(self, folder: str) -> dict[str, int]:
-        return super().files(folder) if (self._root / folder).is_dir() else {}
+    def entries(self, folder: str) -> dict[str, Entry]:
+        found = {}
+        for entry in self._within(folder):
+            # Names of temporary files begin with a dot. A file can be deleted between the listing and the look at its size.
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file() and not entry.name.startswith("."):
+                    found[entry.name] = Entry(entry.stat().st_size)
+        return found
 
     def read(self, folder: str, name: str) -> bytes:
         try:
@@ -147,7 +254,7 @@ class LocalBlobs(Blobs):
         except OSError as error:
             raise self._failed("read", folder, name, error) from error
 
-    def create(self, folder: str, name: str, data: bytes) -> None:
+    def create(self, folder: str, name: str, parts: Sequence[bytes | memoryview]) -> None:
         home = self._root / folder
         # A unique name: two writers of the same version must not share a temporary file.
         temporary = home / f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
@@ -155,9 +262,9 @@ class LocalBlobs(Blobs):
             home.mkdir(parents=True, exist_ok=True)
             _sync_folder(self._root)
             try:
-                with temporary.open("xb") as file:
-                    file.write(data)
-                    file.flush()
+                with temporary.open("xb", buffering=0) as file:
+                    for part in parts:
+                        _write_all(file, part)
                     os.fsync(file.fileno())
                 os.link(temporary, home / name)
             finally:
@@ -176,9 +283,21 @@ class LocalBlobs(Blobs):
         except OSError as error:
             raise self._failed("delete", folder, name, error) from error
 
-    def delete_folder(self, folder: str) -> None:
-        with contextlib.suppress(OSError):  # it isn't empty: another process has a file in it
+    def delete_folder(self, folder: str, *, leftovers: bool = False) -> None:
+        with contextlib.suppress(OSError):  # it isn't there, or isn't empty: another process has a file in it
+            if leftovers:
+                for entry in self._within(folder):
+                    if entry.name.startswith(".") and entry.name.endswith(".tmp"):
+                        entry.unlink(missing_ok=True)
             (self._root / folder).rmdir()
+
+    def _within(self, folder: str) -> list[Path]:
+        try:
+            return list((self._root / folder).iterdir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self._failed("list", folder, "", error) from error
 
 
 def blobs_at(url: str) -> Blobs:
@@ -190,6 +309,19 @@ def blobs_at(url: str) -> Blobs:
     return Blobs(url)
 
 
+def _tag(meta: Mapping[str, Any]) -> str | None:
+    """A store's tag of a content, without quotes: some stores have them in one answer and not in another."""
+    tag = meta.get("e_tag")
+    return None if tag is None else str(tag).strip('"')
+
+
+def _write_all(file: FileIO, part: bytes | memoryview) -> None:
+    """Write a part whole: one call can take less than it was given, and takes at most 2 GB."""
+    rest = memoryview(part)
+    while len(rest):
+        rest = rest[file.write(rest) :]
+
+
 def _sync_folder(path: Path) -> None:
     """Flush a folder: a new name in it is only on the disk after this."""
     handle = os.open(path, os.O_RDONLY)
@@ -197,9 +329,3 @@ def _sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of an error's message; after it, obstore adds pages of debug output."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -18,6 +18,7 @@ from state.gate_report import judge_version
 from state.manifest import Manifest
 from state.registry import (
     CHAMPION_KEY,
+    KEPT_BY_HAND,
     KEPT_MOVES,
     KEPT_RANGES,
     KEPT_TIMES,
@@ -36,8 +37,10 @@ from state.settings import SnapshotSettings
 
 __all__ = [
     "announce",
+    "announced",
     "due_good",
     "hold",
+    "install",
     "promote",
     "resume",
     "rollback",
@@ -107,7 +110,7 @@ def promote(
         Refused: the version was never announced, or nothing would change.
     """
     before = state.champion
-    entry = _announced(state, version)
+    entry = announced(state, version)
     held = _held(before, hold, hold_reason, cause)
     if version == before.version:
         if held == before:
@@ -131,7 +134,7 @@ def rollback(state: RegistryState, target: int, cause: Cause) -> Change[Moved]:
         Refused: the target was never announced or isn't older than the champion.
     """
     before = state.champion
-    entry = _announced(state, target)
+    entry = announced(state, target)
     if before.version is None or target >= before.version:
         raise Refused(
             f"rollback to version {target}: expected one older than the champion, {before.version}. To go forward: "
@@ -162,7 +165,7 @@ def rollback_target(
     if sum(choice is not None for choice in (to, back_ms, before_ms)) > 1:
         raise Refused("rollback: expected one of --to, --back and --before, found several. Name one.")
     if to is not None:
-        target: int | None = _announced(state, to).version
+        target: int | None = announced(state, to).version
     elif back_ms is not None or before_ms is not None:
         at_ms = now_ms - back_ms if back_ms is not None else before_ms
         assert at_ms is not None
@@ -253,6 +256,30 @@ def due_good(state: RegistryState, now_ms: int, settings: SnapshotSettings) -> l
     ]
 
 
+def announced(state: RegistryState, version: int) -> VersionRecord:
+    """The record of a version.
+
+    Raises:
+        Refused: the version was never announced, or is deleted.
+    """
+    record = state.versions.get(version)
+    if record is None:
+        there = f"{min(state.versions)} to {max(state.versions)}" if state.versions else "none"
+        found = "none of that number"
+        if any(version == doomed.version for doomed in state.deletion.versions):
+            found = "one that is being deleted"
+        raise Refused(
+            f"version {version}: expected an announced version, found {found} (announced: {there}). "
+            "`headrace snapshot list` shows them."
+        )
+    return record
+
+
+def install(state: RegistryState, entry: VersionRecord, cause: Cause) -> tuple[KeyedRecord, ...]:
+    """Records that make a version champion and hold auto-promotion, for a registry that has lost its champion."""
+    return _move(_held(state.champion, True, cause.reason, cause), entry, cause, how="promote").records
+
+
 def _undo(before: Champion, after: Champion) -> Undo | None:
     """What brings `before` back: its version, and whether and why auto-promotion was held. None without a champion before."""
     if before.version is None:
@@ -292,11 +319,17 @@ def _move(champion: Champion, entry: VersionRecord, cause: Cause, *, how: How) -
         at_ms=at_ms,
         reason=move.reason,
         how=how,
-        moves=(*champion.moves, move)[-KEPT_MOVES:],
+        moves=_kept((*champion.moves, move)),
     )
     entry = replace(entry, champion_at_ms=(*entry.champion_at_ms, at_ms)[-KEPT_TIMES:])
     # The version's record first, so that the alias never names a version that isn't there.
     return _Step((KeyedRecord(version_key(entry.version), entry), KeyedRecord(CHAMPION_KEY, alias)), alias)
+
+
+def _kept(moves: tuple[Move, ...]) -> tuple[Move, ...]:
+    """The last moves, and before them the last ones by hand: with a version a minute, those would be gone within the hour."""
+    old, new = moves[:-KEPT_MOVES], moves[-KEPT_MOVES:]
+    return (*[move for move in old if move.how != "auto"][-KEPT_BY_HAND:], *new)
 
 
 def _held(champion: Champion, hold: bool | None, reason: str, cause: Cause) -> Champion:
@@ -311,17 +344,6 @@ def _held(champion: Champion, hold: bool | None, reason: str, cause: Cause) -> C
 def _is_by(champion: Champion, cause: Cause) -> bool:
     """Whether the hold in the log, or its end, was written by this same operation."""
     return bool(cause.operation) and champion.hold_operation == cause.operation
-
-
-def _announced(state: RegistryState, version: int) -> VersionRecord:
-    record = state.versions.get(version)
-    if record is None:
-        there = f"{min(state.versions)} to {max(state.versions)}" if state.versions else "none"
-        raise Refused(
-            f"version {version}: expected an announced version, found none of that number (announced: {there}). "
-            "`headrace snapshot list` shows them."
-        )
-    return record
 
 
 def _choices(state: RegistryState, champion: int) -> str:

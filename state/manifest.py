@@ -11,10 +11,20 @@ import msgspec
 from state.errors import SnapshotCorrupt
 from state.gate_report import GateReport
 
-__all__ = ["MANIFEST_FILE", "SERVING_FILE", "TRAINER_FILE", "FileEntry", "Manifest", "finite_or_null", "nan_for_null"]
+__all__ = [
+    "DENSE_FILE",
+    "MANIFEST_FILE",
+    "SERVING_FILE",
+    "TRAINER_FILE",
+    "FileEntry",
+    "Manifest",
+    "finite_or_null",
+    "nan_for_null",
+]
 
 MANIFEST_FILE = "manifest.json"
-SERVING_FILE = "serving.safetensors"
+DENSE_FILE = "dense.safetensors"
+SERVING_FILE = "serving.safetensors"  # of format 1
 TRAINER_FILE = "trainer.safetensors"
 
 
@@ -35,7 +45,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     topic_ids      Kafka's ids of `examples` and `snapshots`: a topic that was deleted and created again has another id than the
                    one that the version was trained on
     negative_rate  share of negatives that the weights were learned from; scores are corrected by it (`model.sampling`)
+    format         how the files are laid out (`state.pieces`): 1 has all serving weights in one file, 2 has them in pieces
+    rows           rows of the serving weights; None in format 1
+    chain          the line of weights that the version is a point of: model name, epoch and ordinal, such as "deepfm/12/0"
+    sequence       number of the last delta of the chain that the weights contain; None: no point of a published chain
+    digest         of the serving weights (`model.digest`), 16 hex digits
+    deltas_offset  offset in `deltas` after that delta: where a scorer that has loaded the version goes on reading
 
+    Versions of 0.1.0 have none of the last six; the defaults say so.
     Unknown fields are ignored, so that older readers can read newer manifests.
     """
 
@@ -49,6 +66,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     watermark_ms: int = 0
     examples_seen: int = 0
     negative_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    format: Annotated[int, msgspec.Meta(ge=1)] = 1
+    rows: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    chain: str = ""
+    sequence: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    digest: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{16})?$")] = ""
+    deltas_offset: Annotated[int, msgspec.Meta(ge=0)] | None = None
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
     verdict: GateReport | None = None
     topic_ids: dict[str, str] = msgspec.field(default_factory=dict)
@@ -61,6 +84,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     def size(self) -> int:
         """Bytes of all files together."""
         return sum(entry.size for entry in self.files.values())
+
+    @property
+    def serving_size(self) -> int:
+        """Bytes of the files that a scorer reads."""
+        return sum(entry.size for name, entry in self.files.items() if name.startswith(("serving", "dense")))
 
     def encode(self) -> bytes:
         """As indented JSON in UTF-8, readable for people too."""

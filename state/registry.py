@@ -4,7 +4,12 @@ The topic is compacted, so the state is the last value of each key:
 
 - `version/N`: one announced version;
 - `alias/champion`: the version that scorers serve;
-- `alias/trainer`: which trainer may announce.
+- `alias/trainer`: which trainer may announce;
+- other keys below `alias/`: aliases of any name, tags, and deletions under way (`state.alias_records`).
+
+A reader ignores keys below `alias/` and fields that it doesn't know, so that it can read what a newer release has written.
+A record with an empty value, a tombstone, removes its key. The records of deleted versions are removed, so the state grows
+with the versions that are kept and not with those that were ever announced.
 
 Compaction can leave an alias before the version that it names. So act on the state only once the log has been read to its end.
 """
@@ -12,16 +17,19 @@ Compaction can leave an alias before the version that it names. So act on the st
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 
+from state.alias_records import GC_KEY, Alias, Deletion, TagChange, VersionTags, alias_of, tags_of
 from state.gate_report import GateReport
 from state.manifest import Manifest, finite_or_null, nan_for_null
 
 __all__ = [
     "CHAMPION_KEY",
+    "KEPT_BY_HAND",
     "KEPT_MOVES",
     "KEPT_RANGES",
     "KEPT_TIMES",
@@ -45,6 +53,8 @@ _VERSION_PREFIX = "version/"
 # Moves kept in the champion's record. They show a retried operation, within seconds, what it has done already, and an operator
 # who did what lately. At about 200 bytes each they are most of a record that is written with every promotion.
 KEPT_MOVES = 20
+# Moves by hand kept besides, for `headrace snapshot history`: who did what in the last weeks.
+KEPT_BY_HAND = 20
 # Times kept in a version's record. A version is rarely champion more than twice.
 KEPT_TIMES = 20
 # Ranges of versions that were rolled back over. The oldest is dropped, whose versions are long superseded by then.
@@ -64,6 +74,8 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     gate            why it was promoted, or why it stays a candidate
     verdict         the gate's report when the version was captured; None: announced by something without a gate
     who             who announced it
+    chain, sequence, digest, deltas_offset  as in the manifest. A release that doesn't know them leaves them out when it writes
+                    the record again; the version then counts as one that is no point of a chain
     """
 
     version: int
@@ -77,6 +89,10 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
     schema_hash: str = ""
     size: int = 0
+    chain: str = ""
+    sequence: int | None = None
+    digest: str = ""
+    deltas_offset: int | None = None
     announced_at_ms: int = 0
     who: str = ""
     gate: str = ""
@@ -99,6 +115,10 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
             metrics=manifest.metrics,
             schema_hash=manifest.schema_hash,
             size=manifest.size,
+            chain=manifest.chain,
+            sequence=manifest.sequence,
+            digest=manifest.digest,
+            deltas_offset=manifest.deltas_offset,
             announced_at_ms=now_ms,
             who=who,
             gate=gate,
@@ -153,6 +173,11 @@ class Champion(msgspec.Struct, frozen=True, kw_only=True):
     rolled_back: tuple[VersionRange, ...] = ()
     moves: tuple[Move, ...] = ()
 
+    @property
+    def follows(self) -> bool:
+        """Whether scorers go on along the champion's chain. While auto-promotion is held they serve exactly `version`."""
+        return not self.hold
+
     def was_rolled_back(self, version: int) -> bool:
         """Whether a rollback went back over this version."""
         return any(each.includes(version) for each in self.rolled_back)
@@ -166,24 +191,32 @@ class TrainerLease(msgspec.Struct, frozen=True, kw_only=True):
     at_ms: int = 0
 
 
-RegistryRecord = VersionRecord | Champion | TrainerLease
-T = TypeVar("T", VersionRecord, Champion, TrainerLease)
+RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion
+T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion)
 
 
 class KeyedRecord(NamedTuple):
-    """A record of the topic: its key, and what its value says."""
+    """A record of the topic: its key, and what its value says. None is a tombstone, which removes the key."""
 
     key: str
-    record: RegistryRecord
+    record: RegistryRecord | None
 
 
 @dataclass(slots=True)
 class RegistryState:
-    """The registry as of some offset. `apply` changes it in place: there is one owner, and readers are on its event loop."""
+    """The registry as of some offset. `apply` changes it in place: there is one owner, and readers are on its event loop.
+
+    aliases   by name, those that were removed too (with `version` None); without champion and trainer
+    tags      by version; versions that never had tags aren't in it
+    deletion  the versions that are being deleted; their records are gone from `versions`
+    """
 
     versions: dict[int, VersionRecord] = field(default_factory=dict)
     champion: Champion = field(default_factory=Champion)
     trainer: TrainerLease = field(default_factory=TrainerLease)
+    aliases: dict[str, Alias] = field(default_factory=dict)
+    tags: dict[int, VersionTags] = field(default_factory=dict)
+    deletion: Deletion = field(default_factory=Deletion)
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
     problem_count: int = 0
 
@@ -211,14 +244,32 @@ class RegistryState:
         """The largest version ever announced; 0 without any. Whoever deletes old versions must keep this one."""
         return max(max(self.versions, default=0), self.champion.version or 0)
 
+    def aliases_of(self, version: int) -> list[str]:
+        """The aliases that point at a version, in alphabetical order; without `champion`."""
+        return sorted(name for name, alias in self.aliases.items() if alias.version == version)
+
+    def tags_of(self, version: int) -> Mapping[str, TagChange]:
+        """The tags of a version, by name."""
+        record = self.tags.get(version)
+        return {} if record is None else record.tags
+
     def champion_at(self, at_ms: int) -> int | None:
-        """The champion at a wall clock time (ms since epoch). None when there was none, or it is no longer recorded."""
+        """The champion at a wall clock time (ms since epoch). None when there was none, or it is no longer recorded.
+
+        Where the version that was champion then is deleted, this is the newest kept one that was champion before it.
+        """
         moves = ((at, record.version) for record in self.versions.values() for at in record.champion_at_ms if at <= at_ms)
         return max(moves, default=(0, None))[1]
 
-    def done(self, operation: str) -> Move | None:
-        """The move that an operation has made already; None when it has made none."""
-        return next((move for move in self.champion.moves if move.operation == operation), None)
+    def has_done(self, operation: str) -> bool:
+        """Whether an operation is in the log already."""
+        operations = {
+            self.deletion.operation,
+            *(move.operation for move in self.champion.moves),
+            *(move.operation for alias in self.aliases.values() for move in alias.moves),
+            *(change.operation for tags in self.tags.values() for change in tags.changes),
+        }
+        return operation in operations
 
     def apply(self, key: bytes | None, value: bytes | None, offset: int) -> str | None:
         """Apply one record of the topic. Never raises.
@@ -252,7 +303,22 @@ class RegistryState:
             self.champion = Champion() if value is None else _decode(value, Champion)
         elif key == TRAINER_KEY:
             self.trainer = TrainerLease() if value is None else _decode(value, TrainerLease)
-        elif not key.startswith("alias/"):  # other aliases come from a newer writer
+        elif key == GC_KEY:
+            self.deletion = Deletion() if value is None else _decode(value, Deletion)
+        elif (name := alias_of(key)) is not None:
+            if value is None:
+                self.aliases.pop(name, None)
+            else:
+                self.aliases[name] = _decode(value, Alias)
+        elif (tagged := tags_of(key)) is not None:
+            if value is None:
+                self.tags.pop(tagged, None)
+            else:
+                tags = _decode(value, VersionTags)
+                if tags.version != tagged:
+                    raise ValueError(f"expected version {tagged} in the value, found {tags.version}")
+                self.tags[tagged] = tags
+        elif not key.startswith("alias/"):  # other keys below alias/ come from a newer writer
             raise ValueError("expected version/N or alias/NAME")
 
 
@@ -261,8 +327,10 @@ def version_key(version: int) -> str:
     return f"{_VERSION_PREFIX}{version}"
 
 
-def encode_record(record: RegistryRecord) -> bytes:
-    """A record's value, as JSON. A metric that isn't finite becomes null."""
+def encode_record(record: RegistryRecord | None) -> bytes | None:
+    """A record's value, as JSON; None for a tombstone. A metric that isn't finite becomes null."""
+    if record is None:
+        return None
     document = msgspec.to_builtins(record)
     if isinstance(record, VersionRecord):
         document["metrics"] = finite_or_null(record.metrics)

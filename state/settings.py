@@ -24,8 +24,10 @@ class SnapshotSettings(BaseModel):
     ```toml
     [snapshots]
     url = "s3://bucket/headrace"  # also gs://…, az://…, file:///var/lib/headrace/snapshots, or a folder
-    interval_ms = 5_000           # a version every 5 s
+    interval_ms = 60_000          # a whole version every minute
+    delta_interval_ms = 250       # what has changed, to the scorers, 4 times a second
     anchor_clicks = 500           # on a stream with few clicks, compare with a good version 500 clicks old
+    keep_for_ms = 86_400_000      # a rollback can go back a day
     auto_promote = false          # versions stay candidates until `headrace snapshot promote`
     ```
     """
@@ -37,7 +39,18 @@ class SnapshotSettings(BaseModel):
         description="Where versions are written: a folder, or a URL that obstore understands (`s3://`, `gs://`, `az://`, "
         "`file://`). A relative folder lies beside the settings file.",
     )
-    interval_ms: int = Field(default=5_000, ge=100, description="Time between two versions.")
+    interval_ms: int = Field(
+        default=60_000,
+        ge=100,
+        description="Time between two versions. The first ones of a new model come sooner. Scorers don't wait for versions: "
+        "they follow the deltas. A version is what a rollback goes back to, and what a worker starts from.",
+    )
+    delta_interval_ms: int = Field(
+        default=250,
+        ge=10,
+        description="Time between two deltas, in which scorers get what the model has changed. Longer than a delta takes to "
+        "be written.",
+    )
     min_examples: int = Field(
         default=1, ge=0, description="Number of examples that must have been learned since the last version for a new one."
     )
@@ -46,6 +59,28 @@ class SnapshotSettings(BaseModel):
         ge=1,
         description="Number of versions that a scorer keeps in memory: the one that answers and those that answered before it. "
         "The target of a rollback is kept in addition. Going back to one of them needs no download.",
+    )
+    keep_versions: int = Field(
+        default=10,
+        ge=1,
+        description="Number of newest versions that are not deleted. The champion, aliased and tagged versions, "
+        "and the gate's anchor are never deleted.",
+    )
+    keep_good: int = Field(
+        default=3,
+        ge=1,
+        description="Number of newest good versions below the champion that are not deleted: the targets of rollbacks.",
+    )
+    keep_ms: int = Field(
+        default=60_000, ge=0, description="Age below which no version is deleted: somebody may be loading or promoting it."
+    )
+    keep_every_ms: int = Field(
+        default=600_000,
+        ge=1,
+        description="Time between two former champions that are not deleted, for rollbacks to a time.",
+    )
+    keep_for_ms: int = Field(
+        default=7_200_000, ge=0, description="How long such former champions are not deleted; 0 keeps none of them."
     )
     good_after_ms: int = Field(
         default=10_000,

@@ -6,17 +6,18 @@ that dies at any point leaves either a whole version or a folder that no reader 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from state.background import in_background
 from state.blobs import blobs_at
-from state.errors import SnapshotCorrupt, SnapshotError, SnapshotExists, SnapshotNotFound
-from state.manifest import MANIFEST_FILE, SERVING_FILE, TRAINER_FILE, FileEntry, Manifest
+from state.errors import SnapshotCorrupt, SnapshotExists, SnapshotNotFound
+from state.manifest import MANIFEST_FILE, Manifest
+from state.pieces import ROW_TENSORS, TRAINER_ROW_TENSORS, Piece, RowsWithState
 from state.settings import SnapshotSettings
+from state.version_reader import VersionReader
+from state.version_writer import write_files
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,9 @@ class SnapshotStore:
 
     ```python
     store = SnapshotStore(settings.snapshots)
-    manifest = store.write(Manifest(version=store.next_version(), …), serving, trainer)
-    serving = store.serving(manifest.version)
+    manifest = store.write_version(Manifest(version=store.next_version(), …), dense=dense, small=small, pieces=pieces)
+    for rows in store.read(manifest.version).rows():
+        ...
     ```
     """
 
@@ -48,49 +50,87 @@ class SnapshotStore:
         """All whole versions, ascending."""
         return _numbers(self._blobs.folders_with(MANIFEST_FILE))
 
+    def numbers(self) -> list[int]:
+        """Numbers of all versions that the store has anything of, whole or not, ascending."""
+        return _numbers(self._blobs.folders())
+
     def next_version(self) -> int:
         """One above the largest number in the store, whole or not. The registry also knows deleted versions: ask it too."""
-        return max(_numbers(self._blobs.folders()), default=0) + 1
+        return max(self.numbers(), default=0) + 1
 
-    def write(self, manifest: Manifest, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor] | None) -> Manifest:
-        """Write a version, with the manifest last.
+    def write_version(
+        self,
+        manifest: Manifest,
+        *,
+        dense: Mapping[str, torch.Tensor],
+        small: Mapping[str, torch.Tensor] | None,
+        pieces: Iterable[RowsWithState],
+    ) -> Manifest:
+        """Write a version piece by piece, with the manifest last, in a thread of low priority.
+
+        The next piece is asked for once the last one is written, so that one is in memory at a time. A piece larger than
+        `state.pieces.PIECE_BYTES` is cut.
 
         Args:
-            manifest: the manifest but for `files`.
-            serving: CPU tensors that a scorer needs.
-            trainer: CPU tensors that a trainer needs besides, or None.
+            manifest: the manifest but for `format`, `rows` and `files`.
+            dense: CPU tensors that a scorer needs and that are no rows.
+            small: CPU tensors that a trainer needs besides and that are no rows; None for a version without trainer state.
+            pieces: all rows, each once.
 
         Returns:
-            The manifest as written, with `files`.
+            The manifest as written.
 
         Raises:
             SnapshotExists: a file of this version exists already; existing files are left alone.
             SnapshotError: the store can't be reached or rejects a request; files written so far are removed.
         """
-        from safetensors.torch import save
-
         folder = _folder(manifest.version)
-        parts = {SERVING_FILE: serving} | ({} if trainer is None else {TRAINER_FILE: trainer})
-        files: dict[str, FileEntry] = {}
+
+        def write() -> Manifest:
+            return write_files(self._blobs, folder, manifest, dense=dense, small=small, pieces=pieces)
+
         try:
-            for name, tensors in parts.items():
-                data = save(tensors)
-                self._blobs.create(folder, name, data)
-                files[name] = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-            whole = msgspec.structs.replace(manifest, files=files)
-            self._blobs.create(folder, MANIFEST_FILE, whole.encode())
+            return in_background(write)
         except FileExistsError as error:
             raise SnapshotExists(
                 f"version {manifest.version}: expected nothing at {self._blobs.path(folder)}, found "
-                f"{error.args[0].rsplit('/', 1)[-1]}: another trainer wrote it, or one died writing it. "
+                f"{str(error.args[0]).rsplit('/', 1)[-1]}: another trainer wrote it, or one died writing it. "
                 f"Take the next free number, {self.next_version()}."
             ) from error
-        except SnapshotError:
-            # Files of an incomplete version would never be read, and would keep a full disk full.
-            with contextlib.suppress(SnapshotError):
-                self._remove(folder, list(files))
-            raise
-        return whole
+
+    def write(
+        self, manifest: Manifest, serving: Mapping[str, torch.Tensor], trainer: Mapping[str, torch.Tensor] | None
+    ) -> Manifest:
+        """Write a version whose tensors are all in memory. Raises as `write_version` does.
+
+        Args:
+            manifest: as of `write_version`.
+            serving: CPU tensors that a scorer needs.
+            trainer: CPU tensors that a trainer needs besides, or None.
+        """
+        from model.rows import Rows
+
+        dense, small = dict(serving), None if trainer is None else dict(trainer)
+        pieces = []
+        if all(name in dense for name in ROW_TENSORS):
+            rows = Rows(*(dense.pop(name) for name in ROW_TENSORS))
+            state = {name: small.pop(name) for name in TRAINER_ROW_TENSORS if name in small} if small else {}
+            pieces.append(Piece(rows, state))
+        return self.write_version(manifest, dense=dense, small=small, pieces=pieces)
+
+    def delete(self, version: int) -> None:
+        """Delete a version: its manifest first, so that at any time it is whole or doesn't exist; then the other files.
+
+        A version that doesn't exist, or was deleted in part, is no error. Whoever reads it meanwhile gets SnapshotNotFound.
+
+        Raises:
+            SnapshotError: the store can't be reached or rejects a request. Delete it again: what is left is no version.
+        """
+        folder = _folder(version)
+        self._blobs.delete(folder, MANIFEST_FILE)
+        for name in self._blobs.entries(folder):
+            self._blobs.delete(folder, name)
+        self._blobs.delete_folder(folder, leftovers=True)
 
     def manifest(self, version: int) -> Manifest:
         """Read a version's manifest.
@@ -113,18 +153,32 @@ class SnapshotStore:
             )
         return manifest
 
+    def read(self, version: int) -> VersionReader:
+        """Read a version piece by piece.
+
+        Raises:
+            SnapshotNotFound: the version doesn't exist or isn't whole.
+            SnapshotCorrupt: the manifest can't be read, or lacks files. The reader's methods raise for the files themselves.
+        """
+        return VersionReader(self._blobs, _folder(version), self.manifest(version))
+
     def serving(self, version: int) -> dict[str, torch.Tensor]:
-        """The weights that scorers need.
+        """The weights that scorers need, all in memory.
 
         Raises:
             SnapshotNotFound: the version doesn't exist or isn't whole.
             SnapshotCorrupt: a file is missing or differs from the manifest.
         """
-        return self._tensors(version, SERVING_FILE)
+        reader = self.read(version)
+        dense = reader.dense()
+        rows = ({name: getattr(piece, name) for name in ROW_TENSORS} for piece in reader.rows())
+        return {**dense, **_joined(rows, reader.manifest.rows)}
 
     def trainer(self, version: int) -> dict[str, torch.Tensor]:
         """The tensors that a trainer needs besides. Raises as `serving` does; SnapshotCorrupt for a version without them."""
-        return self._tensors(version, TRAINER_FILE)
+        reader = self.read(version)
+        small = reader.small()
+        return {**small, **_joined(reader.row_state(), reader.manifest.rows)}
 
     def verify(self, version: int, *, hashes: bool = True) -> list[str]:
         """The problems of a version; empty if it is whole.
@@ -136,69 +190,19 @@ class SnapshotStore:
             SnapshotNotFound: the store has no file of this version.
         """
         folder = _folder(version)
-        sizes = self._blobs.files(folder)
-        if not sizes:
+        there = self._blobs.entries(folder)
+        if not there:
             raise self._not_found(version)
         try:
-            manifest = self.manifest(version)
+            reader = self.read(version)
         except (SnapshotNotFound, SnapshotCorrupt) as error:
             return [str(error)]
-        problems = []
-        if SERVING_FILE not in manifest.files:
-            problems.append(f"{self._blobs.path(folder, MANIFEST_FILE)}: expected an entry for {SERVING_FILE}, found none.")
-        for name, entry in manifest.files.items():
-            try:
-                if hashes:
-                    self._checked(version, name, entry)
-                elif sizes.get(name) != entry.size:
-                    raise self._wrong(version, name, f"{entry.size} bytes", f"{sizes.get(name, 'no file')}")
-            except SnapshotCorrupt as error:
-                problems.append(str(error))
-        return problems
-
-    def _remove(self, folder: str, names: list[str]) -> None:
-        for name in names:
-            self._blobs.delete(folder, name)
-        self._blobs.delete_folder(folder)
-
-    def _tensors(self, version: int, name: str) -> dict[str, torch.Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        entry = self.manifest(version).files.get(name)
-        if entry is None:
-            raise SnapshotCorrupt(
-                f"version {version}: expected {name} in its manifest, found none. "
-                "A version without this file can't be used here; choose another one: `headrace snapshot list`."
-            )
-        data = self._checked(version, name, entry)
-        try:
-            return load(data)
-        except SafetensorError as error:
-            raise self._wrong(version, name, "a safetensors file", str(error)) from error
-
-    def _checked(self, version: int, name: str, entry: FileEntry) -> bytes:
-        try:
-            data = self._blobs.read(_folder(version), name)
-        except FileNotFoundError as error:
-            raise self._wrong(version, name, f"{entry.size} bytes", "no file") from error
-        if len(data) != entry.size:
-            raise self._wrong(version, name, f"{entry.size} bytes", f"{len(data)}")
-        found = hashlib.sha256(data).hexdigest()
-        if found != entry.sha256:
-            raise self._wrong(version, name, f"SHA-256 {entry.sha256}", found)
-        return data
-
-    def _wrong(self, version: int, name: str, expected: str, found: str) -> SnapshotCorrupt:
-        return SnapshotCorrupt(
-            f"{self._blobs.path(_folder(version), name)}: expected {expected}, found {found}. "
-            f"Version {version} is damaged; go back to another one: `headrace snapshot rollback`."
-        )
+        return reader.check() if hashes else reader.check_sizes(there)
 
     def _not_found(self, version: int) -> SnapshotNotFound:
         versions = self.versions()
         shown = f"{len(versions)} versions, the newest {versions[-1]}" if versions else "no version"
-        state = "one that isn't whole" if self._blobs.files(_folder(version)) else "nothing"
+        state = "one that isn't whole" if self._blobs.entries(_folder(version)) else "nothing"
         return SnapshotNotFound(
             f"version {version}: expected a whole version in {self._blobs.url}, found {state} (the store has {shown}). "
             "`headrace snapshot list` shows the versions that exist."
@@ -212,3 +216,23 @@ def _folder(version: int) -> str:
 def _numbers(folders: list[str]) -> list[int]:
     found = (_FOLDER.fullmatch(name) for name in folders)
     return sorted(int(match[1]) for match in found if match)
+
+
+def _joined(pieces: Iterable[Mapping[str, torch.Tensor]], rows: int | None) -> dict[str, torch.Tensor]:
+    """The tensors of all pieces, each allocated once. `rows` is the length of the whole; None: there is only one piece."""
+    import torch
+
+    whole: dict[str, torch.Tensor] = {}
+    done = 0
+    for piece in pieces:
+        count = 0
+        for name, tensor in piece.items():
+            count = len(tensor)
+            if rows in (count, None):
+                whole[name] = tensor
+                continue
+            if name not in whole:
+                whole[name] = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
+            whole[name][done : done + count] = tensor
+        done += count
+    return whole

@@ -3,9 +3,13 @@
 StreamError
 ├── SecurityError    no client can use the connection settings
 ├── NoAnswer         Kafka can't be reached, or doesn't answer in time
+│   └── Unsettled    and it is unknown whether what was sent is written
 ├── TopicError       a topic is missing, or differs from its contract
 ├── RegistryError    the rules don't allow a change of the registry of versions
 │   └── Fenced       another process changed it at the same time; run the operation again
+├── DeltaDamaged     a delta can't be used (`stream.records.delta`)
+│   └── UnknownFormat
+├── DeltaTooLarge    the topic's limit is smaller than a record of a delta
 ├── Replaced         another worker with the same instance id is in the group
 ├── LostLead         a trainer led, and another one may lead now
 ├── PositionError    the log doesn't fit the committed offsets
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 __all__ = [
     "Abandoned",
+    "DeltaTooLarge",
     "Fenced",
     "LostLead",
     "NoAnswer",
@@ -25,6 +30,7 @@ __all__ = [
     "SecurityError",
     "StreamError",
     "TopicError",
+    "Unsettled",
 ]
 
 
@@ -40,6 +46,10 @@ class NoAnswer(StreamError):
     """Kafka can't be reached, or doesn't answer in time. The message names what was asked for."""
 
 
+class Unsettled(NoAnswer):
+    """Kafka can't be reached since something was sent. It may be written; the writer finds out with its next operation."""
+
+
 class TopicError(StreamError):
     """A topic is missing, or differs from its contract."""
 
@@ -50,6 +60,10 @@ class RegistryError(StreamError):
 
 class Fenced(RegistryError):
     """Another process changed the registry of versions at the same time."""
+
+
+class DeltaTooLarge(StreamError):
+    """A record of a delta is larger than the topic takes. Nothing was written; encode the delta again for the smaller limit."""
 
 
 class Replaced(StreamError):

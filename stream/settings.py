@@ -79,7 +79,7 @@ class KafkaSettings(_Frozen):
 
 
 class TopicSettings(_Frozen):
-    """Names, partitions and limits of the eight topics.
+    """Names, partitions and limits of the nine topics.
 
     ```toml
     [topics]
@@ -116,13 +116,32 @@ class TopicSettings(_Frozen):
         default=7 * 86_400_000,
         ge=60_000,
         description="How long a record is kept after its arrival. At least window + 2 × dedupe horizon + lateness + skew of "
-        "the join, and at least as long as the join may be down. `snapshots` and `scorers` are compacted instead.",
+        "the join, and at least as long as the join may be down. `snapshots` and `scorers` are compacted instead, and `deltas` "
+        "has a retention of its own.",
     )
     max_message_bytes: int = Field(
         default=1_048_588,
         ge=1_024,
         description="Size of the largest record (Kafka's `max.message.bytes`). `examples` and `dead-letters` get 64 KiB "
-        "more, since their records are input records with headers added.",
+        "more, since their records are input records with headers added. `deltas` has a limit of its own.",
+    )
+    deltas_retention_ms: int = Field(
+        default=3_600_000,
+        ge=60_000,
+        description="How long a delta is kept in `deltas`. At least three times `snapshots.interval_ms`: a scorer that starts "
+        "takes the newest version and reads the deltas after it.",
+    )
+    deltas_retention_bytes: int = Field(
+        default=8 * 1024**3,
+        ge=64 * 1024**2,
+        description="Size of `deltas` at which its oldest deltas are deleted. It must hold several times what the trainer "
+        "writes between two versions.",
+    )
+    deltas_max_message_bytes: int = Field(
+        default=1_048_588,
+        ge=65_536,
+        description="Size of the largest record of `deltas` (Kafka's `max.message.bytes`). Larger deltas are cut into several "
+        "records.",
     )
 
 
@@ -413,6 +432,25 @@ class ScorerSettings(_Frozen):
         le=86_400_000,
         description="Answers say `stale` when the scorer hasn't read the registry to its end for this long. At least twice "
         "`scorer.heartbeat_ms`.",
+    )
+    spare_mb: int = Field(
+        default=1_000,
+        ge=0,
+        description="Memory in MB for weights that don't answer: the version that a rollback would go to, while deltas are "
+        "followed, and the replica that follows them, while a version is pinned. Weights that need more are read from the "
+        "store when they are wanted.",
+    )
+    heal_jitter_ms: int = Field(
+        default=2_000,
+        ge=0,
+        description="Longest random wait before a scorer whose deltas were refused reads a version from the store, so that not "
+        "all scorers read at once.",
+    )
+    scrub_s: int = Field(
+        default=600,
+        ge=1,
+        description="Time between two checks of the weights in memory against their digest, in s. A check takes a tenth of one "
+        "core.",
     )
     instance_id: str | None = Field(
         default=None,

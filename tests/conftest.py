@@ -47,6 +47,6 @@ def settings(kafka: LocalKafka, request: pytest.FixtureRequest, tmp_path: Path) 
 
 @pytest.fixture
 def topics(settings: Settings) -> Settings:
-    """`settings`, with the eight topics made."""
+    """`settings`, with the nine topics made."""
     create_topics(settings.kafka, settings.topics)
     return settings

@@ -13,8 +13,10 @@ import yaml
 
 from deploy.docs import metrics, pages
 from headrace.events import encode_click, encode_impression, encode_request
+from state.chain import REFUSALS
 from stream.join.plan import Plan
 from stream.records.dead_letter import REASONS, DeadLetter
+from stream.records.delta import DELTA_PROBLEMS
 from stream.records.example import CORRECTION, FIRST, Example
 from stream.records.heartbeat import Heartbeat
 from stream.settings import TopicSettings
@@ -92,7 +94,7 @@ def test_headers_are_what_asyncapi_says() -> None:
 
 def test_heartbeats_are_what_asyncapi_says() -> None:
     beat = Heartbeat(worker="w", version=-1, since_ms=0, host="h", registry_offset=4, at_ms=9, fallback_of=3)
-    jsonschema.validate(msgspec.to_builtins(beat), schema("heartbeat"))
+    jsonschema.validate(msgspec.json.decode(msgspec.json.encode(beat)), schema("heartbeat"))
     assert ASYNCAPI["components"]["schemas"]["heartbeat"]["properties"].keys() == set(Heartbeat.__struct_fields__)
 
 
@@ -101,6 +103,18 @@ def test_every_reason_code_is_documented() -> None:
     table = dict(re.findall(r"^\| `([a-z_0-9]+)` \| (.+) \|$", page.split("| reason | what it says |")[1], re.MULTILINE))
     assert table == REASONS
     assert set(ASYNCAPI["components"]["schemas"]["deadLetterHeaders"]["properties"]["reason"]["enum"]) == set(REASONS)
+
+
+def test_every_problem_of_a_delta_is_documented() -> None:
+    page = (ROOT / "docs" / "events.md").read_text()
+    rows = page.split("| problem | what it says |")[1].split("\n\n")[0]
+    assert dict(re.findall(r"^\| `([a-z_0-9]+)` \| (.+) \|$", rows, re.MULTILINE)) == DELTA_PROBLEMS
+
+
+def test_every_reason_to_refuse_a_delta_is_documented() -> None:
+    page = (ROOT / "docs" / "scoring.md").read_text()
+    rows = page.split("answers with its last whole state:")[1].split("\n\n")[1]
+    assert dict(re.findall(r"^\| `([a-z_]+)` \| (.+) \|$", rows, re.MULTILINE)) == REFUSALS
 
 
 def test_the_code_uses_no_other_reason_code() -> None:
@@ -151,7 +165,8 @@ def test_every_metric_is_documented_with_type_labels_and_meaning() -> None:
 def test_metrics_are_made_where_the_pages_look_for_them() -> None:
     makers = re.compile(r"from prometheus_client import .*\b(?:Counter|Gauge|Histogram|Summary|Info|Enum)\b")
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "stream").rglob("*.py") if makers.search(path.read_text())}
-    assert found == {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer")} | {"stream/worker/metrics.py"}
+    made = {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer", "worker")}
+    assert found == made | {"stream/scorer/following_metrics.py"}
     for room in ("deploy", "headrace", "model", "state"):
         assert not [path for path in (ROOT / room).rglob("*.py") if makers.search(path.read_text())]
 

@@ -62,7 +62,7 @@ def cli() -> None:
     \b
     Examples:
       headrace kafka start                        run a local Apache Kafka
-      headrace topics create                      create the eight topics
+      headrace topics create                      create the nine topics
       headrace run join                           start a join worker (also: trainer, scorer)
       headrace replay kuairand --speed 1000       send recorded impressions and clicks
       headrace snapshot rollback                  serve the last good model again

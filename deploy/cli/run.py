@@ -157,7 +157,7 @@ def scorer(device: str | None, http_port: int | None, nice: int, verbose: bool, 
       HEADRACE_SNAPSHOTS__URL=s3://models/headrace headrace run scorer
     """
     settings = _settings(http_port, nice, verbose, leash)
-    from stream.scorer.worker import run_scorer
+    from stream.scorer.run import run_scorer
     from stream.topics.names import TopicNames
 
     scorer_settings = settings.scorer.model_copy(update={"device": device}) if device else settings.scorer

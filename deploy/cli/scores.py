@@ -77,7 +77,7 @@ def tail(limit: int | None, from_beginning: bool, output: str) -> None:
 
 
 def _line(answer: Answer) -> str:
-    version = "-" if answer.model_version is None else str(answer.model_version)
+    version = "-" if answer.model_version is None else f"{answer.model_version}{f'+{answer.delta}' if answer.delta else ''}"
     age = "-" if answer.snapshot_age_ms is None else f"{answer.snapshot_age_ms / 1_000:.1f} s"
     if answer.error is not None:
         rest = styled(printable(str(answer.error)), fg="red")

@@ -10,12 +10,22 @@ import click
 import msgspec
 
 from deploy.cli.tables import print_pairs, print_table
-from deploy.cli.times import clock
+from deploy.cli.times import clock, duration
+from state.alias_records import TagChange
 from state.manifest import Manifest, finite_or_null
+from state.pieces import piece_kind
 from state.registry import RegistryState, VersionRecord
 from stream.records.heartbeat import Heartbeat
 
-__all__ = ["beat_json", "print_version", "print_versions", "registry_json", "version_json"]
+__all__ = [
+    "beat_json",
+    "print_version",
+    "print_versions",
+    "registry_json",
+    "tagged_json",
+    "version_json",
+    "weights_text",
+]
 
 
 def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[str, Any]:
@@ -33,6 +43,8 @@ def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[s
         "hold_who": champion.hold_who,
         "hold_at_ms": champion.hold_at_ms,
         "gate": _verdict(state),
+        "aliases": {name: alias.version for name, alias in sorted(state.aliases.items()) if alias.version is not None},
+        "deleting": [doomed.version for doomed in state.deletion.versions],
         "trainer_epoch": state.trainer.epoch,
         "malformed_records": state.problem_count,
         "versions": [
@@ -46,6 +58,8 @@ def version_json(record: VersionRecord, state: RegistryState, in_store: bool) ->
     return {
         "version": record.version,
         "tags": _tags(record, state),
+        "aliases": state.aliases_of(record.version),
+        "tagged": tagged_json(state.tags_of(record.version)),
         "kind": record.kind,
         "parent": record.parent,
         "epoch": record.epoch,
@@ -57,10 +71,21 @@ def version_json(record: VersionRecord, state: RegistryState, in_store: bool) ->
         "watermark_ms": record.watermark_ms,
         "examples_seen": record.examples_seen,
         "bytes": record.size,
+        "chain": record.chain or None,
+        "sequence": record.sequence,
+        "digest": record.digest or None,
+        "deltas_offset": record.deltas_offset,
         "metrics": finite_or_null(record.metrics),
         "gate": record.gate,
         "verdict": None if record.verdict is None else msgspec.to_builtins(record.verdict),
         "in_store": in_store,
+    }
+
+
+def tagged_json(tags: Mapping[str, TagChange]) -> dict[str, Any]:
+    """Tags that people or programs have put on a version, by name."""
+    return {
+        name: {"value": each.value, "who": each.who, "at_ms": each.at_ms, "reason": each.reason} for name, each in tags.items()
     }
 
 
@@ -73,7 +98,26 @@ def beat_json(beat: Heartbeat) -> dict[str, Any]:
         "stale": beat.stale,
         "fallback_of": beat.fallback_of,
         "fallback_reason": beat.fallback_reason,
+        "following": beat.following,
+        "chain": beat.chain or None,
+        "sequence": beat.sequence,
+        "digest": beat.digest or None,
+        "delta": beat.delta,
+        "weights_age_ms": beat.weights_age_ms,
+        "problem": beat.problem,
     }
+
+
+def weights_text(beat: Heartbeat) -> str:
+    """The weights that a scorer answers with, in words."""
+    if beat.version < 0:
+        return "no version"
+    words = f"version {beat.version}"
+    if beat.delta:
+        words += f" and {beat.delta:,} deltas"
+    if beat.chain:
+        words += f" ({beat.chain} at {beat.sequence:,}, digest {beat.digest})"
+    return words
 
 
 def print_versions(document: dict[str, Any]) -> None:
@@ -82,7 +126,7 @@ def print_versions(document: dict[str, Any]) -> None:
     rows = []
     for version in reversed(document["versions"]):
         metrics = version["metrics"]
-        tags = [*version["tags"], *([] if version["in_store"] else ["not in store"])]
+        tags = [*_all_tags(version), *([] if version["in_store"] else ["not in store"])]
         rows.append(
             [
                 str(version["version"]),
@@ -104,9 +148,15 @@ def print_versions(document: dict[str, Any]) -> None:
     gate = document["gate"]
     if gate is not None:
         click.echo(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
+    if document["deleting"]:
+        click.echo(f"being deleted: {len(document['deleting'])} versions; if no deletion runs, `headrace snapshot gc` ends it")
     for beat in document["scorers"]:
         version = "no version" if beat["version"] is None else f"version {beat['version']}"
+        if beat["following"]:
+            version += f" and {beat['delta']:,} deltas, {duration(beat['weights_age_ms'])} old"
         line = f"scorer {beat['worker']} on {beat['host']}: {version}{', stale' if beat['stale'] else ''}"
+        if beat["problem"]:
+            line += f"; it goes no further: {beat['problem']}"
         if beat["fallback_of"] is not None:
             line += f"; it can't read version {beat['fallback_of']}: {beat['fallback_reason']}"
         click.echo(line)
@@ -122,7 +172,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
     if announced is not None:
         pairs += [
             ("version", str(announced["version"])),
-            ("tags", ", ".join(announced["tags"])),
+            ("tags", ", ".join(_all_tags(announced))),
             ("gate", announced["gate"]),
             *_verdict_pairs(announced["verdict"]),
             ("announced", f"{clock(announced['announced_at_ms'])} by {announced['announced_by']}"),
@@ -142,13 +192,26 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         ("examples seen", f"{manifest.examples_seen:,}"),
         ("negative rate", f"{manifest.negative_rate:g}"),
         ("offsets", ", ".join(f"{part}: {offset}" for part, offset in sorted(manifest.offsets.items())) or "-"),
+        ("point of chain", "-" if manifest.sequence is None else f"{manifest.chain}, delta {manifest.sequence}"),
+        ("digest", manifest.digest or "-"),
         ("schema", manifest.schema_hash),
     ]
     pairs += [(name, _number(manifest.metrics, name)) for name in sorted(manifest.metrics)]
-    pairs += [
-        (f"file {name}", f"{entry.size:,} bytes, SHA-256 {entry.sha256}") for name, entry in sorted(manifest.files.items())
+    return pairs + _file_pairs(manifest)
+
+
+def _file_pairs(manifest: Manifest) -> list[tuple[str, str]]:
+    """The files of a version; those of one kind of piece, of which there can be hundreds, in one line."""
+    pairs = []
+    for kind in ("serving", "trainer"):
+        pieces = [entry.size for name, entry in manifest.files.items() if piece_kind(name) == kind]
+        if pieces:
+            pairs.append((f"pieces {kind}", f"{len(pieces):,} files, {sum(pieces):,} bytes"))
+    return pairs + [
+        (f"file {name}", f"{entry.size:,} bytes, SHA-256 {entry.sha256}")
+        for name, entry in sorted(manifest.files.items())
+        if piece_kind(name) is None
     ]
-    return pairs
 
 
 def _verdict(state: RegistryState) -> dict[str, Any] | None:
@@ -182,6 +245,12 @@ def _tags(record: VersionRecord, state: RegistryState) -> list[str]:
     if not record.champion_at_ms:
         tags.append("candidate")
     return tags
+
+
+def _all_tags(version: dict[str, Any]) -> list[str]:
+    """What the registry says of a version, its aliases as @NAME, and its tags as NAME=VALUE."""
+    tagged = [f"{name}={each['value']}" if each["value"] else name for name, each in version["tagged"].items()]
+    return [*version["tags"], *(f"@{name}" for name in version["aliases"]), *tagged]
 
 
 def _number(metrics: Mapping[str, float | None], name: str) -> str:

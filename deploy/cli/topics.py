@@ -1,4 +1,4 @@
-"""`headrace topics`: create the eight topics, and compare them with the contract."""
+"""`headrace topics`: create the nine topics, and compare them with the contract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["topics"]
 
 @click.group()
 def topics() -> None:
-    """Create the eight topics, and compare them with the contract.
+    """Create the nine topics, and compare them with the contract.
 
     \b
     Examples:
@@ -74,6 +74,6 @@ def check(output: str) -> None:
             click.echo(f"{problem.topic}: {problem.what}: expected {problem.expected}, found {problem.found}")
             click.echo(f"  fix: {problem.cure}")
         if not found:
-            click.echo("All eight topics are as the contract says.")
+            click.echo("All nine topics are as the contract says.")
     if found:
         click.get_current_context().exit(1)

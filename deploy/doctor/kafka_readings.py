@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["read_everything"]
 
 # The topics whose logs are measured, by short name: the name of TopicNames' attribute, with dashes.
-MEASURED = ("impressions", "clicks", "examples", "score-requests", "dead-letters")
+MEASURED = ("impressions", "clicks", "examples", "score-requests", "dead-letters", "deltas")
 STALL_S = 20.0  # longest wait in which no broker sends anything
 FIRST_S = 10.0  # limit for single records; the arrival of a record that takes longer stays unknown
 # A new cluster creates its groups' coordinators at the first request, which takes a while.

@@ -163,6 +163,15 @@ def scorers(readings: Readings) -> Iterator[Finding]:
                 cure=f"`headrace snapshot verify {beat.fallback_of}` says whether the version is whole; if it is, check that "
                 "scorer's snapshots.url and credentials; if it isn't, run `headrace snapshot rollback`",
             )
+        if beat.problem:
+            yield Finding(
+                check="scorers",
+                what=what,
+                expected="the deltas of the champion's chain, applied to the last",
+                found=f"it answers with version {beat.version} and {beat.delta} deltas, and goes no further: {beat.problem}",
+                cure="it goes on by itself with the next version; if none comes, see the trainer's log. If only this scorer "
+                "stays behind, check its snapshots.url and its connection to Kafka",
+            )
         if beat.stale:
             yield Finding(
                 check="scorers",

@@ -58,14 +58,16 @@ class Problem(msgspec.Struct, frozen=True):
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """The value of the record.
 
-    `model_version` and `snapshot_age_ms` (the time since that version was made) are null while there is no model. `stale` and
-    `error` are absent when they are false and null.
+    `model_version` is the newest announced version at or below the point of the weights that scored, `delta` the number of
+    deltas since. `snapshot_age_ms` is the time since the trainer captured these weights. Version and age are null while there
+    is no model. `delta`, `stale` and `error` are absent when they are 0, false and null.
     """
 
     request_id: str
     scores: list[Score]
     model_version: int | None
     snapshot_age_ms: int | None
+    delta: int = 0
     stale: bool = False
     error: Problem | None = None
 

@@ -9,7 +9,7 @@ import msgspec
 
 from stream.records.record import Record
 
-__all__ = ["DEFAULT_HEARTBEAT_MS", "Heartbeat", "encode_heartbeat", "live_limit_ms", "read_heartbeat", "worker_of"]
+__all__ = ["DEFAULT_HEARTBEAT_MS", "Heartbeat", "Mark", "encode_heartbeat", "live_limit_ms", "read_heartbeat", "worker_of"]
 
 # The interval of a heartbeat that has no `heartbeat_ms`. Scorers of 0.1.0 did not send it; their `scorer.heartbeat_ms` was this
 # by default.
@@ -18,16 +18,33 @@ DEFAULT_HEARTBEAT_MS = 1_000
 MISSED_BEATS, GRACE_MS = 3, 2_000
 
 
+class Mark(msgspec.Struct, frozen=True):
+    """A point of a chain, and the digest of the weights there, 16 hex digits."""
+
+    sequence: int
+    digest: str
+
+
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """One scorer at one moment.
 
-    `version` is the version that answers, -1 for none. `registry_offset` is the next offset of the registry that the scorer has
+    `version` is the version that answers, -1 for none. For weights that follow a chain it is the newest announced version at or
+    below their point. `registry_offset` is the next offset of the registry that the scorer has
     not applied. Never report a new registry offset while still serving the old version: a rollback would count it as confirmed.
     So a scorer that has finished loading a version checks that the version is still wanted.
 
     `fallback_of` is the champion that the worker could not read. Meanwhile it answers with another version, or with none, and
     `fallback_reason` says what was wrong with the champion. `heartbeat_ms` is the interval at which this worker sends
     heartbeats.
+
+    following      whether the weights that answer follow the champion's chain; if not, they are exactly `version`
+    chain          the chain that they are a point of; empty for a version without one
+    sequence       number of the last delta of the chain that they contain
+    digest         of the weights (`model.digest`), 16 hex digits
+    delta          number of deltas since `version`
+    weights_age_ms time since the trainer captured the weights
+    marks          the last points that they were at, ascending, this one included
+    problem        why the chain is not followed, or not further; empty while it is
     """
 
     worker: str
@@ -40,6 +57,14 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_ms: int = DEFAULT_HEARTBEAT_MS
     fallback_of: int | None = None
     fallback_reason: str = ""
+    following: bool = False
+    chain: str = ""
+    sequence: int | None = None
+    digest: str = ""
+    delta: int = 0
+    weights_age_ms: int | None = None
+    marks: tuple[Mark, ...] = ()
+    problem: str = ""
 
 
 _decode = msgspec.json.Decoder(Heartbeat).decode

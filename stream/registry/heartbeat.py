@@ -23,6 +23,7 @@ from stream.kafka.read_log import Positions, read_to
 from stream.records.heartbeat import (
     DEFAULT_HEARTBEAT_MS,
     Heartbeat,
+    Mark,
     encode_heartbeat,
     live_limit_ms,
     read_heartbeat,
@@ -35,7 +36,7 @@ from stream.topics.names import TopicNames
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-__all__ = ["Confirmation", "Confirmations", "HeartbeatReader", "HeartbeatSender"]
+__all__ = ["Confirmation", "Confirmations", "HeartbeatReader", "HeartbeatSender", "Weights"]
 
 # What was asked for, in the error of a Kafka that can't be reached.
 ANSWER = "an answer about the scorers"
@@ -62,6 +63,18 @@ class Confirmations(NamedTuple):
 
     confirmed: list[Confirmation]
     missing: list[Heartbeat]
+
+
+class Weights(NamedTuple):
+    """What a heartbeat says of the weights that answer, besides their version. The fields are those of `Heartbeat`."""
+
+    following: bool = False
+    chain: str = ""
+    digest: str = ""
+    delta: int = 0
+    age_ms: int | None = None
+    marks: tuple[Mark, ...] = ()
+    problem: str = ""
 
 
 class _Last(NamedTuple):
@@ -113,6 +126,7 @@ class HeartbeatSender:
         stale: bool = False,
         fallback_of: int | None = None,
         fallback_reason: str = "",
+        weights: Weights | None = None,
     ) -> None:
         """Send one heartbeat. Returns when the brokers have it; does nothing after `close`.
 
@@ -122,6 +136,7 @@ class HeartbeatSender:
         """
         if self._producer is None:
             return
+        weights = weights or Weights()
         beat = Heartbeat(
             worker=self._worker,
             version=version,
@@ -133,6 +148,14 @@ class HeartbeatSender:
             heartbeat_ms=self._heartbeat_ms,
             fallback_of=fallback_of,
             fallback_reason=fallback_reason[:MAX_REASON],
+            following=weights.following,
+            chain=weights.chain,
+            sequence=weights.marks[-1].sequence if weights.marks else None,
+            digest=weights.digest,
+            delta=weights.delta,
+            weights_age_ms=weights.age_ms,
+            marks=weights.marks,
+            problem=weights.problem[:MAX_REASON],
         )
         key, value = encode_heartbeat(beat)
         sent = self._producer.send_and_wait(self._topic, key=key, value=value)
@@ -219,13 +242,14 @@ class HeartbeatReader:
         return self._alive(_now_ms() if now_ms is None else now_ms)
 
     async def wait_for_confirmations(
-        self, registry_offset: int, version: int, timeout_ms: int, *, now_ms: int | None = None
+        self, registry_offset: int, version: int, timeout_ms: int, *, follows: bool = False, now_ms: int | None = None
     ) -> Confirmations:
         """Wait until every live scorer has read the registry to `registry_offset` and serves `version`.
 
         Args:
             registry_offset: the position after the change (`Written.position`), so that no older heartbeat confirms the change.
             timeout_ms: longest wait.
+            follows: a scorer that follows the chain of `version` confirms too, whatever version its weights are named by.
             now_ms: the broker's clock at the change (`Written.at_ms`). Scorers that were alive then must confirm, and so must
                 those that start later. A scorer that sends a tombstone during the wait is no longer waited for.
         """
@@ -239,7 +263,8 @@ class HeartbeatReader:
             # Alive at the moment of the change: a scorer that dies during the wait is listed as missing, not left out.
             alive = {beat.worker: beat for beat in self._alive(began_ms)}
             for worker, beat in alive.items():
-                if beat.registry_offset >= registry_offset and beat.version == version and not beat.stale:
+                serves = beat.following if follows and beat.following else beat.version == version and not beat.following
+                if beat.registry_offset >= registry_offset and serves and not beat.stale:
                     confirmed.setdefault(worker, Confirmation(worker=worker, after_ms=round(elapsed_ms, 1)))
             missing = [beat for worker, beat in alive.items() if worker not in confirmed]
             if not missing or elapsed_ms >= timeout_ms:

@@ -1,4 +1,4 @@
-"""What an operator does to a running system: look, plan, promote, roll back, hold, resume, undo.
+"""What an operator does to a running system: look, plan, promote, roll back, hold, resume, undo; aliases, tags, upkeep.
 
 The command line, the demo and other programs use `Operations` for all of it:
 
@@ -15,20 +15,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, overload
 
 from state import decisions
+from state.alias_decisions import AliasMoved, Tagged
 from state.changes import Cause, Held, Moved, Undo
 from state.errors import Refused, SnapshotCorrupt, SnapshotError
 from state.registry import RegistryState
+from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import RegistryError
 from stream.records.heartbeat import Heartbeat
+from stream.registry.collect import Collected, CollectionPlan, collect, plan_collection
 from stream.registry.heartbeat import Confirmation, Confirmations, HeartbeatReader
 from stream.registry.log import read_registry
+from stream.registry.reindex import Reindexing, plan_reindexing, reindex
 from stream.registry.writer import RegistryWriter, Written
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
@@ -255,6 +259,65 @@ class Operations:
             return await self.promote(PromoteRequest(undo.version, undo.reason, undo.hold, undo.hold_reason, timeout_ms))
         return await (self.hold(undo.hold_reason) if undo.hold else self.resume())
 
+    async def set_alias(self, name: str, version: int, reason: str) -> AliasMoved:
+        """Point an alias at a version. The champion is moved by `promote` and `rollback` instead.
+
+        Raises:
+            SnapshotError: the version isn't whole in the store.
+        """
+        await self._check_store(version)
+        async with self._writer() as writer:
+            return (await writer.set_alias(name, version, reason)).outcome
+
+    async def remove_alias(self, name: str, reason: str) -> AliasMoved:
+        """Remove an alias; its history stays."""
+        async with self._writer() as writer:
+            return (await writer.remove_alias(name, reason)).outcome
+
+    async def tag(self, version: int, values: Mapping[str, str], reason: str, *, remove: Collection[str] = ()) -> Tagged:
+        """Put tags on a version, or change or remove them. A version with a tag is never deleted."""
+        async with self._writer() as writer:
+            return (await writer.tag(version, values, reason, remove=remove)).outcome
+
+    async def plan_gc(self, settings: SnapshotSettings) -> CollectionPlan:
+        """Find out which versions `gc` would delete. Writes nothing."""
+        seen = await self.look()
+        return await asyncio.to_thread(plan_collection, seen.state, self._whole_store, seen.live, settings)
+
+    async def gc(self, settings: SnapshotSettings, reason: str) -> Collected:
+        """Delete versions that nothing needs (`stream.registry.collect`).
+
+        Raises:
+            SnapshotError: the store failed; what it hasn't deleted goes with the next `gc`.
+        """
+        seen = await self.look()
+        async with self._writer() as writer:
+            return await collect(writer, self._whole_store, settings, seen.state, seen.live, reason=reason)
+
+    async def reindex(self, reason: str, *, champion: int | None = None, dry_run: bool = False) -> Reindexing:
+        """Enter versions that are whole in the store and that the registry doesn't know.
+
+        Args:
+            champion: the version to make champion if the registry knows no version; None: the one that live scorers answer
+                with; 0: none.
+            dry_run: only find out what would be entered, and write nothing.
+
+        Raises:
+            SnapshotError: the store can't be read.
+        """
+        seen = await self.look()
+        plan, manifests = await asyncio.to_thread(plan_reindexing, seen.state, self._whole_store, seen.live, champion)
+        if dry_run:
+            return plan
+        async with self._writer() as writer:
+            return await reindex(writer, plan, manifests, reason)
+
+    @property
+    def _whole_store(self) -> SnapshotStore:
+        if self._store is None:
+            raise TypeError("expected a store, for an operation that reads or deletes versions, found None.")
+        return self._store
+
     async def _check_store(self, version: int) -> None:
         """Raise SnapshotError if the version isn't whole in the store, so that scorers are never sent to it.
 
@@ -294,7 +357,7 @@ class Operations:
             if scorers is not None:
                 try:
                     waited = await scorers.wait_for_confirmations(
-                        written.position, moved.version, timeout_ms, now_ms=written.at_ms
+                        written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
                     )
                 except KafkaError as error:
                     undo = "none, there was no champion before" if moved.undo is None else moved.undo.command

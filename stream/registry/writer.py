@@ -23,18 +23,22 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from state import decisions
+from state import alias_decisions, decisions, upkeep
+from state.alias_decisions import AliasMoved, Tagged
+from state.alias_records import Doomed
 from state.changes import Announcement, Cause, Change, Held, Moved
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
 from state.registry import KeyedRecord, RegistryState, encode_record
 from state.settings import SnapshotSettings
+from state.upkeep import Reindexed, Retired
 from stream.errors import Fenced, RegistryError
 from stream.kafka.clients import aiokafka_options, unreachable
+from stream.kafka.transactional import dropped, is_fencing, retrieve
 from stream.registry.log import ANSWER, RegistryLog
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
@@ -54,8 +58,6 @@ MAX_BACKOFF_S = 1.0
 ATTEMPT_TIMEOUT_S = 20.0
 # A writer that is killed in the middle of a transaction holds back readers of the registry at most this long.
 TRANSACTION_TIMEOUT_MS = 15_000
-# How long to wait for a producer to stop while its broker doesn't answer.
-CLOSE_TIMEOUT_S = 5.0
 
 T = TypeVar("T")
 Decide = Callable[[RegistryState, Cause], Change[T]]
@@ -76,7 +78,7 @@ class Written(Generic[T]):
 
 
 class RegistryWriter:
-    """Announces versions, moves the champion, holds auto-promotion. Nothing else writes to `snapshots`.
+    """Announces versions, moves champion and aliases, tags, takes versions away. Nothing else writes to `snapshots`.
 
     ```python
     writer = RegistryWriter(settings.kafka, names, who="trainer@host")
@@ -136,6 +138,45 @@ class RegistryWriter:
     async def resume(self, reason: str = "") -> Written[Held]:
         """Let auto-promotion go on."""
         return await self._change(decisions.resume, reason)
+
+    async def set_alias(self, name: str, version: int, reason: str) -> Written[AliasMoved]:
+        """Point an alias other than `champion` at a version."""
+        return await self._change(lambda state, cause: alias_decisions.set_alias(state, name, version, cause), reason)
+
+    async def remove_alias(self, name: str, reason: str) -> Written[AliasMoved]:
+        """Remove an alias; its history stays."""
+        return await self._change(lambda state, cause: alias_decisions.remove_alias(state, name, cause), reason)
+
+    async def tag(
+        self, version: int, values: Mapping[str, str], reason: str, *, remove: Collection[str] = ()
+    ) -> Written[Tagged]:
+        """Put tags on a version, or change or remove them."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[Tagged]:
+            return alias_decisions.tag(state, version, values, cause, remove=remove)
+
+        return await self._change(decide, reason)
+
+    async def retire(
+        self,
+        choose: upkeep.Choose,
+        reason: str,
+        *,
+        rests: Collection[Doomed] = (),
+        ended: str = "",
+    ) -> Written[Retired]:
+        """Take away the records of versions whose files are then to be deleted; see `stream.registry.collect`."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[Retired]:
+            return upkeep.retire(state, choose, cause, rests=rests, ended=ended)
+
+        return await self._change(decide, reason)
+
+    async def reindex(
+        self, manifests: Mapping[int, Manifest], reason: str, *, champion: int | None = None
+    ) -> Written[Reindexed]:
+        """Enter versions of the store that the registry doesn't know."""
+        return await self._change(lambda state, cause: upkeep.reindex(state, manifests, cause, champion=champion), reason)
 
     async def tag_good(self, *versions: int) -> tuple[int, ...]:
         """Tag versions as good: a rollback that names no version goes to the newest of them. Returns those newly tagged."""
@@ -198,7 +239,7 @@ class RegistryWriter:
                 except BaseException:
                     await self._drop_producer()
                     raise
-        if _is_fencing(failure):
+        if is_fencing(failure):
             raise Fenced(
                 f"{self._topic}: expected to change the registry within {ATTEMPTS} attempts, found another writer in "
                 "between each time. Nothing was changed; run it again."
@@ -215,7 +256,7 @@ class RegistryWriter:
                     return change
             await self._drop_producer()
         await self._take_over()
-        if self._log.state.done(cause.operation) is not None:
+        if self._log.state.has_done(cause.operation):
             return None
         return decide(self._log.state, cause)
 
@@ -244,7 +285,7 @@ class RegistryWriter:
             for key, record in records:
                 value = encode_record(record)
                 future = await self._producer.send(self._topic, key=key.encode(), value=value, partition=0)
-                future.add_done_callback(_retrieve)
+                future.add_done_callback(retrieve)
                 sent.append(future)
             written = [await future for future in sent]
             await self._producer.commit_transaction()
@@ -255,18 +296,9 @@ class RegistryWriter:
         self._at_ms = written[-1].timestamp
 
     async def _drop_producer(self) -> None:
-        """Stop the producer. An open transaction is aborted, since it would hold back every reader until it times out."""
         producer, self._producer = self._producer, None
-        if producer is None:
-            return
-        # A producer that is fenced or cut off fails here. The next producer to start ends its transaction.
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await producer.abort_transaction()
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await producer.stop()
-        _quieten(producer)
+        if producer is not None:
+            await dropped(producer)
 
 
 class _CommitFailed(Exception):
@@ -276,26 +308,6 @@ class _CommitFailed(Exception):
 def registry_transactional_id(names: TopicNames) -> str:
     """The transactional id that all writers of one registry share: `<prefix>headrace-registry`."""
     return f"{names.snapshots.removesuffix('snapshots')}headrace-registry"
-
-
-def _is_fencing(error: BaseException) -> bool:
-    from aiokafka import errors
-
-    return isinstance(error, errors.ProducerFenced | errors.InvalidProducerEpoch | errors.InvalidTxnState)
-
-
-def _quieten(producer: AIOKafkaProducer) -> None:
-    """Retrieve the errors that a fenced producer leaves in futures of its own: asyncio would print each of them."""
-    batches = [batch for queue in producer._message_accumulator._batches.values() for batch in queue]
-    for future in (producer._txn_manager._transaction_waiter, *(batch._drain_waiter for batch in batches)):
-        if future is not None and future.done():
-            _retrieve(future)
-
-
-def _retrieve(future: asyncio.Future[Any]) -> None:
-    """Retrieve a future's error; asyncio would otherwise report that nobody did."""
-    if not future.cancelled():
-        future.exception()
 
 
 def _now_ms() -> int:

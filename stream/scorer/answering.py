@@ -33,6 +33,8 @@ class Answering:
     """The way of requests through a scorer. Run `score_all` and `send_all` as tasks.
 
     Args:
+        scoring: one thread. What else is submitted to it runs between two batches.
+        on_scored: called after each scored batch, before anything else that was submitted to `scoring` is known to be done.
         stale: whether the registry couldn't be read to its end within the lease.
         max_candidates: most candidates in one request; a request with more gets an error as its answer.
         max_bytes: largest batch that the topic `scores` takes.
@@ -44,6 +46,8 @@ class Answering:
         outbox: Outbox,
         metrics: ScorerMetrics,
         *,
+        scoring: ThreadPoolExecutor,
+        on_scored: Callable[[], None],
         worker_id: str,
         stale: Callable[[], bool],
         max_candidates: int,
@@ -57,7 +61,7 @@ class Answering:
         self._intake = Intake()
         self._arrived, self._room, self._done = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._scored: asyncio.Queue[tuple[Batch, Answers]] = asyncio.Queue(SCORED_WAITING)
-        self._thread = ThreadPoolExecutor(1, "scoring")
+        self._thread, self._on_scored = scoring, on_scored
         self._under_way = 0  # batches taken from the intake whose answers are not acknowledged
         self._batches = 0  # batches whose answers are acknowledged
 
@@ -144,7 +148,7 @@ class Answering:
         answer = partial(
             answer_requests,
             records,
-            self._swapper.current,  # one version for the whole batch, whatever is swapped meanwhile
+            self._swapper.current,  # the same weights for the whole batch, whatever is swapped meanwhile
             worker=self._worker_id,
             max_candidates=self._max_candidates,
             max_bytes=self._max_bytes,
@@ -152,6 +156,7 @@ class Answering:
         )
         answers = await asyncio.get_running_loop().run_in_executor(self._thread, answer)
         self._metrics.scored(answers, time.perf_counter() - began)
+        self._on_scored()
         return answers
 
     def _acknowledged(self, batch: Batch) -> None:

@@ -137,8 +137,10 @@ class _Writer:
     def __init__(self, served: Served | None, worker: str, max_bytes: int, now_ms: int, *, stale: bool) -> None:
         self.answers = Answers()
         self._encoder, self._max_bytes, self._stale = AnswerEncoder(worker, now_ms, max_bytes), max_bytes, stale
-        self._version = None if served is None else served.version
-        self._age_ms = None if served is None else max(now_ms - served.created_at_ms, 0)
+        state = None if served is None else served.state
+        self._version = None if state is None else state.version
+        self._delta = 0 if state is None else state.delta
+        self._age_ms = None if state is None else max(now_ms - state.captured_at_ms, 0)
 
     def answer(self, record: Record, name: str, scores: list[Score]) -> None:
         """Answer a request with scores."""
@@ -171,6 +173,7 @@ class _Writer:
                 scores=scores,
                 model_version=self._version,
                 snapshot_age_ms=self._age_ms,
+                delta=self._delta,
                 stale=self._stale,
                 error=problem,
             )

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from stream.records.record import Record
 from stream.scorer.answers import Answers
+from stream.scorer.serving import Served
 
 __all__ = ["ScorerMetrics"]
 
@@ -57,7 +58,7 @@ class ScorerMetrics:
             registry=prometheus,
         )
         self.snapshot_age = Gauge(
-            "headrace_scorer_snapshot_age_seconds", "Age of the version that answers.", registry=prometheus
+            "headrace_scorer_snapshot_age_seconds", "Time since the weights that answer were captured.", registry=prometheus
         )
         self.registry_age = Gauge(
             "headrace_scorer_registry_age_seconds", "Time since the registry was last read to its end.", registry=prometheus
@@ -73,10 +74,10 @@ class ScorerMetrics:
         """Set the function that gives the registry's age at each scrape."""
         self.registry_age.set_function(age_s)
 
-    def serving(self, version: int, created_at_ms: int) -> None:
-        """Note that another version answers."""
-        self.model_version.set(version)
-        self.snapshot_age.set_function(lambda: max(time.time() - created_at_ms / 1000, 0.0))
+    def serving(self, served: Served) -> None:
+        """Note that other weights answer, or the same under the name of another version."""
+        self.model_version.set(served.version)
+        self.snapshot_age.set_function(lambda: max(time.time() - served.state.captured_at_ms / 1000, 0.0))
 
     def scored(self, answers: Answers, seconds: float) -> None:
         """Count one batch."""

@@ -13,37 +13,32 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
-import secrets
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
-import torch
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
-from state.settings import SnapshotSettings
-from state.store import SnapshotStore
 from stream.errors import NoAnswer
-from stream.kafka.cluster import Cluster, describe_cluster
+from stream.kafka.cluster import Cluster
 from stream.kafka.transport import Run
-from stream.registry.follower import RegistryFollower
-from stream.registry.heartbeat import HeartbeatSender
+from stream.registry.heartbeat import HeartbeatSender, Weights
 from stream.scorer.answering import Answering
+from stream.scorer.chain_follower import ChainFollower
+from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
-from stream.scorer.serving import Served, load_version
+from stream.scorer.serving import WeightsState
 from stream.scorer.start import committed_positions
 from stream.scorer.swap import Swapper
 from stream.scorer.waiting import WaitingRoom
-from stream.settings import HttpSettings, KafkaSettings, ScorerSettings
-from stream.topics.limits import max_message_bytes
+from stream.settings import KafkaSettings, ScorerSettings
 from stream.topics.names import TopicNames
-from stream.worker import Part, Worker, guarded, new_prometheus, serve
+from stream.worker import Part, Worker, guarded
 
-__all__ = ["ScorerWorker", "run_scorer"]
+__all__ = ["ScorerWorker"]
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +51,7 @@ REVOKE_S, DRAIN_S = 3.0, 4.0
 
 
 class _Serving(NamedTuple):
-    """What a heartbeat reports."""
+    """What a heartbeat reports, and confirms."""
 
     version: int  # -1 for none
     since_ms: int
@@ -67,6 +62,8 @@ class ScorerWorker(Worker):
     """One process of the scorer. Must be built inside a running event loop.
 
     Args:
+        scoring: the thread that scores.
+        scrub: checks the memory from time to time, until cancelled.
         stale: whether the registry couldn't be read to its end within the lease.
         max_bytes: largest batch that the topic `scores` takes.
     """
@@ -81,10 +78,14 @@ class ScorerWorker(Worker):
         names: TopicNames,
         cluster: Cluster,
         swapper: Swapper,
+        follower: ChainFollower,
+        scoring: ThreadPoolExecutor,
+        scrub: Callable[[], Coroutine[Any, Any, None]],
         stale: Callable[[], bool],
         outbox: Outbox,
         heartbeats: HeartbeatSender,
         metrics: ScorerMetrics,
+        following_metrics: FollowingMetrics,
         worker_id: str,
         max_bytes: int,
     ) -> None:
@@ -100,11 +101,14 @@ class ScorerWorker(Worker):
         self._kafka, self._settings, self._names, self._cluster = kafka, settings, names, cluster
         self._topic = names.score_requests
         self._swapper, self._stale, self._heartbeats, self._metrics = swapper, stale, heartbeats, metrics
+        self._follower, self._scrub = follower, scrub
         self._worker_id = worker_id
         self._answering = Answering(
             swapper,
             outbox,
             metrics,
+            scoring=scoring,
+            on_scored=lambda: following_metrics.answered() if swapper.is_following else None,
             worker_id=worker_id,
             stale=stale,
             max_candidates=settings.max_candidates,
@@ -116,6 +120,7 @@ class ScorerWorker(Worker):
         await super().start()
         answering = self._answering
         self.background(answering.score_all(), answering.send_all(), self._commit_regularly(), self._send_heartbeats())
+        self.background(self._follower.run(), self._scrub())
 
     async def before_joining(self) -> None:
         """Wait for a version to answer with."""
@@ -190,14 +195,17 @@ class ScorerWorker(Worker):
         reported = _Serving(-1, 0, 0)
         while True:
             swapper.changed.clear()
-            version = -1 if swapper.current is None else swapper.current.version
-            now = _Serving(version, swapper.since_ms, swapper.applied)
+            state = None if swapper.current is None else swapper.current.state
+            now = _Serving(-1 if state is None else state.version, swapper.since_ms, swapper.applied)
             if now.since_ms == reported.since_ms or await self._answering.begun_answered(interval_s):
                 # Never a new registry offset beside an old version: a rollback would count it as confirmed.
                 reported = now
             try:
                 of, reason = swapper.fallback or (None, "")
-                await self._heartbeats.send(*reported, stale=self._stale(), fallback_of=of, fallback_reason=reason)
+                weights = None if state is None or now != reported else self._weights(state)
+                await self._heartbeats.send(
+                    *reported, stale=self._stale(), fallback_of=of, fallback_reason=reason, weights=weights
+                )
             except (KafkaError, NoAnswer) as error:
                 log.warning("a heartbeat was not sent: %r", error)
             for number, lag in self.lags(self._topic, self._answering.answered):
@@ -205,6 +213,18 @@ class ScorerWorker(Worker):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval_s):
                     await swapper.changed.wait()
+
+    def _weights(self, state: WeightsState) -> Weights:
+        following = self._swapper.is_following
+        return Weights(
+            following=following,
+            chain="" if state.point is None else str(state.point.chain),
+            digest="" if state.point is None else f"{state.digest:016x}",
+            delta=state.delta,
+            age_ms=max(time.time_ns() // 1_000_000 - state.captured_at_ms, 0),
+            marks=state.recent,
+            problem=self._follower.problem,
+        )
 
     # Readiness, progress, shutdown
 
@@ -225,68 +245,3 @@ class ScorerWorker(Worker):
             self._answering.close_intake()
             await self._answering.all_answered(DRAIN_S)
             await self._commit()
-
-
-async def run_scorer(
-    *,
-    kafka: KafkaSettings,
-    settings: ScorerSettings,
-    names: TopicNames,
-    http: HttpSettings,
-    snapshots: SnapshotSettings,
-) -> None:
-    """Run a scorer until it gets a signal to stop. Features and model come from the version served, not from the settings.
-
-    Raises:
-        TopicError: topics are missing.
-        RegistryError: the registry can't be read.
-        StreamError: Kafka can't be reached.
-    """
-    topics = (names.score_requests, names.scores, names.snapshots, names.scorers, names.dead_letters)
-    cluster = await describe_cluster(kafka, topics)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    worker_id = settings.instance_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
-    prometheus = new_prometheus()
-    metrics = ScorerMetrics(prometheus)
-    store = SnapshotStore(snapshots)
-    reader = RegistryFollower(kafka, names, on_change=lambda state: swapper.want(state, reader.position))
-
-    def load(version: int) -> Served:
-        return load_version(store, version, device=settings.device, announced=reader.state.versions.get(version))
-
-    swapper = Swapper(load, metrics, keep=snapshots.keep_ready)
-
-    def registry_age_s() -> float:
-        return float("inf") if reader.caught_up_at is None else time.monotonic() - reader.caught_up_at
-
-    metrics.watch_registry(registry_age_s)
-    outbox = Outbox(kafka, cluster.partitions, scores=names.scores, dead_letters=names.dead_letters)
-    heartbeats = HeartbeatSender(kafka, names, worker=worker_id, heartbeat_ms=settings.heartbeat_ms)
-    async with contextlib.AsyncExitStack() as stack:
-        for start, close in ((outbox.start, outbox.close), (reader.start, reader.close), (heartbeats.start, heartbeats.close)):
-            stack.push_async_callback(_closed_whatever_happens, close)
-            await start()
-        stack.push_async_callback(swapper.close)
-        worker = ScorerWorker(
-            kafka=kafka,
-            settings=settings,
-            names=names,
-            cluster=cluster,
-            swapper=swapper,
-            stale=lambda: registry_age_s() > settings.lease_ms / 1000,
-            outbox=outbox,
-            heartbeats=heartbeats,
-            metrics=metrics,
-            worker_id=worker_id,
-            max_bytes=await max_message_bytes(kafka, names.scores),
-        )
-        await serve(worker, http=http, prometheus=prometheus)
-
-
-async def _closed_whatever_happens(close: Callable[[], Awaitable[None]]) -> None:
-    """Close a client, and only log an error of the brokers: everything that matters is acknowledged by now."""
-    try:
-        await close()
-    except (KafkaError, NoAnswer) as error:
-        log.warning("closing a client: %r", error)

@@ -1,4 +1,4 @@
-"""Creates the eight topics, and finds where a cluster's topics differ from the contract.
+"""Creates the nine topics, and finds where a cluster's topics differ from the contract.
 
 For programs without a running event loop: `topic_configs` runs in one of its own.
 """
@@ -88,7 +88,7 @@ def check_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings
 
 
 def find_topics(kafka: KafkaSettings, topics: TopicSettings) -> dict[str, Found]:
-    """Those of the eight topics that the cluster has, by name. Never writes.
+    """Those of the nine topics that the cluster has, by name. Never writes.
 
     Raises:
         NoAnswer: the cluster can't be reached.

@@ -1,4 +1,4 @@
-"""The contract of each of the eight topics: partitions, replication, and how Kafka keeps the records."""
+"""The contract of each of the nine topics: partitions, replication, and how Kafka keeps the records."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ OUTPUT_MARGIN_BYTES = 65_536
 # Kafka compacts closed segments only. A version is announced every few seconds, so a scorer that starts reads an hour of them,
 # which is a short read.
 SNAPSHOTS_SEGMENT_MS = 3_600_000
+# Kafka deletes whole segments, the oldest first. So `deltas` exceeds its retention by at most one segment: 128 MiB, or what the
+# trainer writes in ten minutes.
+DELTAS_SEGMENT_BYTES = 128 * 1024 * 1024
+DELTAS_SEGMENT_MS = 600_000
 # Each scorer sends a heartbeat a second, and readers need the last one only. So segments close after a minute.
 SCORERS_SEGMENT_MS = 60_000
 SCORERS_SEGMENT_BYTES = 4 * 1024 * 1024
@@ -50,7 +54,7 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
-    """The eight contracts, in the order in which records flow.
+    """The nine contracts, in the order in which records flow.
 
     Raises:
         TopicError: min_insync_replicas is larger than replication_factor.
@@ -63,6 +67,13 @@ def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
     names = TopicNames.of(settings)
     deleted = {"cleanup.policy": "delete", "retention.ms": str(settings.retention_ms)}
     compacted = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": str(STALE_RATIO)}
+    deltas = {
+        "cleanup.policy": "delete",
+        "retention.ms": str(settings.deltas_retention_ms),
+        "retention.bytes": str(settings.deltas_retention_bytes),
+        "segment.bytes": str(DELTAS_SEGMENT_BYTES),
+        "segment.ms": str(DELTAS_SEGMENT_MS),
+    }
     snapshots = compacted | {"segment.ms": str(SNAPSHOTS_SEGMENT_MS)}
     scorers = compacted | {
         "segment.ms": str(SCORERS_SEGMENT_MS),
@@ -89,6 +100,7 @@ def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
         contract(names.dead_letters, events, larger, deleted),
         contract(names.score_requests, requests, source, deleted),
         contract(names.scores, requests, source, deleted),
+        contract(names.deltas, None, settings.deltas_max_message_bytes, deltas),
         contract(names.snapshots, None, source, snapshots),
         contract(names.scorers, None, source, scorers),
     )

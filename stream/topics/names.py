@@ -1,4 +1,4 @@
-"""The names of the eight topics."""
+"""The names of the nine topics."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class TopicNames:
     examples: str
     score_requests: str
     scores: str
+    deltas: str
     snapshots: str
     scorers: str
     dead_letters: str
@@ -33,6 +34,7 @@ class TopicNames:
             examples=f"{prefix}examples",
             score_requests=f"{prefix}score-requests",
             scores=f"{prefix}scores",
+            deltas=f"{prefix}deltas",
             snapshots=f"{prefix}snapshots",
             scorers=f"{prefix}scorers",
             dead_letters=f"{prefix}dead-letters",

@@ -19,12 +19,22 @@ import torch
 
 from model.errors import ModelError
 
-__all__ = ["Bookkeeping", "State", "bookkeeping_in", "bookkeeping_state", "from_json", "restore_bookkeeping", "to_json"]
+__all__ = [
+    "PREFIX",
+    "Bookkeeping",
+    "State",
+    "bookkeeping_in",
+    "bookkeeping_state",
+    "from_json",
+    "restore_bookkeeping",
+    "to_json",
+]
 
 log = logging.getLogger(__name__)
 
 State = Mapping[str, torch.Tensor]
-_PREFIX = "kept."
+PREFIX = "kept."
+"""Before the names of all tensors of bookkeeping in a version."""
 
 
 class Bookkeeping(Protocol):
@@ -44,18 +54,18 @@ class Bookkeeping(Protocol):
 
 def bookkeeping_state(parts: Mapping[str, Bookkeeping]) -> dict[str, torch.Tensor]:
     """The tensors of all parts, under their names in a version."""
-    return {f"{_PREFIX}{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state().items()}
+    return {f"{PREFIX}{name}.{key}": tensor for name, part in parts.items() for key, tensor in part.state().items()}
 
 
 def bookkeeping_in(trainer: State) -> dict[str, torch.Tensor]:
     """The tensors in a version's trainer state that belong to parts, and not to the learner."""
-    return {name: tensor for name, tensor in trainer.items() if name.startswith(_PREFIX)}
+    return {name: tensor for name, tensor in trainer.items() if name.startswith(PREFIX)}
 
 
 def restore_bookkeeping(parts: Mapping[str, Bookkeeping], saved: State) -> None:
     """Restore each part from its own tensors. A part that can't read them begins from nothing, which is logged."""
     for name, part in parts.items():
-        prefix = f"{_PREFIX}{name}."
+        prefix = f"{PREFIX}{name}."
         own = {full.removeprefix(prefix): tensor for full, tensor in saved.items() if full.startswith(prefix)}
         if not own:
             continue

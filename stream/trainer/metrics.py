@@ -78,10 +78,25 @@ class TrainerMetrics:
         )
         self.snapshot_seconds = Histogram(
             "headrace_trainer_snapshot_seconds",
-            "Time of each stage of a version: capture (training waits), write, announce.",
+            "Time of each stage of a version: capture (training waits), write, announce; of a delta: capture_delta (training "
+            "waits), delta (to its commit).",
             ["stage"],
             registry=prometheus,
             buckets=_SECONDS,
+        )
+        self.deltas = Counter(
+            "headrace_trainer_deltas",
+            "Deltas, by outcome: sent; failed attempts, which are tried again; withheld because the weights were not sane.",
+            ["outcome"],
+            registry=prometheus,
+        )
+        self.delta_rows = Counter("headrace_trainer_delta_rows", "Rows of weights sent in deltas.", registry=prometheus)
+        self.delta_bytes = Counter("headrace_trainer_delta_bytes", "Bytes sent in deltas.", registry=prometheus)
+        self.delta_time = Gauge(
+            "headrace_trainer_delta_timestamp_seconds", "Time at which the newest delta was committed.", registry=prometheus
+        )
+        self.deleted_versions = Counter(
+            "headrace_trainer_deleted_versions", "Versions deleted because nothing needs them any more.", registry=prometheus
         )
         self.snapshot_version = Gauge("headrace_trainer_snapshot_version", "Newest version announced.", registry=prometheus)
         self.snapshot_bytes = Gauge("headrace_trainer_snapshot_bytes", "Size of the newest version.", registry=prometheus)
@@ -194,6 +209,14 @@ class TrainerMetrics:
         """Set whether the calibration of served scores is out of the band."""
         enough = metrics.positives >= SERVED_CLICKS
         self.served_out_of_band.set(enough and not band[0] <= metrics.calibration <= band[1])
+
+    def delta_sent(self, rows: int, size: int, seconds: float) -> None:
+        """Count a delta that is in the log."""
+        self.deltas.labels("sent").inc()
+        self.delta_rows.inc(rows)
+        self.delta_bytes.inc(size)
+        self.snapshot_seconds.labels("delta").observe(seconds)
+        self.delta_time.set_to_current_time()
 
     def announced(self, manifest: Manifest, *, promoted: bool) -> None:
         """Count a version that is in the registry."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -24,9 +24,11 @@ from stream.kafka.transport import Run
 from stream.records.dead_letter import DeadLetter
 from stream.trainer.examples import DecodedRun, ExampleDecoder
 from stream.trainer.metrics import TrainerMetrics
-from stream.trainer.training import Captured, Training
+from stream.trainer.training import Training
 
 __all__ = ["Owner", "Pipeline"]
+
+T = TypeVar("T")
 
 # Most runs from Kafka that wait: enough to keep the decoder busy. Each is up to 4 MiB.
 RUNS_WAITING = 3
@@ -67,7 +69,7 @@ class Pipeline:
         self._room = asyncio.Semaphore(RUNS_WAITING)
         self._runs: queue.SimpleQueue[Run | None] = queue.SimpleQueue()
         self._decoded: queue.Queue[DecodedRun] = queue.Queue(DECODED_WAITING)
-        self._captures: queue.SimpleQueue[Future[Captured]] = queue.SimpleQueue()
+        self._captures: queue.SimpleQueue[tuple[Future[Any], Callable[[Training], Any]]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._threads = [
             threading.Thread(target=self._guarded, args=(self._decode_runs,), name="decoding", daemon=True),
@@ -89,10 +91,10 @@ class Pipeline:
         await self._room.acquire()
         self._runs.put(run)
 
-    async def capture(self) -> Captured:
-        """The state of training between two batches, as soon as the batch under way is trained."""
-        wanted: Future[Captured] = Future()
-        self._captures.put(wanted)
+    async def between_batches(self, capture: Callable[[Training], T]) -> T:
+        """What `capture` returns. It runs in the training thread, as soon as the batch under way is trained."""
+        wanted: Future[T] = Future()
+        self._captures.put((wanted, capture))
         return await asyncio.wrap_future(wanted)
 
     async def stop(self) -> None:
@@ -142,6 +144,10 @@ class Pipeline:
 
     def _answer_captures(self) -> None:
         while not self._captures.empty():
-            wanted = self._captures.get()
+            wanted, capture = self._captures.get()
             if wanted.set_running_or_notify_cancel():
-                wanted.set_result(self.training.capture())
+                try:
+                    wanted.set_result(capture(self.training))
+                except BaseException as error:
+                    wanted.set_exception(error)
+                    raise

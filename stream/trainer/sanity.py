@@ -1,4 +1,4 @@
-"""Checks of a version's weights alone, whatever they score."""
+"""Checks of weights alone, whatever they score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-__all__ = ["LARGEST_WEIGHT", "weight_problems"]
+from model.rows import ModelDelta
+
+__all__ = ["LARGEST_WEIGHT", "delta_problems", "weight_problems"]
 
 # Weights of a healthy model lie below 10, and a logit of 30 is a certainty in float32. Products of larger weights than this
 # leave float32's range within a few layers.
@@ -26,3 +28,8 @@ def weight_problems(serving: Mapping[str, torch.Tensor]) -> list[str]:
         elif largest > LARGEST_WEIGHT:
             problems.append(f"weights too large: {name} holds {largest:.3g}, expected at most {LARGEST_WEIGHT:g}")
     return problems
+
+
+def delta_problems(delta: ModelDelta) -> list[str]:
+    """What is wrong with the weights of a delta, as `weight_problems` says it."""
+    return weight_problems({**(delta.dense or {}), "embedding": delta.rows.embedding, "first_order": delta.rows.first_order})

@@ -31,7 +31,6 @@ from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.errors import SnapshotCorrupt, SnapshotError
-from state.manifest import SERVING_FILE
 from state.registry import VersionRecord
 from state.store import SnapshotStore
 from stream.trainer.batching import TrainingBatch
@@ -260,9 +259,9 @@ def load_reference(
         raise SnapshotCorrupt(f"version {version}: expected the one announced, found another of that number in {store.url}.")
     if manifest.schema_hash != schema.fingerprint():
         raise SnapshotCorrupt(f"version {version}: expected the trainer's feature schema, found another.")
-    entry = manifest.files.get(SERVING_FILE)
-    if entry is not None and entry.size > MAX_BYTES:
-        raise SnapshotCorrupt(f"version {version}: expected at most {MAX_BYTES:,} bytes of weights, found {entry.size:,}.")
+    size = manifest.serving_size
+    if size > MAX_BYTES:
+        raise SnapshotCorrupt(f"version {version}: expected at most {MAX_BYTES:,} bytes of weights, found {size:,}.")
     return Predictor(
         schema,
         ModelSettings.model_validate(manifest.model),

@@ -1,36 +1,41 @@
-"""Versions: captured between two batches, written whole, then announced. Training continues meanwhile."""
+"""Publishes deltas on a topic and versions in the store. Both are captured between two batches; training goes on meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol
-
-import msgspec
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
 
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.changes import Announcement
 from state.errors import Refused, SnapshotError
 from state.manifest import Manifest
+from state.pieces import piece_rows
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import Fenced, NoAnswer, RegistryError
+from stream.errors import DeltaTooLarge, Fenced, NoAnswer, RegistryError
+from stream.trainer.captured import CapturedDelta, CapturedVersion
+from stream.trainer.chain import Chain, Published
 from stream.trainer.evaluation import manifest_metrics
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
-from stream.trainer.sanity import weight_problems
 from stream.trainer.start import Start
-from stream.trainer.training import Captured
+from stream.trainer.training import Training
 
-__all__ = ["Announces", "Publisher"]
+__all__ = ["Announces", "BetweenBatches", "Publisher"]
 
 log = logging.getLogger(__name__)
 
-# How often the publisher checks whether a version is due.
-TICK_S = 0.05
+# How often the publisher checks what is due. A delta leaves at most this much later than it should.
+TICK_S = 0.02
+# Interval of the first versions of a new model, so that there is a first champion soon. It grows to `interval_ms`.
+FIRST_INTERVAL_S = 5.0
+INTERVAL_GROWTH = 1.5
+# Wait before a delta is sent again. The producer's own attempts take seconds.
+SEND_AGAIN_S = 1.0
 # Wait before a version that is written is announced again, if announcing failed. The registry's own attempts take seconds.
 ANNOUNCE_AGAIN_S = 1.0
 
@@ -41,13 +46,26 @@ class Announces(Protocol):
     async def announce(self, manifest: Manifest, *, gate: SnapshotSettings) -> Announcement: ...
 
 
-class Publisher:
-    """Writes and announces versions, one after another.
+T = TypeVar("T")
 
-    - Every version is a full one. It is written only when every dead letter of the examples before its offsets is written, and
+
+class BetweenBatches(Protocol):
+    """`stream.trainer.pipeline.Pipeline.between_batches`."""
+
+    async def __call__(self, capture: Callable[[Training], T]) -> T: ...
+
+
+class Publisher:
+    """Publishes deltas, one after another, and beside them versions, one after another.
+
+    - A version's weights are those at a point of the chain: a delta brings scorers there, and is committed before the version
+      is announced. While the gate withholds what is learned, no delta leaves. Versions are still written then, for a restart;
+      they are no points of the chain.
+    - A delta or version leaves only when every dead letter of the examples before its offsets is written. A version is
       announced only when the store has all of it.
-    - Failures are logged and counted, and training goes on, since an older model serves better than none. Only being fenced
-      ends the publisher.
+    - A delta that can't be written is tried again until it is, and training goes on.
+    - Failures of versions are logged and counted, and training goes on, since an older model serves better than none. Only
+      being fenced ends the publisher.
     - A version that is written but not announced is announced again, and no other version is written before that.
     - After a version that couldn't be written, the next interval writes another one with a number of its own.
 
@@ -59,6 +77,7 @@ class Publisher:
         *,
         store: SnapshotStore,
         registry: Announces,
+        chain: Chain,
         letters: LetterBox,
         settings: SnapshotSettings,
         schema: FeatureSchema,
@@ -69,63 +88,135 @@ class Publisher:
         more_metrics: Callable[[], Mapping[str, float]] = dict,
         topic_ids: Mapping[str, str] | None = None,
     ) -> None:
-        self._store, self._registry, self._letters, self._settings = store, registry, letters, settings
-        self._schema, self._model, self._epoch, self._metrics = schema, model, epoch, metrics
+        self._store, self._registry, self._chain, self._letters = store, registry, chain, letters
+        self._settings, self._schema, self._model, self._epoch, self._metrics = settings, schema, model, epoch, metrics
         self._more_metrics = more_metrics
         self._parent = start.version
         self._last_number = start.newest
-        self._published = self._written = start.examples_seen
+        self._announced = self._written = self._sent = start.examples_seen
         self._unannounced: Manifest | None = None
         self._topic_ids = dict(topic_ids or {})
         self._closing = False
+        whole_s = settings.interval_ms / 1000
+        self._interval_s = whole_s if start.version is not None else min(whole_s, FIRST_INTERVAL_S)
 
-    async def run(self, examples_seen: Callable[[], int], capture: Callable[[], Awaitable[Captured]]) -> None:
-        """Publish every `interval_ms` if at least `min_examples` were trained since the last version, until `close`.
+    async def run(self, training: Training, between_batches: BetweenBatches) -> None:
+        """Publish until `close`.
+
+        A delta leaves every `delta_interval_ms`, and a version every `interval_ms` in which at least `min_examples` were
+        trained. The first versions of a new model come sooner.
 
         Raises:
             Fenced: another trainer has taken over.
         """
-        interval_s = self._settings.interval_ms / 1000
-        due_s = time.monotonic() + interval_s
-        again_s = 0.0
-        while not self._closing:
-            await asyncio.sleep(TICK_S)
-            now_s = time.monotonic()
-            if self._unannounced is not None:
-                if now_s >= again_s:
-                    await self._announce()
-                    again_s = time.monotonic() + ANNOUNCE_AGAIN_S
-                continue
-            if now_s < due_s or examples_seen() - self._written < self._settings.min_examples:
-                continue
-            due_s = now_s + interval_s
-            await self.publish(await capture())
-            again_s = time.monotonic() + ANNOUNCE_AGAIN_S
+        writing: asyncio.Task[Announcement | None] | None = None
+        delta_s, due_delta_s = self._settings.delta_interval_ms / 1000, 0.0
+        due_version_s = time.monotonic() + self._interval_s
+        try:
+            while not self._closing:
+                await asyncio.sleep(TICK_S)
+                if writing is not None and writing.done():
+                    writing.result()
+                    writing = None
+                now_s = time.monotonic()
+                if not self._chain.is_ready(training.positions):
+                    continue
+                if self._unannounced is not None and writing is None:
+                    writing = asyncio.create_task(self._announce_later())
+                elif writing is None and now_s >= due_version_s and self._has_news(training.examples_seen):
+                    self._interval_s = min(self._interval_s * INTERVAL_GROWTH, self._settings.interval_ms / 1000)
+                    due_version_s, due_delta_s = now_s + self._interval_s, now_s + delta_s
+                    captured = await between_batches(Training.capture_version)
+                    point = await self._point(captured)
+                    writing = asyncio.create_task(self._finish(captured, point))
+                elif now_s >= due_delta_s and training.examples_seen > self._sent and not self._chain.begins_with_a_version:
+                    due_delta_s = now_s + delta_s
+                    delta = await between_batches(Training.capture_delta)
+                    if delta is not None:
+                        await self.publish_delta(delta)
+        finally:
+            if writing is not None:
+                await writing
 
-    def close(self) -> None:
-        """Let `run` end after the version that it is publishing."""
-        self._closing = True
+    async def publish_delta(self, captured: CapturedDelta) -> None:
+        """Write a delta. While Kafka can't be reached it is tried again and again: without it the chain would have a gap.
 
-    async def publish(self, captured: Captured) -> Announcement | None:
-        """Write and announce one version; None when that failed, which is logged and counted.
+        Raises:
+            Fenced: another trainer has taken over.
+        """
+        await self._letters.written_up_to(captured.position.letters)
+        began = time.perf_counter()
+        encoded = await asyncio.to_thread(self._chain.encode, captured)
+        while True:
+            try:
+                await self._chain.send(encoded)
+                break
+            except DeltaTooLarge as error:
+                log.info("delta %d is cut again: %s", encoded.point.sequence, error)
+                encoded = await asyncio.to_thread(self._chain.encode, captured)
+            except NoAnswer as error:
+                self._metrics.deltas.labels("failed").inc()
+                log.error("delta %d isn't written, it is sent again; training goes on: %s", encoded.point.sequence, error)
+                await asyncio.sleep(SEND_AGAIN_S)
+        self._sent = captured.position.examples_seen
+        self._metrics.delta_sent(encoded.rows, encoded.size, time.perf_counter() - began)
+
+    async def publish(self, captured: CapturedVersion) -> Announcement | None:
+        """Write and announce one version, and the delta that leads to it; None when that failed, which is logged and counted.
 
         A version that is written and not announced yet is announced first. When that fails, nothing is written.
 
         Raises:
             Fenced: another trainer has taken over.
         """
-        if self._unannounced is not None and await self._announce() is None and self._unannounced is not None:
+        return await self._finish(captured, await self._point(captured))
+
+    async def drain(self, training: Training) -> None:
+        """Publish what was trained since the last delta, and a version. Training must have stopped."""
+        if not self._chain.is_ready(training.positions):
+            return
+        if training.examples_seen > self._announced or self._unannounced is not None:
+            await self.publish(training.capture_version())
+
+    def close(self) -> None:
+        """Let `run` end after the version that it is publishing."""
+        self._closing = True
+
+    async def _point(self, captured: CapturedVersion) -> Published | None:
+        """Bring scorers to a version's weights by the log, and return the point; None for a version that is none."""
+        if not captured.on_chain:
             return None
+        if self._chain.begins_with_a_version:
+            self._sent = captured.position.examples_seen
+            return self._chain.begin()
+        if captured.delta is not None:
+            await self.publish_delta(captured.delta)
+        return self._chain.published
+
+    async def _finish(self, captured: CapturedVersion, point: Published | None) -> Announcement | None:
+        """Write a version and announce it."""
         try:
-            await self._letters.written_up_to(captured.letters)
+            if self._unannounced is not None and await self._announce() is None and self._unannounced is not None:
+                return None
+            await self._letters.written_up_to(captured.position.letters)
             began = time.perf_counter()
-            self._unannounced = await asyncio.to_thread(self._write, captured)
-            self._written = captured.examples_seen
+            self._unannounced = await asyncio.to_thread(self._write, captured, point)
+            self._written = captured.position.examples_seen
             self._metrics.snapshot_seconds.labels("write").observe(time.perf_counter() - began)
         except SnapshotError as error:
             self._metrics.snapshots.labels("failed").inc()
-            log.error("no snapshot at %d examples, training goes on: %s", captured.examples_seen, error)
+            log.error("no snapshot at %d examples, training goes on: %s", captured.position.examples_seen, error)
             return None
+        finally:
+            captured.frozen.close()
+        return await self._announce()
+
+    def _has_news(self, examples_seen: int) -> bool:
+        return examples_seen - self._written >= self._settings.min_examples
+
+    async def _announce_later(self) -> Announcement | None:
+        """Announce the version that is written, after a wait."""
+        await asyncio.sleep(ANNOUNCE_AGAIN_S)
         return await self._announce()
 
     async def _announce(self) -> Announcement | None:
@@ -150,33 +241,32 @@ class Publisher:
             return None
         self._unannounced = None
         self._metrics.snapshot_seconds.labels("announce").observe(time.perf_counter() - began)
-        self._parent, self._published = manifest.version, manifest.examples_seen
+        self._parent, self._announced = manifest.version, manifest.examples_seen
         self._metrics.announced(manifest, promoted=announcement.promoted)
         log.info("version %d, %d examples: %s", manifest.version, manifest.examples_seen, announcement.reason)
         return announcement
 
-    def has_news(self, examples_seen: int) -> bool:
-        """Whether examples were trained since the newest announced version."""
-        return examples_seen > self._published or self._unannounced is not None
-
-    def _write(self, captured: Captured) -> Manifest:
+    def _write(self, captured: CapturedVersion, point: Published | None) -> Manifest:
         """Write the version; called in a thread. A number is never used again, even if writing fails."""
         self._last_number = max(self._last_number + 1, self._store.next_version())
         report = captured.evaluation.report()
         self._metrics.report(report)
+        position, frozen = captured.position, captured.frozen
         verdict = captured.verdict
-        if verdict is not None:
-            verdict = msgspec.structs.replace(verdict, problems=(*verdict.problems, *weight_problems(captured.serving)))
         manifest = Manifest(
             version=self._last_number,
             parent=self._parent,
             kind="full",
             epoch=self._epoch,
-            created_at_ms=captured.at_ms,
-            offsets={str(partition): offset for partition, offset in sorted(captured.offsets.items())},
-            watermark_ms=captured.watermark_ms,
-            examples_seen=captured.examples_seen,
-            negative_rate=captured.negative_rate,
+            created_at_ms=position.at_ms,
+            offsets={str(partition): offset for partition, offset in sorted(position.offsets.items())},
+            watermark_ms=position.watermark_ms,
+            examples_seen=position.examples_seen,
+            negative_rate=position.negative_rate,
+            chain="" if point is None else point.point.chain,
+            sequence=None if point is None else point.point.sequence,
+            deltas_offset=None if point is None else point.offset,
+            digest=f"{captured.digest:016x}" if captured.on_chain else "",
             metrics={**manifest_metrics(report), **self._more_metrics()},
             verdict=verdict,
             topic_ids=self._topic_ids,
@@ -184,4 +274,9 @@ class Publisher:
             features=self._schema.model_dump(mode="json"),
             model=self._model.model_dump(mode="json"),
         )
-        return self._store.write(manifest, captured.serving, captured.trainer)
+        return self._store.write_version(
+            manifest,
+            dense=frozen.dense,
+            small={**frozen.small, **captured.bookkeeping},
+            pieces=frozen.pieces(piece_rows(self._schema.embedding_dim)),
+        )

@@ -229,15 +229,19 @@ def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, t
     if start.manifest is None:
         return {}
     version = start.manifest.version
-    trainer = store.trainer(version)
-    learner.restore(store.serving(version), trainer)
+    reader = store.read(version)
+    learner.begin_restore(reader.row_count)
+    for piece in reader.trainer_rows():
+        learner.restore_rows(piece.serving, piece.trainer)
+    small = reader.small()
+    learner.finish_restore(reader.dense(), small)
     learner.negative_rate = start.manifest.negative_rate
     if learner.examples_seen != start.manifest.examples_seen:
         raise SnapshotCorrupt(
             f"version {version}: expected {start.manifest.examples_seen} examples in its weights, as its manifest says, found "
             f"{learner.examples_seen}."
         )
-    return bookkeeping_in(trainer)
+    return bookkeeping_in(small)
 
 
 def first_positions(

@@ -5,25 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from model.errors import UpdateNotFinite
 from model.features import FeatureBatch
-from state.gate_report import GateReport
+from model.frozen import FrozenModel
+from model.rows import ModelDelta
 from stream.records.dead_letter import DeadLetter
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.bookkeeping import Bookkeeping, bookkeeping_state, restore_bookkeeping
-from stream.trainer.evaluation import Evaluation, FrozenEvaluation
+from stream.trainer.captured import CapturedDelta, CapturedVersion, Position
+from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Judge
 from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.sanity import delta_problems
 
-__all__ = ["Captured", "Learns", "Observer", "Training"]
+__all__ = ["Learns", "Observer", "Training"]
 
 
 log = logging.getLogger(__name__)
@@ -44,9 +47,17 @@ class Learns(Protocol):
         impression_ms: npt.ArrayLike | None = None,
     ) -> npt.NDArray[np.float32]: ...
 
-    def serving_state(self) -> dict[str, torch.Tensor]: ...
+    def take_delta(self, *, dense: bool = True) -> ModelDelta: ...
 
-    def trainer_state(self) -> dict[str, torch.Tensor]: ...
+    def expect(self, keys: torch.Tensor) -> None: ...
+
+    def freeze(self) -> FrozenModel: ...
+
+    @property
+    def touched(self) -> int: ...
+
+    @property
+    def digest(self) -> int: ...
 
 
 class Observer(Protocol):
@@ -62,32 +73,13 @@ class Observer(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """A copy of the trainer between two batches: weights, optimizer and positions of the same moment.
-
-    `letters` is how many dead letters, counted from the first one, must be written before `offsets` are published.
-    """
-
-    serving: dict[str, torch.Tensor]
-    trainer: dict[str, torch.Tensor]
-    offsets: dict[int, int]
-    watermark_ms: int
-    examples_seen: int
-    negative_rate: float
-    evaluation: FrozenEvaluation
-    letters: int
-    at_ms: int
-    verdict: GateReport | None = None
-
-
 class Training:
     """Learns batch after batch. For one thread; the attributes may be read in any.
 
         training.add(run)
         while training.step(time.monotonic()):
             ...
-        captured = training.capture()
+        captured = training.capture_version()
 
     A batch closes at the cutter's `rows`, or when it has waited `max_batch_age_s` for more examples. That clock runs only while
     there is nothing to learn, so under load batches are cut by count alone and don't depend on how records were fetched.
@@ -123,6 +115,7 @@ class Training:
         self._max_batch_age_s = max_batch_age_s
         self._waiting_since: float | None = None
         self._set_aside: list[DeadLetter] = []
+        self._problems: tuple[str, ...] = ()  # of the last delta that was taken
         self.batches = 0
         self.watermark_ms = watermark_ms
 
@@ -228,23 +221,67 @@ class Training:
             return batch.weights
         return factors if batch.weights is None else factors * batch.weights
 
-    def capture(self) -> Captured:
-        """A copy of everything that a version holds. To be called between two batches."""
+    @property
+    def withheld(self) -> bool:
+        """Whether the gate withholds what is learned."""
+        return self._judge is not None and self._judge.report().flow == "withheld"
+
+    def capture_delta(self) -> CapturedDelta | None:
+        """What changed since the delta before. To be called between two batches.
+
+        None while the gate withholds what is learned, when nothing was touched, and when the weights fail the checks of
+        `stream.trainer.sanity`. What was touched is then part of a later delta.
+        """
+        if not self._learner.touched or self.withheld:
+            return None
         began = time.perf_counter()
-        captured = Captured(
-            serving=self._learner.serving_state(),
-            trainer={**self._learner.trainer_state(), **bookkeeping_state(self._bookkeeping)},
+        delta = self._learner.take_delta()
+        problems = delta_problems(delta)
+        self._problems = tuple(problems)
+        if problems:
+            self._learner.expect(delta.rows.keys)
+            self._metrics.deltas.labels("withheld").inc()
+            log.error("a delta of %d rows is withheld: %s", len(delta.rows), "; ".join(problems))
+            return None
+        self._metrics.snapshot_seconds.labels("capture_delta").observe(time.perf_counter() - began)
+        return CapturedDelta(delta, self._position())
+
+    def capture_version(self) -> CapturedVersion:
+        """Everything that a version holds. To be called between two batches.
+
+        The pause doesn't grow with the table: its rows are copied while training goes on (`model.frozen`).
+        """
+        withheld = self.withheld
+        delta = self.capture_delta()
+        began = time.perf_counter()
+        bookkeeping = bookkeeping_state(self._bookkeeping)
+        verdict = (
+            None if self._judge is None else self._judge.report()
+        )  # after its state was taken: then it knows every example
+        if verdict is not None and self._problems:
+            verdict = msgspec.structs.replace(verdict, problems=(*verdict.problems, *self._problems))
+        captured = CapturedVersion(
+            frozen=self._learner.freeze(),
+            bookkeeping=bookkeeping,
+            evaluation=self._evaluation.freeze(),
+            verdict=verdict,
+            position=self._position(),
+            delta=delta,
+            on_chain=not withheld and not self._learner.touched,
+            digest=self._learner.digest,
+        )
+        self._metrics.snapshot_seconds.labels("capture").observe(time.perf_counter() - began)
+        return captured
+
+    def _position(self) -> Position:
+        return Position(
             offsets=dict(self._cutter.positions),
             watermark_ms=self.watermark_ms,
             examples_seen=self._learner.examples_seen,
             negative_rate=self._learner.negative_rate,
-            evaluation=self._evaluation.freeze(),
             letters=self._cutter.letters,
             at_ms=time.time_ns() // 1_000_000,
-            verdict=None if self._judge is None else self._judge.report(),
         )
-        self._metrics.snapshot_seconds.labels("capture").observe(time.perf_counter() - began)
-        return captured
 
 
 def _first_rate(batch: TrainingBatch) -> float:

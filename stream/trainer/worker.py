@@ -18,28 +18,35 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 
+from aiokafka.errors import KafkaError
 from faust.types import TP
 from prometheus_client import CollectorRegistry
 
 from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
+from state.chain_name import ChainName
+from state.errors import SnapshotError
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
+from stream.deltas.writer import DeltaWriter
 from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.kafka.cluster import Cluster, describe_cluster
 from stream.kafka.transport import Run
 from stream.records.dead_letter import DeadLetter
+from stream.registry.collect import collect_by_itself
 from stream.registry.follower import RegistryFollower
 from stream.registry.writer import RegistryWriter
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
+from stream.trainer.chain import NAME as CHAIN
+from stream.trainer.chain import Chain
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
@@ -47,6 +54,7 @@ from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
 from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, topic_ids
+from stream.trainer.rebase import go_on_in_place
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher
 from stream.trainer.standby import Standby
@@ -65,6 +73,8 @@ SESSION_TIMEOUT_MS = 10_000
 INSTANCE_ID = "trainer"
 # How often gauges are updated, and how often to check which versions are due to be tagged good.
 HOUSEKEEPING_S = 1.0
+# How often versions are deleted that nothing needs any more. It reads the registry whole, and lists the store.
+COLLECT_S = 60.0
 # How often to check whether another anchor is due. The check looks at every version, and the rule counts in minutes.
 ANCHOR_S = 5.0
 
@@ -80,14 +90,16 @@ class TrainerWorker(Worker):
         kafka: KafkaSettings,
         cluster: Cluster,
         group: str,
-        topic: str,
+        names: TopicNames,
         snapshots: SnapshotSettings,
+        store: SnapshotStore,
         training: Training,
         decoder: ExampleDecoder,
         threads: int,
         skew: SkewCheck,
         publisher: Publisher,
         letters: LetterBox,
+        deltas: DeltaWriter,
         registry: RegistryWriter,
         follower: RegistryFollower,
         judge: Judge,
@@ -99,13 +111,14 @@ class TrainerWorker(Worker):
             kafka,
             cluster,
             group=group,
-            topics=(topic,),
+            topics=(names.examples,),
             session_timeout_ms=SESSION_TIMEOUT_MS,
             instance_id=INSTANCE_ID,
         )
-        self._topic, self._snapshots, self._training, self._skew = topic, snapshots, training, skew
+        self._kafka, self._names, self._topic = kafka, names, names.examples
+        self._snapshots, self._store, self._training, self._skew = snapshots, store, training, skew
         self._pipeline = Pipeline(self, training, decoder, metrics, threads=threads)
-        self._publisher, self._letters, self._registry = publisher, letters, registry
+        self._publisher, self._letters, self._deltas, self._registry = publisher, letters, deltas, registry
         self._follower, self._judge, self._anchors = follower, judge, anchors
         self._scores, self._metrics = scores, metrics
         # Next offset to hand over, by partition.
@@ -118,9 +131,9 @@ class TrainerWorker(Worker):
         await self._letters.start()
         self._pipeline.start()
         training = self._training
-        self._publishing = guarded(self._publisher.run(lambda: training.examples_seen, self._pipeline.capture), self.name)
+        self._publishing = guarded(self._publisher.run(training, self._pipeline.between_batches), self.name)
         self._housekeeping = guarded(self._keep_house(), self.name)
-        self.background(self._skew.run())
+        self.background(self._skew.run(), self._collect())
 
     # Runs and positions
 
@@ -179,6 +192,18 @@ class TrainerWorker(Worker):
             except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
                 log.warning("tagging good versions: %s", error)
 
+    async def _collect(self) -> None:
+        """Delete versions that nothing needs any more, from time to time."""
+        while True:
+            await asyncio.sleep(COLLECT_S)
+            try:
+                done = await collect_by_itself(self._kafka, self._names, self._registry, self._store, self._snapshots)
+                if done.versions:
+                    self._metrics.deleted_versions.inc(len(done.versions))
+                    log.info("deleted %d versions, %d MB: %s", len(done.versions), done.size // 1_000_000, done.versions)
+            except (RegistryError, NoAnswer, SnapshotError, KafkaError) as error:  # the next time deletes what is left
+                log.warning("deleting versions that nothing needs: %s", error)
+
     async def _show_gate(self) -> None:
         """Change to the anchor that is due, and update the metrics of the gate."""
         state = self._follower.state
@@ -204,9 +229,8 @@ class TrainerWorker(Worker):
         if self._publishing is not None:
             await self._publishing  # a version under way is completed
         await self._pipeline.stop()
-        training = self._training
-        if self._publisher.has_news(training.examples_seen):
-            await self._publisher.publish(training.capture())
+        await self._publisher.drain(self._training)
+        await self._deltas.close()
         await self._letters.close()
 
 
@@ -244,7 +268,7 @@ async def run_trainer(
         PositionError: the log isn't the one that the newest version was trained on, or lost examples.
         StreamError: the port for metrics is taken, the group of trainers doesn't let this one in, or a new model can't lead.
     """
-    cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots))
+    cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots, names.deltas))
     who = f"trainer@{socket.gethostname()}:{os.getpid()}"
     registry = RegistryWriter(kafka, names, who=who)
     store = SnapshotStore(snapshots)
@@ -282,6 +306,7 @@ async def run_trainer(
         take_over=take_over,
         new_model=new_model,
     )
+    closing: list[Callable[[], Awaitable[None]]] = [follower.close, registry.close]
     async with standby:
         try:
             # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
@@ -293,9 +318,14 @@ async def run_trainer(
             start = prepared.start
             came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
             log.info("epoch %d on %s, going on from %s at %s", epoch, prepared.learner.device, came_from, prepared.positions)
+            deltas = DeltaWriter(kafka, names, epoch=epoch)
+            closing.append(deltas.close)
+            # From here on no older trainer writes a delta, so what the log holds by now is all that scorers can have applied.
+            await deltas.open()
             worker = await _built(
                 prepared,
                 epoch,
+                deltas,
                 kafka=kafka,
                 settings=settings,
                 names=names,
@@ -311,13 +341,14 @@ async def run_trainer(
             standby.began(prepared, worker.positions, model.batch_rows)
             await serve(worker, http=http, prometheus=prometheus, server=standby.server)
         finally:
-            await follower.close()
-            await registry.close()
+            for close in closing:
+                await close()
 
 
 async def _built(
     prepared: Prepared,
     epoch: int,
+    deltas: DeltaWriter,
     *,
     kafka: KafkaSettings,
     settings: TrainerSettings,
@@ -335,6 +366,8 @@ async def _built(
     start = prepared.start
     metrics = TrainerMetrics(prometheus)
     scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
+    base = await go_on_in_place(prepared.learner, start, kafka, names)
+    chain = Chain(str(ChainName(model.name, epoch, 0)), deltas, base, prepared.learner.touched_keys)
     judge = Judge(snapshots, gate_state(start, epoch))
     anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
 
@@ -350,6 +383,7 @@ async def _built(
         max_batch_age_s=settings.max_batch_age_ms / 1000,
         watermark_ms=start.watermark_ms,
         observers=(skew,),
+        bookkeeping={CHAIN: chain},
         judge=judge,
     )
     training.restore(start.bookkeeping)
@@ -360,6 +394,7 @@ async def _built(
     publisher = Publisher(
         store=store,
         registry=registry,
+        chain=chain,
         letters=letters,
         settings=snapshots,
         schema=schema,
@@ -374,14 +409,16 @@ async def _built(
         kafka=kafka,
         cluster=cluster,
         group=f"{names.prefix}{settings.group}",
-        topic=names.examples,
+        names=names,
         snapshots=snapshots,
+        store=store,
         training=training,
         decoder=ExampleDecoder(schema),
         threads=settings.threads,
         skew=skew,
         publisher=publisher,
         letters=letters,
+        deltas=deltas,
         registry=registry,
         follower=follower,
         judge=judge,

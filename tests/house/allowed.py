@@ -6,11 +6,17 @@ __all__ = ["EXPORTED", "UNUSED"]
 
 EXPORTED: dict[str, str] = {
     "stream.records.answer.ANSWER_REASONS": "the table of reasons in docs/events.md is checked against it",
+    "state.chain.REFUSALS": "the table of reasons in docs/scoring.md is checked against it",
     "model.hashing.hash_bytes": "the definition that the hashes of columns are tested against",
     **dict.fromkeys(
         ["model.metrics.calibration", "model.metrics.log_loss", "model.metrics.normalised_entropy"],
         "the definition that the metrics of a running total are tested against",
     ),
+    **dict.fromkeys(
+        ["stream.deltas.reader.read_back", "stream.deltas.writer.DeltaWriter", "stream.records.delta_assembly.assemble"],
+        "for the trainer's deltas",
+    ),
+    "stream.registry.collect.collect_by_itself": "for the trainer, which deletes versions from time to time",
     "deploy.datasets.Chunk": "a new data set yields it",
 }
 """`module.name` of names in `__all__` that no other module imports."""
@@ -49,6 +55,8 @@ UNUSED: dict[str, str] = {
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
     "loss_error": "a field of the gate's verdict, which `headrace snapshot show` reads by its key",
+    "delta_interval_ms": "for the trainer's deltas",
+    "seen_end_at": "for the trainer, which reads deltas to their end",
     "frame": "a parameter of a signal handler",
 }
 """Names that vulture finds unused."""

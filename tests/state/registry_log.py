@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from state import decisions
+from state import alias_decisions, decisions
 from state.changes import Cause, Change
 from state.manifest import Manifest
 from state.registry import RegistryState, encode_record
@@ -31,7 +31,8 @@ class Log:
             value = encode_record(record)
             assert self.state.apply(key.encode(), value, len(self.compacted)) is None
             self.compacted.pop(key, None)
-            self.compacted[key] = value
+            if value is not None:
+                self.compacted[key] = value
         return change.outcome
 
     def cause(self, reason: str = "why") -> Cause:
@@ -73,6 +74,12 @@ class Log:
             self.write(change)
         elif verb == "hold":
             self.write(decisions.hold(self.state, self.cause(options["--reason"])))
+        elif verb == "alias":
+            cause = self.cause(options["--reason"])
+            if rest[0] == "set":
+                self.write(alias_decisions.set_alias(self.state, rest[1], int(rest[2]), cause))
+            else:
+                self.write(alias_decisions.remove_alias(self.state, rest[1], cause))
         else:
             assert verb == "resume"
             self.write(decisions.resume(self.state, self.cause()))

@@ -26,7 +26,7 @@ for _module in {target.split(":")[0] for target in COMMANDS.values()} | {
     "stream.join.worker",
     "stream.letters.replay",
     "stream.registry.operations",
-    "stream.scorer.worker",
+    "stream.scorer.run",
     "stream.trainer.worker",
 }:
     importlib.import_module(_module)

@@ -105,6 +105,12 @@ def test_a_key_that_was_replaced_says_by_what(monkeypatch: pytest.MonkeyPatch) -
             "snapshots.served_calibration_band",
             "the alarm would never end",
         ),
+        (
+            {"topics": {"deltas_retention_ms": 60_000}, "snapshots": {"interval_ms": 20_001}},
+            "error",
+            "topics.deltas_retention_ms",
+            "at least 3 times snapshots.interval_ms (20001), found 60000",
+        ),
         ({"local_kafka": {"java": "/nowhere/java"}}, "error", "local_kafka.java", "Correct the path"),
     ],
 )

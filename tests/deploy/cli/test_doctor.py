@@ -47,7 +47,7 @@ def write(settings: Settings, records: list[tuple[str, int, bytes | None, bytes 
 def test_nothing_wrong_and_no_topics(run: Run, settings: Settings, request: pytest.FixtureRequest) -> None:
     missing = run("doctor --format json")
     assert missing.code == 1
-    assert [finding["cure"] for finding in missing.json["findings"]] == ["headrace topics create"] * 8
+    assert [finding["cure"] for finding in missing.json["findings"]] == ["headrace topics create"] * 9
     request.getfixturevalue("topics")
     well = run("doctor")
     assert well.code == 0, well.out
@@ -158,7 +158,8 @@ def test_what_is_read_is_what_is_there(topics: Settings, monkeypatch: pytest.Mon
 
     readings = asyncio.run(transactions_and_reading())
     assert readings.differences == [] and readings.unread == []
-    assert readings.partitions == dict.fromkeys(("impressions", "clicks", "examples", "score-requests", "dead-letters"), 2)
+    of_two = ("impressions", "clicks", "examples", "score-requests", "dead-letters")
+    assert readings.partitions == dict.fromkeys(of_two, 2) | {"deltas": 1}
     assert readings.configs["clicks"]["retention.ms"] == str(topics.topics.retention_ms)
     assert readings.offsets_retention_ms == 7 * 86_400_000
     assert (readings.members, readings.trainer, readings.scorer) == ({"join": 0, "trainer": 0, "scorer": 0}, {}, {})

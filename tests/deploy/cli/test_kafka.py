@@ -71,10 +71,10 @@ def test_topics_create_and_check(settings: Settings, monkeypatch: pytest.MonkeyP
     assert f"{prefix}clicks: topic: expected present, found absent\n  fix: headrace topics create" in missing.stdout
     created = runner.invoke(cli, ["topics", "create", "--format", "json"])
     assert created.exit_code == 0
-    assert len(json.loads(created.stdout)["created"]) == 8
-    assert runner.invoke(cli, ["topics", "check"]).stdout == "All eight topics are as the contract says.\n"
+    assert len(json.loads(created.stdout)["created"]) == 9
+    assert runner.invoke(cli, ["topics", "check"]).stdout == "All nine topics are as the contract says.\n"
     again = runner.invoke(cli, ["topics", "create"])
-    assert again.stdout.count("kept") == 8
+    assert again.stdout.count("kept") == 9
     assert "headrace topics check" in again.stderr
 
     monkeypatch.setenv("HEADRACE_TOPICS__RETENTION_MS", "86400000")

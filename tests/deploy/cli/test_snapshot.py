@@ -130,7 +130,7 @@ def test_show(run: Run, three: Settings) -> None:
     shown = run("snapshot show 2 --format json").json
     assert shown["announced"]["tags"] == ["good"] and shown["manifest"]["examples_seen"] == 1_234
     text = run("snapshot show 2").out
-    assert "serving.safetensors" in text and "SHA-256" in text and "by trainer@test" in text
+    assert "dense.safetensors" in text and "SHA-256" in text and "by trainer@test" in text
     assert "flowing since -: nothing was compared yet" in text and "100 clicks and 900 non-clicks seen" in text
     assert shown["announced"]["verdict"]["flow"] == "flowing"
     ran = run("snapshot show 9")
@@ -142,13 +142,13 @@ def test_show(run: Run, three: Settings) -> None:
 def test_verify(run: Run, three: Settings) -> None:
     ran = run("snapshot verify 2")
     assert ran.code == 0 and ran.out.startswith("version 2 is whole: 2 files, ") and ran.err == ""
-    file = Path(three.snapshots.url) / "v0000000002" / "serving.safetensors"
+    file = Path(three.snapshots.url) / "v0000000002" / "dense.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     ran = run("snapshot verify 2 --format json")
     assert ran.code == 1 and ran.json["whole"] is False
-    assert "serving.safetensors: expected SHA-256 " in ran.err and ran.json["problems"] == [ran.err.strip()]
+    assert "dense.safetensors: expected SHA-256 " in ran.err and ran.json["problems"] == [ran.err.strip()]
 
 
 def test_promote_prints_what_undoes_it(run: Run, three: Settings) -> None:
@@ -169,10 +169,10 @@ def test_promote_prints_what_undoes_it(run: Run, three: Settings) -> None:
 
 
 def test_nobody_is_sent_to_a_version_that_is_not_whole(run: Run, three: Settings) -> None:
-    (Path(three.snapshots.url) / "v0000000002" / "serving.safetensors").unlink()
+    (Path(three.snapshots.url) / "v0000000002" / "dense.safetensors").unlink()
     for command in ("promote 2 --reason x", "rollback --yes", "rollback --dry-run"):
         ran = run(f"snapshot {command}")
-        assert ran.code == 1 and "serving.safetensors: expected " in ran.err and "found no file" in ran.err
+        assert ran.code == 1 and "dense.safetensors: expected " in ran.err and "found no file" in ran.err
         assert ran.err.strip().endswith("Nothing was changed; --unchecked goes there all the same.")
     assert run("snapshot list --format json").json["champion"] == 3
     assert run("snapshot rollback --unchecked --format json").json["to"] == 2

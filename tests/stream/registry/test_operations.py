@@ -140,8 +140,8 @@ def test_a_version_that_is_not_whole_moves_nobody(topics: Settings) -> None:
                 await attempt()
         store.write(manifest(2), {"rows": torch.ones(3)}, {"adam": torch.ones(3)})
         plan = await checked.plan(RollbackRequest("bad"))
-        (Path(topics.snapshots.url) / "v0000000002" / "serving.safetensors").unlink()
-        with pytest.raises(SnapshotCorrupt, match=r"serving\.safetensors: expected .* found no file"):
+        (Path(topics.snapshots.url) / "v0000000002" / "dense.safetensors").unlink()
+        with pytest.raises(SnapshotCorrupt, match=r"dense\.safetensors: expected .* found no file"):
             await checked.rollback(plan)  # checked again, since time has passed
         assert (await registry(topics)).champion.version == 3
         done = await operations(topics).rollback(RollbackRequest("bad"))

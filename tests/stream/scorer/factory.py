@@ -20,7 +20,7 @@ from model.settings import ModelSettings
 from state.manifest import Manifest
 from state.store import SnapshotStore
 from stream.registry.writer import RegistryWriter
-from stream.scorer.serving import Served
+from stream.scorer.serving import Served, WeightsState
 from stream.topics.names import TopicNames
 from tests.judged import JUDGED
 
@@ -37,8 +37,8 @@ def weights(version: int) -> dict[str, torch.Tensor]:
 
 
 def served(version: int, serving: dict[str, torch.Tensor] | None = None, *, created_at_ms: int = 1_000) -> Served:
-    predictor = Predictor(SCHEMA, MODEL, serving or weights(version), device="cpu")
-    return Served(version, created_at_ms, RequestDecoder(SCHEMA), predictor)
+    predictor = Predictor.of(SCHEMA, MODEL, serving or weights(version), device="cpu")
+    return Served(WeightsState(version, created_at_ms), RequestDecoder(SCHEMA), predictor)
 
 
 def request(name: str, candidates: int = 3, **more: Any) -> bytes:

@@ -136,7 +136,7 @@ def test_from_the_first_request_to_a_clean_stop(scene: Scene) -> None:
 
     # A version whose weights were damaged: the old one goes on, and says so.
     asyncio.run(publish(scene.settings, 3, promote=False))
-    (weights,) = Path(scene.settings.snapshots.url).glob("*3/serving.safetensors")
+    (weights,) = Path(scene.settings.snapshots.url).glob("*3/serving-00000.safetensors")
     damaged = weights.read_bytes()
     weights.write_bytes(damaged[:-1] + bytes([damaged[-1] ^ 1]))
     position = asyncio.run(_promote(scene, 3))

@@ -22,10 +22,35 @@ def test_created_topics_are_as_the_contract_says(settings: Settings) -> None:
     before = check_topics(settings.kafka, settings.topics)
     assert [(problem.what, problem.found, problem.cure) for problem in before] == [
         ("topic", "absent", "headrace topics create")
-    ] * 8
+    ] * 9
     made = create_topics(settings.kafka, settings.topics)
     assert made.created == [contract.name for contract in topic_contracts(settings.topics)]
     assert check_topics(settings.kafka, settings.topics) == []
+
+
+def test_topics_of_0_1_0_lack_deltas_and_are_told_so(settings: Settings) -> None:
+    """Version 0.1.0 had eight topics."""
+    names = TopicNames.of(settings.topics)
+    admin = KafkaAdminClient(**kafka_python_options(settings.kafka))
+    with contextlib.closing(admin):
+        eight = {contract.name: contract for contract in topic_contracts(settings.topics) if contract.name != names.deltas}
+        admin.create_topics(
+            {
+                name: {
+                    "num_partitions": contract.partitions,
+                    "replication_factor": contract.replication_factor,
+                    "configs": contract.configs,
+                }
+                for name, contract in eight.items()
+            }
+        )
+        admin.wait_for_topics(list(eight), timeout_ms=30_000)
+    found = check_topics(settings.kafka, settings.topics, settings.join)
+    assert [(each.topic, each.what, each.found, each.cure) for each in found] == [
+        (names.deltas, "topic", "absent", "headrace topics create")
+    ]
+    assert create_topics(settings.kafka, settings.topics, settings.join).created == [names.deltas]
+    assert check_topics(settings.kafka, settings.topics, settings.join) == []
 
 
 def test_create_twice_and_by_two_at_once(settings: Settings) -> None:

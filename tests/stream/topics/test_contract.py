@@ -16,9 +16,10 @@ from stream.topics.contract import topic_contracts
     replicas=st.integers(1, 5),
     prefix=st.sampled_from(["", "shop-", "a.b_"]),
     max_bytes=st.integers(1_024, 50_000_000),
+    delta_bytes=st.integers(65_536, 50_000_000),
 )
 def test_whatever_the_settings_the_contract_holds(
-    partitions: int, requests: int, replicas: int, prefix: str, max_bytes: int
+    partitions: int, requests: int, replicas: int, prefix: str, max_bytes: int, delta_bytes: int
 ) -> None:
     settings = TopicSettings(
         prefix=prefix,
@@ -27,15 +28,16 @@ def test_whatever_the_settings_the_contract_holds(
         replication_factor=replicas,
         min_insync_replicas=replicas,
         max_message_bytes=max_bytes,
+        deltas_max_message_bytes=delta_bytes,
     )
     by_name = {contract.name.removeprefix(prefix): contract for contract in topic_contracts(settings)}
     assert set(by_name) == {
         *("impressions", "clicks", "examples", "dead-letters"),
-        *("score-requests", "scores", "snapshots", "scorers"),
+        *("score-requests", "scores", "deltas", "snapshots", "scorers"),
     }
     assert {by_name[name].partitions for name in ("impressions", "clicks", "examples")} == {partitions}
     assert {by_name[name].partitions for name in ("score-requests", "scores")} == {requests}
-    assert by_name["snapshots"].partitions == by_name["scorers"].partitions == 1
+    assert by_name["snapshots"].partitions == by_name["scorers"].partitions == by_name["deltas"].partitions == 1
     compacted = {name for name, contract in by_name.items() if contract.configs["cleanup.policy"] == "compact"}
     assert compacted == {"snapshots", "scorers"}
     for name, contract in by_name.items():
@@ -44,9 +46,11 @@ def test_whatever_the_settings_the_contract_holds(
         assert contract.configs["message.timestamp.type"] == "LogAppendTime"
         assert contract.configs["min.insync.replicas"] == str(replicas)
         margin = 65_536 if name in ("examples", "dead-letters") else 0
-        assert contract.configs["max.message.bytes"] == str(max_bytes + margin)
+        limit = delta_bytes if name == "deltas" else max_bytes + margin
+        assert contract.configs["max.message.bytes"] == str(limit)
         # Retention would delete what compaction keeps for ever.
         assert ("retention.ms" in contract.configs) == (name not in compacted)
+        assert ("retention.bytes" in contract.configs) == (name == "deltas")
 
 
 def test_more_in_sync_than_there_are() -> None:

@@ -19,6 +19,7 @@ from stream.trainer.examples import ExampleDecoder
 from stream.trainer.start import go_on
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import MODEL, SCHEMA, metrics, record, run
+from tests.stream.trainer.fakes import whole
 from tests.stream.trainer.test_start import announced, write
 
 
@@ -64,7 +65,7 @@ def trained(gate):
 def restarted(tmp_path, captured, gate):
     store = SnapshotStore(SnapshotSettings(url=str(tmp_path)))
     manifest = write(store, 1)  # for its fields; the tensors follow
-    store.write(msgspec.structs.replace(manifest, version=2, examples_seen=200), captured.serving, captured.trainer)
+    captured.write(store, msgspec.structs.replace(manifest, version=2, examples_seen=200))
     learner = Learner(SCHEMA, MODEL, device="cpu")
     start = go_on(learner, announced(store.manifest(2)), store, SCHEMA, MODEL)
     two = training(learner, gate)
@@ -76,36 +77,36 @@ def test_parts_and_metrics_go_on_after_a_restart(tmp_path):
     gate = Gate()
     gate.blocks, gate.tensor = [Block(200, 0.25)], torch.tensor([1.5, 2])
     one = trained(gate)
-    captured = one.capture()
+    captured = whole(one.capture_version())
     gate.blocks.append(Block(9, 9.0))
     gate.tensor[0] = 7  # what was captured is a copy
     other = Gate()
     two = restarted(tmp_path, captured, other)
     assert other.blocks == [Block(200, 0.25)]
     assert other.tensor.tolist() == [1.5, 2]
-    report, before = two.capture().evaluation.report(), captured.evaluation.report()
+    report, before = two.capture_version().evaluation.report(), captured.captured.evaluation.report()
     assert report["progressive", "window"] == before["progressive", "window"]
     assert report["progressive", "total"] == before["progressive", "total"]
     assert report["progressive", "total"].examples == 200
 
 
 def test_a_version_without_them_leaves_parts_as_they_began(tmp_path):
-    captured = trained(None).capture()
-    for name in bookkeeping_in(captured.trainer):
-        del captured.trainer[name]
+    captured = whole(trained(None).capture_version())
+    for name in bookkeeping_in(captured.small):
+        del captured.small[name]
     gate = Gate()
     two = restarted(tmp_path, captured, gate)
     assert gate.blocks == []
-    assert two.capture().evaluation.report()["progressive", "total"].examples == 0
+    assert two.capture_version().evaluation.report()["progressive", "total"].examples == 0
 
 
 def test_a_part_that_cannot_read_its_state_begins_anew_and_the_others_go_on(tmp_path, caplog):
-    captured = trained(None).capture()
-    captured.trainer["kept.gate.blocks"] = to_json([{"clicks": "many"}])
+    captured = whole(trained(None).capture_version())
+    captured.small["kept.gate.blocks"] = to_json([{"clicks": "many"}])
     gate = Gate()
     two = restarted(tmp_path, captured, gate)
     assert gate.blocks == []
-    assert two.capture().evaluation.report()["progressive", "total"].examples == 200
+    assert two.capture_version().evaluation.report()["progressive", "total"].examples == 200
     assert "the version's state of 'gate' can't be used, it begins from nothing" in caplog.text
 
 

@@ -59,13 +59,10 @@ def test_with_one_negative_in_ten_scores_are_calibrated_within_one_percent(chain
     assert window.positives / window.examples > 0.5  # of what it learns, more than half is clicked
     assert window.log_loss < 0.6  # but it is measured as if nothing had been left out: at 0.2 of 0.5
 
-    captured = tenth.training.capture()
+    rate, serving = tenth.learner.negative_rate, tenth.learner.serving_state()
     batch = FeatureDecoder(SCHEMA).impressions([value(1, features={"segment": "s1"})]).batch
-    served, raw = (
-        Predictor(SCHEMA, MODEL, captured.serving, device="cpu", negative_rate=rate).predict(batch)[0]
-        for rate in (captured.negative_rate, 1.0)
-    )
-    assert captured.negative_rate == 0.1
+    served, raw = (Predictor(SCHEMA, MODEL, serving, device="cpu", negative_rate=rate).predict(batch)[0] for rate in (0.1, 1.0))
+    assert rate == 0.1
     assert served == tenth.learner.predict(batch)[0] == pytest.approx(raw / (raw + (1 - raw) / 0.1), rel=1e-5)
 
 

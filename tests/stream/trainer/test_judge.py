@@ -209,9 +209,9 @@ def test_training_captures_the_gate_of_the_same_moment():
     training.add(columns(range(70)))
     while training.step(0.0, more_at_hand=True):
         pass
-    captured = training.capture()
+    captured = training.capture_version()
     clicks = sum(1 for offset in range(64) if offset % 7 < 2)
-    assert captured.examples_seen == 64
+    assert captured.position.examples_seen == 64
     assert (captured.verdict.line, captured.verdict.clicks, captured.verdict.negatives) == (5, clicks, 64 - clicks)
 
 

@@ -16,7 +16,7 @@ from stream.trainer.examples import ExampleDecoder
 from stream.trainer.pipeline import RUNS_WAITING, Pipeline
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import MODEL, SCHEMA, columns, metrics, record, run
-from tests.stream.trainer.test_training import FakeLearner
+from tests.stream.trainer.fakes import FakeLearner
 
 
 class Ended(BaseException):
@@ -53,7 +53,7 @@ async def test_everything_is_trained_in_order_and_the_rest_by_age():
     for start in range(0, 1_000, 50):
         await pipeline.put(run([record(offset, b"{" if offset == 70 else None) for offset in range(start, start + 50)]))
     await until(lambda: learner.examples_seen == 999)
-    captured = await pipeline.capture()
+    captured = (await pipeline.between_batches(Training.capture_version)).position
     await pipeline.stop()
     assert captured.offsets == {0: 1_000}
     assert captured.letters == len(letters) == 1
@@ -115,7 +115,7 @@ async def test_examples_that_cannot_be_learned_are_dead_letters_before_a_capture
     pipeline.start()
     await pipeline.put(run([record(offset) for offset in range(64)]))
     await until(lambda: learner.examples_seen == 63)
-    captured = await pipeline.capture()
+    captured = (await pipeline.between_batches(Training.capture_version)).position
     assert captured.offsets == {0: 64}
     assert [(letter.reason, letter.offset) for letter in letters] == [("not_finite_update", 40)]
     await pipeline.stop()
@@ -129,7 +129,7 @@ async def test_stopping_leaves_what_waits_untrained():
     await pipeline.put(run([record(offset) for offset in range(40)]))
     await until(lambda: learner.examples_seen == 32)
     await pipeline.stop()
-    assert pipeline.training.capture().offsets == {0: 32}
+    assert pipeline.training.capture_version().position.offsets == {0: 32}
     assert failures == []
 
 
@@ -160,7 +160,7 @@ async def test_a_real_learner_in_the_thread_learns():
     pipeline.start()
     await pipeline.put(run([record(offset) for offset in range(3_000)]))
     await until(lambda: learner.examples_seen == 3_000)
-    report = (await pipeline.capture()).evaluation.report()
+    report = (await pipeline.between_batches(Training.capture_version)).evaluation.report()
     await pipeline.stop()
     assert report["progressive", "window"].auc > 0.9  # which user it is says it all
     assert failures == []

@@ -18,7 +18,7 @@ from stream.errors import PositionError
 from stream.kafka.cluster import Cluster
 from stream.settings import HttpSettings, KafkaSettings, TopicSettings, TrainerSettings
 from stream.topics.names import TopicNames
-from stream.trainer import prepare, standby, worker
+from stream.trainer import prepare, rebase, standby, worker
 from tests.judged import judged
 from tests.stream.trainer.factory import MODEL, SCHEMA
 
@@ -83,6 +83,16 @@ class Stage:
             async def leave(self):
                 stage.asked.append("leave")
 
+        class Deltas(Writer):
+            position, limit = 40, 100_000
+
+            async def open(self):
+                stage.asked.append("deltas")
+
+        async def read_back(*args, **kwargs):
+            for each in ():
+                yield each
+
         async def serve(each, **kwargs):
             stage.asked.append("serve")
             stage.served = each
@@ -96,6 +106,8 @@ class Stage:
         monkeypatch.setattr(standby, "RegistryFollower", Standing)
         monkeypatch.setattr(worker, "RegistryWriter", Writer)
         monkeypatch.setattr(worker, "RegistryFollower", Reader)
+        monkeypatch.setattr(worker, "DeltaWriter", Deltas)
+        monkeypatch.setattr(rebase, "read_back", read_back)
         monkeypatch.setattr(worker, "serve", serve)
         monkeypatch.setattr(prepare, "_log_bounds", bounds)
 
@@ -143,9 +155,21 @@ def known(*records: VersionRecord) -> RegistryState:
 async def test_a_start_looks_first_and_takes_the_epoch_then(stage):
     stage.state = known(stage.version(1))
     await stage.run()
-    assert stage.asked == ["look", "lead", "epoch", "follow", "serve", "leave"]
+    assert stage.asked == ["look", "lead", "epoch", "follow", "deltas", "serve", "leave"]
     assert stage.served._training.positions == {0: 10}
     assert stage.served._judge.report().line == 1
+
+
+async def test_the_chain_goes_on_from_the_versions_or_begins_with_a_version(stage):
+    stage.state = known(stage.version(1))  # from before there were deltas
+    await stage.run()
+    assert stage.served._publisher._chain.begins_with_a_version
+    stage.state = known(stage.version(2, chain="deepfm/3/0", sequence=17, deltas_offset=40))
+    await stage.run()
+    chain = stage.served._publisher._chain
+    assert (chain.name, chain.begins_with_a_version) == ("deepfm/7/0", False)
+    assert chain.is_ready({0: 20})
+    assert not chain.is_ready({0: 19})
 
 
 async def test_a_version_that_was_announced_in_between_is_gone_on_from(stage):

@@ -1,4 +1,4 @@
-"""Versions are written whole, then announced; failures don't stop training and use up their number."""
+"""Deltas and versions leave in order, failures don't stop training, and a version's number is used once."""
 
 from __future__ import annotations
 
@@ -8,18 +8,24 @@ import dataclasses
 import pytest
 import torch
 
+from model.rows import ModelDelta, Rows
 from state.changes import Announcement
 from state.errors import Refused, SnapshotError
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import Fenced, RegistryError
+from stream.errors import DeltaTooLarge, Fenced, NoAnswer, RegistryError
+from stream.records.delta import Point
 from stream.trainer import snapshots
+from stream.trainer.batching import BatchCutter
+from stream.trainer.captured import CapturedDelta, CapturedVersion, Position
+from stream.trainer.chain import Base, Chain, Published
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.snapshots import Publisher
 from stream.trainer.start import Start
-from stream.trainer.training import Captured
+from stream.trainer.training import Training
 from tests.judged import judged
-from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, metrics
+from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, columns, metrics
+from tests.stream.trainer.fakes import NO_KEYS, DeltaLog, FakeFrozen, FakeLearner
 
 
 class Registry:
@@ -47,15 +53,17 @@ class Letters:
 
 
 class Bench:
-    """A publisher with its store, registry and letters."""
+    """A publisher with its store, registry, letters and log of deltas."""
 
-    def __init__(self, folder, *, newest=0, **settings):
+    def __init__(self, folder, *, newest=0, base=None, touched=lambda: NO_KEYS, **settings):
         chosen = SnapshotSettings(url=str(folder / "snapshots"), **settings)
         self.store, self.metrics = SnapshotStore(chosen), metrics()
-        self.registry, self.letters = Registry(self.store), Letters()
+        self.registry, self.letters, self.log = Registry(self.store), Letters(), DeltaLog(40)
+        self.chain = Chain("deepfm/4/0", self.log, base, touched)
         self.publisher = Publisher(
             store=self.store,
             registry=self.registry,
+            chain=self.chain,
             letters=self.letters,
             settings=chosen,
             schema=SCHEMA,
@@ -70,17 +78,26 @@ class Bench:
         return self.metrics.snapshots.labels(outcome)._value.get()
 
 
-def captured(examples=100, letters=0, negative_rate=1.0):
-    return Captured(
-        serving={"weights": torch.ones(3)},
-        trainer={"examples_seen": torch.tensor(examples)},
-        offsets={1: 7, 0: 5},
-        watermark_ms=FIRST_MS,
-        examples_seen=examples,
-        negative_rate=negative_rate,
+def position(examples=100, letters=0, negative_rate=1.0):
+    return Position({1: 7, 0: 5}, FIRST_MS, examples, negative_rate, letters, at_ms=123)
+
+
+def delta(examples=100, letters=0, weight=1.0):
+    """A delta of one row; its digest is the number of examples."""
+    rows = Rows(torch.tensor([7]), torch.full((1, 4), weight), torch.tensor([weight]))
+    return CapturedDelta(ModelDelta(rows, NO_KEYS, {"weights": torch.ones(3)}, examples), position(examples, letters))
+
+
+def captured(examples=100, letters=0, negative_rate=1.0, *, withheld=False):
+    return CapturedVersion(
+        frozen=FakeFrozen({"weights": torch.ones(3)}, {"examples_seen": torch.tensor(examples)}),
+        bookkeeping={},
         evaluation=Evaluation(100).freeze(),
-        letters=letters,
-        at_ms=123,
+        verdict=None,
+        position=position(examples, letters, negative_rate),
+        delta=None if withheld else delta(examples),
+        on_chain=not withheld,
+        digest=examples,
     )
 
 
@@ -108,7 +125,9 @@ async def test_a_version_says_all_about_itself(bench):
     assert manifest.metrics["window_examples"] == 0
     assert manifest.schema_hash == SCHEMA.fingerprint()
     assert manifest.model["hidden"] == [8]
-    assert set(manifest.files) == {"serving.safetensors", "trainer.safetensors"}
+    assert set(manifest.files) == {"dense.safetensors", "trainer.safetensors"}  # there are no rows
+    assert (manifest.chain, manifest.sequence, manifest.deltas_offset) == ("deepfm/4/0", 0, 40)
+    assert manifest.digest == f"{100:016x}"
     assert at.outcomes("promoted") == 1
     await at.publisher.publish(captured(200))
     assert [(each.version, each.parent) for each in at.registry.announced] == [(7, None), (8, 7)]
@@ -118,18 +137,20 @@ async def test_a_version_says_all_about_itself(bench):
 
 async def test_a_store_that_fails_stops_nothing_and_announces_nothing(bench, monkeypatch, caplog):
     at = bench()
-    whole = at.store.write
-    monkeypatch.setattr(at.store, "write", lambda *parts: (_ for _ in ()).throw(SnapshotError("the disk is full")))
+    whole = at.store.write_version
+
+    def full(*parts, **more):
+        raise SnapshotError("the disk is full")
+
+    monkeypatch.setattr(at.store, "write_version", full)
     assert await at.publisher.publish(captured()) is None
     assert at.registry.announced == []
     assert at.outcomes("failed") == 1
     assert "the disk is full" in caplog.text
-    assert at.publisher.has_news(100)
-    monkeypatch.setattr(at.store, "write", whole)
+    monkeypatch.setattr(at.store, "write_version", whole)
     announcement = await at.publisher.publish(captured(150))
     assert announcement is not None
     assert announcement.version == 2
-    assert not at.publisher.has_news(150)
 
 
 async def test_a_version_that_could_not_be_announced_is_announced_again_before_another_is_written(bench):
@@ -138,24 +159,44 @@ async def test_a_version_that_could_not_be_announced_is_announced_again_before_a
     assert await at.publisher.publish(captured()) is None
     assert await at.publisher.publish(captured(150)) is None
     assert at.store.versions() == [1]
-    assert at.publisher.has_news(100)  # so that a drain tries once more
     assert await at.publisher.publish(captured(150)) is not None
     assert [(each.version, each.parent, each.examples_seen) for each in at.registry.announced] == [(1, None, 100), (2, 1, 150)]
     assert at.outcomes("failed") == 2
 
 
+class Trained:
+    """Training without threads, of which a test decides how far it has come."""
+
+    def __init__(self, learner=None, judge=None):
+        self.learner = learner or FakeLearner()
+        self.training = Training(
+            self.learner, BatchCutter(10, {0: 0}), Evaluation(100), metrics(), max_batch_age_s=0, judge=judge
+        )
+        self.offset = 0
+
+    def learn(self, examples):
+        self.training.add(columns(range(self.offset, self.offset + examples)))
+        self.offset += examples
+        while self.training.step(0.0) or self.training.step(1.0):
+            pass
+
+    async def between_batches(self, capture):
+        return capture(self.training)
+
+
+async def until(true):
+    async with asyncio.timeout(30):
+        while not true():
+            await asyncio.sleep(0.005)
+
+
 async def test_a_registry_that_is_away_costs_one_version_however_long(bench, monkeypatch):
     monkeypatch.setattr(snapshots, "ANNOUNCE_AGAIN_S", 0.01)
-    at = bench(interval_ms=100)
+    at, trained = bench(interval_ms=100), Trained()
     at.registry.answers = [RegistryError("Kafka is away")] * 20
-
-    async def capture():
-        return captured(100)
-
-    running = asyncio.ensure_future(at.publisher.run(lambda: 100, capture))
-    async with asyncio.timeout(30):
-        while not at.registry.announced:
-            await asyncio.sleep(0.01)
+    trained.learn(100)
+    running = asyncio.ensure_future(at.publisher.run(trained.training, trained.between_batches))
+    await until(lambda: at.registry.announced)
     at.publisher.close()
     await running
     assert at.store.versions() == [1]
@@ -180,22 +221,6 @@ async def test_a_version_carries_its_verdict_and_the_topics_it_belongs_to(bench)
     assert manifest.topic_ids == {"examples": "E", "snapshots": "S"}
 
 
-@pytest.mark.parametrize(
-    ("weights", "says"),
-    [
-        (torch.tensor([1.0, float("nan")]), "weights not finite: weights"),
-        (torch.tensor([1.0, -float("inf")]), "weights not finite: weights"),
-        (torch.tensor([1.0, -3e6]), "weights too large: weights holds 3e+06, expected at most 1e+06"),
-    ],
-)
-async def test_weights_that_are_not_sane_are_said_with_the_version(bench, weights, says):
-    at = bench()
-    verdict = judged(problems=("scores don't vary",))
-    await at.publisher.publish(dataclasses.replace(captured(), serving={"weights": weights}, verdict=verdict))
-    [manifest] = at.registry.announced
-    assert manifest.verdict.problems == ("scores don't vary", says)
-
-
 async def test_fenced_is_the_end(bench):
     at = bench()
     at.registry.answers = [Fenced("another trainer has taken over")]
@@ -216,23 +241,153 @@ async def test_dead_letters_are_written_before_the_version_that_relies_on_them(b
 
 
 async def test_versions_come_at_intervals_and_only_with_news(bench):
-    at = bench(interval_ms=100, min_examples=10)
-    seen = 0
-
-    async def capture():
-        return captured(seen)
-
-    running = asyncio.ensure_future(at.publisher.run(lambda: seen, capture))
+    at, trained = bench(interval_ms=100, min_examples=10), Trained()
+    running = asyncio.ensure_future(at.publisher.run(trained.training, trained.between_batches))
     await asyncio.sleep(0.4)
     assert at.registry.announced == []
-    seen = 9
+    trained.learn(9)
     await asyncio.sleep(0.3)
     assert at.registry.announced == []
-    seen = 10
-    async with asyncio.timeout(10):
-        while not at.registry.announced:
-            await asyncio.sleep(0.01)
+    trained.learn(1)
+    await until(lambda: at.registry.announced)
     await asyncio.sleep(0.3)
     assert [each.examples_seen for each in at.registry.announced] == [10]
     at.publisher.close()
     await running
+
+
+# Deltas
+
+
+async def test_a_chain_begins_with_a_version_and_goes_on_with_deltas(bench):
+    at = bench()
+    await at.publisher.publish(captured(100))
+    assert at.log.deltas == []  # scorers load the version
+    await at.publisher.publish_delta(delta(130))
+    await at.publisher.publish_delta(delta(160))
+    await at.publisher.publish(captured(200))
+    first, second, third = (each.header for each in at.log.deltas)
+    assert [each.sequence for each in (first, second, third)] == [1, 2, 3]
+    assert [each.parent for each in (first, second, third)] == [Point("deepfm/4/0", number) for number in (0, 1, 2)]
+    assert (first.examples_seen, first.offsets, first.digest, first.rebase) == (130, {"0": 5, "1": 7}, f"{130:016x}", False)
+    versions = [(each.chain, each.sequence, each.deltas_offset, each.digest) for each in at.registry.announced]
+    assert versions == [("deepfm/4/0", 0, 40, f"{100:016x}"), ("deepfm/4/0", 3, 45, f"{200:016x}")]
+    assert at.log.position == 46  # the marker of the last transaction is behind the offset that the version names
+
+
+async def test_a_version_that_is_withheld_is_no_point_of_the_chain(bench):
+    at = bench()
+    await at.publisher.publish(captured(100))
+    await at.publisher.publish(captured(150, withheld=True))
+    newest = at.registry.announced[-1]
+    assert (newest.chain, newest.sequence, newest.deltas_offset, newest.digest) == ("", None, None, "")
+    assert at.log.deltas == []
+    await at.publisher.publish(captured(200))  # released: one delta with all that changed
+    assert at.log.points == [("deepfm/4/0", 1)]
+    assert at.registry.announced[-1].sequence == 1
+
+
+async def test_a_delta_is_sent_again_until_kafka_has_it(bench, monkeypatch, caplog):
+    monkeypatch.setattr(snapshots, "SEND_AGAIN_S", 0.01)
+    at = bench()
+    await at.publisher.publish(captured(100))
+    at.log.answers = [NoAnswer("Kafka is away"), DeltaTooLarge("the limit was lowered"), NoAnswer("Kafka is away")]
+    await at.publisher.publish_delta(delta(130))
+    assert at.log.points == [("deepfm/4/0", 1)]
+    assert at.metrics.deltas.labels("failed")._value.get() == 2
+    assert at.metrics.deltas.labels("sent")._value.get() == 1
+    assert "delta 1 isn't written, it is sent again" in caplog.text
+
+
+async def test_a_delta_waits_for_the_dead_letters_before_it(bench):
+    at = bench()
+    await at.publisher.publish(captured(100))
+    publishing = asyncio.ensure_future(at.publisher.publish_delta(delta(130, letters=2)))
+    await asyncio.sleep(0.05)
+    assert at.log.deltas == []
+    async with at.letters.changed:
+        at.letters.written = 2
+        at.letters.changed.notify_all()
+    await publishing
+    assert len(at.log.deltas) == 1
+
+
+async def test_deltas_flow_while_a_version_is_being_written(bench, monkeypatch):
+    at, trained = bench(interval_ms=100, delta_interval_ms=10), Trained()
+    go_on, whole = asyncio.Event(), at.publisher._finish
+
+    async def slow(*what):
+        await go_on.wait()
+        return await whole(*what)
+
+    monkeypatch.setattr(at.publisher, "_finish", slow)
+    trained.learn(100)
+    running = asyncio.ensure_future(at.publisher.run(trained.training, trained.between_batches))
+    await until(lambda: at.chain.published)
+    for sent in range(1, 4):
+        trained.learn(10)
+        await until(lambda sent=sent: len(at.log.deltas) >= sent)
+    assert at.registry.announced == []
+    go_on.set()
+    at.publisher.close()
+    await running
+    assert [each.sequence for each in at.registry.announced] == [0]
+    assert [each.header.examples_seen for each in at.log.deltas] == [110, 120, 130]
+
+
+async def test_nothing_is_published_before_training_has_come_as_far_as_the_chain_it_goes_on_from(bench):
+    base = Base(Published(Point("deepfm/3/0", 17), 40), {0: 25})
+    at, trained = bench(interval_ms=100, delta_interval_ms=10, base=base), Trained()
+    running = asyncio.ensure_future(at.publisher.run(trained.training, trained.between_batches))
+    trained.learn(20)
+    await asyncio.sleep(0.4)
+    assert at.log.deltas == at.registry.announced == []
+    trained.learn(10)
+    await until(lambda: at.registry.announced)
+    at.publisher.close()
+    await running
+    header = at.log.deltas[0].header
+    assert (header.rebase, header.chain, header.sequence) == (True, "deepfm/4/0", 1)
+    assert header.parent == Point("deepfm/3/0", 17)
+
+
+async def test_weights_that_are_not_sane_are_withheld_and_said_with_the_version(bench):
+    at, trained = bench(), Trained()
+    trained.learn(10)
+    await at.publisher.publish(trained.training.capture_version())
+    trained.learner.weight = float("nan")
+    trained.learn(10)
+    assert trained.training.capture_delta() is None
+    trained.learner.weight = 1.0
+    delta = trained.training.capture_delta()
+    assert delta is not None
+    assert delta.delta.rows.keys.tolist() == [2]  # what was withheld is part of the next delta
+
+
+@pytest.mark.parametrize(
+    ("weight", "says"),
+    [
+        (float("nan"), "weights not finite: embedding"),
+        (-float("inf"), "weights not finite: embedding"),
+        (-3e6, "weights too large: embedding holds 3e+06, expected at most 1e+06"),
+    ],
+)
+async def test_a_version_of_such_weights_is_no_point_of_the_chain(bench, weight, says):
+    class Judge:
+        def report(self):
+            return judged(problems=("scores don't vary",))
+
+        def observe(self, batch, scores):
+            pass
+
+        def state(self):
+            return {}
+
+    at, trained = bench(), Trained(judge=Judge())
+    trained.learner.weight = weight
+    trained.learn(10)
+    captured = trained.training.capture_version()
+    assert not captured.on_chain
+    assert captured.verdict.problems[:2] == ("scores don't vary", says)
+    await at.publisher.publish(captured)
+    assert at.chain.published is None

@@ -95,7 +95,7 @@ def test_a_half_written_version_is_not_used(store, tmp_path):
 
 def test_a_version_with_damaged_weights_is_passed_over(store, tmp_path, caplog):
     one, two = write(store, 1, trained=20), write(store, 2, trained=30)
-    file = tmp_path / "snapshots/v0000000002/serving.safetensors"
+    file = tmp_path / "snapshots/v0000000002/serving-00000.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(bytes(damaged))

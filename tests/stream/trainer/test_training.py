@@ -17,28 +17,14 @@ from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder, hash_ids
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import ARRIVED_MS, FIRST_MS, MODEL, SCHEMA, columns, metrics, record, run
+from tests.stream.trainer.fakes import FakeLearner, whole
 
 
-class FakeLearner:
-    """Remembers which examples it was shown."""
-
-    def __init__(self) -> None:
-        self.examples_seen = 0
-        self.negative_rate = 1.0
-        self.batches: list[list[int]] = []
-        self.weights: list[list[float] | None] = []
-
-    def learn(self, batch, labels, weights=None, corrects=None, impression_ms=None):
-        self.batches.append(batch.keys[:, 0].tolist())
-        self.weights.append(None if weights is None else np.round(np.asarray(weights, float), 6).tolist())
-        self.examples_seen += len(batch)
-        return np.full(len(batch), 0.5, np.float32)
-
-    def serving_state(self):
-        return {"seen": torch.tensor(self.examples_seen)}
-
-    def trainer_state(self):
-        return {}
+def position(training):
+    """Where a version that is captured now would stand."""
+    captured = training.capture_version()
+    captured.frozen.close()
+    return captured.position
 
 
 def make(learner, *, rows=10, age_s=0.5, positions=None, watermark_ms=0, observers=()):
@@ -82,18 +68,18 @@ def test_a_snapshot_holds_what_is_trained_and_not_what_waits():
     learner = FakeLearner()
     training = make(learner, watermark_ms=7)
     training.add(columns(range(0, 28, 2), after=30, letters=2))
-    assert training.capture().offsets == {0: 0}
-    assert training.capture().watermark_ms == 7
-    assert training.capture().letters == 0
+    assert position(training).offsets == {0: 0}
+    assert position(training).watermark_ms == 7
+    assert position(training).letters == 0
     training.step(0.0)
-    captured = training.capture()
+    captured = position(training)
     assert captured.offsets == {0: 19}
     assert captured.examples_seen == 10
     assert captured.watermark_ms == FIRST_MS + 18
     assert captured.letters == 2
     training.step(0.0)
     training.step(1.0)
-    assert training.capture().offsets == {0: 30}
+    assert position(training).offsets == {0: 30}
     assert captured.offsets == {0: 19}
 
 
@@ -132,7 +118,7 @@ def test_a_model_keeps_the_rate_of_its_first_example_and_weighs_negatives_of_oth
         assert training.step(0.0)
     # Of 0 to 11 there are clicks of 0, 1, 7 and 8.
     assert learner.weights == [None, [1, 1, 0.5, 1], [1, 0.1, 0.1, 0.1]]
-    assert training.capture().negative_rate == 0.1
+    assert position(training).negative_rate == 0.1
 
 
 def test_corrections_weigh_what_they_say_at_any_rate_and_do_not_choose_the_models():
@@ -142,7 +128,7 @@ def test_corrections_weigh_what_they_say_at_any_rate_and_do_not_choose_the_model
     corrected.labels[:] = [0, 0, 0, 1]
     training.add(replace(corrected, corrects=np.array([True, False, True, True])))
     assert training.step(0.0)
-    assert training.capture().negative_rate == 0.1
+    assert position(training).negative_rate == 0.1
     assert learner.weights == [None]
     training.add(
         replace(rated(4, [0.2, 0.2, 0.05, 0.05]), labels=np.zeros(4, np.float32), corrects=np.array([True, False] * 2))
@@ -232,7 +218,7 @@ def test_an_absurd_time_does_not_move_the_watermark_for_good():
     absurd.reached_ms[3] = ARRIVED_MS
     training.add(absurd)
     training.step(0.0)
-    assert training.capture().watermark_ms == ARRIVED_MS
+    assert position(training).watermark_ms == ARRIVED_MS
 
 
 def logs(count):
@@ -256,33 +242,33 @@ def train(training, records, decoder):
 def test_killed_and_restarted_weights_equal_uninterrupted_ones_bit_for_bit():
     every = [each for records in logs(2_000) for each in records]
     decoder = ExampleDecoder(SCHEMA)
-    whole = make(Learner(SCHEMA, MODEL, device="cpu"), rows=MODEL.batch_rows, age_s=1e9)
+    uninterrupted = make(Learner(SCHEMA, MODEL, device="cpu"), rows=MODEL.batch_rows, age_s=1e9)
     for records in logs(2_000):
-        train(whole, records, decoder)
+        train(uninterrupted, records, decoder)
 
     random = np.random.default_rng(5)
     learner = Learner(SCHEMA, MODEL, device="cpu")
     training = make(learner, rows=MODEL.batch_rows, age_s=1e9)
-    snapshot = training.capture()
+    snapshot = whole(training.capture_version())
     at = kills = 0
     while at < len(every):
         size = int(random.integers(1, 120))
         train(training, every[at : at + size], decoder)
         at += size
         if random.random() < 0.2:
-            snapshot = training.capture()
+            snapshot = whole(training.capture_version())
         if random.random() < 0.2:  # killed: all since the last snapshot is gone
             kills += 1
             learner = Learner(SCHEMA, MODEL, device="cpu")
-            learner.restore(snapshot.serving, snapshot.trainer)
-            training = make(learner, rows=MODEL.batch_rows, age_s=1e9, positions=snapshot.offsets)
-            training.restore(bookkeeping_in(snapshot.trainer))
-            at = snapshot.offsets[0]
+            snapshot.restore(learner)
+            training = make(learner, rows=MODEL.batch_rows, age_s=1e9, positions=snapshot.captured.position.offsets)
+            training.restore(bookkeeping_in(snapshot.small))
+            at = snapshot.captured.position.offsets[0]
     assert kills > 3
     good = 2_000 - len(range(5, 2_000, 13))
     assert learner.examples_seen == good // MODEL.batch_rows * MODEL.batch_rows
-    expected, found = whole.capture(), training.capture()
-    assert found.offsets == expected.offsets
+    expected, found = whole(uninterrupted.capture_version()), whole(training.capture_version())
+    assert found.captured.position.offsets == expected.captured.position.offsets
     for ours, theirs in ((found.serving, expected.serving), (found.trainer, expected.trainer)):
         assert ours.keys() == theirs.keys()
         for name in theirs:

@@ -53,7 +53,9 @@ def scorer(positions: dict[int, int]) -> Any:
         worker_id="w",
         max_bytes=1,
         cluster=CLUSTER,
-        **dict.fromkeys(("swapper", "outbox", "heartbeats", "metrics")),  # type: ignore[arg-type]
+        **dict.fromkeys(  # type: ignore[arg-type]
+            ("swapper", "follower", "scoring", "scrub", "outbox", "heartbeats", "metrics", "following_metrics")
+        ),
     )
     worker._answering.answered = positions
     return worker

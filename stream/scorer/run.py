@@ -1,0 +1,147 @@
+"""Puts a scorer together and runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from aiokafka.errors import KafkaError
+
+from state.chain_versions import point_of
+from state.registry import RegistryState, VersionRecord
+from state.settings import SnapshotSettings
+from state.store import SnapshotStore
+from stream.errors import NoAnswer
+from stream.kafka.cluster import describe_cluster
+from stream.registry.follower import RegistryFollower
+from stream.registry.heartbeat import HeartbeatSender
+from stream.scorer.chain_follower import ChainFollower
+from stream.scorer.delta_log import open_deltas
+from stream.scorer.following_metrics import FollowingMetrics
+from stream.scorer.metrics import ScorerMetrics
+from stream.scorer.outbox import Outbox
+from stream.scorer.scrub import scrub_regularly
+from stream.scorer.serving import Served, load_version
+from stream.scorer.swap import Swapper
+from stream.scorer.worker import ScorerWorker
+from stream.settings import HttpSettings, KafkaSettings, ScorerSettings
+from stream.topics.limits import max_message_bytes
+from stream.topics.names import TopicNames
+from stream.worker import new_prometheus, serve
+
+__all__ = ["run_scorer"]
+
+log = logging.getLogger(__name__)
+
+
+async def run_scorer(
+    *,
+    kafka: KafkaSettings,
+    settings: ScorerSettings,
+    names: TopicNames,
+    http: HttpSettings,
+    snapshots: SnapshotSettings,
+) -> None:
+    """Run a scorer until it gets a signal to stop. Features and model come from the version served, not from the settings.
+
+    Raises:
+        TopicError: topics are missing.
+        RegistryError: the registry can't be read.
+        StreamError: Kafka can't be reached.
+    """
+    topics = (names.score_requests, names.scores, names.snapshots, names.scorers, names.dead_letters)
+    cluster = await describe_cluster(kafka, topics)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    worker_id = settings.instance_id or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    prometheus = new_prometheus()
+    metrics, following_metrics = ScorerMetrics(prometheus), FollowingMetrics(prometheus)
+    store = SnapshotStore(snapshots)
+    scoring = ThreadPoolExecutor(1, "scoring")
+    spare_bytes = settings.spare_mb * 1_000_000
+
+    def load(version: int) -> Served:
+        return load_version(store, version, device=settings.device, announced=reader.state.versions.get(version))
+
+    def load_record(record: VersionRecord) -> Served:
+        return load_version(store, record.version, device=settings.device, announced=record)
+
+    async def alone(work: Callable[[], None]) -> None:
+        await asyncio.get_running_loop().run_in_executor(scoring, work)
+
+    swapper = Swapper(load, metrics, keep=snapshots.keep_ready, spare_bytes=spare_bytes)
+    follower = ChainFollower(
+        load_record,
+        lambda offset: open_deltas(kafka, names, offset),
+        alone,
+        swapper,
+        following_metrics,
+        jitter_s=settings.heal_jitter_ms / 1_000,
+    )
+
+    def on_change(state: RegistryState) -> None:
+        record = state.champion_record
+        has_chain = record is not None and point_of(record) is not None
+        follow = has_chain and state.champion.follows and snapshots.auto_promote
+        swapper.want(state, reader.position, follow=follow)
+        weights = swapper.current if follower.replica is None else follower.replica.served
+        aside = weights is not None and weights.size <= spare_bytes and (has_chain or follower.replica is not None)
+        follower.want(state, follow or aside)
+
+    reader = RegistryFollower(kafka, names, on_change=on_change)
+
+    def in_memory() -> list[Served]:
+        kept = [swapper.current, None if follower.replica is None else follower.replica.served]
+        return list({id(each): each for each in kept if each is not None}.values())
+
+    def damaged(served: Served) -> None:
+        if served.is_replica:
+            follower.damaged()
+        else:
+            swapper.reload(served)
+
+    def registry_age_s() -> float:
+        return float("inf") if reader.caught_up_at is None else time.monotonic() - reader.caught_up_at
+
+    metrics.watch_registry(registry_age_s)
+    outbox = Outbox(kafka, cluster.partitions, scores=names.scores, dead_letters=names.dead_letters)
+    heartbeats = HeartbeatSender(kafka, names, worker=worker_id, heartbeat_ms=settings.heartbeat_ms)
+    async with contextlib.AsyncExitStack() as stack:
+        for start, close in ((outbox.start, outbox.close), (reader.start, reader.close), (heartbeats.start, heartbeats.close)):
+            stack.push_async_callback(_closed_whatever_happens, close)
+            await start()
+        stack.push_async_callback(swapper.close)
+        worker = ScorerWorker(
+            kafka=kafka,
+            settings=settings,
+            names=names,
+            cluster=cluster,
+            swapper=swapper,
+            follower=follower,
+            scoring=scoring,
+            scrub=lambda: scrub_regularly(in_memory, damaged, following_metrics, scrub_s=settings.scrub_s),
+            stale=lambda: registry_age_s() > settings.lease_ms / 1000,
+            outbox=outbox,
+            heartbeats=heartbeats,
+            metrics=metrics,
+            following_metrics=following_metrics,
+            worker_id=worker_id,
+            max_bytes=await max_message_bytes(kafka, names.scores),
+        )
+        await serve(worker, http=http, prometheus=prometheus)
+
+
+async def _closed_whatever_happens(close: Callable[[], Awaitable[None]]) -> None:
+    """Close a client, and only log an error of the brokers: everything that matters is acknowledged by now."""
+    try:
+        await close()
+    except (KafkaError, NoAnswer) as error:
+        log.warning("closing a client: %r", error)

@@ -1,0 +1,190 @@
+"""The chain of deltas that a trainer publishes: how it begins, and its newest point.
+
+A chain is one line of weights by one trainer. Its deltas are numbered from 1, and each names the point that it is applied on. A
+chain begins in one of two ways:
+
+- with a version, when scorers have nothing to go on from: a new model, or a version from before there were deltas. The version
+  is the chain's point 0, and scorers load it;
+- with a *rebase*, when an earlier trainer's chain goes on. The trainer has loaded a version of that chain and trains again what
+  came after it. Rows that either trainer has touched since that version may differ. The first delta carries all of these, so
+  scorers at the old chain's newest point continue in place.
+
+Until the trainer has come as far as the old chain's newest point, nothing is published: scorers would go back in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+import torch
+
+from model.errors import ModelError
+from stream.deltas.writer import Sent
+from stream.records.delta import DeltaHeader, Point, encode_delta
+from stream.trainer.bookkeeping import PREFIX, State, from_json, to_json
+from stream.trainer.captured import CapturedDelta
+
+NAME = "chain"
+"""Under which the chain is in the bookkeeping of versions."""
+
+__all__ = ["NAME", "Base", "Chain", "EncodedDelta", "Published", "SendsDeltas", "saved_chain"]
+
+
+class Published(msgspec.Struct, frozen=True):
+    """A point that scorers can reach by the log.
+
+    offset  in `deltas`, after the point's delta
+    """
+
+    point: Point
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a chain goes on from.
+
+    published  the newest point of the chain before
+    offsets    by partition of `examples`: how far the weights at that point have learned
+    """
+
+    published: Published
+    offsets: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDelta:
+    """A delta, ready to be sent."""
+
+    point: Point
+    pieces: list[bytes]
+    rows: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(map(len, self.pieces))
+
+
+class SendsDeltas(Protocol):
+    """What a chain needs of a `stream.deltas.writer.DeltaWriter`."""
+
+    @property
+    def limit(self) -> int:
+        """Largest batch that the topic takes, bytes."""
+        ...
+
+    @property
+    def position(self) -> int:
+        """The offset after the last record of the log."""
+        ...
+
+    async def send(self, pieces: Sequence[bytes]) -> Sent:
+        """Write the records of a delta in one transaction."""
+        ...
+
+
+class Chain:
+    """Publishes one chain. As a part of the bookkeeping it is saved with versions (`stream.trainer.bookkeeping`).
+
+        chain = Chain("deepfm/12/0", writer, base, touched)
+        if chain.begins_with_a_version:
+            chain.begin()
+        await chain.send(chain.encode(captured))
+
+    Args:
+        name: model, epoch and ordinal.
+        base: what the chain goes on from; None when it begins with a version.
+        touched: gives the keys of all rows that changed since the last delta, int64 (N,).
+    """
+
+    def __init__(self, name: str, writer: SendsDeltas, base: Base | None, touched: Callable[[], torch.Tensor]) -> None:
+        self.name = name
+        self._writer, self._base, self._touched = writer, base, touched
+        self._published: Published | None = None
+
+    @property
+    def published(self) -> Published | None:
+        """The newest point of this chain; None before the chain has begun."""
+        return self._published
+
+    @property
+    def begins_with_a_version(self) -> bool:
+        """Whether the chain's next point has to be a version."""
+        return self._published is None and self._base is None
+
+    def is_ready(self, offsets: Mapping[int, int]) -> bool:
+        """Whether training has come as far as the chain that this one goes on from.
+
+        Args:
+            offsets: by partition of `examples`: the next offset to train.
+        """
+        if self._base is None or self._published is not None:
+            return True
+        return all(offsets.get(partition, end) >= end for partition, end in self._base.offsets.items())
+
+    def begin(self) -> Published:
+        """Begin with a version: it is the chain's point 0."""
+        assert self.begins_with_a_version
+        self._published = Published(Point(self.name, 0), self._writer.position)
+        return self._published
+
+    def encode(self, captured: CapturedDelta) -> EncodedDelta:
+        """The next delta. May be called in a thread."""
+        before = self._published or (self._base.published if self._base is not None else None)
+        assert before is not None
+        position = captured.position
+        header = DeltaHeader(
+            chain=self.name,
+            sequence=1 if self._published is None else before.point.sequence + 1,
+            parent=before.point,
+            rebase=self._published is None,
+            offsets={str(partition): offset for partition, offset in sorted(position.offsets.items())},
+            watermark_ms=position.watermark_ms,
+            examples_seen=position.examples_seen,
+            negative_rate=position.negative_rate,
+            at_ms=position.at_ms,
+        )
+        pieces = encode_delta(header, captured.delta, self._writer.limit)
+        return EncodedDelta(Point(self.name, header.sequence), pieces, len(captured.delta.rows))
+
+    async def send(self, delta: EncodedDelta) -> Published:
+        """Write the next delta. Returns once it is committed.
+
+        Raises:
+            Fenced: another trainer has taken over.
+            DeltaTooLarge: the topic's limit was lowered. The delta must be encoded again.
+            NoAnswer: Kafka can't be reached. The same delta must be sent again.
+        """
+        sent = await self._writer.send(delta.pieces)
+        self._published = Published(delta.point, sent.next_offset)
+        return self._published
+
+    def state(self) -> State:
+        """The newest point in the log, and the keys of the rows that changed since.
+
+        A trainer needs both to go on from a version that is no point of the chain.
+        """
+        newest = self._published or (None if self._base is None else self._base.published)
+        return {} if newest is None else {"published": to_json(newest), "touched": self._touched()}
+
+    def restore(self, state: State) -> None:
+        """Nothing to do: `saved_chain` reads the state, before the chain exists."""
+
+
+def saved_chain(bookkeeping: State) -> tuple[Published, torch.Tensor] | None:
+    """What `Chain.state` saved in a version: the newest point in the log, and keys int64 (N,) of the rows that changed since.
+
+    None when there is none, or in a layout that this version of Headrace doesn't know.
+    """
+    touched = bookkeeping.get(f"{PREFIX}{NAME}.touched")
+    try:
+        published = from_json(bookkeeping.get(f"{PREFIX}{NAME}.published"), Published)
+    except ModelError:
+        return None
+    if touched is None or touched.dtype != torch.int64 or touched.dim() != 1:
+        return None
+    return published, touched

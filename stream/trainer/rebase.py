@@ -1,0 +1,92 @@
+"""What a trainer that restarts must publish again: every row that the log's deltas have touched since its version.
+
+The trainer goes on from a version, and scorers are further: they have applied the deltas after it. `find_base` reads these
+deltas. It returns the newest point of their chain, from which the new chain goes on, and the keys of their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+import torch
+
+from model.learner import Learner
+from state.manifest import Manifest
+from stream.deltas.pieces import DeltaProblem, FoundDelta
+from stream.deltas.reader import read_back
+from stream.records.delta import Point
+from stream.settings import KafkaSettings
+from stream.topics.names import TopicNames
+from stream.trainer.bookkeeping import State
+from stream.trainer.chain import Base, Published, saved_chain
+from stream.trainer.start import Start
+
+__all__ = ["Anchored", "Found", "find_base", "where_in_the_log"]
+
+
+class Anchored(NamedTuple):
+    """Where a version is in the log of deltas.
+
+    published  the newest point that scorers could reach by the log when the version was captured
+    touched    keys of the rows that the version has changed since that point, int64 (N,); none if the version is that point
+    """
+
+    published: Published
+    touched: torch.Tensor
+
+
+class Found(NamedTuple):
+    """What a new chain goes on from, and the keys of the rows that must be in its first delta, int64 (N,)."""
+
+    base: Base
+    keys: torch.Tensor
+
+
+def where_in_the_log(manifest: Manifest, bookkeeping: State) -> Anchored | None:
+    """Where a version is in the log of deltas; None for a version that was captured before its chain had begun."""
+    if manifest.sequence is not None and manifest.deltas_offset is not None:
+        point = Point(manifest.chain, manifest.sequence)
+        return Anchored(Published(point, manifest.deltas_offset), torch.empty(0, dtype=torch.int64))
+    saved = saved_chain(bookkeeping)
+    return None if saved is None else Anchored(*saved)
+
+
+async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[FoundDelta | DeltaProblem]) -> Found:
+    """Follow the chain from a version to the newest delta that the log has of it.
+
+    Retention may have deleted deltas of the chain. Then the version's own point is the newest, and scorers that are further
+    load the version before they apply the new chain's first delta.
+
+    Args:
+        deltas: what the log holds from `at.published.offset` on. Records that are no delta are passed over; if one of the chain
+            is damaged, scorers stay before it too.
+    """
+    newest, touched = at.published, [at.touched]
+    offsets = {int(name): offset for name, offset in manifest.offsets.items()}
+    async for each in deltas:
+        if not isinstance(each, FoundDelta) or each.delta.header.parent != newest.point:
+            continue  # no delta, or one of another line of weights, or of a trainer that was replaced
+        header, model = each.delta.header, each.delta.model
+        newest = Published(Point(header.chain, header.sequence), each.next_offset)
+        offsets = {int(name): offset for name, offset in header.offsets.items()}
+        touched += [model.rows.keys.clone(), model.gone.clone()]
+    return Found(Base(newest, offsets), torch.unique(torch.cat(touched)))
+
+
+async def go_on_in_place(learner: Learner, start: Start, kafka: KafkaSettings, names: TopicNames) -> Base | None:
+    """Find what the new chain goes on from, and mark the rows that its first delta must carry.
+
+    None when the chain has to begin with a version.
+
+    Raises:
+        NoAnswer: Kafka can't be reached.
+    """
+    if start.manifest is None:
+        return None
+    at = where_in_the_log(start.manifest, start.bookkeeping)
+    if at is None:
+        return None
+    found = await find_base(start.manifest, at, read_back(kafka, names, start=at.published.offset))
+    learner.expect(found.keys)
+    return found.base

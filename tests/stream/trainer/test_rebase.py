@@ -1,0 +1,212 @@
+"""A trainer that restarts goes on in place: scorers at the old chain's newest point reach its weights by one delta."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from model.digest import dense_hash, digest_sum, row_hashes
+from model.learner import Learner
+from model.rows import Rows
+from state.manifest import Manifest
+from stream.deltas.pieces import DeltaProblem, FoundDelta
+from stream.records.delta import Point
+from stream.trainer.batching import BatchCutter
+from stream.trainer.bookkeeping import bookkeeping_in
+from stream.trainer.chain import NAME, Chain
+from stream.trainer.evaluation import Evaluation
+from stream.trainer.examples import ExampleDecoder
+from stream.trainer.rebase import find_base, where_in_the_log
+from stream.trainer.training import Training
+from tests.stream.trainer.factory import MODEL, SCHEMA, metrics, record, run, value
+from tests.stream.trainer.fakes import DeltaLog, whole
+
+
+class Replica:
+    """What a scorer has: rows by key, and the dense part."""
+
+    def __init__(self):
+        self.rows, self.dense = {}, {}
+
+    def load(self, version):
+        for piece in version.pieces:
+            self._put(piece.serving)
+        self.dense = version.dense
+
+    def apply(self, model):
+        self._put(model.rows)
+        for key in model.gone.tolist():
+            self.rows.pop(key, None)
+        self.dense = model.dense or self.dense
+
+    def _put(self, rows):
+        for key, *weights in zip(rows.keys.tolist(), rows.embedding.clone(), rows.first_order.clone(), strict=True):
+            self.rows[key] = weights
+
+    @property
+    def digest(self):
+        keys = torch.tensor(sorted(self.rows), dtype=torch.int64)
+        embedding = torch.stack([self.rows[key][0] for key in keys.tolist()])
+        first_order = torch.stack([self.rows[key][1] for key in keys.tolist()])
+        return (digest_sum(row_hashes(Rows(keys, embedding, first_order))) + dense_hash(self.dense)) % (1 << 64)
+
+
+class Trainer:
+    """A trainer without threads and without Kafka."""
+
+    def __init__(self, log, *, epoch, rows=32):
+        self.log, self.epoch, self.rows = log, epoch, rows
+        self.learner = Learner(SCHEMA, MODEL, device="cpu")
+        self.decoder = ExampleDecoder(SCHEMA)
+        self.base = None
+        self._begin({0: 0})
+
+    def _begin(self, positions):
+        self.chain = Chain(f"deepfm/{self.epoch}/0", self.log, self.base, self.learner.touched_keys)
+        cutter = BatchCutter(self.rows, positions)
+        self.training = Training(
+            self.learner, cutter, Evaluation(100), metrics(), max_batch_age_s=1e9, bookkeeping={NAME: self.chain}
+        )
+
+    async def go_on(self, version, manifest):
+        version.restore(self.learner)
+        at = where_in_the_log(manifest, bookkeeping_in(version.small))
+        found = await find_base(manifest, at, found_in(self.log, at.published.offset))
+        self.learner.expect(found.keys)
+        self.base = found.base
+        self._begin({int(name): offset for name, offset in manifest.offsets.items()})
+
+    def learn(self, first, end, feature="u"):
+        records = [record(offset, value(offset, features={"user": f"{feature}{offset % 7}"})) for offset in range(first, end)]
+        self.training.add(self.decoder.decode(run(records)))
+        while self.training.step(0.0):
+            pass
+
+    async def publish(self):
+        await self.chain.send(self.chain.encode(self.training.capture_delta()))
+
+    def version(self, *, on_chain):
+        """A version, and its manifest as the publisher writes it."""
+        captured = self.training.capture_version()
+        offsets = {str(number): offset for number, offset in captured.position.offsets.items()}
+        if not on_chain:
+            return whole(captured), Manifest(version=2, offsets=offsets)
+        point = self.chain.begin() if self.chain.begins_with_a_version else self.chain.published
+        return whole(captured), Manifest(
+            version=1, offsets=offsets, chain=point.point.chain, sequence=point.point.sequence, deltas_offset=point.offset
+        )
+
+
+async def found_in(log, offset):
+    yield DeltaProblem("not_a_delta", "a stranger's record", 0, 1)
+    at = 0
+    for each in log.deltas:
+        if at >= offset:
+            yield FoundDelta(each, at, at + each.header.pieces)
+        at += each.header.pieces + 1
+
+
+@pytest.mark.parametrize("feature", ["u", "other"])  # the same examples again, and others: rows of the old branch are gone then
+async def test_a_replica_follows_a_trainer_that_restarts_from_a_version(feature):
+    log, replica = DeltaLog(), Replica()
+    old = Trainer(log, epoch=3)
+    old.learn(0, 320)
+    version, manifest = old.version(on_chain=True)
+    replica.load(version)
+    for first in (320, 480):
+        old.learn(first, first + 160, "old" if feature == "other" else feature)
+        await old.publish()
+    for each in log.deltas:
+        replica.apply(each.model)
+    assert replica.digest == old.learner.digest
+
+    new = Trainer(log, epoch=4, rows=24)  # batches are cut elsewhere, so the weights differ in their last bits
+    await new.go_on(version, manifest)
+    assert new.base.published.point == Point("deepfm/3/0", 2)
+    new.learn(320, 560, feature)
+    assert not new.chain.is_ready(new.training.positions)
+    new.learn(560, 680, feature)
+    assert new.chain.is_ready(new.training.positions)
+    await new.publish()
+    rebase = log.deltas[-1]
+    assert (rebase.header.parent, rebase.header.rebase, rebase.header.sequence) == (Point("deepfm/3/0", 2), True, 1)
+    assert bool(len(rebase.model.gone)) == (feature == "other")
+    replica.apply(rebase.model)
+    assert replica.digest == new.learner.digest == rebase.model.digest
+    new.learn(680, 800, feature)
+    await new.publish()
+    replica.apply(log.deltas[-1].model)
+    assert replica.digest == new.learner.digest
+    assert set(replica.rows) == set(new.learner.serving_state()["keys"].tolist())
+
+
+async def test_a_version_that_was_withheld_knows_what_it_has_changed():
+    log, replica = DeltaLog(), Replica()
+    old = Trainer(log, epoch=3)
+    old.learn(0, 320)
+    replica.load(old.version(on_chain=True)[0])
+    old.learn(320, 480)
+    await old.publish()
+    replica.apply(log.deltas[-1].model)
+    old.training._judge = Withholding()
+    old.learn(480, 640, "withheld")
+    version, manifest = old.version(on_chain=False)
+
+    new = Trainer(log, epoch=4)
+    await new.go_on(version, manifest)
+    assert new.base.published.point == Point("deepfm/3/0", 1)
+    assert new.chain.is_ready(new.training.positions)
+    await new.publish()
+    replica.apply(log.deltas[-1].model)
+    assert replica.digest == new.learner.digest
+    assert len(log.deltas[-1].model.rows) < len(replica.rows)  # not all of them
+
+
+async def test_two_restarts_in_a_row_from_one_version():
+    log, replica = DeltaLog(), Replica()
+    first = Trainer(log, epoch=3)
+    first.learn(0, 320)
+    version, manifest = first.version(on_chain=True)
+    replica.load(version)
+    for epoch, rows in ((4, 24), (5, 40)):
+        again = Trainer(log, epoch=epoch, rows=rows)
+        await again.go_on(version, manifest)
+        again.learn(320, 720 + epoch)
+        await again.publish()
+        replica.apply(log.deltas[-1].model)
+        assert replica.digest == again.learner.digest
+    assert log.points == [("deepfm/4/0", 1), ("deepfm/5/0", 1)]
+    assert log.deltas[-1].header.parent == Point("deepfm/4/0", 1)
+
+
+async def test_the_log_has_lost_what_came_after_the_version():
+    log = DeltaLog()
+    old = Trainer(log, epoch=3)
+    old.learn(0, 320)
+    version, manifest = old.version(on_chain=True)
+    for first in (320, 480):
+        old.learn(first, first + 160)
+        await old.publish()
+    del log.deltas[0]  # by retention
+    new = Trainer(log, epoch=4)
+    await new.go_on(version, manifest)
+    assert new.base.published.point == Point("deepfm/3/0", 0)  # scorers load the version before they apply what follows
+
+
+def test_a_version_from_before_there_were_deltas_is_nowhere_in_the_log():
+    assert where_in_the_log(Manifest(version=1), {}) is None
+    assert where_in_the_log(Manifest(version=1), {"kept.chain.published": torch.zeros(3, dtype=torch.uint8)}) is None
+
+
+class Withholding:
+    """A gate that withholds."""
+
+    class _Report:
+        flow = "withheld"
+
+    def report(self):
+        return self._Report()
+
+    def observe(self, batch, scores):
+        assert np.isfinite(scores).all()
