@@ -127,7 +127,7 @@ def trainer(
     """
     settings = _settings(http_port, nice, verbose, leash)
     from stream.topics.names import TopicNames
-    from stream.trainer.worker import run_trainer
+    from stream.trainer.run import run_trainer
 
     trainer_settings = settings.trainer.model_copy(update={"device": device}) if device else settings.trainer
     asyncio.run(

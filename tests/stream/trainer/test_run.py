@@ -18,7 +18,7 @@ from stream.errors import PositionError
 from stream.kafka.cluster import Cluster
 from stream.settings import HttpSettings, KafkaSettings, TopicSettings, TrainerSettings
 from stream.topics.names import TopicNames
-from stream.trainer import prepare, rebase, standby, worker
+from stream.trainer import prepare, rebase, run, standby
 from tests.judged import judged
 from tests.stream.trainer.factory import MODEL, SCHEMA
 
@@ -100,15 +100,15 @@ class Stage:
         class Standing(Reader):
             async def start(self): ...
 
-        monkeypatch.setattr(worker, "describe_cluster", cluster)
+        monkeypatch.setattr(run, "describe_cluster", cluster)
         monkeypatch.setattr(standby, "read_registry", registry)
         monkeypatch.setattr(standby, "Leadership", Alone)
         monkeypatch.setattr(standby, "RegistryFollower", Standing)
-        monkeypatch.setattr(worker, "RegistryWriter", Writer)
-        monkeypatch.setattr(worker, "RegistryFollower", Reader)
-        monkeypatch.setattr(worker, "DeltaWriter", Deltas)
+        monkeypatch.setattr(run, "RegistryWriter", Writer)
+        monkeypatch.setattr(run, "RegistryFollower", Reader)
+        monkeypatch.setattr(run, "DeltaWriter", Deltas)
         monkeypatch.setattr(rebase, "read_back", read_back)
-        monkeypatch.setattr(worker, "serve", serve)
+        monkeypatch.setattr(run, "serve", serve)
         monkeypatch.setattr(prepare, "_log_bounds", bounds)
 
     def version(self, number: int, **more) -> VersionRecord:
@@ -128,7 +128,7 @@ class Stage:
         return VersionRecord.of(manifest, now_ms=1, who="t", gate="")
 
     async def run(self, **changed):
-        await worker.run_trainer(
+        await run.run_trainer(
             **{
                 "kafka": KafkaSettings(),
                 "settings": TrainerSettings(device="cpu"),

@@ -16,7 +16,7 @@ from stream.kafka.clients import aiokafka_options
 from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
 from stream.topics.names import TopicNames
-from stream.trainer.worker import run_trainer
+from stream.trainer.run import run_trainer
 from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA
 from tests.stream.trainer.process import PATIENCE_S, newest, one_partition, send, until, until_version
 
