@@ -140,16 +140,21 @@ class Leadership(ConsumerRebalanceListener):
             try:
                 while True:
                     await self._consumer.getmany(timeout_ms=POLL_MS)
-            except (KafkaError, NoAnswer) as error:
+            except KafkaError as error:
                 self._require_allowed(error)
                 if self._since:
                     self._lose(f"the membership in the group failed ({error!r})")
                 log.warning("group %s: joining again in %g s after: %r", self.group, AGAIN_S, error)
             self.joined = False
             await quietly_stopped(self._consumer.stop)
+            await self._join_again()
+
+    async def _join_again(self) -> None:
+        while True:
             await asyncio.sleep(AGAIN_S)
             try:
                 await self.join()
+                return
             except (KafkaError, NoAnswer) as error:
                 log.warning("group %s: still out of reach: %s", self.group, error)
 

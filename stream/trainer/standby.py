@@ -195,10 +195,10 @@ class Standby:
 
     def waiting_for(self) -> str | None:
         """What must happen before this trainer can take over; None when it can. Called by the HTTP thread."""
-        if self._loaded is None:
-            return "loading the newest version"
         if self._leadership.won.is_set():
             return "taking over"
+        if self._loaded is None:
+            return "loading the newest version"
         if self._watch.unanswered_s:
             return f"Kafka has not answered for {self._watch.unanswered_s:.0f} s"
         return None if self._leadership.choices else f"joining the group {self._leadership.group}"
