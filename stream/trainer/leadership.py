@@ -45,6 +45,10 @@ SESSION_SHARE = 0.7
 # Heartbeats in one session time-out of the group, and the longest time between two: by a heartbeat a trainer also learns that
 # the group chooses anew, because another one has left or asks to take over.
 HEARTBEATS, MAX_HEARTBEAT_MS = 10, 1_000
+# Longest wait for an answer, in session time-outs of the group. A request to join is answered within one of them, when the
+# group has chosen. A leader whose network swallows its requests asks again after this time, and then hears that it no longer
+# leads.
+REQUEST_SESSIONS = 2
 # aiokafka leaves the group when its application hasn't asked for records for this long. `run` asks every POLL_MS; a day
 # outlives any event loop that stands still, so that Kafka's session time-out alone decides.
 MAX_POLL_MS = 86_400_000
@@ -117,8 +121,9 @@ class Leadership(ConsumerRebalanceListener):
         Raises:
             NoAnswer: Kafka can't be reached.
         """
+        options = aiokafka_options(self._kafka)
         consumer = AIOKafkaConsumer(
-            **aiokafka_options(self._kafka),
+            **{**options, "request_timeout_ms": min(options["request_timeout_ms"], REQUEST_SESSIONS * self._session_ms)},
             group_id=self.group,
             enable_auto_commit=False,
             session_timeout_ms=self._session_ms,
@@ -126,9 +131,9 @@ class Leadership(ConsumerRebalanceListener):
             max_poll_interval_ms=MAX_POLL_MS,
             partition_assignment_strategy=(Assignor(self._partition, self._claim, self._hear),),
         )
+        self._consumer = await started(self._kafka, consumer, f"the group {self.group}")
+        # Afterwards, since `start` of a consumer that has subscribed waits until the group has chosen.
         consumer.subscribe([self._partition.topic], listener=self)
-        self._consumer = consumer
-        await started(self._kafka, consumer, f"the group {self.group}")
 
     async def run(self) -> None:
         """Look after the membership until cancelled. A standby whose client fails joins with another one.
@@ -171,10 +176,12 @@ class Leadership(ConsumerRebalanceListener):
         member_id = None if coordinator is None else coordinator.member_id
         stopping = asyncio.ensure_future(quietly_stopped(consumer.stop))
         await asyncio.wait([stopping], timeout=CHOOSING_S)
-        if not stopping.done() and member_id and coordinator.coordinator_id is not None:
+        node = None if coordinator is None else coordinator.coordinator_id
+        if not stopping.done() and member_id and node is not None:
+            # Over another connection than the request to join, behind which a broker would leave it waiting.
             try:
                 async with asyncio.timeout(STOP_S):
-                    await coordinator._send_req(LeaveGroupRequest(self.group, member_id))
+                    await consumer._client.send(node, LeaveGroupRequest(self.group, member_id))
             except (KafkaError, TimeoutError) as error:
                 log.info("group %s: left without an answer: %r", self.group, error)
         await stopping

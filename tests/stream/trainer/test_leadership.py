@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
+import aiokafka.client
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +18,8 @@ from stream.kafka.clients import aiokafka_options
 from stream.topics.names import TopicNames
 from stream.trainer.election import TAKE_OVER_AGAIN_MS, Claim, chosen
 from stream.trainer.leadership import Leadership
+from tests.faults.admin import Admin
+from tests.faults.network import Link
 
 NOW_MS = 1_700_000_000_000
 
@@ -71,7 +77,7 @@ class Member:
         names = TopicNames.of(settings.topics)
         self.losses: list[BaseException] = []
         self.leadership = Leadership(
-            settings.kafka,
+            settings.kafka.model_copy(update={"client_id": who}),
             group=f"{names.prefix}leader",
             topic=names.snapshots,
             session_timeout_ms=session_ms,
@@ -135,6 +141,60 @@ async def test_a_leader_whom_the_group_has_forgotten_is_told(topics):
             while not first.losses:
                 await asyncio.sleep(0.02)
         assert "the group has not heard from this trainer" in str(first.losses[0])
+
+
+@pytest.fixture
+def links(topics, monkeypatch):
+    """Makes a link that the connections of the trainer `a` go through."""
+    connect = aiokafka.client.create_conn
+
+    @asynccontextmanager
+    async def made() -> AsyncIterator[Link]:
+        async with Link(int(topics.kafka.bootstrap_servers.rsplit(":", 1)[1])) as link:
+
+            async def connected(host: str, port: int, **options: Any) -> Any:
+                return await connect(host, link.port if options["client_id"] == "a" else port, **options)
+
+            monkeypatch.setattr(aiokafka.client, "create_conn", connected)
+            yield link
+
+    return made
+
+
+@pytest.mark.kafka
+async def test_a_trainer_leaves_at_once_while_the_group_waits_for_another(topics, links):
+    names = TopicNames.of(topics.topics)
+
+    def members() -> set[str]:
+        with Admin.of(topics) as admin:
+            return admin.members(f"{names.prefix}leader")
+
+    async with links() as link, Member(topics, "a", session_ms=600_000) as first:
+        await first.until(True, "a")
+        link.cut()
+        async with Member(topics, "b", session_ms=600_000) as second:
+            async with asyncio.timeout(60):
+                while len(await asyncio.to_thread(members)) < 2:
+                    await asyncio.sleep(0.02)
+            assert not second.leadership.joined
+        assert len(await asyncio.to_thread(members)) == 1
+        link.restore()
+
+
+@pytest.mark.kafka
+async def test_a_leader_that_was_cut_off_is_told(topics, links):
+    async with links() as link, Member(topics, "a") as first:
+        await first.until(True, "a")
+        link.cut()
+        async with Member(topics, "b") as second:
+            await second.until(True, "b")
+            assert not first.losses
+            link.restore()
+            async with asyncio.timeout(60):
+                while not first.losses:
+                    await asyncio.sleep(0.02)
+            assert "the group has not heard from this trainer" in str(first.losses[0])
+            assert not second.losses
 
 
 @pytest.mark.kafka
