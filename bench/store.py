@@ -4,13 +4,15 @@ python bench/store.py --rows 10000000 --dim 16        # 760 MB of serving weight
 
 One JSON line: seconds and MB/s, each the best of `--rounds`, files that are read from the page cache. `cp` ends when the data
 is in the page cache; `cp_synced` is with its flush to the disk, which a version always has. `longest_gap_ms` is the longest
-time that another thread of the process had to wait for the interpreter, of all rounds.
+time that another thread of the process had to wait for the interpreter, of all rounds; `peak_growth_mb` is by how much the
+process' largest memory grew over what it was before the first one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import subprocess
 import tempfile
@@ -63,7 +65,7 @@ def _measure(root: Path, rows: int, dim: int, rounds: int) -> dict[str, object]:
         if name in gaps:
             gaps[name] = max(gaps[name], gap.longest_s)
 
-    size = 0
+    size, before_kb = 0, _peak_kb()
     for version in range(1, rounds + 1):
         folder, copy = root / "versions" / f"v{version:010d}", root / "copy"
         manifest = Manifest(version=version)
@@ -81,7 +83,12 @@ def _measure(root: Path, rows: int, dim: int, rounds: int) -> dict[str, object]:
     figures: dict[str, object] = {"rows": rows, "dim": dim, "bytes": size}
     for name, seconds in best.items():
         figures |= {f"{name}_s": round(seconds, 3), f"{name}_mb_s": round(size / seconds / 1e6)}
+    figures["peak_growth_mb"] = round((_peak_kb() - before_kb) / 1024)
     return figures | {f"{name}_longest_gap_ms": round(1000 * gap, 1) for name, gap in gaps.items()}
+
+
+def _peak_kb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _cat(files: list[Path]) -> None:

@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 class _Found(NamedTuple):
     """A file that was read."""
 
-    data: bytes
+    data: bytearray
     tag: str | None
 
 
@@ -82,8 +82,8 @@ class Blobs:
         listing = self._listing(folder)
         return {str(entry["path"]).rsplit("/", 1)[-1]: Entry(int(entry["size"]), _tag(entry)) for entry in listing["objects"]}
 
-    def read(self, folder: str, name: str) -> bytes:
-        """The content of a file.
+    def read(self, folder: str, name: str) -> bytearray:
+        """The content of a file, in memory of its own.
 
         Raises:
             FileNotFoundError: the file doesn't exist.
@@ -94,7 +94,7 @@ class Blobs:
     def _found(self, folder: str, name: str) -> _Found:
         try:
             found = obstore.get(self._store(), f"{folder}/{name}")
-            return _Found(bytes(found.bytes()), _tag(found.meta))
+            return _Found(bytearray(found.bytes()), _tag(found.meta))
         except _MISSING as error:
             raise FileNotFoundError(self.path(folder, name)) from error
         except (BaseError, OSError) as error:
@@ -182,8 +182,11 @@ class Blobs:
         return tag
 
     def _conditional(self, folder: str) -> bool:
-        """Whether the store has conditional puts. S3's has since 2024; of its imitations some reject the condition, and some
-        ignore it, so each is tried once a process, with a file of one byte."""
+        """Whether the store has conditional puts.
+
+        S3 has had them since 2024. Of its imitations some reject the condition and some ignore it, so an S3 store is tried once
+        in each process that writes, with a file of one byte.
+        """
         if self._has_conditions is None:
             self._has_conditions = store_kind(self.url) != "s3" or self._tried(f"{folder}/.probe-{secrets.token_hex(8)}")
             if not self._has_conditions:
@@ -195,9 +198,11 @@ class Blobs:
         return self._has_conditions
 
     def _tried(self, path: str) -> bool:
+        # Without repetitions: a store that rejects the condition as "not implemented" would be asked for a minute.
+        store = open_store(self.url, repeat=False)
         try:
-            self._put(path, b"1", mode="create")
-            self._put(path, b"2", mode="create")
+            for content in (b"1", b"2"):
+                obstore.put(store, path, content, mode="create", use_multipart=False)
         except _EXISTS:
             return True
         except BaseError as error:
@@ -246,9 +251,12 @@ class LocalBlobs(Blobs):
                     found[entry.name] = Entry(entry.stat().st_size)
         return found
 
-    def read(self, folder: str, name: str) -> bytes:
+    def read(self, folder: str, name: str) -> bytearray:
         try:
-            return (self._root / folder / name).read_bytes()
+            with (self._root / folder / name).open("rb", buffering=0) as file:
+                data = bytearray(os.fstat(file.fileno()).st_size)
+                _read_all(file, data)
+                return data
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -278,7 +286,7 @@ class LocalBlobs(Blobs):
     def delete(self, folder: str, name: str) -> None:
         try:
             (self._root / folder / name).unlink(missing_ok=True)
-            if (self._root / folder).is_dir():
+            with contextlib.suppress(FileNotFoundError):  # the folder is gone too: another process deletes the same version
                 _sync_folder(self._root / folder)
         except OSError as error:
             raise self._failed("delete", folder, name, error) from error
@@ -320,6 +328,13 @@ def _write_all(file: FileIO, part: bytes | memoryview) -> None:
     rest = memoryview(part)
     while len(rest):
         rest = rest[file.write(rest) :]
+
+
+def _read_all(file: FileIO, data: bytearray) -> None:
+    """Fill `data` from a file: one call can give less than it is asked for. A file that got shorter leaves its end zero."""
+    rest = memoryview(data)
+    while len(rest) and (count := file.readinto(rest)):
+        rest = rest[count:]
 
 
 def _sync_folder(path: Path) -> None:

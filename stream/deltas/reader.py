@@ -246,7 +246,10 @@ async def read_back(kafka: KafkaSettings, names: TopicNames, start: int) -> Asyn
     reader = DeltaReader(kafka, names, start=start)
     await reader.open()
     try:
-        async for found in reader.until(await reader.end()):
+        end = await reader.end()
+        if start > end:  # a fetch says so too, but not before there is something to wait for
+            await reader._go_on_at_start()
+        async for found in reader.until(end):
             yield found
     finally:
         await reader.close()

@@ -186,6 +186,8 @@ class ChainFollower:
 
     async def _read(self, replica: Replica, deltas: DeltaLog) -> None:
         """Apply what the log brings, until it must be read anew. Raises _Replace."""
+        if replica.progress.broken is None:
+            self.problem = ""
         items, taken = aiter(deltas), replica.offset
         waiting: asyncio.Future[LogItem] = asyncio.ensure_future(_next(items))
         marked = self._registry
@@ -211,11 +213,16 @@ class ChainFollower:
 
     def _hand_over(self, replica: Replica, deltas: DeltaLog) -> None:
         """Let a replica answer once it is no older than what answers, or has read all there is."""
-        before = self.replica
+        before, champion = self.replica, self._registry.champion_record
         if before is replica:
             return
-        older = self._listener.is_serving if before is None else order(replica.progress.point) < order(before.progress.point)
-        if older and not deltas.at_end:
+        if before is not None:
+            ready = deltas.at_end or order(replica.progress.point) >= order(before.progress.point)
+        elif self._listener.is_serving:
+            ready = deltas.at_end and champion is not None and replica.covers(champion)
+        else:
+            ready = True
+        if not ready:
             return
         self.replica, self.problem = replica, ""
         self._listener.follow(replica)
@@ -321,10 +328,11 @@ class ChainFollower:
         self._cannot(reason)
 
     def _cannot(self, reason: str) -> None:
-        """Without a log, a replica may answer for as long as no newer champion is there."""
+        """Without a log, a replica may answer for as long as no newer champion is there. After that it has to catch up."""
         self.problem = reason
         champion, replica = self._registry.champion_record, self.replica
         if replica is None or champion is None or not replica.covers(champion):
+            self.replica = None
             self._listener.cannot_follow(reason)
 
     async def _news_or(self, seconds: float, other: asyncio.Future[LogItem] | None = None) -> None:

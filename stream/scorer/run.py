@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from aiokafka.errors import KafkaError
 
+from state.background import in_background
 from state.chain_versions import point_of
 from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
@@ -72,12 +73,17 @@ async def run_scorer(
         return load_version(store, version, device=settings.device, announced=reader.state.versions.get(version))
 
     def load_record(record: VersionRecord) -> Served:
-        return load_version(store, record.version, device=settings.device, announced=record)
+        def load() -> Served:
+            return load_version(store, record.version, device=settings.device, announced=record)
+
+        return in_background(load) if swapper.is_serving else load()
 
     async def alone(work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(scoring, work)
 
-    swapper = Swapper(load, metrics, keep=snapshots.keep_ready, spare_bytes=spare_bytes)
+    swapper = Swapper(
+        load, metrics, keep=snapshots.keep_ready, spare_bytes=spare_bytes, on_swap=lambda: want_replica(reader.state)
+    )
     follower = ChainFollower(
         load_record,
         lambda offset: open_deltas(kafka, names, offset),
@@ -87,14 +93,19 @@ async def run_scorer(
         jitter_s=settings.heal_jitter_ms / 1_000,
     )
 
-    def on_change(state: RegistryState) -> None:
-        record = state.champion_record
-        has_chain = record is not None and point_of(record) is not None
-        follow = has_chain and state.champion.follows and snapshots.auto_promote
-        swapper.want(state, reader.position, follow=follow)
+    def follows(state: RegistryState) -> bool:
+        return state.champion.follows and snapshots.auto_promote and _has_chain(state)
+
+    def want_replica(state: RegistryState) -> None:
+        """A replica is wanted to answer, or aside while a version is pinned, if there is memory for it."""
         weights = swapper.current if follower.replica is None else follower.replica.served
-        aside = weights is not None and weights.size <= spare_bytes and (has_chain or follower.replica is not None)
-        follower.want(state, follow or aside)
+        room = weights is not None and weights.size <= spare_bytes
+        aside = room and (_has_chain(state) or follower.replica is not None)
+        follower.want(state, follows(state) or aside)
+
+    def on_change(state: RegistryState) -> None:
+        swapper.want(state, reader.position, follow=follows(state))
+        want_replica(state)
 
     reader = RegistryFollower(kafka, names, on_change=on_change)
 
@@ -137,6 +148,12 @@ async def run_scorer(
             max_bytes=await max_message_bytes(kafka, names.scores),
         )
         await serve(worker, http=http, prometheus=prometheus)
+
+
+def _has_chain(state: RegistryState) -> bool:
+    """Whether the champion is a point of a chain that can be followed."""
+    record = state.champion_record
+    return record is not None and point_of(record) is not None
 
 
 async def _closed_whatever_happens(close: Callable[[], Awaitable[None]]) -> None:

@@ -24,7 +24,7 @@ async def memory_is_right(predictor: Predictor, *, duty: float = 1.0) -> bool:
     steps = predictor.scrub()
     while True:
         began = time.perf_counter()
-        right = await asyncio.to_thread(next, steps, None)
+        right = await asyncio.to_thread(next, steps, True)
         if right is not None:
             return right
         await asyncio.sleep((time.perf_counter() - began) * (1 / duty - 1))

@@ -70,10 +70,20 @@ class Swapper:
         keep: number of versions kept ready, besides the one that `headrace snapshot rollback` would go to. While a replica
             answers, only that one is kept.
         spare_bytes: memory for weights that don't answer, while a replica does.
+        on_swap: called soon after other weights have begun to answer.
     """
 
-    def __init__(self, load: Callable[[int], Served], metrics: ScorerMetrics, *, keep: int, spare_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        load: Callable[[int], Served],
+        metrics: ScorerMetrics,
+        *,
+        keep: int,
+        spare_bytes: int = 0,
+        on_swap: Callable[[], None] = lambda: None,
+    ) -> None:
         self._load_version, self._metrics, self._keep, self._spare_bytes = load, metrics, keep, spare_bytes
+        self._on_swap = on_swap
         self.current: Served | None = None
         self.since_ms = 0
         self.applied = 0
@@ -269,6 +279,7 @@ class Swapper:
             log.info("serving %sversion %d", "a replica that follows " if served.is_replica else "", served.version)
         self._settle()
         self._preload_soon()
+        asyncio.get_running_loop().call_soon(self._on_swap)
 
     def _note_version(self, served: Served) -> None:
         self.since_ms = time.time_ns() // 1_000_000

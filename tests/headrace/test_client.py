@@ -202,6 +202,7 @@ class Scorer(threading.Thread):
                         "scores": [{"id": c["id"], "score": len(c["id"]) / 10} for c in request["candidates"]],
                         "model_version": 7,
                         "snapshot_age_ms": 40,
+                        "delta": 3,
                     }
                     headers = [("ce_type", b"headrace.scores"), ("ce_id", record.key), ("other", b"x")]
                     for _ in range(self._copies):
@@ -225,7 +226,7 @@ def test_ask_gets_the_answer_to_its_own_request(client: Client, topics: Settings
     assert answer.request_id == "mine"
     assert [(score.id, score.score) for score in answer.scores] == [("a", 0.1), ("abc", 0.3)]
     assert answer.best().id == "abc"
-    assert (answer.model_version, answer.snapshot_age_ms, answer.error) == (7, 40, None)
+    assert (answer.model_version, answer.delta, answer.snapshot_age_ms, answer.error) == (7, 3, 40, None)
     assert answer.event == {"type": "headrace.scores", "id": "mine"}
 
 

@@ -16,7 +16,7 @@ from stream.kafka.clients import aiokafka_options
 from stream.records import heartbeat as heartbeat_record
 from stream.records.heartbeat import Heartbeat, live_limit_ms
 from stream.registry import heartbeat
-from stream.registry.heartbeat import HeartbeatReader, HeartbeatSender
+from stream.registry.heartbeat import HeartbeatReader, HeartbeatSender, Weights
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topics.names import TopicNames
 
@@ -38,6 +38,26 @@ def test_an_old_or_stale_heartbeat_confirms_nothing(topics: Settings) -> None:
             await sender.send(2, 0, 10)
             confirmed, missing = await scorers.wait_for_confirmations(10, 2, 5_000)
             assert [each.worker for each in confirmed] == ["s1"] and missing == []
+        await sender.close()
+
+    asyncio.run(run())
+
+
+def test_who_follows_the_chain_confirms_a_champion_that_is_followed_and_no_other(topics: Settings) -> None:
+    async def run() -> None:
+        names = TopicNames.of(topics.topics)
+        sender = HeartbeatSender(topics.kafka, names, worker="s1")
+        await sender.start()
+        async with HeartbeatReader(topics.kafka, names) as scorers:
+            for following, version in ((True, 3), (True, 2)):
+                await sender.send(version, 0, 10, weights=Weights(following=following, chain="m/1/0"))
+                confirmed, missing = await scorers.wait_for_confirmations(10, 2, 300)
+                assert confirmed == [] and missing[0].following, "a pinned version is served exactly"
+                confirmed, _ = await scorers.wait_for_confirmations(10, 2, 5_000, follows=True)
+                assert [each.worker for each in confirmed] == ["s1"]
+            await sender.send(2, 0, 10)  # it can't follow, and serves the champion as it is
+            confirmed, _ = await scorers.wait_for_confirmations(10, 2, 5_000, follows=True)
+            assert [each.worker for each in confirmed] == ["s1"]
         await sender.close()
 
     asyncio.run(run())

@@ -44,7 +44,10 @@ class Scorer:
         self.prometheus = CollectorRegistry()
         self.scoring = ThreadPoolExecutor(1, "scoring")
         self.spare, self.position = spare, 0
-        self.swapper = Swapper(self.store.load, ScorerMetrics(self.prometheus), keep=3, spare_bytes=spare)
+        self.swapper = Swapper(
+            self.store.load, ScorerMetrics(self.prometheus), keep=3, spare_bytes=spare, on_swap=self._want_replica
+        )
+        self.registry = RegistryState()
         self.follower = ChainFollower(
             lambda record: self.load(record.version),
             self.log.open,
@@ -64,10 +67,13 @@ class Scorer:
 
     def want(self, champion: int, *, hold: bool = False, **changed: Any) -> None:
         self.position += 10
-        registry: RegistryState = self.trainer.registry(champion, hold=hold, **changed)
-        self.swapper.want(registry, self.position, follow=not hold)
+        self.registry = self.trainer.registry(champion, hold=hold, **changed)
+        self.swapper.want(self.registry, self.position, follow=not hold)
+        self._want_replica()
+
+    def _want_replica(self) -> None:
         aside = self.swapper.current is not None and self.swapper.current.size <= self.spare
-        self.follower.want(registry, not hold or aside)
+        self.follower.want(self.registry, self.registry.champion.follows or aside)
 
     @property
     def at(self) -> tuple[str, int] | None:

@@ -263,3 +263,14 @@ def test_every_reason_is_documented() -> None:
     )
     assert ANSWER_REASONS.items() <= table.items()
     assert set(table) - set(ANSWER_REASONS) <= REASONS.keys()
+
+
+def test_an_answer_says_how_many_deltas_its_weights_have() -> None:
+    version = served(7, created_at_ms=1_000)
+    version.state = version.state._replace(delta=12, captured_at_ms=4_000)
+    answers = answer_requests(records(["a"]), version, worker="w", max_candidates=9, max_bytes=MAX_BYTES, now_ms=lambda: 4_250)
+    (_, value, _), *_ = answers.records
+    told = json.loads(value or b"")
+    assert (told["model_version"], told["delta"], told["snapshot_age_ms"]) == (7, 12, 250)
+    whole = answer_requests(records(["a"]), served(7), worker="w", max_candidates=9, max_bytes=MAX_BYTES)
+    assert "delta" not in json.loads(whole.records[0][1] or b"")

@@ -89,6 +89,22 @@ def test_a_trainer_that_restarted_opens_a_new_chain_in_place() -> None:
     scene(steps)
 
 
+def test_a_scorer_that_missed_the_fork_takes_a_version_of_the_new_chain() -> None:
+    async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
+        trainer.make()  # never in the log
+        trainer.restart(epoch=2)
+        trainer.delta(3)
+        await it.until(lambda: it.follower.problem.startswith("gap"))
+        assert it.at == ("deepfm/1/0", 2)
+        trainer.version(2)
+        trainer.delta(1)
+        it.want(2)
+        await it.until_caught_up()
+        assert it.named == (2, 1) and it.read == [1, 2]
+
+    scene(steps)
+
+
 def test_a_new_line_is_passed_over_until_it_is_champion() -> None:
     async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
         other = Trainer(log, chain="deepfm/2/0", line=2, rows={7: 7})
@@ -124,6 +140,7 @@ def test_withheld_deltas_leave_the_last_state_and_its_age() -> None:
         (lambda trainer, log: trainer.make(), "gap"),
         (lambda trainer, log: log.problem("checksum", "damaged", 1, 0, trainer.make().header.sequence), "checksum"),
         (lambda trainer, log: (trainer.make(), log.problem("not_a_delta", "somebody else wrote it")), "not_a_delta"),
+        (lambda trainer, log: (trainer.make(), log.problem("log_gone", "retention has passed")), "log_gone"),
         (lambda trainer, log: log.append(trainer.make(digest="0" * 16)), "wrong_digest"),
         (lambda trainer, log: log.append(trainer.make()._replace(model="other")), "unfit"),
     ],

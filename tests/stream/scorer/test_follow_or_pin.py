@@ -37,6 +37,26 @@ def test_a_rollback_pins_and_the_replica_goes_on_aside() -> None:
     scene(steps)
 
 
+def test_a_start_while_a_version_is_pinned_follows_aside() -> None:
+    async def run() -> None:
+        trainer = Trainer(Log())
+        trainer.delta(2)
+        trainer.version(1)
+        trainer.delta(2)
+        trainer.version(2)
+        it = Scorer(trainer)
+        it.want(1, hold=True)
+        await it.until(lambda: it.named == (1, 0))
+        trainer.delta(1)
+        await it.until(lambda: it.follower.replica is not None and it.follower.replica.progress.point.sequence == 5)
+        assert it.named == (1, 0) and it.rows == trainer.versions[1] and it.read == [2]
+        it.want(1)
+        assert it.named == (2, 1), "at once"
+        await it.close()
+
+    asyncio.run(run())
+
+
 def test_without_memory_to_spare_a_resume_reads_the_newest_version() -> None:
     async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
         trainer.delta(3)
@@ -121,6 +141,28 @@ def test_a_log_that_can_no_longer_be_opened_leaves_the_replica_until_a_newer_cha
         it.want(2)
         await it.until(lambda: it.named == (2, 0) and it.swapper.applied == 20)
         assert not it.swapper.is_following
+        log.broken = None
+        trainer.delta(3)  # the delta before version 2 isn't in the log, so the version is read
+        await it.until_caught_up()
+        assert it.swapper.is_following and it.follower.problem == "" and it.read == [1, 2]
+
+    scene(steps)
+
+
+def test_a_log_that_comes_back_is_read_on() -> None:
+    async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
+        log.broken = TopicError("away")
+        log.problem("checksum", "m")
+        await it.until(lambda: it.follower.problem == "away")
+        log.items.pop()
+        trainer.delta(3)
+        trainer.version(2)
+        it.want(2)
+        await it.until(lambda: it.named == (2, 0) and not it.swapper.is_following)
+        log.broken = None
+        await it.until(lambda: it.swapper.is_following)
+        await it.until_caught_up()
+        assert it.follower.problem == "" and it.read == [1], "no version was needed"
 
     scene(steps)
 
