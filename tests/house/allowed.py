@@ -36,6 +36,7 @@ UNUSED: dict[str, str] = {
         "Faust calls it",
     ),
     "records_iterator": "Faust calls it",
+    **dict.fromkeys(["on_assignment", "on_partitions_assigned"], "aiokafka calls it when a group has chosen"),
     **dict.fromkeys(
         ["address_family", "allow_reuse_address", "block_on_close", "daemon_threads", "do_HEAD", "handle_error"],
         "http.server reads or calls it",
