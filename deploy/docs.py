@@ -19,7 +19,7 @@ from deploy.settings_page import settings_page
 from stream.join.metrics import JoinMetrics
 from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.metrics import ScorerMetrics
-from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.metrics import StandbyMetrics, TrainerMetrics
 from stream.worker.metrics import new_prometheus, start_time
 
 __all__ = ["Described", "main", "metrics", "pages"]
@@ -80,7 +80,13 @@ def metrics() -> dict[str, list[Described]]:
     shared = new_prometheus()
     start_time(shared)
     registries = {"every worker": shared}
-    kinds = (("join", JoinMetrics), ("trainer", TrainerMetrics), ("scorer", ScorerMetrics), ("scorer", FollowingMetrics))
+    kinds = (
+        ("join", JoinMetrics),
+        ("trainer", TrainerMetrics),
+        ("trainer", StandbyMetrics),
+        ("scorer", ScorerMetrics),
+        ("scorer", FollowingMetrics),
+    )
     for name, kind in kinds:
         kind(registries.setdefault(name, CollectorRegistry()))
     return {name: _described(registry) for name, registry in registries.items()}

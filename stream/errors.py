@@ -11,6 +11,7 @@ StreamError
 │   └── UnknownFormat
 ├── DeltaTooLarge    the topic's limit is smaller than a record of a delta
 ├── Replaced         another worker with the same instance id is in the group
+├── LostLead         a trainer led, and another one may lead now
 ├── PositionError    the log doesn't fit the committed offsets
 └── Abandoned        a partition went to another worker while it was being taken over
 """
@@ -21,6 +22,7 @@ __all__ = [
     "Abandoned",
     "DeltaTooLarge",
     "Fenced",
+    "LostLead",
     "NoAnswer",
     "PositionError",
     "RegistryError",
@@ -66,6 +68,10 @@ class DeltaTooLarge(StreamError):
 
 class Replaced(StreamError):
     """Another worker with the same instance id has replaced this one in the group."""
+
+
+class LostLead(StreamError):
+    """A trainer led, and the group of trainers has chosen another one or may do so."""
 
 
 class PositionError(StreamError):

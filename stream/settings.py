@@ -363,6 +363,12 @@ class TrainerSettings(_Frozen):
     max_batch_age_ms: int = Field(
         default=500, ge=1, description="How long an update waits for its batch (`model.batch_rows`) to fill."
     )
+    session_timeout_ms: int = Field(
+        default=10_000,
+        ge=1_000,
+        description="Within this time after the trainer that leads was last heard of, a standby has taken over. The session "
+        "timeout in Kafka is 0.7 of it, which must not be below the brokers' `group.min.session.timeout.ms` (6 s by default).",
+    )
     threads: int = Field(default=0, ge=0, description="Number of threads that torch computes with; 0 lets torch choose.")
     metrics_window: int = Field(
         default=20_000, ge=100, description="Number of examples that metrics of the scope `window` are computed over."

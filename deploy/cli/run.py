@@ -100,21 +100,34 @@ _device = click.option("--device", callback=_known_device, help="auto, cpu, cuda
     "--new-model",
     is_flag=True,
     help="Train a new model from the start of the log, whatever the snapshot store holds. The champion stays until the new "
-    "model has been compared with it. For one start only: leave the option out afterwards.",
+    "model has been compared with it. Takes over from a trainer that leads. For one start only: leave the option out "
+    "afterwards.",
+)
+@click.option(
+    "--take-over",
+    is_flag=True,
+    help="Lead at once, also while another trainer leads: that one ends. For one start only; a trainer that has itself taken "
+    "over in the last 10 minutes is not replaced.",
 )
 @_common
-def trainer(device: str | None, new_model: bool, http_port: int | None, nice: int, verbose: bool, leash: bool) -> None:
+def trainer(
+    device: str | None, new_model: bool, take_over: bool, http_port: int | None, nice: int, verbose: bool, leash: bool
+) -> None:
     """Learn from labelled examples and publish snapshots.
+
+    Several trainers may run. One leads and learns; the others stand by with the newest version loaded, and one of them goes on
+    when the leader stops or isn't heard of for trainer.session_timeout_ms.
 
     \b
     Examples:
       headrace run trainer
       headrace run trainer --device cuda
       headrace run trainer --new-model               after a change of the schema, or to learn from scratch
+      headrace run trainer --take-over               lead instead of a trainer that can't be stopped
     """
     settings = _settings(http_port, nice, verbose, leash)
     from stream.topics.names import TopicNames
-    from stream.trainer.worker import run_trainer
+    from stream.trainer.run import run_trainer
 
     trainer_settings = settings.trainer.model_copy(update={"device": device}) if device else settings.trainer
     asyncio.run(
@@ -127,6 +140,7 @@ def trainer(device: str | None, new_model: bool, http_port: int | None, nice: in
             model=settings.model,
             snapshots=settings.snapshots,
             new_model=new_model,
+            take_over=take_over,
         )
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aiokafka.structs import TopicPartition
 
@@ -26,20 +26,25 @@ from stream.settings import KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.start import Start, first_positions, go_on
 
-__all__ = ["Prepared", "gate_state", "prepare", "topic_ids"]
+__all__ = ["Prepared", "gate_state", "place_again", "prepare", "topic_ids"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A learner with the weights that it goes on from, and the offset to read from in each partition."""
+    """A learner with the weights that it goes on from, and the offset to read from in each partition.
+
+    positions  offset to read from, by partition
+    ends       where the log of each partition ended
+    newest     newest version in the registry
+    """
 
     learner: Learner
     start: Start
     positions: dict[int, int]
+    ends: dict[int, int]
     newest: int
-    """Newest version in the registry when this was prepared."""
 
 
 async def prepare(
@@ -65,9 +70,28 @@ async def prepare(
     start = await asyncio.to_thread(
         lambda: go_on(learner, registry, store, schema, model, topic_ids=topic_ids(cluster, names), new_model=new_model)
     )
+    prepared = Prepared(learner, start, {}, {}, registry.newest)
+    return await place_again(prepared, registry, kafka=kafka, settings=settings, names=names, cluster=cluster)
+
+
+async def place_again(
+    prepared: Prepared,
+    registry: RegistryState,
+    *,
+    kafka: KafkaSettings,
+    settings: TrainerSettings,
+    names: TopicNames,
+    cluster: Cluster,
+) -> Prepared:
+    """The same weights, with the log's bounds and the registry's newest version as they are now.
+
+    Raises:
+        PositionError: the log isn't the one that the version was trained on, or it lost examples.
+    """
     beginnings, ends = await _log_bounds(kafka, names.examples, cluster.partitions[names.examples])
+    start = replace(prepared.start, newest=registry.newest)
     positions = first_positions(start, names.examples, beginnings, ends, lost_examples=settings.lost_examples)
-    return Prepared(learner, start, positions, registry.newest)
+    return replace(prepared, start=start, positions=positions, ends=ends, newest=registry.newest)
 
 
 def gate_state(start: Start, epoch: int) -> GateState:

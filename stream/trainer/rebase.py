@@ -22,7 +22,7 @@ from stream.trainer.bookkeeping import State
 from stream.trainer.chain import Base, Published, saved_chain
 from stream.trainer.start import Start
 
-__all__ = ["Anchored", "Found", "find_base", "where_in_the_log"]
+__all__ = ["Anchored", "Found", "find_base", "go_on_in_place", "where_in_the_log"]
 
 
 class Anchored(NamedTuple):

@@ -1,73 +1,60 @@
 """The trainer worker: hands runs of `examples` to the training pipeline, and publishes versions.
 
-One trainer is active at a time. Its progress is in its snapshots and not in Kafka: it commits nothing to the group, and
-positions are its own. A new trainer replaces the old one in two ways:
+One trainer leads, and all others stand by (`stream.trainer.standby`). The leader's progress is in its snapshots and not in
+Kafka: it commits nothing to the group, and positions are its own. Three things keep a former leader, which may have been
+stopped or cut off, from doing harm or getting in the way:
 
-- It takes an epoch in the registry. With an older epoch the old trainer can announce nothing more, and it ends as soon as it
-  reads of the new one.
-- The group knows every trainer by one fixed instance id. So the new one gets the partitions at once, without waiting for the
-  old one's session to time out.
+- Each leader takes an epoch in the registry. With an older epoch nothing can be announced, and a trainer that reads of a newer
+  one ends.
+- The group of trainers no longer knows it, so it ends as soon as it hears from the group (`stream.trainer.leadership`).
+- The group that reads `examples` knows every leader by one fixed instance id. So the new leader gets the partitions at once,
+  without waiting for the old one's session to time out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from functools import partial
+from collections.abc import Iterable, Mapping
 
 from aiokafka.errors import KafkaError
 from faust.types import TP
-from prometheus_client import CollectorRegistry
 
-from model.predictor import Predictor
-from model.schema import FeatureSchema
-from model.settings import ModelSettings
-from state.chain_name import ChainName
 from state.errors import SnapshotError
-from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.deltas.writer import DeltaWriter
-from stream.errors import Fenced, NoAnswer, RegistryError
-from stream.kafka.cluster import Cluster, describe_cluster
+from stream.errors import NoAnswer, RegistryError
+from stream.kafka.cluster import Cluster
 from stream.kafka.transport import Run
 from stream.records.dead_letter import DeadLetter
 from stream.registry.collect import collect_by_itself
 from stream.registry.follower import RegistryFollower
-from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
-from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
+from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
-from stream.trainer.batching import BatchCutter
-from stream.trainer.chain import NAME as CHAIN
-from stream.trainer.chain import Chain
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
-from stream.trainer.prepare import Prepared, gate_state, prepare, topic_ids
-from stream.trainer.rebase import go_on_in_place
-from stream.trainer.skew import SkewCheck, load_reference
+from stream.trainer.skew import SkewCheck
 from stream.trainer.snapshots import Publisher
 from stream.trainer.training import Training
-from stream.worker import Part, Worker, fatal, guarded, new_prometheus, require_free, serve
+from stream.worker import Part, Worker, fatal, guarded
 
-__all__ = ["TrainerWorker", "run_trainer"]
+__all__ = ["TrainerWorker"]
 
 log = logging.getLogger(__name__)
 
-# A trainer that was killed is replaced at once under its instance id. This time-out is for one that hangs and has no
-# replacement.
+# In the group that reads `examples` a leader is replaced at once under its instance id. This time-out is for one that hangs and
+# has no replacement.
 SESSION_TIMEOUT_MS = 10_000
-# The group knows every trainer by this id, and the newest one that joins is the member. The epoch decides which of two trainers
-# stays: aiokafka 0.14 joins again after it was replaced, so by the id alone the two would replace each other for ever.
+# The group that reads `examples` knows every leader by this id, and the newest one that joins is the member. A former leader
+# may join again, since aiokafka 0.14 does so after it was replaced; it ends soon, by the group of trainers or by its epoch.
 INSTANCE_ID = "trainer"
 # How often gauges are updated, and how often to check which versions are due to be tagged good.
 HOUSEKEEPING_S = 1.0
@@ -211,6 +198,10 @@ class TrainerWorker(Worker):
 
     # Progress and shutdown
 
+    def positions(self) -> Mapping[int, int]:
+        """The next offset to train, by partition."""
+        return self._training.positions
+
     def work(self) -> Iterable[Part]:
         """Partitions, by the positions that are trained."""
         return self.source_parts(self._topic, self._training.positions)
@@ -234,173 +225,3 @@ def _from(run: Run, offset: int) -> Run:
         return run
     records = [record for record in run.records if record.offset >= offset]
     return Run(run.topic, run.partition, offset, run.after, records)
-
-
-async def run_trainer(
-    *,
-    kafka: KafkaSettings,
-    settings: TrainerSettings,
-    names: TopicNames,
-    http: HttpSettings,
-    schema: FeatureSchema,
-    model: ModelSettings,
-    snapshots: SnapshotSettings,
-    new_model: bool = False,
-) -> None:
-    """Run a trainer until it gets a signal to stop.
-
-    Args:
-        new_model: begin from nothing at the start of the log, whatever the store holds.
-
-    Raises:
-        TopicError: topics are missing.
-        NoAnswer: Kafka can't be reached.
-        ModelError: no features are named, or the newest version is of another schema or model.
-        SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
-        PositionError: the log isn't the one that the newest version was trained on, or lost examples.
-        StreamError: the port for metrics is taken.
-    """
-    cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots, names.deltas))
-    registry = RegistryWriter(kafka, names, who=f"trainer@{socket.gethostname()}:{os.getpid()}")
-    store = SnapshotStore(snapshots)
-    log.info("snapshots at %s", store.url)
-    look = partial(
-        prepare,
-        kafka=kafka,
-        settings=settings,
-        names=names,
-        cluster=cluster,
-        store=store,
-        schema=schema,
-        model=model,
-        new_model=new_model,
-    )
-    epoch: int | None = None
-
-    def end_if_replaced(state: RegistryState) -> None:
-        if epoch is not None and state.trainer.epoch > epoch:
-            taken = f"epoch {state.trainer.epoch} was taken by {state.trainer.who}, this trainer's is {epoch}"
-            fatal("trainer", Fenced(f"expected to be the only trainer: {taken}. Run one at a time."))
-
-    follower = RegistryFollower(kafka, names, on_change=end_if_replaced)
-    closing: list[Callable[[], Awaitable[None]]] = [follower.close, registry.close]
-    try:
-        # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
-        require_free(http)
-        prepared = await look(await read_registry(kafka, names))
-        # From here on no other trainer announces a version that this one would not know of.
-        epoch = await registry.take_trainer_epoch()
-        await follower.start()
-        if follower.state.newest != prepared.newest:
-            prepared = await look(follower.state)
-        start = prepared.start
-        came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
-        log.info("epoch %d on %s, going on from %s at %s", epoch, prepared.learner.device, came_from, prepared.positions)
-        deltas = DeltaWriter(kafka, names, epoch=epoch)
-        closing.append(deltas.close)
-        # From here on no older trainer writes a delta, so what the log holds by now is all that scorers can have applied.
-        await deltas.open()
-        prometheus = new_prometheus()
-        worker = await _built(
-            prepared,
-            epoch,
-            deltas,
-            kafka=kafka,
-            settings=settings,
-            names=names,
-            cluster=cluster,
-            schema=schema,
-            model=model,
-            snapshots=snapshots,
-            store=store,
-            registry=registry,
-            follower=follower,
-            prometheus=prometheus,
-        )
-        await serve(worker, http=http, prometheus=prometheus)
-    finally:
-        for close in closing:
-            await close()
-
-
-async def _built(
-    prepared: Prepared,
-    epoch: int,
-    deltas: DeltaWriter,
-    *,
-    kafka: KafkaSettings,
-    settings: TrainerSettings,
-    names: TopicNames,
-    cluster: Cluster,
-    schema: FeatureSchema,
-    model: ModelSettings,
-    snapshots: SnapshotSettings,
-    store: SnapshotStore,
-    registry: RegistryWriter,
-    follower: RegistryFollower,
-    prometheus: CollectorRegistry,
-) -> TrainerWorker:
-    """The worker with all its parts."""
-    start = prepared.start
-    metrics = TrainerMetrics(prometheus)
-    scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
-    base = await go_on_in_place(prepared.learner, start, kafka, names)
-    chain = Chain(str(ChainName(model.name, epoch, 0)), deltas, base, prepared.learner.touched_keys)
-    judge = Judge(snapshots, gate_state(start, epoch))
-    anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
-
-    def reference(version: int) -> Predictor:
-        return load_reference(store, version, schema, announced=follower.state.versions.get(version))
-
-    skew = SkewCheck(reference, metrics)
-    training = Training(
-        prepared.learner,
-        BatchCutter(model.batch_rows, prepared.positions),
-        scores,
-        metrics,
-        max_batch_age_s=settings.max_batch_age_ms / 1000,
-        watermark_ms=start.watermark_ms,
-        observers=(skew,),
-        bookkeeping={CHAIN: chain},
-        judge=judge,
-    )
-    training.restore(start.bookkeeping)
-    # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a new
-    # line for one of the champion's line.
-    await anchors.follow(follower.state, start.watermark_ms)
-    letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
-    publisher = Publisher(
-        store=store,
-        registry=registry,
-        chain=chain,
-        letters=letters,
-        settings=snapshots,
-        schema=schema,
-        model=model,
-        epoch=epoch,
-        start=start,
-        metrics=metrics,
-        more_metrics=skew.manifest_metrics,
-        topic_ids=topic_ids(cluster, names),
-    )
-    return TrainerWorker(
-        kafka=kafka,
-        cluster=cluster,
-        group=f"{names.prefix}{settings.group}",
-        names=names,
-        snapshots=snapshots,
-        store=store,
-        training=training,
-        decoder=ExampleDecoder(schema),
-        threads=settings.threads,
-        skew=skew,
-        publisher=publisher,
-        letters=letters,
-        deltas=deltas,
-        registry=registry,
-        follower=follower,
-        judge=judge,
-        anchors=anchors,
-        scores=scores,
-        metrics=metrics,
-    )

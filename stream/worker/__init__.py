@@ -16,10 +16,9 @@
 from __future__ import annotations
 
 from stream.worker.guards import fatal, guarded
-from stream.worker.http import require_free
 from stream.worker.lifecycle import serve
 from stream.worker.metrics import new_prometheus
 from stream.worker.skeleton import Worker
 from stream.worker.watchdog import Part, source_part
 
-__all__ = ["Part", "Worker", "fatal", "guarded", "new_prometheus", "require_free", "serve", "source_part"]
+__all__ = ["Part", "Worker", "fatal", "guarded", "new_prometheus", "serve", "source_part"]

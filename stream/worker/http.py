@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable
 from http import HTTPStatus
 from socketserver import ThreadingTCPServer
-from typing import Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, MetricsHandler
 
 from stream.errors import StreamError
 from stream.settings import HttpSettings
 
-__all__ = ["HttpServer", "require_free"]
+__all__ = ["HttpServer"]
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,13 @@ MOST_CONNECTIONS = 64
 LOOK_EVERY_S = 0.25
 
 
+class Check(NamedTuple):
+    """What a path answers by: the problem or None, and the text when there is none."""
+
+    problem: Callable[[], str | None]
+    says: Callable[[], str]
+
+
 class HttpServer:
     """Answers in threads of its own, so that a worker with a busy event loop still answers.
 
@@ -39,6 +46,7 @@ class HttpServer:
     Args:
         healthy: returns None when the process should live on, else what is wrong (`/healthz` answers 503).
         ready: returns None when the worker does its work, else what it waits for (`/readyz` answers 503).
+        says: the text of `/readyz` when it answers 200.
 
     Raises:
         StreamError: the address can't be listened on.
@@ -51,10 +59,20 @@ class HttpServer:
         *,
         healthy: Callable[[], str | None],
         ready: Callable[[], str | None],
+        says: Callable[[], str] = lambda: "ok",
     ) -> None:
-        kind = type("Handler", (_Handler,), {"registry": prometheus, "checks": {"/healthz": healthy, "/readyz": ready}})
+        self._checks: dict[str, Check] = {}
+        self.answer_by(healthy=healthy, ready=ready, says=says)
+        kind = type("Handler", (_Handler,), {"registry": prometheus, "checks": self._checks})
         self._server = _listening(settings, kind)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(LOOK_EVERY_S,), name="http", daemon=True)
+
+    def answer_by(
+        self, *, healthy: Callable[[], str | None], ready: Callable[[], str | None], says: Callable[[], str] = lambda: "ok"
+    ) -> None:
+        """Answer by other functions from now on: a trainer that stood by and now leads keeps its port."""
+        self._checks["/healthz"] = Check(healthy, lambda: "ok")
+        self._checks["/readyz"] = Check(ready, says)
 
     @property
     def port(self) -> int:
@@ -66,16 +84,6 @@ class HttpServer:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
-
-
-def require_free(settings: HttpSettings) -> None:
-    """Check that the port is free: another worker on this machine may listen on it.
-
-    Raises:
-        StreamError: the port is taken, or the address isn't one of this machine's.
-    """
-    if settings.port:
-        _listening(settings, _Handler).server_close()
 
 
 def _listening(settings: HttpSettings, handler: type[_Handler]) -> _Server:
@@ -97,7 +105,7 @@ def _listening(settings: HttpSettings, handler: type[_Handler]) -> _Server:
 class _Handler(MetricsHandler):
     """Answers one request for each connection."""
 
-    checks: dict[str, Callable[[], str | None]]
+    checks: dict[str, Check]
     server_version = "Headrace"
     sys_version = ""
 
@@ -108,8 +116,8 @@ class _Handler(MetricsHandler):
         elif path == "/metrics":
             self._answer(HTTPStatus.OK, "")
         elif path in self.checks:
-            problem = self.checks[path]()
-            self._answer(HTTPStatus.SERVICE_UNAVAILABLE if problem else HTTPStatus.OK, problem or "ok")
+            problem = self.checks[path].problem()
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE if problem else HTTPStatus.OK, problem or self.checks[path].says())
         else:
             self._answer(HTTPStatus.NOT_FOUND, "expected /metrics, /healthz or /readyz")
 

@@ -25,11 +25,14 @@ log = logging.getLogger(__name__)
 DRAIN_S = 9.0
 
 
-async def serve(worker: Worker, *, http: HttpSettings, prometheus: CollectorRegistry) -> None:
+async def serve(worker: Worker, *, http: HttpSettings, prometheus: CollectorRegistry, server: HttpServer | None = None) -> None:
     """Run a worker until SIGTERM or SIGINT, then drain it. Returns when all is closed; a crash ends the process with 1.
 
     The order is: `start`, the HTTP server, `before_joining`, the Faust app (which joins the group), and after a signal `drain`,
     the background tasks, the app. A signal that comes before the app has started cancels `before_joining`.
+
+    Args:
+        server: the process' HTTP server, if it answers already. From now on it answers for the worker; the caller stops it.
     """
     await worker.start()
     app, name, stop = worker.app, worker.name, asyncio.Event()
@@ -38,14 +41,20 @@ async def serve(worker: Worker, *, http: HttpSettings, prometheus: CollectorRegi
         loop.add_signal_handler(number, stop.set)
     start_time(prometheus).labels(name).set_to_current_time()
     dog = Watchdog(worker.parts, fatal)
-    server = HttpServer(
-        http,
-        prometheus,
-        healthy=lambda: "stopping" if stop.is_set() else None,
-        ready=lambda: "; ".join(filter(None, (worker.ready(), dog.stalled))) or None,
-    )
-    server.start()
-    log.info("%s: http://%s:%d/metrics", name, http.host, server.port, extra={"http_port": server.port})
+
+    def healthy() -> str | None:
+        return "stopping" if stop.is_set() else None
+
+    def ready() -> str | None:
+        return "; ".join(filter(None, (worker.ready(), dog.stalled))) or None
+
+    own = None
+    if server is None:
+        own = HttpServer(http, prometheus, healthy=healthy, ready=ready)
+        own.start()
+        log.info("%s: http://%s:%d/metrics", name, http.host, own.port, extra={"http_port": own.port})
+    else:
+        server.answer_by(healthy=healthy, ready=ready)
     ends = [asyncio.ensure_future(waiting) for waiting in (stop.wait(), app._crashed.wait())]
     helpers = [guarded(dog.run(), name), asyncio.ensure_future(tame_collector(worker.ready))]
     try:
@@ -73,7 +82,8 @@ async def serve(worker: Worker, *, http: HttpSettings, prometheus: CollectorRegi
         for task in (*ends, *helpers):
             task.cancel()
         await worker.cancel_background()
-        server.stop()
+        if own is not None:
+            own.stop()
     log.info("%s: stopped", name)
 
 

@@ -12,8 +12,6 @@ EXPORTED: dict[str, str] = {
         ["model.metrics.calibration", "model.metrics.log_loss", "model.metrics.normalised_entropy"],
         "the definition that the metrics of a running total are tested against",
     ),
-    "stream.deltas.reader.read_back": "for a trainer that starts",
-    "stream.registry.collect.collect_by_itself": "for the trainer, which deletes versions from time to time",
     "deploy.datasets.Chunk": "a new data set yields it",
 }
 """`module.name` of names in `__all__` that no other module imports."""
@@ -36,6 +34,7 @@ UNUSED: dict[str, str] = {
         "Faust calls it",
     ),
     "records_iterator": "Faust calls it",
+    **dict.fromkeys(["on_assignment", "on_partitions_assigned"], "aiokafka calls it when a group has chosen"),
     **dict.fromkeys(
         ["address_family", "allow_reuse_address", "block_on_close", "daemon_threads", "do_HEAD", "handle_error"],
         "http.server reads or calls it",
@@ -51,7 +50,6 @@ UNUSED: dict[str, str] = {
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
     "loss_error": "a field of the gate's verdict, which `headrace snapshot show` reads by its key",
-    "delta_interval_ms": "for the trainer's deltas",
     "seen_end_at": "for the trainer, which reads deltas to their end",
     "frame": "a parameter of a signal handler",
 }

@@ -27,6 +27,6 @@ for _module in {target.split(":")[0] for target in COMMANDS.values()} | {
     "stream.letters.replay",
     "stream.registry.operations",
     "stream.scorer.run",
-    "stream.trainer.worker",
+    "stream.trainer.run",
 }:
     importlib.import_module(_module)

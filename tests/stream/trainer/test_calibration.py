@@ -61,7 +61,9 @@ def test_with_one_negative_in_ten_scores_are_calibrated_within_one_percent(chain
 
     rate, serving = tenth.learner.negative_rate, tenth.learner.serving_state()
     batch = FeatureDecoder(SCHEMA).impressions([value(1, features={"segment": "s1"})]).batch
-    served, raw = (Predictor.of(SCHEMA, MODEL, serving, device="cpu", negative_rate=rate).predict(batch)[0] for rate in (0.1, 1.0))
+    served, raw = (
+        Predictor.of(SCHEMA, MODEL, serving, device="cpu", negative_rate=rate).predict(batch)[0] for rate in (0.1, 1.0)
+    )
     assert rate == 0.1
     assert served == tenth.learner.predict(batch)[0] == pytest.approx(raw / (raw + (1 - raw) / 0.1), rel=1e-5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from stream.errors import PositionError
 from stream.kafka.cluster import Cluster
 from stream.settings import HttpSettings, KafkaSettings, TopicSettings, TrainerSettings
 from stream.topics.names import TopicNames
-from stream.trainer import prepare, rebase, worker
+from stream.trainer import prepare, rebase, run, standby
 from tests.judged import judged
 from tests.stream.trainer.factory import MODEL, SCHEMA
 
@@ -64,6 +65,24 @@ class Stage:
             async def start(self):
                 stage.asked.append("follow")
 
+        class Alone:
+            """The group of trainers, with this one in it."""
+
+            group, choices, joined, leader_name = "trainers", 1, True, "t"
+
+            def __init__(self, *args, **kwargs):
+                self.won, self.refused = asyncio.Event(), asyncio.Event()
+
+            async def join(self):
+                stage.asked.append("lead")
+                self.won.set()
+
+            async def run(self):
+                await asyncio.Event().wait()
+
+            async def leave(self):
+                stage.asked.append("leave")
+
         class Deltas(Writer):
             position, limit = 40, 100_000
 
@@ -78,13 +97,18 @@ class Stage:
             stage.asked.append("serve")
             stage.served = each
 
-        monkeypatch.setattr(worker, "describe_cluster", cluster)
-        monkeypatch.setattr(worker, "read_registry", registry)
-        monkeypatch.setattr(worker, "RegistryWriter", Writer)
-        monkeypatch.setattr(worker, "RegistryFollower", Reader)
-        monkeypatch.setattr(worker, "DeltaWriter", Deltas)
+        class Standing(Reader):
+            async def start(self): ...
+
+        monkeypatch.setattr(run, "describe_cluster", cluster)
+        monkeypatch.setattr(standby, "read_registry", registry)
+        monkeypatch.setattr(standby, "Leadership", Alone)
+        monkeypatch.setattr(standby, "RegistryFollower", Standing)
+        monkeypatch.setattr(run, "RegistryWriter", Writer)
+        monkeypatch.setattr(run, "RegistryFollower", Reader)
+        monkeypatch.setattr(run, "DeltaWriter", Deltas)
         monkeypatch.setattr(rebase, "read_back", read_back)
-        monkeypatch.setattr(worker, "serve", serve)
+        monkeypatch.setattr(run, "serve", serve)
         monkeypatch.setattr(prepare, "_log_bounds", bounds)
 
     def version(self, number: int, **more) -> VersionRecord:
@@ -104,7 +128,7 @@ class Stage:
         return VersionRecord.of(manifest, now_ms=1, who="t", gate="")
 
     async def run(self, **changed):
-        await worker.run_trainer(
+        await run.run_trainer(
             **{
                 "kafka": KafkaSettings(),
                 "settings": TrainerSettings(device="cpu"),
@@ -131,7 +155,7 @@ def known(*records: VersionRecord) -> RegistryState:
 async def test_a_start_looks_first_and_takes_the_epoch_then(stage):
     stage.state = known(stage.version(1))
     await stage.run()
-    assert stage.asked == ["look", "epoch", "follow", "deltas", "serve"]
+    assert stage.asked == ["look", "lead", "epoch", "follow", "deltas", "serve", "leave"]
     assert stage.served._training.positions == {0: 10}
     assert stage.served._judge.report().line == 1
 
@@ -160,14 +184,14 @@ async def test_another_schema_ends_nobody(stage):
     stage.state = known(stage.version(1))
     with pytest.raises(SnapshotMismatch):
         await stage.run(schema=SCHEMA.model_copy(update={"embedding_dim": 8}))
-    assert stage.asked == ["look"]
+    assert stage.asked == ["look", "leave"]
 
 
 async def test_a_store_without_the_registrys_versions_ends_nobody(stage, tmp_path):
     stage.state = known(stage.version(1))
     with pytest.raises(SnapshotError, match="found an empty store"):
         await stage.run(snapshots=SnapshotSettings(url=str(tmp_path / "elsewhere")))
-    assert stage.asked == ["look"]
+    assert stage.asked == ["look", "leave"]
 
 
 @pytest.mark.parametrize("more", [{"offsets": {"0": 101}}, {"topic_ids": {"examples": "of before"}}])
@@ -175,7 +199,7 @@ async def test_another_log_ends_nobody(stage, more):
     stage.state = known(stage.version(1, **more))
     with pytest.raises(PositionError):
         await stage.run()
-    assert stage.asked == ["look"]
+    assert stage.asked == ["look", "leave"]
 
 
 async def test_a_new_model_over_a_champion_begins_withheld(stage):

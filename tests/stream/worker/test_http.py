@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from stream.errors import StreamError
 from stream.settings import HttpSettings
 from stream.worker import http as server_module
-from stream.worker.http import HttpServer, require_free
+from stream.worker.http import HttpServer
 
 WORDS = {"problem": ""}
 
@@ -59,6 +59,12 @@ def test_paths_and_methods(server: HttpServer) -> None:
     assert ask(server, "/metrics", "HEAD") == (200, b"")
     assert ask(server, "/elsewhere")[0] == 404
     assert ask(server, "/healthz", "POST")[0] == 501
+
+
+def test_another_role_answers_at_the_same_port(server: HttpServer) -> None:
+    server.answer_by(healthy=lambda: "stopping", ready=lambda: None, says=lambda: "standby: another leads")
+    assert ask(server, "/healthz") == (503, b"stopping\n")
+    assert ask(server, "/readyz") == (200, b"standby: another leads\n")
 
 
 @pytest.mark.parametrize(
@@ -124,11 +130,7 @@ def test_a_port_that_is_taken() -> None:
         port = taken.getsockname()[1]
         said = rf"http.port {port}: expected a free port at 127.0.0.1, found: Address already in use\. .* goes on"
         with pytest.raises(StreamError, match=said):
-            require_free(HttpSettings(port=port))
-        with pytest.raises(StreamError, match=said):
             HttpServer(HttpSettings(port=port), CollectorRegistry(), healthy=lambda: None, ready=lambda: None)
-    require_free(HttpSettings(port=port))
-    require_free(HttpSettings(port=0))
 
 
 def test_an_address_that_is_not_ours() -> None:
