@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import KafkaConnectionError
 
 from deploy.local_kafka.cluster import LocalKafka
@@ -19,11 +20,13 @@ from deploy.settings import LocalKafkaSettings, Settings
 from stream.deltas import writer as writing
 from stream.deltas.writer import DeltaWriter, Sent, deltas_transactional_id
 from stream.errors import DeltaTooLarge, Fenced, NoAnswer, TopicError, Unsettled
+from stream.kafka import transactional
 from stream.kafka.clients import aiokafka_options
 from stream.records.delta import DeltaHeader, encode_delta
 from stream.settings import KafkaSettings, TopicSettings
 from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
+from tests.faults.network import END_TRANSACTION, Link
 from tests.stream.deltas.scene import Scene, scene, until
 from tests.stream.records.made_deltas import header, model_delta, pieces, same
 
@@ -255,6 +258,50 @@ def test_a_commit_whose_answer_is_lost_is_not_done_twice(
             third = await writer.send(of(writer, 3))
             assert third.offset > sent.next_offset and await made.log() == [(1, 1), (1, 2), (1, 3)]
             assert await made.log(sent.offset) == [(1, 2), (1, 3)]
+
+    asyncio.run(run())
+
+
+def test_a_network_that_loses_answers_and_is_cut(topics: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to a commit is lost: the delta is in the log once. Nothing passes: the writer says that it doesn't know."""
+    impatient = topics.kafka.model_copy(update={"request_timeout_ms": 1_000, "connect_timeout_ms": 1_000})
+    settings = topics.model_copy(update={"kafka": impatient})
+    port = int(topics.kafka.bootstrap_servers.rpartition(":")[2])
+    connect = AIOKafkaConnection.connect
+
+    async def run() -> None:
+        async with Link(port) as link, scene(topics) as made, scene(settings) as linked:
+            linking: set[int] = set()
+
+            async def through_the_link(connection: Any) -> Any:
+                connection._port = link.port if linking else port
+                return await connect(connection)
+
+            monkeypatch.setattr(AIOKafkaConnection, "connect", through_the_link)
+            epoch = await made.epoch()
+            linking.add(link.port)
+            writer = await linked.writer(epoch)
+            await writer.send(of(writer, 1))
+            for sequence, silently in ((2, False), (3, True)):
+                link.lose(END_TRANSACTION, times=1, silently=silently)
+                await writer.send(of(writer, sequence, count=2))
+            assert link.lost == 2
+
+            link.cut()
+            with monkeypatch.context() as hurried:
+                hurried.setattr(writing, "GIVE_UP_S", 0.1)
+                hurried.setattr(writing, "ATTEMPT_TIMEOUT_S", 0.5)
+                hurried.setattr(transactional, "CLOSE_TIMEOUT_S", 0.2)
+                with pytest.raises(Unsettled, match=r"expected an answer about delta 4 .* It may have been written\."):
+                    await writer.send(of(writer, 4, count=2))
+            with pytest.raises(ValueError, match=r"that isn't settled, \(1, 0, 4\), again, found \(1, 0, 5\)"):
+                await writer.send(of(writer, 5))
+            link.restore()
+            await writer.send(of(writer, 4, count=2))
+            await writer.send(of(writer, 5))
+            linking.clear()
+            assert await made.log() == [(1, each) for each in range(1, 6)]
+            await writer.close()
 
     asyncio.run(run())
 
