@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,13 +25,25 @@ def is_fencing(error: BaseException) -> bool:
 async def dropped(producer: AIOKafkaProducer) -> None:
     """Stop a producer. An open transaction is aborted, since it would hold back every reader until it times out."""
     # A producer that is fenced or cut off fails here. The next producer to start ends its transaction.
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await producer.abort_transaction()
-    with contextlib.suppress(Exception):
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await producer.stop()
+    await _within(producer.abort_transaction())
+    if not await _within(producer.stop()):
+        # It waits for what it has sent. Left alone, it would go on trying for as long as Kafka is away, and one more after each
+        # attempt of its owner.
+        await _within(producer.client.close())
+        await _within(producer._sender.close())
     _quieten(producer)
+
+
+async def _within(step: Coroutine[Any, Any, object]) -> bool:
+    """Await a step for CLOSE_TIMEOUT_S. Returns whether it came to an end in time, whatever that end was."""
+    try:
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await step
+    except TimeoutError:
+        return False
+    except Exception:
+        return True
+    return True
 
 
 def _quieten(producer: AIOKafkaProducer) -> None:

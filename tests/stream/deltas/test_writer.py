@@ -12,19 +12,14 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaConnectionError
 
-from deploy.local_kafka.cluster import LocalKafka
-from deploy.settings import LocalKafkaSettings, Settings
+from deploy.settings import Settings
 from stream.deltas import writer as writing
 from stream.deltas.writer import DeltaWriter, Sent, deltas_transactional_id
-from stream.errors import DeltaTooLarge, Fenced, NoAnswer, TopicError, Unsettled
+from stream.errors import DeltaTooLarge, Fenced, TopicError
 from stream.kafka.clients import aiokafka_options
 from stream.records.delta import DeltaHeader, encode_delta
-from stream.settings import KafkaSettings, TopicSettings
-from stream.topics.admin import create_topics
-from stream.topics.names import TopicNames
-from tests.stream.deltas.scene import Scene, scene, until
+from tests.stream.deltas.scene import Scene, scene
 from tests.stream.records.made_deltas import header, model_delta, pieces, same
 
 pytestmark = pytest.mark.kafka
@@ -228,37 +223,6 @@ def test_two_writers_of_one_epoch(topics: Settings, monkeypatch: pytest.MonkeyPa
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("written", [True, False])
-def test_a_commit_whose_answer_is_lost_is_not_done_twice(
-    topics: Settings, monkeypatch: pytest.MonkeyPatch, written: bool
-) -> None:
-    async def run() -> None:
-        async with scene(topics) as made:
-            writer = await made.writer()
-            await writer.send(of(writer, 1))
-            commit, lost = writer._commit, []
-
-            async def lose_the_answer(encoded: Any) -> Sent:
-                if lost:
-                    return await commit(encoded)
-                if written:
-                    lost.append(await commit(encoded))
-                else:
-                    lost.append(None)
-                    await writer._producer.begin_transaction()
-                    await writer._producer.send(made.names.deltas, encoded[0], partition=0)
-                raise writing._CommitFailed from KafkaConnectionError("lost")
-
-            monkeypatch.setattr(writer, "_commit", lose_the_answer)
-            sent = await writer.send(of(writer, 2, count=3))
-            assert not written or sent == lost[0]
-            third = await writer.send(of(writer, 3))
-            assert third.offset > sent.next_offset and await made.log() == [(1, 1), (1, 2), (1, 3)]
-            assert await made.log(sent.offset) == [(1, 2), (1, 3)]
-
-    asyncio.run(run())
-
-
 def test_a_limit_that_is_lowered(topics: Settings) -> None:
     async def run() -> None:
         async with scene(topics) as made:
@@ -322,57 +286,3 @@ def test_a_topic_made_anew_under_the_writer(topics: Settings) -> None:
             assert await made.log() == [(2, 1)]
 
     asyncio.run(run())
-
-
-def test_a_kafka_that_is_not_there() -> None:
-    nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1", connect_timeout_ms=300)
-
-    async def run() -> None:
-        with pytest.raises(NoAnswer, match=r"127\.0\.0\.1:1 .*headrace kafka status"):
-            await DeltaWriter(nowhere, TopicNames.of(TopicSettings()), epoch=1).open()
-
-    asyncio.run(run())
-
-
-def test_a_broker_that_stops_and_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short stop is waited out. In a long one, the writer says that it doesn't know, and settles it with the same delta."""
-    chosen = LocalKafkaSettings(dir=tmp_path / "kafka", start_timeout_ms=120_000)
-    with LocalKafka(chosen) as kafka:
-        settings = Settings(
-            kafka=KafkaSettings(bootstrap_servers=kafka.bootstrap_servers, request_timeout_ms=2_000, connect_timeout_ms=60_000)
-        )
-        create_topics(settings.kafka, settings.topics)
-
-        async def run() -> None:
-            async with scene(settings) as made:
-                writer, reader = await made.writer(), await made.reader()
-                await writer.send(of(writer, 1))
-                assert (await reader.next(timeout_s=30)).delta.header.sequence == 1
-
-                await asyncio.to_thread(kafka.stop)
-                sending = asyncio.create_task(writer.send(of(writer, 2, count=3)))
-                await asyncio.to_thread(kafka.start)
-                sent = await sending
-                found = None
-                while found is None:
-                    found = await reader.next(timeout_s=30)
-                assert (found.delta.header.sequence, found.next_offset) == (2, sent.next_offset)
-
-                await asyncio.to_thread(kafka.stop)
-                monkeypatch.setattr(writing, "GIVE_UP_S", 0.5)
-                monkeypatch.setattr(writing, "ATTEMPT_TIMEOUT_S", 1.0)
-                third = of(writer, 3, count=2)
-                with pytest.raises(Unsettled, match=r"expected an answer about delta 3 .* It may have been written\."):
-                    await writer.send(third)
-                with pytest.raises(ValueError, match=r"that isn't settled, \(1, 0, 3\), again, found \(1, 0, 4\)"):
-                    await writer.send(of(writer, 4))
-                monkeypatch.undo()
-                await asyncio.to_thread(kafka.start)
-                await writer.send(third)
-                await writer.send(of(writer, 4))
-                assert await made.log() == [(1, 1), (1, 2), (1, 3), (1, 4)]
-                await until(lambda: reader.position > 0)
-                rest = [found async for found in reader.until(writer.position)]
-                assert [each.delta.header.sequence for each in rest] == [3, 4]
-
-        asyncio.run(run())
