@@ -123,7 +123,7 @@ class Leadership(ConsumerRebalanceListener):
         """
         options = aiokafka_options(self._kafka)
         consumer = AIOKafkaConsumer(
-            **{**options, "request_timeout_ms": min(options["request_timeout_ms"], REQUEST_SESSIONS * self._session_ms)},
+            **{**options, "request_timeout_ms": REQUEST_SESSIONS * self._session_ms},
             group_id=self.group,
             enable_auto_commit=False,
             session_timeout_ms=self._session_ms,

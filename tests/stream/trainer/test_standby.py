@@ -208,17 +208,17 @@ async def test_of_three_one_leads_whoever_ends(topics, start):
 
 async def test_take_over_is_for_one_start(topics, start):
     await send(topics, range(500), partitions=2)
-    leader, standby = await leader_and_standby(start, topics, **SLOW)
+    leader, standby = await leader_and_standby(start, topics, **QUICK)
     await until_learned(leader, topics, 500)
-    new = start(topics, "--take-over", **SLOW)
+    new = start(topics, "--take-over", **QUICK)
     await until(lambda: leads(new), new)
     assert await ended(leader) == 1
     assert stands_by(standby)
     # A supervisor starts the old leader with the same option again.
-    again = start(topics, "--take-over", **SLOW)
+    again = start(topics, "--take-over", **QUICK)
     await until(lambda: stands_by(again), again)
     assert "not taking over: expected a leader that has not itself taken over in the last 10 minutes" in again.log.read_text()
-    model = start(topics, "--new-model", **SLOW)
+    model = start(topics, "--new-model", **QUICK)
     assert await ended(model) == 1
     assert "a new model: expected a leader that has not itself taken over" in model.log.read_text()
     assert leads(new)
