@@ -8,6 +8,7 @@ optimizer.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -112,7 +113,7 @@ class DeepFM:
         """Copies of the parameters by name, on the CPU."""
         return {name: parameter.to("cpu", copy=True) for name, parameter in self.named.items()}
 
-    def restore(self, serving: dict[str, torch.Tensor]) -> None:
+    def restore(self, serving: Mapping[str, torch.Tensor]) -> None:
         """Replaces the parameters by saved ones. Raises SnapshotMismatch before anything is written."""
         saved = {name: take(serving, name, tuple(parameter.shape)) for name, parameter in self.named.items()}
         for name, parameter in self.named.items():

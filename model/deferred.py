@@ -19,12 +19,13 @@ still to come. The MLP's weights are charged at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from model.embedding import take
-from model.errors import SnapshotMismatch
+from model.growing import Column, Growing
 
 __all__ = ["Deferred"]
 
@@ -46,7 +47,7 @@ class _Owed(NamedTuple):
 class Deferred:
     """What each row of the table owes.
 
-        deferred = Deferred(room, device)
+        deferred = Deferred(rows)   # which has the columns of `Deferred.COLUMNS`
         factors = deferred.factors(distinct, inverse, owners, mass, slopes, labels, corrects, impression_ms)
         ...                # the update: the slope of each element is the slope of its example times its factor
         deferred.keep()
@@ -54,9 +55,14 @@ class Deferred:
     Until the first correction comes, everything is due at once and `factors` returns None.
     """
 
-    def __init__(self, room: int, device: torch.device) -> None:
-        self._owed = torch.zeros(room, device=device)
-        self._since_ms = torch.zeros(room, dtype=torch.float64, device=device)
+    COLUMNS: Mapping[str, Column] = {
+        "owed": Column(parts={"deferred.owed": slice(None)}, optional=True),
+        "since_ms": Column(dtype=torch.float64, parts={"deferred.since_ms": slice(None)}, optional=True),
+    }
+
+    def __init__(self, rows: Growing) -> None:
+        device = rows.device
+        self._rows = rows
         # Decaying sums: clicks that first labels showed, clicks that came as corrections, their lags in ms. Then the event time
         # of the newest first label in ms.
         self._means = torch.zeros(4, dtype=torch.float64)
@@ -108,9 +114,8 @@ class Deferred:
         if not later:
             return None
         now_ms = float(self._next_means[3])
-        self._make_room(int(distinct.max()) + 1)
         charged = mass if corrects is None else mass.masked_fill(corrects, 0)  # of first labels alone
-        owed, since_ms = self._owed[distinct], self._since_ms[distinct]
+        owed, since_ms = self._rows["owed"][distinct], self._rows["since_ms"][distinct]
         due = owed * -torch.expm1(-(now_ms - since_ms).clamp_min(0) / self.lag_ms).to(torch.float32)
         by_first = torch.zeros_like(owed).index_add_(0, inverse, charged[owners])
         bias_owed, bias_since_ms = self._bias
@@ -133,8 +138,8 @@ class Deferred:
         self._means = self._next_means
         if (changes := self._changes) is not None:
             self._bias[0], self._bias[1] = changes.bias, changes.now_ms
-            self._owed[changes.distinct] = changes.rows
-            self._since_ms[changes.distinct] = changes.now_ms
+            self._rows["owed"][changes.distinct] = changes.rows
+            self._rows["since_ms"][changes.distinct] = changes.now_ms
             self._changes = None
 
     def _delays(self, labels: torch.Tensor, corrects: torch.Tensor | None, impression_ms: torch.Tensor) -> torch.Tensor:
@@ -153,45 +158,19 @@ class Deferred:
         means = known * keep + fresh, late * keep + len(corrected), lags * keep + lag, newest_ms
         return torch.tensor(means, dtype=torch.float64)
 
-    def state(self, rows: int) -> dict[str, torch.Tensor]:
-        """The state for `restore`, for rows 1 to `rows` of the table: copies on the CPU."""
-        self._make_room(rows + 1)
-        return {
-            "owed": self._owed[1 : rows + 1].to("cpu", copy=True),
-            "since_ms": self._since_ms[1 : rows + 1].to("cpu", copy=True),
-            "means": self._means.clone(),
-            "bias": self._bias.to("cpu", copy=True),
-        }
+    def state(self) -> dict[str, torch.Tensor]:
+        """The part of the state that belongs to no row, for `restore`: copies on the CPU."""
+        return {"means": self._means.clone(), "bias": self._bias.to("cpu", copy=True)}
 
-    def restore(self, state: dict[str, torch.Tensor], rows: int) -> None:
-        """Continues from a saved state. An empty state, as versions without one have it, means that nothing is owed.
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Continues from what `state` returned. Without it, as in older versions, the bias owes nothing.
 
         Raises:
-            SnapshotMismatch: the state isn't one of `rows` rows.
+            SnapshotMismatch: the state has another shape.
         """
-        self._owed.zero_()
-        self._since_ms.zero_()
+        saved = (take(state, "means", (4,), torch.float64), take(state, "bias", (2,), torch.float64)) if state else None
         self._means.zero_()
         self._bias.zero_()
-        if not state:
-            return
-        if len(state["owed"]) != rows or len(state["since_ms"]) != rows or state["means"].shape != (4,):
-            raise SnapshotMismatch(f"snapshot: tensors 'deferred.*': expected {rows} rows, found {len(state['owed'])}")
-        self._make_room(rows + 1)
-        self._owed[1 : rows + 1] = state["owed"].to(self._owed.device)
-        self._since_ms[1 : rows + 1] = state["since_ms"].to(self._owed.device)
-        self._means.copy_(state["means"])
-        self._bias.copy_(take(state, "bias", (2,), torch.float64))
-
-    def _make_room(self, rows: int) -> None:
-        """Grows, by doubling, until there are at least `rows` rows."""
-        room = len(self._owed)
-        if rows <= room:
-            return
-        while room < rows:
-            room *= 2
-        for name in ("_owed", "_since_ms"):
-            old = getattr(self, name)
-            new = torch.zeros(room, dtype=old.dtype, device=old.device)
-            new[: len(old)] = old
-            setattr(self, name, new)
+        if saved is not None:
+            self._means.copy_(saved[0])
+            self._bias.copy_(saved[1])

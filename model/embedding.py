@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from model.distinct import unique_rows
 from model.errors import SnapshotMismatch
+from model.frozen import ModelRows
+from model.growing import Column
+from model.rows import Rows
 from model.table import KeyTable
 
-__all__ = ["EmbeddingTable", "Gathered", "initial_rows", "take", "unique_rows"]
+__all__ = ["EmbeddingTable", "Gathered", "initial_rows", "take"]
 
 _LANE = (1 << 16) - 1
 _LANES_MEAN = 4 * _LANE / 2
@@ -38,22 +43,6 @@ def initial_rows(keys: torch.Tensor, dim: int, std: float, seed: int) -> torch.T
     for shift in (16, 32, 48):
         total += (bits >> shift) & _LANE
     return (total - int(_LANES_MEAN)).to(torch.float32) * (std / _LANES_STD)
-
-
-def unique_rows(rows: torch.Tensor, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct rows (U,), in no particular order, and the inverse (N,): the index in them of each of `rows` (N,).
-
-    scratch  int32, longer than the largest row number; its contents don't matter before and have no meaning after
-
-    It needs no sorting: each row's cell of `scratch` gets one of the positions at which the row occurs in `rows`, and that
-    position represents the row.
-    """
-    positions = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    scratch.scatter_(0, rows, positions)  # any one of a row's positions may win
-    representative = scratch.index_select(0, rows)
-    represents = representative == positions
-    index = torch.cumsum(represents, 0).sub_(1)
-    return rows[represents], index.index_select(0, representative)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +75,30 @@ class EmbeddingTable:
     """Embeddings float32 (R, D) and first-order weights float32 (R,) by key, with Adagrad's accumulators beside them.
 
     A row holds D weights and their D accumulators, so that an update reads and writes one contiguous range of memory for each
-    row of the batch. Row 0 is all zeros, for unknown keys. The allocated room grows by doubling; apart from that, no operation
-    gets slower as the table fills.
+    row of the batch. Row 0 is all zeros, for unknown keys. No operation gets slower as the table fills.
+
+    rows      where the rows are; it has the columns of `columns(dim)` besides others
+    expected  number of keys that fit before the index of keys has to grow
     """
 
     def __init__(
-        self, dim: int, *, init_std: float, accumulator_start: float, seed: int, room: int, device: torch.device
+        self, dim: int, rows: ModelRows, *, init_std: float, accumulator_start: float, seed: int, expected: int
     ) -> None:
         self.dim = dim
+        self._rows = rows
         self._init_std = init_std
         self._accumulator_start = accumulator_start
         self._seed = seed
-        self.keys = KeyTable(device, expected=room)
-        self._embedding = torch.zeros((room, 2 * dim), device=device)
-        self._first_order = torch.zeros((room, 2), device=device)
-        self._row_keys = torch.zeros(room, dtype=torch.int64, device=device)
-        self._scratch = torch.zeros(room, dtype=torch.int32, device=device)
+        self.keys = KeyTable(rows.device, expected=expected)
+
+    @staticmethod
+    def columns(dim: int) -> dict[str, Column]:
+        """The columns of a table of dimension `dim`."""
+        return {
+            "keys": Column(dtype=torch.int64, parts={"keys": slice(None)}),
+            "embedding": Column((2 * dim,), parts={"embedding": slice(0, dim), "adagrad.embedding": slice(dim, 2 * dim)}),
+            "first_order": Column((2,), parts={"first_order": 0, "adagrad.first_order": 1}),
+        }
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -119,34 +116,36 @@ class EmbeddingTable:
         rows = self.keys.insert(keys)
         after = len(self.keys)
         if after > before:
-            self._make_room(after + 1)
+            self._rows.make_room(after + 1)
+            row_keys, weights, first_orders = (self._rows[name] for name in ("keys", "embedding", "first_order"))
             new = rows > before
-            self._row_keys[rows[new]] = keys[new]
+            row_keys[rows[new]] = keys[new]
             fresh = slice(before + 1, after + 1)
             # A key that occurs as several kinds gets the lowest of them, so that all devices agree.
             kind = torch.full((after - before,), len(first_order), device=keys.device)
             kind.scatter_reduce_(0, rows[new] - (before + 1), kinds[new], "amin")
-            random = initial_rows(self._row_keys[fresh], self.dim, self._init_std, self._seed)
-            self._embedding[fresh, : self.dim] = embedding.index_select(0, kind) + random
-            self._embedding[fresh, self.dim :] = self._accumulator_start
-            self._first_order[fresh, 0] = first_order.index_select(0, kind)
-            self._first_order[fresh, 1] = self._accumulator_start
+            random = initial_rows(row_keys[fresh], self.dim, self._init_std, self._seed)
+            weights[fresh, : self.dim] = embedding.index_select(0, kind) + random
+            weights[fresh, self.dim :] = self._accumulator_start
+            first_orders[fresh, 0] = first_order.index_select(0, kind)
+            first_orders[fresh, 1] = self._accumulator_start
+            self._rows.touched.add(torch.arange(before + 1, after + 1, device=keys.device))
         return rows
 
     def gather(self, rows: torch.Tensor) -> Gathered:
         """The distinct rows among `rows` (N,), with their weights and accumulators."""
-        distinct, inverse = unique_rows(rows, self._scratch)
-        values = self._embedding.index_select(0, distinct), self._first_order.index_select(0, distinct)
+        distinct, inverse = unique_rows(rows, self._rows["scratch"])
+        values = (self._rows[name].index_select(0, distinct) for name in ("embedding", "first_order"))
         return Gathered(distinct, inverse, *values)
 
     def step(self, rows: Gathered, embedding: torch.Tensor, first_order: torch.Tensor, rate: float) -> None:
         """One step of Adagrad (Duchi et al., JMLR 2011) with learning rate `rate` on gathered rows; gradients (U, D) and (U,).
 
-        It needs no epsilon, since the accumulators start above zero.
+        It needs no epsilon, since the accumulators start above zero. Call `ModelRows.touch` for the rows before.
         """
         parts = (
-            (self._embedding, rows.embedding_values, embedding),
-            (self._first_order, rows.first_order_values, first_order.unsqueeze(1)),
+            (self._rows["embedding"], rows.embedding_values, embedding),
+            (self._rows["first_order"], rows.first_order_values, first_order.unsqueeze(1)),
         )
         for table, values, gradient in parts:
             weights, sums = values.chunk(2, dim=1)
@@ -154,56 +153,24 @@ class EmbeddingTable:
             weights.addcdiv_(gradient, sums.contiguous().sqrt(), value=-rate)  # sqrt of strided memory is slow
             table.index_copy_(0, rows.distinct, values)
 
-    def serving_state(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU, without row 0: `keys` (R,), `embedding` (R, D), `first_order` (R,)."""
-        used = slice(1, len(self) + 1)
-        return {
-            "keys": self._row_keys[used].to("cpu", copy=True),
-            "embedding": _copy(self._embedding[used, : self.dim]),
-            "first_order": _copy(self._first_order[used, 0]),
-        }
+    def serving(self, rows: torch.Tensor) -> Rows:
+        """Copies of the serving weights of these rows (N,), on the table's device."""
+        starts = rows * 2  # a row's weights come first, then its accumulators
+        return Rows(
+            keys=self._rows["keys"].index_select(0, rows),
+            embedding=self._rows["embedding"].view(-1, self.dim).index_select(0, starts),
+            first_order=self._rows["first_order"].view(-1).index_select(0, starts),
+        )
 
-    def trainer_state(self) -> dict[str, torch.Tensor]:
-        """Copies on the CPU of Adagrad's accumulators, row by row as in `serving_state`."""
-        used = slice(1, len(self) + 1)
-        return {
-            "adagrad.embedding": _copy(self._embedding[used, self.dim :]),
-            "adagrad.first_order": _copy(self._first_order[used, 1]),
-        }
-
-    def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
-        """Replaces all rows by saved ones. Raises SnapshotMismatch before anything is written."""
-        count = len(take(serving, "keys", (-1,), torch.int64))
-        device = self._embedding.device
-        embedding = take(serving, "embedding", (count, self.dim)), take(trainer, "adagrad.embedding", (count, self.dim))
-        first_order = take(serving, "first_order", (count,)), take(trainer, "adagrad.first_order", (count,))
-        self.keys = KeyTable(device, expected=count)
-        self.keys.load(serving["keys"])
-        self._make_room(count + 1)
-        used = slice(1, count + 1)
-        self._row_keys[used] = serving["keys"].to(device)
-        self._embedding[used] = torch.cat(embedding, dim=1).to(device)
-        self._first_order[used] = torch.stack(first_order, dim=1).to(device)
-
-    def _make_room(self, rows: int) -> None:
-        """Grows, by doubling, until there are at least `rows` rows."""
-        room = len(self._embedding)
-        if rows <= room:
-            return
-        while room < rows:
-            room *= 2
-        for name in ("_embedding", "_first_order", "_row_keys", "_scratch"):
-            old = getattr(self, name)
-            new = torch.zeros((room, *old.shape[1:]), dtype=old.dtype, device=old.device)
-            new[: len(old)] = old
-            setattr(self, name, new)
+    def clear(self, expected: int) -> None:
+        """Forgets all keys; the rows are cleared by who holds them."""
+        del self.keys  # so that its memory is free before the new one takes some
+        self.keys = KeyTable(self._rows.device, expected=expected)
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def take(state: dict[str, torch.Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def take(
+    state: Mapping[str, torch.Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """`state[name]`, if it has this shape and dtype; -1 in `shape` means any length. Raises SnapshotMismatch."""
     wanted = "×".join("n" if size < 0 else str(size) for size in shape) or "a single number"
     expected = f"snapshot: tensor {name!r}: expected {wanted} of {dtype}"

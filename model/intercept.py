@@ -20,6 +20,8 @@ this batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from model.embedding import take
@@ -81,7 +83,7 @@ class Intercept:
         """The state for `restore`: copies on the CPU."""
         return {"curvature": self._curvature.to("cpu", copy=True)}
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Continues from a saved state. Versions without one have a bias that was learned from many clicks: H is HORIZON then.
 
         Raises:

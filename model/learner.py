@@ -6,18 +6,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.adam import Adam
 from model.batch import FeatureBatch, Float32Array
-from model.deferred import Deferred
-from model.embedding import EmbeddingTable, take
 from model.errors import ModelError, UpdateNotFinite
-from model.intercept import Intercept
-from model.network import choose_device, dense_model, embed, scatter_back, to_elements
+from model.learner_state import LearnerState
+from model.network import embed, scatter_back, to_elements
 from model.sampling import probabilities
-from model.schema import FeatureSchema
-from model.settings import ModelSettings
 from model.slopes import slopes
-from model.typical import Typical
 
 __all__ = ["Learner"]
 
@@ -28,12 +22,13 @@ __all__ = ["Learner"]
 _LARGEST_NORM = 1e16
 
 
-class Learner:
+class Learner(LearnerState):
     """Learns click probabilities from labelled batches; each batch is scored before it is learned.
 
         learner = Learner(schema, settings)
         scores = learner.learn(batch, labels)   # as the model was before it learned these labels
-        snapshot = learner.serving_state(), learner.trainer_state()
+        delta = learner.take_delta()            # what changed since the last one
+        frozen = learner.freeze()               # the whole model, for a version that is written in another thread
 
     Updates:
 
@@ -47,36 +42,10 @@ class Learner:
     `negative_rate` is the share of negatives that the stream keeps. Scores that the learner returns are probabilities on the
     whole stream, corrected by this rate (`model.sampling`).
 
-    Use it from one thread. It raises ModelError for labels, weights or batches that it can't use, before anything changes. It
-    raises UpdateNotFinite for a batch whose update wouldn't be finite, before any weight or optimizer state changes; features
-    that are new in such a batch keep their new rows.
+    Use it from one thread; only what `freeze` returns is for another. It raises ModelError for labels, weights or batches that
+    it can't use, before anything changes. It raises UpdateNotFinite for a batch whose update wouldn't be finite, before any
+    weight or optimizer state changes; features that are new in such a batch keep their new rows.
     """
-
-    def __init__(self, schema: FeatureSchema, settings: ModelSettings, *, device: str = "auto") -> None:
-        self.schema = schema
-        self.settings = settings
-        self.device = choose_device(device)
-        self.examples_seen = 0
-        self.negative_rate = 1.0
-        self._dense = dense_model(schema, settings, self.device)
-        self._dense.initialise(settings.seed)
-        self._table = EmbeddingTable(
-            schema.embedding_dim,
-            init_std=settings.init_std,
-            accumulator_start=settings.row_accumulator_start,
-            seed=settings.seed,
-            room=settings.initial_rows,
-            device=self.device,
-        )
-        self._typical = Typical(schema, self.device)
-        self._deferred = Deferred(settings.initial_rows, self.device)
-        self._intercept = Intercept(self.device)
-        self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
-
-    @property
-    def rows(self) -> int:
-        """Number of embedding rows."""
-        return len(self._table)
 
     @torch.no_grad()
     def learn(
@@ -94,6 +63,7 @@ class Learner:
         corrects       (B,) bool: which labels take back an earlier, opposite label (`model.slopes`); None if none does
         impression_ms  (B,): event times, by which the negatives of rows are deferred (`model.deferred`); not deferred when None
         """
+        self._require_restored()
         target = self._checked("labels", labels, len(batch), 1.0)
         weight = None if weights is None else self._checked("weights", weights, len(batch), np.inf)
         if not len(batch):
@@ -123,6 +93,7 @@ class Learner:
             elements, gathered.inverse, len(gathered.distinct), gradient, slope, factors
         )
         self._require_finite(len(batch), forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
+        self._rows.touch(gathered.distinct)
         self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
         self._adam.step()
         self._intercept.step(self._dense.bias, scores, slope, weight, corrections, charge)
@@ -143,37 +114,6 @@ class Learner:
         first_order = torch.cat((gathered.first_order, self._typical.first_order))
         forward = self._dense.forward(*embed(elements, indices, embedding, first_order))
         return probabilities(forward.logits, self.negative_rate).cpu().numpy()
-
-    def serving_state(self) -> dict[str, torch.Tensor]:
-        """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`), dense parameters, average rows."""
-        return {**self._table.serving_state(), **self._dense.serving_state(), **self._typical.serving_state()}
-
-    def trainer_state(self) -> dict[str, torch.Tensor]:
-        """What further learning needs besides, copied to the CPU: states of the optimizers and of `Deferred`, examples seen."""
-        return {
-            **self._table.trainer_state(),
-            **{f"adam.{name}": value.to("cpu", copy=True) for name, value in self._adam.state().items()},
-            **{f"intercept.{name}": value for name, value in self._intercept.state().items()},
-            **{f"deferred.{name}": value for name, value in self._deferred.state(len(self._table)).items()},
-            "examples_seen": torch.tensor(self.examples_seen),
-        }
-
-    def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
-        """Continues from a snapshot. Raises SnapshotMismatch if it is of another model or schema."""
-        seen = take(trainer, "examples_seen", (), torch.int64)
-        step = trainer.get("adam.step")
-        if step is not None and step.dtype == torch.float32:  # snapshots of Headrace 0.1.0
-            trainer = {**trainer, "adam.step": step.long()}
-        moments = {
-            name: take(trainer, f"adam.{name}", tuple(value.shape), value.dtype) for name, value in self._adam.state().items()
-        }
-        self._dense.restore(serving)
-        self._typical.restore(serving)
-        self._table.restore(serving, trainer)
-        self._deferred.restore(_part(trainer, "deferred."), len(self._table))
-        self._intercept.restore(_part(trainer, "intercept."))
-        self._adam.restore(moments)
-        self.examples_seen = int(seen)
 
     def _checked(self, name: str, values: npt.ArrayLike, rows: int, most: float) -> torch.Tensor:
         array = np.asarray(values, dtype=np.float32)
@@ -198,7 +138,3 @@ class Learner:
                 f"the model's weights aren't finite after {self.examples_seen} examples (norms: {found}); nothing was written. "
                 "Go back to an earlier version and lower model.row_learning_rate or model.dense_learning_rate"
             )
-
-
-def _part(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,135 +1,201 @@
-"""A collisionless hash table from 64-bit keys to row numbers, in plain torch: the same code for CPU and CUDA.
+"""A table from 64-bit keys to row numbers, in plain torch: the same code and the same rows on CPU and CUDA.
 
-It uses open addressing with linear probing, and probes for all keys of a batch at once. Row numbers are 1, 2, 3, … in order of
-insertion, so that the arrays that they index (embeddings, optimizer state) are contiguous and can be saved without compaction.
-Row 0 is for keys that aren't in the table.
+Rows are numbered from 1 on without gaps, so that the arrays that they index (embeddings, optimizer state) stay small. Row 0 is
+for keys that aren't in the table. Memory is about 13 bytes a key in a table of 10 million: 8 for the key, 5 for its slots
+(`model.slots`), and up to 19 after a growth step.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 
 from model.hashing import EMPTY_KEY
+from model.reserve import reservable_rows, reserved
+from model.slots import ABSENT_ROW, Slots
 
-__all__ = ["ABSENT_ROW", "KeyTable"]
+__all__ = ["ABSENT_ROW", "Items", "KeyTable"]
 
-ABSENT_ROW = 0
+# Largest share of slots that are taken when a table is made or grows: then two keys in three are in their home slot. At higher
+# shares more keys are in other buckets than their own (2 % at 0.75, 6 % at 0.88).
+_LOAD = 0.6
+# The share at which a growth step that was put off has to be done at once.
+_LARGEST_LOAD = 0.75
+# Slots are doubled in a growth step.
+_GROWTH = 1.5
 
-_MULTIPLIER = -7046029254386353131  # 2**64 / golden ratio as a signed odd integer: Fibonacci hashing (Knuth, 6.4)
+# Rows that move to the new slots with each key that is added during a growth step, and at least at a time. Between a load of
+# 0.75 and one of 0.875, a key comes for each 7 rows that have to move: with 16 the step is over half way.
+_MOVED_FOR_A_KEY = 16
+_MOVED_AT_LEAST = 4096
 
-_SLOTS_PER_KEY = 2
-"""Least slots for each key: in a table half full a hit takes 1.5 probes on average (Knuth, 6.4), in one 90 % full 5.5."""
 
-_WINDOW = 8
-"""Slots that a small lookup reads at once from a key's home slot on: few keys are further away, and a pass costs more."""
+class Items(NamedTuple):
+    """The N keys of a table and their rows, in ascending order of the rows: int64 (N,) each."""
 
-_SMALL_LOOKUP = 2048
-"""A lookup of at most so many keys is bound by the number of passes, a larger one by memory."""
+    keys: torch.Tensor
+    rows: torch.Tensor
 
 
 class KeyTable:
-    """Maps keys (int64, never `EMPTY_KEY`) to rows 1 to `len(self)`.
+    """Maps keys (int64, never `EMPTY_KEY`) to rows from 1 on.
 
-    table = KeyTable(torch.device("cpu"))
-    rows = table.insert(keys)   # (N,), new keys get the next rows
-    rows = table.lookup(keys)   # (N,), ABSENT_ROW for keys that were never inserted
+        table = KeyTable(torch.device("cpu"))
+        rows = table.insert(keys)  # (N,), new keys get rows
+        rows = table.lookup(keys)  # (N,), ABSENT_ROW for keys that aren't in the table
+        freed = table.delete(keys) # (M,), rows of the keys that were in it
 
-    `expected` keys fit without growing.
+    A new key gets the row that was freed last, else the next row; so rows don't depend on the device. `expected` keys fit
+    without growing.
+
+    One thread changes the table. Others may look keys up meanwhile, but not during `insert`, `load` and `delete`. Growth
+    doesn't need that: `reserve`, called before, does its work beside lookups.
     """
 
     def __init__(self, device: torch.device, expected: int = 0) -> None:
         self.device = device
         self._count = 0
-        self._allocate(max(1024, _power_of_two(expected * _SLOTS_PER_KEY)))
+        self._last_row = 0
+        self._freed: list[torch.Tensor] = []  # rows by the deletion that freed them, each in ascending order
+        self._slots = Slots(_slots_for(expected), device)
+        self._grown: Slots | None = None  # the new slots during a growth step
+        self._moved = 0  # rows up to this one are in the new slots
+        self._keys = self._allocate(max(expected, 1024) + 1)
 
     def __len__(self) -> int:
+        """Number of keys."""
         return self._count
 
-    def _allocate(self, slots: int) -> None:
-        self._slot_keys = torch.full((slots,), EMPTY_KEY, dtype=torch.int64, device=self.device)
-        self._slot_rows = torch.zeros(slots, dtype=torch.int32, device=self.device)
-        self._mask = slots - 1
-        self._shift = 64 - (slots.bit_length() - 1)
-        self._window = torch.arange(_WINDOW, device=self.device)
-
-    def _home(self, keys: torch.Tensor) -> torch.Tensor:
-        return ((keys * _MULTIPLIER) >> self._shift) & self._mask
+    @property
+    def last_row(self) -> int:
+        """The largest row that a key has had; as many rows are in use as keys are in the table if none was freed."""
+        return self._last_row
 
     def lookup(self, keys: torch.Tensor) -> torch.Tensor:
         """Rows (N,) int64 of `keys` (N,), `ABSENT_ROW` for a key that isn't in the table. Keys may repeat."""
-        slots = self._home(keys)
-        positions: torch.Tensor | None = None  # positions in `rows` of the keys that aren't found yet
-        if len(keys) <= _SMALL_LOOKUP:
-            rows, open_ = self._probe(keys, slots)
-            slots = slots + _WINDOW
-        else:  # most keys are in their home slot, and reading a window for all of them would cost more than it saves
-            found = self._slot_keys.index_select(0, slots)
-            hit = found == keys
-            rows = (self._slot_rows.index_select(0, slots) * hit).to(torch.int64)
-            open_ = (hit | (found == EMPTY_KEY)).logical_not_()
-            slots = slots + 1
-        active = open_.nonzero().squeeze(1)
-        while len(active):
-            keys, slots = keys.index_select(0, active), slots.index_select(0, active)
-            active_rows, open_ = self._probe(keys, slots)
-            positions = active if positions is None else positions.index_select(0, active)
-            rows.index_copy_(0, positions, active_rows)
-            active = open_.nonzero().squeeze(1)
-            slots = slots + _WINDOW
-        return rows
+        slots = self._slots  # before the keys: they may be replaced meanwhile, and newer keys have all rows of older slots
+        return slots.find(keys, self._keys)
 
-    def _probe(self, keys: torch.Tensor, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (N,) of the keys within a window from `slots` (N,) on, 0 for the others; and which of them may be further on."""
-        near = (slots.unsqueeze(1) + self._window) & self._mask  # (N, W)
-        found = self._slot_keys.index_select(0, near.flatten()).view(near.shape)
-        hit = found == keys.unsqueeze(1)
-        where = (near * hit).amax(1)  # the slot of the hit, if there is one
-        is_hit = hit.any(1)
-        rows = self._slot_rows.index_select(0, where) * is_hit
-        return rows.to(torch.int64), (is_hit | (found == EMPTY_KEY).any(1)).logical_not_()
+    def keys_of(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Keys int64 (N,) of rows, `EMPTY_KEY` for a row without a key. A slice shares memory with the table."""
+        return self._keys[rows]
+
+    def items(self) -> Items:
+        """All keys with their rows."""
+        keys = self._keys[: self._last_row + 1]
+        rows = (keys != EMPTY_KEY).nonzero().squeeze(1)
+        return Items(keys[rows], rows)
 
     def insert(self, keys: torch.Tensor) -> torch.Tensor:
-        """Rows (N,) int64 of `keys` (N,). New keys get the next rows, in ascending order of the keys."""
+        """Rows (N,) int64 of `keys` (N,). Rows are given to new keys in ascending order of the keys."""
         rows = self.lookup(keys)
         absent = (rows == ABSENT_ROW).nonzero().squeeze(1)
         if len(absent):
             new, which = torch.unique(keys[absent], return_inverse=True)
-            first = self._count + 1
-            self._append(new)
-            rows[absent] = which + first
+            self.reserve(len(new))
+            rows[absent] = self.load(new)[which]
         return rows
 
-    def load(self, keys: torch.Tensor) -> None:
-        """Fills an empty table with distinct `keys` (N,), whose rows are 1 to N in their order."""
-        assert self._count == 0
-        self._append(keys.to(self.device))
+    def load(self, keys: torch.Tensor) -> torch.Tensor:
+        """Adds distinct `keys` (N,) that aren't in the table, without looking for them. Returns their rows (N,) int64.
 
-    def _append(self, keys: torch.Tensor) -> None:
-        """Adds `keys` (N,), all new and distinct."""
-        if (self._count + len(keys)) * _SLOTS_PER_KEY > len(self._slot_keys):
-            self._grow(self._count + len(keys))
-        first = self._count + 1
-        rows = torch.arange(first, first + len(keys), dtype=torch.int32, device=self.device)
-        self._write(keys, rows)
+        Rows are given in the order of the keys: in a table that none was deleted from, the next ones.
+        """
+        keys = keys.to(self.device)
+        self._make_room(len(keys))
+        rows = self._take_rows(len(keys))
+        self._keys.index_copy_(0, rows, keys)
+        self._slots.add(keys, rows)
+        if self._grown is not None:
+            moved = rows <= self._moved
+            self._grown.add(keys[moved], rows[moved])
         self._count += len(keys)
+        return rows
 
-    def _grow(self, keys: int) -> None:
-        used = (self._slot_keys != EMPTY_KEY).nonzero().squeeze(1)
-        old_keys, old_rows = self._slot_keys[used], self._slot_rows[used]
-        self._allocate(_power_of_two(keys * _SLOTS_PER_KEY))
-        self._write(old_keys, old_rows)
+    def delete(self, keys: torch.Tensor) -> torch.Tensor:
+        """Removes `keys` (N,). Returns the freed rows (M,) int64, ascending; keys that aren't in the table have none.
 
-    def _write(self, keys: torch.Tensor, rows: torch.Tensor) -> None:
-        """Writes keys that aren't in the table into free slots."""
-        slots = self._home(keys)
-        while len(keys):
-            free = self._slot_keys[slots] == EMPTY_KEY
-            self._slot_keys[slots[free]] = keys[free]  # if two keys want one slot, one is written and the other tries the next
-            written = self._slot_keys[slots] == keys
-            self._slot_rows[slots[written]] = rows[written]
-            left = written.logical_not_()
-            keys, rows, slots = keys[left], rows[left], (slots[left] + 1) & self._mask
+        The next new keys get these rows, the lowest first.
+        """
+        rows = self.lookup(keys.to(self.device))
+        rows = torch.unique(rows[rows != ABSENT_ROW])
+        if not len(rows):
+            return rows
+        gone = self._keys.index_select(0, rows)
+        self._slots.remove(gone, rows)
+        if self._grown is not None:
+            moved = rows <= self._moved
+            self._grown.remove(gone[moved], rows[moved])
+        self._keys.index_fill_(0, rows, EMPTY_KEY)
+        self._freed.append(rows)
+        self._count -= len(rows)
+        return rows
+
+    def reserve(self, count: int) -> None:
+        """Prepares for `count` new keys, beside lookups: does the part of a growth step that is due."""
+        if self._too_full(count):
+            return  # too many for a step by step: `load` grows at once
+        if self._grown is None:
+            if self._count + self._slots.removed + count <= _LOAD * self._slots.size:
+                return
+            self._grown, self._moved = self._larger(count), 0
+        self._move(max(_MOVED_AT_LEAST, _MOVED_FOR_A_KEY * count))
+
+    def _too_full(self, count: int) -> bool:
+        """Whether the slots are too few for `count` more keys."""
+        return self._count + self._slots.removed + count > _LARGEST_LOAD * self._slots.size
+
+    def _larger(self, count: int) -> Slots:
+        """Empty slots for all keys and `count` more to come; never fewer than now, so that they have bits for all rows."""
+        return Slots(max(self._slots.size, _slots_for(_GROWTH * (self._count + count))), self.device)
+
+    def _move(self, rows: int) -> None:
+        """Adds the next `rows` rows to the new slots of a growth step, and changes over to them once they have all."""
+        assert self._grown is not None
+        first, last = self._moved + 1, min(self._moved + rows, self._last_row)
+        keys = self._keys[first : last + 1]
+        used = (keys != EMPTY_KEY).nonzero().squeeze(1)
+        self._grown.add(keys[used], used + first)
+        self._moved = last
+        if last == self._last_row:
+            self._slots, self._grown = self._grown, None
+
+    def _make_room(self, count: int) -> None:
+        """Room for `count` more keys, at once."""
+        if self._too_full(count):
+            self._grown, self._moved = self._larger(count), 0
+            self._move(self._last_row)
+        rows = self._last_row + count + 1
+        if rows > len(self._keys):
+            old = self._keys
+            self._keys = self._allocate(max(rows, 2 * len(old)))
+            self._keys[: len(old)] = old
+
+    def _allocate(self, rows: int) -> torch.Tensor:
+        """Keys by row for at least `rows` rows, none of them in use."""
+        if self.device.type == "cpu":
+            keys = reserved((reservable_rows(rows, row_bytes=8),), torch.int64)
+        else:
+            keys = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        keys[ABSENT_ROW] = EMPTY_KEY
+        return keys
+
+    def _take_rows(self, count: int) -> torch.Tensor:
+        """Rows (N,) for `count` new keys."""
+        parts = []
+        while count and self._freed:
+            rows = self._freed.pop()
+            parts.append(rows[:count])
+            if len(rows) > count:
+                self._freed.append(rows[count:])
+            count -= len(parts[-1])
+        parts.append(torch.arange(self._last_row + 1, self._last_row + count + 1, device=self.device))
+        self._last_row += count
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _power_of_two(at_least: int) -> int:
-    return 1 << max(0, at_least - 1).bit_length()
+def _slots_for(keys: float) -> int:
+    """Slots for so many keys."""
+    return math.ceil(keys / _LOAD)

@@ -10,6 +10,8 @@ short horizon, a field that has one value at a time, such as the hour, would beg
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from model.embedding import take
@@ -72,7 +74,7 @@ class Typical:
             "typical.first_order": self.first_order.to("cpu", copy=True),
         }
 
-    def restore(self, serving: dict[str, torch.Tensor]) -> None:
+    def restore(self, serving: Mapping[str, torch.Tensor]) -> None:
         """Replaces the averages by saved ones; by 0 for a version without them. Raises SnapshotMismatch for another shape."""
         if "typical.embedding" not in serving:
             self.embedding.zero_()

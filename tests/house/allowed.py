@@ -45,7 +45,6 @@ UNUSED: dict[str, str] = {
         ["dotenv_settings", "file_secret_settings", "model_config", "settings_customise_sources"], "pydantic's own name"
     ),
     "add_fields": "python-json-logger calls it",
-    "trainer_rows": "for the trainer's restart piece by piece",
     "_closed": "set on kafka-python's clients, which look at it before they wait for brokers",
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",

@@ -11,6 +11,7 @@ import torch
 from model.batch import FeatureBatch
 from model.deferred import Deferred
 from model.errors import SnapshotMismatch
+from model.growing import Growing
 from model.learner import Learner
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
@@ -50,13 +51,14 @@ def charge(deferred: Deferred, row: int, scores: list[float], labels: list[float
 
 
 def test_nothing_is_deferred_before_a_click_has_come_late() -> None:
-    deferred = Deferred(8, CPU)
+    deferred = Deferred(Growing(Deferred.COLUMNS, 8, CPU))
     assert charge(deferred, 1, [0.1, 0.2, 0.9], [0, 0, 1], [False] * 3, 1_000.0) == pytest.approx(1.2)
     assert deferred.known_share == 1
 
 
 def test_a_row_is_charged_every_score_once_whatever_the_delays() -> None:
-    deferred = Deferred(2, CPU)
+    rows = Growing(Deferred.COLUMNS, 8, CPU)
+    deferred = Deferred(rows)
     charge(deferred, 1, [0.1, 0.3], [1, 0], [False, False], 0.0)
     charge(deferred, 1, [0.2, 0.2, 0.2], [1, 1, 1], [True] * 3, 30_000.0)  # three of four clicks are late
     assert deferred.known_share == pytest.approx(0.25, rel=0.01)
@@ -73,13 +75,13 @@ def test_a_row_is_charged_every_score_once_whatever_the_delays() -> None:
     charged += charge(deferred, 5, [0.3, 0.1], [1, 1], [True, True], 70_000.0)
     charged += charge(deferred, 5, [0.1], [0], [False], 10_000_000.0)
     scores += 0.1
-    owed = float(deferred.state(5)["owed"][4])
+    owed = float(rows["owed"][5])
     assert charged + owed == pytest.approx(scores, rel=1e-4)
     assert owed < 0.1
 
 
 def test_one_wrong_time_does_not_stop_what_falls_due() -> None:
-    deferred = Deferred(8, CPU)
+    deferred = Deferred(Growing(Deferred.COLUMNS, 8, CPU))
     charge(deferred, 1, [0.1], [1], [False], 0.0)
     charge(deferred, 1, [0.1], [1], [True], 0.0)
     charge(deferred, 2, [0.5], [0], [False], 1e12)  # far ahead

@@ -1,0 +1,68 @@
+"""What a trainer's serving weights changed since the last delta, and their digest as of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from model.digest import dense_hash, digest_sum, row_hashes
+from model.frozen import ModelRows
+from model.growing import Column
+from model.rows import ModelDelta, Rows
+
+__all__ = ["Deltas"]
+
+_MODULUS = 1 << 64
+
+
+class Deltas:
+    """Takes deltas of the serving weights, and keeps the digest that results from them (`model.digest`).
+
+    It keeps the hash of each row as it was last taken, so that both cost what the touched rows cost, not what the table does.
+    """
+
+    COLUMNS: Mapping[str, Column] = {"hash": Column(dtype=torch.int64)}
+
+    def __init__(self, rows: ModelRows, dense: Mapping[str, torch.Tensor]) -> None:
+        self._rows = rows
+        self._rows_sum = 0
+        self._dense_hash = dense_hash(dense)
+
+    @property
+    def digest(self) -> int:
+        """The digest of the serving weights as last taken."""
+        return (self._rows_sum + self._dense_hash) % _MODULUS
+
+    def forget_rows(self) -> None:
+        """Begins anew without rows. Their hashes must be 0 already."""
+        self._rows_sum = 0
+
+    def took_dense(self, dense: Mapping[str, torch.Tensor]) -> None:
+        """Counts dense parameters as taken."""
+        self._dense_hash = dense_hash(dense)
+
+    def loaded(self, first: int, rows: Rows) -> None:
+        """Counts restored rows (N,) as taken. `first` is the number of the first one; none of them was taken before."""
+        hashes = row_hashes(rows)
+        self._rows["hash"][first : first + len(rows)] = hashes
+        self._rows_sum += digest_sum(hashes)
+
+    def take(self, numbers: torch.Tensor, rows: Rows, dense: Mapping[str, torch.Tensor] | None) -> ModelDelta:
+        """The delta of touched rows and of the dense parameters, if they are in it.
+
+        numbers  int64 (N,), of the touched rows
+        rows     their present weights, on the device of the table
+        dense    copies on the CPU of all dense parameters; None leaves them as last taken
+        """
+        hashes, last = row_hashes(rows), self._rows["hash"]
+        self._rows_sum += digest_sum(hashes) - digest_sum(last.index_select(0, numbers))
+        last.index_copy_(0, numbers, hashes)
+        if dense is not None:
+            self.took_dense(dense)
+        return ModelDelta(
+            rows=Rows(rows.keys.cpu(), rows.embedding.cpu(), rows.first_order.cpu()),
+            gone=torch.empty(0, dtype=torch.int64),
+            dense=dense,
+            digest=self.digest,
+        )

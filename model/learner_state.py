@@ -1,0 +1,230 @@
+"""What a learner keeps between two batches, and how it leaves: as deltas, as versions, and back again after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from model.adam import Adam
+from model.deferred import Deferred
+from model.deltas import Deltas
+from model.embedding import EmbeddingTable, take
+from model.errors import ModelError, SnapshotMismatch
+from model.frozen import SERVING, FrozenModel, ModelRows
+from model.intercept import Intercept
+from model.network import choose_device, dense_model
+from model.rows import ModelDelta, Rows
+from model.schema import FeatureSchema
+from model.settings import ModelSettings
+from model.typical import Typical
+
+__all__ = ["LearnerState"]
+
+# Rows that a restore from memory copies at once: enough that the fixed cost of a copy is nothing, and small beside the table.
+_RESTORED_AT_ONCE = 1 << 17
+
+
+class LearnerState:
+    """The weights, the optimizers' state and the rest that `model.learner.Learner` updates."""
+
+    def __init__(self, schema: FeatureSchema, settings: ModelSettings, *, device: str = "auto") -> None:
+        self.schema = schema
+        self.settings = settings
+        self.device = choose_device(device)
+        self.examples_seen = 0
+        self.negative_rate = 1.0
+        self._dense = dense_model(schema, settings, self.device)
+        self._dense.initialise(settings.seed)
+        columns = {**EmbeddingTable.columns(schema.embedding_dim), **Deferred.COLUMNS, **Deltas.COLUMNS}
+        self._rows = ModelRows(columns, settings.initial_rows, self.device)
+        self._table = EmbeddingTable(
+            schema.embedding_dim,
+            self._rows,
+            init_std=settings.init_std,
+            accumulator_start=settings.row_accumulator_start,
+            seed=settings.seed,
+            expected=settings.initial_rows,
+        )
+        self._typical = Typical(schema, self.device)
+        self._deferred = Deferred(self._rows)
+        self._intercept = Intercept(self.device)
+        self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
+        self._deltas = Deltas(self._rows, self._dense_serving())
+        self._restoring: int | None = None  # the number of rows that a restore under way will have
+
+    @property
+    def rows(self) -> int:
+        """Number of embedding rows."""
+        return len(self._table)
+
+    @property
+    def touched(self) -> int:
+        """Number of rows that the next delta has."""
+        return len(self._rows.touched)
+
+    @property
+    def digest(self) -> int:
+        """The digest of the serving weights (`model.digest`) as of the last delta, or as of the start or restore before it."""
+        return self._deltas.digest
+
+    def take_delta(self, *, dense: bool = True) -> ModelDelta:
+        """What changed in the serving weights since the last delta, or since the start or restore before it.
+
+        Call it between batches. What it costs grows with the number of touched rows, and not with the table. Without `dense`,
+        the delta leaves the dense part as last taken, and its digest is that of the present rows with that dense part.
+        """
+        self._require_restored()
+        touched = self._rows.touched.take()
+        return self._deltas.take(touched, self._table.serving(touched), self._dense_serving() if dense else None)
+
+    def freeze(self) -> FrozenModel:
+        """The model as it is now, to be written in another thread while training goes on.
+
+        Call it between batches. It costs the same whatever the table holds. Take a delta with its dense part right before, and
+        `digest` is the digest of what is frozen.
+
+        Raises:
+            ModelError: the last one isn't closed yet.
+        """
+        self._require_restored()
+        return FrozenModel(self._rows.freeze(len(self._table)), self._dense_serving(), self._small())
+
+    def serving_state(self) -> dict[str, torch.Tensor]:
+        """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`), dense parameters, average rows."""
+        return {**{name: self._part(name) for name in SERVING}, **self._dense_serving()}
+
+    def trainer_state(self) -> dict[str, torch.Tensor]:
+        """What further learning needs besides, copied to the CPU: states of the optimizers and of `Deferred`, examples seen."""
+        return {**{name: self._part(name) for name in self._rows.parts if name not in SERVING}, **self._small()}
+
+    def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
+        """Continues from a snapshot that is in memory whole.
+
+        Raises:
+            SnapshotMismatch: it is of another model or schema.
+            ModelError: a freeze is open.
+        """
+        count = len(take(serving, "keys", (-1,), torch.int64))
+        parts = self._fitting({**trainer, **serving}, count)
+        self._rows.require_no_freeze()
+        self._restore_small(serving, trainer)
+        self.begin_restore(count)
+        for first in range(0, count, _RESTORED_AT_ONCE):
+            self._add_rows({name: value[first : first + _RESTORED_AT_ONCE] for name, value in parts.items()})
+        self._end_restore()
+
+    def begin_restore(self, rows: int) -> None:
+        """Begins to continue from a snapshot of this many rows, which comes in pieces: they need no second copy of it.
+
+            learner.begin_restore(rows)
+            for piece in pieces:
+                learner.restore_rows(piece.serving, piece.trainer)
+            learner.finish_restore(dense, small)
+
+        The learner forgets all rows now. Until `finish_restore` it can do nothing else; after a failure begin again.
+
+        Raises:
+            ModelError: a freeze is open.
+        """
+        self._rows.clear(rows + 1)
+        self._table.clear(expected=rows)
+        self._deltas.forget_rows()
+        self._restoring = rows
+
+    def restore_rows(self, serving: Rows, trainer: Mapping[str, torch.Tensor]) -> None:
+        """Adds the next rows (N,) of the snapshot, with the parts of the trainer's state that belong to them.
+
+        Raises:
+            SnapshotMismatch: they are of another model, or more than `begin_restore` was given.
+            ModelError: no restore has begun.
+        """
+        state = {"keys": serving.keys, "embedding": serving.embedding, "first_order": serving.first_order, **trainer}
+        parts = self._fitting(state, len(serving))
+        self._require_rows(len(self._table) + len(serving), at_most=True)
+        self._add_rows(parts)
+
+    def finish_restore(self, dense: Mapping[str, torch.Tensor], small: Mapping[str, torch.Tensor]) -> None:
+        """Ends a restore with the tensors that are no rows, of the serving weights and of the trainer's state.
+
+        Raises:
+            SnapshotMismatch: they are of another model, or rows are missing.
+            ModelError: no restore has begun.
+        """
+        self._require_rows(len(self._table))
+        self._restore_small(dense, small)
+        self._end_restore()
+
+    def _dense_serving(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of the serving tensors that are no rows."""
+        return {**self._dense.serving_state(), **self._typical.serving_state()}
+
+    def _small(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of the trainer's tensors that are no rows."""
+        return {
+            **{f"adam.{name}": value.to("cpu", copy=True) for name, value in self._adam.state().items()},
+            **{f"intercept.{name}": value for name, value in self._intercept.state().items()},
+            **{f"deferred.{name}": value for name, value in self._deferred.state().items()},
+            "examples_seen": torch.tensor(self.examples_seen),
+        }
+
+    def _part(self, name: str) -> torch.Tensor:
+        """A copy on the CPU of a part of all rows."""
+        used = self._rows.part(name)[1 : len(self._table) + 1]
+        return used.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+    def _fitting(self, state: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+        """The parts of `count` rows in `state`, by name. Raises SnapshotMismatch if they don't fit this model."""
+        parts = {name: self._rows.part(name) for name in self._rows.parts if name in state or not self._rows.optional(name)}
+        return {name: take(state, name, (count, *part.shape[1:]), part.dtype) for name, part in parts.items()}
+
+    def _add_rows(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """Adds restored rows (N,) after those that are there."""
+        first = len(self._table) + 1
+        self._table.keys.load(parts["keys"])
+        for name, value in parts.items():
+            self._rows.part(name)[first : first + len(value)] = value
+        self._deltas.loaded(first, Rows(*(parts[name] for name in SERVING)))
+
+    def _restore_small(self, serving: Mapping[str, torch.Tensor], trainer: Mapping[str, torch.Tensor]) -> None:
+        """Restores the tensors that are no rows."""
+        seen = take(trainer, "examples_seen", (), torch.int64)
+        step = trainer.get("adam.step")
+        if step is not None and step.dtype == torch.float32:  # snapshots of Headrace 0.1.0
+            trainer = {**trainer, "adam.step": step.long()}
+        moments = {
+            name: take(trainer, f"adam.{name}", tuple(value.shape), value.dtype) for name, value in self._adam.state().items()
+        }
+        self._dense.restore(serving)
+        self._typical.restore(serving)
+        self._deferred.restore(_under("deferred.", trainer))
+        self._intercept.restore(_under("intercept.", trainer))
+        self._adam.restore(moments)
+        self.examples_seen = int(seen)
+
+    def _end_restore(self) -> None:
+        self._deltas.took_dense(self._dense_serving())
+        self._restoring = None
+
+    def _require_restored(self) -> None:
+        if self._restoring is not None:
+            raise ModelError(
+                f"learner: expected a whole model, found a restore under way with {len(self._table)} of {self._restoring} "
+                "rows; call finish_restore first, or begin_restore again if it failed"
+            )
+
+    def _require_rows(self, rows: int, *, at_most: bool = False) -> None:
+        """Requires that a restore is under way whose number of rows is `rows`, or is at least that."""
+        if self._restoring is None:
+            raise ModelError("restore: expected a call of begin_restore first, found none")
+        if rows > self._restoring or (rows < self._restoring and not at_most):
+            found = f"at least {rows}" if at_most else f"{rows}"
+            raise SnapshotMismatch(
+                f"snapshot: expected {self._restoring} rows, as begin_restore was given, found {found}; pieces of it are "
+                "missing or come twice"
+            )
+
+
+def _under(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
