@@ -286,7 +286,7 @@ class LocalBlobs(Blobs):
     def delete(self, folder: str, name: str) -> None:
         try:
             (self._root / folder / name).unlink(missing_ok=True)
-            if (self._root / folder).is_dir():
+            with contextlib.suppress(FileNotFoundError):  # the folder is gone too: another process deletes the same version
                 _sync_folder(self._root / folder)
         except OSError as error:
             raise self._failed("delete", folder, name, error) from error

@@ -255,7 +255,7 @@ def test_an_export_scores_as_the_version_does(run: Run, learned: Settings, tmp_p
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     batch, _ = records(80, seed=9)
     serving = SnapshotStore(learned.snapshots).serving(4)
-    expected = Predictor(SCHEMA, SETTINGS, serving, device="cpu").predict(batch)
+    expected = Predictor.of(SCHEMA, SETTINGS, serving, device="cpu").predict(batch)
     np.testing.assert_allclose(session.run(None, inputs_of(batch, session))[0], expected, rtol=2e-5)
     metadata: dict[str, Any] = session.get_modelmeta().custom_metadata_map
     assert metadata["version"] == "4" and metadata["schema_hash"] == SCHEMA.fingerprint()
