@@ -128,8 +128,7 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
 
         do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _handle
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), Handler)
     proxy.address = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -139,6 +138,13 @@ def faulty_proxy(behind: str) -> Iterator[FaultyProxy]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that ends its connection early, after a time-out say, is no error here."""
 
 
 _HOP_BY_HOP = ("connection", "keep-alive", "transfer-encoding", "content-length")
