@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -117,7 +118,10 @@ class Predictor:
         self._rows.set_averages(self._dense.averages)
         self._rows_sum = 0
         self._state = 0
-        self._ready = False
+        self._added = 0
+        # Until `ready`: puts keys into their table, which takes as long as all else with a row, in a thread of its own.
+        self._loader: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "keys")
+        self._loading: Future[torch.Tensor] | None = None
         self._reading = threading.Lock()  # held while weights are read for a batch, and while they change
         self._changing = threading.Lock()  # held while they change, and by a scrub while it reads
         self._scrubs: list[_Scrub] = []
@@ -148,15 +152,26 @@ class Predictor:
 
     def add(self, rows: Rows) -> None:
         """Adds rows, before `ready`. Each key comes only once."""
-        if self._ready:
+        if self._loader is None:
             raise ModelError("predictor: expected rows before ready(), found some after it; apply a delta")
         rows = self._rows.checked(rows)
-        self._rows.load(rows)
+        self._wait_for_keys()
+        self._loading = self._loader.submit(self._rows.keys.load, rows.keys)
+        self._rows.write_from(self._added + 1, rows)
+        self._added += len(rows)
         self._rows_sum = (self._rows_sum + digest_sum(row_hashes(rows))) % _MODULUS
 
     def ready(self) -> None:
-        """Call this once all rows are added."""
-        self._ready = True
+        """Ends the loading: call this once all rows are added."""
+        self._wait_for_keys()
+        if self._loader is not None:
+            self._loader.shutdown()
+            self._loader = None
+
+    def _wait_for_keys(self) -> None:
+        if self._loading is not None:
+            self._loading.result()
+            self._loading = None
 
     @torch.inference_mode()
     def predict(self, batch: FeatureBatch) -> Float32Array:
@@ -164,7 +179,7 @@ class Predictor:
         elements = to_elements(batch, self.schema, self.device)
         fields = elements.fields()
         with self._reading:
-            if not self._ready:
+            if self._loader is not None:
                 raise ModelError("predictor: expected a call of ready() before predictions, found none")
             dense, rate = self._dense.model, self.negative_rate
             where = self._rows.lookup(elements.keys, fields)

@@ -73,20 +73,25 @@ class ServingRows:
     def reserve(self, count: int) -> None:
         """Prepares for `count` new rows, beside readers."""
         self.keys.reserve(count)
-        self._make_room(count)
+        self._columns.make_room(self._fields + self.keys.last_row + count)
 
     def load(self, rows: Rows) -> torch.Tensor:
         """Adds rows whose keys are distinct and new, without looking for them. Returns their numbers (N,)."""
-        self._make_room(len(rows))
         last = self.keys.last_row
         numbers = self.keys.load(rows.keys)
-        if self.keys.last_row == last + len(rows):  # no freed row among them: they lie one after the other
-            part = slice(last + self._fields, last + self._fields + len(rows))
-            self.embedding[part] = rows.embedding
-            self.first_order[part] = rows.first_order
+        if self.keys.last_row == last + len(rows):  # no freed row among them
+            self.write_from(last + 1, rows)
         else:
+            self._columns.make_room(self._fields + self.keys.last_row)
             self.write(numbers, rows)
         return numbers
+
+    def write_from(self, first: int, rows: Rows) -> None:
+        """Writes the weights of rows (N,) with the numbers `first` to `first` + N - 1, and makes room for them."""
+        part = slice(first + self._fields - 1, first + self._fields - 1 + len(rows))
+        self._columns.make_room(part.stop)
+        self.embedding[part] = rows.embedding
+        self.first_order[part] = rows.first_order
 
     def write(self, numbers: torch.Tensor, rows: Rows) -> None:
         """Replaces the weights of the rows with these numbers (N,)."""
@@ -115,6 +120,3 @@ class ServingRows:
 
     def _where(self, numbers: torch.Tensor) -> torch.Tensor:
         return numbers + (self._fields - 1)
-
-    def _make_room(self, count: int) -> None:
-        self._columns.make_room(self._fields + self.keys.last_row + count)
