@@ -84,7 +84,7 @@ def headrace(pool: Pool, *, gate: bool = False) -> Step:
     learner.learn(as_batch(pool.every_id), np.zeros(len(pool.every_id), np.float32))
     judge = Judge(SnapshotSettings(), GateState())
     if gate:
-        judge.compare_with(Anchor(1, Predictor(schema, settings, learner.serving_state(), device="cpu")))
+        judge.compare_with(Anchor(1, Predictor.of(schema, settings, learner.serving_state(), device="cpu")))
 
     def step(start: int, stop: int) -> None:
         batch, labels = pool.batch.slice(start, stop), pool.labels[start:stop]

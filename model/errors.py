@@ -1,6 +1,7 @@
 """Errors of the package `model`.
 
 ModelError
+├── DigestMismatch     weights would not have the digest that a delta names
 ├── FeatureError       a record's features can't be used
 ├── SnapshotMismatch   weights don't fit the schema or the model that they are loaded into
 └── UpdateNotFinite    learning a batch would leave the model with numbers that aren't finite
@@ -8,11 +9,15 @@ ModelError
 
 from __future__ import annotations
 
-__all__ = ["FeatureError", "ModelError", "SnapshotMismatch", "UpdateNotFinite"]
+__all__ = ["DigestMismatch", "FeatureError", "ModelError", "SnapshotMismatch", "UpdateNotFinite"]
 
 
 class ModelError(Exception):
     """Base class of the errors of `model`."""
+
+
+class DigestMismatch(ModelError):
+    """Weights would not have the digest that a delta names."""
 
 
 class FeatureError(ModelError):

@@ -55,7 +55,7 @@ def load_version(store: SnapshotStore, version: int, *, device: str, announced: 
         settings = ModelSettings.model_validate(manifest.model)
         decoder = RequestDecoder(schema)
         rate = manifest.negative_rate
-        predictor = Predictor(schema, settings, store.serving(version), device=device, negative_rate=rate)
+        predictor = Predictor.of(schema, settings, store.serving(version), device=device, negative_rate=rate)
     except (ModelError, ValueError) as error:
         raise SnapshotCorrupt(
             f"version {version}: expected weights of the model that its manifest names, found: {error}. "

@@ -75,4 +75,4 @@ class Anchors:
         model = ModelSettings.model_validate(manifest.model)
         serving = self._store.serving(version)
         rate = manifest.negative_rate
-        return Anchor(version, Predictor(self._schema, model, serving, device=self._device, negative_rate=rate))
+        return Anchor(version, Predictor.of(self._schema, model, serving, device=self._device, negative_rate=rate))

@@ -262,7 +262,7 @@ def load_reference(
     size = manifest.serving_size
     if size > MAX_BYTES:
         raise SnapshotCorrupt(f"version {version}: expected at most {MAX_BYTES:,} bytes of weights, found {size:,}.")
-    return Predictor(
+    return Predictor.of(
         schema,
         ModelSettings.model_validate(manifest.model),
         store.serving(version),

@@ -205,7 +205,7 @@ def test_the_predictor_gives_the_learners_scores(device: str) -> None:
     batch, labels = records(700)
     learner = Learner(SCHEMA, SETTINGS, device=device)
     learn(learner, batch.slice(0, 300), labels[:300])
-    predictor = Predictor(SCHEMA, SETTINGS, learner.serving_state(), device=device)
+    predictor = Predictor.of(SCHEMA, SETTINGS, learner.serving_state(), device=device)
     scores = predictor.predict(batch)  # with features never learned
     np.testing.assert_array_equal(scores, learner.predict(batch))
     for row in (0, 17, 699):  # a row alone gets the same score, but for rounding in GEMM kernels
@@ -233,7 +233,7 @@ def test_empty_batches() -> None:
     assert learner.examples_seen == 0
     state = learner.serving_state()
     assert state["embedding"].shape == (0, 4)
-    np.testing.assert_array_equal(Predictor(SCHEMA, SETTINGS, state).predict(batch), learner.predict(batch))
+    np.testing.assert_array_equal(Predictor.of(SCHEMA, SETTINGS, state).predict(batch), learner.predict(batch))
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_snapshot_of_another_model_is_refused() -> None:
     with pytest.raises(SnapshotMismatch, match=r"tensor 'adam.exp_avg': expected .*, found"):
         learner.restore(serving, wider.trainer_state())
     with pytest.raises(SnapshotMismatch, match=r"'keys': expected n of torch.int64, found no such tensor"):
-        Predictor(SCHEMA, SETTINGS, {name: value for name, value in serving.items() if name != "keys"})
+        Predictor.of(SCHEMA, SETTINGS, {name: value for name, value in serving.items() if name != "keys"})
     assert_same(snapshot(learner), before)
 
 

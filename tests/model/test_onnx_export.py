@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_predictor(tmp_path: Path, rate: float) -> None:
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
     session = session_of(tmp_path / "model.onnx")
     batch, _ = records(400, seed=5)  # other users and items among them, and lists of all lengths
-    expected = Predictor(SCHEMA, SETTINGS, serving, device="cpu", negative_rate=rate).predict(batch)
+    expected = Predictor.of(SCHEMA, SETTINGS, serving, device="cpu", negative_rate=rate).predict(batch)
     (scores,) = session.run(None, inputs_of(batch, session))
     np.testing.assert_allclose(scores, expected, rtol=2e-5, atol=1e-7)
     assert np.std(expected) > 0.01 * rate
@@ -97,7 +97,7 @@ def test_missing_and_unknown_values(tmp_path: Path) -> None:
     session = session_of(tmp_path / "model.onnx")
     decoder = FeatureDecoder(SCHEMA)
     nothing = decoder.impressions([b'{"features": {}}', b'{"features": {"user": "never seen", "tags": ["nor this"]}}']).batch
-    expected = Predictor(SCHEMA, SETTINGS, serving, device="cpu").predict(nothing)
+    expected = Predictor.of(SCHEMA, SETTINGS, serving, device="cpu").predict(nothing)
     (scores,) = session.run(None, inputs_of(nothing, session))
     np.testing.assert_allclose(scores, expected, rtol=2e-5)
     by_minus_one = {
@@ -134,7 +134,7 @@ def test_tables_of_any_size_and_fields_of_any_kind(tmp_path: Path, fields: tuple
     exported = export(tmp_path / "model.onnx", serving, schema, settings)
     session = session_of(tmp_path / "model.onnx")
     (scores,) = session.run(None, inputs_of(decoded.batch, session))
-    expected = Predictor(schema, settings, serving, device="cpu").predict(decoded.batch)
+    expected = Predictor.of(schema, settings, serving, device="cpu").predict(decoded.batch)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
     assert exported.rows == rows
 

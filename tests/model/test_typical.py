@@ -68,7 +68,7 @@ def test_a_new_hour_begins_between_the_others_also_before_the_trainer_has_seen_i
     new = batch_of([9] * 20, list(range(20)))
     unknown = float(learner.predict(new).mean())
     assert known[0] < unknown < known[1]
-    predictor = Predictor(SCHEMA, SETTINGS, learner.serving_state(), device="cpu")
+    predictor = Predictor.of(SCHEMA, SETTINGS, learner.serving_state(), device="cpu")
     np.testing.assert_array_equal(predictor.predict(new), learner.predict(new))
     # The initial row of the hour is the average and random numbers by its key.
     first = float(learner.learn(new, np.zeros(20, np.float32), np.zeros(20, np.float32)).mean())
@@ -93,6 +93,6 @@ def test_a_version_without_averages_is_taken_over() -> None:
     assert not other.serving_state()["typical.embedding"].any()
     known = batch_of([0, 1], [1, 2])
     np.testing.assert_array_equal(other.predict(known), learner.predict(known))
-    np.testing.assert_array_equal(Predictor(SCHEMA, SETTINGS, older, device="cpu").predict(known), learner.predict(known))
+    np.testing.assert_array_equal(Predictor.of(SCHEMA, SETTINGS, older, device="cpu").predict(known), learner.predict(known))
     with pytest.raises(SnapshotMismatch, match="typical"):
         other.restore(older | {"typical.embedding": torch.zeros(1, 4), "typical.first_order": torch.zeros(4)}, trainer)

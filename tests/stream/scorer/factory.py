@@ -37,7 +37,7 @@ def weights(version: int) -> dict[str, torch.Tensor]:
 
 
 def served(version: int, serving: dict[str, torch.Tensor] | None = None, *, created_at_ms: int = 1_000) -> Served:
-    predictor = Predictor(SCHEMA, MODEL, serving or weights(version), device="cpu")
+    predictor = Predictor.of(SCHEMA, MODEL, serving or weights(version), device="cpu")
     return Served(version, created_at_ms, RequestDecoder(SCHEMA), predictor)
 
 

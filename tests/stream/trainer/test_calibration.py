@@ -62,7 +62,7 @@ def test_with_one_negative_in_ten_scores_are_calibrated_within_one_percent(chain
     captured = tenth.training.capture()
     batch = FeatureDecoder(SCHEMA).impressions([value(1, features={"segment": "s1"})]).batch
     served, raw = (
-        Predictor(SCHEMA, MODEL, captured.serving, device="cpu", negative_rate=rate).predict(batch)[0]
+        Predictor.of(SCHEMA, MODEL, captured.serving, device="cpu", negative_rate=rate).predict(batch)[0]
         for rate in (captured.negative_rate, 1.0)
     )
     assert captured.negative_rate == 0.1
