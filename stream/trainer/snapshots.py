@@ -114,7 +114,8 @@ class Publisher:
         due_version_s = time.monotonic() + self._interval_s
         try:
             while not self._closing:
-                await asyncio.sleep(TICK_S)
+                early_s = due_delta_s - time.monotonic()
+                await asyncio.sleep(min(TICK_S, early_s) if early_s > 0 else TICK_S)
                 if writing is not None and writing.done():
                     writing.result()
                     writing = None
@@ -130,7 +131,7 @@ class Publisher:
                     point = await self._point(captured)
                     writing = asyncio.create_task(self._finish(captured, point))
                 elif now_s >= due_delta_s and training.examples_seen > self._sent and not self._chain.begins_with_a_version:
-                    due_delta_s = now_s + delta_s
+                    due_delta_s = max(due_delta_s, now_s - delta_s) + delta_s  # no drift, and no burst after a standstill
                     delta = await between_batches(Training.capture_delta)
                     if delta is not None:
                         await self.publish_delta(delta)
