@@ -43,6 +43,7 @@ class _Answer(msgspec.Struct):
     request_id: str
     scores: list[_Score] = []
     model_version: int | None = None
+    delta: int = 0  # absent from an answer means 0
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class _Service:
     values: list[bytes]
     scores: npt.NDArray[np.float32]
     versions: npt.NDArray[np.int64]
+    deltas: dict[int, int] = field(default_factory=dict)
     asked: dict[str, _Asked] = field(default_factory=dict)
     sent: set[str] = field(default_factory=set)
     alive: bool = False
@@ -94,7 +96,8 @@ class _Service:
         if asked is None:
             return
         for scored in answer.scores:
-            self.scores[int(scored.id)], self.versions[int(scored.id)] = scored.score, answer.model_version
+            row = int(scored.id)
+            self.scores[row], self.versions[row], self.deltas[row] = scored.score, answer.model_version, answer.delta
         await self.send(asked.rows)
 
     async def give_up(self) -> None:
@@ -110,7 +113,8 @@ class _Service:
             value = self.values[row]
             if self.versions[row] >= 0:
                 score = msgspec.json.encode(float(self.scores[row]))
-                value = b'%b,"score":%b,"model_version":%d}' % (value[:-1], score, int(self.versions[row]))
+                told = (score, int(self.versions[row]), self.deltas.pop(row))
+                value = b'%b,"score":%b,"model_version":%d,"delta":%d}' % (value[:-1], *told)
             values.append(value)
         await self.feed.send(self.names.impressions, [self.keys[row] for row in rows], values)
 

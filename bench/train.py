@@ -100,6 +100,7 @@ def headrace(pool: Pool, *, gate: bool = False) -> Step:
                 reached_ms=rows,
                 served=none,
                 versions=rows,
+                deltas=rows,
                 id_hashes=pool.id_hashes[rows],
                 records=(),
             )

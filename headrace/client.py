@@ -86,13 +86,15 @@ class Client:
         timestamp_ms: int | None = None,
         score: float | None = None,
         model_version: int | None = None,
+        delta: int | None = None,
     ) -> None:
         """Send an impression: something was shown.
 
         Args:
             features: name → value: a string, a finite number, a list of strings or None.
             timestamp_ms: when it was shown, in ms since 1970-01-01 UTC; now when None.
-            score, model_version: what the scorer answered for it, where it was asked.
+            score, model_version, delta: what the scorer answered for it, where it was asked: `score` of the candidate shown,
+                `answer.model_version` and `answer.delta`. Pass all three as they are. The trainer finds skew with them.
 
         Raises:
             InvalidEvent: the pipeline would reject the event; nothing was sent.
@@ -101,7 +103,7 @@ class Client:
         """
         self._delivery.lifetime.check()
         when = now_ms() if timestamp_ms is None else timestamp_ms
-        key, value = encode_impression(impression_id, when, features, score, model_version)
+        key, value = encode_impression(impression_id, when, features, score, model_version, delta)
         self._delivery.send_event(self._impressions, key, value, self._headers)
 
     def send_click(self, impression_id: str, *, timestamp_ms: int | None = None) -> None:

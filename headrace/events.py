@@ -2,7 +2,7 @@
 
 | event | fields |
 | --- | --- |
-| impression | `impression_id`, `timestamp`, `features`; optional: `score` and `model_version` as served |
+| impression | `impression_id`, `timestamp`, `features`; optional: `score`, `model_version` and `delta` as the answer said |
 | click | `impression_id`, `timestamp` |
 | score request | `request_id`, `context` (features shared by all), `candidates` [{`id`, `features`}]; optional: `deadline_ms` |
 
@@ -82,6 +82,7 @@ def encode_impression(
     features: Features,
     score: float | None = None,
     model_version: int | None = None,
+    delta: int | None = None,
 ) -> tuple[bytes, bytes]:
     """Key and value of an impression. Raises InvalidEvent."""
     name = _id(impression_id, "$.impression_id")
@@ -100,6 +101,11 @@ def encode_impression(
         if not _is_integer(version) or not 0 <= version <= _MAX_VERSION:
             _refuse("$.model_version", "a version number, 0 or more", model_version, "Take it from the answer as it is")
         event["model_version"] = version
+    if delta is not None:
+        count = plain(delta)
+        if not _is_integer(count) or not 0 <= count <= _MAX_VERSION:
+            _refuse("$.delta", "a number of deltas, 0 or more", delta, "Take it from the answer as it is, 0 where it has none")
+        event["delta"] = count
     return name.encode(), _encode(event)
 
 

@@ -56,6 +56,7 @@ class DecodedImpressions:
     rows            int64 (B,)    their positions in the run
     served_score    float32 (B,)  the score that the impression was shown with, NaN where absent
     served_version  int64 (B,)    the model version that gave this score, -1 where absent
+    served_delta    int64 (B,)    number of deltas since that version that the weights contained, -1 where absent
     """
 
     batch: FeatureBatch
@@ -63,6 +64,7 @@ class DecodedImpressions:
     bad: list[BadRecord]
     served_score: Float32Array
     served_version: Int64Array
+    served_delta: Int64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ class FeatureDecoder:
             bad=_all_bad(pieces),
             served_score=np.concatenate([piece.served_score for _, piece in pieces]),
             served_version=np.concatenate([piece.served_version for _, piece in pieces]),
+            served_delta=np.concatenate([piece.served_delta for _, piece in pieces]),
         )
 
     def requests(self, payloads: Sequence[bytes | None]) -> DecodedRequests:
@@ -178,20 +181,23 @@ class FeatureDecoder:
         layout = [
             ("score", pa.float64()),
             ("model_version", pa.int64()),
+            ("delta", pa.int64()),
             ("features", self._struct(self._impression_types)),
         ]
         table = read_json(payloads, pa.schema(layout))
         rows = len(payloads)
         score = table.column("score").fill_null(np.nan).to_numpy()
-        version = table.column("model_version").fill_null(-1).to_numpy()
-        if table.column("features").null_count or ((score < 0) | (score > 1)).any() or _below_zero(table, "model_version"):
+        if table.column("features").null_count or ((score < 0) | (score > 1)).any():
+            raise Doubt
+        if _below_zero(table, "model_version") or _below_zero(table, "delta"):
             raise Doubt
         return DecodedImpressions(
             batch=self._batch(table.column("features").chunk(0).flatten()),
             rows=np.arange(rows),
             bad=[],
             served_score=score.astype(np.float32),
-            served_version=version,
+            served_version=table.column("model_version").fill_null(-1).to_numpy(),
+            served_delta=table.column("delta").fill_null(-1).to_numpy(),
         )
 
     def _slow_impressions(self, payloads: Sequence[bytes | None]) -> DecodedImpressions:
@@ -202,6 +208,7 @@ class FeatureDecoder:
             bad=bad,
             served_score=np.array([impression.served_score for impression in good], np.float32),
             served_version=np.array([impression.served_version for impression in good], np.int64),
+            served_delta=np.array([impression.served_delta for impression in good], np.int64),
         )
 
     def _guess_impression(self, payload: bytes) -> bool:

@@ -28,11 +28,15 @@ _LONG_DIGITS = 20
 
 @dataclass(frozen=True, slots=True)
 class Impression:
-    """Canonical values of the schema's fields, in order; the score as served and its model version, NaN and -1 if absent."""
+    """Canonical values of the schema's fields, in order, and what the impression says of the answer that it was shown with.
+
+    `served_score` is NaN if absent; `served_version` and `served_delta` are -1 if absent.
+    """
 
     values: list[Value]
     served_score: float
     served_version: int
+    served_delta: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,16 @@ def _whole(value: Any) -> int | None:
     return None
 
 
+def _count(value: Any, expected: str, path: str) -> int:
+    """The whole number from 0 to 2^63 - 1, -1 if it is absent."""
+    if value is None:
+        return -1
+    whole = _whole(value)
+    if whole is None or not 0 <= whole < 1 << 63:
+        _wrong_type(expected, value, path)
+    return whole
+
+
 def _number(value: Any, path: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         _wrong_type("a number", value, path)
@@ -172,18 +186,15 @@ def decode_impression(payload: bytes | None, schema: FeatureSchema) -> Impressio
     if record.get("features") is None:
         _reject("missing_field", "$", "Object missing required field `features`")
     values = _features(record["features"], schema, "$.features")
-    score, version = record.get("score"), record.get("model_version")
-    served_score, served_version = math.nan, -1
+    score = record.get("score")
+    served_score = math.nan
     if score is not None:
         served_score = _number(score, "$.score")
         if not 0 <= served_score <= 1:
             _reject("out_of_range", "$.score", f"Expected a probability, got {served_score}")
-    if version is not None:
-        whole = _whole(version)
-        if whole is None or not 0 <= whole < 1 << 63:
-            _wrong_type("a version number, 0 or more", version, "$.model_version")
-        served_version = whole
-    return Impression(values, served_score, served_version)
+    served_version = _count(record.get("model_version"), "a version number, 0 or more", "$.model_version")
+    served_delta = _count(record.get("delta"), "a number of deltas, 0 or more", "$.delta")
+    return Impression(values, served_score, served_version, served_delta)
 
 
 def decode_request(payload: bytes | None, schema: FeatureSchema) -> Request:
@@ -210,11 +221,5 @@ def decode_request(payload: bytes | None, schema: FeatureSchema) -> Request:
         if candidate.get("features") is not None:
             own = _features(candidate["features"], schema, f"{path}.features")
         candidates.append([ours if ours is not None else shared for ours, shared in zip(own, context, strict=True)])
-    deadline = record.get("deadline_ms")
-    deadline_ms = -1
-    if deadline is not None:
-        whole = _whole(deadline)
-        if whole is None or not 0 <= whole < 1 << 63:
-            _wrong_type("milliseconds since the epoch", deadline, "$.deadline_ms")
-        deadline_ms = whole
+    deadline_ms = _count(record.get("deadline_ms"), "milliseconds since the epoch", "$.deadline_ms")
     return Request(request_id, ids, candidates, deadline_ms)

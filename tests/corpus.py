@@ -195,6 +195,10 @@ CORPUS: tuple[Case, ...] = (
     ),
     feature("score 2", "{}", "out_of_range", "$.score", rest=',"score":2'),
     feature("score of words", "{}", "wrong_type", "$.score", rest=',"score":"high"'),
+    feature("version negative", "{}", "wrong_type", "$.model_version", rest=',"model_version":-1'),
+    feature("delta negative", "{}", "wrong_type", "$.delta", rest=',"model_version":3,"delta":-1'),
+    feature("delta of words", "{}", "wrong_type", "$.delta", rest=',"model_version":3,"delta":"none"'),
+    feature("delta a fraction", "{}", "wrong_type", "$.delta", rest=',"model_version":3,"delta":0.5'),
     # Odd, and good.
     good("no feature at all", envelope("no feature at all", "{}")),
     good("unknown features", envelope("unknown features", '{"colour":"blue","x":{"y":[1,null]},"z":1e999}')),
@@ -218,6 +222,7 @@ CORPUS: tuple[Case, ...] = (
     good("five megabytes", value_of_size("five megabytes", _BEYOND)),
     good("a key of five megabytes", envelope("k" * _BEYOND), b"k" * _BEYOND),
     good("served", envelope("served", rest=',"score":0.25,"model_version":3')),
+    good("served after a delta", envelope("served after a delta", rest=',"score":0.25,"model_version":3,"delta":17')),
     good("at the size limit", value_of_size("at the size limit", MAX_RECORD_BYTES)),
     good("a long id", envelope("i" * 20_000), b"i" * 20_000),
 )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["mapping_options", "open_mapped"]
 
-_ROLES = ("id", "timestamp", "clicked", "click_timestamp", "user", "item", "score", "model_version")
+_ROLES = ("id", "timestamp", "clicked", "click_timestamp", "user", "item", "score", "model_version", "delta")
 
 
 def _mapping(context: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str | None]:

@@ -25,6 +25,7 @@ __all__ = [
     "EXACT_FLOAT",
     "UNITS_PER_SECOND",
     "TimeRules",
+    "delta_counts",
     "digits",
     "first",
     "ids",
@@ -287,16 +288,26 @@ def scores(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def model_versions(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Versions that answered, null where none did. Raises DataSetError: a value isn't a version number."""
+    return _counts(path, name, column, "model_version", "whole version numbers", "a version number, 0 or more")
+
+
+def delta_counts(path: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Numbers of deltas since those versions, null where unknown. Raises DataSetError: a value isn't such a number."""
+    return _counts(path, name, column, "delta", "whole numbers of deltas", "a number of deltas, 0 or more")
+
+
+def _counts(path: Path, name: str, column: pa.ChunkedArray, role: str, types: str, values: str) -> pa.ChunkedArray:
+    """Whole numbers from 0 to 2^63 - 1, or null. `types` and `values` say what the column and a value of it should be."""
     column = plain(column)
     if pa.types.is_null(column.type):
         return column.cast(pa.int64())
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
-        refuse(path, "whole version numbers", f"the type {column.type}", _unmapped("model_version"), column=name)
+        refuse(path, types, f"the type {column.type}", _unmapped(role), column=name)
     numbers = pc.fill_null(column.cast(pa.float64(), safe=False), np.nan).to_numpy()
     known = ~np.isnan(numbers)
     if (row := first(known & ((numbers < 0) | (numbers >= 2.0**63) | (numbers != np.floor(numbers))))) is not None:
         found = shown(column[row].as_py())
-        refuse(path, "a version number, 0 or more", found, _unmapped("model_version"), column=name, row=row)
+        refuse(path, values, found, _unmapped(role), column=name, row=row)
     if pa.types.is_floating(column.type):
         column = pc.if_else(pa.array(known), column.cast(pa.float64()), None)
     return column.cast(pa.int64())

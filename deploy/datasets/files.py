@@ -32,7 +32,7 @@ __all__ = ["AUTO", "FILE_KINDS", "Columns", "FileDataSet", "Limits"]
 AUTO = "\0auto"
 """Gives a role to the column of the contract's name (such as `impression_id`), if the file has that column."""
 
-_ENVELOPE_BYTES = 300  # of an event without its id and features: names, a time, a score, a version
+_ENVELOPE_BYTES = 300  # of an event without its id and features: names, a time, a score, a version, a delta
 _ESCAPED = 6  # bytes that JSON needs at most for one byte of a string
 
 
@@ -53,6 +53,7 @@ class Columns:
     item: str | None = None
     score: str | None = AUTO  # as served; AUTO only in a file with a column `features` of objects
     model_version: str | None = AUTO  # as served; AUTO as for `score`
+    delta: str | None = AUTO  # as served; AUTO as for `score`
     candidate: tuple[str, ...] = ()  # features that belong to the item shown, beside `item` itself
     drop: frozenset[str] = frozenset()  # columns to leave out
     text: frozenset[str] = frozenset()  # columns of CSV and TSV that stay text
@@ -215,6 +216,7 @@ class FileDataSet:
             path,
             take("score", roles.score, contract="score", auto=nested),
             take("model_version", roles.model_version, contract="model_version", auto=nested),
+            take("delta", roles.delta, contract="delta", auto=nested),
         )
         features = self._features(top, inner)
         order = np.argsort(times_ms, kind="stable")
@@ -234,7 +236,7 @@ class FileDataSet:
     def _check_roles(self) -> None:
         roles = self._columns
         taken: dict[str, str] = {}
-        for role in ("timestamp", "id", "clicked", "click_timestamp", "score", "model_version", "user", "item"):
+        for role in ("timestamp", "id", "clicked", "click_timestamp", "score", "model_version", "delta", "user", "item"):
             name = getattr(roles, role)
             if name is None or name == AUTO or (role == "item" and taken.get(name) == "user"):
                 continue
@@ -315,13 +317,15 @@ class FileDataSet:
         return DataSetError(printable(f"{self._path}: expected a column {name!r} ({what}), found {listed(names)}. {do}"))
 
 
-def _served(path: Path, score: _Column | None, version: _Column | None) -> pa.Array | None:
-    """Score and version of the answer that each item was shown with, as members of the event's JSON object, (N,) bytes."""
+def _served(path: Path, score: _Column | None, version: _Column | None, delta: _Column | None) -> pa.Array | None:
+    """What the answer said with which each item was shown, as members of the event's JSON object, (N,) bytes."""
     parts = []
     if score is not None:
         parts.append((b',"score":', checked.scores(path, score.name, score.values)))
     if version is not None:
         parts.append((b',"model_version":', checked.model_versions(path, version.name, version.values)))
+    if delta is not None:
+        parts.append((b',"delta":', checked.delta_counts(path, delta.name, delta.values)))
     if not parts:
         return None
     written = []

@@ -143,7 +143,8 @@ def skew(readings: Readings) -> Iterator[Finding]:
             f"{newest.metrics.get('skew_logit_mean', math.nan):.3g}, 99 % of them by at most "
             f"{newest.metrics.get('skew_logit_p99', math.nan):.3g}",
             cure="compare the features of a request with those of its impression: they must have the same names, units and "
-            "defaults, and the values of the request's time; `score` and `model_version` must be the answer's, not rounded",
+            "defaults, and the values of the request's time; `score`, `model_version` and `delta` must be "
+            "the answer's, not rounded",
         )
 
 

@@ -36,6 +36,7 @@ class _Answer(msgspec.Struct):
     request_id: str
     scores: list[_Score] = []
     model_version: int | None = None
+    delta: int = 0  # absent from an answer means 0
 
 
 class _Shown(NamedTuple):
@@ -202,9 +203,10 @@ class Scoring:
                 continue
             score = next((scored.score for scored in answer.scores if scored.id == (asked.item or "-")), None)
             if score is not None:
-                self._answered[answer.request_id] = b',"score":%b,"model_version":%d' % (
+                self._answered[answer.request_id] = b',"score":%b,"model_version":%d,"delta":%d' % (
                     msgspec.json.encode(score),
                     answer.model_version,
+                    answer.delta,
                 )
                 self._stats.answers += 1
                 if len(self._stats.answer_ms) < _SAMPLES:

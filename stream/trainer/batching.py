@@ -30,6 +30,7 @@ class TrainingBatch:
     reached_ms: Int64Array
     served: Float32Array
     versions: Int64Array
+    deltas: Int64Array
     id_hashes: Int64Array
     records: Sequence[Record]
     rates: Float64Array | None = None
@@ -50,6 +51,7 @@ class TrainingBatch:
             reached_ms=self.reached_ms[part],
             served=self.served[part],
             versions=self.versions[part],
+            deltas=self.deltas[part],
             id_hashes=self.id_hashes[part],
             records=self.records[part],
             rates=None if self.rates is None else self.rates[part],
@@ -135,6 +137,7 @@ class BatchCutter:
             reached_ms=np.concatenate([run.reached_ms[start:stop] for run, start, stop in pieces]),
             served=np.concatenate([run.served[start:stop] for run, start, stop in pieces]),
             versions=np.concatenate([run.versions[start:stop] for run, start, stop in pieces]),
+            deltas=np.concatenate([run.deltas[start:stop] for run, start, stop in pieces]),
             id_hashes=np.concatenate([run.id_hashes[start:stop] for run, start, stop in pieces]),
             records=[record for run, start, stop in pieces for record in run.records[start:stop]],
             rates=_joined([(run.rates, start, stop) for run, start, stop in pieces], 1.0),

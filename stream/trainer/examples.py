@@ -41,6 +41,7 @@ class DecodedRun:
                                  these, so an event time in the future doesn't move it into the future
     served         float32 (N,)  the score that the impression was shown with, NaN where absent
     versions       int64 (N,)    the version of the model that gave that score, -1 where absent
+    deltas         int64 (N,)    number of deltas since that version that the weights contained, -1 where absent
     id_hashes      int64 (N,)    hash of the impression id (`hash_ids`)
     rates          float64 (N,)  share of negatives that the join sent at the time of this example; None when it sent all
     corrects       bool (N,)     whether the example is a correction, which takes back the opposite label sent before; None when
@@ -61,6 +62,7 @@ class DecodedRun:
     reached_ms: Int64Array
     served: Float32Array
     versions: Int64Array
+    deltas: Int64Array
     id_hashes: Int64Array
     letters: list[DeadLetter]
     records: Sequence[Record]
@@ -102,6 +104,7 @@ class ExampleDecoder:
             reached_ms=np.minimum(columns.impression_ms, arrivals)[rows],
             served=decoded.served_score,
             versions=decoded.served_version,
+            deltas=decoded.served_delta,
             id_hashes=hash_ids([record.key for record in records])[rows],
             letters=letters,
             records=records if len(rows) == len(records) else [records[row] for row in rows.tolist()],

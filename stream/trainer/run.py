@@ -179,7 +179,11 @@ async def _built(
     def reference(version: int) -> Predictor:
         return load_reference(store, version, schema, announced=follower.state.versions.get(version))
 
-    skew = SkewCheck(reference, metrics)
+    def off_chain(version: int) -> bool:
+        record = follower.state.versions.get(version)
+        return record is not None and record.sequence is None
+
+    skew = SkewCheck(reference, off_chain, metrics)
     training = Training(
         prepared.learner,
         BatchCutter(model.batch_rows, prepared.positions),

@@ -7,6 +7,10 @@ time. Then the features that are learned aren't those that are served, and no ot
 
     training thread ── a sample of rows ──▶ waiting ──▶ every second, in another thread: score again, compare logits
 
+Only the weights of versions can be read again. A scorer that follows a chain answers with `model_version` and `delta`, the
+number of deltas since that version. So an impression is compared if its `delta` is 0. An impression without `delta`, from a
+producer that doesn't send it, is compared if its version is no point of a chain: then there are no deltas.
+
 For that, one version is read from the store and kept in memory: the one that most of the waiting rows were scored with. After
 `RELOAD_S` another version may replace it. Rows of other versions wait, up to a bound, and are then dropped.
 """
@@ -84,7 +88,7 @@ class _Compared(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows that carry a served score."""
+    """Rows that carry the score of a version."""
 
     batch: FeatureBatch
     versions: npt.NDArray[np.int64]
@@ -94,17 +98,18 @@ class _Rows:
 class SkewCheck:
     """Observes training. `observe` is for the training thread, `check` for one other, the rest for any.
 
-        skew = SkewCheck(lambda version: load_reference(store, version, schema), metrics)
+        skew = SkewCheck(lambda version: load_reference(store, version, schema), lambda version: False, metrics)
         skew.observe(batch, scores)
         skew.check(time.monotonic())
         skew.figures()
 
     Args:
         load: reads a version to score with. Raises SnapshotError when it can't.
+        off_chain: whether a version is known, and no point of a chain. The training thread calls it.
     """
 
-    def __init__(self, load: Callable[[int], Predictor], metrics: TrainerMetrics) -> None:
-        self._load, self._metrics = load, metrics
+    def __init__(self, load: Callable[[int], Predictor], off_chain: Callable[[int], bool], metrics: TrainerMetrics) -> None:
+        self._load, self._off_chain, self._metrics = load, off_chain, metrics
         self._lock = threading.Lock()
         self._waiting: deque[_Rows] = deque()
         self._rows = 0
@@ -116,13 +121,17 @@ class SkewCheck:
         self._reported = False
 
     def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
-        """Take a few rows that carry a served score, to be compared later."""
+        """Take a few rows that carry the score of a version, to be compared later."""
         now_s = time.monotonic()
         self._allowed = min(self._allowed + (now_s - self._since_s) * ROWS_S, 2.0 * ROWS_S)
         self._since_s = now_s
         if self._allowed < TAKEN_AT_ONCE:
             return
-        there = np.isfinite(batch.served) & (batch.versions >= 0)
+        there = np.isfinite(batch.served) & (batch.versions >= 0) & (batch.deltas <= 0)
+        unsaid = there & (batch.deltas < 0)
+        for version in set(batch.versions[unsaid].tolist()):
+            if not self._off_chain(version):
+                there &= ~unsaid | (batch.versions != version)
         if batch.corrects is not None:
             there &= ~batch.corrects  # the first label was taken before
         at = np.flatnonzero(there)[: int(self._allowed)]

@@ -96,6 +96,16 @@ def test_times_are_now_when_not_given(client: Client, topics: Settings) -> None:
     assert before <= msgspec.json.decode(record.value)["timestamp"] <= headrace.client.now_ms()
 
 
+def test_an_impression_carries_what_the_answer_said(client: Client, topics: Settings) -> None:
+    client.send_impression("i", features={}, score=0.25, model_version=7, delta=3)
+    with pytest.raises(InvalidEvent, match=r"\$.delta: expected a number of deltas, 0 or more, found -3"):
+        client.send_impression("j", features={}, score=0.25, model_version=7, delta=-3)
+    client.flush()
+    (record,) = records(topics, "impressions")
+    event = msgspec.json.decode(record.value)
+    assert (event["score"], event["model_version"], event["delta"]) == (0.25, 7, 3)
+
+
 def test_a_watermark_goes_to_every_partition_of_both_topics_behind_the_rest(client: Client, topics: Settings) -> None:
     for number in range(20):
         client.send_impression(f"i{number}", timestamp_ms=T, features={})

@@ -27,7 +27,7 @@ T = 1_700_000_000_000
 
 
 def test_impression_has_the_fields_of_the_contract() -> None:
-    key, value = encode_impression("imp-é", T, {"u": "7", "n": 1, "x": 0.5, "tags": ["a", "b"], "none": None}, 0.25, 3)
+    key, value = encode_impression("imp-é", T, {"u": "7", "n": 1, "x": 0.5, "tags": ["a", "b"], "none": None}, 0.25, 3, 0)
     assert key == "imp-é".encode()
     assert json.loads(value) == {
         "impression_id": "imp-é",
@@ -35,7 +35,9 @@ def test_impression_has_the_fields_of_the_contract() -> None:
         "features": {"u": "7", "n": 1, "x": 0.5, "tags": ["a", "b"], "none": None},
         "score": 0.25,
         "model_version": 3,
+        "delta": 0,
     }
+    assert b"delta" not in encode_impression("i", T, {}, 0.25, 3)[1]
 
 
 def test_click_and_request_have_the_fields_of_the_contract() -> None:
@@ -73,6 +75,15 @@ def test_click_and_request_have_the_fields_of_the_contract() -> None:
         (("i", T, {}, 1.5), "$.score", "a probability between 0 and 1, found 1.5"),
         (("i", T, {}, math.nan), "$.score", "a probability between 0 and 1, found nan"),
         (("i", T, {}, 0.5, -1), "$.model_version", "a version number, 0 or more, found -1"),
+        (
+            ("i", T, {}, 0.5, 3, -1),
+            "$.delta",
+            "a number of deltas, 0 or more, found -1 (int). Take it from the answer as it is, 0 where it has none.",
+        ),
+        (("i", T, {}, 0.5, 3, 1.0), "$.delta", "a number of deltas, 0 or more, found 1.0 (float)"),
+        (("i", T, {}, 0.5, 3, True), "$.delta", "found True (bool)"),
+        (("i", T, {}, 0.5, 3, "2"), "$.delta", "found '2' (str)"),
+        (("i", T, {}, 0.5, 3, 1 << 63), "$.delta", "a number of deltas, 0 or more"),
     ],
 )
 def test_bad_impressions_are_refused_with_a_path(arguments: tuple[Any, ...], path: str, message: str) -> None:
@@ -204,8 +215,8 @@ def test_what_would_lose_something_is_refused_with_what_to_pass(given: Any, path
 
 
 def test_numpy_scalars_are_ids_times_scores_and_versions() -> None:
-    assert encode_impression(np.str_("i"), np.int64(T), {}, np.float32(0.5), np.int64(7)) == encode_impression(
-        "i", T, {}, 0.5, 7
+    assert encode_impression(np.str_("i"), np.int64(T), {}, np.float32(0.5), np.int64(7), np.int64(2)) == encode_impression(
+        "i", T, {}, 0.5, 7, 2
     )
     assert encode_impression(Mixed.BLUE, T, {})[0] == b"blue"
     for wrong in (np.float64(T), np.datetime64("2024-05-01"), dt.datetime.now(), str(T)):

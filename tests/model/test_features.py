@@ -48,6 +48,12 @@ GOOD = [
     raw('{"user":"a"}', ',"score":0.25,"model_version":12'),
     raw('{"user":"a"}', ',"score":null,"model_version":null'),
     raw('{"user":"a"}', ',"score":1,"model_version":3.0'),
+    raw('{"user":"a"}', ',"score":0.5,"model_version":3,"delta":0'),
+    raw('{"user":"a"}', ',"delta":240'),
+    raw('{"user":"a"}', ',"model_version":3,"delta":null'),
+    raw('{"user":"a"}', ',"model_version":3,"delta":4.0'),
+    raw('{"user":"a"}', ',"delta":9223372036854775807'),
+    raw('{"delta":-0.5}'),
     raw('{"user":"\\ud800"}').replace(b"user", b"other"),
     b'\n{\n\t"features": {\r\n "user": "pretty"}\n}\n',
     b'  {"features": {"user": "spaces"}}  ',
@@ -120,6 +126,13 @@ BAD = [
     (raw("{}", ',"model_version":-1'), "wrong_type", "$.model_version"),
     (raw("{}", ',"model_version":1.5'), "wrong_type", "$.model_version"),
     (raw("{}", ',"model_version":"7"'), "wrong_type", "$.model_version"),
+    (raw("{}", ',"model_version":3,"delta":-1'), "wrong_type", "$.delta"),
+    (raw("{}", ',"delta":1.5'), "wrong_type", "$.delta"),
+    (raw("{}", ',"delta":"7"'), "wrong_type", "$.delta"),
+    (raw("{}", ',"delta":true'), "wrong_type", "$.delta"),
+    (raw("{}", ',"delta":[0]'), "wrong_type", "$.delta"),
+    (raw("{}", ',"delta":{"a":1}'), "nested", "$.delta"),
+    (raw("{}", ',"delta":9223372036854775808'), "wrong_type", "$.delta"),
 ]
 
 
@@ -145,6 +158,7 @@ def assert_decoded_as_the_reference_says(payloads: list[bytes | None]) -> None:
     served = [e.served_score for _, e in good]
     assert np.array_equal(decoded.served_score, np.array(served, np.float32), equal_nan=True)
     assert decoded.served_version.tolist() == [e.served_version for _, e in good]
+    assert decoded.served_delta.tolist() == [e.served_delta for _, e in good]
 
 
 @pytest.mark.parametrize(("payload", "reason", "path"), BAD)

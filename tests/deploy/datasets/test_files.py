@@ -126,11 +126,12 @@ def test_a_model_that_could_not_read_it_is_named(tmp_path: Path, field: dict[str
     assert found in str(caught.value)
 
 
-@pytest.mark.parametrize("role", ["clicked", "id", "score", "model_version", "click_timestamp"])
+@pytest.mark.parametrize("role", ["clicked", "id", "score", "model_version", "delta", "click_timestamp"])
 def test_a_role_that_is_said_to_have_no_column_leaves_the_contracts_column_out(tmp_path: Path, role: str) -> None:
-    row = {"timestamp": T, "clicked": 1, "click_timestamp": T, "impression_id": "a", "score": 0.5, "model_version": 1, "f": 1}
+    row = {"timestamp": T, "clicked": 1, "click_timestamp": T, "impression_id": "a", "score": 0.5, "f": 1}
+    row |= {"model_version": 1, "delta": 0}
     file = write_lines(tmp_path / "log.jsonl", [row])
-    roles: dict[str, Any] = {"score": None, "model_version": None, role: None}
+    roles: dict[str, Any] = {"score": None, "model_version": None, "delta": None, role: None}
     (chunk,) = FileDataSet(file, "jsonl", Columns(**roles)).chunks()
     assert (chunk.features, chunk.clicked.tolist()) == ([b'{"f":1}'], [True])
 

@@ -17,25 +17,28 @@ from tests.deploy.datasets.files import T, refused, write_lines
 
 
 def test_a_dump_of_impressions_keeps_its_envelope(tmp_path: Path) -> None:
-    row = {"impression_id": "i", "timestamp": T, "features": {"u": "x"}, "score": 0.25, "model_version": 3, "clicked": 0}
-    file = write_lines(tmp_path / "log.jsonl", [row, row | {"impression_id": "j", "score": None, "model_version": None}])
+    row = {"impression_id": "i", "timestamp": T, "features": {"u": "x"}, "score": 0.25, "model_version": 3, "delta": 17}
+    row["clicked"] = 0
+    file = write_lines(
+        tmp_path / "log.jsonl", [row, row | {"impression_id": "j", "score": None, "model_version": None, "delta": None}]
+    )
     data_set = FileDataSet(file, "jsonl")
     (chunk,) = data_set.chunks()
     with_score, without = (json.loads(value) for value in impressions(chunk, [0, 1], {}))
     assert with_score == {key: value for key, value in row.items() if key != "clicked"}
     assert without == {"impression_id": "j", "timestamp": T, "features": {"u": "x"}}
     assert [field.name for field in data_set.schema().fields] == ["u"]
-    (chunk,) = FileDataSet(file, "jsonl", Columns(score=None, model_version=None)).chunks()
+    (chunk,) = FileDataSet(file, "jsonl", Columns(score=None, model_version=None, delta=None)).chunks()
     assert (chunk.features[0], chunk.served) == (b'{"u":"x"}', None)
 
 
 def test_features_called_like_the_envelope_stay_features(tmp_path: Path) -> None:
-    row = {"impression_id": "i", "timestamp": T, "features": {"timestamp": "x", "score": 7}, "clicked": 0}
+    row = {"impression_id": "i", "timestamp": T, "features": {"timestamp": "x", "score": 7, "delta": 0.5}, "clicked": 0}
     (chunk,) = FileDataSet(write_lines(tmp_path / "log.jsonl", [row]), "jsonl").chunks()
-    assert json.loads(chunk.features[0]) == {"timestamp": "x", "score": 7}
-    flat = {"timestamp": T, "clicked": 0, "score": 7}  # without `features` a column of that name is one of them
+    assert json.loads(chunk.features[0]) == {"timestamp": "x", "score": 7, "delta": 0.5}
+    flat = {"timestamp": T, "clicked": 0, "score": 7, "delta": 0.5}  # without `features` a column of that name is one of them
     (chunk,) = FileDataSet(write_lines(tmp_path / "flat.jsonl", [flat]), "jsonl").chunks()
-    assert (json.loads(chunk.features[0]), chunk.served) == ({"score": 7}, None)
+    assert (json.loads(chunk.features[0]), chunk.served) == ({"score": 7, "delta": 0.5}, None)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,12 @@ OWN_ID = "map another column (--column id=NAME), or take the rows' numbers (--co
             "model_version=.",
         ),
         (
+            [{"timestamp": T, "clicked": 0, "features": {"f": 1}, "delta": 0.5}],
+            Columns(),
+            ", column delta, row 1: expected a number of deltas, 0 or more, found 0.5. Fix it, or leave it out: "
+            "--column delta=.",
+        ),
+        (
             [{"timestamp": T, "clicked": 0, "features": {"f": 1}, "f": 2}],
             Columns(),
             ": expected one feature of the name 'f', found a column and a member of `features`. Leave both out (--drop "

@@ -164,6 +164,8 @@ def scorer(settings: Settings, *, answer_every: int = 1) -> Iterator[list[dict[s
                             continue
                         scores = [{"id": c["id"], "score": index / 100} for index, c in enumerate(request["candidates"])]
                         answer = {"request_id": request["request_id"], "scores": scores, "model_version": 7}
+                        if len(seen) % 2:  # else `delta` is 0, which an answer leaves out
+                            answer["delta"] = 1 + len(scores)
                         await producer.send(f"{prefix}scores", key=record.key, value=json.dumps(answer).encode())
         finally:
             await consumer.stop()
@@ -197,7 +199,8 @@ def test_scored_impressions_carry_the_answer_to_their_own_request(topics: Settin
         request = asked[name]
         ids = [candidate["id"] for candidate in request["candidates"]]
         shown = event["features"]["item"]
-        assert (event["score"], event["model_version"]) == (ids.index(shown) / 100, 7)
+        delta = 0 if requests.index(request) % 2 else 1 + len(ids)
+        assert (event["score"], event["model_version"], event["delta"]) == (ids.index(shown) / 100, 7, delta)
         assert len(ids) == len(set(ids)) <= 4
         assert request["context"] == {"u": event["features"]["u"]}
         user = event["features"]["u"]

@@ -46,14 +46,16 @@ def test_a_flat_record_has_its_other_fields_as_features(registry):
         {"name": "user", "type": ["null", "string"]},
         {"name": "score", "type": "double"},
         {"name": "model_version", "type": "int"},
+        {"name": "delta", "type": ["null", "long"]},
     )
     registry.register(3, "AVRO", schema)
-    row = {"impression_id": "i", "timestamp": NOW_MS, "user": "u", "score": 0.25, "model_version": 3}
+    row = {"impression_id": "i", "timestamp": NOW_MS, "user": "u", "score": 0.25, "model_version": 3, "delta": 17}
     assert one(registry, avro_frame(3, schema, row)) == {
         "impression_id": "i",
         "timestamp": NOW_MS,
         "score": 0.25,
         "model_version": 3,
+        "delta": 17,
         "features": {"user": "u"},
     }
 

@@ -86,8 +86,8 @@ def test_deletes_and_tombstones_are_dead_letters(form, value, path):
 
 
 def test_a_row_without_features_is_written_as_an_event():
-    row = {"impression_id": "i", "timestamp": TIME_MS, "user": "u", "price": 1.5, "score": 0.5}
-    expected = {"impression_id": "i", "timestamp": TIME_MS, "score": 0.5, "features": {"user": "u", "price": 1.5}}
+    row = {"impression_id": "i", "timestamp": TIME_MS, "user": "u", "price": 1.5, "score": 0.5, "delta": 2}
+    expected = {"impression_id": "i", "timestamp": TIME_MS, "score": 0.5, "delta": 2, "features": {"user": "u", "price": 1.5}}
     for form, value in (("d", debezium(json.dumps(row).encode())), ("c", connect(json.dumps(row).encode()))):
         [found] = read(form, value).values
         assert json.loads(found) == expected

@@ -91,6 +91,7 @@ def columns(offsets: Iterable[int], *, partition: int = 0, after: int | None = N
         reached_ms=at + FIRST_MS,
         served=np.full(len(at), np.nan, np.float32),
         versions=at + 7,
+        deltas=at % 5 - 1,
         id_hashes=hash_ids([b"x%d" % offset for offset in at.tolist()]),
         letters=[letter] * letters,
         records=[record(offset, partition=partition) for offset in at.tolist()],

@@ -31,6 +31,7 @@ def test_every_example_is_cut_once_in_order_and_positions_tell_which(shape, rows
     cutter = BatchCutter(rows, dict.fromkeys(ends, 0))
     expected = [(run.partition, offset) for run in runs for offset in run.offsets.tolist()]
     cut: list[int] = []
+    deltas: list[int] = []
 
     def check_positions():
         done = expected[: len(cut)]
@@ -47,10 +48,14 @@ def test_every_example_is_cut_once_in_order_and_positions_tell_which(shape, rows
             batch = cutter.cut()
             assert len(batch) == rows
             cut += batch.batch.keys[:, 0].tolist()
+            deltas += batch.slice(0, 1).deltas.tolist() + batch.slice(1, rows).deltas.tolist()
             check_positions()
     if cutter.waiting:
-        cut += cutter.cut().batch.keys[:, 0].tolist()
+        last = cutter.cut()
+        cut += last.batch.keys[:, 0].tolist()
+        deltas += last.deltas.tolist()
     assert cut == [offset for _, offset in expected]
+    assert deltas == [offset % 5 - 1 for _, offset in expected]
     assert cutter.waiting == 0
     read = {partition: end for partition, end in ends.items() if any(run.partition == partition for run in runs)}
     assert {partition: cutter.positions[partition] for partition in read} == read

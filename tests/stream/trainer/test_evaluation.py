@@ -26,6 +26,7 @@ def batch(labels, *, served=None, times=None, weights=None, rates=None, corrects
         records=[None] * len(labels),
         served=np.full(len(labels), np.nan, np.float32) if served is None else np.asarray(served, np.float32),
         versions=np.full(len(labels), -1),
+        deltas=np.full(len(labels), -1),
         id_hashes=np.arange(len(labels)),
         rates=None if rates is None else np.asarray(rates),
         corrects=None if corrects is None else np.asarray(corrects),

@@ -51,7 +51,7 @@ BAD = [
 def test_columns_of_a_run():
     records = [
         record(10),
-        record(11, value(11, score=0.25, model_version=12), weight=b"2.5"),
+        record(11, value(11, score=0.25, model_version=12, delta=3), weight=b"2.5"),
         record(13, label=b"1"),
     ]
     decoded = ExampleDecoder(SCHEMA).decode(run(records, before=9, after=15))
@@ -62,6 +62,7 @@ def test_columns_of_a_run():
     assert decoded.impression_ms.tolist() == [FIRST_MS + 10, FIRST_MS + 11, FIRST_MS + 13]
     assert np.array_equal(decoded.served, np.array([np.nan, 0.25, np.nan], np.float32), equal_nan=True)
     assert decoded.versions.tolist() == [-1, 12, -1]
+    assert decoded.deltas.tolist() == [-1, 3, -1]
     assert decoded.id_hashes.tolist() == [hash_bytes(b"x%d" % offset, "impression id") for offset in (10, 11, 13)]
     assert decoded.letters == []
     assert (decoded.rates, decoded.corrects, decoded.arrived_ms) == (None, None, None)

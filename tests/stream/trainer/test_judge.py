@@ -42,6 +42,7 @@ def batch(labels, ids=None, *, corrects=None, served=None, rates=None) -> Traini
         records=(),
         served=np.full(rows, np.nan, np.float32) if served is None else np.asarray(served, np.float32),
         versions=np.full(rows, -1),
+        deltas=np.full(rows, -1),
         id_hashes=hashed.astype(np.int64) * 7_919 + 12_345,
         rates=rates,
         corrects=corrects,

@@ -76,13 +76,20 @@ def store(tmp_path: Path) -> SnapshotStore:
     return found
 
 
-def examples(decoder: ExampleDecoder, shown: list[Features], answers: dict[int, tuple[float, int]]) -> TrainingBatch:
-    """Impressions as they come to the trainer; `answers` are the score and version of some of them."""
+def examples(
+    decoder: ExampleDecoder,
+    shown: list[Features],
+    answers: dict[int, tuple[float, int]],
+    deltas: Callable[[int], int | None] = lambda index: 0,
+) -> TrainingBatch:
+    """Impressions as they come to the trainer; `answers` are the score and version of some of them, `deltas` their `delta`."""
     records = []
     for index, each in enumerate(shown):
         event: dict[str, Any] = {"impression_id": f"x{index}", "timestamp": 1_700_000_000_000, "features": each}
         if index in answers:
             event["score"], event["model_version"] = answers[index]
+            if (delta := deltas(index)) is not None:
+                event["delta"] = delta
         records.append(record(index, json.dumps(event).encode()))
     cutter = BatchCutter(len(records), {0: 0})
     cutter.add(decoder.decode(run(records)))
@@ -108,7 +115,12 @@ def asked(store: SnapshotStore, version: int, sent: list[Features]) -> dict[int,
 
 
 def check_of(store: SnapshotStore) -> SkewCheck:
-    return SkewCheck(lambda version: load_reference(store, version, SCHEMA), metrics())
+    return SkewCheck(lambda version: load_reference(store, version, SCHEMA), off_chain, metrics())
+
+
+def off_chain(version: int) -> bool:
+    """Version 1 is no point of a chain, version 2 is one, and others aren't known."""
+    return version == 1
 
 
 def observe(check: SkewCheck, batch: TrainingBatch) -> None:
@@ -168,6 +180,55 @@ def test_what_was_not_served_and_corrections_are_not_compared(store: SnapshotSto
     assert check.figures() is None and check.manifest_metrics() == {}
 
 
+@pytest.mark.parametrize(
+    ("version", "delta", "compared"),
+    [
+        (2, 0, 10),
+        (2, 1, 0),
+        (2, 240, 0),
+        (2, None, 0),
+        (1, 0, 10),
+        (1, None, 10),
+        (1, 3, 0),  # `delta` counts, whatever the registry says
+    ],
+)
+def test_only_scores_that_a_version_itself_gave_are_compared(
+    store: SnapshotStore, version: int, delta: int | None, compared: int
+) -> None:
+    shown = [features(index) for index in range(10)]
+    check = check_of(store)
+    observe(check, examples(ExampleDecoder(SCHEMA), shown, asked(store, version, shown), lambda index: delta))
+    check.check(1_000.0)
+    found = check.figures()
+    assert (0 if found is None else found.examples) == compared
+    assert found is None or found.p99 < 1e-3
+
+
+def test_weights_that_deltas_have_changed_are_no_skew(store: SnapshotStore) -> None:
+    """Half of the answers came from weights beyond the version, which is announced as theirs: what they say isn't compared."""
+    shown = [features(index) for index in range(190)]
+    before, beyond = (asked(store, version, shown) for version in (1, 2))
+    answers = {index: (before[index][0], 1) if index % 2 else (beyond[index][0], 1) for index in range(190)}
+    check = check_of(store)
+    observe(check, examples(ExampleDecoder(SCHEMA), shown, answers, lambda index: 0 if index % 2 else 5))
+    check.check(1_000.0)
+    found = check.figures()
+    assert found is not None and (found.examples, found.share) == (95, 0) and found.p99 < 1e-3
+
+
+def test_the_sample_is_drawn_from_rows_that_can_be_compared(store: SnapshotStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One impression in 16 comes from the version itself: the others take nothing of the 100 rows a second."""
+    clock = SimpleNamespace(now=50.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    shown = [features(index) for index in range(128)]
+    batch = examples(ExampleDecoder(SCHEMA), shown, dict.fromkeys(range(128), (0.5, 2)), lambda index: index % 16)
+    check = check_of(store)
+    for _ in range(2_000):  # four seconds of 500 batches each
+        clock.now += 0.002
+        check.observe(batch, np.zeros(128, np.float32))
+    assert 0.9 * 4 * module.ROWS_S < check._rows <= 4 * module.ROWS_S
+
+
 def test_one_version_is_read_at_a_time_and_the_one_that_is_served_follows(store: SnapshotStore) -> None:
     asked_for: list[int] = []
 
@@ -175,7 +236,7 @@ def test_one_version_is_read_at_a_time_and_the_one_that_is_served_follows(store:
         asked_for.append(version)
         return load_reference(store, version, SCHEMA)
 
-    check = SkewCheck(load, metrics())
+    check = SkewCheck(load, off_chain, metrics())
     shown = [features(index) for index in range(40)]
     decoder = ExampleDecoder(SCHEMA)
     first, second = (examples(decoder, shown, asked(store, version, shown)) for version in (1, 2))
@@ -202,7 +263,7 @@ def test_a_version_that_takes_long_to_read_is_read_seldom(store: SnapshotStore, 
         clock.now += 3.0
         return load_reference(store, version, SCHEMA)
 
-    check = SkewCheck(load, metrics())
+    check = SkewCheck(load, off_chain, metrics())
     shown = [features(index) for index in range(40)]
     decoder = ExampleDecoder(SCHEMA)
     first, second = (examples(decoder, shown, asked(store, version, shown)) for version in (1, 2))

@@ -83,7 +83,7 @@ async def test_killed_and_replaced_each_example_counts_once_and_each_bad_one_is_
     third = start(topics, "--take-over")  # nobody told the second one to stop: it is put out
     await until(lambda: third.answer("/readyz") == "ok\n", third)
     # Shown with scores that no version ever gave.
-    await send(topics, range(4_000, total), partitions=2, bad=bad, score=0.999, model_version=1)
+    await send(topics, range(4_000, total), partitions=2, bad=bad, score=0.999, model_version=1, delta=0)
     assert await asyncio.to_thread(second.process.wait, PATIENCE_S) == 1
     store = SnapshotStore(topics.snapshots)
     await until(lambda: store.manifest(store.versions()[-1]).examples_seen >= good, third)
