@@ -132,7 +132,7 @@ def _fields(schema: FeatureSchema) -> tuple[list[Any], list[Any]]:
 
 
 class _Tables:
-    """The sorted keys (R,); embeddings (R + F, D) and first-order weights (R + F,) in their order, then those of F average rows."""
+    """The sorted keys (R,), and embeddings (R + F, D) and first-order weights (R + F,) in their order, F average rows last."""
 
     def __init__(self, rows: Callable[[], Iterable[Rows]], average: Typical, beside: Path) -> None:
         keys = [piece.keys.numpy().copy() for piece in rows()]

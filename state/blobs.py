@@ -12,14 +12,14 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError
 from obstore.exceptions import NotFoundError as ObjectNotFound
 from obstore.store import ObjectStore
 
@@ -34,16 +34,19 @@ log = logging.getLogger(__name__)
 _MISSING = (FileNotFoundError, ObjectNotFound)
 _EXISTS = (AlreadyExistsError, FileExistsError)
 
-# How often a file is sent whose request got no answer, if the store answers again and doesn't have it. obstore repeats requests
-# that were rejected, but not one that could have been done.
-CREATE_ATTEMPTS = 3
-
 
 class Entry(NamedTuple):
     """A file in a folder: its size in bytes, and the store's tag of its content (None where it has none)."""
 
     size: int
     tag: str | None = None
+
+
+class _Found(NamedTuple):
+    """A file that was read."""
+
+    data: bytearray
+    tag: str | None
 
 
 class Blobs:
@@ -77,64 +80,58 @@ class Blobs:
     def entries(self, folder: str) -> dict[str, Entry]:
         """A folder's files by name; none if the folder doesn't exist."""
         listing = self._listing(folder)
-        return {
-            str(entry["path"]).rsplit("/", 1)[-1]: Entry(int(entry["size"]), entry.get("e_tag")) for entry in listing["objects"]
-        }
+        return {str(entry["path"]).rsplit("/", 1)[-1]: Entry(int(entry["size"]), _tag(entry)) for entry in listing["objects"]}
 
-    def read(self, folder: str, name: str) -> bytes:
-        """The content of a file.
+    def read(self, folder: str, name: str) -> bytearray:
+        """The content of a file, in memory of its own.
 
         Raises:
             FileNotFoundError: the file doesn't exist.
             SnapshotError: the store can't be reached or rejects the request.
         """
+        return self._found(folder, name).data
+
+    def _found(self, folder: str, name: str) -> _Found:
         try:
-            return bytes(obstore.get(self._store(), f"{folder}/{name}").bytes())
+            found = obstore.get(self._store(), f"{folder}/{name}")
+            return _Found(bytearray(found.bytes()), _tag(found.meta))
         except _MISSING as error:
             raise FileNotFoundError(self.path(folder, name)) from error
         except (BaseError, OSError) as error:
             raise self._failed("read", folder, name, error) from error
 
     def create(self, folder: str, name: str, parts: Sequence[bytes | memoryview]) -> str | None:
-        """Write a new file, whole or not at all. Returns the store's tag of its content, None where it has none.
+        """Write a new file, whole or not at all.
 
-        The answer to a request can get lost, after the store has done it or before. So if the store says that the file exists,
-        or says nothing, the file is read: the same content is taken for this writer's own. Content must therefore differ
-        between writers (`state.version_writer`).
+        The answer to a request can get lost after the store has done it, and obstore repeats a request whose connection was
+        cut. So if the store says that the file exists, or gives no answer, the file is read: the same content is taken for this
+        writer's own. Content must therefore differ between writers (`state.version_writer`).
 
         Args:
             parts: the content, one after the other.
+
+        Returns:
+            The store's tag of the content where another writer could replace it, since the store has no conditional puts. Else
+            None.
 
         Raises:
             FileExistsError: the file exists with other content; it isn't changed.
             SnapshotError: the store can't be reached or rejects the request.
         """
         data = b"".join(parts)
-        for attempt in range(1, CREATE_ATTEMPTS + 1):
-            try:
-                return self._put_new(folder, name, data)
-            except _EXISTS as error:
-                tag = self._tag_of_same(folder, name, data)
-                if tag is None:
-                    raise FileExistsError(self.path(folder, name)) from error
-                return tag.tag
-            except (PermissionDeniedError, UnauthenticatedError) as error:
-                raise self._failed("write", folder, name, error) from error
-            except (BaseError, OSError) as error:
-                failed = self._failed("write", folder, name, error)
-                try:
-                    tag = self._tag_of_same(folder, name, data)
-                except FileNotFoundError:
-                    if attempt < CREATE_ATTEMPTS:  # the store answers again, and didn't get the file
-                        log.info("repeating: %s", failed)
-                        continue
-                    raise failed from error
-                except SnapshotError:
-                    raise failed from error
-                if tag is None:
-                    raise FileExistsError(self.path(folder, name)) from error
-                return tag.tag
-        raise AssertionError("unreachable")
+        try:
+            return self._put_new(folder, name, data)
+        except _EXISTS as error:
+            failed: Exception = FileExistsError(self.path(folder, name))
+            cause: Exception = error
+        except (BaseError, OSError) as error:
+            failed, cause = self._failed("write", folder, name, error), error
+        found = None
+        with contextlib.suppress(FileNotFoundError, SnapshotError):
+            found = self._found(folder, name)
+        if found is None or found.data != data:
+            raise failed from cause
+        return None if self._has_conditions else found.tag
 
     def delete(self, folder: str, name: str) -> None:
         """Remove a file if it exists."""
@@ -160,11 +157,12 @@ class Blobs:
         """One attempt to write a file that doesn't exist."""
         if self._conditional(folder):
             # Several parts at once can't be conditional. They aren't needed: files are small (`state.pieces`).
-            return self._put(f"{folder}/{name}", data, mode="create")
+            self._put(f"{folder}/{name}", data, mode="create")
+            return None
         return self._put_without_condition(f"{folder}/{name}", data)
 
     def _put(self, path: str, data: bytes, *, mode: Literal["create", "overwrite"]) -> str | None:
-        return obstore.put(self._store(), path, data, mode=mode, use_multipart=False)["e_tag"]
+        return _tag(obstore.put(self._store(), path, data, mode=mode, use_multipart=False))
 
     def _put_without_condition(self, path: str, data: bytes) -> str | None:
         """Look whether a file exists, write it, and look whether it is still this writer's.
@@ -179,13 +177,16 @@ class Blobs:
             raise FileExistsError(path)
         tag = self._put(path, data, mode="overwrite")
         found = obstore.head(store, path)
-        if found["size"] != len(data) or (tag is not None and found["e_tag"] != tag):
+        if found["size"] != len(data) or (tag is not None and _tag(found) != tag):
             raise FileExistsError(path)
         return tag
 
     def _conditional(self, folder: str) -> bool:
-        """Whether the store has conditional puts. S3's has since 2024; of its imitations some reject the condition, and some
-        ignore it, so each is tried once a process, with a file of one byte."""
+        """Whether the store has conditional puts.
+
+        S3 has had them since 2024. Of its imitations some reject the condition and some ignore it, so an S3 store is tried once
+        in each process that writes, with a file of one byte.
+        """
         if self._has_conditions is None:
             self._has_conditions = store_kind(self.url) != "s3" or self._tried(f"{folder}/.probe-{secrets.token_hex(8)}")
             if not self._has_conditions:
@@ -197,9 +198,11 @@ class Blobs:
         return self._has_conditions
 
     def _tried(self, path: str) -> bool:
+        # Without repetitions: a store that rejects the condition as "not implemented" would be asked for a minute.
+        store = open_store(self.url, repeat=False)
         try:
-            self._put(path, b"1", mode="create")
-            self._put(path, b"2", mode="create")
+            for content in (b"1", b"2"):
+                obstore.put(store, path, content, mode="create", use_multipart=False)
         except _EXISTS:
             return True
         except BaseError as error:
@@ -210,18 +213,6 @@ class Blobs:
             with contextlib.suppress(BaseError, OSError):
                 obstore.delete(self._store(), path)
         return False
-
-    def _tag_of_same(self, folder: str, name: str, data: bytes) -> Entry | None:
-        """The entry of a file if its content is `data`, None if it is another. Raises as `read` does."""
-        try:
-            found = obstore.get(self._store(), f"{folder}/{name}")
-            meta = found.meta
-            same = meta["size"] == len(data) and bytes(found.bytes()) == data
-            return Entry(meta["size"], meta["e_tag"]) if same else None
-        except _MISSING as error:
-            raise FileNotFoundError(self.path(folder, name)) from error
-        except (BaseError, OSError) as error:
-            raise self._failed("read", folder, name, error) from error
 
     def _listing(self, folder: str | None) -> dict[str, list]:  # type: ignore[type-arg]
         try:
@@ -260,9 +251,12 @@ class LocalBlobs(Blobs):
                     found[entry.name] = Entry(entry.stat().st_size)
         return found
 
-    def read(self, folder: str, name: str) -> bytes:
+    def read(self, folder: str, name: str) -> bytearray:
         try:
-            return (self._root / folder / name).read_bytes()
+            with (self._root / folder / name).open("rb", buffering=0) as file:
+                data = bytearray(os.fstat(file.fileno()).st_size)
+                _read_all(file, data)
+                return data
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -292,7 +286,7 @@ class LocalBlobs(Blobs):
     def delete(self, folder: str, name: str) -> None:
         try:
             (self._root / folder / name).unlink(missing_ok=True)
-            if (self._root / folder).is_dir():
+            with contextlib.suppress(FileNotFoundError):  # the folder is gone too: another process deletes the same version
                 _sync_folder(self._root / folder)
         except OSError as error:
             raise self._failed("delete", folder, name, error) from error
@@ -323,11 +317,24 @@ def blobs_at(url: str) -> Blobs:
     return Blobs(url)
 
 
+def _tag(meta: Mapping[str, Any]) -> str | None:
+    """A store's tag of a content, without quotes: some stores have them in one answer and not in another."""
+    tag = meta.get("e_tag")
+    return None if tag is None else str(tag).strip('"')
+
+
 def _write_all(file: FileIO, part: bytes | memoryview) -> None:
     """Write a part whole: one call can take less than it was given, and takes at most 2 GB."""
     rest = memoryview(part)
     while len(rest):
         rest = rest[file.write(rest) :]
+
+
+def _read_all(file: FileIO, data: bytearray) -> None:
+    """Fill `data` from a file: one call can give less than it is asked for. A file that got shorter leaves its end zero."""
+    rest = memoryview(data)
+    while len(rest) and (count := file.readinto(rest)):
+        rest = rest[count:]
 
 
 def _sync_folder(path: Path) -> None:

@@ -97,7 +97,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.format(msgspec.json.encode(document), indent=2)
 
     @classmethod
-    def decode(cls, data: bytes, *, where: str) -> Manifest:
+    def decode(cls, data: bytes | bytearray, *, where: str) -> Manifest:
         """Decode a manifest. `where` names the file, for the error.
 
         Raises:

@@ -37,6 +37,7 @@ _CREDENTIALS = {
 _NO_CREDENTIALS = (
     "169.254.169.254",
     "169.254.170.2",
+    "/latest/api/token",
     "metadata.google.internal",
     "Account must be specified",
     "MissingCredentials",
@@ -52,14 +53,17 @@ _WRONG_CREDENTIALS = (
 )
 
 
-def open_store(url: str) -> ObjectStore:
+def open_store(url: str, *, repeat: bool = True) -> ObjectStore:
     """The store at a URL. Nothing is sent yet.
+
+    Args:
+        repeat: whether requests that fail are repeated.
 
     Raises:
         SnapshotError: the URL isn't one of a store, or its settings in the environment don't fit together.
     """
     try:
-        return from_url(url, **_options(url))
+        return from_url(url, **_options(url, repeat))
     except (BaseError, ValueError) as error:
         raise SnapshotError(
             f"snapshots.url {url!r}: expected a folder, file://, s3://, gs:// or az:// (credentials "
@@ -88,7 +92,7 @@ def explained(url: str, error: Exception) -> str:
     return line
 
 
-def _options(url: str) -> dict[str, Any]:
+def _options(url: str, repeat: bool) -> dict[str, Any]:
     if store_kind(url) not in _CREDENTIALS:
         return {}
     client: dict[str, Any] = {"timeout": timedelta(seconds=REQUEST_S), "connect_timeout": timedelta(seconds=CONNECT_S)}
@@ -96,5 +100,6 @@ def _options(url: str) -> dict[str, Any]:
     # an address that begins with http:// wants it.
     if any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS):
         client["allow_http"] = True
-    # At most 10 attempts, as is obstore's default.
-    return {"client_options": client, "retry_config": {"retry_timeout": timedelta(seconds=REPEAT_S)}}
+    # At most 10 repetitions, as is obstore's default.
+    retries = {"retry_timeout": timedelta(seconds=REPEAT_S), "max_retries": 10 if repeat else 0}
+    return {"client_options": client, "retry_config": retries}

@@ -12,13 +12,13 @@ Every few seconds or minutes a version is written, and few of them are ever read
 | the gate's anchor, and good ones that become the anchor in time | the gate |
 | those that a kept one is based on | reading that one |
 
-Aliases and tags keep versions too; the caller adds them (`state.upkeep`). Whoever asks again later gets the same answer for the
-versions that are still there: spacing goes from the oldest version on, so that a new version never moves the others.
+Aliases and tags keep versions too; the caller adds them (`state.upkeep`). Whoever asks again at the same time, once the others
+are deleted, is told that no more may be deleted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
@@ -26,9 +26,11 @@ from state.settings import SnapshotSettings
 __all__ = ["kept_versions", "unannounced", "versions_to_delete"]
 
 
-def versions_to_delete(state: RegistryState, now_ms: int, *, settings: SnapshotSettings) -> list[int]:
-    """Versions that may be deleted, ascending."""
-    return sorted(state.versions.keys() - kept_versions(state, now_ms, settings=settings).keys())
+def versions_to_delete(
+    state: RegistryState, now_ms: int, *, settings: SnapshotSettings, besides: Mapping[int, str] | None = None
+) -> list[int]:
+    """Versions that may be deleted, ascending. `besides` is that of `kept_versions`."""
+    return sorted(state.versions.keys() - kept_versions(state, now_ms, settings=settings, besides=besides).keys())
 
 
 def kept_versions(
@@ -65,9 +67,7 @@ def kept_versions(
     below = [each for each in good if champion.version is None or each.version < champion.version]
     keep(below[-settings.keep_good :], f"one of the newest {settings.keep_good} good ones, for rollbacks")
     keep(_anchors_to_come(good, records[-1], settings), "an anchor of the gate in time to come")
-    recent = [each for each in records if each.champion_at_ms and now_ms - each.champion_at_ms[-1] <= settings.keep_for_ms]
-    unspoilt = [each for each in recent if not champion.was_rolled_back(each.version)]
-    keep(_spaced(unspoilt, lambda one, two: two.champion_at_ms[0] - one.champion_at_ms[0] >= settings.keep_every_ms), "spaced")
+    keep(_former_champions(state, records, now_ms, settings), "a former champion, for rollbacks to a time")
     for version in list(reasons):
         keep(_bases(state, version), "another one is based on it")
     return {version: reasons[version] for version in sorted(reasons) if version in state.versions}
@@ -99,30 +99,42 @@ def _newest_of_chain(records: list[VersionRecord], champion: VersionRecord | Non
     return [each for each in records if each.chain == champion.chain][-1:]
 
 
-def _anchors_to_come(good: list[VersionRecord], newest: VersionRecord, settings: SnapshotSettings) -> list[VersionRecord]:
-    """Good versions of the line being trained, half an anchor's age apart, from the newest that is old enough to be the anchor
-    on.
+def _former_champions(
+    state: RegistryState, records: list[VersionRecord], now_ms: int, settings: SnapshotSettings
+) -> list[VersionRecord]:
+    """The first version that became champion in each stretch of `keep_every_ms` since the epoch, if it isn't too long ago.
 
-    The anchor must be `anchor_age_ms` and `anchor_clicks` older than what is trained (`stream.trainer.judge`). With these there
-    is always one that is at most half as much older again.
+    The stretches are fixed, so whether a version is the first doesn't depend on what was deleted before.
+    """
+    first: dict[int, VersionRecord] = {}
+    for each in records:
+        if each.champion_at_ms and not state.champion.was_rolled_back(each.version):
+            at_ms = each.champion_at_ms[-1]
+            if now_ms - at_ms <= settings.keep_for_ms:
+                stretch = at_ms // settings.keep_every_ms
+                if stretch not in first or at_ms < first[stretch].champion_at_ms[-1]:
+                    first[stretch] = each
+    return list(first.values())
+
+
+def _anchors_to_come(good: list[VersionRecord], newest: VersionRecord, settings: SnapshotSettings) -> list[VersionRecord]:
+    """Good versions of the line being trained: the newest that is old enough to be the anchor, and newer ones at a distance.
+
+    The anchor must be `anchor_age_ms` and `anchor_clicks` older than what is trained (`stream.trainer.judge`). The distance is
+    half of each. So there is always an anchor, and it is hardly older than without deletions.
     """
 
     def apart(one: VersionRecord, two: VersionRecord, parts: int) -> bool:
         time_ms, clicks = two.watermark_ms - one.watermark_ms, _clicks(two) - _clicks(one)
         return time_ms * parts >= settings.anchor_age_ms and clicks * parts >= settings.anchor_clicks
 
-    rungs = list(_spaced((each for each in good if each.line == newest.line), lambda one, two: apart(one, two, 2)))
-    old = [index for index, each in enumerate(rungs) if apart(each, newest, 1)]
-    return rungs[old[-1] if old else 0 :]
-
-
-def _spaced(records: Iterable[VersionRecord], apart: Callable[[VersionRecord, VersionRecord], bool]) -> Iterator[VersionRecord]:
-    """The first of some records, and each that is far enough from the one before it."""
-    last: VersionRecord | None = None
-    for record in records:
-        if last is None or apart(last, record):
-            last = record
-            yield record
+    line = [each for each in good if each.line == newest.line]
+    old = [index for index, each in enumerate(line) if apart(each, newest, 1)]
+    chosen: list[VersionRecord] = []
+    for each in line[old[-1] if old else 0 :]:
+        if not chosen or apart(chosen[-1], each, 2):
+            chosen.append(each)
+    return chosen
 
 
 def _bases(state: RegistryState, version: int) -> Iterator[int]:

@@ -20,9 +20,9 @@ __all__ = ["Choose", "Reindexed", "Retired", "needed", "reindex", "retire"]
 
 Choose = Callable[[RegistryState], Iterable[int]]
 
-# Versions deleted by one transaction. Each is 40 bytes in the record of the deletion, and their files are what a process that
-# dies leaves for the next one.
-BATCH = 100
+# Versions deleted by one transaction. Each is 30 bytes in the record of the deletion, and their files are what a process that
+# dies leaves for the next one. Each batch looks at all versions: 1 s with 100,000 of them, as a store of 0.1.0 may have.
+BATCH = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,12 @@ def needed(state: RegistryState) -> dict[int, str]:
 
 
 def retire(
-    state: RegistryState, choose: Choose, cause: Cause, *, keep: Collection[int] = (), ended: str = ""
+    state: RegistryState,
+    choose: Choose,
+    cause: Cause,
+    *,
+    rests: Collection[Doomed] = (),
+    ended: str = "",
 ) -> Change[Retired]:
     """Take away the records of versions that the policy lets go, so that their files can be deleted. Oldest first, in batches.
 
@@ -84,31 +89,29 @@ def retire(
     That does no harm where they are gone already.
 
     Args:
-        choose: the policy: which versions may go. It is asked about the state as it is in this transaction.
-        keep: versions that stay all the same, such as those that scorers report.
+        choose: which versions may go. It is asked about the state as it is in this transaction; what is `needed` stays.
+        rests: what the store has and the registry doesn't know: it goes too, unless it has been entered meanwhile.
         ended: the operation of a deletion whose files are gone.
     """
     pending = state.deletion
     if pending.versions and pending.operation != ended:
         return Change((), Retired(pending.versions, pending.operation))
-    stay = {*needed(state), *keep}
-    going = sorted({version for version in choose(state) if version in state.versions} - stay)
-    now = going[:BATCH]
-    doomed = tuple(Doomed(version, state.versions[version].epoch, state.versions[version].created_at_ms) for version in now)
-    size = sum(state.versions[version].size for version in now)
-    if not doomed and not pending.versions:
+    stay = needed(state)
+    chosen = sorted(version for version in choose(state) if version in state.versions and version not in stay)
+    unknown = sorted(rest for rest in rests if rest.version not in state.versions and rest.version < state.newest)
+    now = tuple(_doomed(state.versions[version]) for version in chosen[:BATCH])
+    now += tuple(unknown[: BATCH - len(now)])
+    if not now and not pending.versions:
         return Change((), Retired((), ""))
-    records = [
-        KeyedRecord(
-            GC_KEY,
-            Deletion(versions=doomed, who=cause.who, at_ms=cause.now_ms, reason=cause.reason, operation=cause.operation),
-        )
-    ]
-    for version in now:
+    note = Deletion(versions=now, who=cause.who, at_ms=cause.now_ms, reason=cause.reason, operation=cause.operation)
+    records = [KeyedRecord(GC_KEY, note)]
+    size = 0
+    for version in (doomed.version for doomed in now if doomed.version in state.versions):
+        size += state.versions[version].size
         records.append(KeyedRecord(version_key(version), None))
         if version in state.tags:  # tags that were all removed; one that is there keeps the version
             records.append(KeyedRecord(tags_key(version), None))
-    return Change(tuple(records), Retired(doomed, cause.operation, len(going) - len(now), size))
+    return Change(tuple(records), Retired(now, cause.operation, len(chosen) + len(unknown) - len(now), size))
 
 
 def reindex(
@@ -146,6 +149,10 @@ def reindex(
     if installed is not None:
         records += install(state, added[installed], cause)
     return Change(tuple(records), Reindexed(tuple(added), tuple(repaired), installed))
+
+
+def _doomed(record: VersionRecord) -> Doomed:
+    return Doomed(record.version, record.epoch, record.created_at_ms)
 
 
 def _completed(record: VersionRecord, manifest: Manifest) -> VersionRecord:

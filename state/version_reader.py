@@ -195,7 +195,7 @@ class VersionReader:
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
         return decode_tensors(self._checked(name, self._entry(name)), where=self._path(name))
 
-    def _checked(self, name: str, entry: FileEntry) -> bytes:
+    def _checked(self, name: str, entry: FileEntry) -> bytearray:
         try:
             data = self._blobs.read(self._folder, name)
         except FileNotFoundError as error:

@@ -30,7 +30,7 @@ EXIT_CODES = {  # docs/cli.md
     "ends a `replay` or `simulate` in order",
     1: "an error that its line explains: Kafka, a setting, a file, a package; in an installation of the wheel, which holds the "
     "client alone, every command. Also: a check found something (`config check`, `topics check`, `doctor`, `snapshot verify`, "
-    "`kafka status`), or a question was answered with no",
+    "`kafka status`), `snapshot gc` or `snapshot reindex` left something alone, or a question was answered with no",
     2: "wrong usage",
     3: "not every live scorer confirmed a rollback in time; the rollback stands",
     EXIT_BUG: "an unexpected error: a bug",

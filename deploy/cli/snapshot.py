@@ -1,4 +1,4 @@
-"""`headrace snapshot …`: look at versions, move the champion, go back."""
+"""`headrace snapshot …`: look at versions, move the champion, go back. More commands of the group are in `snapshot_*.py`."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option, who
+from deploy.cli.common import ask_kafka, echo_json, format_option
+from deploy.cli.snapshot_aliases import alias, history, tag
+from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, topic_names
+from deploy.cli.snapshot_compare import diff, export
+from deploy.cli.snapshot_upkeep import gc, reindex
 from deploy.cli.times import DURATION, TIME, clock, duration
 
 if TYPE_CHECKING:
-    from deploy.settings import Settings
     from state.changes import Held
-    from stream.registry.operations import ChampionMoved, Operations, Plan
-    from stream.topics.names import TopicNames
+    from stream.registry.operations import ChampionMoved, Plan
 
 __all__ = ["snapshot"]
 
 # Some scorer didn't confirm in time. The rollback is written, but that scorer may still serve another version.
 EXIT_UNCONFIRMED = 3
 
-ABOUT = "the registry of versions"
-
 
 @click.group()
 def snapshot() -> None:
-    """Look at versions, move the champion, go back.
+    """Look at versions, move the champion, go back; name versions, compare, delete, export them.
 
     \b
     Examples:
@@ -35,6 +35,9 @@ def snapshot() -> None:
       headrace snapshot rollback --reason "CTR fell"         the last good version, at once, everywhere
       headrace snapshot rollback --back 10m                  what was served ten minutes ago
       headrace snapshot promote 41 --reason "undo" --resume  and back again
+      headrace snapshot history                              who moved the champion, when and why
+      headrace snapshot diff 41 42                           what changed
+      headrace snapshot gc --dry-run                         what can be deleted
     """
 
 
@@ -52,8 +55,8 @@ def list_(last: int, output: str) -> None:
     from deploy.cli.snapshot_view import beat_json, print_versions, registry_json
     from state.store import SnapshotStore
 
-    settings = _settings()
-    seen = ask_kafka(settings, _operations(settings).look(), ABOUT)
+    settings = command_settings()
+    seen = ask_kafka(settings, operations_of(settings).look(), ABOUT)
     document = registry_json(seen.state, set(SnapshotStore(settings.snapshots).versions()), last)
     document["scorers"] = [beat_json(beat) for beat in seen.live]
     if output == "json":
@@ -78,8 +81,8 @@ def show(version: int, output: str) -> None:
     from state.store import SnapshotStore
     from stream.registry.log import read_registry
 
-    settings = _settings()
-    state = ask_kafka(settings, read_registry(settings.kafka, _names(settings)), ABOUT)
+    settings = command_settings()
+    state = ask_kafka(settings, read_registry(settings.kafka, topic_names(settings)), ABOUT)
     record = state.versions.get(version)
     try:
         manifest = SnapshotStore(settings.snapshots).manifest(version)
@@ -111,7 +114,7 @@ def verify(version: int, output: str) -> None:
     """
     from state.store import SnapshotStore
 
-    store = SnapshotStore(_settings().snapshots)
+    store = SnapshotStore(command_settings().snapshots)
     problems = store.verify(version)
     if output == "json":
         echo_json({"version": version, "whole": not problems, "problems": problems})
@@ -149,8 +152,8 @@ def promote(
         raise click.UsageError("--hold and --resume: expected one of them, found both.")
     from stream.registry.operations import PromoteRequest
 
-    settings = _settings()
-    operations = _operations(settings, unchecked=unchecked)
+    settings = command_settings()
+    operations = operations_of(settings, unchecked=unchecked)
     hold = True if hold_reason is not None else False if resume else None
     request = PromoteRequest(version, reason, hold, hold_reason or "")
     moved: Plan | ChampionMoved
@@ -204,9 +207,9 @@ def rollback(
     """
     from stream.registry.operations import RollbackRequest
 
-    settings = _settings()
+    settings = command_settings()
     began = time.monotonic()
-    operations = _operations(settings, unchecked=unchecked)
+    operations = operations_of(settings, unchecked=unchecked)
     request = RollbackRequest(reason, to, back_ms, before_ms, timeout_ms)
     what: RollbackRequest | Plan = request
     if dry_run or (not yes and sys.stdin.isatty()):
@@ -244,8 +247,8 @@ def hold(reason: str, output: str) -> None:
     Examples:
       headrace snapshot hold --reason "sale until Monday"
     """
-    settings = _settings()
-    _show_hold(ask_kafka(settings, _operations(settings).hold(reason), ABOUT), output)
+    settings = command_settings()
+    _show_hold(ask_kafka(settings, operations_of(settings).hold(reason), ABOUT), output)
 
 
 @snapshot.command()
@@ -257,8 +260,8 @@ def resume(output: str) -> None:
     Examples:
       headrace snapshot resume
     """
-    settings = _settings()
-    _show_hold(ask_kafka(settings, _operations(settings).resume(), ABOUT), output)
+    settings = command_settings()
+    _show_hold(ask_kafka(settings, operations_of(settings).resume(), ABOUT), output)
 
 
 def _show_hold(held: Held, output: str) -> None:
@@ -332,21 +335,5 @@ def _undo(done: ChampionMoved | Plan | Held) -> str | None:
     return None if done.undo is None else done.undo.command
 
 
-def _operations(settings: Settings, *, unchecked: bool = False) -> Operations:
-    from state.store import SnapshotStore
-    from stream.registry.operations import Operations
-
-    store = None if unchecked else SnapshotStore(settings.snapshots)
-    return Operations(settings.kafka, _names(settings), who(), store=store)
-
-
-def _settings() -> Settings:
-    from deploy.settings import load_settings
-
-    return load_settings()
-
-
-def _names(settings: Settings) -> TopicNames:
-    from stream.topics.names import TopicNames
-
-    return TopicNames.of(settings.topics)
+for command in (alias, tag, history, diff, gc, reindex, export):
+    snapshot.add_command(command)

@@ -11,12 +11,13 @@ import msgspec
 
 from deploy.cli.tables import print_pairs, print_table
 from deploy.cli.times import clock
+from state.alias_records import TagChange
 from state.manifest import Manifest, finite_or_null
 from state.pieces import piece_kind
 from state.registry import RegistryState, VersionRecord
 from stream.records.heartbeat import Heartbeat
 
-__all__ = ["beat_json", "print_version", "print_versions", "registry_json", "version_json"]
+__all__ = ["beat_json", "print_version", "print_versions", "registry_json", "tagged_json", "version_json"]
 
 
 def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[s
         "hold_who": champion.hold_who,
         "hold_at_ms": champion.hold_at_ms,
         "gate": _verdict(state),
+        "aliases": {name: alias.version for name, alias in sorted(state.aliases.items()) if alias.version is not None},
+        "deleting": [doomed.version for doomed in state.deletion.versions],
         "trainer_epoch": state.trainer.epoch,
         "malformed_records": state.problem_count,
         "versions": [
@@ -47,6 +50,8 @@ def version_json(record: VersionRecord, state: RegistryState, in_store: bool) ->
     return {
         "version": record.version,
         "tags": _tags(record, state),
+        "aliases": state.aliases_of(record.version),
+        "tagged": tagged_json(state.tags_of(record.version)),
         "kind": record.kind,
         "parent": record.parent,
         "epoch": record.epoch,
@@ -58,10 +63,21 @@ def version_json(record: VersionRecord, state: RegistryState, in_store: bool) ->
         "watermark_ms": record.watermark_ms,
         "examples_seen": record.examples_seen,
         "bytes": record.size,
+        "chain": record.chain or None,
+        "sequence": record.sequence,
+        "digest": record.digest or None,
+        "deltas_offset": record.deltas_offset,
         "metrics": finite_or_null(record.metrics),
         "gate": record.gate,
         "verdict": None if record.verdict is None else msgspec.to_builtins(record.verdict),
         "in_store": in_store,
+    }
+
+
+def tagged_json(tags: Mapping[str, TagChange]) -> dict[str, Any]:
+    """Tags that people or programs have put on a version, by name."""
+    return {
+        name: {"value": each.value, "who": each.who, "at_ms": each.at_ms, "reason": each.reason} for name, each in tags.items()
     }
 
 
@@ -83,7 +99,7 @@ def print_versions(document: dict[str, Any]) -> None:
     rows = []
     for version in reversed(document["versions"]):
         metrics = version["metrics"]
-        tags = [*version["tags"], *([] if version["in_store"] else ["not in store"])]
+        tags = [*_all_tags(version), *([] if version["in_store"] else ["not in store"])]
         rows.append(
             [
                 str(version["version"]),
@@ -105,6 +121,8 @@ def print_versions(document: dict[str, Any]) -> None:
     gate = document["gate"]
     if gate is not None:
         click.echo(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
+    if document["deleting"]:
+        click.echo(f"being deleted: {len(document['deleting'])} versions; if no deletion runs, `headrace snapshot gc` ends it")
     for beat in document["scorers"]:
         version = "no version" if beat["version"] is None else f"version {beat['version']}"
         line = f"scorer {beat['worker']} on {beat['host']}: {version}{', stale' if beat['stale'] else ''}"
@@ -123,7 +141,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
     if announced is not None:
         pairs += [
             ("version", str(announced["version"])),
-            ("tags", ", ".join(announced["tags"])),
+            ("tags", ", ".join(_all_tags(announced))),
             ("gate", announced["gate"]),
             *_verdict_pairs(announced["verdict"]),
             ("announced", f"{clock(announced['announced_at_ms'])} by {announced['announced_by']}"),
@@ -143,6 +161,8 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         ("examples seen", f"{manifest.examples_seen:,}"),
         ("negative rate", f"{manifest.negative_rate:g}"),
         ("offsets", ", ".join(f"{part}: {offset}" for part, offset in sorted(manifest.offsets.items())) or "-"),
+        ("point of chain", "-" if manifest.sequence is None else f"{manifest.chain}, delta {manifest.sequence}"),
+        ("digest", manifest.digest or "-"),
         ("schema", manifest.schema_hash),
     ]
     pairs += [(name, _number(manifest.metrics, name)) for name in sorted(manifest.metrics)]
@@ -194,6 +214,12 @@ def _tags(record: VersionRecord, state: RegistryState) -> list[str]:
     if not record.champion_at_ms:
         tags.append("candidate")
     return tags
+
+
+def _all_tags(version: dict[str, Any]) -> list[str]:
+    """What the registry says of a version, its aliases as @NAME, and its tags as NAME=VALUE."""
+    tagged = [f"{name}={each['value']}" if each["value"] else name for name, each in version["tagged"].items()]
+    return [*version["tags"], *(f"@{name}" for name in version["aliases"]), *tagged]
 
 
 def _number(metrics: Mapping[str, float | None], name: str) -> str:

@@ -1,6 +1,9 @@
 """The jars that make up Apache Kafka: pinned in `kafka-jars.lock`, resolved by jgo or Maven, kept in a cache.
 
 python -m deploy.local_kafka.jars 4.2.2     # write the lock again, for that version of Kafka
+
+Other programs of Java have locks of their own in the same form, such as the S3 server of the tests: the first line names the
+program.
 """
 
 from __future__ import annotations
@@ -49,11 +52,11 @@ class Jar(msgspec.Struct, frozen=True):
         return f"{self.group}:{self.artifact}:{self.version}"
 
 
-def read_lock(path: Path = LOCK) -> list[Jar]:
-    """Every pinned jar, Kafka's own first.
+def read_lock(path: Path = LOCK, program: str = KAFKA) -> list[Jar]:
+    """Every pinned jar, the program's own first.
 
     Raises:
-        LocalKafkaError: a line that can't be read, or no Kafka in it.
+        LocalKafkaError: a line that can't be read, or another program in the first one.
     """
     pinned = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -67,8 +70,8 @@ def read_lock(path: Path = LOCK) -> list[Jar]:
                 f"{path}, line {number}: expected `group:artifact:version sha256`, found {line!r}. Restore the file."
             ) from None
         pinned.append(Jar(group, artifact, version, digest))
-    if not pinned or f"{pinned[0].group}:{pinned[0].artifact}" != KAFKA:
-        raise LocalKafkaError(f"{path}: expected {KAFKA} in its first line, found {len(pinned)} others. Restore the file.")
+    if not pinned or f"{pinned[0].group}:{pinned[0].artifact}" != program:
+        raise LocalKafkaError(f"{path}: expected {program} in its first line, found {len(pinned)} others. Restore the file.")
     return pinned
 
 
@@ -100,7 +103,13 @@ def cache_root(settings: LocalKafkaSettings) -> Path:
     return folder
 
 
-def jars(settings: LocalKafkaSettings, *, lock: Path = LOCK, on_progress: OnProgress = lambda done, total: None) -> list[Path]:
+def jars(
+    settings: LocalKafkaSettings,
+    *,
+    lock: Path = LOCK,
+    program: str = KAFKA,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[Path]:
     """Download the pinned jars that the cache lacks, and check the hashes of all.
 
     Two processes may do this at once: a download goes to a folder of its own, is checked there, and is moved into place whole.
@@ -108,8 +117,8 @@ def jars(settings: LocalKafkaSettings, *, lock: Path = LOCK, on_progress: OnProg
     Raises:
         LocalKafkaError: a jar can't be downloaded, or its hash isn't the pinned one.
     """
-    pinned = read_lock(lock)
-    folder = cache_root(settings) / pinned[0].version
+    pinned = read_lock(lock, program)
+    folder = cache_root(settings) / (pinned[0].version if program == KAFKA else f"{pinned[0].artifact}-{pinned[0].version}")
     missing = [jar for jar in pinned if not (folder / jar.filename).is_file()]
     if missing:
         on_progress(len(pinned) - len(missing), len(pinned))

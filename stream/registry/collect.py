@@ -9,6 +9,8 @@ three steps:
 2. The files are deleted, the manifest first.
 3. The next transaction clears the note.
 
+What writers have left that were killed, or that was never announced, goes the same way.
+
 A process that dies, or loses the store, between 1 and 3 leaves the note. Whoever deletes next begins with what it names. Two
 that delete at once may delete the same files, which does no harm.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,17 +28,23 @@ from state.alias_records import Doomed
 from state.errors import SnapshotCorrupt, SnapshotError, SnapshotNotFound
 from state.manifest import Manifest
 from state.registry import RegistryState
+from state.retention import kept_versions, unannounced, versions_to_delete
+from state.settings import SnapshotSettings
 from state.upkeep import needed
 from stream.errors import RegistryError
 from stream.records.heartbeat import Heartbeat
+from stream.registry.heartbeat import HeartbeatReader
+from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
+from stream.settings import KafkaSettings
+from stream.topics.names import TopicNames
 
 __all__ = [
     "Collected",
     "CollectionPlan",
-    "Policy",
     "VersionStore",
     "collect",
+    "collect_by_itself",
     "plan_collection",
     "require_same_store",
 ]
@@ -47,9 +55,6 @@ logger = logging.getLogger(__name__)
 # shows that the store is the registry's; when none of the newest few is there, the address is wrong or the store is lost.
 COMPARED = 5
 
-Policy = Callable[[RegistryState, int], Iterable[int]]
-"""Which versions may go, given the registry and the time (ms since epoch): `state.retention`."""
-
 
 class VersionStore(Protocol):
     """What deleting and reindexing need of the store (`state.store.SnapshotStore`)."""
@@ -58,6 +63,8 @@ class VersionStore(Protocol):
     def url(self) -> str: ...
 
     def versions(self) -> list[int]: ...
+
+    def numbers(self) -> list[int]: ...
 
     def manifest(self, version: int) -> Manifest: ...
 
@@ -70,22 +77,24 @@ class CollectionPlan:
 
     versions  that would be deleted
     size      bytes of their files, as announced
-    kept      versions that stay although the policy lets them go, and why
+    kept      versions that stay, and why
     pending   versions whose records are gone and whose files an earlier deletion has left
+    rests     numbers that the store has something of and that were never announced
     """
 
     versions: tuple[int, ...]
     size: int
     kept: dict[int, str]
     pending: tuple[int, ...]
+    rests: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class Collected:
     """What a deletion has done.
 
-    versions  that were deleted, with those that an earlier deletion had left
-    size      bytes of their files, as announced; without those that an earlier deletion had left
+    versions  that were deleted, with those that an earlier deletion had left and those that were never announced
+    size      bytes of the announced ones' files; without those that an earlier deletion had left
     foreign   versions whose files in the store are of another version of the same number; they were left alone
     """
 
@@ -94,63 +103,91 @@ class Collected:
     foreign: list[int] = field(default_factory=list)
 
 
-def _served_by(live: Iterable[Heartbeat]) -> dict[int, str]:
-    """The versions that live scorers answer with or try to read, and which scorer it is."""
-    found: dict[int, str] = {}
-    for beat in live:
-        if beat.fallback_of is not None:
-            found[beat.fallback_of] = f"scorer {beat.worker} tries to read it"
-        if beat.version >= 0:
-            found[beat.version] = f"scorer {beat.worker} answers with it"
-    return found
+def plan_collection(
+    state: RegistryState, store: VersionStore, live: Iterable[Heartbeat], settings: SnapshotSettings
+) -> CollectionPlan:
+    """What a deletion would do. Reads the store, writes nothing, blocks.
 
-
-def plan_collection(state: RegistryState, live: Iterable[Heartbeat], policy: Policy) -> CollectionPlan:
-    """What a deletion would do. Pure."""
-    wanted = {version for version in policy(state, _now_ms()) if version in state.versions}
-    stay = _served_by(live) | needed(state)
-    versions = tuple(sorted(wanted - stay.keys()))
+    Raises:
+        RegistryError: the store isn't the registry's.
+        SnapshotError: the store can't be read.
+    """
+    if state.versions:
+        require_same_store(state, store, "Nothing would be deleted.")
+    kept = kept_versions(state, _now_ms(), settings=settings, besides={**_served_by(live), **needed(state)})
+    versions = tuple(sorted(state.versions.keys() - kept.keys()))
     size = sum(state.versions[version].size for version in versions)
-    kept = {version: stay[version] for version in sorted(wanted & stay.keys())}
-    return CollectionPlan(versions, size, kept, tuple(doomed.version for doomed in state.deletion.versions))
+    pending = tuple(doomed.version for doomed in state.deletion.versions)
+    rests = tuple(doomed.version for doomed in _rests(state, store) if doomed.version not in pending)
+    return CollectionPlan(versions, size, kept, pending, rests)
 
 
 async def collect(
     writer: RegistryWriter,
     store: VersionStore,
-    policy: Policy,
+    settings: SnapshotSettings,
     state: RegistryState,
     live: Iterable[Heartbeat],
     *,
     reason: str,
+    batches: int | None = None,
 ) -> Collected:
-    """Delete the versions that the policy lets go, but for those that something needs or that a live scorer reports.
+    """Delete the versions that `state.retention` lets go, but for those with an alias or a tag or that a live scorer reports.
 
     Args:
         state: the registry as it was read just now, to compare it with the store. What goes is decided on the newest state.
         live: the last heartbeat of each live scorer.
         reason: why; it stays in the registry.
+        batches: stop after so many; None: when nothing is left to delete.
 
     Raises:
         RegistryError: the store isn't the registry's; nothing was deleted.
         SnapshotError: the store failed. The error says what was deleted until then; the rest goes with the next deletion.
         Fenced, NoAnswer: as every change of the registry.
     """
-    if not state.versions and not state.deletion.versions:
+    if not state.versions:
         return Collected()
     await asyncio.to_thread(require_same_store, state, store, "Nothing was deleted.")
-    keep = _served_by(live)
+    rests = await asyncio.to_thread(_rests, state, store)
+    served = _served_by(live)
     done = Collected()
     ended = ""
+
+    begun = 0
+
+    def choose(state: RegistryState) -> Iterable[int]:
+        if batches is not None and begun >= batches:
+            return ()
+        return versions_to_delete(state, _now_ms(), settings=settings, besides={**served, **needed(state)})
+
     while True:
-        written = await writer.retire(lambda state: policy(state, _now_ms()), reason, keep=keep, ended=ended)
+        written = await writer.retire(choose, reason, rests=rests, ended=ended)
         batch = written.outcome
         if not batch.versions:
             return done
+        begun += 1
         logger.info("registry: deleting %d versions, %d more to come: %s", len(batch.versions), batch.left, reason)
         await asyncio.to_thread(_delete, store, batch.versions, done)
         done.size += batch.size
         ended = batch.operation
+        deleted = {doomed.version for doomed in batch.versions}
+        rests = [rest for rest in rests if rest.version not in deleted]
+        if batches is not None and begun >= batches:
+            rests = []
+
+
+async def collect_by_itself(
+    kafka: KafkaSettings, names: TopicNames, writer: RegistryWriter, store: VersionStore, settings: SnapshotSettings
+) -> Collected:
+    """Delete versions as the trainer does it from time to time, with its own writer: one batch. Raises as `collect` does.
+
+    Files are deleted in a thread. With some 100,000 versions, which a store of an older release may have, the event loop stands
+    still for a second.
+    """
+    async with HeartbeatReader(kafka, names) as scorers:
+        live = await scorers.live()
+    state = await read_registry(kafka, names)
+    return await collect(writer, store, settings, state, live, reason="by itself", batches=1)
 
 
 def require_same_store(state: RegistryState, store: VersionStore, otherwise: str) -> None:
@@ -170,6 +207,31 @@ def require_same_store(state: RegistryState, store: VersionStore, otherwise: str
         f"{store.url}: expected one of the newest versions that the registry knows ({', '.join(map(str, newest))}), found none "
         f"of them. Is snapshots.url right? `headrace config show` prints it. {otherwise}"
     )
+
+
+def _served_by(live: Iterable[Heartbeat]) -> dict[int, str]:
+    """The versions that live scorers answer with or try to read, and which scorer it is."""
+    found: dict[int, str] = {}
+    for beat in live:
+        if beat.fallback_of is not None:
+            found[beat.fallback_of] = f"scorer {beat.worker} tries to read it"
+        if beat.version >= 0:
+            found[beat.version] = f"scorer {beat.worker} answers with it"
+    return found
+
+
+def _rests(state: RegistryState, store: VersionStore) -> list[Doomed]:
+    """What the store has and nobody can move to: what writers left that were killed, or that weren't announced."""
+    whole = set(store.versions())  # before the numbers: a version that gets its manifest in between is no rest
+    found = []
+    for version in unannounced(state, store.numbers(), whole):
+        try:
+            manifest = store.manifest(version)
+        except (SnapshotNotFound, SnapshotCorrupt):
+            found.append(Doomed(version, 0, 0))
+        else:
+            found.append(Doomed(version, manifest.epoch, manifest.created_at_ms))
+    return found
 
 
 def _delete(store: VersionStore, doomed: Iterable[Doomed], done: Collected) -> None:

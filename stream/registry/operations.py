@@ -25,10 +25,11 @@ from state.alias_decisions import AliasMoved, Tagged
 from state.changes import Cause, Held, Moved, Undo
 from state.errors import Refused, SnapshotCorrupt, SnapshotError
 from state.registry import RegistryState
+from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import RegistryError
 from stream.records.heartbeat import Heartbeat
-from stream.registry.collect import Collected, CollectionPlan, Policy, collect, plan_collection
+from stream.registry.collect import Collected, CollectionPlan, collect, plan_collection
 from stream.registry.heartbeat import Confirmation, Confirmations, HeartbeatReader
 from stream.registry.log import read_registry
 from stream.registry.reindex import Reindexing, plan_reindexing, reindex
@@ -278,20 +279,20 @@ class Operations:
         async with self._writer() as writer:
             return (await writer.tag(version, values, reason, remove=remove)).outcome
 
-    async def plan_gc(self, policy: Policy) -> CollectionPlan:
+    async def plan_gc(self, settings: SnapshotSettings) -> CollectionPlan:
         """Find out which versions `gc` would delete. Writes nothing."""
         seen = await self.look()
-        return plan_collection(seen.state, seen.live, policy)
+        return await asyncio.to_thread(plan_collection, seen.state, self._whole_store, seen.live, settings)
 
-    async def gc(self, policy: Policy, reason: str) -> Collected:
-        """Delete versions that the policy lets go, but for those that something needs or that a live scorer reports.
+    async def gc(self, settings: SnapshotSettings, reason: str) -> Collected:
+        """Delete versions that nothing needs (`stream.registry.collect`).
 
         Raises:
             SnapshotError: the store failed; what it hasn't deleted goes with the next `gc`.
         """
         seen = await self.look()
         async with self._writer() as writer:
-            return await collect(writer, self._whole_store, policy, seen.state, seen.live, reason=reason)
+            return await collect(writer, self._whole_store, settings, seen.state, seen.live, reason=reason)
 
     async def reindex(self, reason: str, *, champion: int | None = None, dry_run: bool = False) -> Reindexing:
         """Enter versions that are whole in the store and that the registry doesn't know.

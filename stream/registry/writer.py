@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from state import alias_decisions, decisions, upkeep
 from state.alias_decisions import AliasMoved, Tagged
+from state.alias_records import Doomed
 from state.changes import Announcement, Cause, Change, Held, Moved
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
@@ -158,10 +159,19 @@ class RegistryWriter:
         return await self._change(decide, reason)
 
     async def retire(
-        self, choose: upkeep.Choose, reason: str, *, keep: Collection[int] = (), ended: str = ""
+        self,
+        choose: upkeep.Choose,
+        reason: str,
+        *,
+        rests: Collection[Doomed] = (),
+        ended: str = "",
     ) -> Written[Retired]:
         """Take away the records of versions whose files are then to be deleted; see `stream.registry.collect`."""
-        return await self._change(lambda state, cause: upkeep.retire(state, choose, cause, keep=keep, ended=ended), reason)
+
+        def decide(state: RegistryState, cause: Cause) -> Change[Retired]:
+            return upkeep.retire(state, choose, cause, rests=rests, ended=ended)
+
+        return await self._change(decide, reason)
 
     async def reindex(
         self, manifests: Mapping[int, Manifest], reason: str, *, champion: int | None = None

@@ -181,8 +181,8 @@ def _require_left_over(manifest: Manifest, registry: RegistryState, topic_ids: M
         raise SnapshotError(
             f"{there}: expected a registry that knows one of them, found one that knows no version at all. The topic "
             f"`snapshots` was created again (id {now or 'unknown'}, version {manifest.version} was announced to "
-            f"{written or 'an unknown one'}), or snapshots.url is another system's. To begin a new model: `headrace run "
-            "trainer --new-model`, once."
+            f"{written or 'an unknown one'}), or snapshots.url is another system's. To go on with the store's versions: "
+            "`headrace snapshot reindex`. To begin a new model: `headrace run trainer --new-model`, once."
         )
 
 

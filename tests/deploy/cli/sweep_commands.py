@@ -1,0 +1,68 @@
+"""Every command of the command line, the least that it takes, and how it ends where there is no Kafka."""
+
+from __future__ import annotations
+
+__all__ = ["ARGUMENTS", "OFFLINE", "REPORTS", "WITHOUT_SETTINGS"]
+
+# The least that each command takes; a command that isn't here fails the first test. Files lie in the case's folder.
+ARGUMENTS = {
+    "config check": "",
+    "config show": "",
+    "data fetch": "kuairand",  # not there, and not to be fetched by a program
+    "data list": "",
+    "data schema": "simulation",
+    "dead-letters list": "",
+    "dead-letters replay": "--all --yes",
+    "dead-letters show": "0/0 --raw",
+    "demo": "--dataset kuairand",
+    "doctor": "",
+    "kafka reset": "--yes",
+    "kafka start": "",  # with a Java that isn't there
+    "kafka status": "",
+    "kafka stop": "",
+    "replay": "jsonl --path events.jsonl",
+    "run join": "",
+    "run scorer": "",
+    "run trainer": "",
+    "scores tail": "--limit 1",
+    "simulate": "--count 5 --max --truth truth.jsonl",
+    "snapshot alias list": "",
+    "snapshot alias rm": "b --reason x",
+    "snapshot alias set": "b 1 --reason x --unchecked",
+    "snapshot diff": "1 2",
+    "snapshot export": "1 --onnx model.onnx",
+    "snapshot gc": "--yes",
+    "snapshot history": "",
+    "snapshot hold": "--reason x",
+    "snapshot list": "",
+    "snapshot promote": "1 --reason x --unchecked",
+    "snapshot reindex": "",
+    "snapshot resume": "",
+    "snapshot rollback": "--yes",
+    "snapshot show": "1",
+    "snapshot tag": "1 x=y",
+    "snapshot verify": "1",
+    "topics check": "",
+    "topics create": "",
+    "watermarks": "--limit 1",
+}
+# Exit codes where there is no Kafka, of the commands that don't ask it anything.
+OFFLINE = {
+    "config check": 0,
+    "config show": 0,
+    "data fetch": 1,
+    "data list": 0,
+    "data schema": 0,
+    "demo": 1,
+    "kafka reset": 0,
+    "kafka start": 1,
+    "kafka status": 1,
+    "kafka stop": 0,
+    "snapshot diff": 1,
+    "snapshot export": 1,
+    "snapshot verify": 1,
+}
+# They report what they found instead of an error, with exit code 1.
+REPORTS = {"config check", "kafka status"}
+# They read no settings.
+WITHOUT_SETTINGS = {"data fetch", "data list", "data schema"}
