@@ -21,11 +21,15 @@ from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from model.rows import Rows
 
 __all__ = ["dense_hash", "digest_sum", "row_hashes"]
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
 
 _MASK = (1 << 64) - 1
 _SEED = 0x6865616472616365  # "headrace"
@@ -36,13 +40,37 @@ _CHUNK = 4096
 def row_hashes(rows: Rows) -> torch.Tensor:
     """Hashes int64 (N,) of rows, on the device of the rows."""
     factors = _factors(rows.embedding.shape[1], rows.keys.device)
-    out = torch.empty_like(rows.keys)
-    for start in range(0, len(rows), _CHUNK):
+    words = rows.embedding.contiguous().view(torch.int32)
+    first_order = rows.first_order.contiguous().view(torch.int32)
+    if rows.keys.device.type == "cpu":
+        return torch.from_numpy(_hashes(rows.keys.numpy(), words.numpy(), first_order.numpy(), factors.numpy()))
+    total = words.to(torch.int64).mul_(factors[2:]).sum(1)
+    return _mix(total.add_(first_order.to(torch.int64).mul_(factors[1])).add_(rows.keys * factors[0]))
+
+
+def _hashes(keys: Int64Array, words: Int32Array, first_order: Int32Array, factors: Int64Array) -> Int64Array:
+    """Hashes (N,) of rows on the CPU, in buffers that are used again: new ones for each chunk take as long as the sums."""
+    out = np.empty(len(keys), np.int64)
+    wide, other = np.empty((_CHUNK, words.shape[1]), np.int64), np.empty(_CHUNK, np.int64)
+    of_columns = np.ascontiguousarray(factors[2:])
+    for start in range(0, len(keys), _CHUNK):
         part = slice(start, start + _CHUNK)
-        total = _weighted_sums(rows.embedding[part].contiguous().view(torch.int32), factors[2:])
-        total.add_(rows.first_order[part].contiguous().view(torch.int32).to(torch.int64).mul_(factors[1]))
-        total.add_(rows.keys[part] * factors[0])
-        out[part] = _mix(total)
+        total = out[part]
+        count = len(total)
+        wide[:count] = words[part]
+        np.matmul(wide[:count], of_columns, out=total)
+        buffer = other[:count]
+        np.multiply(first_order[part], factors[1], out=buffer)
+        total += buffer
+        np.multiply(keys[part], factors[0], out=buffer)
+        total += buffer
+        mixed, shifted = total.view(np.uint64), buffer.view(np.uint64)
+        for bits, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            np.right_shift(mixed, np.uint64(bits), out=shifted)
+            mixed ^= shifted
+            mixed *= np.uint64(factor)
+        np.right_shift(mixed, np.uint64(31), out=shifted)
+        mixed ^= shifted
     return out
 
 
@@ -59,13 +87,6 @@ def dense_hash(dense: Mapping[str, torch.Tensor]) -> int:
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         digest.update(tensor.numpy().data)
     return int.from_bytes(digest.digest(), "little")
-
-
-def _weighted_sums(words: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """The sums int64 (N,) of int32 words (N, D), each times the factor (D,) of its column, modulo 2**64."""
-    if words.device.type == "cpu":  # numpy multiplies matrices of integers in one pass: half the time
-        return torch.from_numpy(words.numpy().astype(np.int64) @ factors.numpy())
-    return words.to(torch.int64).mul_(factors).sum(1)
 
 
 @lru_cache
