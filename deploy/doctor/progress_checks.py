@@ -56,7 +56,7 @@ def lag(readings: Readings) -> Iterator[Finding]:
         if name in readings.unread_positions or (name == "trainer" and publishes_nothing(readings) is not None):
             continue  # the position is unknown, or `publishing` reports it: the trainer's is that of its newest version
         # The trainer's position is known from its newest version only, which is up to two intervals old.
-        limit_ms = MAX_WAIT_MS + (2 * readings.snapshots.interval_ms if name == "trainer" else 0)
+        limit_ms = MAX_WAIT_MS + (2 * readings.snapshots.interval_ms if name == "trainer" and worker.positions else 0)
         waiting, behind, oldest = list[str](), 0, readings.now_ms
         for (topic, number), log in readings.logs.items():
             if topic not in worker.topics:

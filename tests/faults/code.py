@@ -25,6 +25,7 @@ DECIDING = (
     "stream/registry/*.py",
     "stream/topics/*.py",
     "stream/worker/*.py",
+    "model/rows.py",
     "model/schema.py",
     "model/settings.py",
     "deploy/*.py",

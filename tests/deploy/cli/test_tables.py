@@ -25,6 +25,8 @@ VERSIONS: dict[str, Any] = {
         {
             "version": 18_123 + number,
             "tags": ["champion", "good"] if number == 2 else ["good"],
+            "aliases": [],
+            "tagged": {},
             "kind": "full",
             "examples_seen": 12_345_678 + number * 1_000,
             "metrics": {"window_log_loss": 0.3456, "window_auc": 0.7321, "window_calibration": 1.0023},
@@ -41,6 +43,7 @@ VERSIONS: dict[str, Any] = {
     "since_ms": 1_795_752_518_655,
     "gate": None,
     "scorers": [],
+    "deleting": [],
 }
 
 Wide = Callable[[int], None]

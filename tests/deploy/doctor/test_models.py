@@ -154,6 +154,7 @@ def silent(age_ms: int, **changed: Any) -> Readings:
         registry=registry(age_ms=age_ms),
         logs=dict(healthy().logs) | {("examples", 0): LogReading(0, 300, 300)},
         arrivals=dict(healthy().arrivals) | {("examples", 0, 200): NOW - age_ms // 2},
+        snapshots=SnapshotSettings(interval_ms=5_000),
     )
     return healthy(**(fields | changed))
 

@@ -109,5 +109,7 @@ class Chain:
 
 
 def events(keys: list[bytes], times_ms: list[int], values: list[bytes], first: int, mark_ms: int) -> Events:
-    records: list[Any] = [SimpleNamespace(key=key, value=value) for key, value in zip(keys, values, strict=True)]
+    records: list[Any] = [
+        SimpleNamespace(key=key, value=value, timestamp=mark_ms) for key, value in zip(keys, values, strict=True)
+    ]
     return Events(keys, times_ms, list(range(first, first + len(keys))), values, records, watermark_ms=mark_ms)

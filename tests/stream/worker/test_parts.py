@@ -23,7 +23,7 @@ CLUSTER = Cluster("c", {}, {NAMES.score_requests: 2})
 
 
 _UNUSED = (
-    *("snapshots", "decoder", "skew", "publisher", "letters", "registry"),
+    *("snapshots", "store", "decoder", "skew", "publisher", "letters", "deltas", "registry"),
     *("follower", "judge", "anchors", "scores", "metrics"),
 )
 
@@ -32,7 +32,7 @@ def trainer(positions: dict[int, int]) -> Any:
     worker: Any = TrainerWorker(
         kafka=KafkaSettings(),
         group="g",
-        topic=NAMES.examples,
+        names=NAMES,
         training=SimpleNamespace(positions=positions),  # type: ignore[arg-type]
         threads=1,
         cluster=CLUSTER,
@@ -54,7 +54,7 @@ def scorer(positions: dict[int, int]) -> Any:
         max_bytes=1,
         cluster=CLUSTER,
         **dict.fromkeys(  # type: ignore[arg-type]
-            ("swapper", "follower", "scoring", "scrub", "outbox", "heartbeats", "metrics", "following_metrics")
+            ("swapper", "follower", "scoring", "scrub", "outbox", "heartbeats", "metrics", "freshness")
         ),
     )
     worker._answering.answered = positions
