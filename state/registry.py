@@ -225,6 +225,25 @@ class RegistryState:
         """The record of the champion's version; None without a champion."""
         return None if self.champion.version is None else self.versions.get(self.champion.version)
 
+    def version_that_scored(self, version: int, delta: int) -> int | None:
+        """The version whose weights are those of an answer; None where there is none, or nobody can tell.
+
+        An answer names the newest version that its scorer knew to be announced, and the number of deltas since. A later version
+        of the same chain may be that very point: it was captured there, and was announced once it was written.
+
+        Args:
+            delta: -1 where the answer's is not known.
+        """
+        record = self.versions.get(version)
+        if delta <= 0:
+            known = delta == 0 or (record is not None and record.sequence is None)  # off a chain there are no deltas
+            return version if known else None
+        if record is None or record.sequence is None:
+            return None
+        point = (record.chain, record.sequence + delta)
+        # A copy of the items: other threads ask while the owner may add versions.
+        return next((number for number, each in list(self.versions.items()) if (each.chain, each.sequence) == point), None)
+
     @property
     def champion_line(self) -> int | None:
         """The line that the champion belongs to; None without a champion."""

@@ -179,11 +179,10 @@ async def _built(
     def reference(version: int) -> Predictor:
         return load_reference(store, version, schema, announced=follower.state.versions.get(version))
 
-    def off_chain(version: int) -> bool:
-        record = follower.state.versions.get(version)
-        return record is not None and record.sequence is None
+    def scored_by(version: int, delta: int) -> int | None:
+        return follower.state.version_that_scored(version, delta)
 
-    skew = SkewCheck(reference, off_chain, metrics)
+    skew = SkewCheck(reference, scored_by, metrics)
     training = Training(
         prepared.learner,
         BatchCutter(model.batch_rows, prepared.positions),

@@ -8,8 +8,9 @@ time. Then the features that are learned aren't those that are served, and no ot
     training thread ── a sample of rows ──▶ waiting ──▶ every second, in another thread: score again, compare logits
 
 Only the weights of versions can be read again. A scorer that follows a chain answers with `model_version` and `delta`, the
-number of deltas since that version. So an impression is compared if its `delta` is 0. An impression without `delta`, from a
-producer that doesn't send it, is compared if its version is no point of a chain: then there are no deltas.
+number of deltas since that version. So an impression is compared if its answer came from the very point of the chain at which
+some version was captured: for 250 ms after each version, with the default interval of deltas. An impression without `delta`,
+from a producer that doesn't send it, is compared if its version is no point of a chain: then there are no deltas.
 
 For that, one version is read from the store and kept in memory: the one that most of the waiting rows were scored with. After
 `RELOAD_S` another version may replace it. Rows of other versions wait, up to a bound, and are then dropped.
@@ -98,18 +99,21 @@ class _Rows:
 class SkewCheck:
     """Observes training. `observe` is for the training thread, `check` for one other, the rest for any.
 
-        skew = SkewCheck(lambda version: load_reference(store, version, schema), lambda version: False, metrics)
+        skew = SkewCheck(load, registry.version_that_scored, metrics)
         skew.observe(batch, scores)
         skew.check(time.monotonic())
         skew.figures()
 
     Args:
         load: reads a version to score with. Raises SnapshotError when it can't.
-        off_chain: whether a version is known, and no point of a chain. The training thread calls it.
+        scored_by: gives the version whose weights an answer came from, by the answer's `model_version` and `delta` (-1 where it
+            isn't known); None where there is none. The training thread calls it.
     """
 
-    def __init__(self, load: Callable[[int], Predictor], off_chain: Callable[[int], bool], metrics: TrainerMetrics) -> None:
-        self._load, self._off_chain, self._metrics = load, off_chain, metrics
+    def __init__(
+        self, load: Callable[[int], Predictor], scored_by: Callable[[int, int], int | None], metrics: TrainerMetrics
+    ) -> None:
+        self._load, self._scored_by, self._metrics = load, scored_by, metrics
         self._lock = threading.Lock()
         self._waiting: deque[_Rows] = deque()
         self._rows = 0
@@ -127,11 +131,9 @@ class SkewCheck:
         self._since_s = now_s
         if self._allowed < TAKEN_AT_ONCE:
             return
-        there = np.isfinite(batch.served) & (batch.versions >= 0) & (batch.deltas <= 0)
-        unsaid = there & (batch.deltas < 0)
-        for version in set(batch.versions[unsaid].tolist()):
-            if not self._off_chain(version):
-                there &= ~unsaid | (batch.versions != version)
+        there = np.isfinite(batch.served) & (batch.versions >= 0)
+        versions = self._versions_that_scored(batch, there)
+        there &= versions >= 0
         if batch.corrects is not None:
             there &= ~batch.corrects  # the first label was taken before
         at = np.flatnonzero(there)[: int(self._allowed)]
@@ -139,10 +141,18 @@ class SkewCheck:
             return
         self._allowed -= len(at)
         with self._lock:
-            self._waiting.append(_Rows(batch.batch.take(at), batch.versions[at], batch.served[at]))
+            self._waiting.append(_Rows(batch.batch.take(at), versions[at], batch.served[at]))
             self._rows += len(at)
             while self._rows > MAX_WAITING:
                 self._rows -= len(self._waiting.popleft().served)
+
+    def _versions_that_scored(self, batch: TrainingBatch, there: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+        """The version whose weights gave each score, int64 (B,); -1 where there is none, and where `there` (B,) is False."""
+        found = np.full(len(batch), -1, np.int64)
+        answers, which = np.unique(np.stack((batch.versions[there], batch.deltas[there]), 1), axis=0, return_inverse=True)
+        scored = [self._scored_by(version, delta) for version, delta in answers.tolist()]
+        found[there] = np.array([-1 if each is None else each for each in scored], np.int64)[which.reshape(-1)]
+        return found
 
     async def run(self) -> None:
         """Compare what waits, until cancelled. A failure is logged and never ends the trainer."""

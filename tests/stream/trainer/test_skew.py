@@ -17,7 +17,7 @@ from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from state.errors import SnapshotError
 from state.manifest import Manifest
-from state.registry import VersionRecord
+from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.scorer.answers import answer_requests
@@ -115,12 +115,13 @@ def asked(store: SnapshotStore, version: int, sent: list[Features]) -> dict[int,
 
 
 def check_of(store: SnapshotStore) -> SkewCheck:
-    return SkewCheck(lambda version: load_reference(store, version, SCHEMA), off_chain, metrics())
+    return SkewCheck(lambda version: load_reference(store, version, SCHEMA), scored_by, metrics())
 
 
-def off_chain(version: int) -> bool:
-    """Version 1 is no point of a chain, version 2 is one, and others aren't known."""
-    return version == 1
+def scored_by(version: int, delta: int) -> int | None:
+    """Version 1 is no point of a chain, version 2 is one, others aren't known."""
+    versions = {1: VersionRecord(version=1), 2: VersionRecord(version=2, chain="deepfm/1/0", sequence=40)}
+    return RegistryState(versions=versions).version_that_scored(version, delta)
 
 
 def observe(check: SkewCheck, batch: TrainingBatch) -> None:
@@ -236,7 +237,7 @@ def test_one_version_is_read_at_a_time_and_the_one_that_is_served_follows(store:
         asked_for.append(version)
         return load_reference(store, version, SCHEMA)
 
-    check = SkewCheck(load, off_chain, metrics())
+    check = SkewCheck(load, scored_by, metrics())
     shown = [features(index) for index in range(40)]
     decoder = ExampleDecoder(SCHEMA)
     first, second = (examples(decoder, shown, asked(store, version, shown)) for version in (1, 2))
@@ -263,7 +264,7 @@ def test_a_version_that_takes_long_to_read_is_read_seldom(store: SnapshotStore, 
         clock.now += 3.0
         return load_reference(store, version, SCHEMA)
 
-    check = SkewCheck(load, off_chain, metrics())
+    check = SkewCheck(load, scored_by, metrics())
     shown = [features(index) for index in range(40)]
     decoder = ExampleDecoder(SCHEMA)
     first, second = (examples(decoder, shown, asked(store, version, shown)) for version in (1, 2))
@@ -332,3 +333,36 @@ def test_training_pays_for_few_rows_at_any_speed(store: SnapshotStore, monkeypat
         clock.now += 0.002
         check.observe(batch, np.zeros(128, np.float32))
     assert 0.9 * 4 * module.ROWS_S < check._rows <= 4 * module.ROWS_S
+
+
+def test_an_answer_between_two_versions_is_compared_with_the_later_one_where_it_is_that_very_point(
+    store: SnapshotStore,
+) -> None:
+    """A scorer that follows the chain is past version 1 by the time version 2 is announced, and answers with both steps."""
+    versions = {number: VersionRecord(version=number, chain="deepfm/1/0", sequence=240 * number) for number in (1, 2)}
+    state = RegistryState(versions=versions)
+    check = SkewCheck(lambda version: load_reference(store, version, SCHEMA), state.version_that_scored, metrics())
+    shown = [features(index) for index in range(40)]
+    answers = {index: (score, 1) for index, (score, _) in asked(store, 2, shown).items()}  # by the weights of version 2
+    observe(check, examples(ExampleDecoder(SCHEMA), shown, answers, lambda index: 240 if index < 30 else 239))
+    check.check(1_000.0)
+    found = check.figures()
+    assert found is not None and found.examples == 30 and found.p99 < 1e-3
+
+
+def test_which_version_scored() -> None:
+    on = {number: VersionRecord(version=number, chain="deepfm/1/0", sequence=10 * number) for number in (1, 2)}
+    other = {3: VersionRecord(version=3, chain="deepfm/2/0", sequence=30), 4: VersionRecord(version=4)}
+    state = RegistryState(versions=on | other)
+    asked_for = {
+        (1, 0): 1,
+        (1, 10): 2,
+        (1, 9): None,
+        (1, 20): None,
+        (1, -1): None,
+        (4, -1): 4,
+        (4, 3): None,
+        (9, 0): 9,
+        (9, -1): None,
+    }
+    assert {each: state.version_that_scored(*each) for each in asked_for} == asked_for
