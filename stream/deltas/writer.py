@@ -70,12 +70,14 @@ _Name = tuple[int, int, int]  # epoch, ordinal, sequence
 class Sent:
     """A delta that is in the log: the offset of its first record, the offset after its last one, and its arrival.
 
-    `arrived_ms` is the broker's clock (ms since epoch).
+    arrived_ms  by the broker's clock (ms since epoch)
+    size        bytes of its records' values
     """
 
     offset: int
     next_offset: int
     arrived_ms: int
+    size: int
 
 
 class DeltaWriter:
@@ -142,7 +144,7 @@ class DeltaWriter:
             DeltaTooLarge: the topic takes smaller records only. Nothing was written; `limit` has the topic's limit now.
         """
         first = read_piece(pieces[0])
-        name = (first.epoch, first.ordinal, first.sequence)
+        name, size = (first.epoch, first.ordinal, first.sequence), sum(map(len, pieces))
         if first.epoch != self._epoch:
             raise ValueError(
                 f"expected a delta of epoch {self._epoch}, found {first.name}. Each epoch has a writer of its own."
@@ -159,7 +161,7 @@ class DeltaWriter:
         async with self._lock:
             if self._unsettled not in (None, name):
                 raise ValueError(f"expected the delta that isn't settled, {self._unsettled}, again, found {name}.")
-            sent = await self._tried(attempt, first.name, size=sum(map(len, pieces)))
+            sent = await self._tried(attempt, first.name, size=size)
             self._unsettled, self.position = None, sent.next_offset
             return sent
 
@@ -255,14 +257,14 @@ class DeltaWriter:
             raise _CommitFailed from error
         if min(each.offset for each in metadata) < 0:  # a batch that was sent twice, and of which the broker forgot the offset
             raise _CommitFailed
-        return Sent(metadata[0].offset, metadata[-1].offset + 1, metadata[-1].timestamp)
+        return Sent(metadata[0].offset, metadata[-1].offset + 1, metadata[-1].timestamp, sum(map(len, pieces)))
 
     async def _find(self, name: _Name) -> Sent | None:
         """The delta, where it is in the log at or after `position`."""
         async with self._reader() as (consumer, partition):
             spans = await log_spans(self._kafka, consumer, (partition,))
             start, end = spans[partition]
-            offset, expected = -1, 0
+            offset, expected, size = -1, 0, 0
             async for _, records in read_spans(consumer, {partition: Span(max(start, self.position), end)}, stall_s=STALL_S):
                 for record in records:
                     try:
@@ -272,10 +274,11 @@ class DeltaWriter:
                     if (piece.epoch, piece.ordinal, piece.sequence) != name:
                         continue
                     if piece.piece == 0:
-                        offset, expected = record.offset, 0
+                        offset, expected, size = record.offset, 0, 0
                     expected = expected + 1 if piece.piece == expected else -1
+                    size += len(record.value or b"")
                     if expected == piece.pieces:
-                        return Sent(offset, record.offset + 1, record.timestamp)
+                        return Sent(offset, record.offset + 1, record.timestamp, size)
         return None
 
     @asynccontextmanager

@@ -14,7 +14,7 @@ Until the trainer has come as far as the old chain's newest point, nothing is pu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,15 +22,16 @@ import msgspec
 import torch
 
 from model.errors import ModelError
+from model.rows import ModelDelta
 from stream.deltas.writer import Sent
-from stream.records.delta import DeltaHeader, Point, encode_delta
+from stream.records.delta import DeltaHeader, Point
 from stream.trainer.bookkeeping import PREFIX, State, from_json, to_json
 from stream.trainer.captured import CapturedDelta
 
 NAME = "chain"
 """Under which the chain is in the bookkeeping of versions."""
 
-__all__ = ["NAME", "Base", "Chain", "EncodedDelta", "Published", "SendsDeltas", "saved_chain"]
+__all__ = ["NAME", "Base", "Chain", "Published", "PublishesDeltas", "saved_chain"]
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -55,35 +56,16 @@ class Base:
     offsets: Mapping[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedDelta:
-    """A delta, ready to be sent."""
-
-    point: Point
-    pieces: list[bytes]
-    rows: int
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(map(len, self.pieces))
-
-
-class SendsDeltas(Protocol):
+class PublishesDeltas(Protocol):
     """What a chain needs of a `stream.deltas.writer.DeltaWriter`."""
-
-    @property
-    def limit(self) -> int:
-        """Largest batch that the topic takes, bytes."""
-        ...
 
     @property
     def position(self) -> int:
         """The offset after the last record of the log."""
         ...
 
-    async def send(self, pieces: Sequence[bytes]) -> Sent:
-        """Write the records of a delta in one transaction."""
+    async def publish(self, header: DeltaHeader, delta: ModelDelta) -> Sent:
+        """Write a delta in one transaction."""
         ...
 
 
@@ -93,7 +75,7 @@ class Chain:
         chain = Chain("deepfm/12/0", writer, base, touched)
         if chain.begins_with_a_version:
             chain.begin()
-        await chain.send(chain.encode(captured))
+        await chain.publish(captured)
 
     Args:
         name: model, epoch and ordinal.
@@ -101,7 +83,7 @@ class Chain:
         touched: gives the keys of all rows that changed since the last delta, int64 (N,).
     """
 
-    def __init__(self, name: str, writer: SendsDeltas, base: Base | None, touched: Callable[[], torch.Tensor]) -> None:
+    def __init__(self, name: str, writer: PublishesDeltas, base: Base | None, touched: Callable[[], torch.Tensor]) -> None:
         self.name = name
         self._writer, self._base, self._touched = writer, base, touched
         self._published: Published | None = None
@@ -132,12 +114,23 @@ class Chain:
         self._published = Published(Point(self.name, 0), self._writer.position)
         return self._published
 
-    def encode(self, captured: CapturedDelta) -> EncodedDelta:
-        """The next delta. May be called in a thread."""
+    async def publish(self, captured: CapturedDelta) -> Sent:
+        """Write the next delta. Returns once it is committed.
+
+        Raises:
+            Fenced: another trainer has taken over.
+            NoAnswer: Kafka can't be reached. The same delta must be published again.
+        """
+        header = self._header(captured)
+        sent = await self._writer.publish(header, captured.delta)
+        self._published = Published(Point(self.name, header.sequence), sent.next_offset)
+        return sent
+
+    def _header(self, captured: CapturedDelta) -> DeltaHeader:
         before = self._published or (self._base.published if self._base is not None else None)
         assert before is not None
         position = captured.position
-        header = DeltaHeader(
+        return DeltaHeader(
             chain=self.name,
             sequence=1 if self._published is None else before.point.sequence + 1,
             parent=before.point,
@@ -150,20 +143,6 @@ class Chain:
             # What a rebase has learned may be known to scorers already, by the chain before.
             arrivals=() if self._published is None else captured.arrivals,
         )
-        pieces = encode_delta(header, captured.delta, self._writer.limit)
-        return EncodedDelta(Point(self.name, header.sequence), pieces, len(captured.delta.rows))
-
-    async def send(self, delta: EncodedDelta) -> Published:
-        """Write the next delta. Returns once it is committed.
-
-        Raises:
-            Fenced: another trainer has taken over.
-            DeltaTooLarge: the topic's limit was lowered. The delta must be encoded again.
-            NoAnswer: Kafka can't be reached. The same delta must be sent again.
-        """
-        sent = await self._writer.send(delta.pieces)
-        self._published = Published(delta.point, sent.next_offset)
-        return self._published
 
     def state(self) -> State:
         """The newest point in the log, and the keys of the rows that changed since.

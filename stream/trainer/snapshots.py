@@ -16,7 +16,7 @@ from state.manifest import Manifest
 from state.pieces import piece_rows
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import DeltaTooLarge, Fenced, NoAnswer, RegistryError
+from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.trainer.captured import CapturedDelta, CapturedVersion
 from stream.trainer.chain import Chain, Published
 from stream.trainer.evaluation import manifest_metrics
@@ -147,20 +147,16 @@ class Publisher:
         """
         await self._letters.written_up_to(captured.position.letters)
         began = time.perf_counter()
-        encoded = await asyncio.to_thread(self._chain.encode, captured)
         while True:
             try:
-                await self._chain.send(encoded)
+                sent = await self._chain.publish(captured)
                 break
-            except DeltaTooLarge as error:
-                log.info("delta %d is cut again: %s", encoded.point.sequence, error)
-                encoded = await asyncio.to_thread(self._chain.encode, captured)
             except NoAnswer as error:
                 self._metrics.deltas.labels("failed").inc()
-                log.error("delta %d isn't written, it is sent again; training goes on: %s", encoded.point.sequence, error)
+                log.error("a delta isn't written, it is published again; training goes on: %s", error)
                 await asyncio.sleep(SEND_AGAIN_S)
         self._sent = captured.position.examples_seen
-        self._metrics.delta_sent(encoded.rows, encoded.size, time.perf_counter() - began)
+        self._metrics.delta_sent(len(captured.delta.rows), sent.size, time.perf_counter() - began)
 
     async def publish(self, captured: CapturedVersion) -> Announcement | None:
         """Write and announce one version, and the delta that leads to it; None when that failed, which is logged and counted.

@@ -14,6 +14,7 @@ from model.rows import ModelDelta, Rows
 from state.manifest import Manifest
 from state.store import SnapshotStore
 from stream.deltas.writer import Sent
+from stream.records.delta import encode_delta
 from stream.records.delta_assembly import Delta, assemble
 from stream.trainer.captured import CapturedVersion
 
@@ -80,19 +81,19 @@ class FakeLearner:
 class DeltaLog:
     """A log of deltas in memory, with the offsets that Kafka would give them: a transaction ends with a marker."""
 
-    def __init__(self, position: int = 0, limit: int = 100_000) -> None:
-        self.position, self.limit = position, limit
+    def __init__(self, position: int = 0) -> None:
+        self.position = position
         self.deltas: list[Delta] = []
         self.answers: list[BaseException | None] = []
 
-    async def send(self, pieces):
+    async def publish(self, header, delta):
         answer = self.answers.pop(0) if self.answers else None
         if answer is not None:
             raise answer
-        offset = self.position
+        pieces, offset = encode_delta(header, delta, 100_000), self.position
         self.deltas.append(assemble(pieces))
         self.position += len(pieces) + 1
-        return Sent(offset, offset + len(pieces), 0)
+        return Sent(offset, offset + len(pieces), 0, sum(map(len, pieces)))
 
     @property
     def points(self) -> list[tuple[str, int]]:

@@ -84,7 +84,7 @@ class Trainer:
             pass
 
     async def publish(self):
-        await self.chain.send(self.chain.encode(self.training.capture_delta()))
+        await self.chain.publish(self.training.capture_delta())
 
     def version(self, *, on_chain):
         """A version, and its manifest as the publisher writes it."""

@@ -13,7 +13,7 @@ from state.changes import Announcement
 from state.errors import Refused, SnapshotError
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import DeltaTooLarge, Fenced, NoAnswer, RegistryError
+from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.records.delta import Point
 from stream.trainer import snapshots
 from stream.trainer.batching import BatchCutter
@@ -291,12 +291,12 @@ async def test_a_delta_is_sent_again_until_kafka_has_it(bench, monkeypatch, capl
     monkeypatch.setattr(snapshots, "SEND_AGAIN_S", 0.01)
     at = bench()
     await at.publisher.publish(captured(100))
-    at.log.answers = [NoAnswer("Kafka is away"), DeltaTooLarge("the limit was lowered"), NoAnswer("Kafka is away")]
+    at.log.answers = [NoAnswer("Kafka is away"), NoAnswer("Kafka is away")]
     await at.publisher.publish_delta(delta(130))
     assert at.log.points == [("deepfm/4/0", 1)]
     assert at.metrics.deltas.labels("failed")._value.get() == 2
     assert at.metrics.deltas.labels("sent")._value.get() == 1
-    assert "delta 1 isn't written, it is sent again" in caplog.text
+    assert "a delta isn't written, it is published again" in caplog.text
 
 
 async def test_a_delta_waits_for_the_dead_letters_before_it(bench):
