@@ -112,8 +112,8 @@ def show(version: int, output: str) -> None:
 def verify(version: int | None, live: bool, wait_ms: int, output: str) -> None:
     """Read every file of VERSION and compare it with the manifest. Exit code 1 when anything differs.
 
-    With --live, compare the digests of the weights that scorers have in memory, at equal points of a chain, with each other and
-    with the announced versions.
+    With --live, compare the digests of the weights that scorers have in memory, at equal points of a chain, with each other,
+    with the trainer's deltas and with the announced versions.
 
     \b
     Examples:

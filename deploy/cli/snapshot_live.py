@@ -18,14 +18,14 @@ EXIT_DIFFERENT = 1
 def verify_live(wait_ms: int, output: str) -> None:
     """Compare the digests of all live scorers, print what was found, and exit with 1 if any differ."""
     from deploy.cli.snapshot_view import beat_json, weights_text
-    from stream.registry.live_digests import compare_live
+    from stream.deltas.live_digests import compare_live
 
     settings = command_settings()
     found = ask_kafka(settings, compare_live(settings.kafka, topic_names(settings), wait_ms=wait_ms), ABOUT)
     if output == "json":
         echo_json(
             {
-                "equal": not found.differences,
+                "equal": not found.differences if found.compared else None,
                 "points": found.compared,
                 "differences": [each._asdict() for each in found.differences],
                 "alone": found.alone,
@@ -34,12 +34,11 @@ def verify_live(wait_ms: int, output: str) -> None:
         )
     else:
         for worker, beat in found.beats.items():
-            lone = "; at no point that another scorer or a version was at" if worker in found.alone else ""
+            lone = "; at no point that another scorer, the trainer or a version was at" if worker in found.alone else ""
             click.echo(f"scorer {worker} on {beat.host}: {weights_text(beat)}{lone}")
-        click.echo(
-            f"{len(found.beats)} live scorers, {found.compared} points compared, "
-            f"{'all digests equal' if not found.differences else f'{len(found.differences)} of them different'}"
-        )
+        outcome = f"{len(found.differences)} of them different" if found.differences else "all digests equal"
+        compared = f"{found.compared} points compared, {outcome}" if found.compared else "nothing to compare them with"
+        click.echo(f"{len(found.beats)} live scorers, {compared}")
     for each in found.differences:
         who = "; ".join(f"{digest}: {', '.join(names)}" for digest, names in each.digests.items())
         click.echo(

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from stream.deltas.live_digests import compare_live
 from stream.errors import TopicError
 from stream.kafka.clients import kafka_python_options
 from stream.kafka.cluster import describe_cluster
 from stream.records.heartbeat import Heartbeat
-from stream.registry.live_digests import compare_live
 from stream.registry.operations import Operations, RollbackRequest
 from stream.topics.admin import create_topics
 from tests.stream.scorer.plain_trainer import PlainTrainer

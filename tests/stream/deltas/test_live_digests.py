@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from state.registry import VersionRecord
+from stream.deltas.live_digests import LiveDigests
+from stream.records.delta import DeltaHeader, Point
 from stream.records.heartbeat import Heartbeat, Mark
-from stream.registry.live_digests import LiveDigests
 
 
 def beat(worker: str, marks: dict[int, str], chain: str = "m/1/0", version: int = 3) -> Heartbeat:
@@ -59,3 +60,24 @@ def test_what_was_compared_with_nothing_is_said() -> None:
     assert (found.compared, found.alone) == (0, ["a", "b", "c", "old"])
     found.add_beats([beat("a", {9: "y"})])
     assert (found.compared, found.alone) == (1, []), "later heartbeats meet earlier ones; scorers that ended are left out"
+
+
+def test_a_scorer_alone_is_compared_with_the_trainers_deltas() -> None:
+    found = LiveDigests()
+    for sequence, digest in ((7, "1" * 16), (8, "2" * 16)):
+        found.add_delta(
+            DeltaHeader(
+                chain="m/1/0",
+                sequence=sequence,
+                parent=Point("m/1/0", sequence - 1),
+                offsets={},
+                watermark_ms=0,
+                examples_seen=0,
+                negative_rate=1.0,
+                at_ms=0,
+                digest=digest,
+            )
+        )
+    found.add_beats([beat("a", {6: "x", 7: "1" * 16}), beat("b", {8: "z"})])
+    assert (found.compared, found.alone) == (2, [])
+    assert found.differences == [("m/1/0", 8, {"2" * 16: ["the trainer"], "z": ["b"]})]

@@ -1,8 +1,8 @@
-"""Compares the digests that live scorers report for the weights that they serve, at equal points of a chain.
+"""Compares the digests of the weights of live scorers with one another and with the trainer's, at equal points of a chain.
 
-A digest stands for all weights (`model.digest`), so scorers that report the same digest serve the same weights, bit for bit. A
-heartbeat names the last points that its scorer was at, and versions name theirs, so that scorers are compared although they
-report at different times.
+A digest stands for all weights (`model.digest`), so whoever reports the same digest has the same weights, bit for bit. A
+heartbeat names the last points that its scorer was at, and each delta and each version names its own. So they are compared
+although they report at different times.
 """
 
 from __future__ import annotations
@@ -10,10 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from state.registry import VersionRecord
+from stream.deltas.pieces import FoundDelta
+from stream.deltas.reader import DeltaReader
+from stream.errors import TopicError
+from stream.records.delta import DeltaHeader
 from stream.records.heartbeat import Heartbeat
 from stream.registry.heartbeat import HeartbeatReader
 from stream.registry.log import read_registry
@@ -22,6 +27,8 @@ from stream.topics.names import TopicNames
 
 __all__ = ["Difference", "LiveDigests", "compare_live"]
 
+# Records at the end of the log that are read first: some seconds of deltas, and at least the last one where none come.
+TAIL_RECORDS = 64
 # How often heartbeats are looked at. Each names the last eight points, which are two seconds at four deltas a second.
 LOOK_S = 0.25
 
@@ -35,10 +42,9 @@ class Difference(NamedTuple):
 
 
 class LiveDigests:
-    """What was reported so far, by point. A version is named `version N`, a scorer by its worker id.
+    """What was reported so far, by point. A version is named `version N`, the trainer's deltas TRAINER, a scorer by its id."""
 
-    compared    points that at least two report
-    """
+    TRAINER = "the trainer"
 
     def __init__(self) -> None:
         self._points: dict[tuple[str, int], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -51,6 +57,10 @@ class LiveDigests:
             if record.chain and record.sequence is not None and record.digest:
                 self._points[record.chain, record.sequence][record.digest].add(f"version {record.version}")
 
+    def add_delta(self, header: DeltaHeader) -> None:
+        """Take the digest that the trainer has written with a delta."""
+        self._points[header.chain, header.sequence][header.digest].add(self.TRAINER)
+
     def add_beats(self, beats: Iterable[Heartbeat]) -> None:
         """Take the last heartbeats of the live scorers."""
         self.beats = {beat.worker: beat for beat in beats}
@@ -60,7 +70,7 @@ class LiveDigests:
 
     @property
     def compared(self) -> int:
-        """Number of points at which a scorer was compared with another one, or with a version."""
+        """Number of points at which a scorer was compared with another one, with the trainer, or with a version."""
         return sum(
             len(names) > 1 and not names.isdisjoint(self.beats)
             for names in (set().union(*digests.values()) for digests in self._points.values())
@@ -68,7 +78,7 @@ class LiveDigests:
 
     @property
     def alone(self) -> list[str]:
-        """Scorers with weights that were at no point which another one, or a version, was at too."""
+        """Scorers with weights that were at no point which another one, the trainer or a version was at too."""
         met: set[str] = set()
         for digests in self._points.values():
             names = set().union(*digests.values())
@@ -95,11 +105,33 @@ async def compare_live(kafka: KafkaSettings, names: TopicNames, *, wait_ms: int)
     """
     found = LiveDigests()
     deadline = time.monotonic() + wait_ms / 1_000
-    async with HeartbeatReader(kafka, names) as scorers:
+    async with HeartbeatReader(kafka, names) as scorers, _newest_deltas(kafka, names) as deltas:
         while True:
+            while deltas is not None and (each := await deltas.next(timeout_s=LOOK_S / 10)) is not None:
+                if isinstance(each, FoundDelta):  # the first records may be the rest of a delta
+                    found.add_delta(each.delta.header)
             state = await read_registry(kafka, names)
             found.add_versions(state.versions.values())
             found.add_beats(await scorers.live())
             if not found.alone or time.monotonic() >= deadline:
                 return found
             await asyncio.sleep(LOOK_S)
+
+
+@asynccontextmanager
+async def _newest_deltas(kafka: KafkaSettings, names: TopicNames) -> AsyncIterator[DeltaReader | None]:
+    """Reads the log of deltas from a little before its end on; None in a system without the topic."""
+    reader = DeltaReader(kafka, names, start=None)
+    try:
+        await reader.open()
+    except TopicError:
+        yield None
+        return
+    start = max(0, reader.position - TAIL_RECORDS)
+    await reader.close()
+    reader = DeltaReader(kafka, names, start=start)
+    try:
+        await reader.open()
+        yield reader
+    finally:
+        await reader.close()
