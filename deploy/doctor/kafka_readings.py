@@ -30,6 +30,8 @@ from stream.kafka.clients import kafka_python_options
 from stream.kafka.offsets import committed_offsets
 from stream.kafka.read_log import Span, first_records, high_watermarks, log_consumer, log_spans, read_spans
 from stream.records.dead_letter import read_letter
+from stream.records.delta import DeltaDamaged, read_piece
+from stream.records.delta_assembly import DeltaAssembly
 from stream.records.heartbeat import Heartbeat
 from stream.records.record import Record
 from stream.records.watermark import WATERMARK_HEADER
@@ -46,6 +48,8 @@ __all__ = ["read_everything"]
 
 # The topics whose logs are measured, by short name: the name of TopicNames' attribute, with dashes.
 MEASURED = ("impressions", "clicks", "examples", "score-requests", "dead-letters", "deltas")
+# Records at the end of `deltas` in which the newest delta is looked for: up to a megabyte each. A delta has two or three.
+LAST_DELTAS = 16
 STALL_S = 20.0  # longest wait in which no broker sends anything
 FIRST_S = 10.0  # limit for single records; the arrival of a record that takes longer stays unknown
 # A new cluster creates its groups' coordinators at the first request, which takes a while.
@@ -117,9 +121,11 @@ class _Reader:
             registry=registry or RegistryState(),
             scorers=await self._scorers(),
             trainer={} if registry is None else self._trainer(registry),
+            learned=await self._learned(logs),
             tails=await self._tails(logs, sample),
             letters=await self._letters(logs, sample),
         )
+        readings = replace(readings, learned=_further(readings.learned, readings.trainer))
         arrivals = await self._first_records(logs, _offsets_of_interest(readings))
         return replace(
             readings,
@@ -248,6 +254,20 @@ class _Reader:
             return {}
         return {int(number): offset for number, offset in manifest.offsets.items()}
 
+    async def _learned(self, logs: Mapping[Partition, LogReading]) -> dict[int, int]:
+        """The offsets up to which the newest delta has learned; none where the last records of `deltas` begin no delta."""
+        learned: dict[int, int] = {}
+        for records in (await self._newest(logs, "deltas", LAST_DELTAS)).values():
+            for record in records:
+                try:
+                    piece = read_piece(record.value)
+                    header = DeltaAssembly(piece).header if piece.piece == 0 else None
+                except DeltaDamaged:
+                    continue
+                if header is not None:
+                    learned = {int(number): offset for number, offset in header.offsets.items()}
+        return learned
+
     def _not_read(self, what: str, error: Exception) -> None:
         self._unread.append(f"{what}: {repr(error) if isinstance(error, KafkaError) else error}")
 
@@ -350,9 +370,16 @@ def _offsets_of_interest(readings: Readings) -> dict[Partition, set[int]]:
             add("examples", number, committed.progress.examples_low)
     for number in range(readings.partitions.get("examples", 0)):
         add("examples", number, readings.trainer.get(number))
+        add("examples", number, readings.learned.get(number))
     for number in range(readings.partitions.get("score-requests", 0)):
         add("score-requests", number, readings.scorer.get(number))
     return wanted
+
+
+def _further(learned: Mapping[int, int], trainer: Mapping[int, int]) -> dict[int, int]:
+    """The offsets of the newest delta, unless the newest version is further: deltas may be withheld, or of an older line."""
+    further = all(offset >= trainer.get(number, 0) for number, offset in learned.items())
+    return dict(learned) if further else {}
 
 
 def _full(names: TopicNames, short: str) -> str:

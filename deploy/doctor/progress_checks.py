@@ -41,7 +41,8 @@ def _workers(readings: Readings) -> dict[str, _Worker]:
         for topic, position in (("impressions", committed.impressions), ("clicks", committed.clicks))
         if position is not None
     }
-    trainer = {("examples", number): position for number, position in readings.trainer.items()}
+    learned = {**readings.trainer, **readings.learned}
+    trainer = {("examples", number): position for number, position in learned.items()}
     scorer = {("score-requests", number): position for number, position in readings.scorer.items()}
     return {
         "join": _Worker("headrace run join", ("impressions", "clicks"), join),
@@ -55,7 +56,7 @@ def lag(readings: Readings) -> Iterator[Finding]:
     for name, worker in _workers(readings).items():
         if name in readings.unread_positions or (name == "trainer" and publishes_nothing(readings) is not None):
             continue  # the position is unknown, or `publishing` reports it: the trainer's is that of its newest version
-        # The trainer's position is known from its newest version only, which is up to two intervals old.
+        # While deltas are withheld, the trainer's position is known from its newest version, which is up to two intervals old.
         limit_ms = MAX_WAIT_MS + (2 * readings.snapshots.interval_ms if name == "trainer" and worker.positions else 0)
         waiting, behind, oldest = list[str](), 0, readings.now_ms
         for (topic, number), log in readings.logs.items():

@@ -89,6 +89,8 @@ class Readings:
     """Members of the groups `join`, `trainer` and `scorer`; empty where they could not be counted."""
     trainer: Mapping[int, int] = field(default_factory=dict)
     """Next offset of each partition of `examples`, according to the newest announced version that the store has."""
+    learned: Mapping[int, int] = field(default_factory=dict)
+    """The same according to the newest delta, where that is further than the version."""
     scorer: Mapping[int, int] = field(default_factory=dict)
     """Committed offset of each partition of `score-requests`."""
     registry: RegistryState = field(default_factory=RegistryState)

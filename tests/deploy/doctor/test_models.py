@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -166,6 +167,17 @@ def test_a_trainer_that_publishes_nothing() -> None:
     assert check_of(silent(50_000)) == []
     assert check_of(silent(10 * MINUTE, arrivals=healthy().arrivals)) == [], "nothing came since"
     assert check_of(silent(10 * MINUTE, members={"join": 1, "trainer": 0, "scorer": 1})) == ["lag"], "none runs"
+
+
+def test_a_trainer_is_as_far_as_its_newest_delta() -> None:
+    """With a version a minute, everything since the last one would look as if it waited."""
+    waiting = healthy(
+        trainer={0: 100, 1: 200},
+        arrivals=dict(healthy().arrivals) | {("examples", 0, 100): NOW - 5 * MINUTE, ("examples", 0, 150): NOW - 4 * MINUTE},
+    )
+    assert check_of(waiting) == ["lag"]
+    assert check_of(dataclasses.replace(waiting, learned={0: 200, 1: 200})) == []
+    assert check_of(dataclasses.replace(waiting, learned={0: 150, 1: 200})) == ["lag"]
 
 
 def test_a_trainer_with_rare_versions_is_not_behind() -> None:
