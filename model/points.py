@@ -1,0 +1,181 @@
+"""Serving rows as they were at earlier moments, read while training goes on: copy on write, in layers.
+
+A point is a moment between two batches. From then on, a row's serving values are saved when the row is touched for the first
+time, and only by the newest point. So what training pays doesn't grow with the number of points, and a point costs 4 bytes a row
+of the table and some 76 bytes a row that was touched until the next point (dimension 16), at most once the serving rows.
+
+To read rows as of a point, take the live rows, and put over them what the points saved: the newest point's values first, those
+of the asked point last. A row that a point saved was unchanged since that point, and so since the point before, unless that one
+saved it too.
+
+Everything here is for the training thread. The learner never removes rows, so a row's number names the same key for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from model.errors import ModelError
+from model.growing import Column, Growing
+from model.reserve import reserved
+from model.rows import Rows
+
+__all__ = ["Point", "Points", "SavedRows"]
+
+_LATER = -1
+"""Mark of all rows that came after the point; marks above 0 are of saved rows, 0 is of rows that weren't touched since."""
+
+
+class SavedRows:
+    """What one point saved. Rows 1 to `count` were there at the point."""
+
+    def __init__(self, count: int, dim: int, device: torch.device) -> None:
+        self.count = count
+        if device.type == "cpu":
+            self._marks = reserved((count + 2,), torch.int32)
+        else:
+            self._marks = torch.zeros(count + 2, dtype=torch.int32, device=device)
+        self._marks[count + 1] = _LATER
+        columns = {"embedding": Column((dim,)), "first_order": Column(), "number": Column(dtype=torch.int32)}
+        self._saved = Growing(columns, 1, device)
+        self._used = 0
+
+    def __len__(self) -> int:
+        return self._used
+
+    def missing(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Those of the row numbers (N,) that were there at the point and aren't saved yet."""
+        return numbers[self._marks.index_select(0, numbers.clamp(max=self.count + 1)) == 0]
+
+    def put(self, numbers: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor) -> None:
+        """Saves values of distinct rows (N,), or replaces what is saved of them."""
+        marks = self._marks.index_select(0, numbers)
+        new = (marks == 0).nonzero().squeeze(1)
+        end = self._used + len(new)
+        self._saved.make_room(end)
+        marks[new] = torch.arange(self._used + 1, end + 1, dtype=torch.int32, device=marks.device)
+        where = marks.long().sub_(1)
+        self._saved["embedding"].index_copy_(0, where, embedding)
+        self._saved["first_order"].index_copy_(0, where, first_order)
+        self._saved["number"].index_copy_(0, where, numbers.int())
+        self._marks.index_copy_(0, numbers, marks)
+        self._used = end
+
+    def over(self, numbers: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor) -> None:
+        """Puts what is saved over the values of rows (N,), whose numbers are at most `count`."""
+        if not self._used:
+            return
+        marks = self._marks.index_select(0, numbers)
+        at = marks.nonzero().squeeze(1)
+        where = marks.index_select(0, at).long().sub_(1)
+        embedding.index_copy_(0, at, self._saved["embedding"].index_select(0, where))
+        first_order.index_copy_(0, at, self._saved["first_order"].index_select(0, where))
+
+    def take_over(self, later: SavedRows) -> None:
+        """Saves what the next point has saved and this one hasn't, so that the next one isn't needed any more."""
+        numbers = later._saved["number"][: len(later)].long()
+        at = (self._marks.index_select(0, numbers.clamp(max=self.count + 1)) == 0).nonzero().squeeze(1)
+        values = (later._saved[name].index_select(0, at) for name in ("embedding", "first_order"))
+        self.put(numbers.index_select(0, at), *values)
+
+
+class Points:
+    """All points of a table, oldest first.
+
+    Args:
+        live: gives the present serving values of rows (N,), as copies.
+    """
+
+    def __init__(self, live: Callable[[torch.Tensor], Rows], dim: int, device: torch.device) -> None:
+        self._live, self._dim, self._device = live, dim, device
+        self._saved: list[SavedRows] = []
+
+    def touch(self, numbers: torch.Tensor) -> None:
+        """Call it before distinct rows (N,) change."""
+        if not self._saved:
+            return
+        newest = self._saved[-1]
+        missing = newest.missing(numbers)
+        if len(missing):
+            rows = self._live(missing)
+            newest.put(missing, rows.embedding, rows.first_order)
+
+    def add(self, count: int) -> Point:
+        """A new point: rows 1 to `count` as they are now."""
+        self._saved.append(SavedRows(count, self._dim, self._device))
+        return Point(self, self._saved[-1])
+
+    def add_oldest(self, count: int) -> Point:
+        """A point before all others, with the values of the next one, or the present ones; `Point.correct` changes them."""
+        self._saved.insert(0, SavedRows(count, self._dim, self._device))
+        return Point(self, self._saved[0])
+
+    def forget(self) -> None:
+        """Ends all points."""
+        self._saved = []
+
+    def holds(self, saved: SavedRows) -> bool:
+        """Whether a point is one of these."""
+        return any(each is saved for each in self._saved)
+
+    def read(self, saved: SavedRows, numbers: torch.Tensor) -> Rows:
+        """Copies of rows (N,) as of a point. Their numbers are at most its `count`; 0 reads zeros."""
+        rows = self._live(numbers)
+        for each in reversed(self._saved):
+            each.over(numbers, rows.embedding, rows.first_order)
+            if each is saved:
+                return rows
+        raise ModelError(f"point of {saved.count} rows: expected one that is open, found one that was closed; make another")
+
+    def drop(self, saved: SavedRows) -> None:
+        """Ends a point. The one before it takes over what it needs."""
+        at = next((at for at, each in enumerate(self._saved) if each is saved), None)
+        if at is None:
+            return
+        if at:
+            self._saved[at - 1].take_over(saved)
+        del self._saved[at]
+
+
+class Point:
+    """The rows of a table at one moment. Close it when it isn't needed any more."""
+
+    def __init__(self, points: Points, saved: SavedRows) -> None:
+        self._points, self._saved = points, saved
+
+    @property
+    def count(self) -> int:
+        """Number of rows at that moment: those numbered 1 to `count`."""
+        return self._saved.count
+
+    @property
+    def saved(self) -> int:
+        """Number of rows whose values this point holds itself."""
+        return len(self._saved)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be read."""
+        return self._points.holds(self._saved)
+
+    def read(self, numbers: torch.Tensor) -> Rows:
+        """Copies of rows (N,) as they were. Numbers are at most `count`; 0 reads zeros. Raises ModelError once it is closed."""
+        return self._points.read(self._saved, numbers)
+
+    def correct(self, first: int, rows: Rows) -> None:
+        """Says how rows numbered from `first` on were. Only what differs takes memory."""
+        numbers = torch.arange(first, first + len(rows), device=rows.keys.device)
+        found = self.read(numbers)
+        differs = _bits(found.embedding).ne(_bits(rows.embedding)).any(1) | _bits(found.first_order).ne(_bits(rows.first_order))
+        at = differs.nonzero().squeeze(1)
+        self._saved.put(numbers[at], rows.embedding.index_select(0, at), rows.first_order.index_select(0, at))
+
+    def close(self) -> None:
+        """Ends it; further calls do nothing."""
+        self._points.drop(self._saved)
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.contiguous().view(torch.int32)
