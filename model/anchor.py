@@ -88,12 +88,11 @@ class AnchorPoint:
         ):
             self.close()
             raise SnapshotMismatch(
-                f"rows {first} to {self._restored} of a version: expected the keys that the model's own rows have, found others. "
-                "The version isn't from this model's past"
+                f"rows {first} to {self._restored} of a version: expected the keys of the model's own rows, found others. The "
+                "version isn't from this model's past"
             )
         self._point.correct(first, Rows(keys, rows.embedding.to(keys.device), rows.first_order.to(keys.device)))
 
     def close(self) -> None:
         """Ends it, and frees the memory of saved rows; further calls do nothing."""
         self._point.close()
-

@@ -93,7 +93,7 @@ class ModelRows(Growing):
             self._freeze = None
 
     def clear(self, room: int) -> None:
-        """Makes all rows zeros again, with room for at least `room` of them. None of them is touched then, and no point is open.
+        """Makes all rows zeros again, with room for at least `room` of them. None is touched then, and no point is open.
 
         Raises:
             ModelError: a freeze is open.

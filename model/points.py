@@ -1,8 +1,8 @@
 """Serving rows as they were at earlier moments, read while training goes on: copy on write, in layers.
 
 A point is a moment between two batches. From then on, a row's serving values are saved when the row is touched for the first
-time, and only by the newest point. So what training pays doesn't grow with the number of points, and a point costs 4 bytes a row
-of the table and some 76 bytes a row that was touched until the next point (dimension 16), at most once the serving rows.
+time, and only by the newest point. So what training pays doesn't grow with the number of points. A point costs 4 bytes a row of
+the table and some 76 bytes a row that was touched until the next point (dimension 16), so at most as much as all serving rows.
 
 To read rows as of a point, take the live rows, and put over them what the points saved: the newest point's values first, those
 of the asked point last. A row that a point saved was unchanged since that point, and so since the point before, unless that one
@@ -108,7 +108,16 @@ class Points:
         return Point(self, self._saved[-1])
 
     def add_oldest(self, count: int) -> Point:
-        """A point before all others, with the values of the next one, or the present ones; `Point.correct` changes them."""
+        """A point before all others, with the values of the next one, or the present ones; `Point.correct` changes them.
+
+        Raises:
+            ModelError: another point has fewer rows, so it was before this one.
+        """
+        if self._saved and count > self._saved[0].count:
+            raise ModelError(
+                f"point of {count} rows: expected at most {self._saved[0].count}, as the oldest open point has, found more. "
+                "Close that one first"
+            )
         self._saved.insert(0, SavedRows(count, self._dim, self._device))
         return Point(self, self._saved[0])
 

@@ -35,6 +35,8 @@ from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, topic_ids
 from stream.trainer.rebase import go_on_in_place
+from stream.trainer.sanity import Sanity
+from stream.trainer.score_shift import ScoreShift
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher
 from stream.trainer.standby import Standby
@@ -174,7 +176,7 @@ async def _built(
     base = await go_on_in_place(prepared.learner, start, kafka, names)
     chain = Chain(str(ChainName(model.name, epoch, 0)), deltas, base, prepared.learner.touched_keys)
     judge = Judge(snapshots, gate_state(start, epoch))
-    anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
+    anchors = Anchors(judge, store, snapshots, schema, model, prepared.learner, settings.device)
 
     def reference(version: int) -> Predictor:
         return load_reference(store, version, schema, announced=follower.state.versions.get(version))
@@ -193,6 +195,8 @@ async def _built(
         observers=(skew,),
         bookkeeping={CHAIN: chain},
         judge=judge,
+        sanity=Sanity(judge, ScoreShift(prepared.learner), snapshots),
+        anchors=anchors,
     )
     training.restore(start.bookkeeping)
     # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a new
