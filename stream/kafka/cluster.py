@@ -163,7 +163,7 @@ async def topic_configs(
         keys: the configurations wanted; all when None.
 
     Returns:
-        By topic. Nothing for a topic that we may not ask about, or that doesn't exist; a warning is logged.
+        By topic. Nothing for a topic that we may not ask about; a warning is logged. A topic that doesn't exist is left out.
 
     Raises:
         NoAnswer: Kafka can't be reached.
@@ -176,6 +176,8 @@ async def topic_configs(
     found: dict[str, dict[str, str]] = {}
     for answered in answers:
         for code, message, _, topic, entries in answered.resources:
+            if code == UNKNOWN_TOPIC:
+                continue
             if code:
                 log.warning("%s: its configuration can't be read (error code %d: %s)", topic, code, message)
             found[topic] = {name: value for name, value, *_ in entries if value is not None and (keys is None or name in keys)}

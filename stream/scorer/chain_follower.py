@@ -197,8 +197,9 @@ class ChainFollower:
         marked = self._registry
         try:
             while self._wanted:
-                self._hand_over(replica, deltas)
-                self._look(replica, deltas.position if deltas.at_end and not waiting.done() else taken)
+                at_end = deltas.at_end and not waiting.done()  # an item that is here already has not been taken
+                self._hand_over(replica, at_end=at_end)
+                self._look(replica, deltas.position if at_end else taken)
                 await self._news_or(LOOK_S, waiting)
                 if self._registry is not marked or self._news.is_set():
                     self._news.clear()
@@ -215,15 +216,15 @@ class ChainFollower:
             with contextlib.suppress(BaseException):
                 await waiting
 
-    def _hand_over(self, replica: Replica, deltas: DeltaLog) -> None:
+    def _hand_over(self, replica: Replica, *, at_end: bool) -> None:
         """Let a replica answer once it is no older than what answers, or has read all there is."""
         before, champion = self.replica, self._registry.champion_record
         if before is replica:
             return
         if before is not None:
-            ready = deltas.at_end or order(replica.progress.point) >= order(before.progress.point)
+            ready = at_end or order(replica.progress.point) >= order(before.progress.point)
         elif self._listener.is_serving:
-            ready = deltas.at_end and champion is not None and replica.covers(champion)
+            ready = at_end and champion is not None and replica.covers(champion)
         else:
             ready = True
         if not ready:

@@ -226,6 +226,7 @@ def _describe(kafka: KafkaSettings, admin: KafkaAdminClient, contracts: Sequence
     if not topics:
         return {}
     configs = _configs(kafka, [topic["name"] for topic in topics])
+    topics = [topic for topic in topics if topic["name"] in configs]  # others were deleted between the two requests
     return {
         topic["name"]: Found(
             partitions=len(topic["partitions"]),
@@ -238,8 +239,8 @@ def _describe(kafka: KafkaSettings, admin: KafkaAdminClient, contracts: Sequence
 
 def _configs(kafka: KafkaSettings, names: Sequence[str]) -> dict[str, dict[str, str]]:
     found = asyncio.run(topic_configs(kafka, names))
-    for name in names:
-        if not found.get(name):
+    for name, configs in found.items():
+        if not configs:
             raise TopicError(
                 f"topic {name}: expected its configuration, found none that may be read. Ask for the right to describe the "
                 "topic's configuration (DescribeConfigs)."

@@ -110,6 +110,14 @@ async def _set(settings: Any, topic: str, key: str, value: str) -> None:
 
 
 @pytest.mark.kafka
+def test_a_topic_that_does_not_exist_has_no_configuration(topics, caplog):
+    names = TopicNames.of(topics.topics)
+    found = asyncio.run(topic_configs(topics.kafka, [names.clicks, f"{names.clicks}-not-made"]))
+    assert found.keys() == {names.clicks} and found[names.clicks]
+    assert caplog.messages == []
+
+
+@pytest.mark.kafka
 def test_topics_that_the_join_can_not_rely_on(topics, caplog):
     names = TopicNames.of(topics.topics)
     four = (names.impressions, names.clicks, names.examples, names.dead_letters)
