@@ -110,7 +110,7 @@ class SnapshotSettings(BaseModel):
     score_shift_limit: float = Field(
         default=0.2,
         gt=0,
-        description="Mean absolute change, in logits, of the scores of 64 recent requests within a minute of event time. "
+        description="Mean absolute change, in logits, of the scores of 64 recent requests within up to 2,000 examples. "
         "Beyond it, once there is an anchor, deltas are withheld until scores are back, until `anchor_age_ms` have passed and "
         "clicks don't show the weights to be worse, or until an operator releases them.",
     )

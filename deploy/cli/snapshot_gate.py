@@ -107,7 +107,7 @@ def _print(document: dict[str, Any]) -> None:
         error = document["loss_error"] * 100
         click.echo(f"log loss {document['loss_change'] * 100:+.2f} % ± {error:.2f} % against {anchor}")
     if document["score_shift"] is not None:
-        click.echo(f"scores of recent requests shifted by {document['score_shift']:.3f} logits within a minute")
+        click.echo(f"scores of recent requests shifted by {document['score_shift']:.3f} logits")
     for problem in document["problems"]:
         click.echo(f"problem: {problem}")
     if (last := document["released"]) is not None:

@@ -32,7 +32,7 @@ def choose_anchor(
         report: the gate's present report.
         watermark_ms: event time up to which is trained.
         broken: versions that couldn't be read.
-        kept: versions that may take the place of the present anchor; None: any version may.
+        kept: versions that may become the anchor; None: any may. The present one may stay in either case.
     """
     champion_line = registry.champion_line
     if champion_line is None:
@@ -60,7 +60,7 @@ def choose_anchor(
         for record in good
         if watermark_ms - record.watermark_ms >= settings.anchor_age_ms
         and report.clicks - clicks_of(record) >= settings.anchor_clicks
-        and (current is None or kept is None or record.version in kept)
+        and (kept is None or record.version in kept)
     ]
     newest = max(old, key=lambda record: record.version, default=None)
     if newest is None or current is None:

@@ -150,14 +150,7 @@ class Anchors:
         judge.follow(registry.champion_line)
         report = judge.report()
         kept = self._find_candidate(registry, report.line)
-        wanted = choose_anchor(
-            registry,
-            report,
-            watermark_ms=watermark_ms,
-            settings=self._settings,
-            broken=self._broken,
-            kept=self._eligible(kept),
-        )
+        wanted = self._wanted(registry, report, watermark_ms, kept)
         current = judge.anchor
         if wanted is None:
             by_served = registry.champion_line not in (None, report.line, *report.passed)
@@ -184,14 +177,19 @@ class Anchors:
             return
         log.info("gate: comparing with version %d from now on", wanted)
 
-    def _eligible(self, kept: VersionRecord | None) -> tuple[int, ...] | None:
-        """The versions that may take the present anchor's place.
+    def _wanted(self, registry: RegistryState, report: GateReport, watermark_ms: int, kept: VersionRecord | None) -> int | None:
+        """The version that should be the anchor.
 
-        Any may at first: a trainer that has just started has no candidate, and the right version is in the store.
+        The candidate comes first. Any other version may become the anchor when there is none, and once after a start, since
+        a trainer that has just started has no candidate, and the right version is in the store.
         """
-        if not self._changed:
-            return None
-        return () if kept is None else (kept.version,)
+        choose = partial(
+            choose_anchor, registry, report, watermark_ms=watermark_ms, settings=self._settings, broken=self._broken
+        )
+        among_kept = choose(kept=() if kept is None else (kept.version,))
+        if among_kept is not None and (self._changed or (kept is not None and among_kept == kept.version)):
+            return among_kept
+        return choose()
 
     def _find_candidate(self, registry: RegistryState, line: int) -> VersionRecord | None:
         """The record of the candidate's version; None while it isn't announced. Notes a candidate that won't be an anchor."""
@@ -236,8 +234,12 @@ class Anchors:
         count = await asyncio.to_thread(lambda: reader.row_count)
         since = _Since(record.watermark_ms, clicks_of(record))
         point: AnchorPoint | None = None
-        if self._point is not None:  # points are read through those after them, so an older one has to go first
+        if self._point is not None:  # points are read through those after them, so one from before has to go first
             await between(lambda: self._compare_with(None, None, None))
+        candidate = self._candidate
+        if candidate is not None and candidate.watermark_ms <= record.watermark_ms:
+            candidate.lost = True
+            await between(candidate.point.close)
         try:
             self._require_schema(version, reader.manifest.schema_hash)
             rate = reader.manifest.negative_rate

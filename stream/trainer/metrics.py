@@ -161,7 +161,7 @@ class TrainerMetrics:
         )
         self.score_shift = Gauge(
             "headrace_trainer_score_shift",
-            "Mean absolute change of recent requests' logits within a minute of event time. NaN while it isn't measured.",
+            "Mean absolute change of recent requests' logits within up to 2,000 examples. NaN while it isn't measured.",
             registry=prometheus,
         )
         self.gate_doubt = Gauge(

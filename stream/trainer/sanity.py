@@ -92,7 +92,7 @@ class Sanity:
         is_young = judge.anchor is None  # without an anchor the blocks of clicks don't judge either: it learns fast
         if found is not None and found > limit and not is_young and not self._has_settled(watermark_ms):
             judge.question(
-                f"scores of recent requests have shifted by {found:.2f} logits on average within a minute (allowed {limit:g})",
+                f"scores of recent requests have shifted by {found:.2f} logits on average (allowed {limit:g})",
                 watermark_ms,
             )
             return False
@@ -118,7 +118,7 @@ class Sanity:
             if (self.score_shift or 0.0) > self._settings.score_shift_limit:
                 self.forget()
         if self.shift is not None:
-            self.shift.served(watermark_ms)
+            self.shift.served()
         return True
 
     def forget(self) -> None:
