@@ -17,7 +17,7 @@ The last line is one JSON object:
 - `caught`: for each fault, the number of seeds whose versions were withheld within 2,000 clicks;
 - `median_clicks`: the median number of clicks until then;
 - `largest_shift`: the largest shift of scores in the stationary days, in logits, and at the steps of the click rate below;
-- `false_shifts_a_day`: how often a shift was beyond `snapshots.score_shift_limit` in a stationary day;
+- `false_shifts_a_day`: how often a shift was beyond what is allowed in a stationary day, and in all of the steps below;
 - `flip_seconds`: the median time until the shift is beyond the limit when all labels are flipped, and `flips_found`: the
   number of seeds in which that took less than a minute;
 - `holds_at_ctr_steps`: how often versions were withheld on streams whose click rate steps from 3 to 6 % and back. There are a
@@ -41,6 +41,7 @@ from state.gate import Gate, GateState
 from state.gate_blocks import sample
 from state.settings import SnapshotSettings
 from stream.trainer.batching import TrainingBatch
+from stream.trainer.sanity import BACK, TIMES_USUAL
 from stream.trainer.score_shift import ScoreShift
 
 Fault = Literal["none", "rate_times_100", "field_zeroed", "logits_plus_0.7", "labels_flipped"]
@@ -171,7 +172,8 @@ class Simulation:
         if self._anchor is not None:
             found = self.shift.measure() or 0.0
             self.largest_shift = max(self.largest_shift, found)
-            was_shifted, self.is_shifted = self.is_shifted, found > self._settings.score_shift_limit
+            limit = max(self._settings.score_shift_limit, TIMES_USUAL * self.shift.usual)
+            was_shifted, self.is_shifted = self.is_shifted, found > (limit * BACK if self.is_shifted else limit)
             self.shifts += self.is_shifted and not was_shifted
             if self.is_shifted:
                 return

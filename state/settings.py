@@ -111,8 +111,8 @@ class SnapshotSettings(BaseModel):
         default=0.2,
         gt=0,
         description="Mean absolute change, in logits, of the scores of 64 recent requests within up to 2,000 examples. "
-        "Beyond it, once there is an anchor, deltas are withheld until scores are back, until `anchor_age_ms` have passed and "
-        "clicks don't show the weights to be worse, or until an operator releases them.",
+        "Beyond it and beyond 4 times what is usual, once there is an anchor, deltas are withheld until scores are back, until "
+        "`anchor_age_ms` have passed and clicks don't show the weights to be worse, or until an operator releases them.",
     )
     anchor_age_ms: int = Field(
         default=600_000,

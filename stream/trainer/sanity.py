@@ -35,6 +35,9 @@ LARGEST_WEIGHT = 1e6
 # turns: from one delta to the next the mean of 64 differences changes by a tenth of the limit.
 BACK = 0.75
 
+# How many times the usual shift a shift may be, where that is more than `score_shift_limit`.
+TIMES_USUAL = 4.0
+
 
 def weight_problems(serving: Mapping[str, torch.Tensor]) -> list[str]:
     """What is wrong: tensors, by name, that aren't finite or hold a weight beyond `LARGEST_WEIGHT`. Empty when nothing is."""
@@ -88,15 +91,21 @@ class Sanity:
             judge.question("; ".join(wrong), watermark_ms)
             return False
         found = None if shift is None else shift.measure()
-        limit = self._settings.score_shift_limit * (1.0 if judge.doubt is None else BACK)
+        limit = self._limit * (1.0 if judge.doubt is None else BACK)
         is_young = judge.anchor is None  # without an anchor the blocks of clicks don't judge either: it learns fast
         if found is not None and found > limit and not is_young and not self._has_settled(watermark_ms):
             judge.question(
-                f"scores of recent requests have shifted by {found:.2f} logits on average (allowed {limit:g})",
+                f"scores of recent requests have shifted by {found:.2f} logits on average (allowed {limit:.2g})",
                 watermark_ms,
             )
             return False
         return True
+
+    @property
+    def _limit(self) -> float:
+        """The largest shift that is right, in logits. A model that learns by large steps shifts more than others."""
+        usual = 0.0 if self.shift is None else self.shift.usual
+        return max(self._settings.score_shift_limit, TIMES_USUAL * usual)
 
     def _has_settled(self, watermark_ms: int) -> bool:
         """Whether scores have jumped so long ago that the blocks of clicks would have shown that they are worse."""
@@ -115,7 +124,7 @@ class Sanity:
             return False
         if self._judge is not None and self._judge.doubt is not None:
             self._judge.trust("the weights and their scores pass the checks of a delta")
-            if (self.score_shift or 0.0) > self._settings.score_shift_limit:
+            if (self.score_shift or 0.0) > self._limit:
                 self.forget()
         if self.shift is not None:
             self.shift.served()

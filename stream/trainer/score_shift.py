@@ -35,6 +35,10 @@ HELD = 64
 RENEWED_EXAMPLES = 1_000
 
 
+# Part of a delta's shift in the usual one.
+USUAL_PART = 0.01
+
+
 class Scores(Protocol):
     """What the check needs of a `model.learner.Learner`."""
 
@@ -69,6 +73,8 @@ class ScoreShift:
         self._sets: list[_Set] = []  # the older one first
         self.last: float | None = None
         """What `measure` found last."""
+        self.usual = 0.0
+        """What it finds usually: the mean over the last hundred deltas or so that left."""
 
     def observe(self, batch: TrainingBatch, scores: Float32Array) -> None:
         """Take up one request of a batch, by the hash of its id."""
@@ -87,6 +93,8 @@ class ScoreShift:
 
     def served(self) -> None:
         """The live weights are served now: hold new requests if it is time."""
+        if self.last is not None and np.isfinite(self.last):
+            self.usual += USUAL_PART * (self.last - self.usual)
         seen = self._learner.examples_seen
         if len(self._recent) < HELD or (self._sets and seen - self._sets[-1].examples < RENEWED_EXAMPLES):
             return
@@ -98,8 +106,8 @@ class ScoreShift:
         self._sets = []
 
     def state(self) -> State:
-        """The sets that are held."""
-        found: dict[str, torch.Tensor] = {}
+        """The sets that are held, and the usual shift."""
+        found: dict[str, torch.Tensor] = {"usual": to_json(self.usual)}
         for number, each in enumerate(self._sets):
             at = {"examples": each.examples, "lists": each.batch.lists}
             found[f"{number}.at"] = to_json(at)
@@ -119,6 +127,7 @@ class ScoreShift:
             own = {name.removeprefix(f"{number}."): each for name, each in state.items() if name.startswith(f"{number}.")}
             if own:
                 sets.append(_restored(own))
+        self.usual = from_json(state.get("usual"), float)
         self._sets = sets
 
 
