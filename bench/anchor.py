@@ -1,12 +1,12 @@
-"""What the gate's anchor takes of memory and time: a point of the live table, and a second table as it was before.
+"""What the gate's anchor takes of memory and time: a moment of the live table, or a second table.
 
     .venv/bin/python bench/anchor.py                     # 1 M and 10 M rows: some 2 minutes, 4 GB of memory
     .venv/bin/python bench/anchor.py --rows 1000000      # this size only; may be repeated
 
-DeepFM has 39 fields, dimension 16 and an MLP of 400-400-400. For each size, in a process of its own: a point is made, examples
+DeepFM has 39 fields, dimension 16 and an MLP of 400-400-400. For each size, in a process of its own: a moment is kept, examples
 of 100,000 rows that are drawn at random are learned, and the process' resident memory is compared. Then all rows are loaded
 into a predictor. Both score batches of 1,024 examples of the same rows in turns. The last line is one JSON object; `value` is
-the memory of the point at the largest size.
+the memory of the kept moment at the largest size.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def measure(rows: int) -> Figures:
     drawn = np.random.default_rng(0).permutation(pool.every_id.size)[: count * FIELDS]
     batch = as_batch(pool.every_id.flatten()[drawn].reshape(count, FIELDS))
     labels = np.zeros(count, np.float32)
-    learner.learn(batch.slice(0, LEARNED_AT_ONCE), labels[:LEARNED_AT_ONCE])  # torch's buffers aren't the point's
+    learner.learn(batch.slice(0, LEARNED_AT_ONCE), labels[:LEARNED_AT_ONCE])  # torch's buffers aren't the moment's
     learner.take_delta()
     before = rss()
     began = time.perf_counter()
-    point = learner.point()
+    moment = learner.keep()
     made = time.perf_counter() - began
     for start in range(0, count, LEARNED_AT_ONCE):
         learner.learn(batch.slice(start, start + LEARNED_AT_ONCE), labels[start : start + LEARNED_AT_ONCE])
@@ -61,18 +61,18 @@ def measure(rows: int) -> Figures:
     predictor = Predictor.of(learner.schema, learner.settings, learner.serving_state(), device="cpu")
     loaded = rss()
     asked = batch.slice(0, SCORED)
-    times: dict[str, list[float]] = {"point": [], "predictor": []}
+    times: dict[str, list[float]] = {"moment": [], "predictor": []}
     for _ in range(ROUNDS):
-        for name, scores in (("point", point.predict), ("predictor", predictor.predict)):
+        for name, scores in (("moment", moment.predict), ("predictor", predictor.predict)):
             began = time.perf_counter()
             scores(asked)
             times[name].append(time.perf_counter() - began)
     return {
-        "saved_rows": point.saved,
-        "point_mb": (after - before) / 1e6,
+        "saved_rows": moment.saved,
+        "moment_mb": (after - before) / 1e6,
         "predictor_mb": (loaded - after) / 1e6,
         "make_ms": made * 1e3,
-        "point_us_a_row": statistics.median(times["point"]) / SCORED * 1e6,
+        "moment_us_a_row": statistics.median(times["moment"]) / SCORED * 1e6,
         "predictor_us_a_row": statistics.median(times["predictor"]) / SCORED * 1e6,
     }
 
@@ -89,8 +89,8 @@ def main(rows: tuple[int, ...]) -> None:
             figures[f"{name}_{size}"] = rounded
     report(
         benchmark="anchor",
-        value=figures[f"point_mb_{rows[-1]}"],
-        unit="MB of an anchor's point with 100,000 touched rows",
+        value=figures[f"moment_mb_{rows[-1]}"],
+        unit="MB of a kept moment with 100,000 touched rows",
         torch=torch.__version__,
         **figures,
     )

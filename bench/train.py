@@ -87,7 +87,7 @@ def headrace(pool: Pool, *, gate: bool = False) -> Step:
     judge, shift = Judge(SnapshotSettings(), GateState()), ScoreShift(learner)
     delta_due_s = 0.0
     if gate:
-        judge.compare_with(Anchor(1, learner.point()))
+        judge.compare_with(Anchor(1, learner.keep()))
 
     def step(start: int, stop: int) -> None:
         nonlocal delta_due_s

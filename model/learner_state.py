@@ -8,15 +8,15 @@ from dataclasses import replace
 import torch
 
 from model.adam import Adam
-from model.anchor import AnchorPoint
+from model.anchor import EarlierModel
 from model.deferred import Deferred
 from model.deltas import Deltas
 from model.embedding import EmbeddingTable, take
 from model.errors import ModelError, SnapshotMismatch
 from model.frozen import SERVING, FrozenModel, ModelRows
 from model.intercept import Intercept
+from model.moments import Moment, Moments
 from model.network import choose_device, dense_model
-from model.points import Point, Points
 from model.rows import ModelDelta, Rows
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
@@ -50,7 +50,7 @@ class LearnerState:
             seed=settings.seed,
             expected=settings.initial_rows,
         )
-        self._points = self._rows.points = Points(self._table.serving, schema.embedding_dim, self.device)
+        self._moments = self._rows.moments = Moments(self._table.serving, schema.embedding_dim, self.device)
         self._typical = Typical(schema, self.device)
         self._deferred = Deferred(self._rows)
         self._intercept = Intercept(self.device)
@@ -116,21 +116,21 @@ class LearnerState:
         self._require_restored()
         return FrozenModel(self._rows.freeze(len(self._table)), self._dense_serving(), self._small())
 
-    def point(self) -> AnchorPoint:
+    def keep(self) -> EarlierModel:
         """The model as it is now, to score with while training goes on. Its rows aren't copied until they change.
 
         Call it between batches, in the training thread, as all methods of what it returns.
         """
         self._require_restored()
-        point = self._points.add(len(self._table))
-        return self._anchor_point(point, self._dense_serving(), self.negative_rate)
+        moment = self._moments.add(len(self._table))
+        return self._earlier_model(moment, self._dense_serving(), self.negative_rate)
 
-    def point_of(self, rows: int, dense: Mapping[str, torch.Tensor], negative_rate: float) -> AnchorPoint:
-        """An earlier version of this model, to score with. Its rows come in pieces by `AnchorPoint.restore`.
+    def model_of(self, rows: int, dense: Mapping[str, torch.Tensor], negative_rate: float) -> EarlierModel:
+        """An earlier version of this model, to score with. Its rows come in pieces by `EarlierModel.restore`.
 
-            point = learner.point_of(reader.row_count, reader.dense(), manifest.negative_rate)
+            earlier = learner.model_of(reader.row_count, reader.dense(), manifest.negative_rate)
             for rows in reader.rows():
-                point.restore(rows)  # in the training thread; only what differs from the next point or from now takes memory
+                earlier.restore(rows)  # in the training thread; only what differs takes memory
 
         Raises:
             SnapshotMismatch: the version is of another model, or of a later moment than now.
@@ -141,18 +141,18 @@ class LearnerState:
                 f"version of {rows} rows: expected at most {len(self._table)}, as the model has now, found more. It isn't from "
                 "this model's past"
             )
-        return self._anchor_point(self._points.add_oldest(rows), dense, negative_rate)
+        return self._earlier_model(self._moments.add_oldest(rows), dense, negative_rate)
 
-    def _anchor_point(self, point: Point, dense: Mapping[str, torch.Tensor], negative_rate: float) -> AnchorPoint:
+    def _earlier_model(self, moment: Moment, dense: Mapping[str, torch.Tensor], negative_rate: float) -> EarlierModel:
         model = dense_model(self.schema, self.settings, self.device)
         typical = Typical(self.schema, self.device)
         try:
             model.restore(dense)
             typical.restore(dense)
         except SnapshotMismatch:
-            point.close()
+            moment.close()
             raise
-        return AnchorPoint(self.schema, self._table, point, self._rows, model, typical, negative_rate)
+        return EarlierModel(self.schema, self._table, moment, self._rows, model, typical, negative_rate)
 
     def serving_state(self) -> dict[str, torch.Tensor]:
         """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`), dense parameters, average rows."""

@@ -33,6 +33,7 @@ EXIT_CODES = {  # docs/cli.md
     "`kafka status`), `snapshot gc` or `snapshot reindex` left something alone, or a question was answered with no",
     2: "wrong usage",
     3: "not every live scorer confirmed a rollback in time; the rollback stands",
+    6: "`snapshot gate`: the gate withholds what is learned",
     EXIT_BUG: "an unexpected error: a bug",
     EXIT_INTERRUPTED: "Ctrl-C",
     EXIT_PIPE: "the reader of the output has ended, as `head -1` does after one line",

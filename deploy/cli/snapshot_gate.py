@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["gate", "release"]
 
-# The gate withholds what is learned. Another code than for errors (1), wrong usage (2) and unconfirmed rollbacks (3).
-EXIT_WITHHELD = 4
+# The gate withholds what is learned. 1 is for errors, 2 for wrong usage, 3 to 5 for what other commands of the group report.
+EXIT_WITHHELD = 6
 
 
 @click.command()
@@ -25,7 +25,7 @@ EXIT_WITHHELD = 4
 def gate(output: str) -> None:
     """Show whether the gate lets through what is learned, and why, as of the newest version.
 
-    Exit code 4 while it withholds, 0 while it doesn't or there is no version yet. A version is written each
+    Exit code 6 while it withholds, 0 while it doesn't or there is no version yet. A version is written each
     `snapshots.interval_ms`, so this may be as old as that; `headrace_trainer_gate_flowing` is newer.
 
     \b

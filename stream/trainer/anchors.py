@@ -1,12 +1,12 @@
 """The weights that the live ones are compared with, without a second table where they are from the same line.
 
-An anchor has to be a version that has proven good and is old. So two moments of the model are kept as points (`model.points`):
+An anchor has to be a version that has proven good and is old. So two moments of the model are kept (`model.moments`):
 the present anchor, and one candidate, which takes its place in time. A second candidate would change nothing: the anchor is
 replaced by a version that is as much newer as the anchor itself must be old, and the first such version is the candidate. A
 candidate that doesn't become good gives way to the next version. So memory is bounded by the serving rows twice, for tables of
 which every row is touched within ten minutes, and is mostly a small part of that.
 
-After a restart, and after a rollback past the anchor, the anchor is made a point by reading its version from the store piece by
+After a restart, and after a rollback past the anchor, the anchor's version is read from the store piece by
 piece: only rows that have changed since take memory. Versions of another line have other rows, and are loaded whole.
 """
 
@@ -22,7 +22,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from model.anchor import AnchorPoint
+from model.anchor import EarlierModel
 from model.errors import ModelError, SnapshotMismatch
 from model.predictor import Predictor
 from model.rows import Rows
@@ -37,7 +37,7 @@ from stream.trainer.anchor_rule import choose_anchor, clicks_of
 from stream.trainer.captured import Position
 from stream.trainer.judge import Anchor, Judge
 
-__all__ = ["Anchors", "MakesPoints", "WhileTraining"]
+__all__ = ["Anchors", "KeepsModels", "WhileTraining"]
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +47,12 @@ T = TypeVar("T")
 GRACE_MS = 60_000
 
 
-class MakesPoints(Protocol):
+class KeepsModels(Protocol):
     """What anchors need of a `model.learner.Learner`."""
 
-    def point(self) -> AnchorPoint: ...
+    def keep(self) -> EarlierModel: ...
 
-    def point_of(self, rows: int, dense: Mapping[str, torch.Tensor], negative_rate: float) -> AnchorPoint: ...
+    def model_of(self, rows: int, dense: Mapping[str, torch.Tensor], negative_rate: float) -> EarlierModel: ...
 
 
 class WhileTraining(Protocol):
@@ -70,7 +70,7 @@ async def _at_once(work: Callable[[], T]) -> T:
 class _Candidate:
     """A version that may become the anchor, as of its capture. `lost`: it won't."""
 
-    point: AnchorPoint
+    model: EarlierModel
     created_at_ms: int
     watermark_ms: int
     clicks: int
@@ -102,7 +102,7 @@ class Anchors:
         settings: SnapshotSettings,
         schema: FeatureSchema,
         model: ModelSettings,
-        learner: MakesPoints,
+        learner: KeepsModels,
         device: str,
     ) -> None:
         self._judge, self._store, self._settings = judge, store, settings
@@ -110,15 +110,15 @@ class Anchors:
         self._broken: set[int] = set()
         self._candidate: _Candidate | None = None
         self._since: _Since | None = None  # of the present anchor, if it is of this line
-        self._point: AnchorPoint | None = None  # of the present anchor
+        self._earlier: EarlierModel | None = None  # of the present anchor
         self._changed = False  # whether a candidate has become the anchor since the start
 
     @property
     def saved_rows(self) -> int:
         """Rows whose values are held because they changed since the anchor's moment or the candidate's."""
         candidate = self._candidate
-        points = (self._point, None if candidate is None else candidate.point)
-        return sum(point.saved for point in points if point is not None)
+        models = (self._earlier, None if candidate is None else candidate.model)
+        return sum(model.saved for model in models if model is not None)
 
     def captured(self, position: Position, verdict: GateReport | None) -> None:
         """A version is captured now: make it the candidate if there is none, and it may become the anchor."""
@@ -126,12 +126,12 @@ class Anchors:
             return
         candidate = self._candidate
         if candidate is not None:
-            if not candidate.lost and candidate.point.is_open and self._is_apart(candidate.watermark_ms, candidate.clicks):
+            if not candidate.lost and candidate.model.is_open and self._is_apart(candidate.watermark_ms, candidate.clicks):
                 return
-            candidate.point.close()
+            candidate.model.close()
             self._candidate = None
         if self._is_apart(position.watermark_ms, verdict.clicks):
-            self._candidate = _Candidate(self._learner.point(), position.at_ms, position.watermark_ms, verdict.clicks)
+            self._candidate = _Candidate(self._learner.keep(), position.at_ms, position.watermark_ms, verdict.clicks)
 
     def _is_apart(self, watermark_ms: int, clicks: int) -> bool:
         """Whether a version is so much newer than the anchor that it may take its place."""
@@ -160,7 +160,7 @@ class Anchors:
             elif not by_served and current is not None:
                 await between(lambda: self._compare_with(None, None, None))
             return
-        if current is not None and current.version == wanted and (self._point is None or self._point.is_open):
+        if current is not None and current.version == wanted and (self._earlier is None or self._earlier.is_open):
             return
         record = registry.versions[wanted]
         try:
@@ -212,12 +212,12 @@ class Anchors:
         assert candidate is not None
         self._candidate, self._changed = None, True
         since = _Since(candidate.watermark_ms, candidate.clicks)
-        self._compare_with(Anchor(version, candidate.point), candidate.point, since)
+        self._compare_with(Anchor(version, candidate.model), candidate.model, since)
 
-    def _compare_with(self, anchor: Anchor | None, point: AnchorPoint | None, since: _Since | None) -> None:
-        before = self._point
+    def _compare_with(self, anchor: Anchor | None, earlier: EarlierModel | None, since: _Since | None) -> None:
+        before = self._earlier
         self._judge.compare_with(anchor)
-        self._point, self._since = point, since
+        self._earlier, self._since = earlier, since
         if before is not None:
             before.close()
 
@@ -233,17 +233,17 @@ class Anchors:
         dense = await asyncio.to_thread(reader.dense)
         count = await asyncio.to_thread(lambda: reader.row_count)
         since = _Since(record.watermark_ms, clicks_of(record))
-        point: AnchorPoint | None = None
-        if self._point is not None:  # points are read through those after them, so one from before has to go first
+        earlier: EarlierModel | None = None
+        if self._earlier is not None:  # an earlier model is read through later ones, so the present one has to go first
             await between(lambda: self._compare_with(None, None, None))
         candidate = self._candidate
         if candidate is not None and candidate.watermark_ms <= record.watermark_ms:
             candidate.lost = True
-            await between(candidate.point.close)
+            await between(candidate.model.close)
         try:
             self._require_schema(version, reader.manifest.schema_hash)
             rate = reader.manifest.negative_rate
-            point = made = await between(lambda: self._learner.point_of(count, dense, rate))
+            earlier = made = await between(lambda: self._learner.model_of(count, dense, rate))
             pieces = reader.rows()
             while (rows := await asyncio.to_thread(_next, pieces)) is not None:
                 await between(partial(made.restore, rows))
@@ -253,8 +253,8 @@ class Anchors:
             anchor = await asyncio.to_thread(self._load, version)
             await between(lambda: self._compare_with(anchor, None, since))
         except BaseException:
-            if point is not None:
-                await between(point.close)
+            if earlier is not None:
+                await between(earlier.close)
             raise
 
     def _load(self, version: int) -> Anchor:

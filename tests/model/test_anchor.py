@@ -1,4 +1,4 @@
-"""Anchor points: whatever is trained meanwhile, they score as a predictor of that moment does, bit for bit."""
+"""Earlier models: whatever is trained meanwhile, they score as a predictor of that moment does, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.anchor import AnchorPoint
+from model.anchor import EarlierModel
 from model.errors import ModelError, SnapshotMismatch
 from model.learner import Learner
 from model.predictor import Predictor
@@ -19,20 +19,20 @@ ASKED, _ = records(200, seed=99)
 
 
 class Kept:
-    """A point, and the predictor that it has to agree with."""
+    """A moment, and the predictor that it has to agree with."""
 
     def __init__(self, learner: Learner) -> None:
         self.serving = learner.serving_state()
         self.rate = learner.negative_rate
         self.predictor = Predictor.of(SCHEMA, SETTINGS, self.serving, device="cpu", negative_rate=self.rate)
-        self.point = learner.point()
+        self.moment = learner.keep()
 
     def agrees(self) -> None:
-        assert same(self.point, self.predictor)
+        assert same(self.moment, self.predictor)
 
 
-def same(point: AnchorPoint, predictor: Predictor) -> bool:
-    return point.predict(ASKED).tobytes() == predictor.predict(ASKED).tobytes()
+def same(moment: EarlierModel, predictor: Predictor) -> bool:
+    return moment.predict(ASKED).tobytes() == predictor.predict(ASKED).tobytes()
 
 
 def rows_of(serving: dict[str, torch.Tensor], size: int) -> list[Rows]:
@@ -43,7 +43,7 @@ def rows_of(serving: dict[str, torch.Tensor], size: int) -> list[Rows]:
 steps = st.lists(
     st.one_of(
         st.tuples(st.just("learn"), st.integers(0, 10_000)),
-        st.tuples(st.just("point"), st.just(0)),
+        st.tuples(st.just("moment"), st.just(0)),
         st.tuples(st.just("close"), st.integers(0, 5)),
         st.tuples(st.just("delta"), st.just(0)),
     ),
@@ -54,28 +54,28 @@ steps = st.lists(
 
 @given(steps)
 @settings(max_examples=40, deadline=None)
-def test_points_score_as_predictors_of_their_moments(work: list[tuple[str, int]]) -> None:
+def test_moments_score_as_predictors_of_their_moments(work: list[tuple[str, int]]) -> None:
     learner = Learner(SCHEMA, SETTINGS, device="cpu")
     learner.negative_rate = 0.25
     kept: list[Kept] = []
     for what, number in work:
         if what == "learn":
             learn(learner, *records(1 + number % 90, seed=number), rows=32)
-        elif what == "point":
+        elif what == "moment":
             kept.append(Kept(learner))
         elif what == "delta":
             learner.take_delta()
         elif kept:
-            kept.pop(number % len(kept)).point.close()
+            kept.pop(number % len(kept)).moment.close()
         for each in kept:
             each.agrees()
 
 
-def test_points_change_nothing_of_training() -> None:
+def test_moments_change_nothing_of_training() -> None:
     alone, beside = (Learner(SCHEMA, SETTINGS, device="cpu") for _ in range(2))
     for seed in range(6):
         batch, labels = records(300, seed=seed)
-        beside.point()
+        beside.keep()
         one, other = (learn(learner, batch, labels) for learner in (alone, beside))
         assert one.tobytes() == other.tobytes()
     beside.take_delta()
@@ -89,14 +89,14 @@ def test_a_key_that_came_later_scores_as_the_average_of_its_field() -> None:
     learner.learn(first, labels)
     kept = Kept(learner)
     learn(learner, ASKED, np.ones(len(ASKED), np.float32))
-    assert learner.rows > kept.point.rows
+    assert learner.rows > kept.moment.rows
     kept.agrees()
 
 
 def test_only_rows_that_change_take_memory_and_each_once() -> None:
     learner = Learner(SCHEMA, SETTINGS, device="cpu")
     learn(learner, *records(500))
-    older, newer = learner.point(), learner.point()
+    older, newer = learner.keep(), learner.keep()
     batch, labels = records(8, seed=3)
     for _ in range(5):
         learner.learn(batch, labels)
@@ -114,30 +114,30 @@ def test_only_rows_that_change_take_memory_and_each_once() -> None:
 
 
 @pytest.mark.parametrize("kept_beside", [False, True])
-def test_a_version_from_the_store_becomes_a_point(kept_beside: bool) -> None:
+def test_a_version_from_the_store_becomes_a_moment(kept_beside: bool) -> None:
     """After a restart the learner is further than the anchor, whose rows come in pieces while training goes on."""
     learner = Learner(SCHEMA, SETTINGS, device="cpu")
     learn(learner, *records(120, seed=1))
     anchor = Kept(learner)
-    anchor.point.close()
+    anchor.moment.close()
     learn(learner, *records(100, seed=2))
     again = Learner(SCHEMA, SETTINGS, device="cpu")
     again.restore(learner.serving_state(), learner.trainer_state())
     beside = Kept(again) if kept_beside else None
     learn(again, *records(30, seed=3))
     dense = {name: value for name, value in anchor.serving.items() if name not in ("keys", "embedding", "first_order")}
-    point = again.point_of(len(anchor.serving["keys"]), dense, anchor.rate)
+    moment = again.model_of(len(anchor.serving["keys"]), dense, anchor.rate)
     for seed, rows in enumerate(rows_of(anchor.serving, 17)):
-        point.restore(rows)
+        moment.restore(rows)
         learn(again, *records(20, seed=10 + seed))
-    assert same(point, anchor.predictor)
+    assert same(moment, anchor.predictor)
     learn(again, *records(100, seed=4))
-    assert same(point, anchor.predictor)
+    assert same(moment, anchor.predictor)
     if beside is not None:
         beside.agrees()
-        beside.point.close()
-        assert same(point, anchor.predictor)
-    assert point.saved <= point.rows
+        beside.moment.close()
+        assert same(moment, anchor.predictor)
+    assert moment.saved <= moment.rows
 
 
 def test_a_version_that_is_not_from_the_models_past_is_refused() -> None:
@@ -145,30 +145,30 @@ def test_a_version_that_is_not_from_the_models_past_is_refused() -> None:
     learn(learner, *records(100, seed=1))
     learn(other, *records(60, seed=2))
     serving = other.serving_state()
-    point = learner.point_of(len(serving["keys"]), serving, 1.0)
+    moment = learner.model_of(len(serving["keys"]), serving, 1.0)
     with pytest.raises(SnapshotMismatch, match="isn't from this model's past"):
         for rows in rows_of(serving, 17):
-            point.restore(rows)
-    assert not point.is_open
+            moment.restore(rows)
+    assert not moment.is_open
     with pytest.raises(SnapshotMismatch, match="isn't from this model's past"):
-        other.point_of(learner.rows, learner.serving_state(), 1.0)
+        other.model_of(learner.rows, learner.serving_state(), 1.0)
     with pytest.raises(SnapshotMismatch, match=r"mlp\.0\.weight"):
-        learner.point_of(1, {}, 1.0)
+        learner.model_of(1, {}, 1.0)
 
 
 def test_a_restore_ends_points() -> None:
     learner = Learner(SCHEMA, SETTINGS, device="cpu")
     learn(learner, *records(50))
-    point = learner.point()
+    moment = learner.keep()
     learner.restore(learner.serving_state(), learner.trainer_state())
-    assert not point.is_open
+    assert not moment.is_open
 
 
 @devices
-def test_points_on_every_device(device: str) -> None:
+def test_moments_on_every_device(device: str) -> None:
     learner = Learner(SCHEMA, SETTINGS, device=device)
     learn(learner, *records(100, seed=1))
     before = learner.predict(ASKED)
-    point = learner.point()
+    moment = learner.keep()
     learn(learner, *records(200, seed=2))
-    np.testing.assert_allclose(point.predict(ASKED), before, rtol=1e-5)
+    np.testing.assert_allclose(moment.predict(ASKED), before, rtol=1e-5)

@@ -277,7 +277,7 @@ def test_the_gate_says_why_it_withholds_and_an_operator_releases_it(run: Run, th
 
     asyncio.run(withheld())
     seen = run("snapshot gate")
-    assert seen.code == 4
+    assert seen.code == 6
     shown = seen.out
     assert shown.startswith(f"withheld since 2023-11-14T22:13:20Z: {reason} (as of version 4)\n")
     assert "shifted by 0.580 logits" in shown

@@ -1,11 +1,11 @@
-"""Which moments are kept as points, how a candidate becomes the anchor, and what is read from the store."""
+"""Which moments are kept, how a candidate becomes the anchor, and what is read from the store."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from model.anchor import AnchorPoint
+from model.anchor import EarlierModel
 from model.learner import Learner
 from model.predictor import Predictor
 from state.gate import GateState
@@ -77,7 +77,7 @@ class World:
         self.learn(10_000 + version)
         anchor = self.judge.anchor
         assert anchor is not None
-        assert isinstance(anchor.predictor, AnchorPoint)
+        assert isinstance(anchor.predictor, EarlierModel)
         return anchor.predictor.predict(ASKED).tobytes() == self.predictors[version].predict(ASKED).tobytes()
 
 
@@ -98,7 +98,7 @@ async def test_the_anchor_and_one_candidate_are_kept_and_the_store_is_not_read(w
     for minute in range(1, 60):
         world.version(minute)
         seen.append(await world.follow(minute))
-        assert len(world.learner._points._saved) <= 2
+        assert len(world.learner._moments._saved) <= 2
         if seen[-1] is not None:
             assert world.agrees(seen[-1])
     # Each anchor is at least ten minutes newer than the one before, and ten minutes old when it becomes the anchor.
@@ -122,10 +122,10 @@ async def test_a_candidate_that_does_not_become_good_gives_way(world):
 async def test_what_is_captured_while_withheld_is_no_candidate(world):
     world.version(1, flow="withheld")
     world.version(2, problems=("weights not finite: embedding",))
-    assert world.learner._points._saved == []
+    assert world.learner._moments._saved == []
 
 
-async def test_a_trainer_that_starts_again_reads_the_anchor_as_a_point(world):
+async def test_a_trainer_that_starts_again_reads_the_anchor_as_a_moment(world):
     for minute in range(1, 14):
         world.version(minute)
     assert await world.follow(13) in (1, 2, 3)
@@ -141,7 +141,7 @@ async def test_a_trainer_that_starts_again_reads_the_anchor_as_a_point(world):
     found = await world.follow(26)
     assert found > 10
     assert world.agrees(found)
-    assert len(world.learner._points._saved) <= 2
+    assert len(world.learner._moments._saved) <= 2
 
 
 async def test_a_rollback_past_the_anchor_goes_back_to_an_older_one(world):
@@ -165,7 +165,7 @@ async def test_a_version_that_is_not_from_the_past_of_the_weights_is_loaded_whol
     predictor = world.judge.anchor.predictor
     assert isinstance(predictor, Predictor)
     assert predictor.predict(ASKED).tobytes() == world.predictors[1].predict(ASKED).tobytes()
-    assert stranger._points._saved == []
+    assert stranger._moments._saved == []
 
 
 async def test_an_anchor_that_can_not_be_read_is_passed_over(world, caplog):

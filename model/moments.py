@@ -1,12 +1,11 @@
 """Serving rows as they were at earlier moments, read while training goes on: copy on write, in layers.
 
-A point is a moment between two batches. From then on, a row's serving values are saved when the row is touched for the first
-time, and only by the newest point. So what training pays doesn't grow with the number of points. A point costs 4 bytes a row of
-the table and some 76 bytes a row that was touched until the next point (dimension 16), so at most as much as all serving rows.
+A moment lies between two batches. From then on, a row's serving values are saved when the row is touched for the first time,
+and only for the newest moment. So what training pays doesn't grow with the number of moments. A moment costs 4 bytes a row of
+the table and some 76 bytes a row that was touched until the next moment (dimension 16), so at most as much as all serving rows.
 
-To read rows as of a point, take the live rows, and put over them what the points saved: the newest point's values first, those
-of the asked point last. A row that a point saved was unchanged since that point, and so since the point before, unless that one
-saved it too.
+To read rows as of a moment, take the live rows, and put what was saved over them: what the newest moment has first, what the
+asked moment has last. A row that was saved for one moment was the same at the moment before, unless it was saved for that too.
 
 Everything here is for the training thread. The learner never removes rows, so a row's number names the same key for ever.
 """
@@ -22,14 +21,14 @@ from model.growing import Column, Growing
 from model.reserve import reserved
 from model.rows import Rows
 
-__all__ = ["Point", "Points", "SavedRows"]
+__all__ = ["Moment", "Moments", "SavedRows"]
 
 _LATER = -1
-"""Mark of all rows that came after the point; marks above 0 are of saved rows, 0 is of rows that weren't touched since."""
+"""Mark of rows that came after the moment; marks above 0 are of saved rows, 0 is of rows that weren't touched since."""
 
 
 class SavedRows:
-    """What one point saved. Rows 1 to `count` were there at the point."""
+    """What was saved for one moment. Rows 1 to `count` were there at the moment."""
 
     def __init__(self, count: int, dim: int, device: torch.device) -> None:
         self.count = count
@@ -46,7 +45,7 @@ class SavedRows:
         return self._used
 
     def missing(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Those of the row numbers (N,) that were there at the point and aren't saved yet."""
+        """Those of the row numbers (N,) that were there at the moment and aren't saved yet."""
         return numbers[self._marks.index_select(0, numbers.clamp(max=self.count + 1)) == 0]
 
     def put(self, numbers: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor) -> None:
@@ -74,15 +73,15 @@ class SavedRows:
         first_order.index_copy_(0, at, self._saved["first_order"].index_select(0, where))
 
     def take_over(self, later: SavedRows) -> None:
-        """Saves what the next point has saved and this one hasn't, so that the next one isn't needed any more."""
+        """Saves what the next moment has saved and this one hasn't, so that the next one isn't needed any more."""
         numbers = later._saved["number"][: len(later)].long()
         at = (self._marks.index_select(0, numbers.clamp(max=self.count + 1)) == 0).nonzero().squeeze(1)
         values = (later._saved[name].index_select(0, at) for name in ("embedding", "first_order"))
         self.put(numbers.index_select(0, at), *values)
 
 
-class Points:
-    """All points of a table, oldest first.
+class Moments:
+    """All moments of a table, oldest first.
 
     Args:
         live: gives the present serving values of rows (N,), as copies.
@@ -102,44 +101,44 @@ class Points:
             rows = self._live(missing)
             newest.put(missing, rows.embedding, rows.first_order)
 
-    def add(self, count: int) -> Point:
-        """A new point: rows 1 to `count` as they are now."""
+    def add(self, count: int) -> Moment:
+        """A new moment: rows 1 to `count` as they are now."""
         self._saved.append(SavedRows(count, self._dim, self._device))
-        return Point(self, self._saved[-1])
+        return Moment(self, self._saved[-1])
 
-    def add_oldest(self, count: int) -> Point:
-        """A point before all others, with the values of the next one, or the present ones; `Point.correct` changes them.
+    def add_oldest(self, count: int) -> Moment:
+        """A moment before all others, with the values of the next one, or the present ones; `Moment.correct` changes them.
 
         Raises:
-            ModelError: another point has fewer rows, so it was before this one.
+            ModelError: another moment has fewer rows, so it was before this one.
         """
         if self._saved and count > self._saved[0].count:
             raise ModelError(
-                f"point of {count} rows: expected at most {self._saved[0].count}, as the oldest open point has, found more. "
+                f"moment of {count} rows: expected at most {self._saved[0].count}, as the oldest open one has, found more. "
                 "Close that one first"
             )
         self._saved.insert(0, SavedRows(count, self._dim, self._device))
-        return Point(self, self._saved[0])
+        return Moment(self, self._saved[0])
 
     def forget(self) -> None:
-        """Ends all points."""
+        """Ends all moments."""
         self._saved = []
 
     def holds(self, saved: SavedRows) -> bool:
-        """Whether a point is one of these."""
+        """Whether a moment is one of these."""
         return any(each is saved for each in self._saved)
 
     def read(self, saved: SavedRows, numbers: torch.Tensor) -> Rows:
-        """Copies of rows (N,) as of a point. Their numbers are at most its `count`; 0 reads zeros."""
+        """Copies of rows (N,) as of a moment. Their numbers are at most its `count`; 0 reads zeros."""
         rows = self._live(numbers)
         for each in reversed(self._saved):
             each.over(numbers, rows.embedding, rows.first_order)
             if each is saved:
                 return rows
-        raise ModelError(f"point of {saved.count} rows: expected one that is open, found one that was closed; make another")
+        raise ModelError(f"moment of {saved.count} rows: expected one that is open, found one that was closed; make another")
 
     def drop(self, saved: SavedRows) -> None:
-        """Ends a point. The one before it takes over what it needs."""
+        """Ends a moment. The one before it takes over what it needs."""
         at = next((at for at, each in enumerate(self._saved) if each is saved), None)
         if at is None:
             return
@@ -148,11 +147,11 @@ class Points:
         del self._saved[at]
 
 
-class Point:
+class Moment:
     """The rows of a table at one moment. Close it when it isn't needed any more."""
 
-    def __init__(self, points: Points, saved: SavedRows) -> None:
-        self._points, self._saved = points, saved
+    def __init__(self, moments: Moments, saved: SavedRows) -> None:
+        self._moments, self._saved = moments, saved
 
     @property
     def count(self) -> int:
@@ -161,17 +160,17 @@ class Point:
 
     @property
     def saved(self) -> int:
-        """Number of rows whose values this point holds itself."""
+        """Number of rows that were saved for it."""
         return len(self._saved)
 
     @property
     def is_open(self) -> bool:
         """Whether it can be read."""
-        return self._points.holds(self._saved)
+        return self._moments.holds(self._saved)
 
     def read(self, numbers: torch.Tensor) -> Rows:
         """Copies of rows (N,) as they were. Numbers are at most `count`; 0 reads zeros. Raises ModelError once it is closed."""
-        return self._points.read(self._saved, numbers)
+        return self._moments.read(self._saved, numbers)
 
     def correct(self, first: int, rows: Rows) -> None:
         """Says how rows numbered from `first` on were. Only what differs takes memory."""
@@ -183,7 +182,7 @@ class Point:
 
     def close(self) -> None:
         """Ends it; further calls do nothing."""
-        self._points.drop(self._saved)
+        self._moments.drop(self._saved)
 
 
 def _bits(values: torch.Tensor) -> torch.Tensor:
