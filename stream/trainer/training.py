@@ -242,7 +242,7 @@ class Training:
         problems = delta_problems(delta)
         self._problems = tuple(problems)
         if problems:
-            self._learner.expect(delta.rows.keys)
+            self._learner.expect(torch.cat((delta.rows.keys, delta.gone)))
             self._metrics.deltas.labels("withheld").inc()
             log.error("a delta of %d rows is withheld: %s", len(delta.rows), "; ".join(problems))
             return None
