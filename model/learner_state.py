@@ -15,7 +15,7 @@ from model.frozen import SERVING, FrozenModel, ModelRows
 from model.hashing import EMPTY_KEY
 from model.intercept import Intercept
 from model.network import choose_device, dense_model
-from model.rows import ModelDelta, Rows
+from model.rows import ModelDelta, RowPrecision, Rows
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from model.table import ABSENT_ROW
@@ -28,10 +28,22 @@ _RESTORED_AT_ONCE = 1 << 17
 
 
 class LearnerState:
-    """The weights, the optimizers' state and the rest that `model.learner.Learner` updates."""
+    """The weights, the optimizers' state and the rest that `model.learner.Learner` updates.
 
-    def __init__(self, schema: FeatureSchema, settings: ModelSettings, *, device: str = "auto") -> None:
+    `row_precision` is how scorers have the rows: deltas and the digest are of rows that are rounded so. Training goes on with
+    all their digits, and versions hold these.
+    """
+
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        settings: ModelSettings,
+        *,
+        device: str = "auto",
+        row_precision: RowPrecision = "float32",
+    ) -> None:
         self.schema = schema
+        self.row_precision = row_precision
         self.settings = settings
         self.device = choose_device(device)
         self.examples_seen = 0
@@ -52,7 +64,7 @@ class LearnerState:
         self._deferred = Deferred(self._rows)
         self._intercept = Intercept(self.device)
         self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
-        self._deltas = Deltas(self._rows, self._dense_serving())
+        self._deltas = Deltas(self._rows, self._dense_serving(), row_precision)
         # Keys that had no row when `expect` or `evict` was called.
         self._expected = torch.empty(0, dtype=torch.int64, device=self.device)
         self._restoring: int | None = None  # the number of rows that a restore under way will have

@@ -78,11 +78,11 @@ class VersionReader:
         return {name: tensor for name, tensor in self._of_old(TRAINER_FILE).items() if name not in TRAINER_ROW_TENSORS}
 
     def rows(self) -> Iterator[Rows]:
-        """All rows of the serving weights, some at a time."""
+        """All rows of the serving weights, some at a time, rounded as scorers have them."""
         if self.manifest.format == 1:
             serving = self._old_rows()
             return iter(() if serving is None else (serving,))
-        return self._counted(_ahead(self._rows, range(self._pieces)), len)
+        return self._counted(_ahead(self._serving_rows, range(self._pieces)), len)
 
     def trainer_rows(self) -> Iterator[Piece]:
         """All rows with what the trainer keeps for them. SnapshotCorrupt for a version without trainer state."""
@@ -139,6 +139,11 @@ class VersionReader:
             yield piece
         if found != wanted:
             raise self._wrong(MANIFEST_FILE, f"as many rows as its pieces have, {found}", f"{wanted}")
+
+    def _serving_rows(self, index: int) -> Rows:
+        from model.rows import rounded
+
+        return rounded(self._rows(index), self.manifest.row_precision)
 
     def _rows(self, index: int) -> Rows:
         return self._as_rows(serving_piece(index), self._tensors(serving_piece(index)))
