@@ -58,10 +58,10 @@ class SnapshotSettings(BaseModel):
         "value than before begins a new chain with a version, which all scorers load.",
     )
     dense_interval_ms: int = Field(
-        default=0,
+        default=1_000,
         ge=0,
-        description="Least time between two deltas that carry the dense weights: MLP, biases and average rows. Deltas in "
-        "between carry rows only. 0: every delta carries both.",
+        description="Least time between two deltas that carry the dense weights: MLP, bias and average rows. Deltas in "
+        "between carry rows only, which are a tenth of the bytes. A version comes with both. 0: every delta carries both.",
     )
     min_examples: int = Field(
         default=1, ge=0, description="Number of examples that must have been learned since the last version for a new one."

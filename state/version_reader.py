@@ -21,6 +21,7 @@ from state.pieces import (
     trainer_piece,
 )
 from state.tensors import decode_tensors
+from state.version_cache import VersionCache
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,9 @@ class VersionReader:
     version that is deleted meanwhile. A version of format 1 is one piece, and is read whole.
     """
 
-    def __init__(self, blobs: Blobs, folder: str, manifest: Manifest) -> None:
+    def __init__(self, blobs: Blobs, folder: str, manifest: Manifest, cache: VersionCache | None = None) -> None:
         self._blobs, self._folder, self.manifest = blobs, folder, manifest
+        self._cache = cache if cache is not None and cache.holds(manifest.serving_size) else None
         self._old: dict[str, dict[str, torch.Tensor]] = {}  # format 1: what is read of a file and not yet given out
         if manifest.format > FORMAT:
             raise SnapshotCorrupt(
@@ -102,7 +104,7 @@ class VersionReader:
         problems = []
         for name, entry in self.manifest.files.items():
             try:
-                self._checked(name, entry)
+                self._stored(name, entry)
             except SnapshotCorrupt as error:
                 problems.append(str(error))
         return problems
@@ -201,6 +203,15 @@ class VersionReader:
         return decode_tensors(self._checked(name, self._entry(name)), where=self._path(name))
 
     def _checked(self, name: str, entry: FileEntry) -> bytearray:
+        """A file's content, from the cache if it is there."""
+        data = None if self._cache is None else self._cache.read(entry.sha256, entry.size)
+        if data is None:
+            data = self._stored(name, entry)
+            if self._cache is not None:
+                self._cache.keep(entry.sha256, data)
+        return data
+
+    def _stored(self, name: str, entry: FileEntry) -> bytearray:
         try:
             data = self._blobs.read(self._folder, name)
         except FileNotFoundError as error:
