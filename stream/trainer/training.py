@@ -243,10 +243,13 @@ class Training:
 
         Args:
             dense: whether the delta carries the dense weights. The first one does in any case, and so does the next one after
-                weights that failed the checks.
+                deltas were withheld.
         """
+        if self.withheld:
+            self._dense_taken_at = None  # rows that were withheld for an hour must not meet dense weights of before that
+            return None
         dense = dense or self._dense_taken_at is None
-        if self.withheld or not (self._learner.touched or (dense and self._dense_is_old)):
+        if not self._learner.touched and not (dense and self._dense_is_old):
             return None
         began = time.perf_counter()
         delta = self._learner.take_delta(dense=dense)

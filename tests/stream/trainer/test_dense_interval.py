@@ -81,8 +81,8 @@ def test_what_failed_the_checks_is_in_the_next_delta():
     assert delta.gone.tolist() == gone.tolist()
 
 
-async def test_withheld_versions_are_no_points(trainer):
-    trainer.version(on_chain=True)
+async def test_what_was_withheld_leaves_with_the_dense_weights_that_belong_to_it(trainer, tmp_path):
+    scorer = loaded(tmp_path, *trainer.version(on_chain=True))
     trainer.learn(64, 96)
     await publish(trainer, dense=False)
     trainer.training._judge = Withholding()
@@ -90,6 +90,11 @@ async def test_withheld_versions_are_no_points(trainer):
     captured.frozen.close()
     assert captured.delta is None
     assert not captured.on_chain
+    trainer.training._judge = None
+    trainer.learn(96, 128)
+    assert (await publish(trainer, dense=False)).delta.dense is not None
+    follow(scorer, trainer.log.deltas)
+    assert scorer.digest == trainer.learner.digest
 
 
 async def test_they_leave_at_their_own_interval_also_when_nothing_more_is_trained(tmp_path, monkeypatch):
