@@ -137,7 +137,7 @@ def test_what_examples_of_one_time_have_in_common_widens_the_error() -> None:
     """The candidate is wrong about half of the examples: about any of them, or about all of one time."""
     alone, common = Evidence(mode="shadow"), Evidence(mode="shadow")
     for stretch in range(4 * LEAST_STRETCHES):
-        truth = RNG.normal(0, 1, 4 * STRETCH_CLICKS)
+        truth = RNG.normal(0, 1, 16 * STRETCH_CLICKS)
         labels, ones = clicks_of(truth), np.ones(len(truth))
         wrong = 1.5 * RNG.choice([-1, 1], len(truth))
         alone.add_pairs(labels, ones, truth + wrong * RNG.choice([0, 1], len(truth)), truth)
