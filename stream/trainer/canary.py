@@ -171,12 +171,14 @@ class CanaryWatch:
         canary, evidence = self._canary, self._evidence
         if canary is None or not observed:
             return
-        for batch, scores in observed:
-            rows = self._shadowed(batch, canary) if canary.mode == "shadow" else self._served(batch, scores, canary)
-            if rows is not None:
-                self._count(rows)
-        while evidence.close_stretch():
-            pass
+        found = [
+            self._shadowed(batch, canary) if canary.mode == "shadow" else self._served(batch, scores, canary)
+            for batch, scores in observed
+        ]
+        parts = [rows for rows in found if rows is not None]
+        if parts:
+            self._count(_Rows(*(np.concatenate(column) for column in zip(*parts, strict=True))))
+            evidence.close_stretch()
 
     def _shadowed(self, batch: TrainingBatch, canary: Canary) -> _Rows | None:
         """Examples that both versions have scored."""

@@ -77,9 +77,7 @@ def test_a_shadow_scores_its_share_beside() -> None:
 
 
 def test_the_champions_scores_are_those_without_a_trial() -> None:
-    alone = answer_requests(
-        records(NAMES), CHAMPION, worker="w", max_candidates=10, max_bytes=MAX_BYTES, now_ms=lambda: 5_000
-    )
+    alone = answer_requests(records(NAMES), CHAMPION, worker="w", max_candidates=10, max_bytes=MAX_BYTES, now_ms=lambda: 5_000)
     for mode in ("shadow", "canary"):
         assert [values(answered(mode))[name] for name in set(NAMES) - CHOSEN] == [  # type: ignore[arg-type]
             values(alone)[name] for name in set(NAMES) - CHOSEN
@@ -107,7 +105,12 @@ def test_a_champion_that_gives_no_number_is_an_error_only_where_it_answers(mode:
     broken = weights(7)
     broken["bias"].fill_(float("nan"))
     answers = answer_requests(
-        records(NAMES), served(7, broken), trial=Trial(mode, SHARE, CANDIDATE), worker="w", max_candidates=10, max_bytes=MAX_BYTES
+        records(NAMES),
+        served(7, broken),
+        trial=Trial(mode, SHARE, CANDIDATE),
+        worker="w",
+        max_candidates=10,
+        max_bytes=MAX_BYTES,
     )
     fine = {name for name, value in values(answers).items() if "error" not in value}
     assert fine == (CHOSEN if mode == "canary" else set())
