@@ -148,9 +148,9 @@ def _try(
         click.confirm(_question(request, plan), abort=True, err=True)
     begun = ask_kafka(settings, operations.begin_canary(request), ABOUT)
     if output == "json":
-        from deploy.cli.snapshot_canary_view import canary_json
+        from deploy.cli.snapshot_view import canary_json
 
-        echo_json({**canary_json(begun.canary), "undo": begun.undo, "dry_run": False})
+        echo_json({**(canary_json(begun.canary) or {}), "undo": begun.undo, "dry_run": False})
         return
     who = "is scored by it too" if mode == "shadow" else "is answered by it"
     click.echo(f"{mode} of version {request.version}: {share * 100:g} % of the requests {who}, as soon as a scorer has read it")
@@ -166,9 +166,9 @@ def _stop(
         running = seen.state.canary
         if dry_run:
             if output == "json":
-                from deploy.cli.snapshot_canary_view import canary_json
+                from deploy.cli.snapshot_view import canary_json
 
-                echo_json({**canary_json(running), "dry_run": True})
+                echo_json({**(canary_json(running) or {}), "dry_run": True})
             elif running.runs:
                 click.echo(f"{running.mode} of version {running.version}: would be stopped (dry run: nothing was written)")
             else:
@@ -191,12 +191,12 @@ def _question(request: CanaryRequest, plan: CanaryPlan) -> str:
 
 
 def _show_plan(plan: CanaryPlan, output: str) -> None:
-    from deploy.cli.snapshot_canary_view import canary_json
+    from deploy.cli.snapshot_view import canary_json
 
     found = plan.change.canary
     workers = [beat.worker for beat in plan.live]
     if output == "json":
-        echo_json({**canary_json(found), "champion": plan.champion, "live": workers, "dry_run": True})
+        echo_json({**(canary_json(found) or {}), "champion": plan.champion, "live": workers, "dry_run": True})
         return
     click.echo(f"{found.mode} of version {found.version}, {found.share * 100:g} % (dry run: nothing was written)")
     click.echo(f"beside the champion, {plan.champion}")
@@ -204,13 +204,13 @@ def _show_plan(plan: CanaryPlan, output: str) -> None:
 
 
 def _show_stopped(stopped: CanaryStopped, timeout_ms: int, output: str) -> None:
-    from deploy.cli.snapshot_canary_view import canary_json
+    from deploy.cli.snapshot_view import canary_json
 
     found, change = stopped.change.canary, stopped.change
     if output == "json":
         echo_json(
             {
-                **canary_json(found),
+                **(canary_json(found) or {}),
                 "changed": change.changed,
                 "confirmed": stopped.confirmed,
                 "unconfirmed": [beat.worker for beat in stopped.unconfirmed],

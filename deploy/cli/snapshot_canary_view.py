@@ -11,27 +11,20 @@ import click
 import msgspec
 
 from deploy.cli.common import on_terminal
+from deploy.cli.snapshot_view import canary_json
 from deploy.cli.times import clock, duration
-from state.canary import Canary, CanaryOutcome, Side
+from state.canary import CanaryOutcome, Side
 from stream.errors import RegistryError
 from stream.registry.canary_operations import CanaryOperations
 from stream.registry.operations import Seen
 
-__all__ = ["canary_json", "seen_json", "watch_trial"]
-
-
-def canary_json(canary: Canary) -> dict[str, Any]:
-    """The record of a trial. `mode` is null where there was none."""
-    document: dict[str, Any] = msgspec.to_builtins(canary)
-    if not canary.version:
-        return {"mode": None, "version": None, "outcome": None}
-    return {**document, "outcome": canary.outcome or "running"}
+__all__ = ["seen_json", "watch_trial"]
 
 
 def seen_json(seen: Seen) -> dict[str, Any]:
     """What one line of `headrace snapshot watch --format json` says."""
     return {
-        **canary_json(seen.state.canary),
+        **(canary_json(seen.state.canary) or {}),
         "champion": seen.state.champion.version,
         "scorers": [
             {

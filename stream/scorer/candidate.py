@@ -18,11 +18,12 @@ from collections.abc import Callable
 from state.canary import Canary
 from state.canary_running import running_canary
 from state.registry import RegistryState, VersionRecord
+from state.store import SnapshotStore
 from stream.scorer.candidate_metrics import CandidateMetrics
-from stream.scorer.serving import Served
+from stream.scorer.serving import Served, load_version
 from stream.scorer.trial import Trial
 
-__all__ = ["CandidateKeeper", "NoRoom"]
+__all__ = ["CandidateKeeper", "NoRoom", "load_candidate"]
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,26 @@ RETRY_S, MAX_RETRY_S = 0.5, 10.0
 
 class NoRoom(Exception):
     """The spare memory has no room for the candidate."""
+
+
+def load_candidate(store: SnapshotStore, record: VersionRecord, *, device: str, spare_bytes: int, taken_bytes: int) -> Served:
+    """Read a candidate and make it ready, if there is room for it. Blocks.
+
+    Args:
+        spare_bytes: memory for weights that don't answer.
+        taken_bytes: part of it that other weights have taken.
+
+    Raises:
+        NoRoom: there is no room for it.
+        SnapshotError: the version is missing or isn't what its manifest says.
+    """
+    size, room = store.manifest(record.version).serving_size, max(spare_bytes - taken_bytes, 0)
+    if size > room:
+        raise NoRoom(
+            f"version {record.version}: expected room for {size / 1e6:,.3f} MB in the spare memory, found {room / 1e6:,.3f} MB "
+            f"of {spare_bytes / 1e6:,.3f} MB. Raise scorer.spare_mb."
+        )
+    return load_version(store, record.version, device=device, announced=record)
 
 
 class CandidateKeeper:

@@ -24,7 +24,7 @@ from stream.errors import NoAnswer
 from stream.kafka.cluster import describe_cluster
 from stream.registry.follower import RegistryFollower
 from stream.registry.heartbeat import HeartbeatSender
-from stream.scorer.candidate import CandidateKeeper, NoRoom
+from stream.scorer.candidate import CandidateKeeper, load_candidate
 from stream.scorer.candidate_metrics import CandidateMetrics
 from stream.scorer.chain_follower import ChainFollower
 from stream.scorer.delta_log import open_deltas
@@ -98,14 +98,11 @@ async def run_scorer(
         jitter_s=settings.heal_jitter_ms / 1_000,
     )
 
-    def load_candidate(record: VersionRecord) -> Served:
-        size, room = store.manifest(record.version).serving_size, spare_bytes - swapper.beside_bytes() - replica_aside()
-        if size > room:
-            raise NoRoom(
-                f"version {record.version}: expected room for {size / 1e6:,.1f} MB in the spare memory, found "
-                f"{max(room, 0) / 1e6:,.1f} MB of {settings.spare_mb:,} MB. Raise scorer.spare_mb."
-            )
-        return in_background(lambda: load_version(store, record.version, device=settings.device, announced=record))
+    def read_candidate(record: VersionRecord) -> Served:
+        taken = swapper.beside_bytes() + replica_aside()
+        return in_background(
+            lambda: load_candidate(store, record, device=settings.device, spare_bytes=spare_bytes, taken_bytes=taken)
+        )
 
     def replica_aside() -> int:
         """Bytes of the replica while it doesn't answer."""
@@ -116,7 +113,7 @@ async def run_scorer(
         swapper.reserved_bytes = candidate.size
         swapper.changed.set()
 
-    candidate = CandidateKeeper(load_candidate, CandidateMetrics(prometheus), on_change=candidate_changed)
+    candidate = CandidateKeeper(read_candidate, CandidateMetrics(prometheus), on_change=candidate_changed)
 
     def follows(state: RegistryState) -> bool:
         return state.champion.follows and snapshots.auto_promote and _has_chain(state)

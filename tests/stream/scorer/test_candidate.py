@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from state.canary import Canary
+from state.manifest import Manifest
 from state.registry import Champion, Move, RegistryState, VersionRange, VersionRecord
+from state.settings import SnapshotSettings
+from state.store import SnapshotStore
 from stream.scorer import candidate as module
-from stream.scorer.candidate import CandidateKeeper, NoRoom
+from stream.scorer.candidate import CandidateKeeper, NoRoom, load_candidate
 from stream.scorer.candidate_metrics import CandidateMetrics
 from stream.scorer.serving import Served, WeightsState
+from tests.judged import JUDGED
+from tests.stream.scorer.factory import MODEL, SCHEMA, weights
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +159,23 @@ def test_damaged_it_takes_no_part_until_it_is_read_again() -> None:
         assert it.asked == [4, 4] and it.keeper.problem == ""
 
     scene(steps)
+
+
+def test_without_room_it_is_not_read(tmp_path: Path) -> None:
+    store = SnapshotStore(SnapshotSettings(url=str(tmp_path)))
+    made = Manifest(
+        version=4,
+        created_at_ms=7,
+        features=SCHEMA.model_dump(mode="json"),
+        model=MODEL.model_dump(mode="json"),
+        verdict=JUDGED,
+    )
+    size = store.write(made, weights(4), None).serving_size
+    record = VersionRecord(version=4, created_at_ms=7)
+    served = load_candidate(store, record, device="cpu", spare_bytes=size + 5, taken_bytes=5)
+    assert served.version == 4 and served.size == size
+    with pytest.raises(NoRoom, match=r"expected room for 0\.00. MB in the spare memory, found 0\.00. MB.*scorer.spare_mb"):
+        load_candidate(store, record, device="cpu", spare_bytes=size + 5, taken_bytes=6)
 
 
 def test_the_share_is_counted() -> None:
