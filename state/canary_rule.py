@@ -19,7 +19,7 @@ import math
 from typing import NamedTuple
 
 from state.canary import Canary, CanaryOutcome, Progress
-from state.canary_evidence import Evidence
+from state.canary_evidence import Difference, Evidence
 
 __all__ = ["Verdict", "judge_canary"]
 
@@ -39,8 +39,8 @@ class Verdict(NamedTuple):
 
 def judge_canary(canary: Canary, evidence: Evidence, now_ms: int) -> Verdict:
     """Decide whether a trial ends, by the table at the top of this module."""
-    outcome, reason = _decide(canary, evidence, now_ms)
     found = evidence.difference()
+    outcome, reason = _decide(canary, evidence, found, now_ms)
     known = math.isfinite(found.error)
     progress = Progress(
         at_ms=now_ms,
@@ -58,9 +58,8 @@ class _Decision(NamedTuple):
     reason: str
 
 
-def _decide(canary: Canary, evidence: Evidence, now_ms: int) -> _Decision:
+def _decide(canary: Canary, evidence: Evidence, found: Difference, now_ms: int) -> _Decision:
     limits, clicks = canary.thresholds, evidence.clicks
-    found = evidence.difference()
     measured = f"log loss {found.change * 100:+.2f} % ± {found.error * 100:.2f} % over {clicks:,.0f} clicks"
     if not math.isfinite(found.error):
         measured = f"{evidence.candidate.clicks:,.0f} clicks"

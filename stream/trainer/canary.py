@@ -14,6 +14,7 @@ example once. The table isn't saved.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -26,7 +27,7 @@ from msgspec.structs import replace
 
 from state.canary import Canary
 from state.canary_evidence import Evidence
-from state.canary_rule import judge_canary
+from state.canary_rule import Verdict, judge_canary
 from state.canary_running import running_canary, why_over
 from state.gate_blocks import FloatArray
 from state.registry import RegistryState
@@ -150,9 +151,7 @@ class CanaryWatch:
             self._metrics.none()
             return
         canary = self._canary
-        with self._lock:
-            self._take_in()
-            verdict = judge_canary(canary, self._evidence, now_ms)
+        verdict = await asyncio.to_thread(self._judged, canary, now_ms)
         self._metrics.judged(canary, verdict.progress)
         held_since = registry.champion.hold_at_ms if registry.champion.hold else 0
         if verdict.outcome == "promoted" and held_since > canary.at_ms:
@@ -165,6 +164,11 @@ class CanaryWatch:
         if verdict.outcome:
             log.warning("the %s of version %d ends, %s: %s", canary.mode, canary.version, verdict.outcome, verdict.reason)
             await writer.end_canary(verdict.outcome, verdict.reason, of=canary.operation)
+
+    def _judged(self, canary: Canary, now_ms: int) -> Verdict:
+        with self._lock:
+            self._take_in()
+            return judge_canary(canary, self._evidence, now_ms)
 
     def _take_in(self) -> None:
         observed, self._observed, self._rows = self._observed, [], 0
