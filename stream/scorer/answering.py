@@ -142,9 +142,9 @@ class Answering:
             # Deltas are applied in the scoring thread, one after another with batches: what is learned now is in this batch.
             current, arrivals_ms = self._swapper.current, self._freshness.take()
             answers = await self._score(batch.records)
-            if not answers.candidates:
+            if not answers.by_champion:
                 self._freshness.learned(arrivals_ms)
-            known = answers.candidates > 0 and current is not None and current.is_replica
+            known = answers.by_champion > 0 and current is not None and current.is_replica
             await self._scored.put(_Scored(batch, answers, arrivals_ms if known else ()))
 
     async def send_all(self) -> None:

@@ -33,6 +33,8 @@ class Answers:
     dead: list[DeadLetter] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
     candidates: int = 0
+    by_champion: int = 0
+    """Those of them that the weights which answer have scored, and not the candidate of a canary."""
     by_candidate: int = 0
     """Requests that the candidate of a shadow or canary has scored."""
     not_by_candidate: int = 0
@@ -185,6 +187,7 @@ class _Writer:
             fits = self._write(name, [Score(score.id, score.score) for score in scores], None, named)
         if fits:
             self.answers.candidates += len(scores)
+            self.answers.by_champion += len(scores) if by is None else 0
             self.answers.outcomes["scored"] += 1
         else:
             message = f"expected an answer of at most {self._max_bytes} bytes, found a larger one. Send fewer candidates"

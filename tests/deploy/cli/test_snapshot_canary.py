@@ -142,6 +142,7 @@ def test_a_canary_is_promoted_a_shadow_taken_back_and_another_stopped(scene: Sce
     assert begun["outcome"] == "running" and begun["undo"] == "headrace snapshot canary stop --reason undo --yes"
     scene.until(lambda: (beat := scene.beat()) is not None and beat.candidate == candidate)
     assert run("snapshot watch --timeout 1ms").code == 5
+    assert f"canary of version {candidate}, 40 % of the requests since" in run("snapshot list").out
 
     answers = scene.ask(2_000)
     chosen = in_share([answer.request_id for answer in answers], 0.4).tolist()
