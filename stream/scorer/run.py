@@ -113,7 +113,7 @@ async def run_scorer(
     reader = RegistryFollower(kafka, names, on_change=on_change)
 
     def in_memory() -> list[Served]:
-        kept = [swapper.current, None if follower.replica is None else follower.replica.served]
+        kept = [*swapper.in_memory, None if follower.replica is None else follower.replica.served]
         return list({id(each): each for each in kept if each is not None}.values())
 
     def damaged(served: Served) -> None:
