@@ -26,7 +26,7 @@ from tests.faults.clusters import Skipped
 from tests.faults.snapshots.run import TOPICS, Run
 from tests.faults.snapshots.where import Where
 
-__all__ = ["Kind", "Result", "create_topics", "play", "quick"]
+__all__ = ["Kind", "Result", "create_topics", "play", "quick", "where_of"]
 
 LIMIT_S = 150.0
 # Waits of the product that only spread load, and the size of a version's files, so that a small version has several.
@@ -143,11 +143,7 @@ def quick() -> Iterator[None]:
         yield
 
 
-def unique(kind: str, seed: int) -> str:
-    """A prefix for the topics of a run."""
-    return f"f{seed}-{os.getpid()}-{time.time_ns() % 1_000_000_000}-"
-
-
-def where_of(servers: str, kind: Kind, seed: int, folder: Path) -> Where:
-    prefix = unique(kind.name, seed)
-    return Where(servers, prefix, folder / prefix.strip("-"), seed)
+def where_of(servers: str, broker: Path, seed: int, folder: Path) -> Where:
+    """A place for a run, with topics of its own."""
+    prefix = f"f{seed}-{os.getpid()}-{time.time_ns() % 1_000_000_000}-"
+    return Where(servers, broker, prefix, folder / prefix.strip("-"), seed)

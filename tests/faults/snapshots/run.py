@@ -22,7 +22,7 @@ from tests.faults.snapshots.trainer import Trainer
 from tests.faults.snapshots.weights import Point, Weights, digest
 from tests.faults.snapshots.where import MODEL, SCHEMA, Noted, Where
 
-__all__ = ["HEAL_S", "Checked", "Run"]
+__all__ = ["HEAL_S", "TOPICS", "Checked", "Run", "memory_digest"]
 
 # Bound of healing once the fault is over and a new version is announced. Waits of the product's own are shortened (`play.py`).
 HEAL_S = 20.0

@@ -49,7 +49,7 @@ class Asked:
     point: Point | None
     digest: str
     hurt: bool
-    """Whether memory was changed on purpose, and the scrub has not found it yet."""
+    """Whether memory was changed on purpose, and no other weights have been read since."""
 
 
 @dataclass
@@ -71,7 +71,8 @@ class Scorer:
         self.where, self.name = where, name
         self.hooks = Hooks()
         self.asked: list[Asked] = []
-        self.hurt = False
+        self.hurt: list[Served] = []
+        """Weights whose memory was changed on purpose. They answer until others are read."""
         self.prometheus = CollectorRegistry()
         metrics = FollowingMetrics(self.prometheus)
         store = SnapshotStore(where.snapshots)
@@ -166,7 +167,6 @@ class Scorer:
         return list({id(each): each for each in kept if each is not None}.values())
 
     def _damaged(self, served: Served) -> None:
-        self.hurt = False
         if served.is_replica:
             self.follower.damaged()
         else:
@@ -194,7 +194,7 @@ class Scorer:
         if served is None:
             return
         seed = f"{self.where.seed} {self.name} {number}"
-        hurt, point = self.hurt, served.state.point
+        hurt, point = any(each is served for each in self.hurt), served.state.point
         found = answers_of(served, seed)
         self.asked.append(
             Asked(

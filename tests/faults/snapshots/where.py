@@ -37,9 +37,13 @@ class Noted:
 
 @dataclass(frozen=True)
 class Where:
-    """Kafka, the prefix of the topics, and the folder of one run. It can be handed to another process."""
+    """Kafka, the prefix of the topics, and the folder of one run. It can be handed to another process.
+
+    broker  the folder with the broker's data
+    """
 
     servers: str
+    broker: Path
     prefix: str
     folder: Path
     seed: int

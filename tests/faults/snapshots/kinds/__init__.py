@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tests.faults.snapshots.kinds import deltas, files, memory
+from tests.faults.snapshots.kinds import deltas, files, lives, logs, memory
 from tests.faults.snapshots.play import Kind
 
 __all__ = ["KINDS", "kind_named"]
 
-KINDS: list[Kind] = [*deltas.KINDS, *files.KINDS, *memory.KINDS]
+KINDS: list[Kind] = [*deltas.KINDS, *files.KINDS, *memory.KINDS, *lives.KINDS, *logs.KINDS]
 
 
 def kind_named(name: str) -> Kind:
