@@ -9,7 +9,7 @@ from deploy.local_kafka.files import SERVER
 
 __all__ = ["FaultKafka"]
 
-# By default a broker looks for logs to compact every 15 s, and for logs to delete every five minutes, first after half a minute.
+# By default a broker looks for logs to compact every 15 s, and for logs to delete every five minutes.
 PROPERTIES = {
     "log.cleaner.backoff.ms": 200,
     "log.retention.check.interval.ms": 500,

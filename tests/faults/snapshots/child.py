@@ -102,9 +102,7 @@ class Life:
         await asyncio.to_thread(self.process.join, 10)
 
 
-def begin(
-    where: Where, *, step: str = "", number: int = 1, script: Sequence[str] = SCRIPT, ahead_s: float = 0.0
-) -> Life:
+def begin(where: Where, *, step: str = "", number: int = 1, script: Sequence[str] = SCRIPT, ahead_s: float = 0.0) -> Life:
     """Start a trainer that dies at the `number`-th time that it comes to a step.
 
     Args:
@@ -175,6 +173,7 @@ def _die_at(step: Step, number: int) -> None:
             for record in records if step.when == "uncommitted" else records[: max(1, len(records) // 2)]:
                 await _send(self, record)
             _die()
+            return None
 
         setattr(step.owner, step.method, amid)
     elif asyncio.iscoroutinefunction(original):

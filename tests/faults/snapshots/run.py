@@ -122,9 +122,7 @@ class Run:
         good = {"applied", "old_chain", "other_chain", "broken"}
 
         def all_have() -> bool:
-            return all(
-                any(name in reasons if reasons else name not in good for name in scorer.outcomes()) for scorer in asked
-            )
+            return all(any(name in reasons if reasons else name not in good for name in scorer.outcomes()) for scorer in asked)
 
         found = [scorer.outcomes() for scorer in asked]
         await until(all_have, 8.0, f"expected {reasons or 'a refusal'} of every scorer, found {found}")

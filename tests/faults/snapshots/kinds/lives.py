@@ -29,7 +29,13 @@ kind = kinds(KINDS)
 
 FENCED = 3  # exit code of a child that was replaced
 # Steps that come so often in a life that dying at the first one would always be at the start.
-OFTEN = {"writing a delta", "writing a version", "announcing", "deleting versions: before a file", "deleting versions: after a file"}
+OFTEN = (
+    "writing a delta",
+    "writing a version",
+    "announcing",
+    "deleting versions: before a file",
+    "deleting versions: after a file",
+)
 
 
 def spawn(run: Run, **options: Any) -> Life:
@@ -43,9 +49,7 @@ def killed(step: str) -> None:
     async def play(run: Run) -> None:
         await run.begin()
         await run.trainer.stop()
-        most = 4 if any(step.startswith(each) for each in OFTEN) else 1
-        if step == "writing a version: after the manifest" or step == "writing a version: before the manifest":
-            most = 3
+        most = 3 if step.startswith(OFTEN) else 1
         code = await spawn(run, step=step, number=run.drawn.randint(1, most)).ended()
         run.expect(code == -signal.SIGKILL, f"expected the trainer to be killed, found exit code {code}")
         run.happened.append("killed")
@@ -178,7 +182,7 @@ async def _supervisors(run: Run) -> None:
     await run.begin()
     await run.trainer.stop()
     for _ in range(2):
-        lives = [spawn(run, script=("delta", "delta", "version", "delta", "delta", "version", "collect", "delta")) for _ in range(2)]
+        lives = [spawn(run) for _ in range(2)]
         codes = [await life.ended() for life in lives]
         run.expect(set(codes) <= {0, FENCED}, f"expected each to end or to be fenced, found exit codes {codes}")
         run.happened.append(f"exit codes {codes}")
@@ -189,8 +193,10 @@ async def _supervisors(run: Run) -> None:
 async def _stopped(run: Run) -> None:
     await run.begin()
     await run.trainer.stop()
-    life = spawn(run, script=("delta",) * 200)
-    await asyncio.sleep(0.6 + 0.3 * run.drawn.random())
+    before = run.trainer.chain.name
+    life = spawn(run, script=("delta",) * 300)
+    await run.until(lambda: all(each.point and each.point.chain != before for each in run.scorers), "it publishes")
+    await asyncio.sleep(0.1 * run.drawn.random())
     life.signal(signal.SIGSTOP)
     await run.start_trainer()
     await run.trainer.delta(2)
