@@ -66,8 +66,7 @@ class EarlierModel:
     def predict(self, batch: FeatureBatch) -> Float32Array:
         """Click probabilities float32 (B,). Raises ModelError once it is closed."""
         elements = to_elements(batch, self._schema, self._table.keys.device)
-        numbers = self._table.keys.lookup(elements.keys)
-        numbers.masked_fill_(numbers > self._moment.count, 0)
+        numbers = self._moment.known(self._table.keys.lookup(elements.keys))
         distinct, inverse = unique_rows(numbers, self._columns["scratch"])
         rows = self._moment.read(distinct)
         where = torch.where(numbers == 0, len(distinct) + elements.fields(), inverse)

@@ -7,7 +7,8 @@ the table and some 76 bytes a row that was touched until the next moment (dimens
 To read rows as of a moment, take the live rows, and put what was saved over them: what the newest moment has first, what the
 asked moment has last. A row that was saved for one moment was the same at the moment before, unless it was saved for that too.
 
-Everything here is for the training thread. The learner never removes rows, so a row's number names the same key for ever.
+Everything here is for the training thread. A key that is evicted after a moment reads, as of that moment, like one that wasn't
+there: keys are found by the live table. A row that another key gets afterwards isn't known as of earlier moments any more.
 """
 
 from __future__ import annotations
@@ -44,6 +45,17 @@ class SavedRows:
     def __len__(self) -> int:
         return self._used
 
+    def known(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The row numbers (N,), 0 for a row that didn't belong to its present key at the moment."""
+        later = self._marks.index_select(0, numbers.clamp(max=self.count + 1)) == _LATER
+        return numbers.masked_fill(later, 0)
+
+    def given_away(self, numbers: torch.Tensor) -> None:
+        """Takes note that rows (N,) belong to other keys from now on."""
+        within = numbers[numbers <= self.count]
+        if len(within):
+            self._marks.index_fill_(0, within, _LATER)
+
     def missing(self, numbers: torch.Tensor) -> torch.Tensor:
         """Those of the row numbers (N,) that were there at the moment and aren't saved yet."""
         return numbers[self._marks.index_select(0, numbers.clamp(max=self.count + 1)) == 0]
@@ -67,7 +79,7 @@ class SavedRows:
         if not self._used:
             return
         marks = self._marks.index_select(0, numbers)
-        at = marks.nonzero().squeeze(1)
+        at = (marks > 0).nonzero().squeeze(1)
         where = marks.index_select(0, at).long().sub_(1)
         embedding.index_copy_(0, at, self._saved["embedding"].index_select(0, where))
         first_order.index_copy_(0, at, self._saved["first_order"].index_select(0, where))
@@ -100,6 +112,11 @@ class Moments:
         if len(missing):
             rows = self._live(missing)
             newest.put(missing, rows.embedding, rows.first_order)
+
+    def given_away(self, numbers: torch.Tensor) -> None:
+        """Call it when rows (N,) get keys: some of them may have had other keys before."""
+        for saved in self._saved:
+            saved.given_away(numbers)
 
     def add(self, count: int) -> Moment:
         """A new moment: rows 1 to `count` as they are now."""
@@ -167,6 +184,10 @@ class Moment:
     def is_open(self) -> bool:
         """Whether it can be read."""
         return self._moments.holds(self._saved)
+
+    def known(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The row numbers (N,), 0 for a row that didn't belong to its present key then."""
+        return self._saved.known(numbers)
 
     def read(self, numbers: torch.Tensor) -> Rows:
         """Copies of rows (N,) as they were. Numbers are at most `count`; 0 reads zeros. Raises ModelError once it is closed."""

@@ -77,6 +77,11 @@ class Sanity:
         """How far scores have shifted, as last measured."""
         return None if self.shift is None else self.shift.last
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether deltas are withheld because one of them wasn't sane."""
+        return self._judge is not None and self._judge.doubt is not None
+
     def may_leave(self, watermark_ms: int) -> bool:
         """Whether a delta may be taken now: nothing withholds it, its scores vary and haven't jumped."""
         judge, shift = self._judge, self.shift

@@ -127,6 +127,7 @@ class Training:
         self._waiting_since: float | None = None
         self._set_aside: list[DeadLetter] = []
         self._arrivals = ArrivalSample()
+        self._dense_taken_at: int | None = None  # examples seen by the dense weights that scorers get; None: they get none yet
         self.batches = 0
         self.watermark_ms = watermark_ms
 
@@ -234,26 +235,42 @@ class Training:
         return factors if batch.weights is None else factors * batch.weights
 
     @property
+    def _dense_is_old(self) -> bool:
+        """Whether examples were learned since the dense weights that scorers get."""
+        return self._dense_taken_at != self._learner.examples_seen
+
+    @property
     def withheld(self) -> bool:
         """Whether the gate withholds what is learned."""
         return self._judge is not None and self._judge.report().flow == "withheld"
 
-    def capture_delta(self) -> CapturedDelta | None:
+    def capture_delta(self, *, dense: bool = True) -> CapturedDelta | None:
         """What changed since the delta before. To be called between two batches.
 
-        None while the gate withholds what is learned, when nothing was touched, and when the delta isn't sane
+        None while the gate withholds what is learned, when nothing has changed, and when the delta isn't sane
         (`stream.trainer.sanity`). What was touched is then part of a later delta.
+
+        Args:
+            dense: whether the delta carries the dense weights. The first one does in any case, and so does the next one after
+                deltas were withheld.
         """
-        if not self._learner.touched:
+        if not self._learner.touched and not self._dense_is_old:
             return None
         began = time.perf_counter()
         may_leave = self._sanity.may_leave(self.watermark_ms)
-        self._metrics.checked(self._sanity.score_shift, in_doubt=self._judge is not None and self._judge.doubt is not None)
+        self._metrics.checked(self._sanity.score_shift, in_doubt=self._sanity.in_doubt)
         if not may_leave:
+            self._dense_taken_at = None  # rows that were withheld for an hour must not meet dense weights of before that
             return None
-        delta = self._learner.take_delta()
-        if not self._sanity.passes(delta, self.watermark_ms):
-            self._learner.expect(delta.rows.keys)
+        dense = dense or self._dense_taken_at is None
+        if not self._learner.touched and not dense:
+            return None
+        delta = self._learner.take_delta(dense=dense)
+        passes = self._sanity.passes(delta, self.watermark_ms)
+        if dense:
+            self._dense_taken_at = self._learner.examples_seen if passes else None
+        if not passes:
+            self._learner.expect(torch.cat((delta.rows.keys, delta.gone)))
             self._metrics.deltas.labels("withheld").inc()
             return None
         self._metrics.snapshot_seconds.labels("capture_delta").observe(time.perf_counter() - began)
@@ -286,7 +303,7 @@ class Training:
             verdict=verdict,
             position=position,
             delta=delta,
-            on_chain=not withheld and not self._learner.touched,
+            on_chain=not withheld and not self._learner.touched and not self._dense_is_old,
             digest=self._learner.digest,
         )
         if self._anchors is not None:

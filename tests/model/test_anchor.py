@@ -156,6 +156,24 @@ def test_a_version_that_is_not_from_the_models_past_is_refused() -> None:
         learner.model_of(1, {}, 1.0)
 
 
+def test_a_row_that_another_key_gets_is_not_known_as_of_earlier_moments() -> None:
+    """A key that was evicted since reads like one that wasn't there."""
+    learner = Learner(SCHEMA, SETTINGS, device="cpu")
+    learn(learner, *records(100, seed=1))
+    older = Kept(learner)
+    gone = torch.from_numpy(np.unique(ASKED.keys[:, 0])[:10].copy())
+    assert learner.evict(gone) == 10
+    newer = Kept(learner)
+    learn(learner, *records(300, seed=2))  # other keys, and some of the same again, get the rows
+    newer.agrees()
+    serving = {name: value.clone() for name, value in older.serving.items()}
+    kept = ~torch.isin(serving["keys"], gone)
+    for name in ("keys", "embedding", "first_order"):
+        serving[name] = serving[name][kept]
+    without = Predictor.of(SCHEMA, SETTINGS, serving, device="cpu", negative_rate=older.rate)
+    assert same(older.moment, without)
+
+
 def test_a_restore_ends_points() -> None:
     learner = Learner(SCHEMA, SETTINGS, device="cpu")
     learn(learner, *records(50))
