@@ -437,8 +437,8 @@ class ScorerSettings(_Frozen):
         default=1_000,
         ge=0,
         description="Memory in MB for weights that don't answer: the version that a rollback would go to, while deltas are "
-        "followed, and the replica that follows them, while a version is pinned. Weights that need more are read from the "
-        "store when they are wanted.",
+        "followed, the replica that follows them, while a version is pinned, and the candidate of a shadow or canary. Weights "
+        "that need more are read from the store when they are wanted; a candidate that needs more takes no part.",
     )
     heal_jitter_ms: int = Field(
         default=2_000,
