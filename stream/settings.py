@@ -446,6 +446,17 @@ class ScorerSettings(_Frozen):
         description="Longest random wait before a scorer whose deltas were refused reads a version from the store, so that not "
         "all scorers read at once.",
     )
+    cache_dir: Path = Field(
+        default=Path(".headrace/cache"),
+        description="Folder for files of versions that were read from the store, so that scorers on this machine that start or "
+        "heal needn't read them again. Scorers may share it. A relative path lies beside the settings file.",
+    )
+    cache_mb: int = Field(
+        default=2_000,
+        ge=0,
+        description="Size of that folder in MB; 0 keeps nothing. A version that is larger is not kept. Nothing is kept either "
+        "where `snapshots.url` is a folder of this machine.",
+    )
     scrub_s: int = Field(
         default=600,
         ge=1,

@@ -215,6 +215,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         ("offsets", ", ".join(f"{part}: {offset}" for part, offset in sorted(manifest.offsets.items())) or "-"),
         ("point of chain", "-" if manifest.sequence is None else f"{manifest.chain}, delta {manifest.sequence}"),
         ("digest", manifest.digest or "-"),
+        ("rows of scorers", manifest.row_precision),
         ("schema", manifest.schema_hash),
     ]
     pairs += [(name, _number(manifest.metrics, name)) for name in sorted(manifest.metrics)]

@@ -20,6 +20,7 @@ from state.chain_versions import point_of
 from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
+from state.version_cache import VersionCache
 from stream.errors import NoAnswer
 from stream.kafka.cluster import describe_cluster
 from stream.registry.follower import RegistryFollower
@@ -69,7 +70,10 @@ async def run_scorer(
     prometheus = new_prometheus()
     metrics, following_metrics = ScorerMetrics(prometheus), FollowingMetrics(prometheus)
     freshness = Freshness(following_metrics.click_to_answer.observe)
+    cache = VersionCache(settings.cache_dir, settings.cache_mb * 1_000_000, on_read=metrics.read_file)
     store = SnapshotStore(snapshots)
+    if not store.is_local and settings.cache_mb:
+        store = SnapshotStore(snapshots, cache=cache)
     scoring = ThreadPoolExecutor(1, "scoring")
     spare_bytes = settings.spare_mb * 1_000_000
 
@@ -96,6 +100,7 @@ async def run_scorer(
         following_metrics,
         freshness,
         jitter_s=settings.heal_jitter_ms / 1_000,
+        cached=store.has,
     )
 
     def read_candidate(record: VersionRecord) -> Served:

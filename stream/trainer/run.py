@@ -90,6 +90,7 @@ async def run_trainer(
         schema=schema,
         model=model,
         new_model=new_model,
+        row_precision=snapshots.row_precision,
     )
     epoch: int | None = None
 
@@ -174,7 +175,13 @@ async def _built(
     metrics = TrainerMetrics(prometheus)
     scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
     base = await go_on_in_place(prepared.learner, start, kafka, names)
-    chain = Chain(str(ChainName(model.name, epoch, 0)), deltas, base, prepared.learner.touched_keys)
+    chain = Chain(
+        str(ChainName(model.name, epoch, 0)),
+        deltas,
+        base,
+        prepared.learner.touched_keys,
+        row_precision=snapshots.row_precision,
+    )
     judge = Judge(snapshots, gate_state(start, epoch))
     anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
 

@@ -14,7 +14,7 @@ import pytest
 from kafka import KafkaProducer
 
 from deploy.demo.play import worker_environment
-from deploy.processes.workers import Worker, stop_workers
+from deploy.processes.workers import stop_workers
 from deploy.settings import Settings
 from headrace.scores import Answer, ScoreStream
 from model.schema import FeatureSchema
@@ -26,6 +26,7 @@ from stream.registry.log import read_registry
 from stream.scorer.trial import in_share
 from stream.topics.names import TopicNames
 from tests.deploy.conftest import Run
+from tests.forked import ForkedWorker
 from tests.stream.trainer.factory import MODEL, SCHEMA, headers, value
 
 PATIENCE_S = 90.0
@@ -49,7 +50,7 @@ class Scene:
         )
         self.names = TopicNames.of(settings.topics)
         self.workers = [
-            Worker(kind, worker_environment(self.settings), folder / f"{kind}.log", cwd=folder)
+            ForkedWorker(kind, worker_environment(self.settings), folder / f"{kind}.log", cwd=folder)
             for kind in ("trainer", "scorer")
         ]
         stack.callback(lambda: stop_workers(self.workers))
