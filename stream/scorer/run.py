@@ -141,7 +141,7 @@ async def run_scorer(
 
     def in_memory() -> list[Served]:
         kept = [
-            swapper.current,
+            *swapper.in_memory,
             None if follower.replica is None else follower.replica.served,
             None if candidate.trial is None else candidate.trial.served,
         ]

@@ -127,6 +127,12 @@ class Swapper:
         return self.current is not None
 
     @property
+    def in_memory(self) -> list[Served]:
+        """All weights that answer, or may without being read again: what is kept ready for a rollback is checked too."""
+        kept = self._ready.values()
+        return [*kept] if self.current is None or any(each is self.current for each in kept) else [self.current, *kept]
+
+    @property
     def is_following(self) -> bool:
         """Whether the weights that answer are a replica that is kept at the end of the champion's chain."""
         return self._follow and self._replica is not None and self.current is self._replica.served
@@ -156,10 +162,14 @@ class Swapper:
             self._settle()
 
     def reload(self, served: Served) -> None:
-        """The memory of a version has changed by itself: load the version again, while it answers if it has to."""
+        """The memory of a version has changed by itself: load the version again, while it answers if it has to.
+
+        A version that was only kept ready is forgotten. The one that a rollback would go to is read again.
+        """
         self._ready = OrderedDict((version, each) for version, each in self._ready.items() if each is not served)
         if served is self.current and served.version not in self._loading:
             self._load_soon(served.version)
+        self._preload_soon()
 
     async def first_load_ended(self) -> None:
         """Wait until what is being loaded is served, or has failed."""
