@@ -11,6 +11,7 @@ import yaml
 
 from headrace.scores import AnswerError
 from state.alias_records import Alias, AliasMove, Deletion, TagChange, VersionTags
+from state.canary import Canary, Progress, Side, Thresholds
 from state.gate_report import GateReport
 from state.registry import Champion, Move, TrainerLease, VersionRecord
 from stream.records import replay
@@ -35,6 +36,10 @@ PAYLOADS = {
     "tagsRecord": VersionTags,
     "tagChange": TagChange,
     "deletionRecord": Deletion,
+    "canaryRecord": Canary,
+    "canaryThresholds": Thresholds,
+    "canaryProgress": Progress,
+    "canarySide": Side,
 }
 
 

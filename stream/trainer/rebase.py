@@ -6,7 +6,9 @@ deltas. It returns the newest point of their chain, from which the new chain goe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from stream.trainer.chain import Base, Published, saved_chain
 from stream.trainer.start import Start
 
 __all__ = ["Anchored", "Found", "find_base", "go_on_in_place", "where_in_the_log"]
+
+log = logging.getLogger(__name__)
 
 
 class Anchored(NamedTuple):
@@ -47,7 +51,8 @@ def where_in_the_log(manifest: Manifest, bookkeeping: State) -> Anchored | None:
     """Where a version is in the log of deltas; None for a version that was captured before its chain had begun."""
     if manifest.sequence is not None and manifest.deltas_offset is not None:
         point = Point(manifest.chain, manifest.sequence)
-        return Anchored(Published(point, manifest.deltas_offset), torch.empty(0, dtype=torch.int64))
+        published = Published(point, manifest.deltas_offset, manifest.row_precision)
+        return Anchored(published, torch.empty(0, dtype=torch.int64))
     saved = saved_chain(bookkeeping)
     return None if saved is None else Anchored(*saved)
 
@@ -68,7 +73,7 @@ async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[Foun
         if not isinstance(each, FoundDelta) or each.delta.header.parent != newest.point:
             continue  # no delta, or one of another line of weights, or of a trainer that was replaced
         header, model = each.delta.header, each.delta.model
-        newest = Published(Point(header.chain, header.sequence), each.next_offset)
+        newest = Published(Point(header.chain, header.sequence), each.next_offset, header.dtype)
         offsets = {int(name): offset for name, offset in header.offsets.items()}
         touched += [model.rows.keys.clone(), model.gone.clone()]
     return Found(Base(newest, offsets), torch.unique(torch.cat(touched)))
@@ -77,7 +82,10 @@ async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[Foun
 async def go_on_in_place(learner: Learner, start: Start, kafka: KafkaSettings, names: TopicNames) -> Base | None:
     """Find what the new chain goes on from, and mark the rows that its first delta must carry.
 
-    None when the chain has to begin with a version.
+    Where scorers have rows of another precision than this trainer publishes, every row differs, those too that no delta would
+    carry. Then the new chain begins with a version, once training has come as far as the old chain.
+
+    None when scorers have nothing to go on from.
 
     Raises:
         NoAnswer: Kafka can't be reached.
@@ -88,5 +96,13 @@ async def go_on_in_place(learner: Learner, start: Start, kafka: KafkaSettings, n
     if at is None:
         return None
     found = await find_base(start.manifest, at, read_back(kafka, names, start=at.published.offset))
-    learner.expect(found.keys)
+    learner.expect(found.keys)  # also for a version that is written before the chain begins: it is no point of one
+    before = found.base.published.row_precision
+    if before != learner.row_precision:
+        log.warning(
+            "snapshots.row_precision is %s, and was %s at delta %d of %s: the new chain begins with a version, which all "
+            "scorers load",
+            *(learner.row_precision, before, found.base.published.point.sequence, found.base.published.point.chain),
+        )
+        return replace(found.base, in_place=False)
     return found.base

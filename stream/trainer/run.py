@@ -26,6 +26,8 @@ from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
+from stream.trainer.canary import CanaryWatch
+from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.chain import NAME as CHAIN
 from stream.trainer.chain import Chain
 from stream.trainer.evaluation import Evaluation
@@ -88,6 +90,7 @@ async def run_trainer(
         schema=schema,
         model=model,
         new_model=new_model,
+        row_precision=snapshots.row_precision,
     )
     epoch: int | None = None
 
@@ -172,7 +175,13 @@ async def _built(
     metrics = TrainerMetrics(prometheus)
     scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
     base = await go_on_in_place(prepared.learner, start, kafka, names)
-    chain = Chain(str(ChainName(model.name, epoch, 0)), deltas, base, prepared.learner.touched_keys)
+    chain = Chain(
+        str(ChainName(model.name, epoch, 0)),
+        deltas,
+        base,
+        prepared.learner.touched_keys,
+        row_precision=snapshots.row_precision,
+    )
     judge = Judge(snapshots, gate_state(start, epoch))
     anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
 
@@ -183,6 +192,7 @@ async def _built(
         return follower.state.version_that_scored(version, delta)
 
     skew = SkewCheck(reference, scored_by, metrics)
+    canary = CanaryWatch(CanaryMetrics(prometheus))
     training = Training(
         prepared.learner,
         BatchCutter(model.batch_rows, prepared.positions),
@@ -190,14 +200,15 @@ async def _built(
         metrics,
         max_batch_age_s=settings.max_batch_age_ms / 1000,
         watermark_ms=start.watermark_ms,
-        observers=(skew,),
-        bookkeeping={CHAIN: chain},
+        observers=(skew, canary),
+        bookkeeping={CHAIN: chain, "canary": canary},
         judge=judge,
     )
     training.restore(start.bookkeeping)
     # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a new
     # line for one of the champion's line.
     await anchors.follow(follower.state, start.watermark_ms)
+    canary.follow(follower.state)
     letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
     publisher = Publisher(
         store=store,
@@ -231,6 +242,7 @@ async def _built(
         follower=follower,
         judge=judge,
         anchors=anchors,
+        canary=canary,
         scores=scores,
         metrics=metrics,
     )

@@ -35,6 +35,7 @@ from stream.registry.writer import RegistryWriter
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
+from stream.trainer.canary import CanaryWatch
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
@@ -89,6 +90,7 @@ class TrainerWorker(Worker):
         follower: RegistryFollower,
         judge: Judge,
         anchors: Anchors,
+        canary: CanaryWatch,
         scores: Evaluation,
         metrics: TrainerMetrics,
     ) -> None:
@@ -105,7 +107,7 @@ class TrainerWorker(Worker):
         self._pipeline = Pipeline(self, training, decoder, metrics, threads=threads)
         self._publisher, self._letters, self._deltas, self._registry = publisher, letters, deltas, registry
         self._follower, self._judge, self._anchors = follower, judge, anchors
-        self._scores, self._metrics = scores, metrics
+        self._canary, self._scores, self._metrics = canary, scores, metrics
         # Next offset to hand over, by partition.
         self._accepted = dict(training.positions)
         self._publishing: asyncio.Task[None] | None = None
@@ -174,8 +176,9 @@ class TrainerWorker(Worker):
                 await self._show_gate()
             try:
                 await self._registry.tag_due(self._snapshots)
+                await self._canary.conduct(self._registry, self._follower.state)
             except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
-                log.warning("tagging good versions: %s", error)
+                log.warning("tagging good versions, or a canary: %s", error)
 
     async def _collect(self) -> None:
         """Delete versions that nothing needs any more, from time to time."""

@@ -12,12 +12,14 @@ from model.rows import Rows
 from state.manifest import Manifest
 from stream.deltas.pieces import DeltaProblem, FoundDelta
 from stream.records.delta import Point
+from stream.trainer import rebase
 from stream.trainer.batching import BatchCutter
 from stream.trainer.bookkeeping import bookkeeping_in
 from stream.trainer.chain import NAME, Chain
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
-from stream.trainer.rebase import find_base, where_in_the_log
+from stream.trainer.rebase import where_in_the_log
+from stream.trainer.start import Start
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import MODEL, SCHEMA, metrics, record, run, value
 from tests.stream.trainer.fakes import DeltaLog, whole
@@ -55,15 +57,17 @@ class Replica:
 class Trainer:
     """A trainer without threads and without Kafka."""
 
-    def __init__(self, log, *, epoch, rows=32):
-        self.log, self.epoch, self.rows = log, epoch, rows
-        self.learner = Learner(SCHEMA, MODEL, device="cpu")
+    def __init__(self, log, *, epoch, rows=32, precision="float32"):
+        self.log, self.epoch, self.rows, self.precision = log, epoch, rows, precision
+        self.learner = Learner(SCHEMA, MODEL, device="cpu", row_precision=precision)
         self.decoder = ExampleDecoder(SCHEMA)
         self.base = None
         self._begin({0: 0})
 
     def _begin(self, positions):
-        self.chain = Chain(f"deepfm/{self.epoch}/0", self.log, self.base, self.learner.touched_keys)
+        self.chain = Chain(
+            f"deepfm/{self.epoch}/0", self.log, self.base, self.learner.touched_keys, row_precision=self.precision
+        )
         cutter = BatchCutter(self.rows, positions)
         self.training = Training(
             self.learner, cutter, Evaluation(100), metrics(), max_batch_age_s=1e9, bookkeeping={NAME: self.chain}
@@ -71,10 +75,10 @@ class Trainer:
 
     async def go_on(self, version, manifest):
         version.restore(self.learner)
-        at = where_in_the_log(manifest, bookkeeping_in(version.small))
-        found = await find_base(manifest, at, found_in(self.log, at.published.offset))
-        self.learner.expect(found.keys)
-        self.base = found.base
+        start = Start(manifest, 1, bookkeeping_in(version.small))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rebase, "read_back", lambda kafka, names, *, start: found_in(self.log, start))
+            self.base = await rebase.go_on_in_place(self.learner, start, None, None)
         self._begin({int(name): offset for name, offset in manifest.offsets.items()})
 
     def learn(self, first, end, feature="u"):
@@ -94,7 +98,13 @@ class Trainer:
             return whole(captured), Manifest(version=2, offsets=offsets)
         point = self.chain.begin() if self.chain.begins_with_a_version else self.chain.published
         return whole(captured), Manifest(
-            version=1, offsets=offsets, chain=point.point.chain, sequence=point.point.sequence, deltas_offset=point.offset
+            version=1,
+            offsets=offsets,
+            chain=point.point.chain,
+            sequence=point.point.sequence,
+            deltas_offset=point.offset,
+            digest=f"{captured.digest:016x}",
+            row_precision=self.precision,
         )
 
 
