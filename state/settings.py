@@ -120,6 +120,13 @@ class SnapshotSettings(BaseModel):
         ge=0,
         description="Fraction by which the log loss may be worse than the anchor's. Beyond it new versions are withheld.",
     )
+    score_shift_limit: float = Field(
+        default=0.2,
+        gt=0,
+        description="Mean absolute change, in logits, of the scores of 64 recent requests within up to 2,000 examples. "
+        "Beyond it and beyond 4 times what is usual, once there is an anchor, deltas are withheld until scores are back, until "
+        "`anchor_age_ms` have passed and clicks don't show the weights to be worse, or until an operator releases them.",
+    )
     anchor_age_ms: int = Field(
         default=600_000,
         ge=0,
