@@ -60,8 +60,9 @@ class SnapshotSettings(BaseModel):
     dense_interval_ms: int = Field(
         default=1_000,
         ge=0,
-        description="Least time between two deltas that carry the dense weights: MLP, bias and average rows. Deltas in "
-        "between carry rows only, which are a tenth of the bytes. A version comes with both. 0: every delta carries both.",
+        description="Time between two deltas that carry the dense weights: MLP, bias and average rows. Deltas in between "
+        "carry rows only: a tenth of the bytes. A version comes with both, and those of a new model leave more often. "
+        "0: every delta carries both.",
     )
     min_examples: int = Field(
         default=1, ge=0, description="Number of examples that must have been learned since the last version for a new one."
