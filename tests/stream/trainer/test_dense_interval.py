@@ -6,13 +6,9 @@ import asyncio
 
 import pytest
 
-from state.gate import GateState
-from state.settings import SnapshotSettings
 from stream.trainer import snapshots
-from stream.trainer.judge import Judge
-from stream.trainer.sanity import Sanity
 from tests.stream.trainer.fakes import DeltaLog
-from tests.stream.trainer.test_rebase import Trainer
+from tests.stream.trainer.test_rebase import Trainer, let_flow, withhold
 from tests.stream.trainer.test_row_precision import follow, loaded, scores
 from tests.stream.trainer.test_snapshots import Bench, Trained, until
 
@@ -89,13 +85,12 @@ async def test_what_was_withheld_leaves_with_the_dense_weights_that_belong_to_it
     scorer = loaded(tmp_path, *trainer.version(on_chain=True))
     trainer.learn(64, 96)
     await publish(trainer, dense=False)
-    judge = Judge(SnapshotSettings(), GateState(flow="withheld"))
-    trainer.training._judge, trainer.training._sanity = judge, Sanity(judge)
+    withhold(trainer.training)
     captured = trainer.training.capture_version()
     captured.frozen.close()
     assert captured.delta is None
     assert not captured.on_chain
-    trainer.training._judge, trainer.training._sanity = None, Sanity(None)
+    let_flow(trainer.training)
     trainer.learn(96, 128)
     assert (await publish(trainer, dense=False)).delta.dense is not None
     follow(scorer, trainer.log.deltas)

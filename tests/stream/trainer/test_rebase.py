@@ -162,8 +162,7 @@ async def test_a_version_that_was_withheld_knows_what_it_has_changed():
     old.learn(320, 480)
     await old.publish()
     replica.apply(log.deltas[-1].model)
-    judge = Judge(SnapshotSettings(), GateState(flow="withheld"))
-    old.training._judge, old.training._sanity = judge, Sanity(judge)
+    withhold(old.training)
     old.learn(480, 640, "withheld")
     version, manifest = old.version(on_chain=False)
 
@@ -211,3 +210,14 @@ async def test_the_log_has_lost_what_came_after_the_version():
 def test_a_version_from_before_there_were_deltas_is_nowhere_in_the_log():
     assert where_in_the_log(Manifest(version=1), {}) is None
     assert where_in_the_log(Manifest(version=1), {"kept.chain.published": torch.zeros(3, dtype=torch.uint8)}) is None
+
+
+def withhold(training):
+    """Have the gate withhold from now on."""
+    judge = Judge(SnapshotSettings(), GateState(flow="withheld"))
+    training._judge, training._sanity = judge, Sanity(judge)
+
+
+def let_flow(training):
+    """Go on without a gate."""
+    training._judge, training._sanity = None, Sanity(None)
