@@ -34,14 +34,14 @@ from stream.scorer.serving import Served, WeightsState
 from stream.scorer.trial import Trial, in_share
 
 FIELDS, CANDIDATES = 39, 50
-SCHEMA = FeatureSchema(fields=tuple(FieldSpec(name=f"f{index}") for index in range(FIELDS)), embedding_dim=16)
+FEATURES = FeatureSchema(fields=tuple(FieldSpec(name=f"f{index}") for index in range(FIELDS)), embedding_dim=16)
 MODEL = ModelSettings()
 
 
 def weights(version: int) -> Served:
-    serving = Learner(SCHEMA, MODEL, device="cpu").serving_state()
-    predictor = Predictor.of(SCHEMA, MODEL, serving, device="cpu")
-    return Served(WeightsState(version, 1), RequestDecoder(SCHEMA), predictor)
+    serving = Learner(FEATURES, MODEL, device="cpu").serving_state()
+    predictor = Predictor.of(FEATURES, MODEL, serving, device="cpu")
+    return Served(WeightsState(version, 1), RequestDecoder(FEATURES), predictor)
 
 
 def request(number: int, rng: np.random.Generator) -> Any:
