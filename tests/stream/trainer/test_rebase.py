@@ -111,6 +111,12 @@ class Trainer:
         )
 
 
+def withhold(training, withheld=True):
+    """Have the gate withhold what is trained from now on, or let it flow again."""
+    judge = Judge(SnapshotSettings(), GateState(flow="withheld" if withheld else "flowing"))
+    training._judge, training._sanity = judge, Sanity(judge)
+
+
 async def found_in(log, offset):
     yield DeltaProblem("not_a_delta", "a stranger's record", 0, 1)
     at = 0
@@ -162,8 +168,7 @@ async def test_a_version_that_was_withheld_knows_what_it_has_changed():
     old.learn(320, 480)
     await old.publish()
     replica.apply(log.deltas[-1].model)
-    judge = Judge(SnapshotSettings(), GateState(flow="withheld"))
-    old.training._judge, old.training._sanity = judge, Sanity(judge)
+    withhold(old.training)
     old.learn(480, 640, "withheld")
     version, manifest = old.version(on_chain=False)
 
