@@ -192,6 +192,8 @@ async def play(stream: Stream, labels: Labels, model: ModelSettings, snapshots: 
     version_ms, follow_ms = start_ms + 5_000, start_ms
     flow, served = "flowing", 0
     for part, now_ms in cut(labels, model.batch_rows, 500):
+        if now_ms > stream.shown_ms[-1]:
+            break  # what comes then are corrections alone, which no stream has
         while delta_ms <= now_ms:
             if delta_ms >= version_ms:
                 trainer.version(version_ms)

@@ -12,6 +12,7 @@ import yaml
 from headrace.scores import AnswerError
 from state.alias_records import Alias, AliasMove, Deletion, TagChange, VersionTags
 from state.canary import Canary, Progress, Side, Thresholds
+from state.gate_release import GateRelease
 from state.gate_report import GateReport
 from state.registry import Champion, Move, TrainerLease, VersionRecord
 from stream.records import replay
@@ -37,6 +38,7 @@ PAYLOADS = {
     "tagChange": TagChange,
     "deletionRecord": Deletion,
     "canaryRecord": Canary,
+    "gateRelease": GateRelease,
     "canaryThresholds": Thresholds,
     "canaryProgress": Progress,
     "canarySide": Side,

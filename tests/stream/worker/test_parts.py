@@ -24,7 +24,7 @@ CLUSTER = Cluster("c", {}, {NAMES.score_requests: 2})
 
 _UNUSED = (
     *("snapshots", "store", "decoder", "skew", "publisher", "letters", "deltas", "registry"),
-    *("follower", "judge", "anchors", "scores", "metrics"),
+    *("follower", "judge", "anchors", "canary", "scores", "metrics"),
 )
 
 
