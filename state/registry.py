@@ -5,7 +5,8 @@ The topic is compacted, so the state is the last value of each key:
 - `version/N`: one announced version;
 - `alias/champion`: the version that scorers serve;
 - `alias/trainer`: which trainer may announce;
-- other keys below `alias/`: aliases of any name, tags, and deletions under way (`state.alias_records`).
+- other keys below `alias/`: aliases of any name, tags, deletions under way (`state.alias_records`), and rewinds of the trainer
+  (`state.rewinds`).
 
 A reader ignores keys below `alias/` and fields that it doesn't know, so that it can read what a newer release has written.
 A record with an empty value, a tombstone, removes its key. The records of deleted versions are removed, so the state grows
@@ -26,6 +27,7 @@ import msgspec
 from state.alias_records import GC_KEY, Alias, Deletion, TagChange, VersionTags, alias_of, tags_of
 from state.gate_report import GateReport
 from state.manifest import Manifest, finite_or_null, nan_for_null
+from state.rewinds import REWINDS_KEY, Rewinds, SkippedRange
 
 __all__ = [
     "CHAMPION_KEY",
@@ -76,6 +78,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     who             who announced it
     chain, sequence, digest, deltas_offset  as in the manifest. A release that doesn't know them leaves them out when it writes
                     the record again; the version then counts as one that is no point of a chain
+    skipped         as in the manifest
     """
 
     version: int
@@ -99,6 +102,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     verdict: GateReport | None = None
     champion_at_ms: tuple[int, ...] = ()
     good_at_ms: int | None = None
+    skipped: tuple[SkippedRange, ...] = ()
 
     @classmethod
     def of(cls, manifest: Manifest, *, now_ms: int, who: str, gate: str) -> VersionRecord:
@@ -123,6 +127,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
             who=who,
             gate=gate,
             verdict=manifest.verdict,
+            skipped=manifest.skipped,
         )
 
     @property
@@ -191,8 +196,8 @@ class TrainerLease(msgspec.Struct, frozen=True, kw_only=True):
     at_ms: int = 0
 
 
-RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion
-T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion)
+RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion | Rewinds
+T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion, Rewinds)
 
 
 class KeyedRecord(NamedTuple):
@@ -209,6 +214,7 @@ class RegistryState:
     aliases   by name, those that were removed too (with `version` None); without champion and trainer
     tags      by version; versions that never had tags aren't in it
     deletion  the versions that are being deleted; their records are gone from `versions`
+    rewinds   how the trainer was sent back, and what it leaves out since
     """
 
     versions: dict[int, VersionRecord] = field(default_factory=dict)
@@ -217,6 +223,7 @@ class RegistryState:
     aliases: dict[str, Alias] = field(default_factory=dict)
     tags: dict[int, VersionTags] = field(default_factory=dict)
     deletion: Deletion = field(default_factory=Deletion)
+    rewinds: Rewinds = field(default_factory=Rewinds)
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
     problem_count: int = 0
 
@@ -263,6 +270,11 @@ class RegistryState:
         """The largest version ever announced; 0 without any. Whoever deletes old versions must keep this one."""
         return max(max(self.versions, default=0), self.champion.version or 0)
 
+    @property
+    def newest_to_start_from(self) -> int:
+        """The largest version that a trainer may start from; 0 without any. Versions that a rewind left are passed over."""
+        return max((version for version in self.versions if not self.rewinds.left(version)), default=0)
+
     def aliases_of(self, version: int) -> list[str]:
         """The aliases that point at a version, in alphabetical order; without `champion`."""
         return sorted(name for name, alias in self.aliases.items() if alias.version == version)
@@ -284,6 +296,7 @@ class RegistryState:
         """Whether an operation is in the log already."""
         operations = {
             self.deletion.operation,
+            *(each.operation for each in self.rewinds.rewinds),
             *(move.operation for move in self.champion.moves),
             *(move.operation for alias in self.aliases.values() for move in alias.moves),
             *(change.operation for tags in self.tags.values() for change in tags.changes),
@@ -322,6 +335,8 @@ class RegistryState:
             self.champion = Champion() if value is None else _decode(value, Champion)
         elif key == TRAINER_KEY:
             self.trainer = TrainerLease() if value is None else _decode(value, TrainerLease)
+        elif key == REWINDS_KEY:
+            self.rewinds = Rewinds() if value is None else _decode(value, Rewinds)
         elif key == GC_KEY:
             self.deletion = Deletion() if value is None else _decode(value, Deletion)
         elif (name := alias_of(key)) is not None:

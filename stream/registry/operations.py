@@ -14,117 +14,44 @@ await operations.undo(done)                                                     
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import NamedTuple, overload
+from dataclasses import replace
+from typing import overload
 
 from state import decisions
 from state.alias_decisions import AliasMoved, Tagged
-from state.changes import Cause, Held, Moved, Undo
+from state.background import within
+from state.changes import Cause, Held, Moved, Rewinding
 from state.errors import Refused, SnapshotCorrupt, SnapshotError
 from state.registry import RegistryState
+from state.rewinds import Rewind
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import RegistryError
 from stream.records.heartbeat import Heartbeat
 from stream.registry.collect import Collected, CollectionPlan, collect, plan_collection
-from stream.registry.heartbeat import Confirmation, Confirmations, HeartbeatReader
+from stream.registry.follower import RegistryFollower
+from stream.registry.heartbeat import Confirmations, HeartbeatReader
 from stream.registry.log import read_registry
 from stream.registry.reindex import Reindexing, plan_reindexing, reindex
+from stream.registry.requests import ChampionMoved, Checked, Plan, PromoteRequest, RollbackRequest, Seen
+from stream.registry.skipping import resolve_skips
 from stream.registry.writer import RegistryWriter, Written
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
 __all__ = ["ChampionMoved", "Operations", "Plan", "PromoteRequest", "RollbackRequest", "Seen"]
 
-# Longest wait for the scorers to confirm a rollback, when the request names none.
-CONFIRM_MS = 10_000
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class RollbackRequest:
-    """An older version to put back. At most one of `to`, `back_ms` and `before_ms` is set.
-
-    to          this version
-    back_ms     the champion this long ago
-    before_ms   the champion at this time (ms since epoch)
-    (none)      the newest version older than the champion that is tagged good
-    reason      why; it stays in the registry
-    timeout_ms  longest wait for the scorers to confirm
-    """
-
-    reason: str
-    to: int | None = None
-    back_ms: int | None = None
-    before_ms: int | None = None
-    timeout_ms: int = CONFIRM_MS
-
-
-@dataclass(frozen=True, slots=True)
-class PromoteRequest:
-    """A version to make champion.
-
-    reason       why; it stays in the registry
-    hold         also hold auto-promotion (True) or let it go on (False); None: leave it as it is
-    hold_reason  why it is held
-    timeout_ms   longest wait for the scorers to confirm; None: don't wait
-    """
-
-    version: int
-    reason: str
-    hold: bool | None = None
-    hold_reason: str = ""
-    timeout_ms: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a request would do to the registry as it is now.
-
-    version, previous   the champion after it and before it
-    held, held_already  whether auto-promotion would be held after it, and whether it is held now
-    undo                what would restore the present champion; None when there is no champion now
-    live                the scorers that would have to confirm
-    """
-
-    request: RollbackRequest | PromoteRequest
-    version: int
-    previous: int | None
-    held: bool
-    held_already: bool
-    undo: Undo | None
-    live: list[Heartbeat]
-
-
-@dataclass(frozen=True, slots=True)
-class ChampionMoved:
-    """What a promotion or a rollback did.
-
-    version, previous       the champion after it and before it
-    held                    whether auto-promotion is held now
-    undo                    what restores exactly what was before; `undo.command` is the command. None when there was no
-                            champion before
-    confirmed, unconfirmed  scorers that serve `version`, and the last heartbeats of those that didn't confirm in time. Both are
-                            empty when no wait was asked for
-    took_ms                 from the beginning of the operation to the last confirmation, or to the end of the wait
-    """
-
-    version: int
-    previous: int | None
-    held: bool
-    undo: Undo | None
-    confirmed: list[Confirmation]
-    unconfirmed: list[Heartbeat]
-    took_ms: float
-
-
-class Seen(NamedTuple):
-    """The registry, and the last heartbeat of every live scorer."""
-
-    state: RegistryState
-    live: list[Heartbeat]
+# The hashes of a version whose serving files are larger aren't checked before a rollback: 0.3 s of reading and hashing, so that
+# a rollback stays below a second. Scorers check them when they load the version, and never serve a damaged one.
+CHECK_BYTES = 150_000_000
+# Longest wait for each answer of the store before a rollback goes on without it.
+CHECK_S = 2.0
 
 
 class Operations:
@@ -136,8 +63,9 @@ class Operations:
 
     Args:
         who: who asks, for the registry: user@host.
-        store: before anything is written, the version must be whole in this store, by names and sizes of its files. None: don't
-            check.
+        store: before anything is written, the version must be whole in this store: by names and sizes of its files, and before
+            a rollback also by the hashes of those that scorers read, where there is time (`CHECK_BYTES`, `CHECK_S`). None:
+            don't check.
     """
 
     def __init__(self, kafka: KafkaSettings, names: TopicNames, who: str, *, store: SnapshotStore | None = None) -> None:
@@ -164,18 +92,32 @@ class Operations:
         else:
             seen = await self.look()
         cause = Cause(self._who, _now_ms(), request.reason, operation="plan")
+        rewinding = None
         try:
             if isinstance(request, PromoteRequest):
                 moved = decisions.promote(
                     seen.state, request.version, cause, hold=request.hold, hold_reason=request.hold_reason
                 ).outcome
             else:
-                moved = decisions.rollback(seen.state, _target(seen.state, request), cause).outcome
+                target = _target(seen.state, request)
+                rewinding = await self._rewinding(target, request)
+                moved = decisions.rollback(seen.state, target, cause, rewind=request.rewind).outcome
         except Refused as error:
             raise RegistryError(str(error)) from error
-        await self._check_store(moved.version)
+        checked = await self._check_store(moved.version, hashes=isinstance(request, RollbackRequest))
         held_already = seen.state.champion.hold
-        return Plan(request, moved.version, moved.previous, moved.held, held_already, moved.undo, seen.live)
+        return Plan(
+            request,
+            moved.version,
+            moved.previous,
+            moved.held,
+            held_already,
+            moved.undo,
+            seen.live,
+            skipped=None if rewinding is None else rewinding.skipped,
+            offsets=await self._offsets(moved.version) if rewinding is not None else {},
+            checked=checked,
+        )
 
     async def promote(self, request: PromoteRequest, *, began: float | None = None) -> ChampionMoved:
         """Make a version champion.
@@ -213,15 +155,23 @@ class Operations:
         if not isinstance(request, RollbackRequest):
             raise TypeError(f"expected a plan of a RollbackRequest, found one of {request!r}. Call promote with the request.")
         async with HeartbeatReader(self._kafka, self._names) as scorers:
+            rewinding: Rewinding | None = None
             if isinstance(what, Plan):
                 target = what.version
+                rewinding = Rewinding(what.skipped or ()) if request.rewind else None
             else:
                 try:
                     target = _target(await read_registry(self._kafka, self._names), what)
+                    rewinding = await self._rewinding(target, request)
                 except Refused as error:
                     raise RegistryError(str(error)) from error
-            await self._check_store(target)
-            return await self._move(lambda writer: writer.rollback(target, request.reason), began, scorers, request.timeout_ms)
+            await self._check_store(target, hashes=True)
+
+            async def write(writer: RegistryWriter) -> Written[Moved]:
+                return await writer.rollback(target, request.reason, rewinding)
+
+            done = await self._move(write, began, scorers, request.timeout_ms)
+            return done if rewinding is None else replace(done, skipped=rewinding.skipped)
 
     async def hold(self, reason: str) -> Held:
         """Stop auto-promotion: new versions stay candidates."""
@@ -318,19 +268,45 @@ class Operations:
             raise TypeError("expected a store, for an operation that reads or deletes versions, found None.")
         return self._store
 
-    async def _check_store(self, version: int) -> None:
+    async def _rewinding(self, target: int, request: RollbackRequest) -> Rewinding | None:
+        """What a request asks of the trainer, resolved to offsets. Raises Refused."""
+        if not request.rewind:
+            return None
+        if not request.skip:
+            return Rewinding()
+        learned = {int(partition): offset for partition, offset in (await self._offsets(target)).items()}
+        return Rewinding(await resolve_skips(self._kafka, self._names, request.skip, target, learned))
+
+    async def _offsets(self, version: int) -> dict[str, int]:
+        """From where a version learns on, by partition of `examples`; empty without a store."""
+        store = self._store
+        return {} if store is None else (await asyncio.to_thread(store.manifest, version)).offsets
+
+    async def _check_store(self, version: int, *, hashes: bool = False) -> Checked:
         """Raise SnapshotError if the version isn't whole in the store, so that scorers are never sent to it.
 
-        Hashes aren't checked, since a rollback is urgent.
+        A rollback is urgent, and scorers have its usual target in memory: a store that doesn't answer in time is passed over.
+
+        Args:
+            hashes: also read and hash the files that scorers read, where there is time.
         """
-        if self._store is None:
-            return
+        store = self._store
+        if store is None:
+            return "nothing"
         try:
-            problems = await asyncio.to_thread(self._store.verify, version, hashes=False)
+            problems = await within(CHECK_S, lambda: store.verify(version, hashes=False))
+            if not problems and hashes and (await within(CHECK_S, lambda: store.manifest(version))).serving_size <= CHECK_BYTES:
+                problems = await within(CHECK_S, lambda: store.verify(version, serving_only=True))
+            else:
+                hashes = False
             if problems:
                 raise SnapshotCorrupt(problems[0])
         except SnapshotError as error:
             raise type(error)(f"{error} Nothing was changed; --unchecked goes there all the same.") from error
+        except TimeoutError:
+            log.warning("version %d: %s did not answer within %g s, so its files are not checked", version, store.url, CHECK_S)
+            return "nothing"
+        return "hashes" if hashes else "sizes"
 
     @asynccontextmanager
     async def _writer(self) -> AsyncIterator[RegistryWriter]:
@@ -352,13 +328,18 @@ class Operations:
 
         async with self._writer() as writer:
             written = await change(writer)
+            written_s = time.monotonic()
             moved = written.outcome
-            waited = Confirmations([], [])
+            waited, gone_back, trainer_ms = Confirmations([], []), None, None
             if scorers is not None:
+                confirmed = scorers.wait_for_confirmations(
+                    written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
+                )
                 try:
-                    waited = await scorers.wait_for_confirmations(
-                        written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
-                    )
+                    if moved.rewind is None:
+                        waited = await confirmed
+                    else:
+                        waited, gone_back = await asyncio.gather(confirmed, self._gone_back(moved.rewind, timeout_ms))
                 except KafkaError as error:
                     undo = "none, there was no champion before" if moved.undo is None else moved.undo.command
                     raise RegistryError(
@@ -366,12 +347,49 @@ class Operations:
                         f"{error!r}. Whether all of them have followed isn't known. Undo: {undo}"
                     ) from error
             took_ms = round((time.monotonic() - began) * 1_000, 1)
-        return ChampionMoved(moved.version, moved.previous, moved.held, moved.undo, waited.confirmed, waited.missing, took_ms)
+            if gone_back is not None:
+                # Both waited at the same time, and the trainer takes longer as a rule.
+                trainer_ms, waits = took_ms, [each.after_ms for each in waited.confirmed]
+                took_ms = round((written_s - began) * 1_000 + (timeout_ms if waited.missing else max(waits, default=0.0)), 1)
+        return ChampionMoved(
+            moved.version,
+            moved.previous,
+            moved.held,
+            moved.undo,
+            waited.confirmed,
+            waited.missing,
+            took_ms,
+            trainer=gone_back,
+            trainer_ms=trainer_ms,
+        )
+
+    async def _gone_back(self, operation: str, timeout_ms: int) -> Rewind | None:
+        """Wait until the trainer has gone back as an operation asked for; None when it hasn't in time."""
+        news = asyncio.Event()
+        follower = RegistryFollower(self._kafka, self._names, on_change=lambda state: news.set())
+        await follower.start()
+        try:
+            async with asyncio.timeout(timeout_ms / 1_000):
+                while True:
+                    rewind = follower.state.rewinds.of(operation)
+                    if rewind is not None and rewind.up_to is not None:
+                        return rewind
+                    news.clear()
+                    await news.wait()
+        except TimeoutError:
+            return None
+        finally:
+            await follower.close()
 
 
 def _target(state: RegistryState, request: RollbackRequest) -> int:
     return decisions.rollback_target(
-        state, to=request.to, back_ms=request.back_ms, before_ms=request.before_ms, now_ms=_now_ms()
+        state,
+        to=request.to,
+        back_ms=request.back_ms,
+        before_ms=request.before_ms,
+        now_ms=_now_ms(),
+        or_champion=request.rewind,
     )
 
 

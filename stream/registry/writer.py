@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from state import alias_decisions, decisions, upkeep
 from state.alias_decisions import AliasMoved, Tagged
 from state.alias_records import Doomed
-from state.changes import Announcement, Cause, Change, Held, Moved
+from state.changes import Announcement, Cause, Change, Held, Moved, Rewinding
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
 from state.registry import KeyedRecord, RegistryState, encode_record
+from state.rewind_decisions import rewound
 from state.settings import SnapshotSettings
 from state.upkeep import Reindexed, Retired
 from stream.errors import Fenced, RegistryError
@@ -127,9 +128,22 @@ class RegistryWriter:
             lambda state, cause: decisions.promote(state, version, cause, hold=hold, hold_reason=hold_reason), reason
         )
 
-    async def rollback(self, target: int, reason: str) -> Written[Moved]:
-        """Put an older version back and hold auto-promotion."""
-        return await self._change(lambda state, cause: decisions.rollback(state, target, cause), reason)
+    async def rollback(self, target: int, reason: str, rewinding: Rewinding | None = None) -> Written[Moved]:
+        """Put an older version back and hold auto-promotion. With `rewinding`, send the trainer back, too."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[Moved]:
+            skipped = () if rewinding is None else rewinding.signed(cause)
+            return decisions.rollback(state, target, cause, rewind=rewinding is not None, skipped=skipped)
+
+        return await self._change(decide, reason)
+
+    async def rewound(self, operation: str, *, epoch: int, chain: str, up_to: int | None = None) -> bool:
+        """Say that this trainer has gone back, as an operation asked for. Returns whether that was still to be done."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[bool]:
+            return rewound(state, operation, epoch=epoch, chain=chain, up_to=up_to, who=cause.who, now_ms=cause.now_ms)
+
+        return (await self._change(decide)).outcome
 
     async def hold(self, reason: str) -> Written[Held]:
         """Stop auto-promotion."""

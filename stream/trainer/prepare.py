@@ -18,6 +18,7 @@ from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.gate import GateState
 from state.registry import RegistryState
+from state.rewinds import Rewind
 from state.store import SnapshotStore
 from stream.kafka.clients import quietly_stopped, started
 from stream.kafka.cluster import Cluster
@@ -38,6 +39,7 @@ class Prepared:
     positions  offset to read from, by partition
     ends       where the log of each partition ended
     newest     newest version in the registry
+    rewind     the rewind that this start obeys, unless one was asked for since; None: nobody sent the trainer back
     """
 
     learner: Learner
@@ -45,6 +47,7 @@ class Prepared:
     positions: dict[int, int]
     ends: dict[int, int]
     newest: int
+    rewind: Rewind | None = None
 
 
 async def prepare(
@@ -58,19 +61,24 @@ async def prepare(
     schema: FeatureSchema,
     model: ModelSettings,
     new_model: bool,
+    learner: Learner | None = None,
 ) -> Prepared:
     """Load the version that training goes on from. Writes nothing.
+
+    Args:
+        learner: put the weights into this one, which nobody else uses; a new one is made when not given.
 
     Raises:
         ModelError: no features are named, or the newest version is of another schema or model.
         SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
         PositionError: the log isn't the one that the newest version was trained on, or it lost examples.
     """
-    learner = Learner(schema, model, device=settings.device)
+    learner = Learner(schema, model, device=settings.device) if learner is None else learner
+    rewind = registry.rewinds.pending  # now: the state may change while the store is read
     start = await asyncio.to_thread(
         lambda: go_on(learner, registry, store, schema, model, topic_ids=topic_ids(cluster, names), new_model=new_model)
     )
-    prepared = Prepared(learner, start, {}, {}, registry.newest)
+    prepared = Prepared(learner, start, {}, {}, registry.newest, rewind)
     return await place_again(prepared, registry, kafka=kafka, settings=settings, names=names, cluster=cluster)
 
 

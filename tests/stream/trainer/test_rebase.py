@@ -14,7 +14,7 @@ from stream.deltas.pieces import DeltaProblem, FoundDelta
 from stream.records.delta import Point
 from stream.trainer.batching import BatchCutter
 from stream.trainer.bookkeeping import bookkeeping_in
-from stream.trainer.chain import NAME, Chain
+from stream.trainer.chain import NAME, Base, Chain
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.rebase import find_base, where_in_the_log
@@ -62,8 +62,8 @@ class Trainer:
         self.base = None
         self._begin({0: 0})
 
-    def _begin(self, positions):
-        self.chain = Chain(f"deepfm/{self.epoch}/0", self.log, self.base, self.learner.touched_keys)
+    def _begin(self, positions, ordinal=0):
+        self.chain = Chain(f"deepfm/{self.epoch}/{ordinal}", self.log, self.base, self.learner.touched_keys)
         cutter = BatchCutter(self.rows, positions)
         self.training = Training(
             self.learner, cutter, Evaluation(100), metrics(), max_batch_age_s=1e9, bookkeeping={NAME: self.chain}
@@ -94,7 +94,12 @@ class Trainer:
             return whole(captured), Manifest(version=2, offsets=offsets)
         point = self.chain.begin() if self.chain.begins_with_a_version else self.chain.published
         return whole(captured), Manifest(
-            version=1, offsets=offsets, chain=point.point.chain, sequence=point.point.sequence, deltas_offset=point.offset
+            version=1,
+            offsets=offsets,
+            chain=point.point.chain,
+            sequence=point.point.sequence,
+            deltas_offset=point.offset,
+            digest=f"{captured.digest:016x}",
         )
 
 
@@ -197,6 +202,56 @@ async def test_the_log_has_lost_what_came_after_the_version():
 def test_a_version_from_before_there_were_deltas_is_nowhere_in_the_log():
     assert where_in_the_log(Manifest(version=1), {}) is None
     assert where_in_the_log(Manifest(version=1), {"kept.chain.published": torch.zeros(3, dtype=torch.uint8)}) is None
+
+
+@pytest.mark.parametrize("same_learner", [True, False])
+async def test_a_trainer_that_is_sent_back_learns_as_if_it_had_never_gone_on(same_learner):
+    log, replica = DeltaLog(), Replica()
+    old = Trainer(log, epoch=3)
+    old.learn(0, 320)
+    version, manifest = old.version(on_chain=True)
+    replica.load(version)
+    for first in (320, 480):
+        old.learn(first, first + 160, "poison")
+        await old.publish()
+    for each in log.deltas:
+        replica.apply(each.model)
+    old.learn(640, 700, "never sent")
+
+    back = old if same_learner else Trainer(log, epoch=4)
+    await back.go_on(version, manifest)
+    back.base = Base(back.base.published, {})
+    back._begin({int(name): offset for name, offset in manifest.offsets.items()}, ordinal=1)
+    assert back.chain.is_ready(back.training.positions), "at once, and not when it has come as far as the old chain"
+    await back.publish()
+    rebase = log.deltas[-1]
+    assert (rebase.header.rebase, rebase.header.parent) == (True, Point("deepfm/3/0", 2))
+    assert len(rebase.model.gone) > 0, "rows that only the old line had"
+    assert rebase.header.offsets == manifest.offsets
+    replica.apply(rebase.model)
+    assert replica.digest == back.learner.digest == int(manifest.digest, 16)
+
+    whole_run = Trainer(DeltaLog(), epoch=1)
+    whole_run.learn(0, 320)
+    for each in (back, whole_run):
+        each.learn(320, 800)
+    await back.publish()
+    replica.apply(log.deltas[-1].model)
+    expected, found = ({**each.learner.serving_state(), **each.learner.trainer_state()} for each in (whole_run, back))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected), "bit for bit"
+    assert replica.digest == back.learner.digest
+
+
+async def test_a_log_that_lost_deltas_is_said_so():
+    manifest = Manifest(version=1, offsets={"0": 5}, chain="deepfm/3/0", sequence=2, deltas_offset=4)
+
+    async def lost():
+        yield DeltaProblem("log_gone", "expected offset 4, found a log from 9", 4, 9)
+
+    found = await find_base(manifest, where_in_the_log(manifest, {}), lost())
+    assert found.gone
+    assert found.base.published.point == Point("deepfm/3/0", 2)
 
 
 class Withholding:
