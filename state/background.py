@@ -52,8 +52,8 @@ def in_background(call: Callable[[], T]) -> T:
     return work.result
 
 
-async def within(seconds: float, call: Callable[[], T]) -> T:
-    """Run `call` in a thread, and wait for it at most so long.
+async def within(seconds: float | None, call: Callable[[], T]) -> T:
+    """Run `call` in a thread, and wait for it at most so long; None: as long as it takes.
 
     A thread that takes longer goes on, and doesn't keep the process from ending.
 

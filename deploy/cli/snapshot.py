@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING
 
 import click
@@ -11,13 +12,13 @@ from deploy.cli.common import ask_kafka, echo_json, format_option
 from deploy.cli.snapshot_aliases import alias, history, tag
 from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, topic_names
 from deploy.cli.snapshot_compare import diff, export
-from deploy.cli.snapshot_rollback import rollback, undo_command
+from deploy.cli.snapshot_rollback import EXIT_UNCONFIRMED, rollback, undo_command
 from deploy.cli.snapshot_upkeep import gc, reindex
-from deploy.cli.times import DURATION, clock
+from deploy.cli.times import DURATION, clock, duration
 
 if TYPE_CHECKING:
     from state.changes import Held
-    from stream.registry.operations import ChampionMoved, Plan
+    from stream.registry.requests import ChampionMoved, Plan, Resumed
 
 __all__ = ["snapshot"]
 
@@ -201,22 +202,47 @@ def hold(reason: str, output: str) -> None:
 
 
 @snapshot.command()
+@click.option(
+    "--timeout", "timeout_ms", type=DURATION, default="10s", show_default=True, help="How long to wait for the scorers."
+)
 @format_option
-def resume(output: str) -> None:
-    """Let auto-promotion go on with the next version that passes the gate.
+def resume(timeout_ms: int, output: str) -> None:
+    """Let auto-promotion go on with the next version that passes the gate, and scorers follow the champion's chain again.
+
+    Waits until every live scorer does. Exit code 3 when someone didn't confirm in time. Refused while a trainer that was sent
+    back hasn't gone yet.
 
     \b
     Examples:
       headrace snapshot resume
     """
     settings = command_settings()
-    _show_hold(ask_kafka(settings, operations_of(settings).resume(), ABOUT), output)
+    began = time.monotonic()
+    done = ask_kafka(settings, operations_of(settings).resume_everywhere(timeout_ms, began=began), ABOUT)
+    _show_hold(done.held, output, done)
+    for beat in done.unconfirmed:
+        click.echo(
+            f"scorer {beat.worker} on {beat.host}: expected it to follow the champion's chain within {duration(timeout_ms)}, "
+            f"found version {beat.version} at registry offset {beat.registry_offset}{', stale' if beat.stale else ''}"
+            f"{f' ({beat.problem})' if beat.problem else ''}. It follows as soon as it can; look at that scorer's log.",
+            err=True,
+        )
+    if done.unconfirmed:
+        sys.exit(EXIT_UNCONFIRMED)
 
 
-def _show_hold(held: Held, output: str) -> None:
+def _show_hold(held: Held, output: str, resumed: Resumed | None = None) -> None:
     if output == "json":
+        waited: dict[str, object] = {}
+        if resumed is not None:
+            waited = {
+                "confirmed": [{"worker": each.worker, "after_ms": each.after_ms} for each in resumed.confirmed],
+                "unconfirmed": [each.worker for each in resumed.unconfirmed],
+                "resume_ms": resumed.took_ms,
+            }
         echo_json(
             {
+                **waited,
                 "held": held.held,
                 "reason": held.reason,
                 "who": held.who,
@@ -230,6 +256,9 @@ def _show_hold(held: Held, output: str) -> None:
     click.echo(f"auto-promotion: {f'held: {held.reason}' if held.held else 'on'}{by}")
     if not held.changed:
         click.echo("It was so already; nothing was written.")
+    if resumed is not None and (everyone := len(resumed.confirmed) + len(resumed.unconfirmed)):
+        follow = f"{len(resumed.confirmed)} of {everyone} scorers follow"
+        click.echo(f"{follow}, {duration(resumed.took_ms)} after the command")
     if held.undo:
         click.echo(f"undo: {undo_command(held)}")
 

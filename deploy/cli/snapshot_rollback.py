@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stream.registry.requests import ChampionMoved, Plan, RollbackRequest
     from stream.registry.skipping import TimeRange
 
-__all__ = ["rollback", "skipped_json", "skipped_text", "undo_command"]
+__all__ = ["EXIT_UNCONFIRMED", "rollback", "skipped_json", "skipped_text", "undo_command"]
 
 # Some scorer, or the trainer, didn't confirm in time. The rollback is written, but that worker may still go its old way.
 EXIT_UNCONFIRMED = 3
@@ -287,7 +287,7 @@ def _show_rollback(done: ChampionMoved, output: str) -> None:
         click.echo(line)
     if done.trainer is not None and done.trainer_ms is not None:
         at = clock(done.trainer.done_at_ms)
-        click.echo(f"trainer: went back at {at}, {duration(done.trainer_ms)} after the command ({done.trainer.chain} begins)")
+        click.echo(f"{done.trainer.done_by}: went back at {at}, {duration(done.trainer_ms)} after the command")
     click.echo(f"undo: {undo_command(done)}")
     if done.skipped is not None:
         click.echo("The undo moves the scorers; the trainer stays with what it has gone back to.")

@@ -17,27 +17,25 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import overload
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Generic, NamedTuple, TypeVar, overload
 
 from state import decisions
 from state.alias_decisions import AliasMoved, Tagged
-from state.background import within
 from state.changes import Cause, Held, Moved, Rewinding
-from state.errors import Refused, SnapshotCorrupt, SnapshotError
-from state.registry import RegistryState
-from state.rewinds import Rewind
+from state.errors import Refused
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import RegistryError
 from stream.records.heartbeat import Heartbeat
+from stream.registry.checking import check_store
 from stream.registry.collect import Collected, CollectionPlan, collect, plan_collection
-from stream.registry.follower import RegistryFollower
+from stream.registry.gone_back import gone_back_in_time
 from stream.registry.heartbeat import Confirmations, HeartbeatReader
 from stream.registry.log import read_registry
 from stream.registry.reindex import Reindexing, plan_reindexing, reindex
-from stream.registry.requests import ChampionMoved, Checked, Plan, PromoteRequest, RollbackRequest, Seen
+from stream.registry.requests import ChampionMoved, Plan, PromoteRequest, Resumed, RollbackRequest, Seen
 from stream.registry.skipping import resolve_skips
 from stream.registry.writer import RegistryWriter, Written
 from stream.settings import KafkaSettings
@@ -47,11 +45,7 @@ __all__ = ["ChampionMoved", "Operations", "Plan", "PromoteRequest", "RollbackReq
 
 log = logging.getLogger(__name__)
 
-# The hashes of a version whose serving files are larger aren't checked before a rollback: 0.3 s of reading and hashing, so that
-# a rollback stays below a second. Scorers check them when they load the version, and never serve a damaged one.
-CHECK_BYTES = 150_000_000
-# Longest wait for each answer of the store before a rollback goes on without it.
-CHECK_S = 2.0
+T = TypeVar("T")
 
 
 class Operations:
@@ -64,7 +58,7 @@ class Operations:
     Args:
         who: who asks, for the registry: user@host.
         store: before anything is written, the version must be whole in this store: by names and sizes of its files, and before
-            a rollback also by the hashes of those that scorers read, where there is time (`CHECK_BYTES`, `CHECK_S`). None:
+            a rollback also by the hashes of those that scorers read, where there is time (`stream.registry.checking`). None:
             don't check.
     """
 
@@ -99,12 +93,12 @@ class Operations:
                     seen.state, request.version, cause, hold=request.hold, hold_reason=request.hold_reason
                 ).outcome
             else:
-                target = _target(seen.state, request)
+                target = request.target(seen.state, _now_ms())
                 rewinding = await self._rewinding(target, request)
                 moved = decisions.rollback(seen.state, target, cause, rewind=request.rewind).outcome
         except Refused as error:
             raise RegistryError(str(error)) from error
-        checked = await self._check_store(moved.version, hashes=isinstance(request, RollbackRequest))
+        checked = await check_store(self._store, moved.version, hashes=isinstance(request, RollbackRequest))
         held_already = seen.state.champion.hold
         return Plan(
             request,
@@ -129,15 +123,16 @@ class Operations:
             SnapshotError: the version isn't whole in the store.
         """
         began = time.monotonic() if began is None else began
-        await self._check_store(request.version)
+        await check_store(self._store, request.version)
 
-        async def write(writer: RegistryWriter) -> Written[Moved]:
-            return await writer.promote(request.version, request.reason, hold=request.hold, hold_reason=request.hold_reason)
+        def promoted(writer: RegistryWriter) -> Awaitable[Written[Moved]]:
+            return writer.promote(request.version, request.reason, hold=request.hold, hold_reason=request.hold_reason)
 
         if request.timeout_ms is not None:
-            async with HeartbeatReader(self._kafka, self._names) as scorers:
-                return await self._move(write, began, scorers, request.timeout_ms)
-        return await self._move(write, began)
+            async with self._connected(_nothing) as here:
+                return await self._moved(promoted(here.writer), began, here.scorers, request.timeout_ms)
+        async with self._writer() as writer:
+            return await self._moved(promoted(writer), began)
 
     async def rollback(self, what: RollbackRequest | Plan, *, began: float | None = None) -> ChampionMoved:
         """Put an older version back, hold auto-promotion, and wait until every live scorer serves that version.
@@ -154,24 +149,24 @@ class Operations:
         request = what.request if isinstance(what, Plan) else what
         if not isinstance(request, RollbackRequest):
             raise TypeError(f"expected a plan of a RollbackRequest, found one of {request!r}. Call promote with the request.")
-        async with HeartbeatReader(self._kafka, self._names) as scorers:
-            rewinding: Rewinding | None = None
-            if isinstance(what, Plan):
-                target = what.version
-                rewinding = Rewinding(what.skipped or ()) if request.rewind else None
-            else:
-                try:
-                    target = _target(await read_registry(self._kafka, self._names), what)
-                    rewinding = await self._rewinding(target, request)
-                except Refused as error:
-                    raise RegistryError(str(error)) from error
-            await self._check_store(target, hashes=True)
+        async with self._connected(lambda writer: self._goal(writer, what, request)) as here:
+            goal = here.answer
+            written = here.writer.rollback(goal.target, request.reason, goal.rewinding)
+            done = await self._moved(written, began, here.scorers, request.timeout_ms)
+        return done if goal.rewinding is None else replace(done, skipped=goal.rewinding.skipped)
 
-            async def write(writer: RegistryWriter) -> Written[Moved]:
-                return await writer.rollback(target, request.reason, rewinding)
-
-            done = await self._move(write, began, scorers, request.timeout_ms)
-            return done if rewinding is None else replace(done, skipped=rewinding.skipped)
+    async def _goal(self, writer: RegistryWriter, what: RollbackRequest | Plan, request: RollbackRequest) -> _Goal:
+        """Where a rollback goes, checked in the store."""
+        if isinstance(what, Plan):
+            goal = _Goal(what.version, Rewinding(what.skipped or ()) if request.rewind else None)
+        else:
+            try:
+                target = request.target(writer.state, _now_ms())
+                goal = _Goal(target, await self._rewinding(target, request))
+            except Refused as error:
+                raise RegistryError(str(error)) from error
+        await check_store(self._store, goal.target, hashes=True)
+        return goal
 
     async def hold(self, reason: str) -> Held:
         """Stop auto-promotion: new versions stay candidates."""
@@ -182,6 +177,25 @@ class Operations:
         """Let auto-promotion go on with the next version that passes the gate."""
         async with self._writer() as writer:
             return (await writer.resume()).outcome
+
+    async def resume_everywhere(self, timeout_ms: int, *, began: float | None = None) -> Resumed:
+        """Let auto-promotion go on, and wait until every live scorer follows the champion's chain again.
+
+        Args:
+            timeout_ms: longest wait.
+            began: as for `rollback`.
+        """
+        began = time.monotonic() if began is None else began
+        async with self._connected(_nothing) as here:
+            written = await here.writer.resume()
+            waited = Confirmations([], [])
+            if written.outcome.changed:
+                version = here.writer.state.champion.version
+                waited = await here.scorers.wait_for_confirmations(
+                    written.position, -1 if version is None else version, timeout_ms, follows=True, now_ms=written.at_ms
+                )
+            took_ms = round((time.monotonic() - began) * 1_000, 1)
+        return Resumed(written.outcome, waited.confirmed, waited.missing, took_ms)
 
     @overload
     async def undo(self, done: ChampionMoved, *, timeout_ms: int | None = None) -> ChampionMoved: ...
@@ -215,7 +229,7 @@ class Operations:
         Raises:
             SnapshotError: the version isn't whole in the store.
         """
-        await self._check_store(version)
+        await check_store(self._store, version)
         async with self._writer() as writer:
             return (await writer.set_alias(name, version, reason)).outcome
 
@@ -282,32 +296,6 @@ class Operations:
         store = self._store
         return {} if store is None else (await asyncio.to_thread(store.manifest, version)).offsets
 
-    async def _check_store(self, version: int, *, hashes: bool = False) -> Checked:
-        """Raise SnapshotError if the version isn't whole in the store, so that scorers are never sent to it.
-
-        A rollback is urgent, and scorers have its usual target in memory: a store that doesn't answer in time is passed over.
-
-        Args:
-            hashes: also read and hash the files that scorers read, where there is time.
-        """
-        store = self._store
-        if store is None:
-            return "nothing"
-        try:
-            problems = await within(CHECK_S, lambda: store.verify(version, hashes=False))
-            if not problems and hashes and (await within(CHECK_S, lambda: store.manifest(version))).serving_size <= CHECK_BYTES:
-                problems = await within(CHECK_S, lambda: store.verify(version, serving_only=True))
-            else:
-                hashes = False
-            if problems:
-                raise SnapshotCorrupt(problems[0])
-        except SnapshotError as error:
-            raise type(error)(f"{error} Nothing was changed; --unchecked goes there all the same.") from error
-        except TimeoutError:
-            log.warning("version %d: %s did not answer within %g s, so its files are not checked", version, store.url, CHECK_S)
-            return "nothing"
-        return "hashes" if hashes else "sizes"
-
     @asynccontextmanager
     async def _writer(self) -> AsyncIterator[RegistryWriter]:
         writer = RegistryWriter(self._kafka, self._names, who=self._who)
@@ -316,41 +304,56 @@ class Operations:
         finally:
             await writer.close()
 
-    async def _move(
-        self,
-        change: Callable[[RegistryWriter], Awaitable[Written[Moved]]],
-        began: float,
-        scorers: HeartbeatReader | None = None,
-        timeout_ms: int = 0,
+    @asynccontextmanager
+    async def _connected(self, ask: Callable[[RegistryWriter], Awaitable[T]]) -> AsyncIterator[_Connected[T]]:
+        """Connect to the registry and to the scorers at the same time, and meanwhile ask something of the registry as read."""
+
+        async def asked(writer: RegistryWriter) -> T:
+            await writer.connect()
+            return await ask(writer)
+
+        async with AsyncExitStack() as stack:
+            writer = await stack.enter_async_context(self._writer())
+            opening = stack.enter_async_context(HeartbeatReader(self._kafka, self._names))
+            scorers, answer = await asyncio.gather(opening, asked(writer), return_exceptions=True)
+            if isinstance(answer, BaseException):
+                raise answer
+            if isinstance(scorers, BaseException):
+                raise scorers
+            yield _Connected(writer, scorers, answer)
+
+    async def _moved(
+        self, change: Awaitable[Written[Moved]], began: float, scorers: HeartbeatReader | None = None, timeout_ms: int = 0
     ) -> ChampionMoved:
         """Write a change of the champion; with `scorers`, wait for their confirmations."""
         from aiokafka.errors import KafkaError
 
-        async with self._writer() as writer:
-            written = await change(writer)
-            written_s = time.monotonic()
-            moved = written.outcome
-            waited, gone_back, trainer_ms = Confirmations([], []), None, None
-            if scorers is not None:
-                confirmed = scorers.wait_for_confirmations(
-                    written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
-                )
-                try:
-                    if moved.rewind is None:
-                        waited = await confirmed
-                    else:
-                        waited, gone_back = await asyncio.gather(confirmed, self._gone_back(moved.rewind, timeout_ms))
-                except KafkaError as error:
-                    undo = "none, there was no champion before" if moved.undo is None else moved.undo.command
-                    raise RegistryError(
-                        f"champion {moved.previous} → {moved.version}: written, but expected the scorers' heartbeats, found "
-                        f"{error!r}. Whether all of them have followed isn't known. Undo: {undo}"
-                    ) from error
-            took_ms = round((time.monotonic() - began) * 1_000, 1)
-            if gone_back is not None:
-                # Both waited at the same time, and the trainer takes longer as a rule.
-                trainer_ms, waits = took_ms, [each.after_ms for each in waited.confirmed]
-                took_ms = round((written_s - began) * 1_000 + (timeout_ms if waited.missing else max(waits, default=0.0)), 1)
+        written = await change
+        written_s = time.monotonic()
+        moved = written.outcome
+        waited, gone_back, trainer_ms = Confirmations([], []), None, None
+        if scorers is not None:
+            confirmed = scorers.wait_for_confirmations(
+                written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
+            )
+            try:
+                if moved.rewind is None:
+                    waited = await confirmed
+                else:
+                    waited, gone_back = await asyncio.gather(
+                        confirmed, gone_back_in_time(self._kafka, self._names, moved.rewind, timeout_ms)
+                    )
+            except KafkaError as error:
+                undo = "none, there was no champion before" if moved.undo is None else moved.undo.command
+                raise RegistryError(
+                    f"champion {moved.previous} → {moved.version}: written, but expected the scorers' heartbeats, found "
+                    f"{error!r}. Whether all of them have followed isn't known. Undo: {undo}"
+                ) from error
+        # From the beginning to the last confirmation. The trainer is waited for at the same time, and may take longer.
+        waits = [float(timeout_ms)] if waited.missing else [0.0, *(each.after_ms for each in waited.confirmed)]
+        took_ms = round((written_s - began) * 1_000 + max(waits), 1)
+        if gone_back is not None:
+            trainer_ms = round((time.monotonic() - began) * 1_000, 1)
         return ChampionMoved(
             moved.version,
             moved.previous,
@@ -363,34 +366,25 @@ class Operations:
             trainer_ms=trainer_ms,
         )
 
-    async def _gone_back(self, operation: str, timeout_ms: int) -> Rewind | None:
-        """Wait until the trainer has gone back as an operation asked for; None when it hasn't in time."""
-        news = asyncio.Event()
-        follower = RegistryFollower(self._kafka, self._names, on_change=lambda state: news.set())
-        await follower.start()
-        try:
-            async with asyncio.timeout(timeout_ms / 1_000):
-                while True:
-                    rewind = follower.state.rewinds.of(operation)
-                    if rewind is not None and rewind.up_to is not None:
-                        return rewind
-                    news.clear()
-                    await news.wait()
-        except TimeoutError:
-            return None
-        finally:
-            await follower.close()
+
+@dataclass(frozen=True, slots=True)
+class _Connected(Generic[T]):
+    """A writer that has read the registry, a reader of heartbeats, and what was asked of the registry meanwhile."""
+
+    writer: RegistryWriter
+    scorers: HeartbeatReader
+    answer: T
 
 
-def _target(state: RegistryState, request: RollbackRequest) -> int:
-    return decisions.rollback_target(
-        state,
-        to=request.to,
-        back_ms=request.back_ms,
-        before_ms=request.before_ms,
-        now_ms=_now_ms(),
-        or_champion=request.rewind,
-    )
+class _Goal(NamedTuple):
+    """Where a rollback goes, and what is asked of the trainer."""
+
+    target: int
+    rewinding: Rewinding | None
+
+
+async def _nothing(writer: RegistryWriter) -> None:
+    """For `_connected`, where nothing is asked."""
 
 
 def _now_ms() -> int:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from state.changes import Undo
+from state import decisions
+from state.changes import Held, Undo
 from state.registry import RegistryState
 from state.rewinds import Rewind, SkippedRange
 from stream.records.heartbeat import Heartbeat
 from stream.registry.heartbeat import Confirmation
 from stream.registry.skipping import NOTHING, SkipRequest
 
-__all__ = ["ChampionMoved", "Checked", "Plan", "PromoteRequest", "RollbackRequest", "Seen"]
+__all__ = ["ChampionMoved", "Checked", "Plan", "PromoteRequest", "Resumed", "RollbackRequest", "Seen"]
 
 # Longest wait for the scorers to confirm a rollback, when the request names none.
 CONFIRM_MS = 10_000
@@ -46,6 +47,11 @@ class RollbackRequest:
     def __post_init__(self) -> None:
         if self.skip and not self.rewind:
             raise ValueError("a rollback: expected a rewind of the trainer beside what is to be skipped, found none.")
+
+    def target(self, state: RegistryState, now_ms: int) -> int:
+        """The version that it goes to. Raises Refused where there is none."""
+        choice = {"to": self.to, "back_ms": self.back_ms, "before_ms": self.before_ms}
+        return decisions.rollback_target(state, **choice, now_ms=now_ms, or_champion=self.rewind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +123,21 @@ class ChampionMoved:
     skipped: tuple[SkippedRange, ...] | None = None
     trainer: Rewind | None = None
     trainer_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What letting auto-promotion go on did.
+
+    confirmed, unconfirmed  scorers that follow the champion's chain, or serve it where it has none, and the last heartbeats of
+                            those that didn't confirm in time. Both are empty when nothing was changed
+    took_ms                 from the beginning of the operation to the last confirmation, or to the end of the wait
+    """
+
+    held: Held
+    confirmed: list[Confirmation]
+    unconfirmed: list[Heartbeat]
+    took_ms: float
 
 
 class Seen(NamedTuple):
