@@ -273,9 +273,10 @@ async def measure(settings: Settings, work: Path, scorers: int, rows: int, round
             worker.ask_to_stop()
         for worker in workers:
             await asyncio.to_thread(worker.wait_stopped)
+    times = {"rollback": [each.rollback_ms for each in done], "resume": [each.resume_ms for each in done]}
     figures = {
-        f"{name}_{q}_ms": round(float(np.quantile([getattr(each, f"{name}_ms") for each in done], level)), 1)
-        for name in ("rollback", "resume")
+        f"{name}_{q}_ms": round(float(np.quantile(values, level)), 1)
+        for name, values in times.items()
         for q, level in (("p50", 0.5), ("p99", 0.99))
     }
     first = [min(each.confirmations) for each in done]

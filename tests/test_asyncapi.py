@@ -13,6 +13,7 @@ from headrace.scores import AnswerError
 from state.alias_records import Alias, AliasMove, Deletion, TagChange, VersionTags
 from state.gate_report import GateReport
 from state.registry import Champion, Move, TrainerLease, VersionRecord
+from state.rewinds import Rewind, Rewinds, SkippedRange
 from stream.records import replay
 from stream.records.answer import Answer, Problem
 from stream.records.delta import DeltaHeader
@@ -35,6 +36,9 @@ PAYLOADS = {
     "tagsRecord": VersionTags,
     "tagChange": TagChange,
     "deletionRecord": Deletion,
+    "rewindsRecord": Rewinds,
+    "rewind": Rewind,
+    "skippedRange": SkippedRange,
 }
 
 

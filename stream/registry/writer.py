@@ -153,6 +153,17 @@ class RegistryWriter:
 
         return await self._change(decide, reason)
 
+    async def rollback_by_itself(self, target: int, reason: str) -> Moved | None:
+        """Put an older version back unless auto-promotion is held: then somebody has decided already, and None is returned."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[Moved | None]:
+            if state.champion.hold:
+                return Change((), None)
+            change = decisions.rollback(state, target, cause)
+            return Change(change.records, change.outcome)
+
+        return (await self._change(decide, reason)).outcome
+
     async def rewound(self, operation: str, *, epoch: int, chain: str, up_to: int | None = None) -> bool:
         """Say that this trainer has gone back, as an operation asked for. Returns whether that was still to be done."""
 

@@ -40,6 +40,16 @@ class TrainerMetrics:
             "Examples that were not learned because they are in a range that was left out when the trainer was sent back.",
             registry=prometheus,
         )
+        self.served_alarm = Gauge(
+            "headrace_trainer_served_alarm",
+            "1 while served scores are out of their band in several blocks of clicks in a row (snapshots.auto_rollback).",
+            registry=prometheus,
+        )
+        self.own_rollbacks = Counter(
+            "headrace_trainer_own_rollbacks",
+            "Rollbacks that the trainer did by itself, because served scores were out of their band.",
+            registry=prometheus,
+        )
         self.rewinds = Counter(
             "headrace_trainer_rewinds", "Times that this trainer went back to an older version.", registry=prometheus
         )

@@ -38,6 +38,8 @@ from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, topic_ids
 from stream.trainer.rebase import go_on_in_place
+from stream.trainer.served import NAME as SERVED
+from stream.trainer.served import ServedWatch
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.skips import Skips
 from stream.trainer.snapshots import Publisher
@@ -234,6 +236,7 @@ class _Trainer:
         base = await go_on_in_place(learner, start, self.kafka, self.names, sent_back=rewind is not None)
         chain = Chain(str(ChainName(self.model.name, self.epoch, self.chains)), self.deltas, base, learner.touched_keys)
         self.chains += 1
+        served = ServedWatch(self.snapshots)
         judge = Judge(self.snapshots, gate_state(start, self.epoch))
         anchors = Anchors(judge, self.store, self.snapshots, self.schema, self.model, self.settings.device)
         ids = topic_ids(self.cluster, self.names)
@@ -246,8 +249,8 @@ class _Trainer:
             self.metrics,
             max_batch_age_s=self.settings.max_batch_age_ms / 1000,
             watermark_ms=start.watermark_ms,
-            observers=(self.skew,),
-            bookkeeping={CHAIN: chain},
+            observers=(self.skew, served),
+            bookkeeping={CHAIN: chain, SERVED: served},
             judge=judge,
             skips=skips,
         )
@@ -266,12 +269,12 @@ class _Trainer:
             epoch=self.epoch,
             start=start,
             metrics=self.metrics,
-            more_metrics=self.skew.manifest_metrics,
+            more_metrics=lambda: {**self.skew.manifest_metrics(), **served.manifest_metrics()},
             topic_ids=ids,
             skips=skips,
             sent_back=None if rewind is None else partial(self._says_so, rewind, chain.name),
         )
-        return Parts(training, publisher, judge, anchors, scores, rewind)
+        return Parts(training, publisher, judge, anchors, scores, served, rewind)
 
     async def _says_so(self, rewind: Rewind, chain: str, up_to: int | None) -> None:
         """Note in the registry that the trainer has gone back."""

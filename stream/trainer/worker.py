@@ -48,6 +48,7 @@ from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
+from stream.trainer.served import ServedWatch, act_on_alarm
 from stream.trainer.skew import SkewCheck
 from stream.trainer.snapshots import Publisher
 from stream.trainer.training import Training
@@ -83,6 +84,7 @@ class Parts:
     judge: Judge
     anchors: Anchors
     scores: Evaluation
+    served: ServedWatch
     rewind: Rewind | None = None
 
 
@@ -130,6 +132,7 @@ class TrainerWorker(Worker):
         self._go_back = go_back
         self._intake = asyncio.Lock()  # held while the trainer goes back: nothing is handed over
         self._going: asyncio.Task[None] | None = None
+        self._alarm = ""
         self._publishing: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None
         self._take(parts)
@@ -137,6 +140,7 @@ class TrainerWorker(Worker):
     def _take(self, parts: Parts) -> None:
         """Go on with these parts."""
         self._training, self._publisher, self._scores = parts.training, parts.publisher, parts.scores
+        self._served, self._was_held = parts.served, False
         self._judge, self._anchors, self._rewind = parts.judge, parts.anchors, parts.rewind
         self._pipeline = Pipeline(self, parts.training, self._decoder, self._metrics, threads=self._threads)
         self._accepted = dict(parts.training.positions)
@@ -235,10 +239,23 @@ class TrainerWorker(Worker):
             if time.monotonic() >= anchor_due:
                 anchor_due = time.monotonic() + ANCHOR_S
                 await self._show_gate()
+            await self._watch_served()
             try:
                 await self._registry.tag_due(self._snapshots)
             except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
                 log.warning("tagging good versions: %s", error)
+
+    async def _watch_served(self) -> None:
+        """Act on served scores that are out of their band. When auto-promotion goes on, they are judged from nothing."""
+        state, was = self._follower.state, self._was_held
+        self._was_held = state.champion.hold
+        if was and not self._was_held:
+            self._served.begin_again()
+        alarm = self._served.alarm
+        if alarm != self._alarm:
+            self._alarm = alarm
+            log.log(logging.ERROR if alarm else logging.INFO, "served scores: %s", alarm or "in their band again")
+        await act_on_alarm(self._served, state, self._registry, self._store, self._snapshots, self._metrics)
 
     async def _collect(self) -> None:
         """Delete versions that nothing needs any more, from time to time."""
