@@ -1,6 +1,7 @@
-"""Starts join workers by forking a process that has imported everything, which takes a tenth of the CPU of a usual start.
+"""Starts workers by forking a process that has imported everything, which takes a tenth of the CPU of a usual start.
 
-A forked worker has its own environment, session, leash and log, as if it had been executed.
+A forked worker has its own environment, session, leash and log, as if it had been executed. This module forks the join's
+workers with faults (`tests.faults.worker`), and `tests.forked` any worker.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
-__all__ = ["Child", "Nursery"]
+__all__ = ["Child", "Nursery", "serve"]
 
 MOST_BYTES = 1 << 16
 ENDED = "the process that forks workers has ended; start again (runs that are done are not repeated)"
@@ -36,6 +37,8 @@ class Child:
 
     def ended(self, code: int) -> None:
         self.returncode = code
+        with contextlib.suppress(OSError):
+            self.stdin.close()
         self._ended.set()
 
     def poll(self) -> int | None:
@@ -57,9 +60,14 @@ class Child:
 
 
 class Nursery:
-    """The process that forks workers, which starts with the first worker and ends with this process. Use it from any thread."""
+    """The process that forks workers, which starts with the first worker and ends with this process. Use it from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        program: the module that forks. It imports what workers need, and calls `serve`.
+    """
+
+    def __init__(self, program: str = "tests.faults.nursery") -> None:
+        self._program = program
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._children: dict[int, Child] = {}
@@ -103,7 +111,7 @@ class Nursery:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket, self._born, self._newest = ours, threading.Event(), 0
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.nursery", str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            [sys.executable, "-m", self._program, str(theirs.fileno())], pass_fds=[theirs.fileno()]
         )
         theirs.close()
         threading.Thread(target=self._listen, args=(ours,), daemon=True).start()
@@ -122,8 +130,12 @@ class Nursery:
         self._born.set()
 
 
-def _serve(orders: socket.socket) -> None:
-    """Fork a child for each order, and report each child's start and end; returns when the socket is closed."""
+def serve(orders: socket.socket, main: Callable[[], Any]) -> None:
+    """Fork a child for each order, and report each child's start and end; returns when the socket is closed.
+
+    Args:
+        main: what a child does, with the arguments in `sys.argv`. It returns the exit code, or raises SystemExit.
+    """
 
     def reap(number: int, frame: Any) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -148,13 +160,13 @@ def _serve(orders: socket.socket) -> None:
             orders.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
-            _live(arguments, env, cwd, log, stdin)
+            _live(main, arguments, env, cwd, log, stdin)
         os.close(stdin)
         orders.send(msgspec.json.encode([pid, None]))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
 
-def _live(arguments: list[str], env: dict[str, str], cwd: str, log: str, stdin: int) -> None:
+def _live(main: Callable[[], Any], arguments: list[str], env: dict[str, str], cwd: str, log: str, stdin: int) -> None:
     """Run a worker in the forked child; never returns."""
     code: Any = 1
     try:
@@ -169,8 +181,6 @@ def _live(arguments: list[str], env: dict[str, str], cwd: str, log: str, stdin: 
         os.dup2(file, 2)
         os.close(file)
         sys.argv = ["worker", *arguments]
-        from tests.faults.worker import main
-
         code = main()
     except SystemExit as end:
         code = end.code
@@ -185,7 +195,7 @@ def _live(arguments: list[str], env: dict[str, str], cwd: str, log: str, stdin: 
 if __name__ == "__main__":
     import deploy.cli.run  # noqa: F401
     import stream.join.worker  # noqa: F401
-    import tests.faults.worker  # noqa: F401
+    from tests.faults.worker import main
 
     gc.freeze()
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), main)

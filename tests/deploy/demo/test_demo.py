@@ -20,13 +20,14 @@ import pytest
 from deploy.demo.audit import Audit
 from deploy.demo.play import demo_settings, worker_environment
 from deploy.feeding.replay import Replayer
-from deploy.processes.workers import Worker, stop_workers
+from deploy.processes.workers import stop_workers
 from deploy.settings import Settings
 from state.store import SnapshotStore
 from stream.registry.log import read_registry
 from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
 from tests.deploy.made_up import MadeUp, read_topic
+from tests.forked import ForkedWorker
 
 pytestmark = pytest.mark.kafka
 
@@ -158,7 +159,9 @@ def test_kill_9_of_each_worker_in_the_middle_and_the_counts_still_come_out_exact
         chosen = demo_settings(settings, data_set, tmp_path, settings.kafka.bootstrap_servers, evaluation_from_ms=first_ms)
         create_topics(chosen.kafka, chosen.topics)
         env = worker_environment(chosen)
-        workers = {kind: Worker(kind, env, tmp_path / f"{kind}.log", cwd=tmp_path) for kind in ("join", "trainer", "scorer")}
+        workers = {
+            kind: ForkedWorker(kind, env, tmp_path / f"{kind}.log", cwd=tmp_path) for kind in ("join", "trainer", "scorer")
+        }
         try:
             for worker in workers.values():
                 worker.start()

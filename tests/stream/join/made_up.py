@@ -16,6 +16,7 @@ from deploy.feeding.feed import Feed
 from deploy.processes.workers import Worker
 from deploy.settings import Settings
 from stream.topics.names import TopicNames
+from tests.forked import ForkedWorker
 
 __all__ = ["FIRST_MS", "Events", "end", "join_settings", "join_worker", "made_up", "send", "send_by", "settled", "until"]
 
@@ -129,9 +130,9 @@ def join_settings(settings: Settings, **join: object) -> Settings:
     return settings.model_copy(update={"join": settings.join.model_copy(update=chosen)})
 
 
-def join_worker(settings: Settings, folder: Path, name: str = "join") -> Worker:
-    """A join worker, not started, with a log of its own under `folder`."""
-    return Worker("join", worker_environment(settings), folder / f"{name}.log", cwd=folder)
+def join_worker(settings: Settings, folder: Path, name: str = "join", *, change: str = "") -> Worker:
+    """A join worker, not started, with a log of its own under `folder`. `change` is Python that it runs first."""
+    return ForkedWorker("join", worker_environment(settings), folder / f"{name}.log", cwd=folder, change=change)
 
 
 async def until(true: Callable[[], bool], what: str, *workers: Worker, patience_s: float = PATIENCE_S) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,13 +15,6 @@ from tests.stream.join.made_up import join_settings, join_worker, made_up, send,
 pytestmark = pytest.mark.kafka
 
 Start = Callable[..., Worker]
-# `headrace …` with something changed first.
-CHANGED = """
-import asyncio, sys
-{change}
-from deploy.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture
@@ -30,9 +22,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started: list[Worker] = []
 
     def one(settings: Settings, name: str, change: str = "") -> Worker:
-        worker = join_worker(settings, tmp_path, name)
-        if change:
-            worker.program = [sys.executable, "-c", CHANGED.format(change=change)]
+        worker = join_worker(settings, tmp_path, name, change=change)
         started.append(worker)
         worker.start()
         return worker

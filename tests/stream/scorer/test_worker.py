@@ -29,6 +29,7 @@ from stream.registry.operations import Operations, RollbackRequest
 from stream.registry.writer import RegistryWriter
 from stream.topics.limits import max_message_bytes
 from stream.topics.names import TopicNames
+from tests.forked import ForkedWorker
 from tests.stream.scorer.factory import publish, request
 
 pytestmark = pytest.mark.kafka
@@ -56,7 +57,7 @@ class Scene:
             update={"scorer": self.settings.scorer.model_copy(update=scorer), "snapshots": store}
         )
         log = self.folder / f"scorer-{len(self.workers)}.log"
-        worker = Worker("scorer", worker_environment(settings), log, cwd=self.folder)
+        worker = ForkedWorker("scorer", worker_environment(settings), log, cwd=self.folder)
         self.workers.append(worker)
         worker.start()
         if ready:

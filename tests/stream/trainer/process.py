@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -20,9 +18,10 @@ from stream.registry.log import read_registry
 from stream.settings import TopicSettings
 from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
+from tests.forked import forked
 from tests.stream.trainer.factory import MODEL, SCHEMA, headers, value
 
-# Starting takes some seconds of imports, more on a busy machine.
+# Starting takes a second or two, more on a busy machine.
 PATIENCE_S = 90.0
 
 
@@ -43,13 +42,8 @@ class Process:
             "HEADRACE_TRAINER__DEVICE": "cpu",
             "HEADRACE_TRAINER__THREADS": "1",
         }
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "headrace", "run", "trainer", *options],
-                env={**os.environ, **fixed, **environment},
-                stdout=log,
-                stderr=log,
-            )
+        self.log.touch()
+        self.process = forked(["run", "trainer", *options], {**os.environ, **fixed, **environment}, Path.cwd(), self.log)
 
     def kill(self) -> None:
         self.process.kill()
