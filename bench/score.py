@@ -2,6 +2,7 @@
 
     .venv/bin/python bench/score.py            # about 7 minutes
     .venv/bin/python bench/score.py --quick    # short stretches, too short for a result
+    .venv/bin/python bench/score.py --share 0.05 --no-peer   # what a shadow and a canary of 5 % cost besides
 
 A real Apache Kafka, a join, a trainer and a scorer run on this machine. A data set is replayed at 1,000 events a second, joined
 and learned all the time, and a version is published and swapped in every 3 s. Join, trainer and replay have niceness 10, as in
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -35,7 +37,9 @@ from deploy.local_kafka.cluster import LocalKafka
 from deploy.processes.priority import give_way
 from deploy.processes.workers import Worker
 from deploy.settings import LocalKafkaSettings, Settings
+from state.canary import Thresholds
 from state.store import SnapshotStore
+from stream.registry.canary_operations import CanaryOperations, CanaryRequest
 from stream.settings import TopicSettings
 from stream.topics.admin import create_topics
 from stream.topics.names import TopicNames
@@ -46,6 +50,8 @@ LIMIT_MS = 50.0
 STREAM_RATE = 1_000  # events a second that are joined and learned meanwhile
 SEARCH_STEPS = 4  # bisections between a rate that holds and one that doesn't: the result is precise to some 6 %
 START_S = 90.0
+# Stretches in which no trial, a shadow and a canary take turns, since a machine's speed changes with time.
+TRIALS: tuple[Literal["none", "shadow", "canary"], ...] = ("none", "shadow", "canary") * 3
 
 
 @contextmanager
@@ -158,7 +164,44 @@ def wait_for_version(settings: Settings, alive: Callable[[], None]) -> None:
         time.sleep(0.2)
 
 
-def run(data_set: DataSet, bootstrap_servers: str, work: Path, seconds: float, probe_s: float, *, peer: bool) -> None:
+async def measure_trials(
+    settings: Settings, bodies: list[bytes], seconds: float, alive: Callable[[], None], share: float
+) -> dict[str, list[float]]:
+    """p99 (ms) of several stretches each: without a trial, with a shadow of the oldest version, with a canary of it."""
+    names = TopicNames.of(settings.topics)
+    operations = CanaryOperations(settings.kafka, names, "bench")
+    found: dict[str, list[float]] = {"none": [], "shadow": [], "canary": []}
+    load = Load(
+        settings.kafka.bootstrap_servers, names.score_requests, names.scores, settings.topics.request_partitions, bodies
+    )
+    async with load:
+        await load.warm_up()
+        for mode in TRIALS:
+            if mode != "none":
+                state = (await operations.look()).state
+                oldest = min(version for version in state.versions if version != state.champion.version)
+                await operations.begin_canary(CanaryRequest(mode, oldest, share, "bench", Thresholds(clicks=1_000_000)))
+                while any(beat.candidate is None for beat in (await operations.look()).live):
+                    alive()
+                    await asyncio.sleep(0.2)
+            offered = await load.offer(RATE, seconds)
+            show(mode, offered)
+            found[mode].append(round(offered.quantile(0.99), 1))
+            if mode != "none":
+                await operations.stop_canary("bench", timeout_ms=10_000)
+    return found
+
+
+def run(
+    data_set: DataSet,
+    bootstrap_servers: str,
+    work: Path,
+    seconds: float,
+    probe_s: float,
+    *,
+    peer: bool,
+    share: float | None = None,
+) -> None:
     """Start the system, and measure Headrace's scorer and then the peer."""
     settings = demo_settings(Settings(), data_set, work, bootstrap_servers, evaluation_from_ms=0)
     settings = settings.model_copy(update={"topics": TopicSettings(prefix="bench-", partitions=2, request_partitions=2)})
@@ -181,6 +224,7 @@ def run(data_set: DataSet, bootstrap_servers: str, work: Path, seconds: float, p
             with workers(settings, work, "scorer") as scoring:
                 scoring["scorer"].wait_ready()
                 ours = asyncio.run(measure(settings, bodies, "headrace", seconds, probe_s, alive))
+                trials = asyncio.run(measure_trials(settings, bodies, seconds, alive, share)) if share else None
                 peak = scoring["scorer"].peak_rss_mb()
             theirs = asyncio.run(measure_peer(settings, bodies, work, seconds, probe_s, alive)) if peer else None
             learned = sum(
@@ -204,6 +248,7 @@ def run(data_set: DataSet, bootstrap_servers: str, work: Path, seconds: float, p
         fields=len(settings.features.fields),
         dataset=data_set.name,
         scorer_peak_rss_mb=peak,
+        trials_p99_ms=trials,
     )
 
 
@@ -233,7 +278,8 @@ async def measure_peer(
 @click.option("--seconds", default=30.0, show_default=True, help="Time at 200 requests a second.")
 @click.option("--quick", is_flag=True, help="Short stretches, too short for a result.")
 @click.option("--no-peer", is_flag=True)
-def main(dataset: str, seconds: float, quick: bool, no_peer: bool) -> None:
+@click.option("--share", type=float, help="Measure a shadow and a canary with this share too, such as 0.05.")
+def main(dataset: str, seconds: float, quick: bool, no_peer: bool, share: float | None) -> None:
     """Measure and print; the last line is one JSON object."""
     data_set = default_data_set() if dataset == "auto" else open_data_set(dataset)
     if data_set.find() is None:
@@ -242,7 +288,8 @@ def main(dataset: str, seconds: float, quick: bool, no_peer: bool) -> None:
     work = Path(tempfile.mkdtemp(prefix="headrace-bench-"))
     try:
         with LocalKafka(LocalKafkaSettings(dir=work / "kafka", heap_mb=768)) as kafka:
-            run(data_set, kafka.bootstrap_servers, work, 5.0 if quick else seconds, 2.0 if quick else 5.0, peer=not no_peer)
+            short = (5.0, 2.0) if quick else (seconds, 5.0)
+            run(data_set, kafka.bootstrap_servers, work, *short, peer=not no_peer, share=share)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -17,8 +17,10 @@ from deploy.cli import cli
 from deploy.cli.failures import EXIT_CODES
 from deploy.settings_page import settings_page
 from stream.join.metrics import JoinMetrics
+from stream.scorer.candidate_metrics import CandidateMetrics
 from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.metrics import ScorerMetrics
+from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.metrics import StandbyMetrics, TrainerMetrics
 from stream.worker.metrics import new_prometheus, start_time
 
@@ -84,8 +86,10 @@ def metrics() -> dict[str, list[Described]]:
         ("join", JoinMetrics),
         ("trainer", TrainerMetrics),
         ("trainer", StandbyMetrics),
+        ("trainer", CanaryMetrics),
         ("scorer", ScorerMetrics),
         ("scorer", FollowingMetrics),
+        ("scorer", CandidateMetrics),
     )
     for name, kind in kinds:
         kind(registries.setdefault(name, CollectorRegistry()))

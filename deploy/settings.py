@@ -5,9 +5,9 @@ HEADRACE_KAFKA__BOOTSTRAP_SERVERS=broker:9092 headrace run join     # `__` goes 
 HEADRACE_CONFIG=/etc/headrace.toml headrace config check            # another file than ./headrace.toml
 ```
 
-Relative paths (`snapshots.url`, `state_dir`, `local_kafka.dir`) lie beside the settings file, in whatever folder a worker is
-started. Otherwise a worker that is started in another folder would find an empty store there. `load_settings` makes them
-absolute, and `headrace config show` prints them so.
+Relative paths (`snapshots.url`, `scorer.cache_dir`, `state_dir`, `local_kafka.dir`) lie beside the settings file, in whatever
+folder a worker is started. Otherwise a worker that is started in another folder would find an empty store there.
+`load_settings` makes them absolute, and `headrace config show` prints them so.
 """
 
 from __future__ import annotations
@@ -239,7 +239,8 @@ def _absolute(settings: Settings) -> Settings:
         snapshots = snapshots.model_copy(update={"url": str(beside / Path(snapshots.url).expanduser())})
     local = local.model_copy(update={"dir": beside / local.dir.expanduser()})
     state_dir = beside / settings.state_dir.expanduser()
-    return settings.model_copy(update={"snapshots": snapshots, "local_kafka": local, "state_dir": state_dir})
+    scorer = settings.scorer.model_copy(update={"cache_dir": beside / settings.scorer.cache_dir.expanduser()})
+    return settings.model_copy(update={"snapshots": snapshots, "local_kafka": local, "state_dir": state_dir, "scorer": scorer})
 
 
 def _found(problem: Any) -> str:

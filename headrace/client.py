@@ -87,6 +87,8 @@ class Client:
         score: float | None = None,
         model_version: int | None = None,
         delta: int | None = None,
+        shadow_score: float | None = None,
+        shadow_version: int | None = None,
     ) -> None:
         """Send an impression: something was shown.
 
@@ -94,7 +96,10 @@ class Client:
             features: name → value: a string, a finite number, a list of strings or None.
             timestamp_ms: when it was shown, in ms since 1970-01-01 UTC; now when None.
             score, model_version, delta: what the scorer answered for it, where it was asked: `score` of the candidate shown,
-                `answer.model_version` and `answer.delta`. Pass all three as they are. The trainer finds skew with them.
+                `answer.model_version` and `answer.delta`. Pass all three as they are. The trainer finds skew with them, and
+                compares a canary.
+            shadow_score, shadow_version: `shadow` of the candidate shown and `answer.shadow_version`, None in most answers. The
+                trainer compares a version on trial with the champion by them.
 
         Raises:
             InvalidEvent: the pipeline would reject the event; nothing was sent.
@@ -103,7 +108,7 @@ class Client:
         """
         self._delivery.lifetime.check()
         when = now_ms() if timestamp_ms is None else timestamp_ms
-        key, value = encode_impression(impression_id, when, features, score, model_version, delta)
+        key, value = encode_impression(impression_id, when, features, score, model_version, delta, shadow_score, shadow_version)
         self._delivery.send_event(self._impressions, key, value, self._headers)
 
     def send_click(self, impression_id: str, *, timestamp_ms: int | None = None) -> None:

@@ -2,9 +2,12 @@
 
 | event | fields |
 | --- | --- |
-| impression | `impression_id`, `timestamp`, `features`; optional: `score`, `model_version` and `delta` as the answer said |
+| impression | `impression_id`, `timestamp`, `features`; optional: what the answer said, as below |
 | click | `impression_id`, `timestamp` |
 | score request | `request_id`, `context` (features shared by all), `candidates` [{`id`, `features`}]; optional: `deadline_ms` |
+
+An impression of something that was scored carries `score`, `model_version` and `delta` of the answer, and `shadow_score` and
+`shadow_version` if it has them.
 
 Ids are non-empty strings. Times are integers in milliseconds since 1970-01-01 UTC, at most 40 years old (a time in seconds
 looks older). A feature is a string, a finite number, a list of strings or None. An event that breaks these rules raises
@@ -83,6 +86,8 @@ def encode_impression(
     score: float | None = None,
     model_version: int | None = None,
     delta: int | None = None,
+    shadow_score: float | None = None,
+    shadow_version: int | None = None,
 ) -> tuple[bytes, bytes]:
     """Key and value of an impression. Raises InvalidEvent."""
     name = _id(impression_id, "$.impression_id")
@@ -91,22 +96,31 @@ def encode_impression(
         "timestamp": check_time(timestamp_ms, "$.timestamp"),
         "features": _features(features, "$.features"),
     }
-    if score is not None:
-        served = plain(score)
-        if isinstance(served, bool) or not isinstance(served, int | float) or not 0 <= served <= 1:
-            _refuse("$.score", "a probability between 0 and 1", score, "Leave it out when nothing was served")
-        event["score"] = served
-    if model_version is not None:
-        version = plain(model_version)
-        if not _is_integer(version) or not 0 <= version <= _MAX_VERSION:
-            _refuse("$.model_version", "a version number, 0 or more", model_version, "Take it from the answer as it is")
-        event["model_version"] = version
-    if delta is not None:
-        count = plain(delta)
-        if not _is_integer(count) or not 0 <= count <= _MAX_VERSION:
-            _refuse("$.delta", "a number of deltas, 0 or more", delta, "Take it from the answer as it is, 0 where it has none")
-        event["delta"] = count
+    versions = "a version number, 0 or more", "Take it from the answer as it is"
+    _put_probability(event, "score", score, "Leave it out when nothing was served")
+    _put_count(event, "model_version", model_version, *versions)
+    _put_count(event, "delta", delta, "a number of deltas, 0 or more", "Take it from the answer as it is, 0 where it has none")
+    _put_probability(event, "shadow_score", shadow_score, "Leave it out where the answer has none")
+    _put_count(event, "shadow_version", shadow_version, *versions)
     return name.encode(), _encode(event)
+
+
+def _put_probability(event: dict[str, Any], name: str, value: float | None, advice: str) -> None:
+    if value is None:
+        return
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number <= 1:
+        _refuse(f"$.{name}", "a probability between 0 and 1", value, advice)
+    event[name] = number
+
+
+def _put_count(event: dict[str, Any], name: str, value: int | None, expected: str, advice: str) -> None:
+    if value is None:
+        return
+    number = plain(value)
+    if not _is_integer(number) or not 0 <= number <= _MAX_VERSION:
+        _refuse(f"$.{name}", expected, value, advice)
+    event[name] = number
 
 
 def encode_click(impression_id: str, timestamp_ms: int) -> tuple[bytes, bytes]:

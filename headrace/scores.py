@@ -29,10 +29,11 @@ _POLL_MS = 200  # how soon a closed stream ends; a record ends the poll at once
 
 
 class Score(msgspec.Struct, frozen=True):
-    """The predicted click probability of one candidate."""
+    """The predicted click probability of one candidate. `shadow` is that by a version on trial, where there is one."""
 
     id: str
     score: float
+    shadow: float | None = None
 
 
 class AnswerError(msgspec.Struct, frozen=True):
@@ -54,6 +55,7 @@ class _Value(msgspec.Struct, frozen=True):
     error: AnswerError | None = None
     stale: bool = False
     delta: int = 0
+    shadow_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +63,9 @@ class Answer:
     """One record of the live score topic.
 
     Answers are sent at least once: the same `request_id` may arrive twice. When `error` is not None, the request couldn't be
-    scored and `scores` is empty. `delta` is the number of updates of the weights since `model_version`. `event` holds the
-    CloudEvents attributes (`id`, `source`, `type`, `time`, …).
+    scored and `scores` is empty. `delta` is the number of updates of the weights since `model_version`. `shadow_version`
+    is a version on trial, which gave the scores called `shadow`. `event` holds the CloudEvents attributes (`id`, `source`,
+    `type`, `time`, …).
     """
 
     request_id: str
@@ -75,6 +78,7 @@ class Answer:
     partition: int = -1
     offset: int = -1
     delta: int = 0
+    shadow_version: int | None = None
 
     def best(self) -> Score:
         """The candidate with the highest probability. Raises HeadraceError for an answer without scores."""
@@ -117,6 +121,7 @@ def decode_answer(record: Any) -> Answer:
         partition=record.partition,
         offset=record.offset,
         delta=value.delta,
+        shadow_version=value.shadow_version,
     )
 
 

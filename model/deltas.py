@@ -9,7 +9,7 @@ import torch
 from model.digest import dense_hash, digest_sum, row_hashes
 from model.frozen import ModelRows
 from model.growing import Column
-from model.rows import ModelDelta, Rows
+from model.rows import ModelDelta, RowPrecision, Rows, rounded
 
 __all__ = ["Deltas"]
 
@@ -20,13 +20,16 @@ class Deltas:
     """Takes deltas of the serving weights, and keeps the digest that results from them (`model.digest`).
 
     It keeps the hash of each row as it was last taken, so that both cost what the touched rows cost, not what the table does.
+    Rows are rounded as scorers have them, and hashes and digest are of the rounded rows.
     """
 
     COLUMNS: Mapping[str, Column] = {"hash": Column(dtype=torch.int64)}
 
-    def __init__(self, rows: ModelRows, dense: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, rows: ModelRows, dense: Mapping[str, torch.Tensor], precision: RowPrecision) -> None:
         self._rows = rows
+        self._precision = precision
         self._rows_sum = 0
+        self._gone_sum = 0  # of the hashes, as last taken, of rows that were evicted since
         self._dense_hash = dense_hash(dense)
 
     @property
@@ -36,7 +39,7 @@ class Deltas:
 
     def forget_rows(self) -> None:
         """Begins anew without rows. Their hashes must be 0 already."""
-        self._rows_sum = 0
+        self._rows_sum = self._gone_sum = 0
 
     def took_dense(self, dense: Mapping[str, torch.Tensor]) -> None:
         """Counts dense parameters as taken."""
@@ -44,25 +47,36 @@ class Deltas:
 
     def loaded(self, first: int, rows: Rows) -> None:
         """Counts restored rows (N,) as taken. `first` is the number of the first one; none of them was taken before."""
-        hashes = row_hashes(rows)
+        hashes = row_hashes(rounded(rows, self._precision))
         self._rows["hash"][first : first + len(rows)] = hashes
         self._rows_sum += digest_sum(hashes)
 
-    def take(self, numbers: torch.Tensor, rows: Rows, dense: Mapping[str, torch.Tensor] | None) -> ModelDelta:
-        """The delta of touched rows and of the dense parameters, if they are in it.
+    def evicted(self, numbers: torch.Tensor) -> None:
+        """Takes note that rows (N,) lose their keys. The digest is without them once the next delta is taken."""
+        hashes = self._rows["hash"]
+        self._gone_sum += digest_sum(hashes.index_select(0, numbers))
+        hashes.index_fill_(0, numbers, 0)
+
+    def take(
+        self, numbers: torch.Tensor, rows: Rows, gone: torch.Tensor, dense: Mapping[str, torch.Tensor] | None
+    ) -> ModelDelta:
+        """The delta of touched rows, of keys that are gone, and of the dense parameters, if they are in it.
 
         numbers  int64 (N,), of the touched rows
         rows     their present weights, on the device of the table
+        gone     int64 (M,), keys that have no row now
         dense    copies on the CPU of all dense parameters; None leaves them as last taken
         """
+        rows = rounded(rows, self._precision)
         hashes, last = row_hashes(rows), self._rows["hash"]
-        self._rows_sum += digest_sum(hashes) - digest_sum(last.index_select(0, numbers))
+        self._rows_sum += digest_sum(hashes) - digest_sum(last.index_select(0, numbers)) - self._gone_sum
+        self._gone_sum = 0
         last.index_copy_(0, numbers, hashes)
         if dense is not None:
             self.took_dense(dense)
         return ModelDelta(
             rows=Rows(rows.keys.cpu(), rows.embedding.cpu(), rows.first_order.cpu()),
-            gone=torch.empty(0, dtype=torch.int64),
+            gone=gone.cpu(),
             dense=dense,
             digest=self.digest,
         )

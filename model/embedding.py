@@ -11,8 +11,9 @@ from model.distinct import unique_rows
 from model.errors import SnapshotMismatch
 from model.frozen import ModelRows
 from model.growing import Column
+from model.hashing import EMPTY_KEY
 from model.rows import Rows
-from model.table import KeyTable
+from model.table import ABSENT_ROW, Items, KeyTable
 
 __all__ = ["EmbeddingTable", "Gathered", "initial_rows", "take"]
 
@@ -75,7 +76,8 @@ class EmbeddingTable:
     """Embeddings float32 (R, D) and first-order weights float32 (R,) by key, with Adagrad's accumulators beside them.
 
     A row holds D weights and their D accumulators, so that an update reads and writes one contiguous range of memory for each
-    row of the batch. Row 0 is all zeros, for unknown keys. No operation gets slower as the table fills.
+    row of the batch. Row 0 is all zeros, for unknown keys. No operation gets slower as the table fills. The row of a key that
+    was evicted is zeros with the key `EMPTY_KEY`, until another key gets that row.
 
     rows      where the rows are; it has the columns of `columns(dim)` besides others
     expected  number of keys that fit before the index of keys has to grow
@@ -101,7 +103,13 @@ class EmbeddingTable:
         }
 
     def __len__(self) -> int:
+        """Number of keys, and of rows with keys."""
         return len(self.keys)
+
+    @property
+    def has_free_rows(self) -> bool:
+        """Whether there are rows whose keys were evicted."""
+        return self.keys.last_row > len(self.keys)
 
     def insert(
         self, keys: torch.Tensor, kinds: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor
@@ -112,25 +120,38 @@ class EmbeddingTable:
         embedding    (K, D): initial embedding of each kind, to which random numbers by key are added (`initial_rows`)
         first_order  (K,): initial first-order weight of each kind
         """
-        before = len(self.keys)
-        rows = self.keys.insert(keys)
-        after = len(self.keys)
-        if after > before:
-            self._rows.make_room(after + 1)
-            row_keys, weights, first_orders = (self._rows[name] for name in ("keys", "embedding", "first_order"))
-            new = rows > before
-            row_keys[rows[new]] = keys[new]
-            fresh = slice(before + 1, after + 1)
+        found = self.keys.insert(keys)
+        new = found.new
+        if len(new.keys):
+            self._rows.make_room(self.keys.last_row + 1)
+            self._rows.touch(new.rows)  # a row that another key had may be in a freeze, as a row without a key
             # A key that occurs as several kinds gets the lowest of them, so that all devices agree.
-            kind = torch.full((after - before,), len(first_order), device=keys.device)
-            kind.scatter_reduce_(0, rows[new] - (before + 1), kinds[new], "amin")
-            random = initial_rows(row_keys[fresh], self.dim, self._init_std, self._seed)
-            weights[fresh, : self.dim] = embedding.index_select(0, kind) + random
-            weights[fresh, self.dim :] = self._accumulator_start
-            first_orders[fresh, 0] = first_order.index_select(0, kind)
-            first_orders[fresh, 1] = self._accumulator_start
-            self._rows.touched.add(torch.arange(before + 1, after + 1, device=keys.device))
-        return rows
+            kind = torch.full((len(new.keys),), len(first_order), device=keys.device)
+            kind.scatter_reduce_(0, found.which, kinds[found.absent], "amin")
+            weights = torch.full((len(new.keys), 2 * self.dim), self._accumulator_start, device=keys.device)
+            random = initial_rows(new.keys, self.dim, self._init_std, self._seed)
+            weights[:, : self.dim] = embedding.index_select(0, kind) + random
+            first_orders = torch.full((len(new.keys), 2), self._accumulator_start, device=keys.device)
+            first_orders[:, 0] = first_order.index_select(0, kind)
+            for name, values in (("keys", new.keys), ("embedding", weights), ("first_order", first_orders)):
+                self._rows[name].index_copy_(0, new.rows, values)
+        return found.rows
+
+    def evict(self, keys: torch.Tensor) -> Items:
+        """Removes those of `keys` (N,) that have rows. Returns them, with the rows that they had.
+
+        Everything that versions hold of these rows is 0 then, so that another key can have them.
+        """
+        keys = torch.unique(keys)
+        rows = self.keys.lookup(keys)
+        found = Items(keys[rows != ABSENT_ROW], rows[rows != ABSENT_ROW])
+        if len(found.rows):
+            self._rows.touch(found.rows)
+            for name, column in self._rows.columns.items():
+                if column.parts:
+                    self._rows[name].index_fill_(0, found.rows, EMPTY_KEY if name == "keys" else 0)
+            self.keys.delete(found.keys)
+        return found
 
     def gather(self, rows: torch.Tensor) -> Gathered:
         """The distinct rows among `rows` (N,), with their weights and accumulators."""

@@ -57,6 +57,8 @@ class DecodedImpressions:
     served_score    float32 (B,)  the score that the impression was shown with, NaN where absent
     served_version  int64 (B,)    the model version that gave this score, -1 where absent
     served_delta    int64 (B,)    number of deltas since that version that the weights contained, -1 where absent
+    shadow_score    float32 (B,)  the score that a version on trial gave beside, NaN where absent
+    shadow_version  int64 (B,)    that version, -1 where absent
     """
 
     batch: FeatureBatch
@@ -65,6 +67,8 @@ class DecodedImpressions:
     served_score: Float32Array
     served_version: Int64Array
     served_delta: Int64Array
+    shadow_score: Float32Array
+    shadow_version: Int64Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,8 @@ class FeatureDecoder:
             served_score=np.concatenate([piece.served_score for _, piece in pieces]),
             served_version=np.concatenate([piece.served_version for _, piece in pieces]),
             served_delta=np.concatenate([piece.served_delta for _, piece in pieces]),
+            shadow_score=np.concatenate([piece.shadow_score for _, piece in pieces]),
+            shadow_version=np.concatenate([piece.shadow_version for _, piece in pieces]),
         )
 
     def requests(self, payloads: Sequence[bytes | None]) -> DecodedRequests:
@@ -182,14 +188,17 @@ class FeatureDecoder:
             ("score", pa.float64()),
             ("model_version", pa.int64()),
             ("delta", pa.int64()),
+            ("shadow_score", pa.float64()),
+            ("shadow_version", pa.int64()),
             ("features", self._struct(self._impression_types)),
         ]
         table = read_json(payloads, pa.schema(layout))
         rows = len(payloads)
         score = table.column("score").fill_null(np.nan).to_numpy()
-        if table.column("features").null_count or ((score < 0) | (score > 1)).any():
+        shadow = table.column("shadow_score").fill_null(np.nan).to_numpy()
+        if table.column("features").null_count or any(((each < 0) | (each > 1)).any() for each in (score, shadow)):
             raise Doubt
-        if _below_zero(table, "model_version") or _below_zero(table, "delta"):
+        if any(_below_zero(table, name) for name in ("model_version", "delta", "shadow_version")):
             raise Doubt
         return DecodedImpressions(
             batch=self._batch(table.column("features").chunk(0).flatten()),
@@ -198,6 +207,8 @@ class FeatureDecoder:
             served_score=score.astype(np.float32),
             served_version=table.column("model_version").fill_null(-1).to_numpy(),
             served_delta=table.column("delta").fill_null(-1).to_numpy(),
+            shadow_score=shadow.astype(np.float32),
+            shadow_version=table.column("shadow_version").fill_null(-1).to_numpy(),
         )
 
     def _slow_impressions(self, payloads: Sequence[bytes | None]) -> DecodedImpressions:
@@ -209,6 +220,8 @@ class FeatureDecoder:
             served_score=np.array([impression.served_score for impression in good], np.float32),
             served_version=np.array([impression.served_version for impression in good], np.int64),
             served_delta=np.array([impression.served_delta for impression in good], np.int64),
+            shadow_score=np.array([impression.shadow_score for impression in good], np.float32),
+            shadow_version=np.array([impression.shadow_version for impression in good], np.int64),
         )
 
     def _guess_impression(self, payload: bytes) -> bool:

@@ -30,13 +30,15 @@ _LONG_DIGITS = 20
 class Impression:
     """Canonical values of the schema's fields, in order, and what the impression says of the answer that it was shown with.
 
-    `served_score` is NaN if absent; `served_version` and `served_delta` are -1 if absent.
+    Scores are NaN if absent; `served_version`, `served_delta` and `shadow_version` are -1 if absent.
     """
 
     values: list[Value]
     served_score: float
     served_version: int
     served_delta: int
+    shadow_score: float
+    shadow_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,16 @@ def _number(value: Any, path: str) -> float:
     return number
 
 
+def _probability(value: Any, path: str) -> float:
+    """A score; NaN where there is none."""
+    if value is None:
+        return math.nan
+    score = _number(value, path)
+    if not 0 <= score <= 1:
+        _reject("out_of_range", path, f"Expected a probability, got {score}")
+    return score
+
+
 def _value(value: Any, field: FieldSpec, path: str) -> Value:
     if value is None:
         return None
@@ -186,15 +198,12 @@ def decode_impression(payload: bytes | None, schema: FeatureSchema) -> Impressio
     if record.get("features") is None:
         _reject("missing_field", "$", "Object missing required field `features`")
     values = _features(record["features"], schema, "$.features")
-    score = record.get("score")
-    served_score = math.nan
-    if score is not None:
-        served_score = _number(score, "$.score")
-        if not 0 <= served_score <= 1:
-            _reject("out_of_range", "$.score", f"Expected a probability, got {served_score}")
+    served_score = _probability(record.get("score"), "$.score")
     served_version = _count(record.get("model_version"), "a version number, 0 or more", "$.model_version")
     served_delta = _count(record.get("delta"), "a number of deltas, 0 or more", "$.delta")
-    return Impression(values, served_score, served_version, served_delta)
+    shadow_score = _probability(record.get("shadow_score"), "$.shadow_score")
+    shadow_version = _count(record.get("shadow_version"), "a version number, 0 or more", "$.shadow_version")
+    return Impression(values, served_score, served_version, served_delta, shadow_score, shadow_version)
 
 
 def decode_request(payload: bytes | None, schema: FeatureSchema) -> Request:

@@ -25,6 +25,7 @@ import torch
 
 from model.errors import ModelError
 from model.growing import Column, Growing
+from model.hashing import EMPTY_KEY
 from model.reserve import reserved
 from model.rows import Rows
 from model.touched import Touched
@@ -45,7 +46,7 @@ class ModelRows(Growing):
         freeze = rows.freeze(count)  # rows 1 to `count`, as they are now
 
     Whoever changes a part of a row that has existed before says so first by `touch`; of new rows, `touched` is enough. Row 0 is
-    for unknown keys and never changes.
+    for unknown keys and never changes. The part `keys` of a row whose key was evicted is `EMPTY_KEY`.
     """
 
     def __init__(self, columns: Mapping[str, Column], room: int, device: torch.device) -> None:
@@ -172,21 +173,22 @@ class FrozenModel:
             for piece in frozen.pieces(100_000):
                 write(piece)
 
-    rows   number of rows
+    rows   number of rows with keys
     dense  serving tensors that are no rows, by name
     small  trainer tensors that are no rows, by name
     """
 
-    def __init__(self, freeze: Freeze, dense: dict[str, torch.Tensor], small: dict[str, torch.Tensor]) -> None:
+    def __init__(self, freeze: Freeze, rows: int, dense: dict[str, torch.Tensor], small: dict[str, torch.Tensor]) -> None:
         self._freeze: Freeze | None = freeze
         self._begun = False
         self._saved = 0
-        self.rows = freeze.count
+        self._last = freeze.count
+        self.rows = rows
         self.dense = dense
         self.small = small
 
     def pieces(self, rows_per_piece: int) -> Iterator[Piece]:
-        """All rows in the order of their numbers, once, as pieces of `rows_per_piece` rows; the last has what is left.
+        """All rows in the order of their numbers, once, as pieces of at most `rows_per_piece` rows.
 
         Raises:
             ModelError: it is closed, or its rows were read before. Also while it is iterated, if it is closed meanwhile.
@@ -198,10 +200,13 @@ class FrozenModel:
         return self._read(rows_per_piece)
 
     def _read(self, rows_per_piece: int) -> Iterator[Piece]:
-        for first in range(1, self.rows + 1, rows_per_piece):
-            parts = self._require_open().read(first, min(first + rows_per_piece, self.rows + 1))
+        for first in range(1, self._last + 1, rows_per_piece):
+            parts = self._require_open().read(first, min(first + rows_per_piece, self._last + 1))
             self._require_open()  # rows that changed after it was closed weren't saved
-            yield Piece(Rows(*(parts.pop(name) for name in SERVING)), parts)
+            if self._last > self.rows:
+                parts = _with_keys(parts)
+            if len(parts["keys"]):
+                yield Piece(Rows(*(parts.pop(name) for name in SERVING)), parts)
 
     @property
     def saved(self) -> int:
@@ -227,6 +232,14 @@ class FrozenModel:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _with_keys(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same rows but for those whose keys were evicted."""
+    used = (parts["keys"] != EMPTY_KEY).nonzero().squeeze(1)
+    if len(used) == len(parts["keys"]):
+        return parts
+    return {name: values.index_select(0, used) for name, values in parts.items()}
 
 
 def _copied(tensor: torch.Tensor) -> npt.NDArray[Any]:

@@ -29,6 +29,7 @@ class Learner(LearnerState):
         scores = learner.learn(batch, labels)   # as the model was before it learned these labels
         delta = learner.take_delta()            # what changed since the last one
         frozen = learner.freeze()               # the whole model, for a version that is written in another thread
+        learner.evict(keys)                     # forgets rows; the next delta names their keys
 
     Updates:
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 
@@ -13,9 +12,10 @@ from model.deltas import Deltas
 from model.embedding import EmbeddingTable, take
 from model.errors import ModelError, SnapshotMismatch
 from model.frozen import SERVING, FrozenModel, ModelRows
+from model.hashing import EMPTY_KEY
 from model.intercept import Intercept
 from model.network import choose_device, dense_model
-from model.rows import ModelDelta, Rows
+from model.rows import ModelDelta, RowPrecision, Rows
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from model.table import ABSENT_ROW
@@ -28,10 +28,22 @@ _RESTORED_AT_ONCE = 1 << 17
 
 
 class LearnerState:
-    """The weights, the optimizers' state and the rest that `model.learner.Learner` updates."""
+    """The weights, the optimizers' state and the rest that `model.learner.Learner` updates.
 
-    def __init__(self, schema: FeatureSchema, settings: ModelSettings, *, device: str = "auto") -> None:
+    `row_precision` is how scorers have the rows: deltas and the digest are of rows that are rounded so. Training goes on with
+    all their digits, and versions hold these.
+    """
+
+    def __init__(
+        self,
+        schema: FeatureSchema,
+        settings: ModelSettings,
+        *,
+        device: str = "auto",
+        row_precision: RowPrecision = "float32",
+    ) -> None:
         self.schema = schema
+        self.row_precision = row_precision
         self.settings = settings
         self.device = choose_device(device)
         self.examples_seen = 0
@@ -52,8 +64,9 @@ class LearnerState:
         self._deferred = Deferred(self._rows)
         self._intercept = Intercept(self.device)
         self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
-        self._deltas = Deltas(self._rows, self._dense_serving())
-        self._expected = torch.empty(0, dtype=torch.int64, device=self.device)  # keys without a row that `expect` was given
+        self._deltas = Deltas(self._rows, self._dense_serving(), row_precision)
+        # Keys that had no row when `expect` or `evict` was called.
+        self._expected = torch.empty(0, dtype=torch.int64, device=self.device)
         self._restoring: int | None = None  # the number of rows that a restore under way will have
 
     @property
@@ -68,8 +81,8 @@ class LearnerState:
 
     def touched_keys(self) -> torch.Tensor:
         """Keys of these rows on the CPU, int64 (N,), each once. The next delta has them all the same."""
-        rows = self._rows.part("keys").index_select(0, self._rows.touched.listed())
-        return torch.cat((rows, self._expected)).cpu()
+        keys = self._table.keys.keys_of(self._rows.touched.listed())
+        return torch.cat((keys[keys != EMPTY_KEY], self._gone())).cpu()
 
     def expect(self, keys: torch.Tensor) -> None:
         """Have the rows of `keys` (N,) in the next delta, touched or not.
@@ -81,6 +94,18 @@ class LearnerState:
         rows = self._table.keys.lookup(keys)
         self._rows.touched.add(rows[rows != ABSENT_ROW])
         self._expected = torch.unique(torch.cat((self._expected, keys[rows == ABSENT_ROW])))
+
+    def evict(self, keys: torch.Tensor) -> int:
+        """Forgets the rows of `keys` (N,), and returns how many of them had one. The next delta says that they are gone.
+
+        Call it between batches. A key that comes back later begins anew, as a key that was never there. If it comes back before
+        the next delta is taken, its new row is in that delta.
+        """
+        self._require_restored()
+        found = self._table.evict(keys.to(self.device))
+        self._deltas.evicted(found.rows)
+        self._expected = torch.unique(torch.cat((self._expected, found.keys)))
+        return len(found.keys)
 
     @property
     def digest(self) -> int:
@@ -95,11 +120,16 @@ class LearnerState:
         """
         self._require_restored()
         touched = self._rows.touched.take()
-        expected, self._expected = self._expected, self._expected[:0]
-        delta = self._deltas.take(touched, self._table.serving(touched), self._dense_serving() if dense else None)
-        if not len(expected):
-            return delta
-        return replace(delta, gone=expected[self._table.keys.lookup(expected) == ABSENT_ROW].cpu())
+        if self._table.has_free_rows:
+            touched = touched[self._table.keys.keys_of(touched) != EMPTY_KEY]
+        gone, self._expected = self._gone(), self._expected[:0]
+        return self._deltas.take(touched, self._table.serving(touched), gone, self._dense_serving() if dense else None)
+
+    def _gone(self) -> torch.Tensor:
+        """Keys (N,) without a row that the next delta names."""
+        if not len(self._expected):
+            return self._expected
+        return self._expected[self._table.keys.lookup(self._expected) == ABSENT_ROW]
 
     def freeze(self) -> FrozenModel:
         """The model as it is now, to be written in another thread while training goes on.
@@ -111,7 +141,8 @@ class LearnerState:
             ModelError: the last one isn't closed yet.
         """
         self._require_restored()
-        return FrozenModel(self._rows.freeze(len(self._table)), self._dense_serving(), self._small())
+        freeze = self._rows.freeze(self._table.keys.last_row)
+        return FrozenModel(freeze, len(self._table), self._dense_serving(), self._small())
 
     def serving_state(self) -> dict[str, torch.Tensor]:
         """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`), dense parameters, average rows."""
@@ -193,8 +224,10 @@ class LearnerState:
         }
 
     def _part(self, name: str) -> torch.Tensor:
-        """A copy on the CPU of a part of all rows."""
-        used = self._rows.part(name)[1 : len(self._table) + 1]
+        """A copy on the CPU of a part of all rows with keys."""
+        used = self._rows.part(name)[1 : self._table.keys.last_row + 1]
+        if self._table.has_free_rows:
+            used = used.index_select(0, self._table.keys.items().rows - 1)
         return used.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def _fitting(self, state: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:

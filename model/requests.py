@@ -55,7 +55,7 @@ class RequestDecoder:
     """As `FeatureDecoder.requests`, with the same verdicts and the same keys. Not for two threads at once."""
 
     def __init__(self, schema: FeatureSchema) -> None:
-        self._schema = schema
+        self.schema = schema
         self._many = FeatureDecoder(schema)
         self._parse = msgspec.json.Decoder(_Request).decode
 
@@ -81,7 +81,7 @@ class RequestDecoder:
         shared = [request.context or {} for request in requests]
         self._check_depth(payloads, len(candidates), chain(own, shared))
         return DecodedRequests(
-            batch=build_batch(self._columns(own, shared, counts), self._schema, len(own)),
+            batch=build_batch(self._columns(own, shared, counts), self.schema, len(own)),
             offsets=np.concatenate(([0], np.cumsum(counts))),
             request_ids=[request.request_id for request in requests],
             candidate_ids=[[candidate.id for candidate in request.candidates] for request in requests],
@@ -110,7 +110,7 @@ class RequestDecoder:
         """For each field a function that gives its column, once all words are hashed."""
         named = set().union(*features)
         columns: list[Callable[[], KeyColumn]] = []
-        for field in self._schema.fields:
+        for field in self.schema.fields:
             if field.name not in named:
                 columns.append(partial(absent_column, len(features), field))
                 continue

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-__all__ = ["ModelDelta", "Rows"]
+__all__ = ["ModelDelta", "RowPrecision", "Rows", "rounded"]
+
+RowPrecision = Literal["float32", "float16"]
+"""What scorers have of a row: its weights, or these rounded to float16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,17 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+def rounded(rows: Rows, precision: RowPrecision) -> Rows:
+    """Rows as scorers have them. All tensors are float32 still.
+
+    Numbers are rounded to the nearest one of float16, ties to even, on every device alike. Those below 6e-5 lose digits, and
+    those below 3e-8 become 0. Numbers beyond 65,504 become infinite, which a trainer doesn't publish.
+    """
+    if precision == "float32":
+        return rows
+    return Rows(rows.keys, rows.embedding.half().float(), rows.first_order.half().float())
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,17 +33,32 @@ _MOVED_AT_LEAST = 4096
 
 
 class Items(NamedTuple):
-    """The N keys of a table and their rows, in ascending order of the rows: int64 (N,) each."""
+    """N keys and their rows, int64 (N,) each."""
 
     keys: torch.Tensor
     rows: torch.Tensor
+
+
+class Inserted(NamedTuple):
+    """What `KeyTable.insert` found and gave.
+
+    rows    int64 (N,): the rows of the N keys
+    new     the M keys that had no row before, in ascending order of the keys, with their rows
+    absent  int64 (E,): which of the N keys are new; a new key may be there several times
+    which   int64 (E,): which of the M new keys each of these is
+    """
+
+    rows: torch.Tensor
+    new: Items
+    absent: torch.Tensor
+    which: torch.Tensor
 
 
 class KeyTable:
     """Maps keys (int64, never `EMPTY_KEY`) to rows from 1 on.
 
         table = KeyTable(torch.device("cpu"))
-        rows = table.insert(keys)  # (N,), new keys get rows
+        rows = table.insert(keys).rows  # (N,), new keys get rows
         rows = table.lookup(keys)  # (N,), ABSENT_ROW for keys that aren't in the table
         freed = table.delete(keys) # (M,), rows of the keys that were in it
 
@@ -83,20 +98,22 @@ class KeyTable:
         return self._keys[rows]
 
     def items(self) -> Items:
-        """All keys with their rows."""
+        """All keys with their rows, in ascending order of the rows."""
         keys = self._keys[: self._last_row + 1]
         rows = (keys != EMPTY_KEY).nonzero().squeeze(1)
         return Items(keys[rows], rows)
 
-    def insert(self, keys: torch.Tensor) -> torch.Tensor:
-        """Rows (N,) int64 of `keys` (N,). Rows are given to new keys in ascending order of the keys."""
+    def insert(self, keys: torch.Tensor) -> Inserted:
+        """Finds `keys` (N,), and gives rows to those that have none, in ascending order of the keys."""
         rows = self.lookup(keys)
         absent = (rows == ABSENT_ROW).nonzero().squeeze(1)
-        if len(absent):
-            new, which = torch.unique(keys[absent], return_inverse=True)
-            self.reserve(len(new))
-            rows[absent] = self.load(new)[which]
-        return rows
+        if not len(absent):
+            return Inserted(rows, Items(absent, absent), absent, absent)
+        new, which = torch.unique(keys[absent], return_inverse=True)
+        self.reserve(len(new))
+        new_rows = self.load(new)
+        rows[absent] = new_rows[which]
+        return Inserted(rows, Items(new, new_rows), absent, which)
 
     def load(self, keys: torch.Tensor) -> torch.Tensor:
         """Adds distinct `keys` (N,) that aren't in the table, without looking for them. Returns their rows (N,) int64.

@@ -13,7 +13,7 @@ from state.chain import ChainPoint, Progress, order
 from state.chain_name import ChainName
 from state.registry import RegistryState, VersionRecord
 
-__all__ = ["LogSeen", "Marks", "Naming", "covers", "is_behind", "is_beyond", "point_of", "starts"]
+__all__ = ["LogSeen", "Marks", "Naming", "before_champion", "covers", "is_behind", "is_beyond", "point_of", "starts"]
 
 
 class LogSeen(NamedTuple):
@@ -64,6 +64,19 @@ def starts(registry: RegistryState) -> list[VersionRecord]:
         ):
             found.append((order(point), record.version, record))
     return [record for *_, record in sorted(found, key=lambda each: each[:2], reverse=True)]
+
+
+def before_champion(registry: RegistryState) -> list[VersionRecord]:
+    """The versions of the champion's chain below it, the newest first: the log leads from them to the champion."""
+    champion = registry.champion_record
+    if champion is None or champion.sequence is None or not champion.chain:
+        return []
+    found = [
+        record
+        for record in registry.versions.values()
+        if point_of(record) is not None and record.chain == champion.chain and (record.sequence or 0) < champion.sequence
+    ]
+    return sorted(found, key=lambda record: (record.sequence or 0, record.version), reverse=True)
 
 
 def covers(progress: Progress, line: int, champion: VersionRecord) -> bool:

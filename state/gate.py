@@ -122,23 +122,7 @@ class Gate:
             taken_back: subtract them instead. They were added before under these labels, with these logits, and are corrected
                 now.
         """
-        clicked = np.asarray(labels) > 0.5
-        sign = -1.0 if taken_back else 1.0
-        for group, mask, toward in ((self.state.open.clicked, clicked, -1.0), (self.state.open.passed_over, ~clicked, 1.0)):
-            if not mask.any():
-                continue
-            w, mine, theirs = weights[mask], live[mask], anchor[mask]
-            loss = np.logaddexp(0.0, toward * theirs)
-            d = np.logaddexp(0.0, toward * mine) - loss
-            gap = mine - theirs
-            group.weight += sign * float(w.sum())
-            group.squares += sign * float((w * w).sum())
-            group.loss += sign * float((w * loss).sum())
-            group.d += sign * float((w * d).sum())
-            group.w2_d += sign * float((w * w * d).sum())
-            group.w2_d2 += sign * float((w * w * d * d).sum())
-            group.gap += sign * float((w * gap).sum())
-            group.gap2 += sign * float((w * gap * gap).sum())
+        self.state.open.pair(labels, weights, live, anchor, taken_back=taken_back)
 
     @property
     def click_share(self) -> float:

@@ -59,6 +59,34 @@ class Block(msgspec.Struct, array_like=True):
         """The sums of both."""
         return Block(self.clicks + other.clicks, self.clicked.plus(other.clicked), self.passed_over.plus(other.passed_over))
 
+    def pair(
+        self,
+        labels: npt.NDArray[np.floating],
+        weights: FloatArray,
+        live: FloatArray,
+        anchor: FloatArray,
+        *,
+        taken_back: bool = False,
+    ) -> None:
+        """Add compared examples: labels, weights and both logits, (N,) each. `taken_back` subtracts them instead."""
+        clicked = np.asarray(labels) > 0.5
+        sign = -1.0 if taken_back else 1.0
+        for group, mask, toward in ((self.clicked, clicked, -1.0), (self.passed_over, ~clicked, 1.0)):
+            if not mask.any():
+                continue
+            w, mine, theirs = weights[mask], live[mask], anchor[mask]
+            loss = np.logaddexp(0.0, toward * theirs)
+            d = np.logaddexp(0.0, toward * mine) - loss
+            gap = mine - theirs
+            group.weight += sign * float(w.sum())
+            group.squares += sign * float((w * w).sum())
+            group.loss += sign * float((w * loss).sum())
+            group.d += sign * float((w * d).sum())
+            group.w2_d += sign * float((w * w * d).sum())
+            group.w2_d2 += sign * float((w * w * d * d).sum())
+            group.gap += sign * float((w * gap).sum())
+            group.gap2 += sign * float((w * gap * gap).sum())
+
 
 class Comparison(msgspec.Struct, frozen=True):
     """The live weights against the anchor over a stretch of blocks, relative to the anchor's loss.

@@ -56,6 +56,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     digest         of the serving weights (`model.digest`), 16 hex digits
     deltas_offset  offset in `deltas` after that delta: where a scorer that has loaded the version goes on reading
     skipped        stretches of `examples` before `offsets` that were left out when the trainer was sent back (`state.rewinds`)
+    row_precision  how scorers have the rows, of which the digest is. The files hold all digits, for further training
 
     Versions of 0.1.0 have none of the last seven; the defaults say so.
     Unknown fields are ignored, so that older readers can read newer manifests.
@@ -77,6 +78,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sequence: Annotated[int, msgspec.Meta(ge=0)] | None = None
     digest: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{16})?$")] = ""
     deltas_offset: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    row_precision: Literal["float32", "float16"] = "float32"
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
     verdict: GateReport | None = None
     topic_ids: dict[str, str] = msgspec.field(default_factory=dict)

@@ -5,8 +5,8 @@ The topic is compacted, so the state is the last value of each key:
 - `version/N`: one announced version;
 - `alias/champion`: the version that scorers serve;
 - `alias/trainer`: which trainer may announce;
-- other keys below `alias/`: aliases of any name, tags, deletions under way (`state.alias_records`), and rewinds of the trainer
-  (`state.rewinds`).
+- other keys below `alias/`: aliases of any name, tags, deletions under way (`state.alias_records`), rewinds of the trainer
+  (`state.rewinds`), and the shadow or canary (`state.canary`).
 
 A reader ignores keys below `alias/` and fields that it doesn't know, so that it can read what a newer release has written.
 A record with an empty value, a tombstone, removes its key. The records of deleted versions are removed, so the state grows
@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import msgspec
 
 from state.alias_records import GC_KEY, Alias, Deletion, TagChange, VersionTags, alias_of, tags_of
+from state.canary import CANARY_KEY, Canary
 from state.gate_report import GateReport
 from state.manifest import Manifest, finite_or_null, nan_for_null
 from state.rewinds import REWINDS_KEY, Rewinds, SkippedRange
@@ -196,8 +197,8 @@ class TrainerLease(msgspec.Struct, frozen=True, kw_only=True):
     at_ms: int = 0
 
 
-RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion | Rewinds
-T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion, Rewinds)
+RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion | Rewinds | Canary
+T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion, Rewinds, Canary)
 
 
 class KeyedRecord(NamedTuple):
@@ -215,6 +216,7 @@ class RegistryState:
     tags      by version; versions that never had tags aren't in it
     deletion  the versions that are being deleted; their records are gone from `versions`
     rewinds   how the trainer was sent back, and what it leaves out since
+    canary    the shadow or canary that runs, or the last one; `state.canary_running` says whether it goes on
     """
 
     versions: dict[int, VersionRecord] = field(default_factory=dict)
@@ -224,6 +226,7 @@ class RegistryState:
     tags: dict[int, VersionTags] = field(default_factory=dict)
     deletion: Deletion = field(default_factory=Deletion)
     rewinds: Rewinds = field(default_factory=Rewinds)
+    canary: Canary = field(default_factory=Canary)
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
     problem_count: int = 0
 
@@ -297,6 +300,8 @@ class RegistryState:
         operations = {
             self.deletion.operation,
             *(each.operation for each in self.rewinds.rewinds),
+            self.canary.operation,
+            self.canary.ended_operation,
             *(move.operation for move in self.champion.moves),
             *(move.operation for alias in self.aliases.values() for move in alias.moves),
             *(change.operation for tags in self.tags.values() for change in tags.changes),
@@ -339,6 +344,8 @@ class RegistryState:
             self.rewinds = Rewinds() if value is None else _decode(value, Rewinds)
         elif key == GC_KEY:
             self.deletion = Deletion() if value is None else _decode(value, Deletion)
+        elif key == CANARY_KEY:
+            self.canary = Canary() if value is None else _decode(value, Canary)
         elif (name := alias_of(key)) is not None:
             if value is None:
                 self.aliases.pop(name, None)

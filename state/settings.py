@@ -51,6 +51,18 @@ class SnapshotSettings(BaseModel):
         description="Time between two deltas, in which scorers get what the model has changed. Longer than a delta takes to "
         "be written.",
     )
+    row_precision: Literal["float32", "float16"] = Field(
+        default="float32",
+        description="Precision of the rows that scorers get. `float16` halves what a delta's rows take in Kafka. Training and "
+        "versions keep all digits. Set it once every scorer and trainer is of this release. A trainer that starts with another "
+        "value than before begins a new chain with a version, which all scorers load.",
+    )
+    dense_interval_ms: int = Field(
+        default=1_000,
+        ge=0,
+        description="Least time between two deltas that carry the dense weights: MLP, bias and average rows. Deltas in "
+        "between carry rows only, which are a tenth of the bytes. A version comes with both. 0: every delta carries both.",
+    )
     min_examples: int = Field(
         default=1, ge=0, description="Number of examples that must have been learned since the last version for a new one."
     )

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from state.background import in_background
-from state.blobs import blobs_at
+from state.blobs import LocalBlobs, blobs_at
 from state.errors import SnapshotCorrupt, SnapshotExists, SnapshotNotFound
 from state.manifest import MANIFEST_FILE, Manifest
 from state.pieces import ROW_TENSORS, TRAINER_ROW_TENSORS, Piece, RowsWithState
+from state.registry import VersionRecord
 from state.settings import SnapshotSettings
+from state.version_cache import VersionCache
 from state.version_reader import VersionReader
 from state.version_writer import write_files
 
@@ -36,10 +38,19 @@ class SnapshotStore:
     for rows in store.read(manifest.version).rows():
         ...
     ```
+
+    Args:
+        cache: where files that are read are kept, and looked for first.
     """
 
-    def __init__(self, settings: SnapshotSettings) -> None:
+    def __init__(self, settings: SnapshotSettings, *, cache: VersionCache | None = None) -> None:
         self._blobs = blobs_at(settings.url)
+        self._cache = cache
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store is a folder of this machine."""
+        return isinstance(self._blobs, LocalBlobs)
 
     @property
     def url(self) -> str:
@@ -153,14 +164,42 @@ class SnapshotStore:
             )
         return manifest
 
-    def read(self, version: int) -> VersionReader:
+    def announced(self, record: VersionRecord) -> Manifest:
+        """The manifest of an announced version, from the cache if it is there.
+
+        Raises:
+            SnapshotNotFound: the version doesn't exist or isn't whole.
+            SnapshotCorrupt: the manifest can't be read, or is that of another version than the one announced.
+        """
+        if self._cache is not None and (kept := self._cache.manifest(record)) is not None:
+            return kept
+        manifest = self.manifest(record.version)
+        if (record.created_at_ms, record.epoch) != (manifest.created_at_ms, manifest.epoch):
+            raise SnapshotCorrupt(
+                f"version {record.version}: expected the one announced (created at {record.created_at_ms}, epoch "
+                f"{record.epoch}), found another of that number in {self.url} (created at {manifest.created_at_ms}, epoch "
+                f"{manifest.epoch}). Is snapshots.url the trainer's?"
+            )
+        if self._cache is not None and self._cache.holds(manifest.serving_size):
+            self._cache.keep_manifest(manifest)
+        return manifest
+
+    def has(self, record: VersionRecord) -> bool:
+        """Whether the cache has all that a scorer reads of an announced version."""
+        return self._cache is not None and self._cache.has(record)
+
+    def read(self, version: int, manifest: Manifest | None = None) -> VersionReader:
         """Read a version piece by piece.
+
+        Args:
+            manifest: of this version, if it was read already.
 
         Raises:
             SnapshotNotFound: the version doesn't exist or isn't whole.
             SnapshotCorrupt: the manifest can't be read, or lacks files. The reader's methods raise for the files themselves.
         """
-        return VersionReader(self._blobs, _folder(version), self.manifest(version))
+        known = self.manifest(version) if manifest is None else manifest
+        return VersionReader(self._blobs, _folder(version), known, self._cache)
 
     def serving(self, version: int) -> dict[str, torch.Tensor]:
         """The weights that scorers need, all in memory.

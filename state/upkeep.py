@@ -66,6 +66,8 @@ def needed(state: RegistryState) -> dict[int, str]:
     for name, alias in sorted(state.aliases.items()):
         if alias.version is not None:
             found[alias.version] = f"alias {name}"
+    if state.canary.runs:
+        found[state.canary.version] = f"the candidate of a {state.canary.mode}"
     if champion.previous is not None:
         found[champion.previous] = "the champion before this one, to which an undo goes"
     if state.rewinds.rewinds:

@@ -216,7 +216,7 @@ def _by_field(tensor: torch.Tensor | None, count: int) -> list[torch.Tensor] | l
 
 def _compare_settings(before: Manifest, after: Manifest) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
-    for name in ("chain", "sequence", "digest", "epoch", "examples_seen", "negative_rate", "format"):
+    for name in ("chain", "sequence", "digest", "epoch", "examples_seen", "negative_rate", "format", "row_precision"):
         found[name] = (str(getattr(before, name)), str(getattr(after, name)))
     for name in sorted(before.model.keys() | after.model.keys()):
         found[f"model.{name}"] = (str(before.model.get(name)), str(after.model.get(name)))

@@ -21,6 +21,7 @@ from state.pieces import (
     trainer_piece,
 )
 from state.tensors import decode_tensors
+from state.version_cache import VersionCache
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +49,9 @@ class VersionReader:
     version that is deleted meanwhile. A version of format 1 is one piece, and is read whole.
     """
 
-    def __init__(self, blobs: Blobs, folder: str, manifest: Manifest) -> None:
+    def __init__(self, blobs: Blobs, folder: str, manifest: Manifest, cache: VersionCache | None = None) -> None:
         self._blobs, self._folder, self.manifest = blobs, folder, manifest
+        self._cache = cache if cache is not None and cache.holds(manifest.serving_size) else None
         self._old: dict[str, dict[str, torch.Tensor]] = {}  # format 1: what is read of a file and not yet given out
         if manifest.format > FORMAT:
             raise SnapshotCorrupt(
@@ -78,11 +80,11 @@ class VersionReader:
         return {name: tensor for name, tensor in self._of_old(TRAINER_FILE).items() if name not in TRAINER_ROW_TENSORS}
 
     def rows(self) -> Iterator[Rows]:
-        """All rows of the serving weights, some at a time."""
+        """All rows of the serving weights, some at a time, rounded as scorers have them."""
         if self.manifest.format == 1:
             serving = self._old_rows()
             return iter(() if serving is None else (serving,))
-        return self._counted(_ahead(self._rows, range(self._pieces)), len)
+        return self._counted(_ahead(self._serving_rows, range(self._pieces)), len)
 
     def trainer_rows(self) -> Iterator[Piece]:
         """All rows with what the trainer keeps for them. SnapshotCorrupt for a version without trainer state."""
@@ -108,7 +110,7 @@ class VersionReader:
             if serving_only and not name.startswith(SERVING_NAMES):
                 continue
             try:
-                self._checked(name, entry)
+                self._stored(name, entry)
             except SnapshotCorrupt as error:
                 problems.append(str(error))
         return problems
@@ -145,6 +147,11 @@ class VersionReader:
             yield piece
         if found != wanted:
             raise self._wrong(MANIFEST_FILE, f"as many rows as its pieces have, {found}", f"{wanted}")
+
+    def _serving_rows(self, index: int) -> Rows:
+        from model.rows import rounded
+
+        return rounded(self._rows(index), self.manifest.row_precision)
 
     def _rows(self, index: int) -> Rows:
         return self._as_rows(serving_piece(index), self._tensors(serving_piece(index)))
@@ -202,6 +209,15 @@ class VersionReader:
         return decode_tensors(self._checked(name, self._entry(name)), where=self._path(name))
 
     def _checked(self, name: str, entry: FileEntry) -> bytearray:
+        """A file's content, from the cache if it is there."""
+        data = None if self._cache is None else self._cache.read(entry.sha256, entry.size)
+        if data is None:
+            data = self._stored(name, entry)
+            if self._cache is not None:
+                self._cache.keep(entry.sha256, data)
+        return data
+
+    def _stored(self, name: str, entry: FileEntry) -> bytearray:
         try:
             data = self._blobs.read(self._folder, name)
         except FileNotFoundError as error:

@@ -437,14 +437,25 @@ class ScorerSettings(_Frozen):
         default=1_000,
         ge=0,
         description="Memory in MB for weights that don't answer: the version that a rollback would go to, while deltas are "
-        "followed, and the replica that follows them, while a version is pinned. Weights that need more are read from the "
-        "store when they are wanted.",
+        "followed, the replica that follows them, while a version is pinned, and the candidate of a shadow or canary. Weights "
+        "that need more are read from the store when they are wanted; a candidate that needs more takes no part.",
     )
     heal_jitter_ms: int = Field(
         default=2_000,
         ge=0,
         description="Longest random wait before a scorer whose deltas were refused reads a version from the store, so that not "
         "all scorers read at once.",
+    )
+    cache_dir: Path = Field(
+        default=Path(".headrace/cache"),
+        description="Folder for files of versions that were read from the store, so that scorers on this machine that start or "
+        "heal needn't read them again. Scorers may share it. A relative path lies beside the settings file.",
+    )
+    cache_mb: int = Field(
+        default=2_000,
+        ge=0,
+        description="Size of that folder in MB; 0 keeps nothing. A version that is larger is not kept. Nothing is kept either "
+        "where `snapshots.url` is a folder of this machine.",
     )
     scrub_s: int = Field(
         default=600,

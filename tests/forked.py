@@ -17,7 +17,7 @@ from pathlib import Path
 from deploy.processes.workers import Worker
 from tests.faults.nursery import Child, Nursery, serve
 
-__all__ = ["ForkedWorker", "forked"]
+__all__ = ["ForkedWorker", "forked", "forked_python"]
 
 _NURSERY = Nursery("tests.forked")
 _CHANGE = "CHANGE_FOR_A_TEST"
@@ -25,7 +25,13 @@ _CHANGE = "CHANGE_FOR_A_TEST"
 
 def forked(arguments: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path) -> Child:
     """Run `headrace` with these arguments in a process of its own. Its stderr is appended to the log."""
+    log.touch()
     return _NURSERY.start(arguments, env, cwd, log)
+
+
+def forked_python(code: str, env: Mapping[str, str], cwd: Path, log: Path) -> Child:
+    """Run Python code in a process of its own. Its stderr is appended to the log."""
+    return forked([], {**env, _CHANGE: f"import sys\n{code}\nsys.exit()"}, cwd, log)
 
 
 class ForkedWorker(Worker):

@@ -11,6 +11,7 @@ import yaml
 
 from headrace.scores import AnswerError
 from state.alias_records import Alias, AliasMove, Deletion, TagChange, VersionTags
+from state.canary import Canary, Progress, Side, Thresholds
 from state.gate_report import GateReport
 from state.registry import Champion, Move, TrainerLease, VersionRecord
 from state.rewinds import Rewind, Rewinds, SkippedRange
@@ -39,6 +40,10 @@ PAYLOADS = {
     "rewindsRecord": Rewinds,
     "rewind": Rewind,
     "skippedRange": SkippedRange,
+    "canaryRecord": Canary,
+    "canaryThresholds": Thresholds,
+    "canaryProgress": Progress,
+    "canarySide": Side,
 }
 
 

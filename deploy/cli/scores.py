@@ -85,6 +85,8 @@ def _line(answer: Answer) -> str:
         best = sorted(answer.scores, key=lambda score: -score.score)
         rest = "  ".join(f"{printable(score.id)} {score.score:.4f}" for score in best[:_SHOWN])
         rest += f"  and {len(best) - _SHOWN} more" if len(best) > _SHOWN else ""
+        if answer.shadow_version is not None and best:
+            rest += f"  shadow {answer.shadow_version}: {best[0].shadow or 0:.4f}"
         rest += styled("  stale", fg="yellow") if answer.stale else ""
     return f"{_clock(answer.event):12} {version:>7} {age:>8}  {printable(answer.request_id):36} {rest}"
 

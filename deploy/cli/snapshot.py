@@ -10,6 +10,7 @@ import click
 
 from deploy.cli.common import ask_kafka, echo_json, format_option
 from deploy.cli.snapshot_aliases import alias, history, tag
+from deploy.cli.snapshot_canary import canary, shadow, watch
 from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, topic_names
 from deploy.cli.snapshot_compare import diff, export
 from deploy.cli.snapshot_rollback import EXIT_UNCONFIRMED, rollback, undo_command
@@ -33,6 +34,7 @@ def snapshot() -> None:
       headrace snapshot rollback --reason "CTR fell"         the last good version, at once, everywhere
       headrace snapshot rollback --back 10m                  what was served ten minutes ago
       headrace snapshot promote 41 --reason "undo" --resume  and back again
+      headrace snapshot canary 42 --share 5%                 try a version on a share of the requests
       headrace snapshot history                              who moved the champion, when and why
       headrace snapshot diff 41 42                           what changed
       headrace snapshot gc --dry-run                         what can be deleted
@@ -263,5 +265,5 @@ def _show_hold(held: Held, output: str, resumed: Resumed | None = None) -> None:
         click.echo(f"undo: {undo_command(held)}")
 
 
-for command in (rollback, alias, tag, history, diff, gc, reindex, export):
+for command in (rollback, shadow, canary, watch, alias, tag, history, diff, gc, reindex, export):
     snapshot.add_command(command)

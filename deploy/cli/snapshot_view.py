@@ -12,6 +12,7 @@ import msgspec
 from deploy.cli.tables import print_pairs, print_table
 from deploy.cli.times import clock, duration
 from state.alias_records import TagChange
+from state.canary import Canary
 from state.manifest import Manifest, finite_or_null
 from state.pieces import piece_kind
 from state.registry import RegistryState, VersionRecord
@@ -19,6 +20,7 @@ from stream.records.heartbeat import Heartbeat
 
 __all__ = [
     "beat_json",
+    "canary_json",
     "print_version",
     "print_versions",
     "registry_json",
@@ -44,6 +46,7 @@ def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[s
         "hold_at_ms": champion.hold_at_ms,
         "gate": _verdict(state),
         "aliases": {name: alias.version for name, alias in sorted(state.aliases.items()) if alias.version is not None},
+        "canary": canary_json(state.canary),
         "deleting": [doomed.version for doomed in state.deletion.versions],
         "trainer_epoch": state.trainer.epoch,
         "rewinds": [msgspec.to_builtins(each) for each in state.rewinds.rewinds],
@@ -53,6 +56,13 @@ def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[s
             version_json(state.versions[number], state, number in in_store) for number in numbers[-last if last else 0 :]
         ],
     }
+
+
+def canary_json(canary: Canary) -> dict[str, Any] | None:
+    """The shadow or canary that runs, or the last one; None where there was none."""
+    if not canary.version:
+        return None
+    return {**msgspec.to_builtins(canary), "outcome": canary.outcome or "running"}
 
 
 def version_json(record: VersionRecord, state: RegistryState, in_store: bool) -> dict[str, Any]:
@@ -108,6 +118,8 @@ def beat_json(beat: Heartbeat) -> dict[str, Any]:
         "delta": beat.delta,
         "weights_age_ms": beat.weights_age_ms,
         "problem": beat.problem,
+        "candidate": beat.candidate,
+        "candidate_problem": beat.candidate_problem,
     }
 
 
@@ -152,6 +164,13 @@ def print_versions(document: dict[str, Any]) -> None:
     if gate is not None:
         click.echo(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
     _print_rewind(document.get("rewinds", [])[-1:], document.get("skipped", []))
+    canary = document["canary"]
+    if canary is not None and canary["outcome"] == "running":
+        said = "" if canary["progress"] is None else f": {canary['progress']['verdict']}"
+        click.echo(
+            f"{canary['mode']} of version {canary['version']}, {canary['share'] * 100:g} % of the requests since "
+            f"{clock(canary['at_ms'])}{said}"
+        )
     if document["deleting"]:
         click.echo(f"being deleted: {len(document['deleting'])} versions; if no deletion runs, `headrace snapshot gc` ends it")
     for beat in document["scorers"]:
@@ -159,6 +178,8 @@ def print_versions(document: dict[str, Any]) -> None:
         if beat["following"]:
             version += f" and {beat['delta']:,} deltas, {duration(beat['weights_age_ms'])} old"
         line = f"scorer {beat['worker']} on {beat['host']}: {version}{', stale' if beat['stale'] else ''}"
+        if beat["candidate_problem"]:
+            line += f"; its candidate takes no part: {beat['candidate_problem']}"
         if beat["problem"]:
             line += f"; it goes no further: {beat['problem']}"
         if beat["fallback_of"] is not None:
@@ -216,6 +237,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         *(("not learned", _skipped_text(msgspec.to_builtins(each))) for each in manifest.skipped),
         ("point of chain", "-" if manifest.sequence is None else f"{manifest.chain}, delta {manifest.sequence}"),
         ("digest", manifest.digest or "-"),
+        ("rows of scorers", manifest.row_precision),
         ("schema", manifest.schema_hash),
     ]
     pairs += [(name, _number(manifest.metrics, name)) for name in sorted(manifest.metrics)]

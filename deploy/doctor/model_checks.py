@@ -208,6 +208,15 @@ def scorers(readings: Readings) -> Iterator[Finding]:
                 cure="it goes on by itself with the next version; if none comes, see the trainer's log. If only this scorer "
                 "stays behind, check its snapshots.url and its connection to Kafka",
             )
+        if beat.candidate_problem:
+            yield Finding(
+                check="scorers",
+                what=what,
+                expected="the candidate of the shadow or canary, ready beside the champion",
+                found=f"the champion answers its share: {beat.candidate_problem}",
+                cure="a smaller share is tried; raise scorer.spare_mb if it is a matter of room, or end the trial: "
+                "`headrace snapshot canary stop`",
+            )
         if beat.stale:
             yield Finding(
                 check="scorers",

@@ -30,6 +30,7 @@ _SAMPLES = 100_000  # latencies kept, so that a long replay's memory stays flat
 class _Score(msgspec.Struct):
     id: str
     score: float
+    shadow: float | None = None
 
 
 class _Answer(msgspec.Struct):
@@ -37,6 +38,7 @@ class _Answer(msgspec.Struct):
     scores: list[_Score] = []
     model_version: int | None = None
     delta: int = 0  # absent from an answer means 0
+    shadow_version: int | None = None
 
 
 class _Shown(NamedTuple):
@@ -201,13 +203,17 @@ class Scoring:
             asked = self._asked.pop(answer.request_id, None)
             if asked is None or answer.model_version is None:
                 continue
-            score = next((scored.score for scored in answer.scores if scored.id == (asked.item or "-")), None)
-            if score is not None:
-                self._answered[answer.request_id] = b',"score":%b,"model_version":%d,"delta":%d' % (
-                    msgspec.json.encode(score),
+            scored = next((each for each in answer.scores if each.id == (asked.item or "-")), None)
+            if scored is not None:
+                served = b',"score":%b,"model_version":%d,"delta":%d' % (
+                    msgspec.json.encode(scored.score),
                     answer.model_version,
                     answer.delta,
                 )
+                if scored.shadow is not None and answer.shadow_version is not None:
+                    beside = msgspec.json.encode(scored.shadow)
+                    served += b',"shadow_score":%b,"shadow_version":%d' % (beside, answer.shadow_version)
+                self._answered[answer.request_id] = served
                 self._stats.answers += 1
                 if len(self._stats.answer_ms) < _SAMPLES:
                     self._stats.answer_ms.append((time.monotonic() - asked.at_s) * 1_000)

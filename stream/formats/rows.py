@@ -28,7 +28,9 @@ from stream.formats.refused import RefusedError
 __all__ = ["json_row", "row_json"]
 
 # Fields of an impression or a click that are no features.
-CONTRACT = frozenset(("impression_id", "timestamp", "features", "score", "model_version", "delta"))
+CONTRACT = frozenset(
+    ("impression_id", "timestamp", "features", "score", "model_version", "delta", "shadow_score", "shadow_version")
+)
 
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)
 

@@ -40,11 +40,12 @@ ANSWER_REASONS = {
 _OVERHEAD_BYTES = 512
 
 
-class Score(msgspec.Struct, frozen=True, gc=False):
-    """The score of one candidate."""
+class Score(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """The score of one candidate; in the share of a shadow also the score by the version that is tried."""
 
     id: str
     score: float
+    shadow: float | None = None
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -60,7 +61,8 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     `model_version` is the newest announced version at or below the point of the weights that scored, `delta` the number of
     deltas since. `snapshot_age_ms` is the time since the trainer captured these weights. Version and age are null while there
-    is no model. `delta`, `stale` and `error` are absent when they are 0, false and null.
+    is no model. `delta`, `stale`, `error` and `shadow_version` are absent when they are 0, false and null. `shadow_version` is
+    the version that gave the scores called `shadow`.
     """
 
     request_id: str
@@ -70,6 +72,7 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     delta: int = 0
     stale: bool = False
     error: Problem | None = None
+    shadow_version: int | None = None
 
 
 _encode = msgspec.json.Encoder().encode

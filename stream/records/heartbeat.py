@@ -45,6 +45,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     weights_age_ms time since the trainer captured the weights
     marks          the last points that they were at, ascending, this one included
     problem        why the chain is not followed, or not further; empty while it is
+    candidate      the version that takes part in a shadow or canary; None for none
+    candidate_problem  why the version that should take part doesn't
     """
 
     worker: str
@@ -65,6 +67,8 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     weights_age_ms: int | None = None
     marks: tuple[Mark, ...] = ()
     problem: str = ""
+    candidate: int | None = None
+    candidate_problem: str = ""
 
 
 _decode = msgspec.json.Decoder(Heartbeat).decode

@@ -127,6 +127,8 @@ class HeartbeatSender:
         fallback_of: int | None = None,
         fallback_reason: str = "",
         weights: Weights | None = None,
+        candidate: int | None = None,
+        candidate_problem: str = "",
     ) -> None:
         """Send one heartbeat. Returns when the brokers have it; does nothing after `close`.
 
@@ -156,6 +158,8 @@ class HeartbeatSender:
             weights_age_ms=weights.age_ms,
             marks=weights.marks,
             problem=weights.problem[:MAX_REASON],
+            candidate=candidate,
+            candidate_problem=candidate_problem[:MAX_REASON],
         )
         key, value = encode_heartbeat(beat)
         sent = self._producer.send_and_wait(self._topic, key=key, value=value)

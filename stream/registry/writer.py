@@ -27,9 +27,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from state import alias_decisions, decisions, upkeep
+from state import alias_decisions, canary_decisions, decisions, upkeep
 from state.alias_decisions import AliasMoved, Tagged
 from state.alias_records import Doomed
+from state.canary import CanaryOutcome, Mode, Progress, Thresholds
+from state.canary_decisions import CanaryChanged
 from state.changes import Announcement, Cause, Change, Held, Moved, Rewinding
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
@@ -197,6 +199,24 @@ class RegistryWriter:
             return alias_decisions.tag(state, version, values, cause, remove=remove)
 
         return await self._change(decide, reason)
+
+    async def begin_canary(
+        self, mode: Mode, version: int, share: float, thresholds: Thresholds, reason: str
+    ) -> Written[CanaryChanged]:
+        """Give a version a share of the requests."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[CanaryChanged]:
+            return canary_decisions.begin_canary(state, mode, version, share, thresholds, cause)
+
+        return await self._change(decide, reason)
+
+    async def end_canary(self, outcome: CanaryOutcome, reason: str, *, of: str = "") -> Written[CanaryChanged]:
+        """End the shadow or canary, if it is the one that the operation `of` began. Promoted, its version becomes champion."""
+        return await self._change(lambda state, cause: canary_decisions.end_canary(state, outcome, cause, of=of), reason)
+
+    async def note_canary(self, of: str, progress: Progress) -> Written[CanaryChanged]:
+        """Note what is known of the shadow or canary that the operation `of` began."""
+        return await self._change(lambda state, _: canary_decisions.note_progress(state, of, progress))
 
     async def retire(
         self,

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from stream.kafka.transport import Run
 from stream.records.record import Record
 from stream.scorer.answers import Answers, answer_requests
+from stream.scorer.candidate import CandidateKeeper
 from stream.scorer.freshness import Freshness
 from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
@@ -52,6 +53,7 @@ class Answering:
     def __init__(
         self,
         swapper: Swapper,
+        candidate: CandidateKeeper,
         outbox: Outbox,
         metrics: ScorerMetrics,
         freshness: Freshness,
@@ -63,6 +65,7 @@ class Answering:
         max_bytes: int,
     ) -> None:
         self._swapper, self._outbox, self._metrics, self._freshness = swapper, outbox, metrics, freshness
+        self._candidate = candidate
         self._worker_id, self._stale = worker_id, stale
         self._max_candidates, self._max_bytes = max_candidates, max_bytes
         self.answered: dict[int, int] = {}
@@ -139,9 +142,9 @@ class Answering:
             # Deltas are applied in the scoring thread, one after another with batches: what is learned now is in this batch.
             current, arrivals_ms = self._swapper.current, self._freshness.take()
             answers = await self._score(batch.records)
-            if not answers.candidates:
+            if not answers.by_champion:
                 self._freshness.learned(arrivals_ms)
-            known = answers.candidates > 0 and current is not None and current.is_replica
+            known = answers.by_champion > 0 and current is not None and current.is_replica
             await self._scored.put(_Scored(batch, answers, arrivals_ms if known else ()))
 
     async def send_all(self) -> None:
@@ -161,10 +164,12 @@ class Answering:
         if not records:
             return Answers()
         began = time.perf_counter()
+        trial = self._candidate.trial
         answer = partial(
             answer_requests,
             records,
             self._swapper.current,  # the same weights for the whole batch, whatever is swapped meanwhile
+            trial=trial,
             worker=self._worker_id,
             max_candidates=self._max_candidates,
             max_bytes=self._max_bytes,
@@ -172,6 +177,8 @@ class Answering:
         )
         answers = await asyncio.get_running_loop().run_in_executor(self._thread, answer)
         self._metrics.scored(answers, time.perf_counter() - began)
+        if trial is not None:
+            self._candidate.scored(trial, answers.by_candidate, answers.not_by_candidate)
         return answers
 
     def _acknowledged(self, batch: Batch) -> None:

@@ -6,26 +6,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from model.batch import FeatureBatch
 from model.features import DecodedRequests
-from model.predictor import Predictor
 from stream.records.answer import Answer, AnswerEncoder, Problem, Score
 from stream.records.dead_letter import REASONS, DeadLetter
 from stream.records.record import Outgoing, Record
 from stream.records.request import request_id
+from stream.scorer.scored_rows import score_rows
 from stream.scorer.serving import Served
+from stream.scorer.trial import Trial, candidate_scores, in_share
 
 __all__ = ["Answers", "answer_requests"]
 
-# Digits of a score after the point. Neighbouring float32 values near 1 differ by 6e-8, and the score of a rare click (1e-5)
-# still has three digits.
-DIGITS = 8
-# Rows in one call of the model: some 40 MB of activations at 40 fields of 16 floats and layers of 400. More rows are no faster.
-PASS_ROWS = 4_096
 # Characters of an error's path and of its message, which quote what the sender wrote.
 MAX_TEXT = 300
 
@@ -38,24 +33,32 @@ class Answers:
     dead: list[DeadLetter] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)
     candidates: int = 0
+    by_champion: int = 0
+    """Those of them that the weights which answer have scored, and not the candidate of a canary."""
+    by_candidate: int = 0
+    """Requests that the candidate of a shadow or canary has scored."""
+    not_by_candidate: int = 0
+    """Requests of its share that it could not score."""
 
 
 def answer_requests(
     records: Sequence[Record],
     served: Served | None,
     *,
+    trial: Trial | None = None,
     worker: str,
     max_candidates: int,
     max_bytes: int,
     stale: bool = False,
     now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
 ) -> Answers:
-    """Answer a batch of requests with one version.
+    """Answer a batch of requests with one version, but for the share that a candidate answers.
 
     Every request is answered: with scores in the order of its candidates, or with an error that says why not. Only a request
     with neither a key nor a readable id becomes a dead letter, since nobody could find its answer.
 
     Args:
+        trial: the candidate of a shadow or canary that gets a share of the requests.
         worker: this worker's id, the source of the event.
         max_bytes: largest batch that the topic `scores` takes.
     """
@@ -82,7 +85,7 @@ def answer_requests(
         else:
             writer.refuse(records[row], found)
     if wanted:
-        _score(writer, records, decoded, wanted, served.predictor)
+        _score(writer, records, decoded, wanted, served, trial)
     return writer.answers
 
 
@@ -102,33 +105,50 @@ def _problem(record: Record, decoded: DecodedRequests, index: int, now_ms: int, 
 
 
 def _score(
-    writer: _Writer, records: Sequence[Record], decoded: DecodedRequests, wanted: list[int], predictor: Predictor
+    writer: _Writer,
+    records: Sequence[Record],
+    decoded: DecodedRequests,
+    wanted: list[int],
+    served: Served,
+    trial: Trial | None,
 ) -> None:
-    """Score the candidates of the wanted requests, all with one predictor."""
-    offsets, batch = decoded.offsets, decoded.batch
-    if len(wanted) < len(decoded.request_ids):
-        batch = batch.take(np.concatenate([np.arange(offsets[index], offsets[index + 1]) for index in wanted]))
-    rounded = np.round(_predict(predictor, batch), DIGITS)
-    finite = np.isfinite(rounded)
-    scores = rounded.tolist()
-    end = 0
+    """Score the candidates of the wanted requests: by the candidate what is its share, the rest with one predictor."""
+    theirs: dict[int, list[float]] = {}
+    if trial is not None:
+        chosen = in_share([decoded.request_ids[index] for index in wanted], trial.share)
+        share = [wanted[position] for position in np.flatnonzero(chosen).tolist()]
+        theirs = candidate_scores(trial, served, records, decoded, share)
+        writer.answers.by_candidate = len(theirs)
+        writer.answers.not_by_candidate = len(share) - len(theirs)
+    canary = trial.served if trial is not None and trial.mode == "canary" else None
+    ours = wanted if canary is None else [index for index in wanted if index not in theirs]
+    scored = score_rows(served.predictor, decoded, ours) if ours else None
     for index in wanted:
-        ids = decoded.candidate_ids[index]
-        start, end = end, end + len(ids)
-        record = records[int(decoded.rows[index])]
-        if finite[start:end].all():
-            listed = [Score(name, score) for name, score in zip(ids, scores[start:end], strict=True)]
-            writer.answer(record, decoded.request_ids[index], listed)
-        else:
-            candidate = int(np.argmin(finite[start:end]))
+        record, name, ids = records[int(decoded.rows[index])], decoded.request_ids[index], decoded.candidate_ids[index]
+        beside = theirs.get(index)
+        if canary is not None and beside is not None:
+            listed = [Score(each, score) for each, score in zip(ids, beside, strict=True)]
+            writer.answer(record, name, listed, by=canary)
+            continue
+        assert scored is not None
+        scores = scored.of(index)
+        if scores is None:
             message = "expected a number from the version that is served, found none. Go back: `headrace snapshot rollback`"
-            writer.refuse(record, Problem("score_not_finite", f"$.candidates[{candidate}]", message))
+            path = f"$.candidates[{scored.first_not_finite(index)}]"
+            writer.refuse(record, Problem("score_not_finite", path, message))
+        elif beside is not None and trial is not None:
+            listed = [Score(*each) for each in zip(ids, scores, beside, strict=True)]
+            writer.answer(record, name, listed, shadow_version=trial.served.version)
+        else:
+            writer.answer(record, name, [Score(each, score) for each, score in zip(ids, scores, strict=True)])
 
 
-def _predict(predictor: Predictor, batch: FeatureBatch) -> npt.NDArray[np.float64]:
-    """Scores of all rows, (B,), `PASS_ROWS` at a time."""
-    parts = [predictor.predict(batch.slice(start, start + PASS_ROWS)) for start in range(0, len(batch), PASS_ROWS)]
-    return np.concatenate(parts or [np.empty(0, np.float32)]).astype(np.float64)
+class _By(NamedTuple):
+    """What an answer says of the weights that scored."""
+
+    version: int | None
+    delta: int
+    age_ms: int | None
 
 
 class _Writer:
@@ -137,15 +157,37 @@ class _Writer:
     def __init__(self, served: Served | None, worker: str, max_bytes: int, now_ms: int, *, stale: bool) -> None:
         self.answers = Answers()
         self._encoder, self._max_bytes, self._stale = AnswerEncoder(worker, now_ms, max_bytes), max_bytes, stale
-        state = None if served is None else served.state
-        self._version = None if state is None else state.version
-        self._delta = 0 if state is None else state.delta
-        self._age_ms = None if state is None else max(now_ms - state.captured_at_ms, 0)
+        self._now_ms = now_ms
+        self._by = self._named(served)
 
-    def answer(self, record: Record, name: str, scores: list[Score]) -> None:
-        """Answer a request with scores."""
-        if self._write(name, scores, None):
+    def _named(self, served: Served | None) -> _By:
+        if served is None:
+            return _By(None, 0, None)
+        state = served.state
+        return _By(state.version, state.delta, max(self._now_ms - state.captured_at_ms, 0))
+
+    def answer(
+        self,
+        record: Record,
+        name: str,
+        scores: list[Score],
+        *,
+        by: Served | None = None,
+        shadow_version: int | None = None,
+    ) -> None:
+        """Answer a request with scores.
+
+        Args:
+            by: the weights that scored, if not those that answer everything else.
+            shadow_version: the candidate whose scores stand beside.
+        """
+        named = self._by if by is None else self._named(by)
+        fits = self._write(name, scores, None, named, shadow_version)
+        if not fits and shadow_version is not None:  # without what is only noted beside
+            fits = self._write(name, [Score(score.id, score.score) for score in scores], None, named)
+        if fits:
             self.answers.candidates += len(scores)
+            self.answers.by_champion += len(scores) if by is None else 0
             self.answers.outcomes["scored"] += 1
         else:
             message = f"expected an answer of at most {self._max_bytes} bytes, found a larger one. Send fewer candidates"
@@ -155,7 +197,7 @@ class _Writer:
         """Answer a request with an error, under the record's key: the sender waits for an answer with that key."""
         problem = Problem(problem.reason, problem.path[:MAX_TEXT], problem.message[:MAX_TEXT])
         name = request_id(record)
-        if name is not None and self._write(name, [], problem):
+        if name is not None and self._write(name, [], problem, self._by):
             self.answers.outcomes[problem.reason] += 1
             return
         if problem.reason not in REASONS:
@@ -165,17 +207,20 @@ class _Writer:
         self.answers.dead.append(DeadLetter.of(record, problem.reason, problem.path, problem.message))
         self.answers.outcomes["dead_letter"] += 1
 
-    def _write(self, name: str, scores: list[Score], problem: Problem | None) -> bool:
+    def _write(
+        self, name: str, scores: list[Score], problem: Problem | None, by: _By, shadow_version: int | None = None
+    ) -> bool:
         """Add a record; False when the topic would not take it."""
         written = self._encoder.encode(
             Answer(
                 request_id=name,
                 scores=scores,
-                model_version=self._version,
-                snapshot_age_ms=self._age_ms,
-                delta=self._delta,
+                model_version=by.version,
+                snapshot_age_ms=by.age_ms,
+                delta=by.delta,
                 stale=self._stale,
                 error=problem,
+                shadow_version=shadow_version,
             )
         )
         if written is None:

@@ -24,7 +24,7 @@ from typing import Protocol
 
 from model.errors import DigestMismatch, ModelError
 from state.chain import Problem, Step, on_delta, on_digest, on_problem, order
-from state.chain_versions import LogSeen, is_behind, is_beyond, point_of, starts
+from state.chain_versions import LogSeen, before_champion, is_behind, is_beyond, point_of, starts
 from state.registry import RegistryState, VersionRecord
 from stream.records.delta import DeltaHeader
 from stream.scorer.following_metrics import FollowingMetrics
@@ -44,6 +44,9 @@ LOOK_S = 0.2
 OVERDUE_S = 10.0
 # Longest random wait before the log is read once more. Whatever went wrong is over by then, and a hundred scorers spread.
 REREAD_S = 0.2
+# How many deltas older than the newest version one may be that this machine has, for the store not to be read. 1,000 deltas are
+# 4 minutes of training, and read and applied in some 10 s; a large version takes as long from a store.
+CACHED_DELTAS = 1_000
 # First and longest wait before the next attempt when no version or no log can be read.
 RETRY_S, MAX_RETRY_S = 0.5, 10.0
 
@@ -80,6 +83,7 @@ class ChainFollower:
         open_log: opens the log of deltas at an offset.
         alone: runs a function between two batches, in the thread that scores.
         jitter_s: longest random wait before a version is read to heal.
+        cached: whether this machine has a version, so that the store needn't be read for it; called in threads.
     """
 
     def __init__(
@@ -92,9 +96,11 @@ class ChainFollower:
         freshness: Freshness,
         *,
         jitter_s: float,
+        cached: Callable[[VersionRecord], bool] = lambda record: False,
     ) -> None:
         self._load, self._open_log, self._alone = load, open_log, alone
         self._listener, self._metrics, self._freshness, self._jitter_s = listener, metrics, freshness, jitter_s
+        self._cached = cached
         self.replica: Replica | None = None
         """The replica that answers or may; None before the first one is as far as it can be, and when nobody wants one."""
         self.problem = ""
@@ -147,13 +153,13 @@ class ChainFollower:
                 await self._read(replica, deltas)
             return
         found = self._candidates(replica)
-        record = next((each for each in found if each.version not in self._unreadable), None)
+        record = await self._nearest([each for each in found if each.version not in self._unreadable])
         if record is None:
             self._replace = ""
             self._cannot("no version of the champion's chain can be followed from")
             await self._news_or(MAX_RETRY_S)
             return
-        if self._replace and self._replace != "behind":
+        if self._replace and self._replace != "behind" and not await asyncio.to_thread(self._cached, record):
             await asyncio.sleep(random.uniform(0, self._jitter_s))
         assert record.deltas_offset is not None  # of a version that can be followed from
         async with self._open_log(record.deltas_offset) as deltas:
@@ -177,11 +183,28 @@ class ChainFollower:
             return found
         return [record for record in found if is_beyond(before.progress, record)]
 
+    async def _nearest(self, found: list[VersionRecord]) -> VersionRecord | None:
+        """The newest of these versions, or a somewhat older one if this machine has that one.
+
+        Where the log didn't lead on from the version before, the newest is taken, so that the same one isn't tried again.
+        """
+        if found and self._replace in ("", "memory"):
+            newest = found[0]
+            for record in (*found, *before_champion(self._registry)):
+                if record.chain != newest.chain or (newest.sequence or 0) - (record.sequence or 0) > CACHED_DELTAS:
+                    break
+                if record.version not in self._unreadable and await asyncio.to_thread(self._cached, record):
+                    return record
+        return found[0] if found else None
+
     async def _begin(self, record: VersionRecord, before: Replica | None) -> Replica:
         began = time.perf_counter()
         served = await asyncio.to_thread(self._load, record)
         self._unreadable.clear()
         replica = Replica(served, record, before)
+        champion = self._registry.champion_record
+        if champion is not None and not replica.covers(champion):
+            replica.answers_from = point_of(champion)
         replica.mark(self._registry.versions.values())
         why, self._replace = self._replace or "start", ""
         self._metrics.began(why, time.perf_counter() - began)
@@ -226,7 +249,7 @@ class ChainFollower:
         elif self._listener.is_serving:
             ready = at_end and champion is not None and replica.covers(champion)
         else:
-            ready = True
+            ready = replica.answers_from is None or order(replica.progress.point) >= order(replica.answers_from)
         if not ready:
             return
         if before is None:

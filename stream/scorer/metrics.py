@@ -48,6 +48,13 @@ class ScorerMetrics:
             registry=prometheus,
             buckets=_SECONDS,
         )
+        self._files = Counter(
+            "headrace_scorer_version_files",
+            "Files of versions read, by where they came from: the folder `scorer.cache_dir`, or the store. Nothing is counted "
+            "without such a folder.",
+            ["source"],
+            registry=prometheus,
+        )
         self.model_version = Gauge("headrace_scorer_model_version", "Version that answers.", registry=prometheus)
         self.champion_version = Gauge(
             "headrace_scorer_champion_version", "Version that the registry names as champion, -1 for none.", registry=prometheus
@@ -73,6 +80,10 @@ class ScorerMetrics:
     def watch_registry(self, age_s: Callable[[], float]) -> None:
         """Set the function that gives the registry's age at each scrape."""
         self.registry_age.set_function(age_s)
+
+    def read_file(self, cached: bool) -> None:
+        """A file of a version was read, from the folder `scorer.cache_dir` or from the store."""
+        self._files.labels("cache" if cached else "store").inc()
 
     def serving(self, served: Served) -> None:
         """Note that other weights answer, or the same under the name of another version."""

@@ -73,6 +73,8 @@ class Replica:
         self.progress: Progress = Progress(point, served.predictor.digest, refused=refused)
         self.offset = offset
         """Where reading goes on: behind the last delta that was applied."""
+        self.answers_from: ChainPoint | None = None
+        """The point of the champion, if these weights began below it: before that they don't answer."""
         self.recent: tuple[Mark, ...] = (Mark(point.sequence, f"{self.progress.digest:016x}"),)
         self.unanswered: deque[int] = deque(maxlen=MAX_WAITING)
         """Arrivals of clicks (ms) that were learned before this replica answers, while another one does (`freshness`)."""

@@ -20,10 +20,13 @@ from state.chain_versions import point_of
 from state.registry import RegistryState, VersionRecord
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
+from state.version_cache import VersionCache
 from stream.errors import NoAnswer
 from stream.kafka.cluster import describe_cluster
 from stream.registry.follower import RegistryFollower
 from stream.registry.heartbeat import HeartbeatSender
+from stream.scorer.candidate import CandidateKeeper, load_candidate
+from stream.scorer.candidate_metrics import CandidateMetrics
 from stream.scorer.chain_follower import ChainFollower
 from stream.scorer.delta_log import open_deltas
 from stream.scorer.following_metrics import FollowingMetrics
@@ -67,7 +70,10 @@ async def run_scorer(
     prometheus = new_prometheus()
     metrics, following_metrics = ScorerMetrics(prometheus), FollowingMetrics(prometheus)
     freshness = Freshness(following_metrics.click_to_answer.observe)
+    cache = VersionCache(settings.cache_dir, settings.cache_mb * 1_000_000, on_read=metrics.read_file)
     store = SnapshotStore(snapshots)
+    if not store.is_local and settings.cache_mb:
+        store = SnapshotStore(snapshots, cache=cache)
     scoring = ThreadPoolExecutor(1, "scoring")
     spare_bytes = settings.spare_mb * 1_000_000
 
@@ -94,7 +100,25 @@ async def run_scorer(
         following_metrics,
         freshness,
         jitter_s=settings.heal_jitter_ms / 1_000,
+        cached=store.has,
     )
+
+    def read_candidate(record: VersionRecord) -> Served:
+        taken = swapper.beside_bytes() + replica_aside()
+        return in_background(
+            lambda: load_candidate(store, record, device=settings.device, spare_bytes=spare_bytes, taken_bytes=taken)
+        )
+
+    def replica_aside() -> int:
+        """Bytes of the replica while it doesn't answer."""
+        replica = None if follower.replica is None else follower.replica.served
+        return 0 if replica is None or replica is swapper.current else replica.size
+
+    def candidate_changed() -> None:
+        swapper.reserved_bytes = candidate.size
+        swapper.changed.set()
+
+    candidate = CandidateKeeper(read_candidate, CandidateMetrics(prometheus), on_change=candidate_changed)
 
     def follows(state: RegistryState) -> bool:
         return state.champion.follows and snapshots.auto_promote and _has_chain(state)
@@ -102,22 +126,31 @@ async def run_scorer(
     def want_replica(state: RegistryState) -> None:
         """A replica is wanted to answer, or aside while a version is pinned, if there is memory for it."""
         weights = swapper.current if follower.replica is None else follower.replica.served
-        room = weights is not None and weights.size <= spare_bytes
+        room = weights is not None and weights.size <= spare_bytes - candidate.size
         aside = room and (_has_chain(state) or follower.replica is not None)
         follower.want(state, follows(state) or aside)
 
     def on_change(state: RegistryState) -> None:
+        if candidate.trial is not None and candidate.trial.served.version == state.champion.version:
+            swapper.offer(candidate.trial.served)
+        candidate.want(state)  # before the swapper: a rollback must never be reported as served while a candidate still answers
         swapper.want(state, reader.position, follow=follows(state))
         want_replica(state)
 
     reader = RegistryFollower(kafka, names, on_change=on_change)
 
     def in_memory() -> list[Served]:
-        kept = [swapper.current, None if follower.replica is None else follower.replica.served]
+        kept = [
+            *swapper.in_memory,
+            None if follower.replica is None else follower.replica.served,
+            None if candidate.trial is None else candidate.trial.served,
+        ]
         return list({id(each): each for each in kept if each is not None}.values())
 
     def damaged(served: Served) -> None:
-        if served.is_replica:
+        if candidate.trial is not None and candidate.trial.served is served:
+            candidate.damaged()
+        elif served.is_replica:
             follower.damaged()
         else:
             swapper.reload(served)
@@ -133,12 +166,14 @@ async def run_scorer(
             stack.push_async_callback(_closed_whatever_happens, close)
             await start()
         stack.push_async_callback(swapper.close)
+        stack.push_async_callback(candidate.close)
         worker = ScorerWorker(
             kafka=kafka,
             settings=settings,
             names=names,
             cluster=cluster,
             swapper=swapper,
+            candidate=candidate,
             follower=follower,
             scoring=scoring,
             scrub=lambda: scrub_regularly(in_memory, damaged, following_metrics, scrub_s=settings.scrub_s),

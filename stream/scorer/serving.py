@@ -77,18 +77,12 @@ def load_version(store: SnapshotStore, version: int, *, device: str, announced: 
     Raises:
         SnapshotError: the version is missing or isn't what its manifest says.
     """
-    manifest = store.manifest(version)
-    if announced is not None and (announced.created_at_ms, announced.epoch) != (manifest.created_at_ms, manifest.epoch):
-        raise SnapshotCorrupt(
-            f"version {version}: expected the one announced (created at {announced.created_at_ms}, epoch {announced.epoch}), "
-            f"found another of that number in {store.url} (created at {manifest.created_at_ms}, epoch {manifest.epoch}). "
-            "Is snapshots.url the trainer's?"
-        )
+    manifest = store.manifest(version) if announced is None else store.announced(announced)
     try:
         schema = FeatureSchema.model_validate(manifest.features)
         settings = ModelSettings.model_validate(manifest.model)
         decoder = RequestDecoder(schema)
-        reader = store.read(version)
+        reader = store.read(version, manifest)
         predictor = Predictor(
             schema,
             settings,

@@ -93,6 +93,8 @@ class Swapper:
         self.fallback: Fallback | None = None
         """Not None from a failure to load the champion until a champion answers."""
         self.has_version = asyncio.Event()
+        self.reserved_bytes = 0
+        """Part of the spare memory that something else has taken."""
         self._registry = RegistryState()
         self._wanted: int | None = None
         self._position = 0
@@ -125,6 +127,12 @@ class Swapper:
         return self.current is not None
 
     @property
+    def in_memory(self) -> list[Served]:
+        """All weights that answer, or may without being read again: what is kept ready for a rollback is checked too."""
+        kept = self._ready.values()
+        return [*kept] if self.current is None or any(each is self.current for each in kept) else [self.current, *kept]
+
+    @property
     def is_following(self) -> bool:
         """Whether the weights that answer are a replica that is kept at the end of the champion's chain."""
         return self._follow and self._replica is not None and self.current is self._replica.served
@@ -154,10 +162,14 @@ class Swapper:
             self._settle()
 
     def reload(self, served: Served) -> None:
-        """The memory of a version has changed by itself: load the version again, while it answers if it has to."""
+        """The memory of a version has changed by itself: load the version again, while it answers if it has to.
+
+        A version that was only kept ready is forgotten. The one that a rollback would go to is read again.
+        """
         self._ready = OrderedDict((version, each) for version, each in self._ready.items() if each is not served)
         if served is self.current and served.version not in self._loading:
             self._load_soon(served.version)
+        self._preload_soon()
 
     async def first_load_ended(self) -> None:
         """Wait until what is being loaded is served, or has failed."""
@@ -302,8 +314,19 @@ class Swapper:
     def _preload_soon(self) -> None:
         """While a replica answers, read the version that a rollback would go to, if there is memory for it."""
         current = self.current
-        if self._preloading is None and current is not None and self.is_following and current.size <= self._spare_bytes:
+        if self._preloading is None and current is not None and self.is_following and self._has_room_for(current):
             self._preloading = asyncio.get_running_loop().call_later(random.uniform(0, PRELOAD_JITTER_S), self._preload)
+
+    def _has_room_for(self, weights: Served) -> bool:
+        return weights.size <= self._spare_bytes - self.reserved_bytes
+
+    def offer(self, served: Served) -> None:
+        """Keep a version ready that was read for something else, so that it is served at once when it is wanted."""
+        self._ready.setdefault(served.version, served)
+
+    def beside_bytes(self) -> int:
+        """Bytes of the versions in memory that don't answer."""
+        return sum(each.size for each in self._ready.values() if each is not self.current)
 
     def _preload(self) -> None:
         self._preloading = None

@@ -26,6 +26,7 @@ from stream.kafka.cluster import Cluster
 from stream.kafka.transport import Run
 from stream.registry.heartbeat import HeartbeatSender, Weights
 from stream.scorer.answering import Answering
+from stream.scorer.candidate import CandidateKeeper
 from stream.scorer.chain_follower import ChainFollower
 from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
@@ -56,6 +57,8 @@ class _Serving(NamedTuple):
     version: int  # -1 for none
     since_ms: int
     registry_offset: int
+    candidate: int | None = None
+    candidate_since_ms: int = 0
 
 
 class ScorerWorker(Worker):
@@ -78,6 +81,7 @@ class ScorerWorker(Worker):
         names: TopicNames,
         cluster: Cluster,
         swapper: Swapper,
+        candidate: CandidateKeeper,
         follower: ChainFollower,
         scoring: ThreadPoolExecutor,
         scrub: Callable[[], Coroutine[Any, Any, None]],
@@ -101,10 +105,11 @@ class ScorerWorker(Worker):
         self._kafka, self._settings, self._names, self._cluster = kafka, settings, names, cluster
         self._topic = names.score_requests
         self._swapper, self._stale, self._heartbeats, self._metrics = swapper, stale, heartbeats, metrics
-        self._follower, self._scrub = follower, scrub
+        self._follower, self._scrub, self._candidate = follower, scrub, candidate
         self._worker_id = worker_id
         self._answering = Answering(
             swapper,
+            candidate,
             outbox,
             metrics,
             freshness,
@@ -196,15 +201,29 @@ class ScorerWorker(Worker):
         while True:
             swapper.changed.clear()
             state = None if swapper.current is None else swapper.current.state
-            now = _Serving(-1 if state is None else state.version, swapper.since_ms, swapper.applied)
-            if now.since_ms == reported.since_ms or await self._answering.begun_answered(interval_s):
+            trial = self._candidate.trial
+            now = _Serving(
+                -1 if state is None else state.version,
+                swapper.since_ms,
+                swapper.applied,
+                None if trial is None else trial.served.version,
+                self._candidate.since_ms,
+            )
+            same = (now.since_ms, now.candidate_since_ms) == (reported.since_ms, reported.candidate_since_ms)
+            if same or await self._answering.begun_answered(interval_s):
                 # Never a new registry offset beside an old version: a rollback would count it as confirmed.
                 reported = now
             try:
                 of, reason = swapper.fallback or (None, "")
                 weights = None if state is None or now != reported else self._weights(state)
                 await self._heartbeats.send(
-                    *reported, stale=self._stale(), fallback_of=of, fallback_reason=reason, weights=weights
+                    *reported[:3],
+                    stale=self._stale(),
+                    fallback_of=of,
+                    fallback_reason=reason,
+                    weights=weights,
+                    candidate=reported.candidate,
+                    candidate_problem=self._candidate.problem,
                 )
             except (KafkaError, NoAnswer) as error:
                 log.warning("a heartbeat was not sent: %r", error)

@@ -16,7 +16,7 @@ from stream.trainer.examples import BoolArray, DecodedRun, Float32Array, Float64
 
 __all__ = ["BatchCutter", "TrainingBatch"]
 
-_Column = TypeVar("_Column", Float64Array, BoolArray, Int64Array)
+_Column = TypeVar("_Column", Float64Array, Float32Array, BoolArray, Int64Array)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ class TrainingBatch:
     rates: Float64Array | None = None
     corrects: BoolArray | None = None
     arrived_ms: Int64Array | None = None
+    shadow_scores: Float32Array | None = None
+    shadow_versions: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,6 +59,8 @@ class TrainingBatch:
             rates=None if self.rates is None else self.rates[part],
             corrects=None if self.corrects is None else self.corrects[part],
             arrived_ms=None if self.arrived_ms is None else self.arrived_ms[part],
+            shadow_scores=None if self.shadow_scores is None else self.shadow_scores[part],
+            shadow_versions=None if self.shadow_versions is None else self.shadow_versions[part],
         )
 
 
@@ -143,6 +147,8 @@ class BatchCutter:
             rates=_joined([(run.rates, start, stop) for run, start, stop in pieces], 1.0),
             corrects=_joined([(run.corrects, start, stop) for run, start, stop in pieces], False),
             arrived_ms=_joined([(run.arrived_ms, start, stop) for run, start, stop in pieces], NOT_KNOWN_MS),
+            shadow_scores=_joined([(run.shadow_scores, start, stop) for run, start, stop in pieces], np.nan),
+            shadow_versions=_joined([(run.shadow_versions, start, stop) for run, start, stop in pieces], -1),
         )
 
     def _skip_empty(self) -> None:
@@ -159,8 +165,9 @@ def _joined(pieces: list[tuple[_Column | None, int, int]], absent: float | bool)
     Args:
         absent: the value in all rows of a column that is None.
     """
-    if all(column is None for column, _, _ in pieces):
+    kind = next((column.dtype for column, _, _ in pieces if column is not None), None)
+    if kind is None:
         return None
     return np.concatenate(
-        [np.full(stop - start, absent) if column is None else column[start:stop] for column, start, stop in pieces]
+        [np.full(stop - start, absent, kind) if column is None else column[start:stop] for column, start, stop in pieces]
     )

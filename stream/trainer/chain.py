@@ -3,8 +3,8 @@
 A chain is one line of weights by one trainer. Its deltas are numbered from 1, and each names the point that it is applied on. A
 chain begins in one of two ways:
 
-- with a version, when scorers have nothing to go on from: a new model, or a version from before there were deltas. The version
-  is the chain's point 0, and scorers load it;
+- with a version, when scorers have nothing to go on from: a new model, a version from before there were deltas, or rows of
+  another precision. The version is the chain's point 0, and scorers load it;
 - with a *rebase*, when an earlier trainer's chain goes on. The trainer has loaded a version of that chain and trains again what
   came after it. Rows that either trainer has touched since that version may differ. The first delta carries all of these, so
   scorers at the old chain's newest point continue in place.
@@ -23,7 +23,7 @@ import msgspec
 import torch
 
 from model.errors import ModelError
-from model.rows import ModelDelta
+from model.rows import ModelDelta, RowPrecision
 from stream.deltas.writer import Sent
 from stream.records.delta import DeltaHeader, Point
 from stream.trainer.bookkeeping import PREFIX, State, from_json, to_json
@@ -38,11 +38,13 @@ __all__ = ["NAME", "Base", "Chain", "Published", "PublishesDeltas", "saved_chain
 class Published(msgspec.Struct, frozen=True):
     """A point that scorers can reach by the log.
 
-    offset  in `deltas`, after the point's delta
+    offset         in `deltas`, after the point's delta
+    row_precision  how scorers have the rows there
     """
 
     point: Point
     offset: int
+    row_precision: RowPrecision = "float32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +53,12 @@ class Base:
 
     published  the newest point of the chain before
     offsets    by partition of `examples`: how far training must come before the chain begins; empty: it begins at once
+    in_place   whether a delta leads from there to the new chain. Otherwise the new chain begins with a version
     """
 
     published: Published
     offsets: Mapping[int, int]
+    in_place: bool = True
 
 
 class PublishesDeltas(Protocol):
@@ -82,10 +86,20 @@ class Chain:
         name: model, epoch and ordinal.
         base: what the chain goes on from; None when it begins with a version.
         touched: gives the keys of all rows that changed since the last delta, int64 (N,).
+        row_precision: of all its deltas, and of the digests of its versions.
     """
 
-    def __init__(self, name: str, writer: PublishesDeltas, base: Base | None, touched: Callable[[], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        name: str,
+        writer: PublishesDeltas,
+        base: Base | None,
+        touched: Callable[[], torch.Tensor],
+        *,
+        row_precision: RowPrecision = "float32",
+    ) -> None:
         self.name = name
+        self._row_precision: RowPrecision = row_precision
         self._writer, self._base, self._touched = writer, base, touched
         self._published: Published | None = None
 
@@ -97,7 +111,7 @@ class Chain:
     @property
     def begins_with_a_version(self) -> bool:
         """Whether the chain's next point has to be a version."""
-        return self._published is None and self._base is None
+        return self._published is None and (self._base is None or not self._base.in_place)
 
     def is_ready(self, offsets: Mapping[int, int]) -> bool:
         """Whether training has come as far as the chain that this one goes on from.
@@ -112,7 +126,7 @@ class Chain:
     def begin(self) -> Published:
         """Begin with a version: it is the chain's point 0."""
         assert self.begins_with_a_version
-        self._published = Published(Point(self.name, 0), self._writer.position)
+        self._published = Published(Point(self.name, 0), self._writer.position, self._row_precision)
         return self._published
 
     async def publish(self, captured: CapturedDelta) -> Sent:
@@ -124,7 +138,7 @@ class Chain:
         """
         header = self._header(captured)
         sent = await self._writer.publish(header, captured.delta)
-        self._published = Published(Point(self.name, header.sequence), sent.next_offset)
+        self._published = Published(Point(self.name, header.sequence), sent.next_offset, self._row_precision)
         return sent
 
     def _header(self, captured: CapturedDelta) -> DeltaHeader:
@@ -141,6 +155,7 @@ class Chain:
             examples_seen=position.examples_seen,
             negative_rate=position.negative_rate,
             at_ms=position.at_ms,
+            dtype=self._row_precision,
             # What a rebase has learned may be known to scorers already, by the chain before.
             arrivals=() if self._published is None else captured.arrivals,
         )

@@ -49,6 +49,8 @@ class DecodedRun:
                                  none is
     arrived_ms     int64 (N,)    when the click arrived in Kafka, -1 where there is none or that isn't known; None when it is
                                  known of none
+    shadow_scores    float32 (N,)  the score that a version on trial gave beside, NaN where absent; None when all are
+    shadow_versions  int64 (N,)    that version, -1 where absent; None when all are
     records        the examples as they were read, N of them
     after          the partition's position after the run; bad records and transaction markers are counted, too
     """
@@ -70,6 +72,8 @@ class DecodedRun:
     rates: Float64Array | None = None
     corrects: BoolArray | None = None
     arrived_ms: Int64Array | None = None
+    shadow_scores: Float32Array | None = None
+    shadow_versions: Int64Array | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -112,6 +116,7 @@ class ExampleDecoder:
         letters.extend(DeadLetter.of(records[bad.index], bad.reason, bad.path, bad.message) for bad in decoded.bad)
         letters.sort(key=lambda letter: letter.offset)
         rows = decoded.rows
+        has_shadow = bool((decoded.shadow_version >= 0).any())
         offsets = np.fromiter((record.offset for record in records), np.int64, len(records))
         arrivals = np.fromiter((record.timestamp for record in records), np.int64, len(records))
         return DecodedRun(
@@ -132,6 +137,8 @@ class ExampleDecoder:
             rates=None if columns.rates is None else columns.rates[rows],
             corrects=None if columns.corrects is None else columns.corrects[rows],
             arrived_ms=None if columns.arrived_ms is None else columns.arrived_ms[rows],
+            shadow_scores=decoded.shadow_score if has_shadow else None,
+            shadow_versions=decoded.shadow_version if has_shadow else None,
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from aiokafka.structs import TopicPartition
 
 from model.learner import Learner
+from model.rows import RowPrecision
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.gate import GateState
@@ -61,6 +62,7 @@ async def prepare(
     schema: FeatureSchema,
     model: ModelSettings,
     new_model: bool,
+    row_precision: RowPrecision = "float32",
     learner: Learner | None = None,
 ) -> Prepared:
     """Load the version that training goes on from. Writes nothing.
@@ -73,7 +75,8 @@ async def prepare(
         SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
         PositionError: the log isn't the one that the newest version was trained on, or it lost examples.
     """
-    learner = Learner(schema, model, device=settings.device) if learner is None else learner
+    if learner is None:
+        learner = Learner(schema, model, device=settings.device, row_precision=row_precision)
     rewind = registry.rewinds.pending  # now: the state may change while the store is read
     start = await asyncio.to_thread(
         lambda: go_on(learner, registry, store, schema, model, topic_ids=topic_ids(cluster, names), new_model=new_model)

@@ -9,7 +9,9 @@ version, its chain begins with a version instead: scorers that are further load 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,8 @@ from stream.trainer.chain import Base, Published, saved_chain
 from stream.trainer.start import Start
 
 __all__ = ["Anchored", "Found", "find_base", "go_on_in_place", "where_in_the_log"]
+
+log = logging.getLogger(__name__)
 
 
 class Anchored(NamedTuple):
@@ -54,7 +58,8 @@ def where_in_the_log(manifest: Manifest, bookkeeping: State) -> Anchored | None:
     """Where a version is in the log of deltas; None for a version that was captured before its chain had begun."""
     if manifest.sequence is not None and manifest.deltas_offset is not None:
         point = Point(manifest.chain, manifest.sequence)
-        return Anchored(Published(point, manifest.deltas_offset), torch.empty(0, dtype=torch.int64))
+        published = Published(point, manifest.deltas_offset, manifest.row_precision)
+        return Anchored(published, torch.empty(0, dtype=torch.int64))
     saved = saved_chain(bookkeeping)
     return None if saved is None else Anchored(*saved)
 
@@ -76,7 +81,7 @@ async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[Foun
         if not isinstance(each, FoundDelta) or each.delta.header.parent != newest.point:
             continue  # no delta, or one of another line of weights, or of a trainer that was replaced
         header, model = each.delta.header, each.delta.model
-        newest = Published(Point(header.chain, header.sequence), each.next_offset)
+        newest = Published(Point(header.chain, header.sequence), each.next_offset, header.dtype)
         offsets = {int(name): offset for name, offset in header.offsets.items()}
         touched += [model.rows.keys.clone(), model.gone.clone()]
     return Found(Base(newest, offsets), torch.unique(torch.cat(touched)), gone)
@@ -87,7 +92,10 @@ async def go_on_in_place(
 ) -> Base | None:
     """Find what the new chain goes on from, and mark the rows that its first delta must carry.
 
-    None when the chain has to begin with a version.
+    Where scorers have rows of another precision than this trainer publishes, every row differs, those too that no delta would
+    carry. Then the new chain begins with a version, once training has come as far as the old chain.
+
+    None when scorers have nothing to go on from.
 
     Args:
         sent_back: scorers are to go back to the version, so the first delta doesn't wait for the offsets that they know.
@@ -101,7 +109,17 @@ async def go_on_in_place(
     if at is None:
         return None
     found = await find_base(start.manifest, at, read_back(kafka, names, start=at.published.offset))
+    learner.expect(found.keys)  # also for a version that is written before the chain begins: it is no point of one
+    base = replace(found.base, offsets={}) if sent_back else found.base
     if sent_back and found.gone:
-        return None
-    learner.expect(found.keys)
-    return Base(found.base.published, {}) if sent_back else found.base
+        log.warning("deltas after version %s are gone: the new chain begins with a version, which scorers load", start.version)
+        return replace(base, in_place=False)
+    before = base.published.row_precision
+    if before != learner.row_precision:
+        log.warning(
+            "snapshots.row_precision is %s, and was %s at delta %d of %s: the new chain begins with a version, which all "
+            "scorers load",
+            *(learner.row_precision, before, base.published.point.sequence, base.published.point.chain),
+        )
+        return replace(base, in_place=False)
+    return base

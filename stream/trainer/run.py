@@ -29,6 +29,8 @@ from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
+from stream.trainer.canary import CanaryWatch
+from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.chain import NAME as CHAIN
 from stream.trainer.chain import Chain
 from stream.trainer.evaluation import Evaluation
@@ -94,6 +96,7 @@ async def run_trainer(
         schema=schema,
         model=model,
         new_model=new_model,
+        row_precision=snapshots.row_precision,
     )
     epoch: int | None = None
     worker: TrainerWorker | None = None
@@ -178,6 +181,7 @@ class _Trainer:
     prometheus: CollectorRegistry
     metrics: TrainerMetrics = field(init=False)
     skew: SkewCheck = field(init=False)
+    canary: CanaryWatch = field(init=False)
     letters: LetterBox = field(init=False)
     chains: int = 0
 
@@ -194,6 +198,7 @@ class _Trainer:
             return self.follower.state.version_that_scored(version, delta)
 
         self.skew = SkewCheck(reference, scored_by, metrics)
+        self.canary = CanaryWatch(CanaryMetrics(self.prometheus))
         return TrainerWorker(
             kafka=self.kafka,
             cluster=self.cluster,
@@ -206,6 +211,7 @@ class _Trainer:
             decoder=ExampleDecoder(self.schema),
             threads=self.settings.threads,
             skew=self.skew,
+            canary=self.canary,
             letters=self.letters,
             deltas=self.deltas,
             registry=self.registry,
@@ -234,7 +240,13 @@ class _Trainer:
         start, learner, rewind = prepared.start, prepared.learner, prepared.rewind
         scores = Evaluation(self.settings.metrics_window, self.settings.evaluation_from_ms)
         base = await go_on_in_place(learner, start, self.kafka, self.names, sent_back=rewind is not None)
-        chain = Chain(str(ChainName(self.model.name, self.epoch, self.chains)), self.deltas, base, learner.touched_keys)
+        chain = Chain(
+            str(ChainName(self.model.name, self.epoch, self.chains)),
+            self.deltas,
+            base,
+            learner.touched_keys,
+            row_precision=self.snapshots.row_precision,
+        )
         self.chains += 1
         served = ServedWatch(self.snapshots)
         judge = Judge(self.snapshots, gate_state(start, self.epoch))
@@ -249,8 +261,8 @@ class _Trainer:
             self.metrics,
             max_batch_age_s=self.settings.max_batch_age_ms / 1000,
             watermark_ms=start.watermark_ms,
-            observers=(self.skew, served),
-            bookkeeping={CHAIN: chain, SERVED: served},
+            observers=(self.skew, self.canary, served),
+            bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
             judge=judge,
             skips=skips,
         )
@@ -258,6 +270,7 @@ class _Trainer:
         # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a
         # new line for one of the champion's line.
         await anchors.follow(self.follower.state, start.watermark_ms)
+        self.canary.follow(self.follower.state)
         publisher = Publisher(
             store=self.store,
             registry=self.registry,

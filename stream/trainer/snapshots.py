@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Protocol, TypeVar
 
 from model.schema import FeatureSchema
@@ -32,7 +33,8 @@ log = logging.getLogger(__name__)
 
 # How often the publisher checks what is due. A delta leaves at most this much later than it should.
 TICK_S = 0.02
-# Interval of the first versions of a new model, so that there is a first champion soon. It grows to `interval_ms`.
+# Interval of the first versions of a new model, so that there is a first champion soon, and of a chain that begins with a
+# version, since scorers get nothing until then. It grows to `interval_ms`.
 FIRST_INTERVAL_S = 5.0
 INTERVAL_GROWTH = 1.5
 # Wait before a delta is sent again. The producer's own attempts take seconds.
@@ -104,26 +106,28 @@ class Publisher:
         self._more_metrics, self._skips, self._sent_back = more_metrics, skips or Skips(()), sent_back
         self._parent = start.version
         self._last_number = start.newest
-        self._announced = self._written = self._sent = start.examples_seen
+        self._announced = self._written = self._sent = self._dense_sent = start.examples_seen
         self._unannounced: Manifest | None = None
         self._topic_ids = dict(topic_ids or {})
         self._closing = False
         whole_s = settings.interval_ms / 1000
-        self._interval_s = whole_s if start.version is not None else min(whole_s, FIRST_INTERVAL_S)
+        soon = start.version is None or chain.begins_with_a_version
+        self._interval_s = min(whole_s, FIRST_INTERVAL_S) if soon else whole_s
         if sent_back is not None:
             self._written = -1  # a version comes at once, by which answers name the weights
 
     async def run(self, training: Training, between_batches: BetweenBatches) -> None:
         """Publish until `close`.
 
-        A delta leaves every `delta_interval_ms`, and a version every `interval_ms` in which at least `min_examples` were
-        trained. The first versions of a new model come sooner.
+        A delta leaves every `delta_interval_ms`, with the dense weights when `dense_interval_ms` have passed. A version leaves
+        every `interval_ms` in which at least `min_examples` were trained; the first versions of a new model come sooner.
 
         Raises:
             Fenced: another trainer has taken over.
         """
         writing: asyncio.Task[Announcement | None] | None = None
         delta_s, due_delta_s = self._settings.delta_interval_ms / 1000, 0.0
+        dense_s, due_dense_s = self._settings.dense_interval_ms / 1000, 0.0
         due_version_s = time.monotonic() + (self._interval_s if self._sent_back is None else 0.0)
         try:
             if self._sent_back is not None and not self._chain.begins_with_a_version:
@@ -142,12 +146,18 @@ class Publisher:
                 elif writing is None and now_s >= due_version_s and self._has_news(training.examples_seen):
                     self._interval_s = min(self._interval_s * INTERVAL_GROWTH, self._settings.interval_ms / 1000)
                     due_version_s, due_delta_s = now_s + self._interval_s, now_s + delta_s
+                    due_dense_s = now_s + dense_s
                     captured = await between_batches(Training.capture_version)
                     point = await self._point(captured)
                     writing = asyncio.create_task(self._finish(captured, point))
-                elif now_s >= due_delta_s and training.examples_seen > self._sent and not self._chain.begins_with_a_version:
+                    continue
+                dense = now_s >= due_dense_s
+                sent = self._dense_sent if dense else self._sent
+                if now_s >= due_delta_s and training.examples_seen > sent and not self._chain.begins_with_a_version:
                     due_delta_s = max(due_delta_s, now_s - delta_s) + delta_s  # no drift, and no burst after a standstill
-                    delta = await between_batches(Training.capture_delta)
+                    if dense:
+                        due_dense_s = max(due_dense_s, now_s - dense_s) + dense_s
+                    delta = await between_batches(partial(Training.capture_delta, dense=dense))
                     if delta is not None:
                         await self.publish_delta(delta)
         finally:
@@ -192,6 +202,8 @@ class Publisher:
                 log.error("a delta isn't written, it is published again; training goes on: %s", error)
                 await asyncio.sleep(SEND_AGAIN_S)
         self._sent = captured.position.examples_seen
+        if captured.delta.dense is not None:
+            self._dense_sent = self._sent
         self._metrics.delta_sent(len(captured.delta.rows), sent.size, time.perf_counter() - began)
 
     async def publish(self, captured: CapturedVersion) -> Announcement | None:
@@ -220,7 +232,7 @@ class Publisher:
         if not captured.on_chain:
             return None
         if self._chain.begins_with_a_version:
-            self._sent = captured.position.examples_seen
+            self._sent = self._dense_sent = captured.position.examples_seen
             return self._chain.begin()
         if captured.delta is not None:
             await self.publish_delta(captured.delta)
@@ -301,6 +313,7 @@ class Publisher:
             sequence=None if point is None else point.point.sequence,
             deltas_offset=None if point is None else point.offset,
             digest=f"{captured.digest:016x}" if captured.on_chain else "",
+            row_precision=self._settings.row_precision,
             metrics={**manifest_metrics(report), **self._more_metrics()},
             verdict=verdict,
             topic_ids=self._topic_ids,

@@ -122,6 +122,7 @@ class Training:
         self._set_aside: list[DeadLetter] = []
         self._arrivals = ArrivalSample()
         self._problems: tuple[str, ...] = ()  # of the last delta that was taken
+        self._dense_taken_at: int | None = None  # examples seen by the dense weights that scorers get; None: they get none yet
         self.batches = 0
         self.watermark_ms = watermark_ms
 
@@ -232,24 +233,39 @@ class Training:
         return factors if batch.weights is None else factors * batch.weights
 
     @property
+    def _dense_is_old(self) -> bool:
+        """Whether examples were learned since the dense weights that scorers get."""
+        return self._dense_taken_at != self._learner.examples_seen
+
+    @property
     def withheld(self) -> bool:
         """Whether the gate withholds what is learned."""
         return self._judge is not None and self._judge.report().flow == "withheld"
 
-    def capture_delta(self) -> CapturedDelta | None:
+    def capture_delta(self, *, dense: bool = True) -> CapturedDelta | None:
         """What changed since the delta before. To be called between two batches.
 
-        None while the gate withholds what is learned, when nothing was touched, and when the weights fail the checks of
+        None while the gate withholds what is learned, when nothing has changed, and when the weights fail the checks of
         `stream.trainer.sanity`. What was touched is then part of a later delta.
+
+        Args:
+            dense: whether the delta carries the dense weights. The first one does in any case, and so does the next one after
+                deltas were withheld.
         """
-        if not self._learner.touched or self.withheld:
+        if self.withheld:
+            self._dense_taken_at = None  # rows that were withheld for an hour must not meet dense weights of before that
+            return None
+        dense = dense or self._dense_taken_at is None
+        if not self._learner.touched and not (dense and self._dense_is_old):
             return None
         began = time.perf_counter()
-        delta = self._learner.take_delta()
+        delta = self._learner.take_delta(dense=dense)
         problems = delta_problems(delta)
         self._problems = tuple(problems)
+        if dense:
+            self._dense_taken_at = None if problems else self._learner.examples_seen
         if problems:
-            self._learner.expect(delta.rows.keys)
+            self._learner.expect(torch.cat((delta.rows.keys, delta.gone)))
             self._metrics.deltas.labels("withheld").inc()
             log.error("a delta of %d rows is withheld: %s", len(delta.rows), "; ".join(problems))
             return None
@@ -277,7 +293,7 @@ class Training:
             verdict=verdict,
             position=self._position(),
             delta=delta,
-            on_chain=not withheld and not self._learner.touched,
+            on_chain=not withheld and not self._learner.touched and not self._dense_is_old,
             digest=self._learner.digest,
         )
         self._metrics.snapshot_seconds.labels("capture").observe(time.perf_counter() - began)

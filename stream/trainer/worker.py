@@ -42,6 +42,7 @@ from stream.registry.writer import RegistryWriter
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
+from stream.trainer.canary import CanaryWatch
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
@@ -115,6 +116,7 @@ class TrainerWorker(Worker):
         deltas: DeltaWriter,
         registry: RegistryWriter,
         follower: RegistryFollower,
+        canary: CanaryWatch,
         metrics: TrainerMetrics,
     ) -> None:
         super().__init__(
@@ -129,7 +131,7 @@ class TrainerWorker(Worker):
         self._snapshots, self._store, self._skew = snapshots, store, skew
         self._letters, self._deltas, self._registry = letters, deltas, registry
         self._follower, self._metrics, self._decoder, self._threads = follower, metrics, decoder, threads
-        self._go_back = go_back
+        self._canary, self._go_back = canary, go_back
         self._intake = asyncio.Lock()  # held while the trainer goes back: nothing is handed over
         self._going: asyncio.Task[None] | None = None
         self._alarm = ""
@@ -242,8 +244,9 @@ class TrainerWorker(Worker):
             await self._watch_served()
             try:
                 await self._registry.tag_due(self._snapshots)
+                await self._canary.conduct(self._registry, self._follower.state)
             except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
-                log.warning("tagging good versions: %s", error)
+                log.warning("tagging good versions, or a canary: %s", error)
 
     async def _watch_served(self) -> None:
         """Act on served scores that are out of their band. When auto-promotion goes on, they are judged from nothing."""

@@ -6,10 +6,11 @@ Results stay valid if other files change, such as pages.
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-__all__ = ["ROOT", "code_now", "commit_now", "deciding_files"]
+__all__ = ["ROOT", "SNAPSHOTS", "code_now", "commit_now", "deciding_files"]
 
 ROOT = Path(__file__).parents[2]
 # Runs only use the settings of `model`, and only `run` of `deploy/cli`. Other modules that are imported don't affect results.
@@ -38,27 +39,46 @@ DECIDING = (
     "tests/faults/*.py",
     "tests/faults/kinds/*.py",
 )
-TESTS = "tests/faults/test_*.py"
+SNAPSHOTS = (
+    "requirements.lock",
+    "state/*.py",
+    "model/*.py",
+    "stream/*.py",
+    "stream/deltas/*.py",
+    "stream/kafka/*.py",
+    "stream/records/*.py",
+    "stream/registry/*.py",
+    "stream/scorer/*.py",
+    "stream/topics/*.py",
+    "stream/trainer/*.py",
+    "deploy/local_kafka/*.py",
+    "tests/stream/trainer/factory.py",
+    "tests/judged.py",
+    "tests/faults/snapshots/*.py",
+    "tests/faults/snapshots/kinds/*.py",
+)
+"""The files of the runs of `tests.faults.snapshots`."""
+TESTS = "tests/faults/**/test_*.py"
 
 
-def deciding_files() -> list[str]:
+def deciding_files(patterns: Sequence[str] = DECIDING) -> list[str]:
     """The files that decide results, relative to the repository, sorted."""
-    found = {path for pattern in DECIDING for path in ROOT.glob(pattern)} - set(ROOT.glob(TESTS))
+    found = {path for pattern in patterns for path in ROOT.glob(pattern)} - set(ROOT.glob(TESTS))
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
-def code_now() -> str:
+def code_now(patterns: Sequence[str] = DECIDING) -> str:
     """A hash over the names and contents of `deciding_files` as they are on the disk."""
     whole = blake2b(digest_size=8)
-    for name in deciding_files():
+    for name in deciding_files(patterns):
         content = (ROOT / name).read_bytes()
         whole.update(f"{name} {len(content)}\n".encode() + content)
     return whole.hexdigest()
 
 
-def commit_now() -> str:
+def commit_now(patterns: Sequence[str] = DECIDING) -> str:
     """The last commit that changed one of `deciding_files`, with " and changes" if the files on the disk differ from it."""
-    paths = ["--", *(f":(glob){pattern}" for pattern in DECIDING), f":(exclude,glob){TESTS}"]
+    paths = ["--", *(f":(glob){pattern}" for pattern in patterns), f":(exclude,glob){TESTS}"]
     commit = _git("log", "-1", "--format=%h", *paths)
     return f"{commit or 'none'}{' and changes' if _git('status', '--porcelain', *paths) else ''}"
 

@@ -265,7 +265,7 @@ def test_an_empty_model_has_no_pieces() -> None:
 def test_closing_frees_the_saved_rows() -> None:
     trained = Trained(1000)
     freeze = trained.rows.freeze(1000)
-    model = FrozenModel(freeze, {}, {})
+    model = FrozenModel(freeze, freeze.count, {}, {})
     trained.change(list(range(1000)))
     saved = weakref.ref(freeze._saved["weights"])
     assert saved() is not None

@@ -40,8 +40,12 @@ class Replica:
 
     def apply(self, delta: ModelDelta) -> None:
         assert len(set(delta.rows.keys.tolist())) == len(delta.rows)
+        keys, gone = set(delta.rows.keys.tolist()), set(delta.gone.tolist())
+        assert len(gone) == len(delta.gone)
+        assert not keys & gone
         self._take(delta.rows)
-        assert delta.gone.shape == (0,)
+        for key in gone:
+            self.rows.pop(key, None)
         if delta.dense is not None:
             assert delta.dense.keys() == self.dense.keys()
             self.dense = dict(delta.dense)
@@ -95,8 +99,10 @@ class Steps:
 
     def take(self) -> None:
         touched = self.learner.touched
+        keys = self.learner.touched_keys().tolist()
         delta = self.learner.take_delta()
-        assert len(delta.rows) == touched
+        assert sorted(keys) == sorted([*delta.rows.keys.tolist(), *delta.gone.tolist()])
+        assert len(keys) <= touched
         assert self.learner.touched == 0
         self.replica.apply(delta)
         self.replica.assert_is(self.learner)
@@ -108,10 +114,30 @@ class Steps:
         self.replica.apply(delta)
         self.replica.assert_rows_are(self.learner)
 
+    def evict(self) -> None:
+        """A third of the rows go, and a key that has none."""
+        keys = self.learner.serving_state()["keys"]
+        chosen = keys[(keys + self.at) % 3 == 0]
+        before = self.learner.rows
+        assert self.learner.evict(torch.cat((chosen, chosen[:1], torch.tensor([3])))) == len(chosen)
+        assert self.learner.rows == before - len(chosen)
+
     def freeze(self) -> None:
+        """What is frozen stays as it was, while rows change, go, and are used again."""
+        serving, trainer = self.learner.serving_state(), self.learner.trainer_state()
         with self.learner.freeze() as frozen:
             self.learn()
-            assert sum(len(piece.serving) for piece in frozen.pieces(9)) == frozen.rows
+            self.evict()
+            pieces = frozen.pieces(9)
+            found = [piece for _, piece in zip(range(2), pieces, strict=False)]
+            self.learn()
+            self.learn_the_same_again()
+            found += pieces
+        assert sum(len(piece.serving) for piece in found) == frozen.rows == len(serving["keys"])
+        for name in SERVING:
+            assert torch.equal(torch.cat([getattr(piece.serving, name) for piece in found] or [serving[name]]), serving[name])
+        for name in found[0].trainer if found else ():
+            assert torch.equal(torch.cat([piece.trainer[name] for piece in found]), trainer[name]), name
 
     def restart(self) -> None:
         """A restored learner counts all that it restored as taken, so its replica begins there."""
@@ -135,6 +161,8 @@ STEPS: list[Callable[[Steps], None]] = [
     Steps.learn_in_vain,
     Steps.take,
     Steps.take_rows,
+    Steps.evict,
+    Steps.evict,
     Steps.freeze,
     Steps.restart,
     Steps.restart_streamed,

@@ -71,7 +71,7 @@ def test_against_a_dictionary(bits: int, steps: list[tuple[str, list[int]]], ask
         table, model = KeyTable(CPU), Model()
         for step, batch in steps:
             if step == "insert":
-                assert table.insert(tensor(batch)).tolist() == model.insert(batch)
+                assert table.insert(tensor(batch)).rows.tolist() == model.insert(batch)
             elif step == "delete":
                 assert table.delete(tensor(batch)).tolist() == model.delete(batch)
             elif step == "load":
@@ -101,7 +101,7 @@ def test_large_tables_with_deletions_and_growth(device: str) -> None:
         some = torch.from_numpy(rng.choice(150_000, rng.integers(1, 20_000), replace=False)).to(device)
         if rng.random() < 0.6:
             known = rows[some] != 0
-            found = table.insert(everything[some])
+            found = table.insert(everything[some]).rows
             assert torch.equal(found[known], rows[some][known])
             rows[some] = found
         else:
@@ -123,7 +123,7 @@ def test_growth_beside_lookups(rows_at_once: int, monkeypatch: pytest.MonkeyPatc
     rng = np.random.default_rng(2)
     table, lock, done = KeyTable(CPU), threading.Lock(), threading.Event()
     everything = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, 30_000))
-    first = table.insert(everything[:500]).clone()
+    first = table.insert(everything[:500]).rows.clone()
     wrong = []
 
     def look() -> None:
@@ -173,7 +173,7 @@ def test_large_batches_and_growth(device: str) -> None:
     rng = np.random.default_rng(0)
     table = KeyTable(torch.device(device))
     everything = torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, 200_000)).to(device)
-    rows = torch.cat([table.insert(part) for part in everything.split(30_000)])
+    rows = torch.cat([table.insert(part).rows for part in everything.split(30_000)])
     assert len(table) == 200_000
     assert torch.equal(table.lookup(everything), rows)
     assert torch.equal(rows.sort().values, torch.arange(1, 200_001, device=device))
@@ -187,7 +187,7 @@ def test_keys_that_share_a_home_slot() -> None:
     inverse = pow(-7046029254386353131 % 2**64, -1, 2**64)
     crowd = tensor([(n * inverse + 2**63) % 2**64 - 2**63 for n in range(500)])
     table = KeyTable(CPU)
-    rows = table.insert(crowd)
+    rows = table.insert(crowd).rows
     assert torch.equal(table.lookup(crowd), rows)
     assert len(set(rows.tolist())) == 500
 
@@ -196,7 +196,7 @@ def test_a_loaded_table_keeps_the_order() -> None:
     table = KeyTable(CPU)
     table.load(tensor([9, -5, 3]))
     assert table.lookup(tensor([3, 9, 4, -5])).tolist() == [3, 1, ABSENT_ROW, 2]
-    assert table.insert(tensor([4, 3])).tolist() == [4, 3]
+    assert table.insert(tensor([4, 3])).rows.tolist() == [4, 3]
     assert table.load(tensor([8, 7])).tolist() == [5, 6]
 
 
@@ -206,7 +206,7 @@ def test_freed_rows_are_used_again_the_last_deletion_first() -> None:
     assert table.delete(tensor([40, 99, 20, 40])).tolist() == [2, 4]
     assert table.delete(tensor([50])).tolist() == [5]
     assert table.keys_of(slice(1, 6)).tolist() == [10, EMPTY_KEY, 30, EMPTY_KEY, EMPTY_KEY]
-    assert table.insert(tensor([3, 2, 1, 4])).tolist() == [4, 2, 5, 6]
+    assert table.insert(tensor([3, 2, 1, 4])).rows.tolist() == [4, 2, 5, 6]
     assert table.lookup(tensor([20, 40, 50])).tolist() == [ABSENT_ROW] * 3
 
 

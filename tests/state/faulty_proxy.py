@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 __all__ = ["Fault", "FaultyProxy", "Request", "faulty_proxy"]
 
@@ -47,7 +47,7 @@ class FaultyProxy:
         left = [times]
 
         def plan(request: Request) -> Fault | None:
-            if request.method != method or not urlsplit(request.path).path.endswith(name) or not left[0]:
+            if request.method != method or not unquote(urlsplit(request.path).path).endswith(name) or not left[0]:
                 return None
             left[0] -= 1
             return fault
@@ -56,7 +56,7 @@ class FaultyProxy:
 
     def count(self, method: str, name: str = "") -> int:
         """How many requests of a method came whose path ends with `name`."""
-        return sum(each.method == method and urlsplit(each.path).path.endswith(name) for each in self.requests)
+        return sum(each.method == method and unquote(urlsplit(each.path).path).endswith(name) for each in self.requests)
 
 
 @contextlib.contextmanager

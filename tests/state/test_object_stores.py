@@ -1,4 +1,7 @@
-"""Versions in real object stores: S3Proxy and Azurite on the loopback, behind a proxy that fails requests on purpose."""
+"""Versions in object stores on the loopback: S3Proxy, Azurite, and a stand-in for Google's.
+
+They are behind a proxy that fails requests on purpose.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 from state.errors import SnapshotCorrupt, SnapshotError, SnapshotExists, SnapshotNotFound
 from state.manifest import Manifest
 from state.store import SnapshotStore
+from tests.state.fake_gcs import TOKEN, fake_gcs
 from tests.state.faulty_proxy import Fault, FaultyProxy, Request, faulty_proxy
 from tests.state.made_version import FILES, at, serving, small_pieces, trainer, write
 from tests.state.servers import AZURE_ACCOUNT, AZURE_KEY, S3_KEY, S3_SECRET, azurite, make_container, s3_server
@@ -41,6 +45,12 @@ def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+@pytest.fixture
+def gcs() -> Iterator[str]:
+    with fake_gcs() as address:
+        yield address
+
+
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     small_pieces(monkeypatch)
@@ -57,11 +67,16 @@ def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         yield s3_bucket(proxy, monkeypatch)
 
 
-@pytest.fixture(params=["s3", "azure"])
+@pytest.fixture(params=["s3", "azure", "gcs"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     with faulty_proxy(request.getfixturevalue(request.param)) as proxy:
         if request.param == "s3":
             yield s3_bucket(proxy, monkeypatch)
+            return
+        if request.param == "gcs":
+            monkeypatch.setenv("GOOGLE_BASE_URL", proxy.address)
+            monkeypatch.setenv("GOOGLE_BEARER_TOKEN", TOKEN)
+            yield Place("gs://bucket/some/prefix", proxy)
             return
         name = f"c{uuid.uuid4().hex}"
         make_container(request.getfixturevalue("azure"), name)

@@ -9,6 +9,7 @@ import torch  # noqa: F401
 from deploy.cli import COMMANDS
 
 for _module in {target.split(":")[0] for target in COMMANDS.values()} | {
+    "deploy.cli.snapshot_canary_view",
     "deploy.cli.snapshot_view",
     "deploy.cli.feeding",
     "deploy.config_report",

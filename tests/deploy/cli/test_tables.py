@@ -43,6 +43,7 @@ VERSIONS: dict[str, Any] = {
     "since_ms": 1_795_752_518_655,
     "gate": None,
     "scorers": [],
+    "canary": None,
     "deleting": [],
 }
 

@@ -145,6 +145,8 @@ def test_scorers_that_do_not_serve_the_champion() -> None:
     without = found(version=-1, fallback_of=40, fallback_reason="no such store")
     assert without.found.startswith("it has no version and takes no requests, since it can't read the champion: no such store")
     assert found(stale=True).found.startswith("it has read the registry only up to offset 9")
+    without = found(version=40, candidate_problem="expected room for 151 MB")
+    assert without.found == "the champion answers its share: expected room for 151 MB"
     behind = found(version=40, delta=7, problem="wrong_digest: expected another")
     assert behind.found == "it answers with version 40 and 7 deltas, and goes no further: wrong_digest: expected another"
 

@@ -77,6 +77,7 @@ def test_one_folder_for_two_workers(topics, start):
 
 
 HANGS = """
+import asyncio, sys
 from stream.join import committed
 async def hang(*args, **kwargs):
     print("hanging", file=sys.stderr, flush=True)

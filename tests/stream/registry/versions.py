@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from stream.registry.operations import Operations
 from stream.registry.writer import RegistryWriter
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
+from tests.forked import forked_python
 from tests.judged import JUDGED
 
 __all__ = ["GATE", "agree", "announced", "keep", "manifest", "operations", "registry", "run_until_killed", "write"]
@@ -86,9 +85,9 @@ def run_until_killed(settings: Settings, what: str, step: str) -> None:
         "HEADRACE_TOPICS__PREFIX": settings.topics.prefix,
         "HEADRACE_SNAPSHOTS__URL": settings.snapshots.url,
     }
-    command = [sys.executable, "-m", "tests.stream.registry.versions", what, step]
-    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    code = f"from tests.stream.registry.versions import main; main({what!r}, {step!r})"
+    log = Path(settings.snapshots.url).parent / f"{what}.log"
+    assert forked_python(code, env, ROOT, log).wait(120) == -signal.SIGKILL, log.read_text()
 
 
 def _die_at(owner: Any, name: str, count: int, *, after: bool) -> None:
@@ -140,7 +139,3 @@ def main(what: str, step: str) -> None:
     else:
         reindex.BATCH = 2
         asyncio.run(operations(settings, "dying").reindex("it will die", champion=3))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -42,6 +42,8 @@ class Scorer:
         self.store = store or Store(trainer)
         self.read: list[int] = []
         """Versions read to follow their chain."""
+        self.cached: set[int] = set()
+        """Versions that this machine has."""
         self.prometheus = CollectorRegistry()
         metrics = FollowingMetrics(self.prometheus)
         self.freshness = Freshness(metrics.click_to_answer.observe)
@@ -59,6 +61,7 @@ class Scorer:
             metrics,
             self.freshness,
             jitter_s=jitter_s,
+            cached=lambda record: record.version in self.cached,
         )
         self.task = asyncio.ensure_future(self.follower.run())
 

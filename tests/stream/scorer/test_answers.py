@@ -20,7 +20,7 @@ from model.features import FeatureDecoder
 from model.learner import Learner
 from stream.records.answer import ANSWER_REASONS
 from stream.records.dead_letter import REASONS
-from stream.scorer import answers as module
+from stream.scorer import scored_rows as module
 from stream.scorer.answers import Answers, answer_requests
 from stream.scorer.serving import Served
 from tests.stream.scorer.factory import MAX_BYTES, MODEL, SCHEMA, record, records, request, served, weights

@@ -32,8 +32,10 @@ class Bench:
         self.sent = 0
         outbox: Any = SimpleNamespace(send=self._send)
         self.scoring = ThreadPoolExecutor(1)
+        no_candidate: Any = SimpleNamespace(trial=None)
         self.answering = Answering(
             self.swapper,
+            no_candidate,
             outbox,
             ScorerMetrics(self.prometheus),
             self.freshness,

@@ -70,7 +70,8 @@ class FakeLearner:
         self._touched.clear()
         self.digest = self.examples_seen
         rows = Rows(keys, torch.full((len(keys), 4), self.weight), torch.full((len(keys),), self.weight))
-        return ModelDelta(rows, NO_KEYS, {"seen": torch.tensor([float(self.examples_seen)])}, self.digest)
+        seen = {"seen": torch.tensor([float(self.examples_seen)])}
+        return ModelDelta(rows, NO_KEYS, seen if dense else None, self.digest)
 
     def freeze(self):
         return FakeFrozen(

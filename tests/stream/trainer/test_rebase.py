@@ -12,12 +12,14 @@ from model.rows import Rows
 from state.manifest import Manifest
 from stream.deltas.pieces import DeltaProblem, FoundDelta
 from stream.records.delta import Point
+from stream.trainer import rebase
 from stream.trainer.batching import BatchCutter
 from stream.trainer.bookkeeping import bookkeeping_in
-from stream.trainer.chain import NAME, Base, Chain
+from stream.trainer.chain import NAME, Chain
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
-from stream.trainer.rebase import find_base, where_in_the_log
+from stream.trainer.rebase import where_in_the_log
+from stream.trainer.start import Start
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import MODEL, SCHEMA, metrics, record, run, value
 from tests.stream.trainer.fakes import DeltaLog, whole
@@ -55,27 +57,29 @@ class Replica:
 class Trainer:
     """A trainer without threads and without Kafka."""
 
-    def __init__(self, log, *, epoch, rows=32):
-        self.log, self.epoch, self.rows = log, epoch, rows
-        self.learner = Learner(SCHEMA, MODEL, device="cpu")
+    def __init__(self, log, *, epoch, rows=32, precision="float32"):
+        self.log, self.epoch, self.rows, self.precision = log, epoch, rows, precision
+        self.learner = Learner(SCHEMA, MODEL, device="cpu", row_precision=precision)
         self.decoder = ExampleDecoder(SCHEMA)
         self.base = None
         self._begin({0: 0})
 
     def _begin(self, positions, ordinal=0):
-        self.chain = Chain(f"deepfm/{self.epoch}/{ordinal}", self.log, self.base, self.learner.touched_keys)
+        self.chain = Chain(
+            f"deepfm/{self.epoch}/{ordinal}", self.log, self.base, self.learner.touched_keys, row_precision=self.precision
+        )
         cutter = BatchCutter(self.rows, positions)
         self.training = Training(
             self.learner, cutter, Evaluation(100), metrics(), max_batch_age_s=1e9, bookkeeping={NAME: self.chain}
         )
 
-    async def go_on(self, version, manifest):
+    async def go_on(self, version, manifest, *, sent_back=False, ordinal=0):
         version.restore(self.learner)
-        at = where_in_the_log(manifest, bookkeeping_in(version.small))
-        found = await find_base(manifest, at, found_in(self.log, at.published.offset))
-        self.learner.expect(found.keys)
-        self.base = found.base
-        self._begin({int(name): offset for name, offset in manifest.offsets.items()})
+        start = Start(manifest, 1, bookkeeping_in(version.small))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rebase, "read_back", lambda kafka, names, *, start: found_in(self.log, start))
+            self.base = await rebase.go_on_in_place(self.learner, start, None, None, sent_back=sent_back)
+        self._begin({int(name): offset for name, offset in manifest.offsets.items()}, ordinal)
 
     def learn(self, first, end, feature="u"):
         records = [record(offset, value(offset, features={"user": f"{feature}{offset % 7}"})) for offset in range(first, end)]
@@ -100,6 +104,7 @@ class Trainer:
             sequence=point.point.sequence,
             deltas_offset=point.offset,
             digest=f"{captured.digest:016x}",
+            row_precision=self.precision,
         )
 
 
@@ -219,9 +224,7 @@ async def test_a_trainer_that_is_sent_back_learns_as_if_it_had_never_gone_on(sam
     old.learn(640, 700, "never sent")
 
     back = old if same_learner else Trainer(log, epoch=4)
-    await back.go_on(version, manifest)
-    back.base = Base(back.base.published, {})
-    back._begin({int(name): offset for name, offset in manifest.offsets.items()}, ordinal=1)
+    await back.go_on(version, manifest, sent_back=True, ordinal=1)
     assert back.chain.is_ready(back.training.positions), "at once, and not when it has come as far as the old chain"
     await back.publish()
     rebase = log.deltas[-1]
@@ -243,15 +246,20 @@ async def test_a_trainer_that_is_sent_back_learns_as_if_it_had_never_gone_on(sam
     assert replica.digest == back.learner.digest
 
 
-async def test_a_log_that_lost_deltas_is_said_so():
-    manifest = Manifest(version=1, offsets={"0": 5}, chain="deepfm/3/0", sequence=2, deltas_offset=4)
+async def test_a_trainer_that_is_sent_back_begins_with_a_version_where_the_log_has_lost_deltas(monkeypatch):
+    trainer = Trainer(DeltaLog(), epoch=3)
+    trainer.learn(0, 320)
+    version, manifest = trainer.version(on_chain=True)
 
-    async def lost():
-        yield DeltaProblem("log_gone", "expected offset 4, found a log from 9", 4, 9)
+    async def lost(log, start):
+        yield DeltaProblem("log_gone", f"expected offset {start}, found a log from 9", start, 9)
 
-    found = await find_base(manifest, where_in_the_log(manifest, {}), lost())
-    assert found.gone
-    assert found.base.published.point == Point("deepfm/3/0", 2)
+    monkeypatch.setitem(globals(), "found_in", lost)
+    await trainer.go_on(version, manifest, sent_back=True)
+    assert trainer.chain.begins_with_a_version
+    assert trainer.chain.is_ready(trainer.training.positions)
+    await trainer.go_on(version, manifest)
+    assert not trainer.chain.begins_with_a_version, "one that restarts goes on: scorers that are further wait for it"
 
 
 class Withholding:
