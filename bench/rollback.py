@@ -279,10 +279,13 @@ async def measure(settings: Settings, work: Path, scorers: int, rows: int, round
         for name, values in times.items()
         for q, level in (("p50", 0.5), ("p99", 0.99))
     }
-    first = [min(each.confirmations) for each in done]
+    first, last = ([choose(each.confirmations) for each in done] for choose in (min, max))
     return {
         **figures,
+        # Until the rollback was written: connecting, reading the registry, checking files, one transaction.
+        "written_p50_ms": round(float(np.median(times["rollback"]) - np.median(last)), 1),
         "first_confirmation_p50_ms": round(float(np.median(first)), 1),
+        "last_confirmation_p50_ms": round(float(np.median(last)), 1),
         **looked_at(client, trainer, done),
         "requests": client.sent,
         **{f"cores_{who}": round(share, 2) for who, share in busy.items()},
