@@ -151,7 +151,7 @@ class SnapshotSettings(BaseModel):
         default=3, ge=1, description="Number of such blocks in a row that must be out of band for an alarm."
     )
     served_ne_margin: float = Field(
-        default=0.1,
+        default=0.05,
         ge=0,
         description="Fraction by which the normalised entropy of served scores may be above its own mean of the blocks before.",
     )
