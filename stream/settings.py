@@ -384,6 +384,13 @@ class TrainerSettings(_Frozen):
         description="What to do when retention has deleted examples before they were trained. `stop`: the trainer ends with an "
         "error. `skip`: it goes on without them.",
     )
+    examples_from: str = Field(
+        default="version",
+        pattern=r"^(version|start|end|\d+:\d+(,\d+:\d+)*)$",
+        description="Where to begin in `examples` when it is another topic than the newest version was trained on, as after a "
+        "move to another cluster. `version`: the trainer ends with an error. `start`, `end`: of each partition. `0:120,1:95`: "
+        "these offsets by partition. Without effect as soon as a version of the new topic is announced.",
+    )
 
 
 class ScorerSettings(_Frozen):

@@ -13,6 +13,7 @@ from deploy.cli.snapshot_aliases import alias, history, tag
 from deploy.cli.snapshot_canary import canary, shadow, watch
 from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, topic_names
 from deploy.cli.snapshot_compare import diff, export
+from deploy.cli.snapshot_gate import gate, release
 from deploy.cli.snapshot_rollback import EXIT_UNCONFIRMED, rollback, undo_command
 from deploy.cli.snapshot_upkeep import gc, reindex
 from deploy.cli.times import DURATION, clock, duration
@@ -265,5 +266,5 @@ def _show_hold(held: Held, output: str, resumed: Resumed | None = None) -> None:
         click.echo(f"undo: {undo_command(held)}")
 
 
-for command in (rollback, shadow, canary, watch, alias, tag, history, diff, gc, reindex, export):
+for command in (rollback, shadow, canary, watch, alias, tag, history, diff, gc, reindex, export, gate, release):
     snapshot.add_command(command)

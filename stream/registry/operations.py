@@ -25,6 +25,7 @@ from state import decisions
 from state.alias_decisions import AliasMoved, Tagged
 from state.changes import Cause, Held, Moved, Rewinding
 from state.errors import Refused
+from state.gate_release import Released
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import RegistryError
@@ -196,6 +197,11 @@ class Operations:
                 )
             took_ms = round((time.monotonic() - began) * 1_000, 1)
         return Resumed(written.outcome, waited.confirmed, waited.missing, took_ms)
+
+    async def release(self, reason: str) -> Released:
+        """Release what the gate withholds: the trainer publishes one delta of all that has changed."""
+        async with self._writer() as writer:
+            return (await writer.release(reason)).outcome
 
     @overload
     async def undo(self, done: ChampionMoved, *, timeout_ms: int | None = None) -> ChampionMoved: ...

@@ -26,6 +26,7 @@ from stream.kafka.cluster import Cluster
 from stream.kafka.read_log import log_consumer, log_spans
 from stream.settings import KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
+from stream.trainer.moved import moved
 from stream.trainer.start import Start, first_positions, go_on
 
 __all__ = ["Prepared", "gate_state", "place_again", "prepare", "topic_ids"]
@@ -78,9 +79,10 @@ async def prepare(
     if learner is None:
         learner = Learner(schema, model, device=settings.device, row_precision=row_precision)
     rewind = registry.rewinds.pending  # now: the state may change while the store is read
-    start = await asyncio.to_thread(
-        lambda: go_on(learner, registry, store, schema, model, topic_ids=topic_ids(cluster, names), new_model=new_model)
-    )
+    ids = topic_ids(cluster, names)
+    if settings.examples_from != "version":
+        del ids["examples"]  # a version of another topic is welcome: `moved` gives it other offsets
+    start = await asyncio.to_thread(lambda: go_on(learner, registry, store, schema, model, topic_ids=ids, new_model=new_model))
     prepared = Prepared(learner, start, {}, {}, registry.newest, rewind)
     return await place_again(prepared, registry, kafka=kafka, settings=settings, names=names, cluster=cluster)
 
@@ -101,6 +103,7 @@ async def place_again(
     """
     beginnings, ends = await _log_bounds(kafka, names.examples, cluster.partitions[names.examples])
     start = replace(prepared.start, newest=registry.newest)
+    start = moved(start, settings.examples_from, topic_ids(cluster, names), beginnings, ends)
     positions = first_positions(start, names.examples, beginnings, ends, lost_examples=settings.lost_examples)
     return replace(prepared, start=start, positions=positions, ends=ends, newest=registry.newest)
 

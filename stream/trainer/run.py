@@ -40,6 +40,8 @@ from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, topic_ids
 from stream.trainer.rebase import go_on_in_place
+from stream.trainer.sanity import Sanity
+from stream.trainer.score_shift import ScoreShift
 from stream.trainer.served import NAME as SERVED
 from stream.trainer.served import ServedWatch
 from stream.trainer.skew import SkewCheck, load_reference
@@ -231,6 +233,7 @@ class _Trainer:
             schema=self.schema,
             model=self.model,
             new_model=False,
+            row_precision=self.snapshots.row_precision,
             learner=learner,
         )
         return await self.parts(prepared)
@@ -250,7 +253,7 @@ class _Trainer:
         self.chains += 1
         served = ServedWatch(self.snapshots)
         judge = Judge(self.snapshots, gate_state(start, self.epoch))
-        anchors = Anchors(judge, self.store, self.snapshots, self.schema, self.model, self.settings.device)
+        anchors = Anchors(judge, self.store, self.snapshots, self.schema, self.model, learner, self.settings.device)
         ids = topic_ids(self.cluster, self.names)
         known = () if start.manifest is None else start.manifest.skipped
         skips = Skips(joined(self.follower.state.rewinds.skipped, known), ids["examples"])
@@ -265,6 +268,8 @@ class _Trainer:
             bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
             judge=judge,
             skips=skips,
+            sanity=Sanity(judge, ScoreShift(learner), self.snapshots),
+            anchors=anchors,
         )
         training.restore(start.bookkeeping)
         # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a

@@ -37,6 +37,7 @@ _ELSEWHERE = (
     "Put the old settings back, or begin a new model from the start of the log: `headrace run trainer --new-model`, once. The "
     "champion stays until the new model has been compared with it."
 )
+_MOVED = "After a move to another cluster, say where to begin by trainer.examples_from."
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,14 @@ class Start:
 
     manifest     of the version to restore; None begins a new model at the start of the log
     newest       largest version number ever announced; new versions get larger numbers
+    moved        the version was trained on another cluster's `examples`, and its offsets were chosen by hand
     bookkeeping  what the version holds besides the model (`stream.trainer.bookkeeping`)
     """
 
     manifest: Manifest | None
     newest: int
     bookkeeping: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    moved: bool = False
 
     @property
     def version(self) -> int | None:
@@ -180,7 +183,7 @@ def _require_same_log(manifest: Manifest, topic_ids: Mapping[str, str]) -> None:
     if trained and now and trained != now:
         raise PositionError(
             f"examples: expected the topic with id {trained}, which version {manifest.version} was trained on, found id {now}. "
-            f"The topic was created again, so the version's offsets mean nothing in it. {_ELSEWHERE}"
+            f"The topic was created again, so the version's offsets mean nothing in it. {_MOVED} {_ELSEWHERE}"
         )
 
 

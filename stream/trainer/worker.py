@@ -22,6 +22,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from aiokafka.errors import KafkaError
 from faust.types import TP
@@ -58,6 +59,8 @@ from stream.worker import Part, Worker, fatal, guarded
 __all__ = ["Parts", "TrainerWorker"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # In the group that reads `examples` a leader is replaced at once under its instance id. This time-out is for one that hangs and
 # has no replacement.
@@ -152,13 +155,13 @@ class TrainerWorker(Worker):
         await super().start()
         await self._letters.start()
         self._begin()
-        self._housekeeping = guarded(self._keep_house(), self.name)
         self.background(self._skew.run(), self._collect())
         self.registry_changed(self._follower.state)
 
     def _begin(self) -> None:
         self._pipeline.start()
         self._publishing = guarded(self._publisher.run(self._training, self._pipeline.between_batches), self.name)
+        self._housekeeping = guarded(self._keep_house(), self.name)
 
     # Going back
 
@@ -175,10 +178,14 @@ class TrainerWorker(Worker):
         """Drop what is under way, and go on from the version that the trainer was sent back to."""
         while self._asked_to_go_back():
             began = time.monotonic()
+            if self._housekeeping is not None:  # it may be waiting for the training thread
+                self._housekeeping.cancel()
+                await asyncio.wait([self._housekeeping])
             self._publisher.close()
             if self._publishing is not None:
                 await self._publishing  # a version under way is completed: it is of the line that is left
             await self._pipeline.stop()
+            self._anchors.close()  # they are read through the live weights, which are overwritten
             async with self._intake:
                 was, self.waiting_for = self.waiting_for, "going back to an older version"
                 self._take(await self._go_back())
@@ -238,6 +245,7 @@ class TrainerWorker(Worker):
                 report = await asyncio.to_thread(lambda: self._scores.freeze().report())
                 self._metrics.report(report)
                 self._metrics.served(report["served", "window"], self._snapshots.served_calibration_band)
+            await self._release(self._follower.state)
             if time.monotonic() >= anchor_due:
                 anchor_due = time.monotonic() + ANCHOR_S
                 await self._show_gate()
@@ -275,9 +283,20 @@ class TrainerWorker(Worker):
     async def _show_gate(self) -> None:
         """Change to the anchor that is due, and update the metrics of the gate."""
         state = self._follower.state
-        await self._anchors.follow(state, self._training.watermark_ms)
+        await self._anchors.follow(state, self._training.watermark_ms, self._between_batches)
+        self._metrics.anchor_rows.set(self._anchors.saved_rows)
         newer = sum(1 for version in state.versions if version > (state.champion.version or 0))
         self._metrics.judged(self._judge.report(), newer)
+
+    async def _release(self, state: RegistryState) -> None:
+        """Carry out an operator's release of this line, once."""
+        release, judge = state.release, self._judge
+        if release.line == judge.report().line and release.operation != judge.released:
+            training = self._training
+            await self._between_batches(lambda: training.release(release.operation, release.who, release.reason))
+
+    async def _between_batches(self, work: Callable[[], T]) -> T:
+        return await self._pipeline.between_batches(lambda training: work())
 
     # Progress and shutdown
 

@@ -142,6 +142,7 @@ def test_a_broker_that_stops_and_starts(tmp_path: Path, monkeypatch: pytest.Monk
                 await asyncio.to_thread(kafka.stop)
                 monkeypatch.setattr(writing, "GIVE_UP_S", 0.5)
                 monkeypatch.setattr(writing, "ATTEMPT_TIMEOUT_S", 1.0)
+                monkeypatch.setattr(transactional, "CLOSE_TIMEOUT_S", 0.2)
                 third = of(writer, 3, count=2)
                 with pytest.raises(Unsettled, match=r"expected an answer about delta 3 .* It may have been written\."):
                     await writer.send(third)

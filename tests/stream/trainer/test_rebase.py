@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from model.digest import dense_hash, digest_sum, row_hashes
 from model.learner import Learner
 from model.rows import Rows
+from state.gate import GateState
 from state.manifest import Manifest
+from state.settings import SnapshotSettings
 from stream.deltas.pieces import DeltaProblem, FoundDelta
 from stream.records.delta import Point
 from stream.trainer import rebase
@@ -18,7 +19,9 @@ from stream.trainer.bookkeeping import bookkeeping_in
 from stream.trainer.chain import NAME, Chain
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
+from stream.trainer.judge import Judge
 from stream.trainer.rebase import where_in_the_log
+from stream.trainer.sanity import Sanity
 from stream.trainer.start import Start
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import MODEL, SCHEMA, metrics, record, run, value
@@ -159,7 +162,8 @@ async def test_a_version_that_was_withheld_knows_what_it_has_changed():
     old.learn(320, 480)
     await old.publish()
     replica.apply(log.deltas[-1].model)
-    old.training._judge = Withholding()
+    judge = Judge(SnapshotSettings(), GateState(flow="withheld"))
+    old.training._judge, old.training._sanity = judge, Sanity(judge)
     old.learn(480, 640, "withheld")
     version, manifest = old.version(on_chain=False)
 
@@ -260,16 +264,3 @@ async def test_a_trainer_that_is_sent_back_begins_with_a_version_where_the_log_h
     assert trainer.chain.is_ready(trainer.training.positions)
     await trainer.go_on(version, manifest)
     assert not trainer.chain.begins_with_a_version, "one that restarts goes on: scorers that are further wait for it"
-
-
-class Withholding:
-    """A gate that withholds."""
-
-    class _Report:
-        flow = "withheld"
-
-    def report(self):
-        return self._Report()
-
-    def observe(self, batch, scores):
-        assert np.isfinite(scores).all()

@@ -171,7 +171,13 @@ async def _stranger(run: Run) -> None:
 async def _compacted(run: Run) -> None:
     await run.begin()
     await configure(
-        run, "snapshots", segment_ms=100, min_cleanable_dirty_ratio=0.0, delete_retention_ms=0, min_compaction_lag_ms=0
+        run,
+        "snapshots",
+        cleanup_policy="compact",
+        segment_ms=100,
+        min_cleanable_dirty_ratio=0.0,
+        delete_retention_ms=0,
+        min_compaction_lag_ms=0,
     )
     for _ in range(4):
         await run.version()
