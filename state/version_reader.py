@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from state.blobs import Blobs, Entry
 from state.errors import SnapshotCorrupt, SnapshotNotFound
-from state.manifest import DENSE_FILE, MANIFEST_FILE, SERVING_FILE, TRAINER_FILE, FileEntry, Manifest
+from state.manifest import DENSE_FILE, MANIFEST_FILE, SERVING_FILE, SERVING_NAMES, TRAINER_FILE, FileEntry, Manifest
 from state.pieces import (
     FORMAT,
     ROW_TENSORS,
@@ -99,10 +99,16 @@ class VersionReader:
             return iter([_only(self._of_old(TRAINER_FILE), TRAINER_ROW_TENSORS)])
         return _ahead(lambda index: self._tensors(trainer_piece(index)), range(self._pieces))
 
-    def check(self) -> list[str]:
-        """The problems of the files, each read and hashed; empty if all are as they were written."""
+    def check(self, *, serving_only: bool = False) -> list[str]:
+        """The problems of the files, each read and hashed; empty if all are as they were written.
+
+        Args:
+            serving_only: look only at the files that a scorer reads.
+        """
         problems = []
         for name, entry in self.manifest.files.items():
+            if serving_only and not name.startswith(SERVING_NAMES):
+                continue
             try:
                 self._stored(name, entry)
             except SnapshotCorrupt as error:

@@ -214,6 +214,13 @@ class Anchors:
         since = _Since(candidate.watermark_ms, candidate.clicks)
         self._compare_with(Anchor(version, candidate.model), candidate.model, since)
 
+    def close(self) -> None:
+        """Compare with nothing any more, and free what is saved. Training must have stopped."""
+        if self._candidate is not None:
+            self._candidate.model.close()
+            self._candidate = None
+        self._compare_with(None, None, None)
+
     def _compare_with(self, anchor: Anchor | None, earlier: EarlierModel | None, since: _Since | None) -> None:
         before = self._earlier
         self._judge.compare_with(anchor)
