@@ -44,6 +44,7 @@ from model.rows import RowPrecision
 from model.settings import ModelSettings
 from stream.records.delta import DeltaHeader, Point, encode_delta
 from stream.records.delta_assembly import assemble
+from stream.trainer.snapshots import YOUNG_GROWTH
 
 MEASURED = 0.8  # the last share of impressions
 LIMIT_BYTES = 1_048_588  # of a record, as `topics.deltas_max_message_bytes` has it
@@ -91,7 +92,7 @@ def play(stream: Stream, labels: npt.NDArray[np.float32], kind: Kind, *, between
     learner = Learner(stream.schema, settings, device="cpu", row_precision=kind.rows)
     predictor = Predictor.of(stream.schema, settings, learner.serving_state(), device="cpu")
     found = Measured(np.full(len(stream), np.nan, np.float32), [], [], [], [])
-    learned = sequence = dense_at = 0
+    learned = sequence = dense_at = dense_learned = 0
     for start in range(0, len(stream), between):
         stop = min(start + between, len(stream))
         if sequence:
@@ -103,8 +104,9 @@ def play(stream: Stream, labels: npt.NDArray[np.float32], kind: Kind, *, between
             learned = part.stop
         if not learner.touched:
             continue
-        dense = not sequence or (stop - dense_at) * 1000 >= kind.dense_ms * rate
-        dense_at = stop if dense else dense_at
+        dense = (stop - dense_at) * 1000 >= kind.dense_ms * rate or learned > YOUNG_GROWTH * dense_learned
+        if dense:
+            dense_at, dense_learned = stop, learned
         delta = learner.take_delta(dense=dense)
         header = DeltaHeader(
             chain=CHAIN,

@@ -14,7 +14,8 @@ All ids are in the tables before the timing starts. These run in turns with Head
 The peers get row numbers; Headrace looks them up within its time. The last line is one JSON object: rates are medians over the
 rounds, and `peer` is the fastest peer at batches of 512.
 
-With `--gate`, it measures instead how much time the gate's comparison with an anchor adds to a step.
+With `--gate`, it measures instead how much time the gate adds to a step: rows saved for the anchor, its scores, and what is
+scored before a delta each 250 ms.
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ import torch
 from bench.common import interleaved, report
 from model.batch import FeatureBatch
 from model.learner import Learner
-from model.predictor import Predictor
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from state.gate import GateState
 from state.settings import SnapshotSettings
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.judge import Anchor, Judge
+from stream.trainer.score_shift import ScoreShift
 
 FIELDS = 39
 DIM = 16
 HIDDEN = (400, 400, 400)
 ZIPF = 1.1
 CLICK_RATE = 0.25
+DELTA_S = 0.25
 POOL_ROWS = 200_000
 """Examples that are drawn before the timing; the steps cycle through them."""
 
@@ -82,11 +84,13 @@ def headrace(pool: Pool, *, gate: bool = False) -> Step:
     settings = ModelSettings(hidden=HIDDEN)
     learner = Learner(schema, settings, device="cpu")
     learner.learn(as_batch(pool.every_id), np.zeros(len(pool.every_id), np.float32))
-    judge = Judge(SnapshotSettings(), GateState())
+    judge, shift = Judge(SnapshotSettings(), GateState()), ScoreShift(learner)
+    delta_due_s = 0.0
     if gate:
-        judge.compare_with(Anchor(1, Predictor.of(schema, settings, learner.serving_state(), device="cpu")))
+        judge.compare_with(Anchor(1, learner.keep()))
 
     def step(start: int, stop: int) -> None:
+        nonlocal delta_due_s
         batch, labels = pool.batch.slice(start, stop), pool.labels[start:stop]
         scores = learner.learn(batch, labels)
         if gate:
@@ -105,6 +109,11 @@ def headrace(pool: Pool, *, gate: bool = False) -> Step:
                 records=(),
             )
             judge.observe(seen, scores)
+            shift.observe(seen, scores)
+            if time.monotonic() >= delta_due_s:
+                delta_due_s = time.monotonic() + DELTA_S
+                shift.measure()
+                shift.served()
 
     return step
 

@@ -125,6 +125,8 @@ class EmbeddingTable:
         if len(new.keys):
             self._rows.make_room(self.keys.last_row + 1)
             self._rows.touch(new.rows)  # a row that another key had may be in a freeze, as a row without a key
+            if self._rows.moments is not None:
+                self._rows.moments.given_away(new.rows)
             # A key that occurs as several kinds gets the lowest of them, so that all devices agree.
             kind = torch.full((len(new.keys),), len(first_order), device=keys.device)
             kind.scatter_reduce_(0, found.which, kinds[found.absent], "amin")

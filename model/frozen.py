@@ -26,6 +26,7 @@ import torch
 from model.errors import ModelError
 from model.growing import Column, Growing
 from model.hashing import EMPTY_KEY
+from model.moments import Moments
 from model.reserve import reserved
 from model.rows import Rows
 from model.touched import Touched
@@ -44,6 +45,7 @@ class ModelRows(Growing):
 
         rows.touch(numbers)          # before the rows of these numbers change
         freeze = rows.freeze(count)  # rows 1 to `count`, as they are now
+        rows.moments = Moments(…)      # earlier moments that stay readable (`model.moments`); None when nobody wants any
 
     Whoever changes a part of a row that has existed before says so first by `touch`; of new rows, `touched` is enough. Row 0 is
     for unknown keys and never changes. The part `keys` of a row whose key was evicted is `EMPTY_KEY`.
@@ -52,6 +54,7 @@ class ModelRows(Growing):
     def __init__(self, columns: Mapping[str, Column], room: int, device: torch.device) -> None:
         self.touched = Touched(self)
         self._freeze: Freeze | None = None
+        self.moments: Moments | None = None
         work = {"scratch": Column(dtype=torch.int32), "touched": Column(dtype=torch.uint8)}
         super().__init__({**columns, **work}, room, device)
 
@@ -60,6 +63,8 @@ class ModelRows(Growing):
         freeze = self._freeze  # the writer's thread may close it meanwhile
         if freeze is not None:
             freeze.save(rows)
+        if self.moments is not None:
+            self.moments.touch(rows)
         self.touched.add(rows)
 
     def freeze(self, count: int) -> Freeze:
@@ -89,12 +94,14 @@ class ModelRows(Growing):
             self._freeze = None
 
     def clear(self, room: int) -> None:
-        """Makes all rows zeros again, with room for at least `room` of them. None of them is touched then.
+        """Makes all rows zeros again, with room for at least `room` of them. None is touched then, and no moment is open.
 
         Raises:
             ModelError: a freeze is open.
         """
         self.require_no_freeze()
+        if self.moments is not None:
+            self.moments.forget()
         super().clear(room)
         self.touched.forget()
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from model.adam import Adam
+from model.anchor import EarlierModel
 from model.deferred import Deferred
 from model.deltas import Deltas
 from model.embedding import EmbeddingTable, take
@@ -14,6 +15,7 @@ from model.errors import ModelError, SnapshotMismatch
 from model.frozen import SERVING, FrozenModel, ModelRows
 from model.hashing import EMPTY_KEY
 from model.intercept import Intercept
+from model.moments import Moment, Moments
 from model.network import choose_device, dense_model
 from model.rows import ModelDelta, RowPrecision, Rows
 from model.schema import FeatureSchema
@@ -60,6 +62,7 @@ class LearnerState:
             seed=settings.seed,
             expected=settings.initial_rows,
         )
+        self._moments = self._rows.moments = Moments(self._table.serving, schema.embedding_dim, self.device)
         self._typical = Typical(schema, self.device)
         self._deferred = Deferred(self._rows)
         self._intercept = Intercept(self.device)
@@ -143,6 +146,44 @@ class LearnerState:
         self._require_restored()
         freeze = self._rows.freeze(self._table.keys.last_row)
         return FrozenModel(freeze, len(self._table), self._dense_serving(), self._small())
+
+    def keep(self) -> EarlierModel:
+        """The model as it is now, to score with while training goes on. Its rows aren't copied until they change.
+
+        Call it between batches, in the training thread, as all methods of what it returns.
+        """
+        self._require_restored()
+        moment = self._moments.add(self._table.keys.last_row)
+        return self._earlier_model(moment, self._dense_serving(), self.negative_rate)
+
+    def model_of(self, rows: int, dense: Mapping[str, torch.Tensor], negative_rate: float) -> EarlierModel:
+        """An earlier version of this model, to score with. Its rows come in pieces by `EarlierModel.restore`.
+
+            earlier = learner.model_of(reader.row_count, reader.dense(), manifest.negative_rate)
+            for rows in reader.rows():
+                earlier.restore(rows)  # in the training thread; only what differs takes memory
+
+        Raises:
+            SnapshotMismatch: the version is of another model, or of a later moment than now.
+        """
+        self._require_restored()
+        if rows > len(self._table):
+            raise SnapshotMismatch(
+                f"version of {rows} rows: expected at most {len(self._table)}, as the model has now, found more. It isn't from "
+                "this model's past"
+            )
+        return self._earlier_model(self._moments.add_oldest(rows), dense, negative_rate)
+
+    def _earlier_model(self, moment: Moment, dense: Mapping[str, torch.Tensor], negative_rate: float) -> EarlierModel:
+        model = dense_model(self.schema, self.settings, self.device)
+        typical = Typical(self.schema, self.device)
+        try:
+            model.restore(dense)
+            typical.restore(dense)
+        except SnapshotMismatch:
+            moment.close()
+            raise
+        return EarlierModel(self.schema, self._table, moment, self._rows, model, typical, negative_rate)
 
     def serving_state(self) -> dict[str, torch.Tensor]:
         """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`), dense parameters, average rows."""

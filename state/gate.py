@@ -1,6 +1,7 @@
 """The gate: whether new versions may become champion without an operator.
 
-The gate has one state, *flowing* or *withheld*. Blocks of clicks decide it. In a block, the live weights (before they learn an
+The gate has one state, *flowing* or *withheld*. Blocks of clicks decide it, a *doubt* about a single delta withholds as well
+(`stream/trainer/sanity.py`), and an operator may release what is withheld. In a block, the live weights (before they learn an
 example) are compared with an anchor, an older version known to be good, on the same examples. Only a share of the impressions
 is compared, chosen by a hash of the id; clicks and non-clicks are counted on all of them (`state/gate_blocks.py`).
 
@@ -20,7 +21,7 @@ from state.gate_blocks import Block, Comparison, FloatArray, compare, effective
 from state.gate_report import Flow, GateReport
 from state.settings import SnapshotSettings
 
-__all__ = ["Gate", "GateState"]
+__all__ = ["Doubt", "Gate", "GateState"]
 
 # A block closes once it compares at least this many clicks, however many the stream had. A mean over fewer is not near enough
 # to normal: a limit of 4 standard errors would be exceeded by chance more often than the normal distribution says.
@@ -37,8 +38,25 @@ KEPT_BLOCKS = 16
 KEPT_LINES = 20
 
 
+class Doubt(msgspec.Struct, frozen=True):
+    """Why deltas are withheld whatever the blocks say: a delta alone wasn't sane.
+
+    since_ms      wall clock, ms since epoch
+    watermark_ms  event time up to which was trained then
+    """
+
+    reason: str
+    since_ms: int
+    watermark_ms: int
+
+
 class GateState(msgspec.Struct, kw_only=True):
-    """What the gate must remember over a restart. It is saved with the trainer's state."""
+    """What the gate must remember over a restart. It is saved with the trainer's state.
+
+    doubt     set while a delta alone isn't sane
+    vouched   loss change at which an operator released it last, while the anchor stays the same: as much worse counts as fine
+    released  operation of the last release by an operator that was carried out
+    """
 
     line: int = 0
     flow: Flow = "flowing"
@@ -54,6 +72,9 @@ class GateState(msgspec.Struct, kw_only=True):
     negatives: float = 0.0
     blocks: list[Block] = msgspec.field(default_factory=list)
     open: Block = msgspec.field(default_factory=Block)
+    doubt: Doubt | None = None
+    vouched: float = 0.0
+    released: str = ""
 
 
 class Gate:
@@ -156,7 +177,7 @@ class Gate:
     def anchored(self, version: int | None) -> None:
         """Compare with another anchor from now on. Closed blocks stay, since they compared with a good version too."""
         if version != self.state.anchor:
-            self.state.anchor = version
+            self.state.anchor, self.state.vouched = version, 0.0
             self._begin_block()
 
     def oppose(self, line: int, now_ms: int) -> None:
@@ -176,14 +197,53 @@ class Gate:
             self._begin_block()
             self._turn("flowing", now_ms, "the champion is of this line")
 
+    def doubt(self, reason: str, now_ms: int, watermark_ms: int) -> bool:
+        """Withhold until `trust`, since a delta isn't sane. Returns whether that is news; the time of the first doubt stays."""
+        before = self.state.doubt
+        if before is None:
+            self.state.doubt = Doubt(reason, now_ms, watermark_ms)
+        else:
+            self.state.doubt = msgspec.structs.replace(before, reason=reason)
+        return before is None
+
+    def trust(self, now_ms: int, why: str) -> bool:
+        """End a doubt: the weights are sane. Returns whether there was one."""
+        if self.state.doubt is None:
+            return False
+        self.state.doubt = None
+        if self.state.flow == "flowing":
+            self.state.since_ms, self.state.reason = now_ms, f"released: {why}"
+        return True
+
+    def release(self, operation: str, who: str, why: str, now_ms: int) -> None:
+        """An operator vouches for the live weights: release them.
+
+        From now on, until there is another anchor, only what is worse than they are now by the margin is withheld.
+        """
+        state = self.state
+        state.released, state.doubt = operation, None
+        if state.against is not None:
+            state.passed = (*state.passed, state.against)[-KEPT_LINES:]
+            state.against = None
+        if state.last is not None:
+            state.vouched = max(0.0, state.last.change)
+        state.blocks, state.compared_clicks = [], 0.0
+        self._begin_block()
+        self._turn("flowing", now_ms, f"released by {who}: {why}")
+
+    @property
+    def _limit(self) -> float:
+        return self._settings.gate_loss_margin + self.state.vouched
+
     def report(self, problems: Sequence[str] = (), spread: float | None = None) -> GateReport:
         """The report that a version carries."""
-        state, last = self.state, self.state.last
+        state, last, doubt = self.state, self.state.last, self.state.doubt
+        reason, since_ms = (state.reason, state.since_ms) if doubt is None else (doubt.reason, doubt.since_ms)
         return GateReport(
             line=state.line,
-            flow=state.flow,
-            reason=state.reason,
-            since_ms=state.since_ms,
+            flow=state.flow if doubt is None else "withheld",
+            reason=reason,
+            since_ms=since_ms,
             anchor=state.anchor,
             loss_change=None if last is None else last.change,
             loss_error=None if last is None else last.error,
@@ -202,7 +262,7 @@ class Gate:
         self.state.open = Block()
 
     def _withhold_if_worse(self, now_ms: int) -> None:
-        state, limit = self.state, self._settings.gate_loss_margin
+        state, limit = self.state, self._limit
         newest = [compare(state.blocks[-length:]) for length in STRETCHES if length <= len(state.blocks)]
         if not math.isfinite(newest[-1].error):  # nothing was compared in any of them
             return
@@ -221,7 +281,7 @@ class Gate:
         state.reason = f"log loss {_percent(state.last.change)} ± {state.last.error * 100:.1f} % against {self._rival()}"
 
     def _release_if_fine(self, now_ms: int) -> None:
-        state, limit = self.state, self._settings.gate_loss_margin
+        state, limit = self.state, self._limit
         wanted = self._settings.gate_block_clicks if state.against is None else self._settings.anchor_clicks
         stretch: list[Block] = []
         for block in reversed(state.blocks):

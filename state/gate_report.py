@@ -31,6 +31,7 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
     passed           other lines that this one was compared with and not found worse than
     spread           standard deviation of the logits of the newest 1,000 scores or so; None with fewer
     problems         what is wrong with the version itself; empty when it is sane
+    score_shift      mean absolute change of recent requests' logits, lately; None while it isn't measured
     """
 
     line: int = 0
@@ -46,6 +47,7 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
     passed: tuple[int, ...] = ()
     spread: float | None = None
     problems: tuple[str, ...] = ()
+    score_shift: float | None = None
 
 
 class Verdict(msgspec.Struct, frozen=True):

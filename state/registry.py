@@ -5,6 +5,7 @@ The topic is compacted, so the state is the last value of each key:
 - `version/N`: one announced version;
 - `alias/champion`: the version that scorers serve;
 - `alias/trainer`: which trainer may announce;
+- `alias/gate/release`: the last release of what the gate withheld, by an operator (`state.gate_release`);
 - other keys below `alias/`: aliases of any name, tags, and deletions under way (`state.alias_records`), and the shadow or
   canary (`state.canary`).
 
@@ -26,6 +27,7 @@ import msgspec
 
 from state.alias_records import GC_KEY, Alias, Deletion, TagChange, VersionTags, alias_of, tags_of
 from state.canary import CANARY_KEY, Canary
+from state.gate_release import RELEASE_KEY, GateRelease
 from state.gate_report import GateReport
 from state.manifest import Manifest, finite_or_null, nan_for_null
 
@@ -193,8 +195,8 @@ class TrainerLease(msgspec.Struct, frozen=True, kw_only=True):
     at_ms: int = 0
 
 
-RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion | Canary
-T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion, Canary)
+RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion | Canary | GateRelease
+T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion, Canary, GateRelease)
 
 
 class KeyedRecord(NamedTuple):
@@ -211,6 +213,7 @@ class RegistryState:
     aliases   by name, those that were removed too (with `version` None); without champion and trainer
     tags      by version; versions that never had tags aren't in it
     deletion  the versions that are being deleted; their records are gone from `versions`
+    release   the last release of what the gate withheld
     canary    the shadow or canary that runs, or the last one; `state.canary_running` says whether it goes on
     """
 
@@ -220,6 +223,7 @@ class RegistryState:
     aliases: dict[str, Alias] = field(default_factory=dict)
     tags: dict[int, VersionTags] = field(default_factory=dict)
     deletion: Deletion = field(default_factory=Deletion)
+    release: GateRelease = field(default_factory=GateRelease)
     canary: Canary = field(default_factory=Canary)
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
     problem_count: int = 0
@@ -288,6 +292,7 @@ class RegistryState:
         """Whether an operation is in the log already."""
         operations = {
             self.deletion.operation,
+            self.release.operation,
             self.canary.operation,
             self.canary.ended_operation,
             *(move.operation for move in self.champion.moves),
@@ -330,6 +335,8 @@ class RegistryState:
             self.trainer = TrainerLease() if value is None else _decode(value, TrainerLease)
         elif key == GC_KEY:
             self.deletion = Deletion() if value is None else _decode(value, Deletion)
+        elif key == RELEASE_KEY:
+            self.release = GateRelease() if value is None else _decode(value, GateRelease)
         elif key == CANARY_KEY:
             self.canary = Canary() if value is None else _decode(value, Canary)
         elif (name := alias_of(key)) is not None:

@@ -60,8 +60,9 @@ class SnapshotSettings(BaseModel):
     dense_interval_ms: int = Field(
         default=1_000,
         ge=0,
-        description="Least time between two deltas that carry the dense weights: MLP, bias and average rows. Deltas in "
-        "between carry rows only, which are a tenth of the bytes. A version comes with both. 0: every delta carries both.",
+        description="Time between two deltas that carry the dense weights: MLP, bias and average rows. Deltas in between "
+        "carry rows only: a tenth of the bytes. A version comes with both, and those of a new model leave more often. "
+        "0: every delta carries both.",
     )
     min_examples: int = Field(
         default=1, ge=0, description="Number of examples that must have been learned since the last version for a new one."
@@ -118,6 +119,13 @@ class SnapshotSettings(BaseModel):
         default=0.01,
         ge=0,
         description="Fraction by which the log loss may be worse than the anchor's. Beyond it new versions are withheld.",
+    )
+    score_shift_limit: float = Field(
+        default=0.2,
+        gt=0,
+        description="Mean absolute change, in logits, of the scores of 64 recent requests within up to 2,000 examples. "
+        "Beyond it and beyond 4 times what is usual, once there is an anchor, deltas are withheld until scores are back, until "
+        "`anchor_age_ms` have passed and clicks don't show the weights to be worse, or until an operator releases them.",
     )
     anchor_age_ms: int = Field(
         default=600_000,

@@ -79,12 +79,12 @@ class VersionReader:
             return self._tensors(TRAINER_FILE)
         return {name: tensor for name, tensor in self._of_old(TRAINER_FILE).items() if name not in TRAINER_ROW_TENSORS}
 
-    def rows(self) -> Iterator[Rows]:
-        """All rows of the serving weights, some at a time, rounded as scorers have them."""
+    def rows(self, *, exact: bool = False) -> Iterator[Rows]:
+        """All rows of the serving weights, some at a time: rounded as scorers have them, or `exact` as the trainer has them."""
         if self.manifest.format == 1:
             serving = self._old_rows()
             return iter(() if serving is None else (serving,))
-        return self._counted(_ahead(self._serving_rows, range(self._pieces)), len)
+        return self._counted(_ahead(self._rows if exact else self._serving_rows, range(self._pieces)), len)
 
     def trainer_rows(self) -> Iterator[Piece]:
         """All rows with what the trainer keeps for them. SnapshotCorrupt for a version without trainer state."""

@@ -35,6 +35,7 @@ EXIT_CODES = {  # docs/cli.md
     3: "not every live scorer confirmed a rollback, or the stop of a canary, in time; what was written stands",
     4: "`snapshot watch`: the candidate was taken back, or its trial was stopped",
     5: "`snapshot watch`: `--timeout` was over before the trial ended",
+    6: "`snapshot gate`: the gate withholds what is learned",
     EXIT_BUG: "an unexpected error: a bug",
     EXIT_INTERRUPTED: "Ctrl-C",
     EXIT_PIPE: "the reader of the output has ended, as `head -1` does after one line",

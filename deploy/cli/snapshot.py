@@ -13,6 +13,7 @@ from deploy.cli.snapshot_aliases import alias, history, tag
 from deploy.cli.snapshot_canary import canary, shadow, watch
 from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, topic_names
 from deploy.cli.snapshot_compare import diff, export
+from deploy.cli.snapshot_gate import gate, release
 from deploy.cli.snapshot_upkeep import gc, reindex
 from deploy.cli.times import DURATION, TIME, clock, duration
 
@@ -354,5 +355,5 @@ def _undo(done: ChampionMoved | Plan | Held) -> str | None:
     return None if done.undo is None else done.undo.command
 
 
-for command in (shadow, canary, watch, alias, tag, history, diff, gc, reindex, export):
+for command in (shadow, canary, watch, alias, tag, history, diff, gc, reindex, export, gate, release):
     snapshot.add_command(command)

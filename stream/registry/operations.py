@@ -24,6 +24,7 @@ from state import decisions
 from state.alias_decisions import AliasMoved, Tagged
 from state.changes import Cause, Held, Moved, Undo
 from state.errors import Refused, SnapshotCorrupt, SnapshotError
+from state.gate_release import Released
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
@@ -232,6 +233,11 @@ class Operations:
         """Let auto-promotion go on with the next version that passes the gate."""
         async with self._writer() as writer:
             return (await writer.resume()).outcome
+
+    async def release(self, reason: str) -> Released:
+        """Release what the gate withholds: the trainer publishes one delta of all that has changed."""
+        async with self._writer() as writer:
+            return (await writer.release(reason)).outcome
 
     @overload
     async def undo(self, done: ChampionMoved, *, timeout_ms: int | None = None) -> ChampionMoved: ...

@@ -27,13 +27,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from state import alias_decisions, canary_decisions, decisions, upkeep
+from state import alias_decisions, canary_decisions, decisions, gate_decisions, upkeep
 from state.alias_decisions import AliasMoved, Tagged
 from state.alias_records import Doomed
 from state.canary import CanaryOutcome, Mode, Progress, Thresholds
 from state.canary_decisions import CanaryChanged
 from state.changes import Announcement, Cause, Change, Held, Moved
 from state.errors import Refused, StaleEpoch
+from state.gate_release import Released
 from state.manifest import Manifest
 from state.registry import KeyedRecord, RegistryState, encode_record
 from state.settings import SnapshotSettings
@@ -140,6 +141,10 @@ class RegistryWriter:
     async def resume(self, reason: str = "") -> Written[Held]:
         """Let auto-promotion go on."""
         return await self._change(decisions.resume, reason)
+
+    async def release(self, reason: str) -> Written[Released]:
+        """Release what the gate withholds."""
+        return await self._change(gate_decisions.release, reason)
 
     async def set_alias(self, name: str, version: int, reason: str) -> Written[AliasMoved]:
         """Point an alias other than `champion` at a version."""

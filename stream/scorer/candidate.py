@@ -46,7 +46,7 @@ def load_candidate(store: SnapshotStore, record: VersionRecord, *, device: str, 
         NoRoom: there is no room for it.
         SnapshotError: the version is missing or isn't what its manifest says.
     """
-    size, room = store.manifest(record.version).serving_size, max(spare_bytes - taken_bytes, 0)
+    size, room = store.announced(record).serving_size, max(spare_bytes - taken_bytes, 0)
     if size > room:
         raise NoRoom(
             f"version {record.version}: expected room for {size / 1e6:,.3f} MB in the spare memory, found {room / 1e6:,.3f} MB "

@@ -11,10 +11,10 @@ in the table any more is compared by the present scores.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,16 +23,18 @@ import numpy.typing as npt
 import torch
 
 from model.batch import FeatureBatch
-from state.gate import Gate, GateState
+from state.gate import Doubt, Gate, GateState
 from state.gate_blocks import sample
-from state.gate_report import GateReport
-from state.registry import RegistryState, VersionRecord
+from state.gate_report import Flow, GateReport
 from state.settings import SnapshotSettings
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.bookkeeping import State, from_json, to_json
 from stream.trainer.evaluation import counts
+from stream.trainer.logits import logits
 
-__all__ = ["Anchor", "Judge", "Predicts", "choose_anchor"]
+__all__ = ["Anchor", "Judge", "Predicts"]
+
+log = logging.getLogger(__name__)
 
 # Examples processed together: numpy's calls cost as much for a batch of 128 as for eight of them.
 TOGETHER_ROWS = 1_024
@@ -46,15 +48,13 @@ SLOTS = 1 << 17
 SPREAD_EXAMPLES = 1_000
 # If logits differ by less, all scores are alike: a thousandth of a logit is a tenth of a per cent of a click rate.
 LEAST_SPREAD = 1e-3
-# A float32 can't represent a score nearer to 1 than this. The metrics have the same limit.
-_CLIP = 1e-7
 _MIX = np.uint64(
     0x9E3779B97F4A7C15
 )  # 2**64 / golden ratio: the sample must be independent of others that are drawn by the same hash
 
 
 class Predicts(Protocol):
-    """The part of `model.predictor.Predictor` that an anchor needs."""
+    """What an anchor needs: a `model.anchor.AnchorPoint`, or a `model.predictor.Predictor` for a version of another line."""
 
     def predict(self, batch: FeatureBatch) -> npt.NDArray[np.float32]: ...
 
@@ -107,7 +107,7 @@ class _Remembered:
 
 
 class Judge:
-    """Gives the gate its pairs. `observe`, `state` and `restore` are for the training thread, all else is for any.
+    """Gives the gate its pairs. `follow` and `report` are for any thread, all else is for the training thread.
 
     judge = Judge(settings.snapshots, GateState(line=epoch))
     judge.compare_with(Anchor(12, predictor))
@@ -134,7 +134,10 @@ class Judge:
         return self._anchor
 
     def compare_with(self, anchor: Anchor | None) -> None:
-        """Go on with another anchor, or with none. Rows gathered for the old anchor are dropped."""
+        """Go on with another anchor, or with none. Rows gathered for the old anchor are dropped.
+
+        It scores, so it is for the training thread, or for any other one while nothing is trained.
+        """
         with self._lock:
             self._take_in()
             self._gathered, self._rows = [], 0
@@ -151,6 +154,51 @@ class Judge:
                 self._gate.unopposed(_now_ms())
             elif champion_line not in state.passed:
                 self._gate.oppose(champion_line, _now_ms())
+
+    @property
+    def flow(self) -> Flow:
+        """What the blocks of clicks say, whatever doubt there is."""
+        return self._gate.state.flow
+
+    @property
+    def doubt(self) -> Doubt | None:
+        """Why a delta alone isn't sane; None while there is no doubt."""
+        return self._gate.state.doubt
+
+    @property
+    def released(self) -> str:
+        """The operation of the last release by an operator that was carried out."""
+        return self._gate.state.released
+
+    def problems(self) -> list[str]:
+        """What is wrong with the scores alone; empty when nothing is."""
+        return self._problems()
+
+    def question(self, reason: str, watermark_ms: int) -> None:
+        """A delta isn't sane: withhold what is learned until `trust`."""
+        with self._lock:
+            is_news = self._gate.doubt(reason, _now_ms(), watermark_ms)
+        if is_news:
+            log.error("gate: withheld: %s. Scorers stay at the last delta, training goes on", reason)
+
+    def trust(self, why: str) -> None:
+        """A delta is sane: end the doubt about those before it."""
+        with self._lock:
+            ended = self._gate.trust(_now_ms(), why)
+        if ended:
+            log.warning("gate: released: %s", why)
+
+    def release(self, operation: str, who: str, why: str) -> bool:
+        """An operator releases what is withheld. Returns whether something was; the operation is carried out anyway."""
+        with self._lock:
+            withheld = self._gate.report().flow == "withheld"
+            if withheld:
+                self._gate.release(operation, who, why, _now_ms())
+            else:
+                self._gate.state.released = operation
+        if withheld:
+            log.warning("gate: released by %s: %s", who, why)
+        return withheld
 
     def report(self) -> GateReport:
         """What the gate knows now: everything observed if `state` was just called, else all but the last batches."""
@@ -183,7 +231,7 @@ class Judge:
         if not observed:
             return
         batches = [batch for batch, _ in observed]
-        live = _logits(np.concatenate([scores for _, scores in observed]))
+        live = logits(np.concatenate([scores for _, scores in observed]))
         self._measure_spread(live)
         labels = np.concatenate([batch.labels for batch in batches])
         weights = np.concatenate([counts(batch) for batch in batches]).astype(np.float64)
@@ -219,7 +267,14 @@ class Judge:
         if self._rows >= GATHERED_ROWS or self._gate.share_is_due:
             self._score_gathered()
         if self._gate.block_is_full:
-            self._gate.close_block(_now_ms())
+            self._close_block()
+
+    def _close_block(self) -> None:
+        state, before = self._gate.state, self._gate.state.flow
+        self._gate.close_block(_now_ms())
+        if state.flow != before:
+            what = "withheld" if state.flow == "withheld" else "flowing"
+            log.warning("gate: %s: %s", what, state.reason)
 
     def _score_gathered(self) -> None:
         gathered, self._gathered, self._rows = self._gathered, [], 0
@@ -263,7 +318,7 @@ class Judge:
         predictor = self._anchor.predictor
         whole = len(at) == len(batch)
         scores = served[at] if predictor is None else predictor.predict(batch if whole else batch.take(at))
-        anchor = _logits(scores)
+        anchor = logits(scores)
         fine = np.isfinite(anchor)
         at, anchor = at[fine], anchor[fine]
         self._gate.pair(labels[at], weights[at], live[at], anchor)
@@ -288,68 +343,6 @@ class Judge:
         ]
 
 
-def choose_anchor(
-    registry: RegistryState,
-    report: GateReport,
-    *,
-    watermark_ms: int,
-    settings: SnapshotSettings,
-    broken: Collection[int] = (),
-) -> int | None:
-    """Which version to compare with: the one in use, or a newer one when it is time; None when none qualifies.
-
-    - An anchor is good (tagged, not rolled back), and at least `anchor_age_ms` (event time) and `anchor_clicks` older than what
-      is trained.
-    - It is replaced by a version that is newer by the same age and clicks, so that the store is read once in that time and not
-      with every version.
-    - It is never replaced while versions are withheld: the newest good versions may be those that went wrong.
-    - When the champion is of another line, the anchor is the newest good version of that line, or the champion itself.
-
-    Args:
-        report: the gate's present report.
-        watermark_ms: event time up to which is trained.
-        broken: versions that couldn't be read.
-    """
-    champion_line = registry.champion_line
-    if champion_line is None:
-        return None
-    is_new_line = champion_line not in (report.line, *report.passed)
-    line = champion_line if is_new_line else report.line
-    usable = {
-        number: record
-        for number, record in registry.versions.items()
-        if record.line == line
-        and record.kind == "full"
-        and number not in broken
-        and not registry.champion.was_rolled_back(number)
-    }
-    current = None if report.anchor is None else usable.get(report.anchor)
-    good = [record for record in usable.values() if record.good_at_ms is not None]
-    if is_new_line:
-        if current is None and not good:
-            return None if registry.champion.version in broken else registry.champion.version
-        return current.version if current is not None else max(record.version for record in good)
-    if current is not None and report.flow == "withheld":
-        return current.version
-    old = [
-        record
-        for record in good
-        if watermark_ms - record.watermark_ms >= settings.anchor_age_ms
-        and report.clicks - _clicks(record) >= settings.anchor_clicks
-    ]
-    newest = max(old, key=lambda record: record.version, default=None)
-    if newest is None or current is None:
-        chosen = current or newest
-        return None if chosen is None else chosen.version
-    is_time = newest.watermark_ms - current.watermark_ms >= settings.anchor_age_ms
-    is_time = is_time and _clicks(newest) - _clicks(current) >= settings.anchor_clicks
-    return newest.version if is_time else current.version
-
-
-def _clicks(record: VersionRecord) -> int:
-    return 0 if record.verdict is None else record.verdict.clicks
-
-
 def _rows_of(batches: list[FeatureBatch], rows: npt.NDArray[np.intp]) -> FeatureBatch:
     """Rows, in ascending order, of several batches whose rows are numbered consecutively."""
     starts = np.cumsum([0, *map(len, batches)])
@@ -360,11 +353,6 @@ def _rows_of(batches: list[FeatureBatch], rows: npt.NDArray[np.intp]) -> Feature
         if last > first
     ]
     return FeatureBatch.concat(parts)
-
-
-def _logits(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    clipped = np.clip(np.asarray(scores, np.float64), _CLIP, 1 - _CLIP)
-    return np.log(clipped) - np.log1p(-clipped)
 
 
 def _now_ms() -> int:

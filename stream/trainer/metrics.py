@@ -154,6 +154,21 @@ class TrainerMetrics:
             "Version that the live weights are compared with, 0 when there is none.",
             registry=prometheus,
         )
+        self.anchor_rows = Gauge(
+            "headrace_trainer_gate_saved_rows",
+            "Rows of weights held for the gate because they have changed since the anchor, or since the next one.",
+            registry=prometheus,
+        )
+        self.score_shift = Gauge(
+            "headrace_trainer_score_shift",
+            "Mean absolute change of recent requests' logits within up to 2,000 examples. NaN while it isn't measured.",
+            registry=prometheus,
+        )
+        self.gate_doubt = Gauge(
+            "headrace_trainer_gate_doubt",
+            "1 while deltas are withheld because one of them alone wasn't sane, whatever the clicks say.",
+            registry=prometheus,
+        )
         self.score_spread = Gauge(
             "headrace_trainer_score_spread",
             "Standard deviation of the logits of the newest 1,000 scores or so.",
@@ -204,6 +219,11 @@ class TrainerMetrics:
         self.gate_anchor.set(verdict.anchor or 0)
         self.score_spread.set(math.nan if verdict.spread is None else verdict.spread)
         self.behind.set(versions_since_champion)
+
+    def checked(self, score_shift: float | None, *, in_doubt: bool) -> None:
+        """Set the gauges of the checks of a delta."""
+        self.score_shift.set(math.nan if score_shift is None else score_shift)
+        self.gate_doubt.set(in_doubt)
 
     def served(self, metrics: Metrics, band: tuple[float, float]) -> None:
         """Set whether the calibration of served scores is out of the band."""

@@ -37,6 +37,8 @@ from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, topic_ids
 from stream.trainer.rebase import go_on_in_place
+from stream.trainer.sanity import Sanity
+from stream.trainer.score_shift import ScoreShift
 from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.snapshots import Publisher
 from stream.trainer.standby import Standby
@@ -183,7 +185,7 @@ async def _built(
         row_precision=snapshots.row_precision,
     )
     judge = Judge(snapshots, gate_state(start, epoch))
-    anchors = Anchors(judge, store, snapshots, schema, model, settings.device)
+    anchors = Anchors(judge, store, snapshots, schema, model, prepared.learner, settings.device)
 
     def reference(version: int) -> Predictor:
         return load_reference(store, version, schema, announced=follower.state.versions.get(version))
@@ -203,6 +205,8 @@ async def _built(
         observers=(skew, canary),
         bookkeeping={CHAIN: chain, "canary": canary},
         judge=judge,
+        sanity=Sanity(judge, ScoreShift(prepared.learner), snapshots),
+        anchors=anchors,
     )
     training.restore(start.bookkeeping)
     # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a new

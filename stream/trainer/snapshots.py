@@ -26,7 +26,7 @@ from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.start import Start
 from stream.trainer.training import Training
 
-__all__ = ["Announces", "BetweenBatches", "Publisher"]
+__all__ = ["YOUNG_GROWTH", "Announces", "BetweenBatches", "Publisher"]
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,9 @@ TICK_S = 0.02
 # version, since scorers get nothing until then. It grows to `interval_ms`.
 FIRST_INTERVAL_S = 5.0
 INTERVAL_GROWTH = 1.5
+# Dense weights leave before their interval has passed if the model has seen this many times the examples by then. The bias of a
+# new model moves fast. At 2,000 examples a second this is over after 10 s.
+YOUNG_GROWTH = 1.1
 # Wait before a delta is sent again. The producer's own attempts take seconds.
 SEND_AGAIN_S = 1.0
 # Wait before a version that is written is announced again, if announcing failed. The registry's own attempts take seconds.
@@ -136,7 +139,7 @@ class Publisher:
                     point = await self._point(captured)
                     writing = asyncio.create_task(self._finish(captured, point))
                     continue
-                dense = now_s >= due_dense_s
+                dense = now_s >= due_dense_s or training.examples_seen > YOUNG_GROWTH * self._dense_sent
                 sent = self._dense_sent if dense else self._sent
                 if now_s >= due_delta_s and training.examples_seen > sent and not self._chain.begins_with_a_version:
                     due_delta_s = max(due_delta_s, now_s - delta_s) + delta_s  # no drift, and no burst after a standstill

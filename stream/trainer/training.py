@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,6 +15,7 @@ from model.errors import UpdateNotFinite
 from model.features import FeatureBatch
 from model.frozen import FrozenModel
 from model.rows import ModelDelta
+from state.gate_report import GateReport
 from stream.records.dead_letter import DeadLetter
 from stream.trainer.arrivals import ArrivalSample
 from stream.trainer.batching import BatchCutter, TrainingBatch
@@ -25,7 +25,7 @@ from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Judge
 from stream.trainer.metrics import TrainerMetrics
-from stream.trainer.sanity import delta_problems
+from stream.trainer.sanity import Sanity
 
 __all__ = ["Learns", "Observer", "Training"]
 
@@ -61,6 +61,12 @@ class Learns(Protocol):
     def digest(self) -> int: ...
 
 
+class KeepsAnchors(Protocol):
+    """`stream.trainer.anchors.Anchors`."""
+
+    def captured(self, position: Position, verdict: GateReport | None) -> None: ...
+
+
 class Observer(Protocol):
     """Gets every batch that was learned."""
 
@@ -92,7 +98,7 @@ class Training:
     that can't be learned alone are set aside. `take_set_aside` gives their dead letters.
 
     `observers` and the `judge` get each batch with the scores from before its update. The state of the parts in `bookkeeping`,
-    of the evaluation and of the judge is saved in every version.
+    of the evaluation, of the judge and of `sanity` is saved in every version. `anchors` hears of every version.
     """
 
     def __init__(
@@ -107,17 +113,20 @@ class Training:
         observers: Sequence[Observer] = (),
         bookkeeping: Mapping[str, Bookkeeping] | None = None,
         judge: Judge | None = None,
+        sanity: Sanity | None = None,
+        anchors: KeepsAnchors | None = None,
     ) -> None:
         self._learner, self._cutter, self._evaluation, self._metrics = learner, cutter, evaluation, metrics
-        self._judge = judge
-        self._observers = tuple(observers) if judge is None else (*observers, judge)
-        judged = {} if judge is None else {"gate": judge}
+        self._judge, self._anchors = judge, anchors
+        self._sanity = Sanity(judge) if sanity is None else sanity
+        self._observers = (*observers, *(each for each in (judge, self._sanity.shift) if each is not None))
+        parts = {"gate": judge, "shift": self._sanity.shift}
+        judged = {name: part for name, part in parts.items() if part is not None}
         self._bookkeeping: dict[str, Bookkeeping] = {"scores": evaluation, **judged, **(bookkeeping or {})}
         self._max_batch_age_s = max_batch_age_s
         self._waiting_since: float | None = None
         self._set_aside: list[DeadLetter] = []
         self._arrivals = ArrivalSample()
-        self._problems: tuple[str, ...] = ()  # of the last delta that was taken
         self._dense_taken_at: int | None = None  # examples seen by the dense weights that scorers get; None: they get none yet
         self.batches = 0
         self.watermark_ms = watermark_ms
@@ -238,32 +247,39 @@ class Training:
     def capture_delta(self, *, dense: bool = True) -> CapturedDelta | None:
         """What changed since the delta before. To be called between two batches.
 
-        None while the gate withholds what is learned, when nothing has changed, and when the weights fail the checks of
-        `stream.trainer.sanity`. What was touched is then part of a later delta.
+        None while the gate withholds what is learned, when nothing has changed, and when the delta isn't sane
+        (`stream.trainer.sanity`). What was touched is then part of a later delta.
 
         Args:
             dense: whether the delta carries the dense weights. The first one does in any case, and so does the next one after
                 deltas were withheld.
         """
-        if self.withheld:
+        if not self._learner.touched and not self._dense_is_old:
+            return None
+        began = time.perf_counter()
+        may_leave = self._sanity.may_leave(self.watermark_ms)
+        self._metrics.checked(self._sanity.score_shift, in_doubt=self._sanity.in_doubt)
+        if not may_leave:
             self._dense_taken_at = None  # rows that were withheld for an hour must not meet dense weights of before that
             return None
         dense = dense or self._dense_taken_at is None
-        if not self._learner.touched and not (dense and self._dense_is_old):
+        if not self._learner.touched and not dense:
             return None
-        began = time.perf_counter()
         delta = self._learner.take_delta(dense=dense)
-        problems = delta_problems(delta)
-        self._problems = tuple(problems)
+        passes = self._sanity.passes(delta, self.watermark_ms)
         if dense:
-            self._dense_taken_at = None if problems else self._learner.examples_seen
-        if problems:
+            self._dense_taken_at = self._learner.examples_seen if passes else None
+        if not passes:
             self._learner.expect(torch.cat((delta.rows.keys, delta.gone)))
             self._metrics.deltas.labels("withheld").inc()
-            log.error("a delta of %d rows is withheld: %s", len(delta.rows), "; ".join(problems))
             return None
         self._metrics.snapshot_seconds.labels("capture_delta").observe(time.perf_counter() - began)
         return CapturedDelta(delta, self._position(), self._arrivals.take())
+
+    def release(self, operation: str, who: str, why: str) -> None:
+        """An operator releases what is withheld: the next delta has all that has changed. To be called between two batches."""
+        if self._judge is not None and self._judge.release(operation, who, why):
+            self._sanity.forget()
 
     def capture_version(self) -> CapturedVersion:
         """Everything that a version holds. To be called between two batches.
@@ -277,18 +293,21 @@ class Training:
         verdict = (
             None if self._judge is None else self._judge.report()
         )  # after its state was taken: then it knows every example
-        if verdict is not None and self._problems:
-            verdict = msgspec.structs.replace(verdict, problems=(*verdict.problems, *self._problems))
+        if verdict is not None:
+            verdict = self._sanity.said(verdict)
+        position = self._position()
         captured = CapturedVersion(
             frozen=self._learner.freeze(),
             bookkeeping=bookkeeping,
             evaluation=self._evaluation.freeze(),
             verdict=verdict,
-            position=self._position(),
+            position=position,
             delta=delta,
             on_chain=not withheld and not self._learner.touched and not self._dense_is_old,
             digest=self._learner.digest,
         )
+        if self._anchors is not None:
+            self._anchors.captured(position, verdict)
         self._metrics.snapshot_seconds.labels("capture").observe(time.perf_counter() - began)
         return captured
 

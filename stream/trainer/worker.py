@@ -16,12 +16,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
 from state.errors import SnapshotError
+from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.deltas.writer import DeltaWriter
@@ -50,6 +52,8 @@ from stream.worker import Part, Worker, fatal, guarded
 __all__ = ["TrainerWorker"]
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # In the group that reads `examples` a leader is replaced at once under its instance id. This time-out is for one that hangs and
 # has no replacement.
@@ -171,6 +175,7 @@ class TrainerWorker(Worker):
                 report = await asyncio.to_thread(lambda: self._scores.freeze().report())
                 self._metrics.report(report)
                 self._metrics.served(report["served", "window"], self._snapshots.served_calibration_band)
+            await self._release(self._follower.state)
             if time.monotonic() >= anchor_due:
                 anchor_due = time.monotonic() + ANCHOR_S
                 await self._show_gate()
@@ -195,9 +200,20 @@ class TrainerWorker(Worker):
     async def _show_gate(self) -> None:
         """Change to the anchor that is due, and update the metrics of the gate."""
         state = self._follower.state
-        await self._anchors.follow(state, self._training.watermark_ms)
+        await self._anchors.follow(state, self._training.watermark_ms, self._between_batches)
+        self._metrics.anchor_rows.set(self._anchors.saved_rows)
         newer = sum(1 for version in state.versions if version > (state.champion.version or 0))
         self._metrics.judged(self._judge.report(), newer)
+
+    async def _release(self, state: RegistryState) -> None:
+        """Carry out an operator's release of this line, once."""
+        release, judge = state.release, self._judge
+        if release.line == judge.report().line and release.operation != judge.released:
+            training = self._training
+            await self._between_batches(lambda: training.release(release.operation, release.who, release.reason))
+
+    async def _between_batches(self, work: Callable[[], T]) -> T:
+        return await self._pipeline.between_batches(lambda training: work())
 
     # Progress and shutdown
 

@@ -7,7 +7,8 @@ from state.settings import SnapshotSettings
 
 
 def test_versions_flow_when_the_click_rate_steps_up_and_back() -> None:
-    assert holds_at_steps(1, SnapshotSettings(), hours=0.5) == 0
+    found = holds_at_steps(1, SnapshotSettings(), hours=0.5)
+    assert (found.holds, found.shifts) == (0, 0)
 
 
 def test_versions_with_too_high_logits_are_withheld() -> None:

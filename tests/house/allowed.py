@@ -49,7 +49,6 @@ UNUSED: dict[str, str] = {
     "_closed": "set on kafka-python's clients, which look at it before they wait for brokers",
     "disable_wal": "an option of RocksDB's writes",
     "checksum": "an attribute of aiokafka's records, which a substitute for one must have",
-    "loss_error": "a field of the gate's verdict, which `headrace snapshot show` reads by its key",
     "seen_end_at": "for the trainer, which reads deltas to their end",
     "frame": "a parameter of a signal handler",
 }

@@ -240,3 +240,57 @@ def test_metrics_must_be_finite_where_they_are_defined(metrics: dict[str, float]
     verdict = judge_version(judged(), metrics, 1_000, champion_line=1, settings=SETTINGS)
     assert verdict.passed is passed
     assert says in verdict.reason
+
+
+def test_a_doubt_withholds_whatever_the_blocks_say_and_its_end_releases() -> None:
+    gate = Gate(SETTINGS, GateState(line=3, anchor=7))
+    block(gate, noise=0.01)
+    assert gate.doubt("scores jumped", 700, 60_000)
+    assert not gate.doubt("scores jumped further", 900, 90_000)
+    report = gate.report()
+    assert (report.flow, report.reason, report.since_ms) == ("withheld", "scores jumped further", 700)
+    block(gate, noise=0.01)
+    assert gate.report().flow == "withheld"
+    assert gate.state.doubt is not None
+    assert gate.state.doubt.watermark_ms == 60_000
+    assert not judge_version(gate.report(), {}, 1_000, champion_line=3, settings=SETTINGS).passed
+    assert gate.trust(1_200, "they are back")
+    assert not gate.trust(1_300, "they are back")
+    report = gate.report()
+    assert (report.flow, report.reason, report.since_ms) == ("flowing", "released: they are back", 1_200)
+
+
+def test_the_end_of_a_doubt_does_not_release_what_the_blocks_withhold() -> None:
+    gate = Gate(SETTINGS, GateState(anchor=7))
+    gate.doubt("scores jumped", 700, 0)
+    block(gate, shift=0.7)
+    gate.trust(800, "they are back")
+    assert gate.report().flow == "withheld"
+    assert gate.report().reason.startswith("log loss +")
+
+
+def test_an_operator_vouches_for_the_difference_that_was_released_until_there_is_another_anchor() -> None:
+    gate = Gate(SETTINGS, GateState(anchor=7))
+    block(gate, shift=1.0, noise=0.05)
+    assert gate.state.flow == "withheld"
+    gate.doubt("scores jumped", 900, 0)
+    gate.release("op1", "anna@host", "the campaign is real", 1_000)
+    report = gate.report()
+    assert (report.flow, report.reason) == ("flowing", "released by anna@host: the campaign is real")
+    assert gate.state.released == "op1"
+    for _ in range(9):
+        block(gate, shift=1.0, noise=0.05)  # as it was when it was released
+    assert gate.state.flow == "flowing"
+    block(gate, shift=2.0, noise=0.05)  # worse than that
+    assert gate.state.flow == "withheld"
+    gate.release("op2", "anna@host", "that too", 2_000)
+    gate.anchored(8)
+    block(gate, shift=1.0, noise=0.05)
+    assert gate.state.flow == "withheld"
+
+
+def test_an_operator_releases_a_new_line() -> None:
+    gate = Gate(SETTINGS, GateState(line=2))
+    gate.oppose(1, 500)
+    gate.release("op", "anna@host", "it is better", 600)
+    assert (gate.state.flow, gate.report().passed) == ("flowing", (1,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.gate import FAULTS, clicks_until_withheld, false_holds, ready
+from bench.gate import FAULTS, clicks_until_withheld, false_holds, ready, seconds_until_shifted
 from state.settings import SnapshotSettings
 
 SETTINGS = SnapshotSettings()
@@ -20,6 +20,13 @@ def test_faults_are_withheld_within_2000_clicks(click_rate: float) -> None:
 
 
 def test_a_healthy_model_is_not_withheld() -> None:
-    holds, blocks = false_holds(0, 0.05, 2.0, SETTINGS)
-    assert blocks > 500
-    assert holds == 0
+    found = false_holds(0, 0.05, 2.0, SETTINGS)
+    assert found.blocks > 500
+    assert (found.holds, found.shifts) == (0, 0)
+
+
+@pytest.mark.parametrize("click_rate", [0.05, 0.01])
+def test_flipped_labels_shift_the_scores_within_seconds(click_rate: float) -> None:
+    simulation = ready(1, click_rate, SETTINGS)
+    found_s = seconds_until_shifted(simulation)
+    assert found_s is not None and found_s < 10

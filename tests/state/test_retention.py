@@ -13,7 +13,7 @@ from state.errors import Refused
 from state.registry import Champion, Move, RegistryState, VersionRange, VersionRecord
 from state.retention import kept_versions, unannounced, versions_to_delete
 from state.settings import SnapshotSettings
-from stream.trainer.judge import choose_anchor
+from stream.trainer.anchor_rule import choose_anchor
 from tests.judged import judged
 from tests.state.registry_log import a_log
 

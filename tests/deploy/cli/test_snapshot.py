@@ -24,7 +24,7 @@ from stream.registry.heartbeat import HeartbeatSender
 from stream.registry.writer import RegistryWriter
 from stream.topics.names import TopicNames
 from tests.deploy.conftest import Run
-from tests.judged import JUDGED
+from tests.judged import JUDGED, judged
 
 GATE = SnapshotSettings(first_examples=0, good_after_ms=0)
 
@@ -260,3 +260,32 @@ def test_times_are_utc_unless_they_say_otherwise() -> None:
     assert clock(TIME.convert("2024-05-01T12:00:00Z", None, None)) == "2024-05-01T12:00:00Z"
     assert clock(None) == "-"
     assert [duration(span) for span in (12, 1_234, 90_000, 7_200_000)] == ["12 ms", "1.23 s", "1.5 m", "2 h"]
+
+
+def test_the_gate_says_why_it_withholds_and_an_operator_releases_it(run: Run, three: Settings) -> None:
+    assert run("snapshot gate --format json").json["flow"] == "flowing"
+    reason = "scores of recent requests have shifted by 0.58 logits"
+
+    async def withheld() -> None:
+        store = SnapshotStore(three.snapshots)
+        writer = RegistryWriter(three.kafka, TopicNames.of(three.topics), who="trainer@test")
+        verdict = judged(flow="withheld", reason=reason, since_ms=1_700_000_000_000, score_shift=0.58)
+        manifest = Manifest(version=4, epoch=1, created_at_ms=1_700_000_000_000, examples_seen=2_000, verdict=verdict)
+        written = store.write(manifest, {"rows": torch.ones(3)}, {"adam": torch.ones(3)})
+        assert not (await writer.announce(written, gate=GATE)).promoted
+        await writer.close()
+
+    asyncio.run(withheld())
+    seen = run("snapshot gate")
+    assert seen.code == 6
+    shown = seen.out
+    assert shown.startswith(f"withheld since 2023-11-14T22:13:20Z: {reason} (as of version 4)\n")
+    assert "shifted by 0.580 logits" in shown
+    assert run("snapshot gate --format json").json["score_shift"] == 0.58
+    assert "withheld" in run("snapshot list").out
+    assert run("snapshot release").code == 2  # without a reason
+    assert run('snapshot release --reason "it is real"').out == (
+        f"line 1: released; withheld since 2023-11-14T22:13:20Z: {reason}\n"
+    )
+    last = run("snapshot gate --format json").json["released"]  # the trainer's next version says that it is released
+    assert (last["line"], last["who"], last["reason"]) == (1, who(), "it is real")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -14,7 +15,7 @@ import pytest
 from kafka import KafkaProducer
 
 from deploy.demo.play import worker_environment
-from deploy.processes.workers import Worker, stop_workers
+from deploy.processes.workers import stop_workers
 from deploy.settings import Settings
 from headrace.scores import Answer, ScoreStream
 from model.schema import FeatureSchema
@@ -26,6 +27,7 @@ from stream.registry.log import read_registry
 from stream.scorer.trial import in_share
 from stream.topics.names import TopicNames
 from tests.deploy.conftest import Run
+from tests.forked import ForkedWorker
 from tests.stream.trainer.factory import MODEL, SCHEMA, headers, value
 
 PATIENCE_S = 90.0
@@ -49,7 +51,7 @@ class Scene:
         )
         self.names = TopicNames.of(settings.topics)
         self.workers = [
-            Worker(kind, worker_environment(self.settings), folder / f"{kind}.log", cwd=folder)
+            ForkedWorker(kind, worker_environment(self.settings), folder / f"{kind}.log", cwd=folder)
             for kind in ("trainer", "scorer")
         ]
         stack.callback(lambda: stop_workers(self.workers))
@@ -57,6 +59,7 @@ class Scene:
         self.stream = stack.enter_context(ScoreStream(self.names.scores, options, from_beginning=True))
         self.producer = stack.enter_context(closing(KafkaProducer(**options)))
         self.sent = self.asked = 0
+        self.chance = random.Random(7)
         for worker in self.workers:
             worker.start()
 
@@ -83,8 +86,14 @@ class Scene:
         """Send examples, each with what its impression carries of an answer."""
         for more in shown:
             number, self.sent = self.sent, self.sent + 1
+            # Noisy, so that no version predicts them nearly without loss: relative differences would be huge then.
+            clicked = self.chance.random() < (0.6 if number % 7 < 2 else 0.2)
             self.producer.send(
-                self.names.examples, key=b"x%d" % number, value=value(number, **more), headers=headers(number), partition=0
+                self.names.examples,
+                key=b"x%d" % number,
+                value=value(number, **more),
+                headers=headers(number, label=b"1" if clicked else b"0"),
+                partition=0,
             )
         self.producer.flush()
 
@@ -149,7 +158,7 @@ def test_a_canary_is_promoted_a_shadow_taken_back_and_another_stopped(scene: Sce
     assert [answer.model_version for answer in answers] == [candidate if each else champion for each in chosen]
     assert {answer.delta for answer in answers} == {0} and all(answer.shadow_version is None for answer in answers)
     scene.learn([shown(answer) for answer in answers])
-    watched = run("snapshot watch --format json")
+    watched = run("snapshot watch --timeout 60s --format json")
     last = json.loads(watched.out.splitlines()[-1])
     assert (watched.code, last["outcome"], last["champion"]) == (0, "promoted", candidate), watched.out
     assert last["ended_who"].startswith("trainer@") and "clicks" in last["ended_reason"]
@@ -165,7 +174,7 @@ def test_a_canary_is_promoted_a_shadow_taken_back_and_another_stopped(scene: Sce
     assert {(answer.model_version, answer.shadow_version) for answer in answers} == {(candidate, first)}
     assert all(answer.scores[0].shadow is not None for answer in answers)
     scene.learn([shown(answer, shadow_score=0.97) for answer in answers])
-    watched = run("snapshot watch")
+    watched = run("snapshot watch --timeout 60s")
     assert watched.code == 4 and "taken back" in watched.out, watched.out
     assert scene.registry().champion.version == candidate
     trainer, scorer = (worker.metrics() for worker in scene.workers)

@@ -8,7 +8,7 @@ import pytest
 
 from stream.trainer import snapshots
 from tests.stream.trainer.fakes import DeltaLog
-from tests.stream.trainer.test_rebase import Trainer, Withholding
+from tests.stream.trainer.test_rebase import Trainer, withhold
 from tests.stream.trainer.test_row_precision import follow, loaded, scores
 from tests.stream.trainer.test_snapshots import Bench, Trained, until
 
@@ -85,12 +85,12 @@ async def test_what_was_withheld_leaves_with_the_dense_weights_that_belong_to_it
     scorer = loaded(tmp_path, *trainer.version(on_chain=True))
     trainer.learn(64, 96)
     await publish(trainer, dense=False)
-    trainer.training._judge = Withholding()
+    withhold(trainer.training)
     captured = trainer.training.capture_version()
     captured.frozen.close()
     assert captured.delta is None
     assert not captured.on_chain
-    trainer.training._judge = None
+    withhold(trainer.training, False)
     trainer.learn(96, 128)
     assert (await publish(trainer, dense=False)).delta.dense is not None
     follow(scorer, trainer.log.deltas)

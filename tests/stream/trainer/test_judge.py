@@ -16,11 +16,12 @@ from state.manifest import Manifest
 from state.registry import Champion, RegistryState, VersionRange, VersionRecord
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
+from stream.trainer.anchor_rule import choose_anchor
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.bookkeeping import from_json
 from stream.trainer.evaluation import Evaluation
-from stream.trainer.judge import GATHERED_ROWS, SPREAD_EXAMPLES, Anchor, Judge, choose_anchor
+from stream.trainer.judge import GATHERED_ROWS, SPREAD_EXAMPLES, Anchor, Judge
 from stream.trainer.training import Training
 from tests.judged import judged
 from tests.stream.trainer.factory import MODEL, SCHEMA, columns, metrics
@@ -286,7 +287,7 @@ def store(tmp_path):
 
 
 def anchors(judge, store):
-    return Anchors(judge, store, SnapshotSettings(), SCHEMA, MODEL, "cpu")
+    return Anchors(judge, store, SnapshotSettings(), SCHEMA, MODEL, Learner(SCHEMA, MODEL, device="cpu"), "cpu")
 
 
 async def test_the_anchor_is_read_from_the_store_also_after_a_restart(store):

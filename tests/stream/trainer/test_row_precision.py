@@ -19,7 +19,7 @@ from stream.trainer.sanity import delta_problems
 from tests.stream.records.made_deltas import header
 from tests.stream.trainer.factory import MODEL, SCHEMA
 from tests.stream.trainer.fakes import NO_KEYS, DeltaLog
-from tests.stream.trainer.test_rebase import Trainer, Withholding
+from tests.stream.trainer.test_rebase import Trainer, withhold
 
 LARGEST = 65_504.0
 """Of float16."""
@@ -148,7 +148,7 @@ async def test_the_old_precision_again_before_the_chain_has_begun(tmp_path):
     follow(scorer, log.deltas)
     changed = Trainer(log, epoch=2, precision="float16")
     await changed.go_on(version, manifest)
-    changed.training._judge = Withholding()
+    withhold(changed.training)
     changed.learn(64, 96)
     version, manifest = changed.version(on_chain=False)
     back = Trainer(log, epoch=3)

@@ -10,6 +10,7 @@ import pytest
 from model.errors import SnapshotMismatch
 from model.learner import Learner
 from state.errors import SnapshotError
+from state.gate_release import GateRelease
 from state.manifest import Manifest
 from state.registry import Champion, RegistryState, VersionRecord
 from state.settings import SnapshotSettings
@@ -222,5 +223,32 @@ async def test_housekeeping_shows_the_gate(stage, monkeypatch):
     shown = SimpleNamespace(verdict=None)
     each = stage.served
     monkeypatch.setattr(each._metrics, "judged", lambda verdict, newer: setattr(shown, "verdict", (verdict.flow, newer)))
+    in_training_thread(each, monkeypatch)
     await each._show_gate()
     assert shown.verdict == ("withheld", 0)
+
+
+def in_training_thread(worker, monkeypatch):
+    """The pipeline's threads don't run, so what is for the training thread is done at once."""
+
+    async def at_once(capture):
+        return capture(worker._training)
+
+    monkeypatch.setattr(worker._pipeline, "between_batches", at_once)
+
+
+async def test_an_operators_release_is_carried_out_once_and_only_for_this_line(stage, monkeypatch):
+    stage.state = known(stage.version(1))
+    await stage.run(new_model=True)
+    each = stage.served
+    in_training_thread(each, monkeypatch)
+    judge = each._judge
+    assert judge.report().line == 7
+    for line, operation, flow in ((1, "a", "withheld"), (None, "", "withheld"), (7, "b", "flowing")):
+        stage.state.release = GateRelease(line=line, who="anna@host", reason="it is better", operation=operation)
+        await each._release(stage.state)
+        assert judge.report().flow == flow
+    assert judge.report().reason == "released by anna@host: it is better"
+    judge.question("scores jumped", 0)
+    await each._release(stage.state)  # the same release as before says nothing about this
+    assert judge.report().flow == "withheld"

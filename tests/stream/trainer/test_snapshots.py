@@ -11,6 +11,7 @@ import torch
 from model.rows import ModelDelta, Rows
 from state.changes import Announcement
 from state.errors import Refused, SnapshotError
+from state.gate import GateState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import Fenced, NoAnswer, RegistryError
@@ -20,6 +21,7 @@ from stream.trainer.batching import BatchCutter
 from stream.trainer.captured import CapturedDelta, CapturedVersion, Position
 from stream.trainer.chain import Base, Chain, Published
 from stream.trainer.evaluation import Evaluation
+from stream.trainer.judge import Judge
 from stream.trainer.snapshots import Publisher
 from stream.trainer.start import Start
 from stream.trainer.training import Training
@@ -373,21 +375,13 @@ async def test_weights_that_are_not_sane_are_withheld_and_said_with_the_version(
     ],
 )
 async def test_a_version_of_such_weights_is_no_point_of_the_chain(bench, weight, says):
-    class Judge:
-        def report(self):
-            return judged(problems=("scores don't vary",))
-
-        def observe(self, batch, scores):
-            pass
-
-        def state(self):
-            return {}
-
-    at, trained = bench(), Trained(judge=Judge())
+    at, trained = bench(), Trained(judge=Judge(SnapshotSettings(), GateState(line=1)))
     trained.learner.weight = weight
     trained.learn(10)
     captured = trained.training.capture_version()
     assert not captured.on_chain
-    assert captured.verdict.problems[:2] == ("scores don't vary", says)
+    assert captured.verdict.problems[0] == says
+    assert captured.verdict.flow == "withheld"
+    assert captured.verdict.reason.startswith(says)
     await at.publisher.publish(captured)
     assert at.chain.published is None
