@@ -60,8 +60,9 @@ bench: setup ## every benchmark, one JSON line each, about 20 minutes; load at a
 RUNS ?= 61
 SEED ?= 1
 FAMILY ?= join
-faults: setup ## RUNS faults from SEED on, each checked; FAMILY=join (the default), or snapshots (versions, deltas, replicas)
-	$(BIN)/python -m tests.faults$(if $(filter-out join,$(FAMILY)),.$(FAMILY)) --runs $(RUNS) --seed $(SEED) --jobs $(JOBS) --write-docs
+faults: setup ## RUNS faults from SEED on, each checked; FAMILY=join, snapshots (versions, deltas, replicas), or versions (upgrades)
+	$(BIN)/python -m tests.faults$(if $(filter-out join,$(FAMILY)),.$(FAMILY)) \
+	$(if $(filter-out versions,$(FAMILY)),--runs $(RUNS) --seed $(SEED) --jobs $(JOBS) --write-docs)
 
 lock: ## resolve requirements.lock again from pyproject.toml
 	$(UV) pip compile pyproject.toml --group worker --group schema-registry --group onnx --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock

@@ -1,14 +1,16 @@
-"""Work that gives way to the other threads of its process."""
+"""Work in threads of its own: one that gives way to the other threads of its process, one that isn't waited for too long."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-__all__ = ["in_background"]
+__all__ = ["in_background", "within"]
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,36 @@ def in_background(call: Callable[[], T]) -> T:
     if work.error is not None:
         raise work.error
     return work.result
+
+
+async def within(seconds: float | None, call: Callable[[], T]) -> T:
+    """Run `call` in a thread, and wait for it at most so long; None: as long as it takes.
+
+    A thread that takes longer goes on, and doesn't keep the process from ending.
+
+    Raises:
+        TimeoutError: it takes longer.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(done: Callable[[], None]) -> None:
+        if not result.done():
+            done()
+
+    def run() -> None:
+        try:
+            value = call()
+        except BaseException as error:
+            failure = error
+            done: Callable[[], None] = lambda: result.set_exception(failure)  # noqa: E731
+        else:
+            done = lambda: result.set_result(value)  # noqa: E731
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, done)
+
+    threading.Thread(target=run, name="within", daemon=True).start()
+    return await asyncio.wait_for(result, seconds)
 
 
 def _lower_priority() -> None:

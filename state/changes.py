@@ -6,9 +6,12 @@ import shlex
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from state.registry import KeyedRecord
+from msgspec.structs import replace
 
-__all__ = ["Announcement", "Cause", "Change", "Held", "Moved", "Undo"]
+from state.registry import KeyedRecord
+from state.rewinds import SkippedRange
+
+__all__ = ["Announcement", "Cause", "Change", "Held", "Moved", "Rewinding", "Undo"]
 
 T = TypeVar("T")
 
@@ -29,6 +32,17 @@ class Cause:
     now_ms: int
     reason: str
     operation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rewinding:
+    """That the trainer goes back, too, and the stretches of `examples` that it leaves out from then on."""
+
+    skipped: tuple[SkippedRange, ...] = ()
+
+    def signed(self, cause: Cause) -> tuple[SkippedRange, ...]:
+        """The stretches, with who left them out, why and when."""
+        return tuple(replace(each, who=cause.who, why=cause.reason, at_ms=cause.now_ms) for each in self.skipped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +88,17 @@ class Undo:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """The champion was moved by hand. `undo` restores what was before; None where there was no champion before."""
+    """The champion was moved by hand.
+
+    undo    restores what scorers served before; None where there was no champion before
+    rewind  the operation that a trainer obeys by going back too; None for a move of the champion alone
+    """
 
     version: int
     previous: int | None
     held: bool
     undo: Undo | None
+    rewind: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from state.registry import (
     VersionRecord,
     version_key,
 )
+from state.rewinds import REWINDS_KEY, Rewind, SkippedRange
 from state.settings import SnapshotSettings
 
 __all__ = [
@@ -124,30 +125,49 @@ def promote(
     return Change(step.records, Moved(version, before.version, step.champion.hold, _undo(before, step.champion)))
 
 
-def rollback(state: RegistryState, target: int, cause: Cause) -> Change[Moved]:
+def rollback(
+    state: RegistryState, target: int, cause: Cause, *, rewind: bool = False, skipped: Iterable[SkippedRange] = ()
+) -> Change[Moved]:
     """Put an older version back and hold auto-promotion. An earlier hold stays as it is, with its own reason.
 
     Args:
         target: from `rollback_target`.
+        rewind: the trainer goes back to the target too (`state.rewinds`). The target may then be the champion.
+        skipped: stretches of `examples` that the trainer leaves out from then on.
 
     Raises:
         Refused: the target was never announced or isn't older than the champion.
     """
     before = state.champion
     entry = announced(state, target)
-    if before.version is None or target >= before.version:
+    if before.version is None or target > before.version or (target == before.version and not rewind):
         raise Refused(
             f"rollback to version {target}: expected one older than the champion, {before.version}. To go forward: "
             f"`headrace snapshot promote {target} --reason …`."
         )
     held = before if before.hold else _held(before, True, f"rolled back: {cause.reason}", cause)
-    ranges = (*before.rolled_back, VersionRange(target, before.version))[-KEPT_RANGES:]
-    step = _move(replace(held, rolled_back=ranges), entry, cause, how="rollback")
-    return Change(step.records, Moved(target, before.version, True, _undo(before, step.champion)))
+    left = max(state.newest, before.version) if rewind else before.version
+    ranges = before.rolled_back if left == target else (*before.rolled_back, VersionRange(target, left))[-KEPT_RANGES:]
+    after = replace(held, rolled_back=ranges)
+    if target == before.version:
+        records: tuple[KeyedRecord, ...] = (KeyedRecord(CHAMPION_KEY, after),) if after != before else ()
+    else:
+        step = _move(after, entry, cause, how="rollback")
+        records, after = step.records, step.champion
+    if rewind:
+        back = Rewind(version=target, who=cause.who, at_ms=cause.now_ms, reason=cause.reason, operation=cause.operation)
+        records += (KeyedRecord(REWINDS_KEY, state.rewinds.adding(back, skipped)),)
+    return Change(records, Moved(target, before.version, True, _undo(before, after), cause.operation if rewind else None))
 
 
 def rollback_target(
-    state: RegistryState, *, to: int | None = None, back_ms: int | None = None, before_ms: int | None = None, now_ms: int
+    state: RegistryState,
+    *,
+    to: int | None = None,
+    back_ms: int | None = None,
+    before_ms: int | None = None,
+    now_ms: int,
+    or_champion: bool = False,
 ) -> int:
     """The version that a rollback goes to. Without `to`, `back_ms` and `before_ms`: the newest older one tagged good.
 
@@ -155,6 +175,7 @@ def rollback_target(
         to: this version.
         back_ms: the champion this long before `now_ms`.
         before_ms: the champion at this time (ms since epoch).
+        or_champion: the champion itself may be named too: the trainer goes back to what is served already.
 
     Raises:
         Refused: there is no such version, or it isn't older than the champion. The message lists what can be named.
@@ -190,7 +211,7 @@ def rollback_target(
                 f"rollback from version {champion}: expected an older version tagged good, found none. "
                 f"{_choices(state, champion)}"
             )
-    if target is None or target >= champion:
+    if target is None or target > champion or (target == champion and not or_champion):
         raise Refused(
             f"rollback to version {target}: expected one older than the champion, {champion}. {_choices(state, champion)}"
         )
@@ -211,8 +232,19 @@ def hold(state: RegistryState, cause: Cause) -> Change[Held]:
 
 
 def resume(state: RegistryState, cause: Cause) -> Change[Held]:
-    """Let auto-promotion go on with the next version that passes the gate."""
+    """Let auto-promotion go on with the next version that passes the gate.
+
+    Raises:
+        Refused: a trainer has been sent back and hasn't gone yet. Scorers would follow the line that is to be left.
+    """
     before = state.champion
+    pending = state.rewinds.pending
+    if before.hold and pending is not None:
+        raise Refused(
+            f"resume: expected a trainer that has gone back to version {pending.version}, as {pending.who} asked at "
+            f"{_clock(pending.at_ms)}, found none yet. Scorers would follow the weights that were rolled back. Start a "
+            "trainer, or look at its log, then run it again."
+        )
     if not before.hold:
         return Change((), Held(False, "", _is_by(before, cause), None, before.hold_who, before.hold_at_ms))
     after = _held(before, False, "", cause)

@@ -10,11 +10,13 @@ import msgspec
 
 from state.errors import SnapshotCorrupt
 from state.gate_report import GateReport
+from state.rewinds import SkippedRange
 
 __all__ = [
     "DENSE_FILE",
     "MANIFEST_FILE",
     "SERVING_FILE",
+    "SERVING_NAMES",
     "TRAINER_FILE",
     "FileEntry",
     "Manifest",
@@ -26,6 +28,8 @@ MANIFEST_FILE = "manifest.json"
 DENSE_FILE = "dense.safetensors"
 SERVING_FILE = "serving.safetensors"  # of format 1
 TRAINER_FILE = "trainer.safetensors"
+SERVING_NAMES = ("serving", "dense")
+"""With which the names of the files begin that a scorer reads."""
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -51,6 +55,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     sequence       number of the last delta of the chain that the weights contain; None: no point of a published chain
     digest         of the serving weights (`model.digest`), 16 hex digits
     deltas_offset  offset in `deltas` after that delta: where a scorer that has loaded the version goes on reading
+    skipped        stretches of `examples` before `offsets` that were left out when the trainer was sent back (`state.rewinds`)
     row_precision  how scorers have the rows, of which the digest is. The files hold all digits, for further training
 
     Versions of 0.1.0 have none of the last seven; the defaults say so.
@@ -77,6 +82,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float] = msgspec.field(default_factory=dict)
     verdict: GateReport | None = None
     topic_ids: dict[str, str] = msgspec.field(default_factory=dict)
+    skipped: tuple[SkippedRange, ...] = ()
     schema_hash: str = ""
     features: dict[str, Any] = msgspec.field(default_factory=dict)
     model: dict[str, Any] = msgspec.field(default_factory=dict)
@@ -90,7 +96,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def serving_size(self) -> int:
         """Bytes of the files that a scorer reads."""
-        return sum(entry.size for name, entry in self.files.items() if name.startswith(("serving", "dense")))
+        return sum(entry.size for name, entry in self.files.items() if name.startswith(SERVING_NAMES))
 
     def encode(self) -> bytes:
         """As indented JSON in UTF-8, readable for people too."""

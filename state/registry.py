@@ -6,8 +6,8 @@ The topic is compacted, so the state is the last value of each key:
 - `alias/champion`: the version that scorers serve;
 - `alias/trainer`: which trainer may announce;
 - `alias/gate/release`: the last release of what the gate withheld, by an operator (`state.gate_release`);
-- other keys below `alias/`: aliases of any name, tags, and deletions under way (`state.alias_records`), and the shadow or
-  canary (`state.canary`).
+- other keys below `alias/`: aliases of any name, tags, deletions under way (`state.alias_records`), rewinds of the trainer
+  (`state.rewinds`), and the shadow or canary (`state.canary`).
 
 A reader ignores keys below `alias/` and fields that it doesn't know, so that it can read what a newer release has written.
 A record with an empty value, a tombstone, removes its key. The records of deleted versions are removed, so the state grows
@@ -30,6 +30,7 @@ from state.canary import CANARY_KEY, Canary
 from state.gate_release import RELEASE_KEY, GateRelease
 from state.gate_report import GateReport
 from state.manifest import Manifest, finite_or_null, nan_for_null
+from state.rewinds import REWINDS_KEY, Rewinds, SkippedRange
 
 __all__ = [
     "CHAMPION_KEY",
@@ -80,6 +81,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     who             who announced it
     chain, sequence, digest, deltas_offset  as in the manifest. A release that doesn't know them leaves them out when it writes
                     the record again; the version then counts as one that is no point of a chain
+    skipped         as in the manifest
     """
 
     version: int
@@ -103,6 +105,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
     verdict: GateReport | None = None
     champion_at_ms: tuple[int, ...] = ()
     good_at_ms: int | None = None
+    skipped: tuple[SkippedRange, ...] = ()
 
     @classmethod
     def of(cls, manifest: Manifest, *, now_ms: int, who: str, gate: str) -> VersionRecord:
@@ -127,6 +130,7 @@ class VersionRecord(msgspec.Struct, frozen=True, kw_only=True):
             who=who,
             gate=gate,
             verdict=manifest.verdict,
+            skipped=manifest.skipped,
         )
 
     @property
@@ -195,8 +199,8 @@ class TrainerLease(msgspec.Struct, frozen=True, kw_only=True):
     at_ms: int = 0
 
 
-RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion | Canary | GateRelease
-T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion, Canary, GateRelease)
+RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion | Rewinds | Canary | GateRelease
+T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion, Rewinds, Canary, GateRelease)
 
 
 class KeyedRecord(NamedTuple):
@@ -213,6 +217,7 @@ class RegistryState:
     aliases   by name, those that were removed too (with `version` None); without champion and trainer
     tags      by version; versions that never had tags aren't in it
     deletion  the versions that are being deleted; their records are gone from `versions`
+    rewinds   how the trainer was sent back, and what it leaves out since
     release   the last release of what the gate withheld
     canary    the shadow or canary that runs, or the last one; `state.canary_running` says whether it goes on
     """
@@ -223,6 +228,7 @@ class RegistryState:
     aliases: dict[str, Alias] = field(default_factory=dict)
     tags: dict[int, VersionTags] = field(default_factory=dict)
     deletion: Deletion = field(default_factory=Deletion)
+    rewinds: Rewinds = field(default_factory=Rewinds)
     release: GateRelease = field(default_factory=GateRelease)
     canary: Canary = field(default_factory=Canary)
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
@@ -271,6 +277,11 @@ class RegistryState:
         """The largest version ever announced; 0 without any. Whoever deletes old versions must keep this one."""
         return max(max(self.versions, default=0), self.champion.version or 0)
 
+    @property
+    def newest_to_start_from(self) -> int:
+        """The largest version that a trainer may start from; 0 without any. Versions that a rewind left are passed over."""
+        return max((version for version in self.versions if not self.rewinds.left(version)), default=0)
+
     def aliases_of(self, version: int) -> list[str]:
         """The aliases that point at a version, in alphabetical order; without `champion`."""
         return sorted(name for name, alias in self.aliases.items() if alias.version == version)
@@ -292,6 +303,7 @@ class RegistryState:
         """Whether an operation is in the log already."""
         operations = {
             self.deletion.operation,
+            *(each.operation for each in self.rewinds.rewinds),
             self.release.operation,
             self.canary.operation,
             self.canary.ended_operation,
@@ -333,6 +345,8 @@ class RegistryState:
             self.champion = Champion() if value is None else _decode(value, Champion)
         elif key == TRAINER_KEY:
             self.trainer = TrainerLease() if value is None else _decode(value, TrainerLease)
+        elif key == REWINDS_KEY:
+            self.rewinds = Rewinds() if value is None else _decode(value, Rewinds)
         elif key == GC_KEY:
             self.deletion = Deletion() if value is None else _decode(value, Deletion)
         elif key == RELEASE_KEY:

@@ -141,7 +141,27 @@ class SnapshotSettings(BaseModel):
     served_calibration_band: tuple[float, float] = Field(
         default=(0.8, 1.25),
         description="Lowest and highest ratio of served predictions to clicks that is right. Outside of it "
-        "`headrace_trainer_served_out_of_band` is 1, and `headrace doctor` reports it.",
+        "`headrace_trainer_served_out_of_band` is 1, `headrace doctor` reports it, and a block of clicks is out of band "
+        "(snapshots.auto_rollback).",
+    )
+    auto_rollback: Literal["off", "alarm", "act"] = Field(
+        default="alarm",
+        description="What the trainer does when served scores are out of their band, against the labels of their impressions: "
+        "`off`: it doesn't look; `alarm`: it logs an error and sets `headrace_trainer_served_alarm`; `act`: it also rolls back "
+        "to the newest good version, once, and holds auto-promotion until `headrace snapshot resume`.",
+    )
+    served_block_clicks: int = Field(
+        default=200,
+        ge=20,
+        description="Number of clicks on impressions with a served score after which served scores are judged.",
+    )
+    served_blocks: int = Field(
+        default=3, ge=1, description="Number of such blocks in a row that must be out of band for an alarm."
+    )
+    served_ne_margin: float = Field(
+        default=0.05,
+        ge=0,
+        description="Fraction by which the normalised entropy of served scores may be above its own mean of the blocks before.",
     )
     auto_promote: bool = Field(
         default=True, description="Whether each version that passes the gate becomes champion by itself."

@@ -219,11 +219,12 @@ class SnapshotStore:
         small = reader.small()
         return {**small, **_joined(reader.row_state(), reader.manifest.rows)}
 
-    def verify(self, version: int, *, hashes: bool = True) -> list[str]:
+    def verify(self, version: int, *, hashes: bool = True, serving_only: bool = False) -> list[str]:
         """The problems of a version; empty if it is whole.
 
         Args:
             hashes: read and hash every file. Otherwise only names and sizes are compared, by one listing.
+            serving_only: with `hashes`, only the files that a scorer reads.
 
         Raises:
             SnapshotNotFound: the store has no file of this version.
@@ -236,7 +237,7 @@ class SnapshotStore:
             reader = self.read(version)
         except (SnapshotNotFound, SnapshotCorrupt) as error:
             return [str(error)]
-        return reader.check() if hashes else reader.check_sizes(there)
+        return reader.check(serving_only=serving_only) if hashes else reader.check_sizes(there)
 
     def _not_found(self, version: int) -> SnapshotNotFound:
         versions = self.versions()

@@ -70,6 +70,10 @@ def needed(state: RegistryState) -> dict[int, str]:
         found[state.canary.version] = f"the candidate of a {state.canary.mode}"
     if champion.previous is not None:
         found[champion.previous] = "the champion before this one, to which an undo goes"
+    if state.rewinds.rewinds:
+        found[state.newest_to_start_from] = "the newest that a trainer may start from"
+        if state.rewinds.pending is not None:
+            found[state.rewinds.pending.version] = "the trainer is to go back to it"
     # Numbers never go back: a new version's number is above that of the newest announced.
     found[state.newest] = "the newest"
     if champion.version is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from state.blobs import Blobs, Entry
 from state.errors import SnapshotCorrupt, SnapshotNotFound
-from state.manifest import DENSE_FILE, MANIFEST_FILE, SERVING_FILE, TRAINER_FILE, FileEntry, Manifest
+from state.manifest import DENSE_FILE, MANIFEST_FILE, SERVING_FILE, SERVING_NAMES, TRAINER_FILE, FileEntry, Manifest
 from state.pieces import (
     FORMAT,
     ROW_TENSORS,
@@ -79,12 +79,12 @@ class VersionReader:
             return self._tensors(TRAINER_FILE)
         return {name: tensor for name, tensor in self._of_old(TRAINER_FILE).items() if name not in TRAINER_ROW_TENSORS}
 
-    def rows(self) -> Iterator[Rows]:
-        """All rows of the serving weights, some at a time, rounded as scorers have them."""
+    def rows(self, *, exact: bool = False) -> Iterator[Rows]:
+        """All rows of the serving weights, some at a time: rounded as scorers have them, or `exact` as the trainer has them."""
         if self.manifest.format == 1:
             serving = self._old_rows()
             return iter(() if serving is None else (serving,))
-        return self._counted(_ahead(self._serving_rows, range(self._pieces)), len)
+        return self._counted(_ahead(self._rows if exact else self._serving_rows, range(self._pieces)), len)
 
     def trainer_rows(self) -> Iterator[Piece]:
         """All rows with what the trainer keeps for them. SnapshotCorrupt for a version without trainer state."""
@@ -99,10 +99,16 @@ class VersionReader:
             return iter([_only(self._of_old(TRAINER_FILE), TRAINER_ROW_TENSORS)])
         return _ahead(lambda index: self._tensors(trainer_piece(index)), range(self._pieces))
 
-    def check(self) -> list[str]:
-        """The problems of the files, each read and hashed; empty if all are as they were written."""
+    def check(self, *, serving_only: bool = False) -> list[str]:
+        """The problems of the files, each read and hashed; empty if all are as they were written.
+
+        Args:
+            serving_only: look only at the files that a scorer reads.
+        """
         problems = []
         for name, entry in self.manifest.files.items():
+            if serving_only and not name.startswith(SERVING_NAMES):
+                continue
             try:
                 self._stored(name, entry)
             except SnapshotCorrupt as error:

@@ -15,6 +15,7 @@ from state.canary import Canary, Progress, Side, Thresholds
 from state.gate_release import GateRelease
 from state.gate_report import GateReport
 from state.registry import Champion, Move, TrainerLease, VersionRecord
+from state.rewinds import Rewind, Rewinds, SkippedRange
 from stream.records import replay
 from stream.records.answer import Answer, Problem
 from stream.records.delta import DeltaHeader
@@ -37,6 +38,9 @@ PAYLOADS = {
     "tagsRecord": VersionTags,
     "tagChange": TagChange,
     "deletionRecord": Deletion,
+    "rewindsRecord": Rewinds,
+    "rewind": Rewind,
+    "skippedRange": SkippedRange,
     "canaryRecord": Canary,
     "gateRelease": GateRelease,
     "canaryThresholds": Thresholds,

@@ -14,17 +14,15 @@ from deploy.cli.snapshot_canary import canary, shadow, watch
 from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, topic_names
 from deploy.cli.snapshot_compare import diff, export
 from deploy.cli.snapshot_gate import gate, release
+from deploy.cli.snapshot_rollback import EXIT_UNCONFIRMED, rollback, undo_command
 from deploy.cli.snapshot_upkeep import gc, reindex
-from deploy.cli.times import DURATION, TIME, clock, duration
+from deploy.cli.times import DURATION, clock, duration
 
 if TYPE_CHECKING:
     from state.changes import Held
-    from stream.registry.operations import ChampionMoved, Plan
+    from stream.registry.requests import ChampionMoved, Plan, Resumed
 
 __all__ = ["snapshot"]
-
-# Some scorer didn't confirm in time. The rollback is written, but that scorer may still serve another version.
-EXIT_UNCONFIRMED = 3
 
 
 @click.group()
@@ -182,79 +180,14 @@ def promote(
     else:
         moved = ask_kafka(settings, operations.promote(request), ABOUT)
     if output == "json":
-        echo_json({"from": moved.previous, "to": moved.version, "held": moved.held, "undo": _undo(moved), "dry_run": dry_run})
+        echo_json(
+            {"from": moved.previous, "to": moved.version, "held": moved.held, "undo": undo_command(moved), "dry_run": dry_run}
+        )
         return
     previous = "none" if moved.previous is None else moved.previous
     click.echo(f"champion: {previous} → {moved.version}{' (dry run: nothing was written)' if dry_run else ''}")
     click.echo(f"auto-promotion: {'held' if moved.held else 'on'}")
-    click.echo(f"undo: {_undo(moved) or 'there was no champion before'}")
-
-
-@snapshot.command()
-@click.option("--to", type=click.IntRange(min=1), metavar="VERSION", help="This version.")
-@click.option("--back", "back_ms", type=DURATION, metavar="DURATION", help="The champion this long ago, such as 10m.")
-@click.option("--before", "before_ms", type=TIME, metavar="TIME", help="The champion at this time; UTC without an offset.")
-@click.option("--reason", default="no reason given", help="Why; it stays in the registry.")
-@click.option(
-    "--timeout", "timeout_ms", type=DURATION, default="10s", show_default=True, help="How long to wait for the scorers."
-)
-@click.option("--unchecked", is_flag=True, help="Don't check first that the store has the version.")
-@click.option("--dry-run", is_flag=True, help="Say what would happen; write nothing.")
-@click.option("--yes", is_flag=True, help="Don't ask.")
-@format_option
-def rollback(
-    to: int | None,
-    back_ms: int | None,
-    before_ms: int | None,
-    reason: str,
-    timeout_ms: int,
-    unchecked: bool,
-    dry_run: bool,
-    yes: bool,
-    output: str,
-) -> None:
-    """Put an older version back, everywhere, and hold auto-promotion until `resume`.
-
-    By default the newest version older than the champion that is tagged good. Waits until every live scorer serves it.
-    Exit code 3 when someone didn't confirm in time, 0 when all did (or none is live).
-
-    \b
-    Examples:
-      headrace snapshot rollback --reason "CTR fell"
-      headrace snapshot rollback --to 39
-      headrace snapshot rollback --back 10m --dry-run
-      headrace snapshot rollback --before 2024-05-01T12:00:00Z --yes --format json
-    """
-    from stream.registry.operations import RollbackRequest
-
-    settings = command_settings()
-    began = time.monotonic()
-    operations = operations_of(settings, unchecked=unchecked)
-    request = RollbackRequest(reason, to, back_ms, before_ms, timeout_ms)
-    what: RollbackRequest | Plan = request
-    if dry_run or (not yes and sys.stdin.isatty()):
-        what = plan = ask_kafka(settings, operations.plan(request), ABOUT)
-        if dry_run:
-            _show_plan(plan, output)
-            return
-        click.confirm(
-            f"Roll back from version {plan.previous} to {plan.version} ({len(plan.live)} live scorers)?", abort=True, err=True
-        )
-        began = time.monotonic()  # the time for thinking it over doesn't count
-    done = ask_kafka(settings, operations.rollback(what, began=began), ABOUT)
-    _show_rollback(done, output)
-    for beat in done.unconfirmed:
-        why = ", stale" if beat.stale else ""
-        if beat.fallback_of is not None:
-            why += f", since it can't read version {beat.fallback_of} ({beat.fallback_reason})"
-        click.echo(
-            f"scorer {beat.worker} on {beat.host}: expected version {done.version} within {duration(timeout_ms)}, found "
-            f"version {beat.version} at registry offset {beat.registry_offset}{why}. The rollback stands; look at that "
-            "scorer's log, or stop it.",
-            err=True,
-        )
-    if done.unconfirmed:
-        sys.exit(EXIT_UNCONFIRMED)
+    click.echo(f"undo: {undo_command(moved) or 'there was no champion before'}")
 
 
 @snapshot.command()
@@ -272,28 +205,53 @@ def hold(reason: str, output: str) -> None:
 
 
 @snapshot.command()
+@click.option(
+    "--timeout", "timeout_ms", type=DURATION, default="10s", show_default=True, help="How long to wait for the scorers."
+)
 @format_option
-def resume(output: str) -> None:
-    """Let auto-promotion go on with the next version that passes the gate.
+def resume(timeout_ms: int, output: str) -> None:
+    """Let auto-promotion go on with the next version that passes the gate, and scorers follow the champion's chain again.
+
+    Waits until every live scorer does. Exit code 3 when someone didn't confirm in time. Refused while a trainer that was sent
+    back hasn't gone yet.
 
     \b
     Examples:
       headrace snapshot resume
     """
     settings = command_settings()
-    _show_hold(ask_kafka(settings, operations_of(settings).resume(), ABOUT), output)
+    began = time.monotonic()
+    done = ask_kafka(settings, operations_of(settings).resume_everywhere(timeout_ms, began=began), ABOUT)
+    _show_hold(done.held, output, done)
+    for beat in done.unconfirmed:
+        click.echo(
+            f"scorer {beat.worker} on {beat.host}: expected it to follow the champion's chain within {duration(timeout_ms)}, "
+            f"found version {beat.version} at registry offset {beat.registry_offset}{', stale' if beat.stale else ''}"
+            f"{f' ({beat.problem})' if beat.problem else ''}. It follows as soon as it can; look at that scorer's log.",
+            err=True,
+        )
+    if done.unconfirmed:
+        sys.exit(EXIT_UNCONFIRMED)
 
 
-def _show_hold(held: Held, output: str) -> None:
+def _show_hold(held: Held, output: str, resumed: Resumed | None = None) -> None:
     if output == "json":
+        waited: dict[str, object] = {}
+        if resumed is not None:
+            waited = {
+                "confirmed": [{"worker": each.worker, "after_ms": each.after_ms} for each in resumed.confirmed],
+                "unconfirmed": [each.worker for each in resumed.unconfirmed],
+                "resume_ms": resumed.took_ms,
+            }
         echo_json(
             {
+                **waited,
                 "held": held.held,
                 "reason": held.reason,
                 "who": held.who,
                 "since_ms": held.at_ms,
                 "changed": held.changed,
-                "undo": _undo(held),
+                "undo": undo_command(held),
             }
         )
         return
@@ -301,59 +259,12 @@ def _show_hold(held: Held, output: str) -> None:
     click.echo(f"auto-promotion: {f'held: {held.reason}' if held.held else 'on'}{by}")
     if not held.changed:
         click.echo("It was so already; nothing was written.")
+    if resumed is not None and (everyone := len(resumed.confirmed) + len(resumed.unconfirmed)):
+        follow = f"{len(resumed.confirmed)} of {everyone} scorers follow"
+        click.echo(f"{follow}, {duration(resumed.took_ms)} after the command")
     if held.undo:
-        click.echo(f"undo: {_undo(held)}")
+        click.echo(f"undo: {undo_command(held)}")
 
 
-def _show_plan(plan: Plan, output: str) -> None:
-    workers = [beat.worker for beat in plan.live]
-    if output == "json":
-        echo_json(
-            {
-                "from": plan.previous,
-                "to": plan.version,
-                "held_already": plan.held_already,
-                "live": workers,
-                "dry_run": True,
-            }
-        )
-        return
-    click.echo(f"champion: {plan.previous} → {plan.version} (dry run: nothing was written)")
-    click.echo(f"auto-promotion: {'held already' if plan.held_already else 'would be held'}")
-    click.echo(f"live scorers: {', '.join(workers) or 'none'}")
-
-
-def _show_rollback(done: ChampionMoved, output: str) -> None:
-    from deploy.cli.snapshot_view import beat_json
-
-    if output == "json":
-        echo_json(
-            {
-                "from": done.previous,
-                "to": done.version,
-                "held": done.held,
-                "confirmed": [{"worker": each.worker, "after_ms": each.after_ms} for each in done.confirmed],
-                "unconfirmed": [beat_json(beat) for beat in done.unconfirmed],
-                "rollback_ms": done.took_ms,
-                "undo": _undo(done),
-            }
-        )
-        return
-    click.echo(f"champion: {done.previous} → {done.version}, auto-promotion held until `headrace snapshot resume`")
-    everyone = len(done.confirmed) + len(done.unconfirmed)
-    if not everyone:
-        click.echo(f"no scorer is live: nobody had to confirm ({duration(done.took_ms)})")
-    else:
-        names = ", ".join(each.worker for each in done.confirmed)
-        confirmed = f"{len(done.confirmed)} of {everyone} scorers confirmed{f' ({names})' if names else ''}"
-        click.echo(f"{confirmed}, {duration(done.took_ms)} after the command")
-    click.echo(f"undo: {_undo(done)}")
-
-
-def _undo(done: ChampionMoved | Plan | Held) -> str | None:
-    """The command that restores what was before."""
-    return None if done.undo is None else done.undo.command
-
-
-for command in (shadow, canary, watch, alias, tag, history, diff, gc, reindex, export, gate, release):
+for command in (rollback, shadow, canary, watch, alias, tag, history, diff, gc, reindex, export, gate, release):
     snapshot.add_command(command)

@@ -49,6 +49,8 @@ def registry_json(state: RegistryState, in_store: set[int], last: int) -> dict[s
         "canary": canary_json(state.canary),
         "deleting": [doomed.version for doomed in state.deletion.versions],
         "trainer_epoch": state.trainer.epoch,
+        "rewinds": [msgspec.to_builtins(each) for each in state.rewinds.rewinds],
+        "skipped": [msgspec.to_builtins(each) for each in state.rewinds.skipped],
         "malformed_records": state.problem_count,
         "versions": [
             version_json(state.versions[number], state, number in in_store) for number in numbers[-last if last else 0 :]
@@ -88,6 +90,7 @@ def version_json(record: VersionRecord, state: RegistryState, in_store: bool) ->
         "metrics": finite_or_null(record.metrics),
         "gate": record.gate,
         "verdict": None if record.verdict is None else msgspec.to_builtins(record.verdict),
+        "skipped": [msgspec.to_builtins(each) for each in record.skipped],
         "in_store": in_store,
     }
 
@@ -160,6 +163,7 @@ def print_versions(document: dict[str, Any]) -> None:
     gate = document["gate"]
     if gate is not None:
         click.echo(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
+    _print_rewind(document.get("rewinds", [])[-1:], document.get("skipped", []))
     canary = document["canary"]
     if canary is not None and canary["outcome"] == "running":
         said = "" if canary["progress"] is None else f": {canary['progress']['verdict']}"
@@ -181,6 +185,23 @@ def print_versions(document: dict[str, Any]) -> None:
         if beat["fallback_of"] is not None:
             line += f"; it can't read version {beat['fallback_of']}: {beat['fallback_reason']}"
         click.echo(line)
+
+
+def _print_rewind(last: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> None:
+    for rewind in last:
+        asked = f"as {rewind['who']} asked at {clock(rewind['at_ms'])}: {rewind['reason']}"
+        if rewind["up_to"] is None:
+            click.echo(f"trainer: is to go back to version {rewind['version']}, {asked}")
+        else:
+            done = f"went back to version {rewind['version']} at {clock(rewind['done_at_ms'])}"
+            click.echo(f"trainer: {done} ({rewind['chain']} began), {asked}")
+    for each in skipped:
+        click.echo(f"not learned: {_skipped_text(each)}")
+
+
+def _skipped_text(each: dict[str, Any]) -> str:
+    where = f"partition {each['partition']}, offsets {each['from']:,} up to {each['to']:,} ({each['to'] - each['from']:,})"
+    return f"{where}, left out by {each['who']} at {clock(each['at_ms'])}: {each['why']}"
 
 
 def print_version(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:
@@ -213,6 +234,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         ("examples seen", f"{manifest.examples_seen:,}"),
         ("negative rate", f"{manifest.negative_rate:g}"),
         ("offsets", ", ".join(f"{part}: {offset}" for part, offset in sorted(manifest.offsets.items())) or "-"),
+        *(("not learned", _skipped_text(msgspec.to_builtins(each))) for each in manifest.skipped),
         ("point of chain", "-" if manifest.sequence is None else f"{manifest.chain}, delta {manifest.sequence}"),
         ("digest", manifest.digest or "-"),
         ("rows of scorers", manifest.row_precision),
@@ -260,6 +282,8 @@ def _tags(record: VersionRecord, state: RegistryState) -> list[str]:
     tags = []
     if record.version == state.champion.version:
         tags.append("champion")
+    if state.rewinds.left(record.version):
+        tags.append("left by the trainer")
     if state.champion.was_rolled_back(record.version):
         tags.append("rolled back")
     elif record.good_at_ms is not None:

@@ -28,6 +28,8 @@ CHECKS: dict[str, Callable[[Readings], Iterator[Finding]]] = {
     "scorers": model_checks.scorers,
     "skew": model_checks.skew,
     "calibration": model_checks.calibration,
+    "served": model_checks.served,
+    "rewind": model_checks.rewind,
     "versions": model_checks.versions,
     "gate": model_checks.gate,
     "champion": model_checks.champion,

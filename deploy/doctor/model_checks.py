@@ -21,6 +21,8 @@ MAX_HOLD_MS = 3_600_000
 MAX_WITHHELD_MS = 1_800_000
 # A trainer may be silent for as long as this many versions take, and at least a minute: a large model takes longer.
 MISSED_VERSIONS, MIN_SILENCE_MS = 5, 60_000
+# A trainer that runs goes back within seconds; one of 10 M rows that has to be started takes a minute.
+MAX_REWIND_MS = 300_000
 # Fewer served impressions are too few to judge a mean, and fewer compared scores to judge a share.
 MIN_SERVED, MIN_COMPARED = 1_000, 100
 # Share of compared scores whose logit differs by more than 0.02; it is 0 if requests and impressions agree.
@@ -126,6 +128,39 @@ def calibration(readings: Readings) -> Iterator[Finding]:
             cure="fix what `skew` and `champion` found, if they are listed; otherwise go back (`headrace snapshot rollback`) "
             "and check whether clicks are missing or come twice",
         )
+
+
+def served(readings: Readings) -> Iterator[Finding]:
+    """Served scores are worse than they were, in several blocks of clicks in a row."""
+    newest = _newest(readings)
+    if newest is None or newest.metrics.get("served_alarm", 0.0) != 1.0:
+        return
+    block, before = newest.metrics.get("served_block_ne", math.nan), newest.metrics.get("served_history_ne", math.nan)
+    yield Finding(
+        check="served",
+        what=f"scores served, as of version {newest.version}",
+        expected="blocks of clicks whose calibration and normalised entropy are in their band (snapshots.served_ne_margin, "
+        "snapshots.served_calibration_band)",
+        found=f"{readings.snapshots.served_blocks} or more in a row that aren't; the newest has a normalised entropy of "
+        f"{block:.4g}, those before {before:.4g}",
+        cure="go back (`headrace snapshot rollback`) and see what changed: the trainer's log says which metric it is. If "
+        "labels were wrong for a while, leave them out (`--rewind-trainer --skip-time FROM..TO`). If scores are as they should "
+        "be, `headrace snapshot hold` and `resume` begin the comparison anew",
+    )
+
+
+def rewind(readings: Readings) -> Iterator[Finding]:
+    """The trainer was sent back, and hasn't gone."""
+    pending = readings.registry.rewinds.pending
+    if pending is None or readings.now_ms - pending.at_ms <= MAX_REWIND_MS:
+        return
+    yield Finding(
+        check="rewind",
+        what=f"the trainer, sent back to version {pending.version}",
+        expected=f"a trainer that has gone back within {duration(MAX_REWIND_MS)}",
+        found=f"none since {clock(pending.at_ms)}, when {pending.who} asked for it: {pending.reason}",
+        cure="start a trainer (`headrace run trainer`), or see in its log why it can't go back",
+    )
 
 
 def skew(readings: Readings) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from state.changes import Cause
 from state.errors import Refused
 from stream.errors import RegistryError
 from stream.records.heartbeat import Heartbeat
+from stream.registry.checking import check_store
 from stream.registry.follower import RegistryFollower
 from stream.registry.heartbeat import HeartbeatReader
 from stream.registry.log import read_registry
@@ -77,7 +78,7 @@ class CanaryOperations(Operations):
             )
         except Refused as error:
             raise RegistryError(str(error)) from error
-        await self._check_store(request.version)
+        await check_store(self._store, request.version)
         return CanaryPlan(change.outcome, seen.state.champion.version, seen.live)
 
     async def begin_canary(self, request: CanaryRequest) -> CanaryChanged:
@@ -86,7 +87,7 @@ class CanaryOperations(Operations):
         Raises:
             SnapshotError: the version isn't whole in the store.
         """
-        await self._check_store(request.version)
+        await check_store(self._store, request.version)
         async with self._writer() as writer:
             written = await writer.begin_canary(
                 request.mode, request.version, request.share, request.thresholds, request.reason

@@ -14,118 +14,39 @@ await operations.undo(done)                                                     
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from typing import NamedTuple, overload
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Generic, NamedTuple, TypeVar, overload
 
 from state import decisions
 from state.alias_decisions import AliasMoved, Tagged
-from state.changes import Cause, Held, Moved, Undo
-from state.errors import Refused, SnapshotCorrupt, SnapshotError
+from state.changes import Cause, Held, Moved, Rewinding
+from state.errors import Refused
 from state.gate_release import Released
-from state.registry import RegistryState
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import RegistryError
 from stream.records.heartbeat import Heartbeat
+from stream.registry.checking import check_store
 from stream.registry.collect import Collected, CollectionPlan, collect, plan_collection
-from stream.registry.heartbeat import Confirmation, Confirmations, HeartbeatReader
+from stream.registry.gone_back import gone_back_in_time
+from stream.registry.heartbeat import Confirmations, HeartbeatReader
 from stream.registry.log import read_registry
 from stream.registry.reindex import Reindexing, plan_reindexing, reindex
+from stream.registry.requests import ChampionMoved, Plan, PromoteRequest, Resumed, RollbackRequest, Seen
+from stream.registry.skipping import resolve_skips
 from stream.registry.writer import RegistryWriter, Written
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
 __all__ = ["ChampionMoved", "Operations", "Plan", "PromoteRequest", "RollbackRequest", "Seen"]
 
-# Longest wait for the scorers to confirm a rollback, when the request names none.
-CONFIRM_MS = 10_000
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class RollbackRequest:
-    """An older version to put back. At most one of `to`, `back_ms` and `before_ms` is set.
-
-    to          this version
-    back_ms     the champion this long ago
-    before_ms   the champion at this time (ms since epoch)
-    (none)      the newest version older than the champion that is tagged good
-    reason      why; it stays in the registry
-    timeout_ms  longest wait for the scorers to confirm
-    """
-
-    reason: str
-    to: int | None = None
-    back_ms: int | None = None
-    before_ms: int | None = None
-    timeout_ms: int = CONFIRM_MS
-
-
-@dataclass(frozen=True, slots=True)
-class PromoteRequest:
-    """A version to make champion.
-
-    reason       why; it stays in the registry
-    hold         also hold auto-promotion (True) or let it go on (False); None: leave it as it is
-    hold_reason  why it is held
-    timeout_ms   longest wait for the scorers to confirm; None: don't wait
-    """
-
-    version: int
-    reason: str
-    hold: bool | None = None
-    hold_reason: str = ""
-    timeout_ms: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a request would do to the registry as it is now.
-
-    version, previous   the champion after it and before it
-    held, held_already  whether auto-promotion would be held after it, and whether it is held now
-    undo                what would restore the present champion; None when there is no champion now
-    live                the scorers that would have to confirm
-    """
-
-    request: RollbackRequest | PromoteRequest
-    version: int
-    previous: int | None
-    held: bool
-    held_already: bool
-    undo: Undo | None
-    live: list[Heartbeat]
-
-
-@dataclass(frozen=True, slots=True)
-class ChampionMoved:
-    """What a promotion or a rollback did.
-
-    version, previous       the champion after it and before it
-    held                    whether auto-promotion is held now
-    undo                    what restores exactly what was before; `undo.command` is the command. None when there was no
-                            champion before
-    confirmed, unconfirmed  scorers that serve `version`, and the last heartbeats of those that didn't confirm in time. Both are
-                            empty when no wait was asked for
-    took_ms                 from the beginning of the operation to the last confirmation, or to the end of the wait
-    """
-
-    version: int
-    previous: int | None
-    held: bool
-    undo: Undo | None
-    confirmed: list[Confirmation]
-    unconfirmed: list[Heartbeat]
-    took_ms: float
-
-
-class Seen(NamedTuple):
-    """The registry, and the last heartbeat of every live scorer."""
-
-    state: RegistryState
-    live: list[Heartbeat]
+T = TypeVar("T")
 
 
 class Operations:
@@ -137,8 +58,9 @@ class Operations:
 
     Args:
         who: who asks, for the registry: user@host.
-        store: before anything is written, the version must be whole in this store, by names and sizes of its files. None: don't
-            check.
+        store: before anything is written, the version must be whole in this store: by names and sizes of its files, and before
+            a rollback also by the hashes of those that scorers read, where there is time (`stream.registry.checking`). None:
+            don't check.
     """
 
     def __init__(self, kafka: KafkaSettings, names: TopicNames, who: str, *, store: SnapshotStore | None = None) -> None:
@@ -165,18 +87,32 @@ class Operations:
         else:
             seen = await self.look()
         cause = Cause(self._who, _now_ms(), request.reason, operation="plan")
+        rewinding = None
         try:
             if isinstance(request, PromoteRequest):
                 moved = decisions.promote(
                     seen.state, request.version, cause, hold=request.hold, hold_reason=request.hold_reason
                 ).outcome
             else:
-                moved = decisions.rollback(seen.state, _target(seen.state, request), cause).outcome
+                target = request.target(seen.state, _now_ms())
+                rewinding = await self._rewinding(target, request)
+                moved = decisions.rollback(seen.state, target, cause, rewind=request.rewind).outcome
         except Refused as error:
             raise RegistryError(str(error)) from error
-        await self._check_store(moved.version)
+        checked = await check_store(self._store, moved.version, hashes=isinstance(request, RollbackRequest))
         held_already = seen.state.champion.hold
-        return Plan(request, moved.version, moved.previous, moved.held, held_already, moved.undo, seen.live)
+        return Plan(
+            request,
+            moved.version,
+            moved.previous,
+            moved.held,
+            held_already,
+            moved.undo,
+            seen.live,
+            skipped=None if rewinding is None else rewinding.skipped,
+            offsets=await self._offsets(moved.version) if rewinding is not None else {},
+            checked=checked,
+        )
 
     async def promote(self, request: PromoteRequest, *, began: float | None = None) -> ChampionMoved:
         """Make a version champion.
@@ -188,15 +124,16 @@ class Operations:
             SnapshotError: the version isn't whole in the store.
         """
         began = time.monotonic() if began is None else began
-        await self._check_store(request.version)
+        await check_store(self._store, request.version)
 
-        async def write(writer: RegistryWriter) -> Written[Moved]:
-            return await writer.promote(request.version, request.reason, hold=request.hold, hold_reason=request.hold_reason)
+        def promoted(writer: RegistryWriter) -> Awaitable[Written[Moved]]:
+            return writer.promote(request.version, request.reason, hold=request.hold, hold_reason=request.hold_reason)
 
         if request.timeout_ms is not None:
-            async with HeartbeatReader(self._kafka, self._names) as scorers:
-                return await self._move(write, began, scorers, request.timeout_ms)
-        return await self._move(write, began)
+            async with self._connected(_nothing) as here:
+                return await self._moved(promoted(here.writer), began, here.scorers, request.timeout_ms)
+        async with self._writer() as writer:
+            return await self._moved(promoted(writer), began)
 
     async def rollback(self, what: RollbackRequest | Plan, *, began: float | None = None) -> ChampionMoved:
         """Put an older version back, hold auto-promotion, and wait until every live scorer serves that version.
@@ -213,16 +150,24 @@ class Operations:
         request = what.request if isinstance(what, Plan) else what
         if not isinstance(request, RollbackRequest):
             raise TypeError(f"expected a plan of a RollbackRequest, found one of {request!r}. Call promote with the request.")
-        async with HeartbeatReader(self._kafka, self._names) as scorers:
-            if isinstance(what, Plan):
-                target = what.version
-            else:
-                try:
-                    target = _target(await read_registry(self._kafka, self._names), what)
-                except Refused as error:
-                    raise RegistryError(str(error)) from error
-            await self._check_store(target)
-            return await self._move(lambda writer: writer.rollback(target, request.reason), began, scorers, request.timeout_ms)
+        async with self._connected(lambda writer: self._goal(writer, what, request)) as here:
+            goal = here.answer
+            written = here.writer.rollback(goal.target, request.reason, goal.rewinding)
+            done = await self._moved(written, began, here.scorers, request.timeout_ms)
+        return done if goal.rewinding is None else replace(done, skipped=goal.rewinding.skipped)
+
+    async def _goal(self, writer: RegistryWriter, what: RollbackRequest | Plan, request: RollbackRequest) -> _Goal:
+        """Where a rollback goes, checked in the store."""
+        if isinstance(what, Plan):
+            goal = _Goal(what.version, Rewinding(what.skipped or ()) if request.rewind else None)
+        else:
+            try:
+                target = request.target(writer.state, _now_ms())
+                goal = _Goal(target, await self._rewinding(target, request))
+            except Refused as error:
+                raise RegistryError(str(error)) from error
+        await check_store(self._store, goal.target, hashes=True)
+        return goal
 
     async def hold(self, reason: str) -> Held:
         """Stop auto-promotion: new versions stay candidates."""
@@ -233,6 +178,25 @@ class Operations:
         """Let auto-promotion go on with the next version that passes the gate."""
         async with self._writer() as writer:
             return (await writer.resume()).outcome
+
+    async def resume_everywhere(self, timeout_ms: int, *, began: float | None = None) -> Resumed:
+        """Let auto-promotion go on, and wait until every live scorer follows the champion's chain again.
+
+        Args:
+            timeout_ms: longest wait.
+            began: as for `rollback`.
+        """
+        began = time.monotonic() if began is None else began
+        async with self._connected(_nothing) as here:
+            written = await here.writer.resume()
+            waited = Confirmations([], [])
+            if written.outcome.changed:
+                version = here.writer.state.champion.version
+                waited = await here.scorers.wait_for_confirmations(
+                    written.position, -1 if version is None else version, timeout_ms, follows=True, now_ms=written.at_ms
+                )
+            took_ms = round((time.monotonic() - began) * 1_000, 1)
+        return Resumed(written.outcome, waited.confirmed, waited.missing, took_ms)
 
     async def release(self, reason: str) -> Released:
         """Release what the gate withholds: the trainer publishes one delta of all that has changed."""
@@ -271,7 +235,7 @@ class Operations:
         Raises:
             SnapshotError: the version isn't whole in the store.
         """
-        await self._check_store(version)
+        await check_store(self._store, version)
         async with self._writer() as writer:
             return (await writer.set_alias(name, version, reason)).outcome
 
@@ -324,19 +288,19 @@ class Operations:
             raise TypeError("expected a store, for an operation that reads or deletes versions, found None.")
         return self._store
 
-    async def _check_store(self, version: int) -> None:
-        """Raise SnapshotError if the version isn't whole in the store, so that scorers are never sent to it.
+    async def _rewinding(self, target: int, request: RollbackRequest) -> Rewinding | None:
+        """What a request asks of the trainer, resolved to offsets. Raises Refused."""
+        if not request.rewind:
+            return None
+        if not request.skip:
+            return Rewinding()
+        learned = {int(partition): offset for partition, offset in (await self._offsets(target)).items()}
+        return Rewinding(await resolve_skips(self._kafka, self._names, request.skip, target, learned))
 
-        Hashes aren't checked, since a rollback is urgent.
-        """
-        if self._store is None:
-            return
-        try:
-            problems = await asyncio.to_thread(self._store.verify, version, hashes=False)
-            if problems:
-                raise SnapshotCorrupt(problems[0])
-        except SnapshotError as error:
-            raise type(error)(f"{error} Nothing was changed; --unchecked goes there all the same.") from error
+    async def _offsets(self, version: int) -> dict[str, int]:
+        """From where a version learns on, by partition of `examples`; empty without a store."""
+        store = self._store
+        return {} if store is None else (await asyncio.to_thread(store.manifest, version)).offsets
 
     @asynccontextmanager
     async def _writer(self) -> AsyncIterator[RegistryWriter]:
@@ -346,39 +310,87 @@ class Operations:
         finally:
             await writer.close()
 
-    async def _move(
-        self,
-        change: Callable[[RegistryWriter], Awaitable[Written[Moved]]],
-        began: float,
-        scorers: HeartbeatReader | None = None,
-        timeout_ms: int = 0,
+    @asynccontextmanager
+    async def _connected(self, ask: Callable[[RegistryWriter], Awaitable[T]]) -> AsyncIterator[_Connected[T]]:
+        """Connect to the registry and to the scorers at the same time, and meanwhile ask something of the registry as read."""
+
+        async def asked(writer: RegistryWriter) -> T:
+            await writer.connect()
+            return await ask(writer)
+
+        async with AsyncExitStack() as stack:
+            writer = await stack.enter_async_context(self._writer())
+            opening = stack.enter_async_context(HeartbeatReader(self._kafka, self._names))
+            scorers, answer = await asyncio.gather(opening, asked(writer), return_exceptions=True)
+            if isinstance(answer, BaseException):
+                raise answer
+            if isinstance(scorers, BaseException):
+                raise scorers
+            yield _Connected(writer, scorers, answer)
+
+    async def _moved(
+        self, change: Awaitable[Written[Moved]], began: float, scorers: HeartbeatReader | None = None, timeout_ms: int = 0
     ) -> ChampionMoved:
         """Write a change of the champion; with `scorers`, wait for their confirmations."""
         from aiokafka.errors import KafkaError
 
-        async with self._writer() as writer:
-            written = await change(writer)
-            moved = written.outcome
-            waited = Confirmations([], [])
-            if scorers is not None:
-                try:
-                    waited = await scorers.wait_for_confirmations(
-                        written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
+        written = await change
+        written_s = time.monotonic()
+        moved = written.outcome
+        waited, gone_back, trainer_ms = Confirmations([], []), None, None
+        if scorers is not None:
+            confirmed = scorers.wait_for_confirmations(
+                written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
+            )
+            try:
+                if moved.rewind is None:
+                    waited = await confirmed
+                else:
+                    waited, gone_back = await asyncio.gather(
+                        confirmed, gone_back_in_time(self._kafka, self._names, moved.rewind, timeout_ms)
                     )
-                except KafkaError as error:
-                    undo = "none, there was no champion before" if moved.undo is None else moved.undo.command
-                    raise RegistryError(
-                        f"champion {moved.previous} → {moved.version}: written, but expected the scorers' heartbeats, found "
-                        f"{error!r}. Whether all of them have followed isn't known. Undo: {undo}"
-                    ) from error
-            took_ms = round((time.monotonic() - began) * 1_000, 1)
-        return ChampionMoved(moved.version, moved.previous, moved.held, moved.undo, waited.confirmed, waited.missing, took_ms)
+            except KafkaError as error:
+                undo = "none, there was no champion before" if moved.undo is None else moved.undo.command
+                raise RegistryError(
+                    f"champion {moved.previous} → {moved.version}: written, but expected the scorers' heartbeats, found "
+                    f"{error!r}. Whether all of them have followed isn't known. Undo: {undo}"
+                ) from error
+        # From the beginning to the last confirmation. The trainer is waited for at the same time, and may take longer.
+        waits = [float(timeout_ms)] if waited.missing else [0.0, *(each.after_ms for each in waited.confirmed)]
+        took_ms = round((written_s - began) * 1_000 + max(waits), 1)
+        if gone_back is not None:
+            trainer_ms = round((time.monotonic() - began) * 1_000, 1)
+        return ChampionMoved(
+            moved.version,
+            moved.previous,
+            moved.held,
+            moved.undo,
+            waited.confirmed,
+            waited.missing,
+            took_ms,
+            trainer=gone_back,
+            trainer_ms=trainer_ms,
+        )
 
 
-def _target(state: RegistryState, request: RollbackRequest) -> int:
-    return decisions.rollback_target(
-        state, to=request.to, back_ms=request.back_ms, before_ms=request.before_ms, now_ms=_now_ms()
-    )
+@dataclass(frozen=True, slots=True)
+class _Connected(Generic[T]):
+    """A writer that has read the registry, a reader of heartbeats, and what was asked of the registry meanwhile."""
+
+    writer: RegistryWriter
+    scorers: HeartbeatReader
+    answer: T
+
+
+class _Goal(NamedTuple):
+    """Where a rollback goes, and what is asked of the trainer."""
+
+    target: int
+    rewinding: Rewinding | None
+
+
+async def _nothing(writer: RegistryWriter) -> None:
+    """For `_connected`, where nothing is asked."""
 
 
 def _now_ms() -> int:

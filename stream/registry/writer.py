@@ -32,11 +32,12 @@ from state.alias_decisions import AliasMoved, Tagged
 from state.alias_records import Doomed
 from state.canary import CanaryOutcome, Mode, Progress, Thresholds
 from state.canary_decisions import CanaryChanged
-from state.changes import Announcement, Cause, Change, Held, Moved
+from state.changes import Announcement, Cause, Change, Held, Moved, Rewinding
 from state.errors import Refused, StaleEpoch
 from state.gate_release import Released
 from state.manifest import Manifest
 from state.registry import KeyedRecord, RegistryState, encode_record
+from state.rewind_decisions import rewound
 from state.settings import SnapshotSettings
 from state.upkeep import Reindexed, Retired
 from stream.errors import Fenced, RegistryError
@@ -109,6 +110,22 @@ class RegistryWriter:
         self._at_ms = 0
         self._lock = asyncio.Lock()
 
+    @property
+    def state(self) -> RegistryState:
+        """The registry, as far as this writer has read it."""
+        return self._log.state
+
+    async def connect(self) -> None:
+        """Read the registry. The first operation does so by itself; with this, it takes less time."""
+        from aiokafka.errors import KafkaError
+
+        async with self._lock:
+            try:
+                async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                    await self._read()
+            except (KafkaError, TimeoutError) as error:
+                raise unreachable(self._kafka, ANSWER, error) from error
+
     async def take_trainer_epoch(self) -> int:
         """Take the next trainer epoch. A trainer with an older one can no longer announce."""
         written = await self._change(lambda state, cause: decisions.take_epoch(state, who=cause.who, now_ms=cause.now_ms))
@@ -130,9 +147,33 @@ class RegistryWriter:
             lambda state, cause: decisions.promote(state, version, cause, hold=hold, hold_reason=hold_reason), reason
         )
 
-    async def rollback(self, target: int, reason: str) -> Written[Moved]:
-        """Put an older version back and hold auto-promotion."""
-        return await self._change(lambda state, cause: decisions.rollback(state, target, cause), reason)
+    async def rollback(self, target: int, reason: str, rewinding: Rewinding | None = None) -> Written[Moved]:
+        """Put an older version back and hold auto-promotion. With `rewinding`, send the trainer back, too."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[Moved]:
+            skipped = () if rewinding is None else rewinding.signed(cause)
+            return decisions.rollback(state, target, cause, rewind=rewinding is not None, skipped=skipped)
+
+        return await self._change(decide, reason)
+
+    async def rollback_by_itself(self, target: int, reason: str) -> Moved | None:
+        """Put an older version back unless auto-promotion is held: then somebody has decided already, and None is returned."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[Moved | None]:
+            if state.champion.hold:
+                return Change((), None)
+            change = decisions.rollback(state, target, cause)
+            return Change(change.records, change.outcome)
+
+        return (await self._change(decide, reason)).outcome
+
+    async def rewound(self, operation: str, *, epoch: int, chain: str, up_to: int | None = None) -> bool:
+        """Say that this trainer has gone back, as an operation asked for. Returns whether that was still to be done."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[bool]:
+            return rewound(state, operation, epoch=epoch, chain=chain, up_to=up_to, who=cause.who, now_ms=cause.now_ms)
+
+        return (await self._change(decide)).outcome
 
     async def hold(self, reason: str) -> Written[Held]:
         """Stop auto-promotion."""
@@ -296,11 +337,14 @@ class RegistryWriter:
         )
         self._producer = producer
         await producer.start()
+        await self._read()
+        self._read_to = self._log.position
+
+    async def _read(self) -> None:
         if not self._log_is_open:
             await self._log.open()
             self._log_is_open = True
         await self._log.catch_up()
-        self._read_to = self._log.position
 
     async def _commit(self, records: Iterable[KeyedRecord]) -> None:
         """Write records in one transaction. Every send is awaited, since aiokafka also commits when one has failed."""

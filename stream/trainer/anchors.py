@@ -214,6 +214,13 @@ class Anchors:
         since = _Since(candidate.watermark_ms, candidate.clicks)
         self._compare_with(Anchor(version, candidate.model), candidate.model, since)
 
+    def close(self) -> None:
+        """Compare with nothing any more, and free what is saved. Training must have stopped."""
+        if self._candidate is not None:
+            self._candidate.model.close()
+            self._candidate = None
+        self._compare_with(None, None, None)
+
     def _compare_with(self, anchor: Anchor | None, earlier: EarlierModel | None, since: _Since | None) -> None:
         before = self._earlier
         self._judge.compare_with(anchor)
@@ -244,7 +251,7 @@ class Anchors:
             self._require_schema(version, reader.manifest.schema_hash)
             rate = reader.manifest.negative_rate
             earlier = made = await between(lambda: self._learner.model_of(count, dense, rate))
-            pieces = reader.rows()
+            pieces = reader.rows(exact=True)  # the live ones have all digits too, and only what differs takes memory
             while (rows := await asyncio.to_thread(_next, pieces)) is not None:
                 await between(partial(made.restore, rows))
             await between(lambda: self._compare_with(Anchor(version, made), made, since))

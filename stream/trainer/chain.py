@@ -9,7 +9,8 @@ chain begins in one of two ways:
   came after it. Rows that either trainer has touched since that version may differ. The first delta carries all of these, so
   scorers at the old chain's newest point continue in place.
 
-Until the trainer has come as far as the old chain's newest point, nothing is published: scorers would go back in time.
+Until the trainer has come as far as the old chain's newest point, nothing is published: scorers would go back in time. A
+trainer that was sent back publishes at once, since scorers are to go back.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Base:
     """What a chain goes on from.
 
     published  the newest point of the chain before
-    offsets    by partition of `examples`: how far the weights at that point have learned
+    offsets    by partition of `examples`: how far training must come before the chain begins; empty: it begins at once
     in_place   whether a delta leads from there to the new chain. Otherwise the new chain begins with a version
     """
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,26 @@ class DecodedRun:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    def take(self, kept: BoolArray) -> DecodedRun:
+        """The run with those examples only that `kept` (N,) says. Its end and its dead letters stay."""
+        return replace(
+            self,
+            batch=self.batch.take(np.flatnonzero(kept)),
+            offsets=self.offsets[kept],
+            labels=self.labels[kept],
+            weights=self.weights[kept],
+            impression_ms=self.impression_ms[kept],
+            reached_ms=self.reached_ms[kept],
+            served=self.served[kept],
+            versions=self.versions[kept],
+            deltas=self.deltas[kept],
+            id_hashes=self.id_hashes[kept],
+            records=list(compress(self.records, kept)),
+            rates=None if self.rates is None else self.rates[kept],
+            corrects=None if self.corrects is None else self.corrects[kept],
+            arrived_ms=None if self.arrived_ms is None else self.arrived_ms[kept],
+        )
 
 
 class ExampleDecoder:

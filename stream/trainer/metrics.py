@@ -35,6 +35,24 @@ class TrainerMetrics:
         self.dead_letters = Counter(
             "headrace_trainer_dead_letters", "Examples that became dead letters, by reason.", ["reason"], registry=prometheus
         )
+        self.skipped_examples = Counter(
+            "headrace_trainer_skipped_examples",
+            "Examples that were not learned because they are in a range that was left out when the trainer was sent back.",
+            registry=prometheus,
+        )
+        self.served_alarm = Gauge(
+            "headrace_trainer_served_alarm",
+            "1 while served scores are out of their band in several blocks of clicks in a row (snapshots.auto_rollback).",
+            registry=prometheus,
+        )
+        self.own_rollbacks = Counter(
+            "headrace_trainer_own_rollbacks",
+            "Rollbacks that the trainer did by itself, because served scores were out of their band.",
+            registry=prometheus,
+        )
+        self.rewinds = Counter(
+            "headrace_trainer_rewinds", "Times that this trainer went back to an older version.", registry=prometheus
+        )
         self.learn_seconds = Histogram(
             "headrace_trainer_learn_seconds", "Time to score and learn one batch.", registry=prometheus, buckets=_SECONDS
         )

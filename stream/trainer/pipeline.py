@@ -103,6 +103,9 @@ class Pipeline:
         self._runs.put(None)
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
+        self._room.release()  # whoever waits to hand over a run goes on; nobody takes the run
+        while not self._captures.empty():
+            self._captures.get()[0].cancel()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:

@@ -19,6 +19,7 @@ from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.gate import GateState
 from state.registry import RegistryState
+from state.rewinds import Rewind
 from state.store import SnapshotStore
 from stream.kafka.clients import quietly_stopped, started
 from stream.kafka.cluster import Cluster
@@ -40,6 +41,7 @@ class Prepared:
     positions  offset to read from, by partition
     ends       where the log of each partition ended
     newest     newest version in the registry
+    rewind     the rewind that this start obeys, unless one was asked for since; None: nobody sent the trainer back
     """
 
     learner: Learner
@@ -47,6 +49,7 @@ class Prepared:
     positions: dict[int, int]
     ends: dict[int, int]
     newest: int
+    rewind: Rewind | None = None
 
 
 async def prepare(
@@ -61,20 +64,26 @@ async def prepare(
     model: ModelSettings,
     new_model: bool,
     row_precision: RowPrecision = "float32",
+    learner: Learner | None = None,
 ) -> Prepared:
     """Load the version that training goes on from. Writes nothing.
+
+    Args:
+        learner: put the weights into this one, which nobody else uses; a new one is made when not given.
 
     Raises:
         ModelError: no features are named, or the newest version is of another schema or model.
         SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
         PositionError: the log isn't the one that the newest version was trained on, or it lost examples.
     """
-    learner = Learner(schema, model, device=settings.device, row_precision=row_precision)
+    if learner is None:
+        learner = Learner(schema, model, device=settings.device, row_precision=row_precision)
+    rewind = registry.rewinds.pending  # now: the state may change while the store is read
     ids = topic_ids(cluster, names)
     if settings.examples_from != "version":
         del ids["examples"]  # a version of another topic is welcome: `moved` gives it other offsets
     start = await asyncio.to_thread(lambda: go_on(learner, registry, store, schema, model, topic_ids=ids, new_model=new_model))
-    prepared = Prepared(learner, start, {}, {}, registry.newest)
+    prepared = Prepared(learner, start, {}, {}, registry.newest, rewind)
     return await place_again(prepared, registry, kafka=kafka, settings=settings, names=names, cluster=cluster)
 
 

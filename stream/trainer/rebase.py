@@ -2,6 +2,9 @@
 
 The trainer goes on from a version, and scorers are further: they have applied the deltas after it. `find_base` reads these
 deltas. It returns the newest point of their chain, from which the new chain goes on, and the keys of their rows.
+
+A trainer that was sent back (`state.rewinds`) publishes its first delta at once. If retention has deleted deltas after its
+version, its chain begins with a version instead: scorers that are further load that one.
 """
 
 from __future__ import annotations
@@ -41,10 +44,14 @@ class Anchored(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a new chain goes on from, and the keys of the rows that must be in its first delta, int64 (N,)."""
+    """What a new chain goes on from, and the keys of the rows that must be in its first delta, int64 (N,).
+
+    gone  whether the log no longer has all deltas after the version
+    """
 
     base: Base
     keys: torch.Tensor
+    gone: bool = False
 
 
 def where_in_the_log(manifest: Manifest, bookkeeping: State) -> Anchored | None:
@@ -68,24 +75,30 @@ async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[Foun
             is damaged, scorers stay before it too.
     """
     newest, touched = at.published, [at.touched]
-    offsets = {int(name): offset for name, offset in manifest.offsets.items()}
+    offsets, gone = {int(name): offset for name, offset in manifest.offsets.items()}, False
     async for each in deltas:
+        gone |= isinstance(each, DeltaProblem) and each.reason == "log_gone"
         if not isinstance(each, FoundDelta) or each.delta.header.parent != newest.point:
             continue  # no delta, or one of another line of weights, or of a trainer that was replaced
         header, model = each.delta.header, each.delta.model
         newest = Published(Point(header.chain, header.sequence), each.next_offset, header.dtype)
         offsets = {int(name): offset for name, offset in header.offsets.items()}
         touched += [model.rows.keys.clone(), model.gone.clone()]
-    return Found(Base(newest, offsets), torch.unique(torch.cat(touched)))
+    return Found(Base(newest, offsets), torch.unique(torch.cat(touched)), gone)
 
 
-async def go_on_in_place(learner: Learner, start: Start, kafka: KafkaSettings, names: TopicNames) -> Base | None:
+async def go_on_in_place(
+    learner: Learner, start: Start, kafka: KafkaSettings, names: TopicNames, *, sent_back: bool = False
+) -> Base | None:
     """Find what the new chain goes on from, and mark the rows that its first delta must carry.
 
     Where scorers have rows of another precision than this trainer publishes, every row differs, those too that no delta would
     carry. Then the new chain begins with a version, once training has come as far as the old chain.
 
     None when scorers have nothing to go on from.
+
+    Args:
+        sent_back: scorers are to go back to the version, so the first delta doesn't wait for the offsets that they know.
 
     Raises:
         NoAnswer: Kafka can't be reached.
@@ -101,12 +114,16 @@ async def go_on_in_place(learner: Learner, start: Start, kafka: KafkaSettings, n
         return Base(at.published, start.offsets, in_place=False)
     found = await find_base(start.manifest, at, read_back(kafka, names, start=at.published.offset))
     learner.expect(found.keys)  # also for a version that is written before the chain begins: it is no point of one
-    before = found.base.published.row_precision
+    base = replace(found.base, offsets={}) if sent_back else found.base
+    if sent_back and found.gone:
+        log.warning("deltas after version %s are gone: the new chain begins with a version, which scorers load", start.version)
+        return replace(base, in_place=False)
+    before = base.published.row_precision
     if before != learner.row_precision:
         log.warning(
             "snapshots.row_precision is %s, and was %s at delta %d of %s: the new chain begins with a version, which all "
             "scorers load",
-            *(learner.row_precision, before, found.base.published.point.sequence, found.base.published.point.chain),
+            *(learner.row_precision, before, base.published.point.sequence, base.published.point.chain),
         )
-        return replace(found.base, in_place=False)
-    return found.base
+        return replace(base, in_place=False)
+    return base

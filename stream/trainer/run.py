@@ -6,15 +6,18 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 from prometheus_client import CollectorRegistry
 
+from model.learner import Learner
 from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.chain_name import ChainName
 from state.registry import RegistryState
+from state.rewinds import Rewind, joined
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.deltas.writer import DeltaWriter
@@ -39,11 +42,14 @@ from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, t
 from stream.trainer.rebase import go_on_in_place
 from stream.trainer.sanity import Sanity
 from stream.trainer.score_shift import ScoreShift
+from stream.trainer.served import NAME as SERVED
+from stream.trainer.served import ServedWatch
 from stream.trainer.skew import SkewCheck, load_reference
+from stream.trainer.skips import Skips
 from stream.trainer.snapshots import Publisher
 from stream.trainer.standby import Standby
 from stream.trainer.training import Training
-from stream.trainer.worker import TrainerWorker
+from stream.trainer.worker import Parts, TrainerWorker
 from stream.worker import fatal, new_prometheus, serve
 
 __all__ = ["run_trainer"]
@@ -95,13 +101,16 @@ async def run_trainer(
         row_precision=snapshots.row_precision,
     )
     epoch: int | None = None
+    worker: TrainerWorker | None = None
 
-    def end_if_replaced(state: RegistryState) -> None:
+    def on_change(state: RegistryState) -> None:
         if epoch is not None and state.trainer.epoch > epoch:
             taken = f"epoch {state.trainer.epoch} was taken by {state.trainer.who}, this trainer's is {epoch}"
             fatal("trainer", Fenced(f"expected to be the only trainer that leads: {taken}. Started again, this one stands by."))
+        if worker is not None:
+            worker.registry_changed(state)
 
-    follower = RegistryFollower(kafka, names, on_change=end_if_replaced)
+    follower = RegistryFollower(kafka, names, on_change=on_change)
     prometheus = new_prometheus()
     standby = Standby(
         kafka=kafka,
@@ -132,10 +141,8 @@ async def run_trainer(
             closing.append(deltas.close)
             # From here on no older trainer writes a delta, so what the log holds by now is all that scorers can have applied.
             await deltas.open()
-            worker = await _built(
-                prepared,
-                epoch,
-                deltas,
+            trainer = _Trainer(
+                epoch=epoch,
                 kafka=kafka,
                 settings=settings,
                 names=names,
@@ -146,8 +153,10 @@ async def run_trainer(
                 store=store,
                 registry=registry,
                 follower=follower,
+                deltas=deltas,
                 prometheus=prometheus,
             )
+            worker = await trainer.worker(prepared)
             standby.began(prepared, worker.positions, model.batch_rows)
             await serve(worker, http=http, prometheus=prometheus, server=standby.server)
         finally:
@@ -155,98 +164,137 @@ async def run_trainer(
                 await close()
 
 
-async def _built(
-    prepared: Prepared,
-    epoch: int,
-    deltas: DeltaWriter,
-    *,
-    kafka: KafkaSettings,
-    settings: TrainerSettings,
-    names: TopicNames,
-    cluster: Cluster,
-    schema: FeatureSchema,
-    model: ModelSettings,
-    snapshots: SnapshotSettings,
-    store: SnapshotStore,
-    registry: RegistryWriter,
-    follower: RegistryFollower,
-    prometheus: CollectorRegistry,
-) -> TrainerWorker:
-    """The worker with all its parts."""
-    start = prepared.start
-    metrics = TrainerMetrics(prometheus)
-    scores = Evaluation(settings.metrics_window, settings.evaluation_from_ms)
-    base = await go_on_in_place(prepared.learner, start, kafka, names)
-    chain = Chain(
-        str(ChainName(model.name, epoch, 0)),
-        deltas,
-        base,
-        prepared.learner.touched_keys,
-        row_precision=snapshots.row_precision,
-    )
-    judge = Judge(snapshots, gate_state(start, epoch))
-    anchors = Anchors(judge, store, snapshots, schema, model, prepared.learner, settings.device)
+@dataclass(slots=True)
+class _Trainer:
+    """Puts the worker together, and the parts that belong to its weights: at the start, and when it is sent back."""
 
-    def reference(version: int) -> Predictor:
-        return load_reference(store, version, schema, announced=follower.state.versions.get(version))
+    epoch: int
+    kafka: KafkaSettings
+    settings: TrainerSettings
+    names: TopicNames
+    cluster: Cluster
+    schema: FeatureSchema
+    model: ModelSettings
+    snapshots: SnapshotSettings
+    store: SnapshotStore
+    registry: RegistryWriter
+    follower: RegistryFollower
+    deltas: DeltaWriter
+    prometheus: CollectorRegistry
+    metrics: TrainerMetrics = field(init=False)
+    skew: SkewCheck = field(init=False)
+    canary: CanaryWatch = field(init=False)
+    letters: LetterBox = field(init=False)
+    chains: int = 0
 
-    def scored_by(version: int, delta: int) -> int | None:
-        return follower.state.version_that_scored(version, delta)
+    async def worker(self, prepared: Prepared) -> TrainerWorker:
+        """The worker with all its parts."""
+        self.metrics = metrics = TrainerMetrics(self.prometheus)
+        letters_topic = self.names.dead_letters
+        self.letters = LetterBox(self.kafka, letters_topic, self.cluster.partitions[letters_topic], metrics, fatal)
 
-    skew = SkewCheck(reference, scored_by, metrics)
-    canary = CanaryWatch(CanaryMetrics(prometheus))
-    training = Training(
-        prepared.learner,
-        BatchCutter(model.batch_rows, prepared.positions),
-        scores,
-        metrics,
-        max_batch_age_s=settings.max_batch_age_ms / 1000,
-        watermark_ms=start.watermark_ms,
-        observers=(skew, canary),
-        bookkeeping={CHAIN: chain, "canary": canary},
-        judge=judge,
-        sanity=Sanity(judge, ScoreShift(prepared.learner), snapshots),
-        anchors=anchors,
-    )
-    training.restore(start.bookkeeping)
-    # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a new
-    # line for one of the champion's line.
-    await anchors.follow(follower.state, start.watermark_ms)
-    canary.follow(follower.state)
-    letters = LetterBox(kafka, names.dead_letters, cluster.partitions[names.dead_letters], metrics, fatal)
-    publisher = Publisher(
-        store=store,
-        registry=registry,
-        chain=chain,
-        letters=letters,
-        settings=snapshots,
-        schema=schema,
-        model=model,
-        epoch=epoch,
-        start=start,
-        metrics=metrics,
-        more_metrics=skew.manifest_metrics,
-        topic_ids=topic_ids(cluster, names),
-    )
-    return TrainerWorker(
-        kafka=kafka,
-        cluster=cluster,
-        group=f"{names.prefix}{settings.group}",
-        names=names,
-        snapshots=snapshots,
-        store=store,
-        training=training,
-        decoder=ExampleDecoder(schema),
-        threads=settings.threads,
-        skew=skew,
-        publisher=publisher,
-        letters=letters,
-        deltas=deltas,
-        registry=registry,
-        follower=follower,
-        judge=judge,
-        anchors=anchors,
-        canary=canary,
-        scores=scores,
-        metrics=metrics,
-    )
+        def reference(version: int) -> Predictor:
+            return load_reference(self.store, version, self.schema, announced=self.follower.state.versions.get(version))
+
+        def scored_by(version: int, delta: int) -> int | None:
+            return self.follower.state.version_that_scored(version, delta)
+
+        self.skew = SkewCheck(reference, scored_by, metrics)
+        self.canary = CanaryWatch(CanaryMetrics(self.prometheus))
+        return TrainerWorker(
+            kafka=self.kafka,
+            cluster=self.cluster,
+            group=f"{self.names.prefix}{self.settings.group}",
+            names=self.names,
+            snapshots=self.snapshots,
+            store=self.store,
+            parts=await self.parts(prepared),
+            go_back=partial(self.go_back, prepared.learner),
+            decoder=ExampleDecoder(self.schema),
+            threads=self.settings.threads,
+            skew=self.skew,
+            canary=self.canary,
+            letters=self.letters,
+            deltas=self.deltas,
+            registry=self.registry,
+            follower=self.follower,
+            metrics=metrics,
+        )
+
+    async def go_back(self, learner: Learner) -> Parts:
+        """The parts for the version that the registry sends the trainer back to. Its weights are put into `learner`."""
+        prepared = await prepare(
+            self.follower.state,
+            kafka=self.kafka,
+            settings=self.settings,
+            names=self.names,
+            cluster=self.cluster,
+            store=self.store,
+            schema=self.schema,
+            model=self.model,
+            new_model=False,
+            row_precision=self.snapshots.row_precision,
+            learner=learner,
+        )
+        return await self.parts(prepared)
+
+    async def parts(self, prepared: Prepared) -> Parts:
+        """The parts that belong to some weights. They begin a new chain."""
+        start, learner, rewind = prepared.start, prepared.learner, prepared.rewind
+        scores = Evaluation(self.settings.metrics_window, self.settings.evaluation_from_ms)
+        base = await go_on_in_place(learner, start, self.kafka, self.names, sent_back=rewind is not None)
+        chain = Chain(
+            str(ChainName(self.model.name, self.epoch, self.chains)),
+            self.deltas,
+            base,
+            learner.touched_keys,
+            row_precision=self.snapshots.row_precision,
+        )
+        self.chains += 1
+        served = ServedWatch(self.snapshots)
+        judge = Judge(self.snapshots, gate_state(start, self.epoch))
+        anchors = Anchors(judge, self.store, self.snapshots, self.schema, self.model, learner, self.settings.device)
+        ids = topic_ids(self.cluster, self.names)
+        known = () if start.manifest is None else start.manifest.skipped
+        skips = Skips(joined(self.follower.state.rewinds.skipped, known), ids["examples"])
+        training = Training(
+            learner,
+            BatchCutter(self.model.batch_rows, prepared.positions),
+            scores,
+            self.metrics,
+            max_batch_age_s=self.settings.max_batch_age_ms / 1000,
+            watermark_ms=start.watermark_ms,
+            observers=(self.skew, self.canary, served),
+            bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
+            judge=judge,
+            skips=skips,
+            sanity=Sanity(judge, ScoreShift(learner), self.snapshots),
+            anchors=anchors,
+        )
+        training.restore(start.bookkeeping)
+        # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a
+        # new line for one of the champion's line.
+        await anchors.follow(self.follower.state, start.watermark_ms)
+        self.canary.follow(self.follower.state)
+        publisher = Publisher(
+            store=self.store,
+            registry=self.registry,
+            chain=chain,
+            letters=self.letters,
+            settings=self.snapshots,
+            schema=self.schema,
+            model=self.model,
+            epoch=self.epoch,
+            start=start,
+            metrics=self.metrics,
+            more_metrics=lambda: {**self.skew.manifest_metrics(), **served.manifest_metrics()},
+            topic_ids=ids,
+            skips=skips,
+            sent_back=None if rewind is None else partial(self._says_so, rewind, chain.name),
+        )
+        return Parts(training, publisher, judge, anchors, scores, served, rewind)
+
+    async def _says_so(self, rewind: Rewind, chain: str, up_to: int | None) -> None:
+        """Note in the registry that the trainer has gone back."""
+        await self.registry.rewound(rewind.operation, epoch=self.epoch, chain=chain, up_to=up_to)
+        log.warning("went back to version %d, as %s asked: %s", rewind.version, rewind.who, rewind.reason)

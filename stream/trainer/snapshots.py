@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -23,6 +23,7 @@ from stream.trainer.chain import Chain, Published
 from stream.trainer.evaluation import manifest_metrics
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.skips import Skips
 from stream.trainer.start import Start
 from stream.trainer.training import Training
 
@@ -53,6 +54,10 @@ class Announces(Protocol):
 
 T = TypeVar("T")
 
+# Says that the chain of a trainer that was sent back has begun. The argument is the newest version that may be of the line that
+# was left; None: the newest announced. Raises Fenced, NoAnswer.
+SentBack = Callable[[int | None], Awaitable[object]]
+
 
 class BetweenBatches(Protocol):
     """`stream.trainer.pipeline.Pipeline.between_batches`."""
@@ -75,6 +80,10 @@ class Publisher:
     - After a version that couldn't be written, the next interval writes another one with a number of its own.
 
     `more_metrics` is called for each version. Its metrics are in the manifest next to those of the scores.
+
+    Args:
+        skips: what is left out of the log, which manifests say.
+        sent_back: the trainer was sent back, and says by this that its new chain has begun. None: it wasn't.
     """
 
     def __init__(
@@ -92,10 +101,12 @@ class Publisher:
         metrics: TrainerMetrics,
         more_metrics: Callable[[], Mapping[str, float]] = dict,
         topic_ids: Mapping[str, str] | None = None,
+        skips: Skips | None = None,
+        sent_back: SentBack | None = None,
     ) -> None:
         self._store, self._registry, self._chain, self._letters = store, registry, chain, letters
         self._settings, self._schema, self._model, self._epoch, self._metrics = settings, schema, model, epoch, metrics
-        self._more_metrics = more_metrics
+        self._more_metrics, self._skips, self._sent_back = more_metrics, skips or Skips(()), sent_back
         self._parent = start.version
         self._last_number = start.newest
         self._announced = self._written = self._sent = self._dense_sent = start.examples_seen
@@ -105,6 +116,8 @@ class Publisher:
         whole_s = settings.interval_ms / 1000
         soon = start.version is None or chain.begins_with_a_version
         self._interval_s = min(whole_s, FIRST_INTERVAL_S) if soon else whole_s
+        if sent_back is not None:
+            self._written = -1  # a version comes at once, by which answers name the weights
 
     async def run(self, training: Training, between_batches: BetweenBatches) -> None:
         """Publish until `close`.
@@ -118,8 +131,10 @@ class Publisher:
         writing: asyncio.Task[Announcement | None] | None = None
         delta_s, due_delta_s = self._settings.delta_interval_ms / 1000, 0.0
         dense_s, due_dense_s = self._settings.dense_interval_ms / 1000, 0.0
-        due_version_s = time.monotonic() + self._interval_s
+        due_version_s = time.monotonic() + (self._interval_s if self._sent_back is None else 0.0)
         try:
+            if self._sent_back is not None and not self._chain.begins_with_a_version:
+                await self._go_back(between_batches)
             while not self._closing:
                 early_s = due_delta_s - time.monotonic()
                 await asyncio.sleep(min(TICK_S, early_s) if early_s > 0 else TICK_S)
@@ -151,6 +166,27 @@ class Publisher:
         finally:
             if writing is not None:
                 await writing
+
+    async def _go_back(self, between_batches: BetweenBatches) -> None:
+        """Bring scorers that follow to the version that the trainer was sent back to, before anything else."""
+        delta = await between_batches(Training.capture_delta)
+        if delta is not None:  # None: nothing has changed since that version, or the gate withheld it
+            await self.publish_delta(delta)
+        await self._has_gone_back(None)
+
+    async def _has_gone_back(self, begun_with: int | None) -> None:
+        """Say that the new chain has begun: by a delta, or by a version.
+
+        Raises:
+            Fenced: another trainer has taken over.
+        """
+        while self._sent_back is not None:
+            try:
+                await self._sent_back(None if begun_with is None else begun_with - 1)
+                self._sent_back = None
+            except NoAnswer as error:
+                log.error("the registry doesn't know yet that the trainer has gone back; trying again: %s", error)
+                await asyncio.sleep(ANNOUNCE_AGAIN_S)
 
     async def publish_delta(self, captured: CapturedDelta) -> None:
         """Write a delta. While Kafka can't be reached it is tried again and again: without it the chain would have a gap.
@@ -254,6 +290,7 @@ class Publisher:
         self._unannounced = None
         self._metrics.snapshot_seconds.labels("announce").observe(time.perf_counter() - began)
         self._parent, self._announced = manifest.version, manifest.examples_seen
+        await self._has_gone_back(manifest.version)
         self._metrics.announced(manifest, promoted=announcement.promoted)
         log.info("version %d, %d examples: %s", manifest.version, manifest.examples_seen, announcement.reason)
         return announcement
@@ -283,6 +320,7 @@ class Publisher:
             metrics={**manifest_metrics(report), **self._more_metrics()},
             verdict=verdict,
             topic_ids=self._topic_ids,
+            skipped=self._skips.begun(position.offsets),
             schema_hash=self._schema.fingerprint(),
             features=self._schema.model_dump(mode="json"),
             model=self._model.model_dump(mode="json"),

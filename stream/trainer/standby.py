@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
 from types import TracebackType
 
 from aiokafka.errors import KafkaError
@@ -215,7 +216,9 @@ class Standby:
             await self._news.wait()
             self._news.clear()
             registry = self._follower.state
-            if self._new_model or self._loaded is None or self._loaded.newest == registry.newest:
+            if self._new_model or self._loaded is None:
+                continue
+            if self._loaded.newest == registry.newest and not registry.rewinds.left(self._loaded_version()):
                 continue
             began_s = time.monotonic()
             try:
@@ -233,30 +236,32 @@ class Standby:
         """The state to go on from, once no other trainer can announce a version.
 
         A version that is newer than the loaded one is loaded, for at most trainer.session_timeout_ms: if the store is slow or
-        down, the trainer goes on from what it has. Both are exact, since the log has the examples in between.
+        down, the trainer goes on from what it has. Both are exact, since the log has the examples in between. A version that a
+        rewind left is never gone on from.
 
         Raises:
             ModelError, PositionError: as `run_trainer`.
             SnapshotError: the registry knows versions, none can be read, and none is loaded.
         """
         assert self._loaded is not None
-        if not self._new_model and self._loaded_version() != registry.newest and registry.versions:
+        wanted = registry.newest_to_start_from
+        if not self._new_model and self._loaded_version() != wanted and registry.versions:
             try:
                 async with asyncio.timeout(self._settings.session_timeout_ms / 1000):
                     if self._loading is not None and not self._loading.done():
                         with contextlib.suppress(Exception):
                             await asyncio.shield(self._loading)
-                    if self._loaded_version() != registry.newest:
+                    if self._loaded_version() != wanted:
                         await self._load(registry)
             except (ModelError, PositionError):
                 raise
             except Exception as error:
-                if self._loaded.start.version is None:
+                if self._loaded.start.version is None or registry.rewinds.left(self._loaded_version()):
                     raise
                 self._not_loaded(error)
         if self._loaded.newest != registry.newest or time.monotonic() - self._loaded_at_s > BOUNDS_S:
             self._loaded = await self._place_again(self._loaded, registry)
-        return self._loaded
+        return replace(self._loaded, rewind=registry.rewinds.pending)
 
     def began(self, prepared: Prepared, positions: Callable[[], Mapping[int, int]], batch_rows: int) -> None:
         """The trainer begins to learn. Reports when it has caught up.
@@ -293,14 +298,15 @@ class Standby:
         await asyncio.shield(self._loading)
 
     async def _look_and_adopt(self, registry: RegistryState) -> None:
-        self._adopt(await self._look(registry))
+        self._adopt(await self._look(registry), registry)
 
-    def _adopt(self, prepared: Prepared) -> None:
+    def _adopt(self, prepared: Prepared, registry: RegistryState) -> None:
         """Replace the loaded state, unless the new one is older: every version in between may be out of reach for a moment."""
         loaded = self._loaded
         if self._began:
             return
-        if loaded is not None and (prepared.start.version or 0) < (loaded.start.version or 0):
+        older = loaded is not None and (prepared.start.version or 0) < (loaded.start.version or 0)
+        if loaded is not None and older and not registry.rewinds.left(self._loaded_version()):
             raise SnapshotError(
                 f"expected a version newer than {loaded.start.version}, which is loaded, found {prepared.start.version} as the "
                 "newest that can be read"

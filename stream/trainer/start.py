@@ -3,6 +3,8 @@
 A version is announced after it is whole in the store, so a trainer that is killed in between leaves a version that was never
 announced. Such a version is not used: its number is skipped, and its examples are trained again from the version before.
 Weights and offsets always come from one manifest, so each example counts exactly once either way.
+
+When the trainer has been sent back (`state.rewinds`), versions of the line that it left are passed over.
 """
 
 from __future__ import annotations
@@ -125,7 +127,13 @@ def find_start(
     if new_model:
         log.warning("beginning a new model at the start of the log, as asked; leave --new-model out at the next start")
         return Start(None, registry.newest)
-    announced = sorted((each for each in registry.versions.values() if each.kind == "full"), key=lambda each: -each.version)
+    announced = sorted(
+        (each for each in registry.versions.values() if each.kind == "full" and not registry.rewinds.left(each.version)),
+        key=lambda each: -each.version,
+    )
+    pending = registry.rewinds.pending
+    if pending is not None:
+        log.warning("going back to version %d, as %s asked: %s", pending.version, pending.who, pending.reason)
     problems: list[str] = []
     for record in announced:
         if record.version in broken:
@@ -146,6 +154,12 @@ def find_start(
         _require_same(manifest, schema, model)
         _require_same_log(manifest, topic_ids or {})
         return Start(manifest, registry.newest)
+    if registry.rewinds.rewinds and registry.versions and not announced:
+        raise SnapshotError(
+            f"the registry: expected a version at or below {registry.rewinds.rewinds[-1].version}, to which the trainer was "
+            f"sent back, found only {len(registry.versions)} of the line that was left. `headrace snapshot list` shows them. "
+            "To go on from one of them, send the trainer there: `headrace snapshot rollback --to VERSION --rewind-trainer`."
+        )
     there = store.versions()
     if announced:
         found = f"none that is whole ({problems[0]})" if there else "an empty store"

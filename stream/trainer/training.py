@@ -26,6 +26,7 @@ from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Judge
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.sanity import Sanity
+from stream.trainer.skips import Skips
 
 __all__ = ["Learns", "Observer", "Training"]
 
@@ -97,6 +98,8 @@ class Training:
     A batch whose update isn't finite changes nothing. Its halves are learned instead, and their halves, so that only examples
     that can't be learned alone are set aside. `take_set_aside` gives their dead letters.
 
+    Examples in the ranges of `skips` are not learned, and nothing else sees them.
+
     `observers` and the `judge` get each batch with the scores from before its update. The state of the parts in `bookkeeping`,
     of the evaluation, of the judge and of `sanity` is saved in every version. `anchors` hears of every version.
     """
@@ -113,11 +116,12 @@ class Training:
         observers: Sequence[Observer] = (),
         bookkeeping: Mapping[str, Bookkeeping] | None = None,
         judge: Judge | None = None,
+        skips: Skips | None = None,
         sanity: Sanity | None = None,
         anchors: KeepsAnchors | None = None,
     ) -> None:
         self._learner, self._cutter, self._evaluation, self._metrics = learner, cutter, evaluation, metrics
-        self._judge, self._anchors = judge, anchors
+        self._judge, self._anchors, self._skips = judge, anchors, skips
         self._sanity = Sanity(judge) if sanity is None else sanity
         self._observers = (*observers, *(each for each in (judge, self._sanity.shift) if each is not None))
         parts = {"gate": judge, "shift": self._sanity.shift}
@@ -149,8 +153,11 @@ class Training:
         restore_bookkeeping(self._bookkeeping, bookkeeping)
 
     def add(self, run: DecodedRun) -> None:
-        """Take a run, which `step` will learn."""
-        self._cutter.add(run)
+        """Take a run, which `step` will learn, without the examples that are left out."""
+        kept = run if self._skips is None else self._skips.cut(run)
+        if kept is not run:
+            self._metrics.skipped_examples.inc(len(run) - len(kept))
+        self._cutter.add(kept)
 
     def step(self, now_s: float, *, more_at_hand: bool = False) -> bool:
         """Learn one batch if one is due.

@@ -9,6 +9,10 @@ stopped or cut off, from doing harm or getting in the way:
 - The group of trainers no longer knows it, so it ends as soon as it hears from the group (`stream.trainer.leadership`).
 - The group that reads `examples` knows every leader by one fixed instance id. So the new leader gets the partitions at once,
   without waiting for the old one's session to time out.
+
+A leader that is sent back (`state.rewinds`) goes back by itself, in the same process: what it has under way is dropped, and all
+parts that belong to the weights are replaced by those of the older version (`Parts`). It keeps its lead, its epoch and its
+clients.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from aiokafka.errors import KafkaError
@@ -24,6 +29,7 @@ from faust.types import TP
 
 from state.errors import SnapshotError
 from state.registry import RegistryState
+from state.rewinds import Rewind
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.deltas.writer import DeltaWriter
@@ -44,12 +50,13 @@ from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.pipeline import Pipeline
+from stream.trainer.served import ServedWatch, act_on_alarm
 from stream.trainer.skew import SkewCheck
 from stream.trainer.snapshots import Publisher
 from stream.trainer.training import Training
 from stream.worker import Part, Worker, fatal, guarded
 
-__all__ = ["TrainerWorker"]
+__all__ = ["Parts", "TrainerWorker"]
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +76,28 @@ COLLECT_S = 60.0
 ANCHOR_S = 5.0
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a trainer that belong to its weights.
+
+    rewind  the rewind that these weights obey; None where nobody sent the trainer back
+    """
+
+    training: Training
+    publisher: Publisher
+    judge: Judge
+    anchors: Anchors
+    scores: Evaluation
+    served: ServedWatch
+    rewind: Rewind | None = None
+
+
 class TrainerWorker(Worker):
-    """One process of the trainer. Must be built inside a running event loop. It is the owner of its `Pipeline`."""
+    """One process of the trainer. Must be built inside a running event loop. It is the owner of its `Pipeline`.
+
+    Args:
+        go_back: gives the parts for a rewind. The weights that are in use are overwritten, so nothing may use them by then.
+    """
 
     name = "trainer"
 
@@ -83,19 +110,16 @@ class TrainerWorker(Worker):
         names: TopicNames,
         snapshots: SnapshotSettings,
         store: SnapshotStore,
-        training: Training,
+        parts: Parts,
+        go_back: Callable[[], Awaitable[Parts]],
         decoder: ExampleDecoder,
         threads: int,
         skew: SkewCheck,
-        publisher: Publisher,
         letters: LetterBox,
         deltas: DeltaWriter,
         registry: RegistryWriter,
         follower: RegistryFollower,
-        judge: Judge,
-        anchors: Anchors,
         canary: CanaryWatch,
-        scores: Evaluation,
         metrics: TrainerMetrics,
     ) -> None:
         super().__init__(
@@ -107,24 +131,69 @@ class TrainerWorker(Worker):
             instance_id=INSTANCE_ID,
         )
         self._kafka, self._names, self._topic = kafka, names, names.examples
-        self._snapshots, self._store, self._training, self._skew = snapshots, store, training, skew
-        self._pipeline = Pipeline(self, training, decoder, metrics, threads=threads)
-        self._publisher, self._letters, self._deltas, self._registry = publisher, letters, deltas, registry
-        self._follower, self._judge, self._anchors = follower, judge, anchors
-        self._canary, self._scores, self._metrics = canary, scores, metrics
-        # Next offset to hand over, by partition.
-        self._accepted = dict(training.positions)
+        self._snapshots, self._store, self._skew = snapshots, store, skew
+        self._letters, self._deltas, self._registry = letters, deltas, registry
+        self._follower, self._metrics, self._decoder, self._threads = follower, metrics, decoder, threads
+        self._canary, self._go_back = canary, go_back
+        self._intake = asyncio.Lock()  # held while the trainer goes back: nothing is handed over
+        self._going: asyncio.Task[None] | None = None
+        self._alarm = ""
         self._publishing: asyncio.Task[None] | None = None
         self._housekeeping: asyncio.Task[None] | None = None
+        self._take(parts)
+
+    def _take(self, parts: Parts) -> None:
+        """Go on with these parts."""
+        self._training, self._publisher, self._scores = parts.training, parts.publisher, parts.scores
+        self._served, self._was_held = parts.served, False
+        self._judge, self._anchors, self._rewind = parts.judge, parts.anchors, parts.rewind
+        self._pipeline = Pipeline(self, parts.training, self._decoder, self._metrics, threads=self._threads)
+        self._accepted = dict(parts.training.positions)
+        """Next offset to hand over, by partition."""
 
     async def start(self) -> None:
         await super().start()
         await self._letters.start()
-        self._pipeline.start()
-        training = self._training
-        self._publishing = guarded(self._publisher.run(training, self._pipeline.between_batches), self.name)
-        self._housekeeping = guarded(self._keep_house(), self.name)
+        self._begin()
         self.background(self._skew.run(), self._collect())
+        self.registry_changed(self._follower.state)
+
+    def _begin(self) -> None:
+        self._pipeline.start()
+        self._publishing = guarded(self._publisher.run(self._training, self._pipeline.between_batches), self.name)
+        self._housekeeping = guarded(self._keep_house(), self.name)
+
+    # Going back
+
+    def registry_changed(self, state: RegistryState) -> None:
+        """Take the registry: go back if somebody asks for it. Called on the event loop, once the worker has started."""
+        if self._publishing is not None and self._asked_to_go_back() and (self._going is None or self._going.done()):
+            self._going = guarded(self._rewound(), self.name)
+
+    def _asked_to_go_back(self) -> bool:
+        pending = self._follower.state.rewinds.pending
+        return pending is not None and (self._rewind is None or pending.operation != self._rewind.operation)
+
+    async def _rewound(self) -> None:
+        """Drop what is under way, and go on from the version that the trainer was sent back to."""
+        while self._asked_to_go_back():
+            began = time.monotonic()
+            if self._housekeeping is not None:  # it may be waiting for the training thread
+                self._housekeeping.cancel()
+                await asyncio.wait([self._housekeeping])
+            self._publisher.close()
+            if self._publishing is not None:
+                await self._publishing  # a version under way is completed: it is of the line that is left
+            await self._pipeline.stop()
+            self._anchors.close()  # they are read through the live weights, which are overwritten
+            async with self._intake:
+                was, self.waiting_for = self.waiting_for, "going back to an older version"
+                self._take(await self._go_back())
+                await self.app.consumer.seek_runs({TP(self._topic, at): offset for at, offset in self._accepted.items()})
+                self._begin()
+                self.waiting_for = was
+            self._metrics.rewinds.inc()
+            log.info("went back within %.2f s, training on from %s", time.monotonic() - began, self._training.positions)
 
     # Runs and positions
 
@@ -132,12 +201,13 @@ class TrainerWorker(Worker):
         return self._accepted.get(tp.partition)
 
     async def deliver(self, run: Run) -> None:
-        expected = self._accepted[run.partition]
-        if run.before > expected:
-            await self.app.consumer.seek_runs({TP(run.topic, run.partition): expected})
-        elif run.after > expected:  # otherwise the run was read before a rebalance, and again after it
-            self._accepted[run.partition] = run.after
-            await self._pipeline.put(_from(run, expected))
+        async with self._intake:
+            expected = self._accepted[run.partition]
+            if run.before > expected:
+                await self.app.consumer.seek_runs({TP(run.topic, run.partition): expected})
+            elif run.after > expected:  # otherwise the run was read before a rebalance, and again after it
+                self._accepted[run.partition] = run.after
+                await self._pipeline.put(_from(run, expected))
 
     async def revoked(self) -> None:
         """Nothing to do: positions are the trainer's own, and what it has taken is trained."""
@@ -162,11 +232,11 @@ class TrainerWorker(Worker):
     # Housekeeping
 
     async def _keep_house(self) -> None:
-        training = self._training
         reported = -1
         anchor_due = 0.0
         while True:
             await asyncio.sleep(HOUSEKEEPING_S)
+            training = self._training
             for partition, lag in self.lags(self._topic, training.positions):
                 self._metrics.lag.labels(str(partition)).set(lag)
             if training.batches != reported:
@@ -179,11 +249,24 @@ class TrainerWorker(Worker):
             if time.monotonic() >= anchor_due:
                 anchor_due = time.monotonic() + ANCHOR_S
                 await self._show_gate()
+            await self._watch_served()
             try:
                 await self._registry.tag_due(self._snapshots)
                 await self._canary.conduct(self._registry, self._follower.state)
             except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
                 log.warning("tagging good versions, or a canary: %s", error)
+
+    async def _watch_served(self) -> None:
+        """Act on served scores that are out of their band. When auto-promotion goes on, they are judged from nothing."""
+        state, was = self._follower.state, self._was_held
+        self._was_held = state.champion.hold
+        if was and not self._was_held:
+            self._served.begin_again()
+        alarm = self._served.alarm
+        if alarm != self._alarm:
+            self._alarm = alarm
+            log.log(logging.ERROR if alarm else logging.INFO, "served scores: %s", alarm or "in their band again")
+        await act_on_alarm(self._served, state, self._registry, self._store, self._snapshots, self._metrics)
 
     async def _collect(self) -> None:
         """Delete versions that nothing needs any more, from time to time."""
@@ -229,6 +312,13 @@ class TrainerWorker(Worker):
         """Train the batch under way to its end, publish what is trained, and close everything."""
         if self._housekeeping is not None:
             self._housekeeping.cancel()
+        if self._going is not None and not self._going.done():
+            # On the way back there is nothing to publish. The next trainer that starts goes back.
+            self._going.cancel()
+            await asyncio.wait([self._going])
+            await self._deltas.close()
+            await self._letters.close()
+            return
         self._publisher.close()
         if self._publishing is not None:
             await self._publishing  # a version under way is completed

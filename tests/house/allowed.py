@@ -9,7 +9,7 @@ EXPORTED: dict[str, str] = {
     "state.chain.REFUSALS": "the table of reasons in docs/scoring.md is checked against it",
     "model.hashing.hash_bytes": "the definition that the hashes of columns are tested against",
     **dict.fromkeys(
-        ["model.metrics.calibration", "model.metrics.log_loss", "model.metrics.normalised_entropy"],
+        ["model.metrics.log_loss"],
         "the definition that the metrics of a running total are tested against",
     ),
     "deploy.datasets.Chunk": "a new data set yields it",

@@ -181,7 +181,9 @@ def test_nobody_is_sent_to_a_version_that_is_not_whole(run: Run, three: Settings
 def test_rollback_confirmed_and_undone(run: Run, three: Settings) -> None:
     with scorer(three, "s1"), scorer(three, "s2"):
         plan = run("snapshot rollback --dry-run --format json").json
-        assert plan == {"from": 3, "to": 2, "held_already": False, "live": ["s1", "s2"], "dry_run": True}
+        rewind = {"rewind": False, "skipped": [], "offsets": {}}
+        expected = {"from": 3, "to": 2, "held_already": False, "live": ["s1", "s2"], "checked": "hashes", "dry_run": True}
+        assert plan == {**expected, **rewind}
         ran = run("snapshot rollback --reason 'CTR fell' --format json")
         assert ran.code == 0, ran.err
         done = ran.json
@@ -206,6 +208,19 @@ def test_rollback_that_someone_does_not_confirm(run: Run, three: Settings) -> No
     assert [each["worker"] for each in ran.json["unconfirmed"]] == ["deaf"]
     assert "scorer deaf on h1: expected version 2 within 700 ms, found version 3 at registry offset " in ran.err
     assert "The rollback stands; look at that scorer's log, or stop it." in ran.err
+
+
+def test_a_trainer_that_is_sent_back_and_is_not_there(run: Run, three: Settings) -> None:
+    ran = run("snapshot rollback --rewind-trainer --to 1 --timeout 100ms --reason poisoned")
+    assert ran.code == 3 and "trainer: goes back to version 1, and learns again from its offsets" in ran.out
+    assert "trainer: expected it to go back to version 1 within 100 ms, found that it hasn't. The request stands" in ran.err
+    ran = run("snapshot resume")
+    assert ran.code == 1 and f"expected a trainer that has gone back to version 1, as {who()} asked at " in ran.err
+    text = run("snapshot list").out
+    assert f"trainer: is to go back to version 1, as {who()} asked at " in text and "left by the trainer" in text
+    assert run("snapshot list --format json").json["rewinds"][0]["up_to"] is None
+    ran = run("snapshot rollback --rewind-trainer --to 1 --skip 0:5-9 --dry-run")
+    assert ran.code == 1 and "skip 0:5-9: expected a range of the log, which ends at offset 0, found one up to 9" in ran.err
 
 
 def test_rollback_without_scorers_or_without_a_target(run: Run, three: Settings) -> None:
@@ -242,9 +257,21 @@ def test_usage(run: Run) -> None:
     assert run("snapshot rollback --back tomorrow").code == 2
     ran = run("snapshot promote 1 --reason x --hold y --resume")
     assert ran.code == 2 and "--hold and --resume: expected one of them, found both." in ran.err
+    ran = run("snapshot rollback --skip 0:1-2")
+    assert ran.code == 2 and "expected --rewind-trainer beside them, found none" in ran.err
+    ran = run("snapshot rollback --rewind-trainer --skip-to-latest --unchecked")
+    assert ran.code == 2 and "what the version has learned is read from the store" in ran.err
+    for skip in ("0:9-5", "1-5", "x"):
+        assert "expected a partition, its first offset" in run(f"snapshot rollback --rewind-trainer --skip {skip}").err
+    assert "the earlier time first" in run("snapshot rollback --rewind-trainer --skip-time 1m..2m").err
+    assert "two times with .. between them" in run("snapshot rollback --rewind-trainer --skip-time 1m").err
     ran = run("snapshot rollback --help")
     text = " ".join(ran.out.split())
-    assert ran.code == 0 and "Exit code 3 when someone didn't confirm" in text and "headrace snapshot rollback --to 39" in text
+    assert (
+        ran.code == 0
+        and "Exit code 3 when a scorer, or the trainer that was sent back, didn't confirm" in text
+        and "headrace snapshot rollback --to 39" in text
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from deploy.doctor.examination import examine
 from deploy.doctor.finding import Finding
 from deploy.doctor.readings import LogReading, Readings
 from state.registry import Champion, RegistryState, VersionRecord
+from state.rewinds import Rewind, Rewinds
 from state.settings import SnapshotSettings
 from stream.records.heartbeat import Heartbeat
 from tests.deploy.doctor.test_doctor import NOW, healthy, only
@@ -123,6 +124,26 @@ def test_served_predictions_out_of_band(value: float, count: int, found: bool) -
     assert check_of(with_metrics(served_calibration=math.nan, served_examples=count)) == []
     if found:
         assert only(readings).found == f"{value:.3g} over the last 1,000 impressions with a score"
+
+
+def test_served_scores_that_got_worse() -> None:
+    found = only(with_metrics(served_alarm=1.0, served_block_ne=1.04, served_history_ne=0.81))
+    assert found.check == "served"
+    assert found.found == "3 or more in a row that aren't; the newest has a normalised entropy of 1.04, those before 0.81"
+    assert check_of(with_metrics(served_alarm=0.0, served_block_ne=0.82, served_history_ne=0.81)) == []
+
+
+@pytest.mark.parametrize(
+    ("age_ms", "up_to", "found"), [(6 * MINUTE, None, True), (4 * MINUTE, None, False), (9 * MINUTE, 39, False)]
+)
+def test_a_trainer_that_does_not_go_back(age_ms: int, up_to: int | None, found: bool) -> None:
+    state = registry()
+    asked = Rewind(version=30, who="ann", at_ms=NOW - age_ms, reason="poisoned", operation="one", up_to=up_to)
+    state.rewinds = Rewinds(rewinds=(asked,))
+    findings = examine(healthy(registry=state))
+    assert [each.check for each in findings] == ["rewind"] * found
+    if found:
+        assert findings[0].found.endswith("when ann asked for it: poisoned")
 
 
 def test_skew() -> None:

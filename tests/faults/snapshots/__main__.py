@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -18,8 +17,9 @@ from deploy.settings import LocalKafkaSettings
 from tests.faults.code import SNAPSHOTS, code_now, commit_now
 from tests.faults.snapshots.broker import FaultKafka
 from tests.faults.snapshots.kinds import KINDS, kind_named
-from tests.faults.snapshots.play import Result, play, where_of
+from tests.faults.snapshots.play import Result
 from tests.faults.snapshots.report import read_results, totals, write_table
+from tests.faults.snapshots.turns import work
 
 RESULTS = Path(".headrace/faults-snapshots.jsonl")
 PAGE = Path("docs/reliability.md")
@@ -59,7 +59,7 @@ def main(runs: int, seed: int, names: tuple[str, ...], jobs: int, results: Path,
             for turn in turns:
                 tasks.put(turn)
             workers = [
-                context.Process(target=_work, args=(tasks, answers, kafka.bootstrap_servers, kafka.dir, folder / "runs", code))
+                context.Process(target=work, args=(tasks, answers, kafka.bootstrap_servers, kafka.dir, folder / "runs", code))
                 for _ in range(jobs)
             ]
             for worker in workers:
@@ -86,15 +86,6 @@ def main(runs: int, seed: int, names: tuple[str, ...], jobs: int, results: Path,
         write_table(current, PAGE, commit_now(SNAPSHOTS))
     click.echo(f"{totals(current)}; {len(turns)} of them new; code {code} (commit {commit_now(SNAPSHOTS)})")
     sys.exit(any(result.problems for result in current))
-
-
-def _work(tasks: Any, answers: Any, servers: str, broker: Path, folder: Path, code: str) -> None:
-    """Play runs until there are no more. Expected errors of the product are in results, not in the terminal."""
-    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    while (turn := tasks.get()) is not None:
-        name, seed = turn
-        result = play(kind_named(name), where_of(servers, broker, seed, folder), code=code)
-        answers.put(msgspec.json.encode(result))
 
 
 def _print(result: Result, number: int, of: int) -> None:

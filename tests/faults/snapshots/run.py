@@ -57,6 +57,8 @@ class Run:
         self.scorers: list[Scorer] = []
         self._opened: list[Any] = []
         self.checked = Checked()
+        self._announced: dict[int, Point] = {}
+        """Points of versions, also of those that compaction has taken out of the registry since."""
         self.lost_log = False
         """Whether the log no longer has all of what scorers were at, so that only the trainer's notes show it."""
 
@@ -90,6 +92,8 @@ class Run:
         """Publish a version; it must succeed."""
         announcement = await self.trainer.version()
         assert announcement is not None, "expected a version to be announced, found that it failed"
+        if self.trainer.point is not None:
+            self._announced[announcement.version] = self.trainer.point
         return announcement.version
 
     async def newest(self) -> int:
@@ -163,6 +167,8 @@ class Run:
                 self.problems.append(f"{scorer.name}: at {point}, to which neither a version nor the log leads")
             elif digest(wanted) != digest(weights):
                 self.problems.append(f"{scorer.name}: at {point} {digest(weights)} in memory, {digest(wanted)} by the replay")
+        for version, point in self._announced.items():
+            found.versions.setdefault(version, replaying.Announced(version, point, "", 0))
         self.checked.points = len(found.points)
         self._check_asked(known, found)
 

@@ -7,4 +7,5 @@
 | --- | --- |
 | `system.py` | a release's files, its workers, and a client that sends events and asks for scores all the time |
 | `__main__.py` | the orders, and what each step found |
+| `move.py` | a move to another cluster |
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 import time
@@ -12,7 +11,7 @@ import click
 
 from deploy.local_kafka.cluster import LocalKafka
 from deploy.settings import LocalKafkaSettings
-from tests.faults.versions.system import Traffic, Worker, environment, examples_of, files_of, wait_for
+from tests.faults.versions.system import Traffic, Worker, environment, examples_of, files_of, headrace, wait_for
 
 # The last revision that has full versions only.
 OLD = "563747e"
@@ -58,7 +57,7 @@ def _play(order: str, releases: dict[str, Path], folder: Path, *, and_back: bool
         wrong: list[str] = []
         traffic = Traffic(kafka.bootstrap_servers)
         try:
-            _headrace(releases[first], env, "topics", "create")
+            headrace(releases[first], env, "topics", "create")
             for kind in KINDS:
                 workers[kind] = Worker(kind, releases[first], env, folder / f"{kind}.log")
             traffic.start()
@@ -72,7 +71,7 @@ def _play(order: str, releases: dict[str, Path], folder: Path, *, and_back: bool
                 steps += [("old", kind) for kind in reversed(turns)]
             for release, kind in steps:
                 if release == "new" and set(mixed.values()) == {"old"}:
-                    _headrace(releases["new"], env, "topics", "create")  # the first step: topics that the old release lacks
+                    headrace(releases["new"], env, "topics", "create")  # the first step: topics that the old release lacks
                 began = time.monotonic()
                 code = workers[kind].stop()
                 if code:
@@ -115,16 +114,6 @@ def _report(name: str, traffic: Traffic, workers: dict[str, Worker], wrong: list
     shown = traffic.versions(began)[-2:]
     click.echo(
         f"   {name}: answers {dict(traffic.answered(began))}, by {shown}, {'newer weights' if newer else 'NO newer weights'}"
-    )
-
-
-def _headrace(release: Path, env: dict[str, str], *arguments: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "headrace", *arguments],
-        cwd=release,
-        env={**env, "PYTHONPATH": str(release)},
-        check=True,
-        capture_output=True,
     )
 
 

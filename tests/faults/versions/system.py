@@ -24,7 +24,7 @@ from headrace import Client
 from headrace.errors import HeadraceError
 from tests.faults.code import ROOT
 
-__all__ = ["Examples", "Traffic", "Worker", "environment", "examples_of", "files_of"]
+__all__ = ["Examples", "Traffic", "Worker", "environment", "examples_of", "files_of", "headrace", "wait_for"]
 
 READY_S, STOP_S = 120.0, 60.0
 WINDOW_MS, LATENESS_MS = 1_500, 300
@@ -127,6 +127,7 @@ class Traffic:
     """
 
     servers: str
+    first_number: int = 0
     sent: dict[str, tuple[float, bool]] = field(default_factory=dict)
     answers: list[tuple[float, int | None, int, str]] = field(default_factory=list)
 
@@ -157,7 +158,7 @@ class Traffic:
     def _send(self) -> None:
         drawn, waiting = random.Random(1), list[tuple[float, str]]()
         with Client(self.servers, topic_prefix="v-") as client:
-            number = 0
+            number = self.first_number
             while not self._ending.wait(1 / IMPRESSIONS_S):
                 name, clicked = f"i{number}", drawn.random() < 0.25
                 client.send_impression(name, features={"user": f"u{number % 30}", "item": f"i{drawn.randrange(60)}"})
@@ -190,6 +191,7 @@ class Examples:
 
     first: Counter[str] = field(default_factory=Counter)
     labels: dict[str, str] = field(default_factory=dict)
+    count: int = 0
 
     def problems(self, sent: dict[str, tuple[float, bool]]) -> dict[str, int]:
         """How many impressions have no label, several, or another one than their clicks give."""
@@ -212,6 +214,7 @@ def examples_of(servers: str) -> Examples:
         while consumer.position(partition) < end:
             for records in consumer.poll(timeout_ms=200).values():
                 for record in records:
+                    found.count += 1
                     headers = {name: value.decode() for name, value in record.headers}
                     if headers.get("kind") == "first" and record.key:
                         found.first[record.key.decode()] += 1
@@ -219,6 +222,21 @@ def examples_of(servers: str) -> Examples:
     finally:
         consumer.close(autocommit=False)
     return found
+
+
+def headrace(release: Path, env: dict[str, str], *arguments: str) -> str:
+    """Run a command of a release, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "headrace", *arguments],
+        cwd=release,
+        env={**env, "PYTHONPATH": str(release)},
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"headrace {' '.join(arguments)}: exit code {done.returncode}: {done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def wait_for(true: Callable[[], bool], within_s: float) -> bool:

@@ -178,10 +178,10 @@ def test_a_target_is_computed_once(topics: Settings, monkeypatch: pytest.MonkeyP
         trainer = RegistryWriter(topics.kafka, TopicNames.of(topics.topics), who="trainer")
         rollback = RegistryWriter.rollback
 
-        async def late(self: RegistryWriter, target: int, reason: str) -> Any:
+        async def late(self: RegistryWriter, target: int, reason: str, *more: Any) -> Any:
             assert (await trainer.announce(manifest(4), gate=GATE)).promoted
             await trainer.tag_good(3)
-            return await rollback(self, target, reason)
+            return await rollback(self, target, reason, *more)
 
         monkeypatch.setattr(RegistryWriter, "rollback", late)
         done = await operations(topics).rollback(RollbackRequest("bad", timeout_ms=100))

@@ -146,6 +146,24 @@ def test_going_back_costs_no_download_and_waits_for_none() -> None:
     asyncio.run(run())
 
 
+def test_what_is_kept_ready_is_checked_too() -> None:
+    """A bit that flips in a version that a rollback goes to is found before it answers."""
+
+    async def run() -> None:
+        it = Serving(keep=2)
+        await it.serve(1)
+        kept = it.swapper.current
+        await it.serve(2)
+        assert kept is not None and kept is not it.swapper.current
+        assert it.swapper.in_memory == [kept, it.swapper.current]
+        it.swapper.reload(kept)
+        assert it.swapper.in_memory == [it.swapper.current]
+        await it.serve(1)
+        assert it.swapper.current is not kept and it.swapper.current is not None and it.swapper.current.version == 1
+
+    asyncio.run(run())
+
+
 def test_going_back_to_a_version_that_is_not_ready_does_not_wait_for_another_download() -> None:
     async def run() -> None:
         it = Serving(keep=1)

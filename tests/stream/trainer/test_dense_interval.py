@@ -8,7 +8,7 @@ import pytest
 
 from stream.trainer import snapshots
 from tests.stream.trainer.fakes import DeltaLog
-from tests.stream.trainer.test_rebase import Trainer, let_flow, withhold
+from tests.stream.trainer.test_rebase import Trainer, withhold
 from tests.stream.trainer.test_row_precision import follow, loaded, scores
 from tests.stream.trainer.test_snapshots import Bench, Trained, until
 
@@ -90,7 +90,7 @@ async def test_what_was_withheld_leaves_with_the_dense_weights_that_belong_to_it
     captured.frozen.close()
     assert captured.delta is None
     assert not captured.on_chain
-    let_flow(trainer.training)
+    withhold(trainer.training, False)
     trainer.learn(96, 128)
     assert (await publish(trainer, dense=False)).delta.dense is not None
     follow(scorer, trainer.log.deltas)

@@ -67,22 +67,22 @@ class Trainer:
         self.base = None
         self._begin({0: 0})
 
-    def _begin(self, positions):
+    def _begin(self, positions, ordinal=0):
         self.chain = Chain(
-            f"deepfm/{self.epoch}/0", self.log, self.base, self.learner.touched_keys, row_precision=self.precision
+            f"deepfm/{self.epoch}/{ordinal}", self.log, self.base, self.learner.touched_keys, row_precision=self.precision
         )
         cutter = BatchCutter(self.rows, positions)
         self.training = Training(
             self.learner, cutter, Evaluation(100), metrics(), max_batch_age_s=1e9, bookkeeping={NAME: self.chain}
         )
 
-    async def go_on(self, version, manifest):
+    async def go_on(self, version, manifest, *, sent_back=False, ordinal=0):
         version.restore(self.learner)
         start = Start(manifest, 1, bookkeeping_in(version.small))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rebase, "read_back", lambda kafka, names, *, start: found_in(self.log, start))
-            self.base = await rebase.go_on_in_place(self.learner, start, None, None)
-        self._begin({int(name): offset for name, offset in manifest.offsets.items()})
+            self.base = await rebase.go_on_in_place(self.learner, start, None, None, sent_back=sent_back)
+        self._begin({int(name): offset for name, offset in manifest.offsets.items()}, ordinal)
 
     def learn(self, first, end, feature="u"):
         records = [record(offset, value(offset, features={"user": f"{feature}{offset % 7}"})) for offset in range(first, end)]
@@ -109,6 +109,12 @@ class Trainer:
             digest=f"{captured.digest:016x}",
             row_precision=self.precision,
         )
+
+
+def withhold(training, withheld=True):
+    """Have the gate withhold what is trained from now on, or let it flow again."""
+    judge = Judge(SnapshotSettings(), GateState(flow="withheld" if withheld else "flowing"))
+    training._judge, training._sanity = judge, Sanity(judge)
 
 
 async def found_in(log, offset):
@@ -212,12 +218,54 @@ def test_a_version_from_before_there_were_deltas_is_nowhere_in_the_log():
     assert where_in_the_log(Manifest(version=1), {"kept.chain.published": torch.zeros(3, dtype=torch.uint8)}) is None
 
 
-def withhold(training):
-    """Have the gate withhold from now on."""
-    judge = Judge(SnapshotSettings(), GateState(flow="withheld"))
-    training._judge, training._sanity = judge, Sanity(judge)
+@pytest.mark.parametrize("same_learner", [True, False])
+async def test_a_trainer_that_is_sent_back_learns_as_if_it_had_never_gone_on(same_learner):
+    log, replica = DeltaLog(), Replica()
+    old = Trainer(log, epoch=3)
+    old.learn(0, 320)
+    version, manifest = old.version(on_chain=True)
+    replica.load(version)
+    for first in (320, 480):
+        old.learn(first, first + 160, "poison")
+        await old.publish()
+    for each in log.deltas:
+        replica.apply(each.model)
+    old.learn(640, 700, "never sent")
+
+    back = old if same_learner else Trainer(log, epoch=4)
+    await back.go_on(version, manifest, sent_back=True, ordinal=1)
+    assert back.chain.is_ready(back.training.positions), "at once, and not when it has come as far as the old chain"
+    await back.publish()
+    rebase = log.deltas[-1]
+    assert (rebase.header.rebase, rebase.header.parent) == (True, Point("deepfm/3/0", 2))
+    assert len(rebase.model.gone) > 0, "rows that only the old line had"
+    assert rebase.header.offsets == manifest.offsets
+    replica.apply(rebase.model)
+    assert replica.digest == back.learner.digest == int(manifest.digest, 16)
+
+    whole_run = Trainer(DeltaLog(), epoch=1)
+    whole_run.learn(0, 320)
+    for each in (back, whole_run):
+        each.learn(320, 800)
+    await back.publish()
+    replica.apply(log.deltas[-1].model)
+    expected, found = ({**each.learner.serving_state(), **each.learner.trainer_state()} for each in (whole_run, back))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected), "bit for bit"
+    assert replica.digest == back.learner.digest
 
 
-def let_flow(training):
-    """Go on without a gate."""
-    training._judge, training._sanity = None, Sanity(None)
+async def test_a_trainer_that_is_sent_back_begins_with_a_version_where_the_log_has_lost_deltas(monkeypatch):
+    trainer = Trainer(DeltaLog(), epoch=3)
+    trainer.learn(0, 320)
+    version, manifest = trainer.version(on_chain=True)
+
+    async def lost(log, start):
+        yield DeltaProblem("log_gone", f"expected offset {start}, found a log from 9", start, 9)
+
+    monkeypatch.setitem(globals(), "found_in", lost)
+    await trainer.go_on(version, manifest, sent_back=True)
+    assert trainer.chain.begins_with_a_version
+    assert trainer.chain.is_ready(trainer.training.positions)
+    await trainer.go_on(version, manifest)
+    assert not trainer.chain.begins_with_a_version, "one that restarts goes on: scorers that are further wait for it"

@@ -14,6 +14,7 @@ from model.learner import Learner
 from state.errors import SnapshotCorrupt, SnapshotError, SnapshotNotFound
 from state.manifest import Manifest
 from state.registry import RegistryState, VersionRecord
+from state.rewinds import Rewind, Rewinds
 from stream.errors import NoAnswer, PositionError, StreamError
 from stream.kafka.cluster import Cluster
 from stream.settings import HttpSettings, KafkaSettings, TopicSettings, TrainerSettings
@@ -272,3 +273,50 @@ async def test_a_new_model_is_new_whatever_is_announced_meanwhile(monkeypatch):
         prepared = await one.newest(registry(5))
         assert (prepared.start.version, prepared.start.newest) == (None, 5)
         assert stage.looks == [3]
+
+
+def sent_back(state: RegistryState, version: int, up_to: int | None = None) -> RegistryState:
+    """The registry after an operator sent the trainer back."""
+    rewind = Rewind(version=version, who="ann", at_ms=1, reason="bad", operation="one", up_to=up_to)
+    state.rewinds = Rewinds(rewinds=(rewind,))
+    return state
+
+
+async def test_a_standby_replaces_what_a_rewind_left_and_takes_over_from_before_it(monkeypatch):
+    stage = Stage(monkeypatch)
+    stage.look = lambda newest: stage.state.newest_to_start_from
+    async with stage.standby as one:
+        waiting = asyncio.ensure_future(one.until_chosen())
+        await stage.until(lambda: stage.metric("standby_version") == 3)
+        stage.state = sent_back(registry(3), 1)
+        stage.report(stage.state)
+        await stage.until(lambda: stage.metric("standby_version") == 1)
+        stage.group.won.set()
+        await waiting
+        prepared = await one.newest(stage.state)
+        assert (prepared.start.version, prepared.start.newest) == (1, 3)
+        assert prepared.rewind is not None and prepared.rewind.operation == "one"
+
+
+async def test_a_rewind_that_is_done_is_not_done_again(monkeypatch):
+    stage = Stage(monkeypatch)
+    async with stage.standby as one:
+        waiting = asyncio.ensure_future(one.until_chosen())
+        await stage.until(lambda: stage.metric("standby_version") == 3)
+        stage.group.won.set()
+        await waiting
+        stage.state = sent_back(registry(4), 1, up_to=3)  # and version 4 is of the new line
+        prepared = await one.newest(stage.state)
+        assert (prepared.start.version, prepared.rewind) == (4, None)
+
+
+async def test_what_a_rewind_left_is_never_gone_on_from_although_it_is_loaded(monkeypatch):
+    stage = Stage(monkeypatch)
+    async with stage.standby as one:
+        waiting = asyncio.ensure_future(one.until_chosen())
+        await stage.until(lambda: stage.metric("standby_version") == 3)
+        stage.group.won.set()
+        await waiting
+        stage.look = failing(SnapshotError("the store is down"))
+        with pytest.raises(SnapshotError, match="the store is down"):
+            await one.newest(sent_back(registry(3), 1))

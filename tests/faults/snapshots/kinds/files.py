@@ -59,7 +59,8 @@ def exchange(run: Run, version: int, pattern: str) -> None:
 
 def of_another(run: Run, version: int, pattern: str) -> None:
     """A file of the version before takes the place of this version's."""
-    path = some(run, version, pattern)
+    before = {path.name for path in folder(run, version - 1).glob(pattern)}
+    path = run.drawn.choice([path for path in sorted(folder(run, version).glob(pattern)) if path.name in before])
     shutil.copy(folder(run, version - 1) / path.name, path)
 
 

@@ -62,8 +62,9 @@ def flip_average(run: Run, predictor: Predictor) -> None:
 
 
 def flip_dense(run: Run, predictor: Predictor) -> None:
-    parameters = predictor._dense.model.parameters
-    flip_bit(run, parameters, 0, parameters.numel())
+    named = predictor._dense.model.named
+    tensor = named[run.drawn.choice(sorted(named))]  # between them are numbers that nobody reads
+    flip_bit(run, tensor, 0, tensor.numel())
 
 
 FLIPS: dict[str, Callable[[Run, Predictor], None]] = {
@@ -99,6 +100,24 @@ async def found(run: Run, scorer: Scorer, since: float) -> None:
     run.happened.append(f"found after {time.monotonic() - since:.2f} s")
 
 
+async def found_or_written_over(run: Run, scorer: Scorer, since: float) -> None:
+    """As `found`, where deltas flow: a delta that brings all dense weights writes over what has flipped in them.
+
+    A delta of a row that has flipped finds it before the scrub does, and the whole memory is checked then.
+    """
+
+    async def over() -> bool:
+        if scorer.count("scrubs_total", found="wrong") > 0:
+            run.happened.append(f"found after {time.monotonic() - since:.2f} s")
+            return True
+        if await scorer.in_scoring_thread(lambda: is_right(scorer.served)):
+            run.happened.append("written over")
+            return True
+        return False
+
+    await run.until(over, f"{scorer.name}: the flip is found", FOUND_S)
+
+
 def flips(name: str, how: Callable[[Run, Predictor], None]) -> None:
     @kind(f"a bit flips in a scorer's memory: {name}")
     async def play(run: Run) -> None:
@@ -116,19 +135,7 @@ def flips(name: str, how: Callable[[Run, Predictor], None]) -> None:
         for _ in range(10):
             await run.trainer.delta()
             await asyncio.sleep(0.02)
-
-        # A delta of the row finds it before the scrub does, and the whole memory is checked then. A delta that brings all dense
-        # weights writes over what has flipped in them.
-        async def over() -> bool:
-            if scorer.count("scrubs_total", found="wrong") > 0:
-                run.happened.append(f"found after {time.monotonic() - since:.2f} s")
-                return True
-            if await scorer.in_scoring_thread(lambda: is_right(scorer.served)):
-                run.happened.append("written over")
-                return True
-            return False
-
-        await run.until(over, f"{scorer.name}: the flip is found", FOUND_S)
+        await found_or_written_over(run, scorer, since)
         await run.caught_up()
 
 
@@ -197,5 +204,5 @@ async def _prepared(run: Run) -> None:
     replica.prepare = hurt  # type: ignore[assignment,method-assign]
     since = time.monotonic()
     await run.trainer.delta()
-    await found(run, scorer, since)
+    await found_or_written_over(run, scorer, since)
     await run.caught_up()

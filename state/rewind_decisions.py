@@ -1,0 +1,49 @@
+"""The end of a rewind: the change of the registry by which a trainer says that it has gone back. See `state.rewinds`."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from state.changes import Change
+from state.errors import Refused, StaleEpoch
+from state.registry import CHAMPION_KEY, KEPT_RANGES, KeyedRecord, RegistryState, VersionRange
+from state.rewinds import REWINDS_KEY
+
+__all__ = ["rewound"]
+
+
+def rewound(
+    state: RegistryState, operation: str, *, epoch: int, chain: str, up_to: int | None, who: str, now_ms: int
+) -> Change[bool]:
+    """The trainer has gone back as an operation asked for: its new chain has begun.
+
+    Args:
+        up_to: newest version of the line that was left; None: the newest announced.
+
+    Returns:
+        The change, and whether the rewind was pending.
+
+    Raises:
+        StaleEpoch: another trainer has taken over.
+        Refused: the registry doesn't know the operation.
+    """
+    if epoch != state.trainer.epoch:
+        raise StaleEpoch(
+            f"rewind: expected the trainer's epoch {state.trainer.epoch} (taken by {state.trainer.who}), found {epoch}. "
+            "Another trainer has taken over; this one must stop."
+        )
+    rewind = state.rewinds.of(operation)
+    if rewind is None:
+        raise Refused(f"rewind: expected operation {operation} among those asked for, found it neither pending nor done.")
+    if rewind.up_to is not None:
+        return Change((), False)
+    newest = state.newest if up_to is None else up_to
+    after = state.rewinds.ending(operation, up_to=newest, who=who, at_ms=now_ms, chain=chain)
+    records = [KeyedRecord(REWINDS_KEY, after)]
+    champion = state.champion
+    if newest > rewind.version and (champion.version or 0) <= rewind.version:
+        # Versions that were announced between the operation and the trainer's way back.
+        ranges = (*champion.rolled_back, VersionRange(rewind.version, newest))
+        if not all(champion.was_rolled_back(version) for version in state.versions if ranges[-1].includes(version)):
+            records.append(KeyedRecord(CHAMPION_KEY, replace(champion, rolled_back=ranges[-KEPT_RANGES:])))
+    return Change(tuple(records), True)

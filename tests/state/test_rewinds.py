@@ -1,0 +1,141 @@
+"""The trainer is sent back: what the registry records of it, and which versions are started from after it."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from state import decisions, upkeep
+from state.changes import Rewinding
+from state.errors import Refused, StaleEpoch
+from state.manifest import Manifest
+from state.registry import RegistryState, VersionRecord
+from state.rewind_decisions import rewound
+from state.rewinds import REWINDS_KEY, Rewinds, SkippedRange, begun, joined
+from tests.state.registry_log import Log, a_log
+
+
+def send_back(log: Log, target: int, *ranges: SkippedRange) -> str:
+    cause = log.cause("poisoned")
+    log.write(decisions.rollback(log.state, target, cause, rewind=True, skipped=Rewinding(ranges).signed(cause)))
+    return cause.operation
+
+
+def done(log: Log, operation: str, *, up_to: int | None = None, epoch: int | None = None) -> object:
+    epoch = log.state.trainer.epoch if epoch is None else epoch
+    return log.write(rewound(log.state, operation, epoch=epoch, chain="deepfm/1/1", up_to=up_to, who="t", now_ms=log.now_ms))
+
+
+def test_versions_above_the_target_are_left_until_and_after_the_trainer_has_gone_back() -> None:
+    log = a_log(5, good=(2,))
+    operation = send_back(log, 3)
+    assert (log.state.champion.version, log.state.champion.hold) == (3, True)
+    assert log.state.rewinds.pending is not None and log.state.rewinds.pending.reason == "poisoned"
+    log.announce(6)  # the trainer was in the middle of it
+    assert log.state.newest_to_start_from == 3
+    assert log.state.newest == 6, "numbers never go back"
+    assert done(log, operation) is True
+    assert log.state.rewinds.pending is None
+    assert log.state.champion.was_rolled_back(6)
+    log.announce(7)
+    assert log.state.newest_to_start_from == 7
+    assert [version for version in log.state.versions if log.state.rewinds.left(version)] == [4, 5, 6]
+
+
+def test_a_trainer_that_says_so_twice_or_too_late_changes_nothing() -> None:
+    log = a_log(5)
+    operation = send_back(log, 3)
+    done(log, operation)
+    log.announce(6)
+    before = dict(log.compacted)
+    assert done(log, operation) is False
+    assert log.compacted == before
+    with pytest.raises(StaleEpoch, match=r"expected the trainer's epoch 1 \(taken by trainer\), found 0"):
+        done(log, operation, epoch=0)
+    with pytest.raises(Refused, match="expected operation lost among those asked for"):
+        done(log, "lost")
+    assert log.state.has_done(operation), "a retry of the rollback finds it"
+
+
+def test_a_chain_that_begins_with_a_version_keeps_that_one() -> None:
+    log = a_log(5)
+    operation = send_back(log, 2)
+    log.announce(6)
+    log.announce(7)
+    done(log, operation, up_to=6)
+    assert log.state.newest_to_start_from == 7
+
+
+def test_the_champion_is_gone_back_to_after_a_rollback_and_one_request_replaces_another() -> None:
+    log = a_log(5)
+    log.rollback(to=4)
+    with pytest.raises(Refused, match="expected one older than the champion, 4"):
+        decisions.rollback(log.state, 4, log.cause())
+    assert decisions.rollback_target(log.state, to=4, now_ms=log.now_ms, or_champion=True) == 4
+    moves = len(log.state.champion.moves)
+    first = send_back(log, 4)
+    assert len(log.state.champion.moves) == moves, "the champion stays"
+    second = send_back(log, 2)
+    assert done(log, first) is True
+    assert log.state.rewinds.pending is not None and log.state.rewinds.pending.operation == second
+    done(log, second)
+    assert [each.version for each in log.state.rewinds.rewinds] == [4, 2]
+    assert log.state.newest_to_start_from == 2
+
+
+def test_the_line_that_was_left_can_be_gone_back_to_by_name() -> None:
+    log = a_log(5)
+    done(log, send_back(log, 2))
+    log.announce(6)
+    log.write(decisions.promote(log.state, 5, log.cause()))
+    send_back(log, 5)
+    assert log.state.newest_to_start_from == 5
+
+
+def test_nobody_resumes_before_the_trainer_has_gone_back() -> None:
+    log = a_log(5)
+    operation = send_back(log, 3)
+    with pytest.raises(Refused, match=r"expected a trainer that has gone back to version 3, as me asked at .*, found none yet"):
+        decisions.resume(log.state, log.cause())
+    done(log, operation)
+    log.write(decisions.resume(log.state, log.cause()))
+    assert not log.state.champion.hold
+    assert log.announce(6).promoted
+
+
+def test_what_a_trainer_starts_from_is_never_deleted() -> None:
+    log = a_log(5)
+    send_back(log, 2)
+    assert upkeep.needed(log.state)[2] == "champion"
+    log.write(decisions.promote(log.state, 5, log.cause()))
+    assert upkeep.needed(log.state)[2] == "the trainer is to go back to it"
+    done(log, log.state.rewinds.rewinds[-1].operation)
+    assert upkeep.needed(log.state)[2] == "the newest that a trainer may start from"
+
+
+def test_what_is_left_out_stays_with_who_and_why() -> None:
+    log = a_log(5)
+    send_back(log, 3, SkippedRange(partition=1, first=10, to=20, topic_id="id"))
+    send_back(log, 2, SkippedRange(partition=0, first=5, to=9), SkippedRange(partition=1, first=10, to=20, topic_id="id"))
+    [first, second] = log.state.rewinds.skipped
+    assert (first.partition, first.first, first.to, len(first)) == (0, 5, 9, 4)
+    assert (second.partition, second.who, second.why, second.at_ms) == (1, "me", "poisoned", log.now_ms)
+    assert begun(log.state.rewinds.skipped, {0: 5, 1: 11}) == (second,)
+    assert joined(log.state.rewinds.skipped, [second]) == (first, second)
+
+
+def test_older_readers_ignore_the_record_and_newer_manifests() -> None:
+    log = a_log(2)
+    send_back(log, 1, SkippedRange(partition=0, first=5, to=9))
+    document = msgspec.json.decode(log.compacted[REWINDS_KEY])
+    assert document["skipped"][0]["from"] == 5
+    assert REWINDS_KEY.startswith("alias/")
+    again = RegistryState()
+    assert again.apply(REWINDS_KEY.encode(), log.compacted[REWINDS_KEY], 0) is None
+    assert again.rewinds == log.state.rewinds
+    assert again.apply(REWINDS_KEY.encode(), None, 1) is None
+    assert again.rewinds == Rewinds()
+    skipped = (SkippedRange(partition=0, first=5, to=9, who="me"),)
+    manifest = Manifest.decode(Manifest(version=3, skipped=skipped).encode(), where="here")
+    assert manifest.skipped == skipped == VersionRecord.of(manifest, now_ms=0, who="t", gate="").skipped
+    assert Manifest.decode(b'{"version": 3}', where="here").skipped == ()
