@@ -54,7 +54,7 @@ def scorer(positions: dict[int, int]) -> Any:
         max_bytes=1,
         cluster=CLUSTER,
         **dict.fromkeys(  # type: ignore[arg-type]
-            ("swapper", "follower", "scoring", "scrub", "outbox", "heartbeats", "metrics", "freshness")
+            ("swapper", "follower", "scoring", "candidate", "scrub", "outbox", "heartbeats", "metrics", "freshness")
         ),
     )
     worker._answering.answered = positions
