@@ -15,7 +15,7 @@ from stream.kafka.transport import LogEnd
 from stream.scorer.worker import ScorerWorker
 from stream.settings import KafkaSettings, ScorerSettings, TopicSettings
 from stream.topics.names import TopicNames
-from stream.trainer.worker import TrainerWorker
+from stream.trainer.worker import Parts, TrainerWorker
 from stream.worker.watchdog import Part
 
 NAMES = TopicNames.of(TopicSettings())
@@ -23,8 +23,8 @@ CLUSTER = Cluster("c", {}, {NAMES.score_requests: 2})
 
 
 _UNUSED = (
-    *("snapshots", "store", "decoder", "skew", "publisher", "letters", "deltas", "registry"),
-    *("follower", "judge", "anchors", "canary", "scores", "metrics"),
+    *("snapshots", "store", "go_back", "decoder", "skew", "letters", "deltas", "registry"),
+    *("follower", "canary", "metrics"),
 )
 
 
@@ -33,7 +33,9 @@ def trainer(positions: dict[int, int]) -> Any:
         kafka=KafkaSettings(),
         group="g",
         names=NAMES,
-        training=SimpleNamespace(positions=positions),  # type: ignore[arg-type]
+        parts=Parts(  # type: ignore[arg-type]
+            training=SimpleNamespace(positions=positions), publisher=None, judge=None, anchors=None, scores=None, served=None
+        ),
         threads=1,
         cluster=CLUSTER,
         **dict.fromkeys(  # type: ignore[arg-type]
