@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from deploy.settings import Settings
@@ -119,3 +119,8 @@ def one_partition(settings: Settings, name: str, tmp_path: Path) -> Settings:
     )
     create_topics(own.kafka, own.topics)
     return own
+
+
+def kept(tensors: Mapping[str, object]) -> set[str]:
+    """The names of what a version holds besides the model. It says when and by whom, so two trainers' may differ."""
+    return {name for name in tensors if name.startswith("kept.")}
