@@ -29,8 +29,8 @@ setup: .venv/.synced ## install uv if missing, then everything into .venv
 demo: setup ## the whole system on real impressions, about 2 minutes, with a rollback
 	$(BIN)/headrace demo
 
-# Tests wait for processes more than they compute: two at a time take little more than half the time.
-JOBS ?= 2
+# Tests wait for processes more than they compute: on two cores, three at a time keep both busy.
+JOBS ?= 3
 test: setup ## every test, JOBS at a time, against a real Apache Kafka
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
