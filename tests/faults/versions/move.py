@@ -70,12 +70,13 @@ def _move(first: LocalKafka, second: LocalKafka, folder: Path, *, forget: bool) 
 def _run(servers: str, env: dict[str, str], folder: Path, *, first_number: int = 0) -> dict[str, tuple[float, bool]]:
     """Run all workers under traffic, until every label is learned. Returns the impressions that were sent."""
     workers = [Worker(kind, ROOT, env, folder / f"{kind}.log") for kind in KINDS]
+    traffic = Traffic(servers, first_number=first_number)
     try:
         for worker in workers:
+            if worker.kind == "scorer":
+                traffic.start()  # a scorer of a new model is ready once the trainer has learned something
             if found := worker.until_ready():
                 raise click.ClickException(f"{worker.kind}: {found}")
-        traffic = Traffic(servers, first_number=first_number)
-        traffic.start()
         time.sleep(RUN_S)
         traffic.stop()
         if not wait_for(lambda: not examples_of(servers).problems(traffic.sent)["lost"], 40):
@@ -84,6 +85,7 @@ def _run(servers: str, env: dict[str, str], folder: Path, *, first_number: int =
         click.echo(f"   answers: {dict(traffic.answered(0))}, by {traffic.versions(0)[:1]} to {traffic.versions(0)[-1:]}")
         return traffic.sent
     finally:
+        traffic.stop()
         for worker in workers:
             worker.stop()
 

@@ -142,7 +142,8 @@ class Traffic:
     def stop(self) -> None:
         self._ending.set()
         for thread in self._threads:
-            thread.join(30)
+            if thread.ident is not None:  # it was started
+                thread.join(30)
 
     def answered(self, since: float) -> Counter[str]:
         """How many answers since then had scores, and how many had not, by why."""
