@@ -246,7 +246,7 @@ def _as_read(features: dict[str, Any], schema: FeatureSchema) -> list[Any]:
     ]
 
 
-quick = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @quick
