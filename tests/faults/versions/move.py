@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
 
 from deploy.local_kafka.cluster import LocalKafka
 from deploy.settings import LocalKafkaSettings
@@ -50,7 +50,9 @@ def _move(first: LocalKafka, second: LocalKafka, folder: Path, *, forget: bool) 
     )
     env = environment(second.bootstrap_servers, folder) | {"HEADRACE_STATE_DIR": str(folder / "state-of-second")}
     headrace(ROOT, env, "topics", "create")
-    copied = _mirror(first.bootstrap_servers, second.bootstrap_servers, "v-examples")
+    _mirror(first.bootstrap_servers, second.bootstrap_servers, "v-examples")
+    copied = examples_of(second.bootstrap_servers).count
+    _begin_at_start(second.bootstrap_servers, "v-headrace-join", ("v-impressions", "v-clicks"))
     headrace(ROOT, env, "snapshot", "reindex", "--champion", str(before["version"]), "--reason", "moved")
     headrace(ROOT, env, "snapshot", "resume")
     if not forget:
@@ -95,10 +97,21 @@ def _newest(folder: Path) -> dict[str, Any]:
     return json.loads(manifests[-1].read_bytes())  # type: ignore[no-any-return]
 
 
-def _mirror(source: str, target: str, topic: str) -> int:
+def _begin_at_start(servers: str, group: str, topics: tuple[str, ...]) -> None:
+    """Commit offset 0, as `kafka-consumer-groups.sh --reset-offsets --to-earliest` does."""
+    consumer = KafkaConsumer(bootstrap_servers=servers.split(","), group_id=group, enable_auto_commit=False)
+    try:
+        partitions = [TopicPartition(topic, 0) for topic in topics]
+        consumer.assign(partitions)
+        consumer.commit({partition: OffsetAndMetadata(0, "", -1) for partition in partitions})
+    finally:
+        consumer.close(autocommit=False)
+
+
+def _mirror(source: str, target: str, topic: str) -> None:
     """Copy what a `read_committed` reader sees. Offsets differ there, since the markers of transactions aren't records."""
     consumer = KafkaConsumer(bootstrap_servers=source.split(","), isolation_level="read_committed", enable_auto_commit=False)
-    producer, count = KafkaProducer(bootstrap_servers=target.split(","), acks="all"), 0
+    producer = KafkaProducer(bootstrap_servers=target.split(","), acks="all")
     try:
         partition = TopicPartition(topic, 0)
         consumer.assign([partition])
@@ -108,12 +121,10 @@ def _mirror(source: str, target: str, topic: str) -> int:
             for records in consumer.poll(timeout_ms=200).values():
                 for record in records:
                     producer.send(topic, record.value, record.key, list(record.headers), partition=0)
-                    count += 1
         producer.flush()
     finally:
         consumer.close(autocommit=False)
         producer.close()
-    return count
 
 
 if __name__ == "__main__":
