@@ -11,7 +11,7 @@ import msgspec
 from tests.faults.play import Result
 from tests.faults.stream import WINDOW_MS
 
-__all__ = ["read_results", "table", "totals", "write_table"]
+__all__ = ["put_between", "read_results", "table", "totals", "write_table"]
 
 BEGIN, END = "<!-- faults: made by `make faults` -->", "<!-- end of faults -->"
 
@@ -71,7 +71,11 @@ def table(results: list[Result], commit: str) -> str:
 
 def write_table(results: list[Result], page: Path, commit: str) -> None:
     """Put the table between the page's two marks."""
-    text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{table(results, commit)}\n\n{END}{after}")
+    put_between(page, BEGIN, END, table(results, commit))
+
+
+def put_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page."""
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")

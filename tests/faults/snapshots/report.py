@@ -9,6 +9,7 @@ from statistics import median
 
 import msgspec
 
+from tests.faults.report import put_between
 from tests.faults.snapshots.play import Result
 
 __all__ = ["BEGIN", "END", "read_results", "table", "totals", "write_table"]
@@ -61,7 +62,4 @@ def table(results: Sequence[Result], commit: str) -> str:
 
 def write_table(results: Sequence[Result], page: Path, commit: str) -> None:
     """Put the table between the page's two marks."""
-    text = page.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{table(results, commit)}\n\n{END}{after}")
+    put_between(page, BEGIN, END, table(results, commit))
