@@ -10,6 +10,7 @@ from model.distinct import unique_rows
 from model.embedding import EmbeddingTable
 from model.errors import SnapshotMismatch
 from model.frozen import ModelRows
+from model.history import history_inputs
 from model.moments import Moment
 from model.network import embed, to_elements
 from model.rows import Rows
@@ -41,10 +42,11 @@ class EarlierModel:
         columns: ModelRows,
         dense: DeepFM,
         typical: Typical,
+        base: torch.Tensor | None,
         negative_rate: float,
     ) -> None:
         self._schema, self._table, self._moment, self._columns = schema, table, moment, columns
-        self._dense, self._typical, self._negative_rate = dense, typical, negative_rate
+        self._dense, self._typical, self._base, self._negative_rate = dense, typical, base, negative_rate
         self._restored = 0
 
     @property
@@ -72,7 +74,11 @@ class EarlierModel:
         where = torch.where(numbers == 0, len(distinct) + elements.fields(), inverse)
         embedding = torch.cat((rows.embedding, self._typical.embedding))
         first_order = torch.cat((rows.first_order, self._typical.first_order))
-        logits = self._dense.forward(*embed(elements, where, embedding, first_order)).logits
+        extra = None
+        if self._base is not None and rows.history is not None:
+            counts = torch.cat((rows.history, rows.history.new_zeros(len(first_order) - len(distinct), 2)))
+            extra = history_inputs(elements, counts.index_select(0, where), self._base)
+        logits = self._dense.forward(*embed(elements, where, embedding, first_order), extra).logits
         return probabilities(logits, self._negative_rate).cpu().numpy()
 
     def restore(self, rows: Rows) -> None:
@@ -92,7 +98,7 @@ class EarlierModel:
                 f"rows {first} to {self._restored} of a version: expected the keys of the model's own rows, found others. The "
                 "version isn't from this model's past"
             )
-        self._moment.correct(first, Rows(keys, rows.embedding.to(keys.device), rows.first_order.to(keys.device)))
+        self._moment.correct(first, rows.map(lambda part: part.to(keys.device)))
 
     def close(self) -> None:
         """Ends it, and frees the memory of saved rows; further calls do nothing."""

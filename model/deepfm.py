@@ -28,7 +28,7 @@ class Forward:
 
     logits       (B,)
     field_sum    (B, D)  sum of the fields' embeddings
-    activations  the input (B, F*D), then each hidden layer's output (B, H)
+    activations  the input (B, F*D + E), then each hidden layer's output (B, H)
     """
 
     logits: torch.Tensor
@@ -39,16 +39,18 @@ class Forward:
 class DeepFM:
     """The dense part: the bias and an MLP of ReLU layers over F embeddings of D floats. Parameters are 0 until `initialise`.
 
+    The MLP may have `extra` further inputs (E), after the embeddings, which have no gradient.
+
     parameters  float32 (P,): all parameters, one after the other
     gradients   float32 (P,): their gradients, as the last `backward` wrote them
     bias        float32 (1,): a view into `parameters`, whose gradient is always 0
     named       the parameters as views into `parameters`, by the names that snapshots use
     """
 
-    def __init__(self, fields: int, dim: int, hidden: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, fields: int, dim: int, hidden: tuple[int, ...], device: torch.device, extra: int = 0) -> None:
         self.fields = fields
         self.dim = dim
-        widths = [fields * dim, *hidden, 1]
+        widths = [fields * dim + extra, *hidden, 1]
         shapes: dict[str, tuple[int, ...]] = {}
         for layer, (inputs, outputs) in enumerate(pairwise(widths)):
             shapes[f"mlp.{layer}.weight"] = (outputs, inputs)
@@ -75,10 +77,10 @@ class DeepFM:
                 parameter.copy_(torch.rand(parameter.shape, generator=generator).mul_(2).sub_(1).mul_(bound))
         self.bias.zero_()
 
-    def forward(self, embedded: torch.Tensor, first_order: torch.Tensor) -> Forward:
-        """Logits of B rows from their embeddings (B, F, D) and the sum of their first-order terms (B,)."""
+    def forward(self, embedded: torch.Tensor, first_order: torch.Tensor, extra: torch.Tensor | None = None) -> Forward:
+        """Logits of B rows, from embeddings (B, F, D), the sum of the first-order terms (B,), and further inputs (B, E)."""
         flat = embedded.flatten(1)  # (B, F*D)
-        activations = [flat]
+        activations = [flat if extra is None else torch.cat((flat, extra), 1)]
         for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
             activations.append(torch.addmm(bias, activations[-1], weight.t()).relu_())
         deep = torch.addmm(self._biases[-1], activations[-1], self._weights[-1].t()).squeeze(1)
@@ -94,14 +96,15 @@ class DeepFM:
         (`model.intercept`).
         """
         mean = 1 / len(slope)
-        flat = forward.activations[0]
+        width = self.fields * self.dim
+        flat = forward.activations[0][:, :width]
         upstream = slope.unsqueeze(1)  # (B, outputs of the layer)
         for layer in reversed(range(self._layers)):
             inputs = forward.activations[layer]
             gradient = self._weight_gradients[layer]
             torch.addmm(gradient, upstream.t(), inputs, beta=0, alpha=mean, out=gradient)
             torch.mul(upstream.sum(0), mean, out=self._bias_gradients[layer])
-            upstream = upstream @ self._weights[layer]
+            upstream = upstream @ (self._weights[layer] if layer else self._weights[0][:, :width])
             if layer:
                 upstream = torch.ops.aten.threshold_backward(upstream, inputs, 0)
         # FM: d/de_f of (|sum e|^2 - sum |e|^2) / 2 is (sum e) - e_f.

@@ -75,7 +75,7 @@ class Deltas:
         if dense is not None:
             self.took_dense(dense)
         return ModelDelta(
-            rows=Rows(rows.keys.cpu(), rows.embedding.cpu(), rows.first_order.cpu()),
+            rows=rows.map(torch.Tensor.cpu),
             gone=gone.cpu(),
             dense=dense,
             digest=self.digest,

@@ -7,8 +7,9 @@ hashes of their old weights and adds those of the new ones. A row's hash is
 
     mix(A key + sum over columns of C_j w_j)                               (mod 2**64)
 
-with w_j the 32 bits of a weight, A and C_j fixed odd numbers, and `mix` the finaliser of SplitMix64 (Steele, Lea and Flood,
-OOPSLA 2014). The inner sum is multilinear hashing (Carter and Wegman, "Universal classes of hash functions", JCSS 1979).
+with w_j the 32 bits of a weight or of a count (`model.history`), A and C_j fixed odd numbers, and `mix` the finaliser of
+SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). The inner sum is multilinear hashing (Carter and Wegman, "Universal classes of
+hash functions", JCSS 1979).
 
 It finds accidents: a row that is missing, stale or left over, a bit that flipped. It is no protection against somebody who
 chooses weights so that digests collide.
@@ -17,7 +18,7 @@ chooses weights so that digests collide.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -39,16 +40,26 @@ _CHUNK = 4096
 
 def row_hashes(rows: Rows) -> torch.Tensor:
     """Hashes int64 (N,) of rows, on the device of the rows."""
-    factors = _factors(rows.embedding.shape[1], rows.keys.device)
+    dim = rows.embedding.shape[1]
+    factors = _factors(dim, rows.keys.device)
     words = rows.embedding.contiguous().view(torch.int32)
-    first_order = rows.first_order.contiguous().view(torch.int32)
+    # The columns that aren't part of the embedding, with their factors.
+    others = [(rows.first_order.contiguous().view(torch.int32), factors[1])]
+    if rows.history is not None:
+        counts = rows.history.contiguous().view(torch.int32)
+        others += [(counts[:, column], factors[2 + dim + column]) for column in range(2)]
     if rows.keys.device.type == "cpu":
-        return torch.from_numpy(_hashes(rows.keys.numpy(), words.numpy(), first_order.numpy(), factors.numpy()))
-    total = words.to(torch.int64).mul_(factors[2:]).sum(1)
-    return _mix(total.add_(first_order.to(torch.int64).mul_(factors[1])).add_(rows.keys * factors[0]))
+        in_numpy = [(column.numpy(), np.int64(factor)) for column, factor in others]
+        return torch.from_numpy(_hashes(rows.keys.numpy(), words.numpy(), in_numpy, factors[: 2 + dim].numpy()))
+    total = words.to(torch.int64).mul_(factors[2 : 2 + dim]).sum(1)
+    for column, factor in others:
+        total.add_(column.to(torch.int64).mul_(factor))
+    return _mix(total.add_(rows.keys * factors[0]))
 
 
-def _hashes(keys: Int64Array, words: Int32Array, first_order: Int32Array, factors: Int64Array) -> Int64Array:
+def _hashes(
+    keys: Int64Array, words: Int32Array, others: Sequence[tuple[Int32Array, np.int64]], factors: Int64Array
+) -> Int64Array:
     """Hashes (N,) of rows on the CPU, in buffers that are used again: new ones for each chunk take as long as the sums."""
     out = np.empty(len(keys), np.int64)
     wide, other = np.empty((_CHUNK, words.shape[1]), np.int64), np.empty(_CHUNK, np.int64)
@@ -60,8 +71,9 @@ def _hashes(keys: Int64Array, words: Int32Array, first_order: Int32Array, factor
         wide[:count] = words[part]
         np.matmul(wide[:count], of_columns, out=total)
         buffer = other[:count]
-        np.multiply(first_order[part], factors[1], out=buffer)
-        total += buffer
+        for column, factor in others:
+            np.multiply(column[part], factor, out=buffer)
+            total += buffer
         np.multiply(keys[part], factors[0], out=buffer)
         total += buffer
         mixed, shifted = total.view(np.uint64), buffer.view(np.uint64)
@@ -91,8 +103,8 @@ def dense_hash(dense: Mapping[str, torch.Tensor]) -> int:
 
 @lru_cache
 def _factors(dim: int, device: torch.device) -> torch.Tensor:
-    """Odd factors int64 (2 + D,): of the key, of the first-order weight, of each column of the embedding."""
-    counter = torch.arange(1, dim + 3, dtype=torch.int64) * -7046029254386353131 + _SEED  # SplitMix64's increment
+    """Odd factors int64 (4 + D,): of the key, of the first-order weight, of the embedding's D columns, of the two counts."""
+    counter = torch.arange(1, dim + 5, dtype=torch.int64) * -7046029254386353131 + _SEED  # SplitMix64's increment
     return (_mix(counter) | 1).to(device)
 
 

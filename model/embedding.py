@@ -54,12 +54,14 @@ class Gathered:
     inverse             int64 (N,): index in `distinct` of the row of each element of the batch
     embedding_values    float32 (U, 2D): weights, then Adagrad's accumulators
     first_order_values  float32 (U, 2): weight, then Adagrad's accumulator
+    history             float32 (U, 2): examples and clicks (`model.history`); None in a table without row history
     """
 
     distinct: torch.Tensor
     inverse: torch.Tensor
     embedding_values: torch.Tensor
     first_order_values: torch.Tensor
+    history: torch.Tensor | None = None
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -94,13 +96,14 @@ class EmbeddingTable:
         self.keys = KeyTable(rows.device, expected=expected)
 
     @staticmethod
-    def columns(dim: int) -> dict[str, Column]:
-        """The columns of a table of dimension `dim`."""
-        return {
+    def columns(dim: int, *, history: bool = False) -> dict[str, Column]:
+        """The columns of a table of dimension `dim`, with or without row history."""
+        columns = {
             "keys": Column(dtype=torch.int64, parts={"keys": slice(None)}),
             "embedding": Column((2 * dim,), parts={"embedding": slice(0, dim), "adagrad.embedding": slice(dim, 2 * dim)}),
             "first_order": Column((2,), parts={"first_order": 0, "adagrad.first_order": 1}),
         }
+        return {**columns, "history": Column((2,), parts={"history": slice(None)})} if history else columns
 
     def __len__(self) -> int:
         """Number of keys, and of rows with keys."""
@@ -156,10 +159,10 @@ class EmbeddingTable:
         return found
 
     def gather(self, rows: torch.Tensor) -> Gathered:
-        """The distinct rows among `rows` (N,), with their weights and accumulators."""
+        """The distinct rows among `rows` (N,), with their weights, accumulators and history."""
         distinct, inverse = unique_rows(rows, self._rows["scratch"])
         values = (self._rows[name].index_select(0, distinct) for name in ("embedding", "first_order"))
-        return Gathered(distinct, inverse, *values)
+        return Gathered(distinct, inverse, *values, history=self._history(distinct))
 
     def step(self, rows: Gathered, embedding: torch.Tensor, first_order: torch.Tensor, rate: float) -> None:
         """One step of Adagrad (Duchi et al., JMLR 2011) with learning rate `rate` on gathered rows; gradients (U, D) and (U,).
@@ -183,7 +186,12 @@ class EmbeddingTable:
             keys=self._rows["keys"].index_select(0, rows),
             embedding=self._rows["embedding"].view(-1, self.dim).index_select(0, starts),
             first_order=self._rows["first_order"].view(-1).index_select(0, starts),
+            history=self._history(rows),
         )
+
+    def _history(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Copies of the counts (N, 2) of these rows (N,)."""
+        return self._rows["history"].index_select(0, rows) if "history" in self._rows.columns else None
 
     def clear(self, expected: int) -> None:
         """Forgets all keys; the rows are cleared by who holds them."""

@@ -28,13 +28,10 @@ from model.growing import Column, Growing
 from model.hashing import EMPTY_KEY
 from model.moments import Moments
 from model.reserve import reserved
-from model.rows import Rows
+from model.rows import ROW_PARTS, Rows
 from model.touched import Touched
 
-__all__ = ["SERVING", "Freeze", "FrozenModel", "ModelRows", "Piece"]
-
-SERVING = ("keys", "embedding", "first_order")
-"""Parts of rows that scorers get, by the names that versions use. All other parts are for further training only."""
+__all__ = ["Freeze", "FrozenModel", "ModelRows", "Piece"]
 
 _READ = -1
 """Mark of a row that the writer has read. Marks above 0 are of saved rows, 0 is of rows that are neither."""
@@ -213,7 +210,7 @@ class FrozenModel:
             if self._last > self.rows:
                 parts = _with_keys(parts)
             if len(parts["keys"]):
-                yield Piece(Rows(*(parts.pop(name) for name in SERVING)), parts)
+                yield Piece(Rows.of(parts), {name: part for name, part in parts.items() if name not in ROW_PARTS})
 
     @property
     def saved(self) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from model.batch import FeatureBatch, Float32Array
 from model.errors import ModelError, UpdateNotFinite
+from model.history import history_inputs
 from model.learner_state import LearnerState
 from model.network import embed, scatter_back, to_elements
 from model.sampling import probabilities
@@ -35,7 +36,8 @@ class Learner(LearnerState):
 
     - embedding rows, by Adagrad with the gradient of the loss summed over the batch; only rows of the batch change;
     - the MLP, by Adam with the gradient of the mean loss;
-    - the bias, by Newton's method (`model.intercept`).
+    - the bias, by Newton's method (`model.intercept`);
+    - with `model.row_history`, the counts of the batch's rows (`model.history`).
 
     On the CPU it is deterministic: a restored learner continues bit for bit as if it had never stopped. It draws no random
     numbers after the start: a new row depends on its key, the seed and the average row of its field (`model.typical`).
@@ -74,17 +76,20 @@ class Learner(LearnerState):
         rows = self._table.insert(elements.keys, elements.fields(), typical.embedding, typical.first_order)
         gathered = self._table.gather(rows)
         embedding, first_order = gathered.embedding, gathered.first_order
-        forward = self._dense.forward(*embed(elements, gathered.inverse, embedding, first_order))
+        corrections = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
+        times_ms = None if impression_ms is None else torch.from_numpy(np.array(impression_ms, np.float64)).to(self.device)
+        history, extra = self._history, None
+        if history is not None:
+            extra = history.read(elements, gathered, target, weight, corrections, self.negative_rate, times_ms)
+        forward = self._dense.forward(*embed(elements, gathered.inverse, embedding, first_order), extra)
         scores = torch.sigmoid(forward.logits)  # on the stream as sampled
         answers = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
-        corrections = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
         slope = slopes(scores, target, corrections, self.negative_rate)
         if weight is not None:
             slope.mul_(weight)
-        deferred = self._deferred if impression_ms is not None and self.settings.defer_negatives else None
+        deferred = self._deferred if self.settings.defer_negatives else None
         factors = charge = None
-        if deferred is not None:
-            times_ms = torch.from_numpy(np.array(impression_ms, np.float64)).to(self.device)
+        if deferred is not None and times_ms is not None:
             mass = scores if weight is None else scores * weight
             owners = elements.owners()
             factors = deferred.factors(gathered.distinct, gathered.inverse, owners, mass, slope, target, corrections, times_ms)
@@ -96,9 +101,11 @@ class Learner(LearnerState):
         self._require_finite(len(batch), forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
         self._rows.touch(gathered.distinct)
         self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
+        if history is not None:
+            history.keep()
         self._adam.step()
         self._intercept.step(self._dense.bias, scores, slope, weight, corrections, charge)
-        if deferred is not None:
+        if deferred is not None and times_ms is not None:
             deferred.keep()
         typical.follow(elements, gathered.inverse, embedding, first_order, self.examples_seen)
         self.examples_seen += len(batch)
@@ -113,7 +120,11 @@ class Learner(LearnerState):
         indices = torch.where(rows == 0, len(gathered.distinct) + elements.fields(), gathered.inverse)
         embedding = torch.cat((gathered.embedding, self._typical.embedding))
         first_order = torch.cat((gathered.first_order, self._typical.first_order))
-        forward = self._dense.forward(*embed(elements, indices, embedding, first_order))
+        extra = None
+        if self._history is not None and gathered.history is not None:
+            counts = torch.cat((gathered.history, gathered.history.new_zeros(len(self.schema.fields), 2)))
+            extra = history_inputs(elements, counts.index_select(0, indices), self._history.base)
+        forward = self._dense.forward(*embed(elements, indices, embedding, first_order), extra)
         return probabilities(forward.logits, self.negative_rate).cpu().numpy()
 
     def _checked(self, name: str, values: npt.ArrayLike, rows: int, most: float) -> torch.Tensor:

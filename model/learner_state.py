@@ -12,12 +12,13 @@ from model.deferred import Deferred
 from model.deltas import Deltas
 from model.embedding import EmbeddingTable, take
 from model.errors import ModelError, SnapshotMismatch
-from model.frozen import SERVING, FrozenModel, ModelRows
+from model.frozen import FrozenModel, ModelRows
 from model.hashing import EMPTY_KEY
+from model.history import RowHistory, take_base
 from model.intercept import Intercept
 from model.moments import Moment, Moments
 from model.network import choose_device, dense_model
-from model.rows import ModelDelta, RowPrecision, Rows
+from model.rows import ROW_PARTS, ModelDelta, RowPrecision, Rows, serving_columns
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from model.table import ABSENT_ROW
@@ -52,17 +53,20 @@ class LearnerState:
         self.negative_rate = 1.0
         self._dense = dense_model(schema, settings, self.device)
         self._dense.initialise(settings.seed)
-        columns = {**EmbeddingTable.columns(schema.embedding_dim), **Deferred.COLUMNS, **Deltas.COLUMNS}
+        dim, counts = schema.embedding_dim, settings.row_history
+        columns = {**EmbeddingTable.columns(dim, history=counts), **Deferred.COLUMNS, **Deltas.COLUMNS}
         self._rows = ModelRows(columns, settings.initial_rows, self.device)
         self._table = EmbeddingTable(
-            schema.embedding_dim,
+            dim,
             self._rows,
             init_std=settings.init_std,
             accumulator_start=settings.row_accumulator_start,
             seed=settings.seed,
             expected=settings.initial_rows,
         )
-        self._moments = self._rows.moments = Moments(self._table.serving, schema.embedding_dim, self.device)
+        values = serving_columns(dim, history=counts)
+        self._moments = self._rows.moments = Moments(self._table.serving, values, self.device)
+        self._history = RowHistory(self._rows) if counts else None
         self._typical = Typical(schema, self.device)
         self._deferred = Deferred(self._rows)
         self._intercept = Intercept(self.device)
@@ -180,18 +184,19 @@ class LearnerState:
         try:
             model.restore(dense)
             typical.restore(dense)
+            base = take_base(dense).to(self.device) if self.settings.row_history else None
         except SnapshotMismatch:
             moment.close()
             raise
-        return EarlierModel(self.schema, self._table, moment, self._rows, model, typical, negative_rate)
+        return EarlierModel(self.schema, self._table, moment, self._rows, model, typical, base, negative_rate)
 
     def serving_state(self) -> dict[str, torch.Tensor]:
-        """What scoring needs, copied to the CPU: rows (`keys`, `embedding`, `first_order`), dense parameters, average rows."""
-        return {**{name: self._part(name) for name in SERVING}, **self._dense_serving()}
+        """What scoring needs, copied to the CPU: the parts of `Rows`, and all serving tensors that are no rows."""
+        return {**{name: self._part(name) for name in self._rows.parts if name in ROW_PARTS}, **self._dense_serving()}
 
     def trainer_state(self) -> dict[str, torch.Tensor]:
         """What further learning needs besides, copied to the CPU: states of the optimizers and of `Deferred`, examples seen."""
-        return {**{name: self._part(name) for name in self._rows.parts if name not in SERVING}, **self._small()}
+        return {**{name: self._part(name) for name in self._rows.parts if name not in ROW_PARTS}, **self._small()}
 
     def restore(self, serving: dict[str, torch.Tensor], trainer: dict[str, torch.Tensor]) -> None:
         """Continues from a snapshot that is in memory whole.
@@ -235,8 +240,7 @@ class LearnerState:
             SnapshotMismatch: they are of another model, or more than `begin_restore` was given.
             ModelError: no restore has begun.
         """
-        state = {"keys": serving.keys, "embedding": serving.embedding, "first_order": serving.first_order, **trainer}
-        parts = self._fitting(state, len(serving))
+        parts = self._fitting({**serving.parts(), **trainer}, len(serving))
         self._require_rows(len(self._table) + len(serving), at_most=True)
         self._add_rows(parts)
 
@@ -253,7 +257,8 @@ class LearnerState:
 
     def _dense_serving(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of the serving tensors that are no rows."""
-        return {**self._dense.serving_state(), **self._typical.serving_state()}
+        base = {} if self._history is None else self._history.serving_state()
+        return {**self._dense.serving_state(), **self._typical.serving_state(), **base}
 
     def _small(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of the trainer's tensors that are no rows."""
@@ -282,7 +287,7 @@ class LearnerState:
         self._table.keys.load(parts["keys"])
         for name, value in parts.items():
             self._rows.part(name)[first : first + len(value)] = value
-        self._deltas.loaded(first, Rows(*(parts[name] for name in SERVING)))
+        self._deltas.loaded(first, Rows.of(parts))
 
     def _restore_small(self, serving: Mapping[str, torch.Tensor], trainer: Mapping[str, torch.Tensor]) -> None:
         """Restores the tensors that are no rows."""
@@ -293,11 +298,14 @@ class LearnerState:
         moments = {
             name: take(trainer, f"adam.{name}", tuple(value.shape), value.dtype) for name, value in self._adam.state().items()
         }
+        base = None if self._history is None else take_base(serving)
         self._dense.restore(serving)
         self._typical.restore(serving)
         self._deferred.restore(_under("deferred.", trainer))
         self._intercept.restore(_under("intercept.", trainer))
         self._adam.restore(moments)
+        if self._history is not None and base is not None:
+            self._history.base.copy_(base)
         self.examples_seen = int(seen)
 
     def _end_restore(self) -> None:

@@ -2,7 +2,8 @@
 
 A moment lies between two batches. From then on, a row's serving values are saved when the row is touched for the first time,
 and only for the newest moment. So what training pays doesn't grow with the number of moments. A moment costs 4 bytes a row of
-the table and some 76 bytes a row that was touched until the next moment (dimension 16), so at most as much as all serving rows.
+the table and some 76 bytes a row that was touched until the next moment (dimension 16; 84 with row history), so at most as much
+as all serving rows.
 
 To read rows as of a moment, take the live rows, and put what was saved over them: what the newest moment has first, what the
 asked moment has last. A row that was saved for one moment was the same at the moment before, unless it was saved for that too.
@@ -13,7 +14,7 @@ there: keys are found by the live table. A row that another key gets afterwards 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -31,15 +32,15 @@ _LATER = -1
 class SavedRows:
     """What was saved for one moment. Rows 1 to `count` were there at the moment."""
 
-    def __init__(self, count: int, dim: int, device: torch.device) -> None:
+    def __init__(self, count: int, columns: Mapping[str, Column], device: torch.device) -> None:
         self.count = count
         if device.type == "cpu":
             self._marks = reserved((count + 2,), torch.int32)
         else:
             self._marks = torch.zeros(count + 2, dtype=torch.int32, device=device)
         self._marks[count + 1] = _LATER
-        columns = {"embedding": Column((dim,)), "first_order": Column(), "number": Column(dtype=torch.int32)}
-        self._saved = Growing(columns, 1, device)
+        self._values = tuple(columns)
+        self._saved = Growing({**columns, "number": Column(dtype=torch.int32)}, 1, device)
         self._used = 0
 
     def __len__(self) -> int:
@@ -60,36 +61,35 @@ class SavedRows:
         """Those of the row numbers (N,) that were there at the moment and aren't saved yet."""
         return numbers[self._marks.index_select(0, numbers.clamp(max=self.count + 1)) == 0]
 
-    def put(self, numbers: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor) -> None:
-        """Saves values of distinct rows (N,), or replaces what is saved of them."""
+    def put(self, numbers: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
+        """Saves values of distinct rows (N,) by name, or replaces what is saved of them."""
         marks = self._marks.index_select(0, numbers)
         new = (marks == 0).nonzero().squeeze(1)
         end = self._used + len(new)
         self._saved.make_room(end)
         marks[new] = torch.arange(self._used + 1, end + 1, dtype=torch.int32, device=marks.device)
         where = marks.long().sub_(1)
-        self._saved["embedding"].index_copy_(0, where, embedding)
-        self._saved["first_order"].index_copy_(0, where, first_order)
+        for name in self._values:
+            self._saved[name].index_copy_(0, where, values[name])
         self._saved["number"].index_copy_(0, where, numbers.int())
         self._marks.index_copy_(0, numbers, marks)
         self._used = end
 
-    def over(self, numbers: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor) -> None:
-        """Puts what is saved over the values of rows (N,), whose numbers are at most `count`."""
+    def over(self, numbers: torch.Tensor, values: Mapping[str, torch.Tensor]) -> None:
+        """Puts what is saved over the values of rows (N,) by name, whose numbers are at most `count`."""
         if not self._used:
             return
         marks = self._marks.index_select(0, numbers)
         at = (marks > 0).nonzero().squeeze(1)
         where = marks.index_select(0, at).long().sub_(1)
-        embedding.index_copy_(0, at, self._saved["embedding"].index_select(0, where))
-        first_order.index_copy_(0, at, self._saved["first_order"].index_select(0, where))
+        for name in self._values:
+            values[name].index_copy_(0, at, self._saved[name].index_select(0, where))
 
     def take_over(self, later: SavedRows) -> None:
         """Saves what the next moment has saved and this one hasn't, so that the next one isn't needed any more."""
         numbers = later._saved["number"][: len(later)].long()
         at = (self._marks.index_select(0, numbers.clamp(max=self.count + 1)) == 0).nonzero().squeeze(1)
-        values = (later._saved[name].index_select(0, at) for name in ("embedding", "first_order"))
-        self.put(numbers.index_select(0, at), *values)
+        self.put(numbers.index_select(0, at), {name: later._saved[name].index_select(0, at) for name in self._values})
 
 
 class Moments:
@@ -97,10 +97,11 @@ class Moments:
 
     Args:
         live: gives the present serving values of rows (N,), as copies.
+        columns: which values these are (`model.rows.serving_columns`).
     """
 
-    def __init__(self, live: Callable[[torch.Tensor], Rows], dim: int, device: torch.device) -> None:
-        self._live, self._dim, self._device = live, dim, device
+    def __init__(self, live: Callable[[torch.Tensor], Rows], columns: Mapping[str, Column], device: torch.device) -> None:
+        self._live, self._columns, self._device = live, columns, device
         self._saved: list[SavedRows] = []
 
     def touch(self, numbers: torch.Tensor) -> None:
@@ -110,8 +111,7 @@ class Moments:
         newest = self._saved[-1]
         missing = newest.missing(numbers)
         if len(missing):
-            rows = self._live(missing)
-            newest.put(missing, rows.embedding, rows.first_order)
+            newest.put(missing, self._live(missing).parts())
 
     def given_away(self, numbers: torch.Tensor) -> None:
         """Call it when rows (N,) get keys: some of them may have had other keys before."""
@@ -120,7 +120,7 @@ class Moments:
 
     def add(self, count: int) -> Moment:
         """A new moment: rows 1 to `count` as they are now."""
-        self._saved.append(SavedRows(count, self._dim, self._device))
+        self._saved.append(SavedRows(count, self._columns, self._device))
         return Moment(self, self._saved[-1])
 
     def add_oldest(self, count: int) -> Moment:
@@ -134,7 +134,7 @@ class Moments:
                 f"moment of {count} rows: expected at most {self._saved[0].count}, as the oldest open one has, found more. "
                 "Close that one first"
             )
-        self._saved.insert(0, SavedRows(count, self._dim, self._device))
+        self._saved.insert(0, SavedRows(count, self._columns, self._device))
         return Moment(self, self._saved[0])
 
     def forget(self) -> None:
@@ -148,8 +148,9 @@ class Moments:
     def read(self, saved: SavedRows, numbers: torch.Tensor) -> Rows:
         """Copies of rows (N,) as of a moment. Their numbers are at most its `count`; 0 reads zeros."""
         rows = self._live(numbers)
+        values = rows.parts()
         for each in reversed(self._saved):
-            each.over(numbers, rows.embedding, rows.first_order)
+            each.over(numbers, values)
             if each is saved:
                 return rows
         raise ModelError(f"moment of {saved.count} rows: expected one that is open, found one that was closed; make another")
@@ -196,10 +197,12 @@ class Moment:
     def correct(self, first: int, rows: Rows) -> None:
         """Says how rows numbered from `first` on were. Only what differs takes memory."""
         numbers = torch.arange(first, first + len(rows), device=rows.keys.device)
-        found = self.read(numbers)
-        differs = _bits(found.embedding).ne(_bits(rows.embedding)).any(1) | _bits(found.first_order).ne(_bits(rows.first_order))
+        found, values = self.read(numbers).parts(), rows.parts()
+        differs = torch.zeros(len(rows), dtype=torch.bool, device=rows.keys.device)
+        for name in found.keys() - {"keys"}:
+            differs |= _bits(found[name]).ne(_bits(values[name])).view(len(rows), -1).any(1)
         at = differs.nonzero().squeeze(1)
-        self._saved.put(numbers[at], rows.embedding.index_select(0, at), rows.first_order.index_select(0, at))
+        self._saved.put(numbers[at], {name: each.index_select(0, at) for name, each in values.items()})
 
     def close(self) -> None:
         """Ends it; further calls do nothing."""

@@ -13,14 +13,18 @@ from model.errors import ModelError
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 
-__all__ = ["Elements", "choose_device", "dense_model", "embed", "scatter_back", "to_elements"]
+__all__ = ["HISTORY_NUMBERS", "Elements", "choose_device", "dense_model", "embed", "scatter_back", "to_elements"]
+
+HISTORY_NUMBERS = 2
+"""Numbers of each field's row history that the dense part reads (`model.history`)."""
 
 
 def dense_model(schema: FeatureSchema, settings: ModelSettings, device: torch.device) -> DeepFM:
     """The dense part of the model, with all parameters 0. Raises ModelError if the schema has no fields."""
     if not schema.fields:
         raise ModelError("features.fields is empty: name at least one feature for the model to read")
-    return DeepFM(len(schema.fields), schema.embedding_dim, settings.hidden, device)
+    extra = HISTORY_NUMBERS * len(schema.fields) if settings.row_history else 0
+    return DeepFM(len(schema.fields), schema.embedding_dim, settings.hidden, device, extra)
 
 
 def choose_device(name: str) -> torch.device:

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,8 @@ import torch
 from model.batch import Float32Array, Int64Array
 from model.errors import ModelError
 from model.hashing import EMPTY_KEY, missing_key
-from model.network import dense_model
+from model.history import row_numbers, take_base
+from model.network import HISTORY_NUMBERS, dense_model
 from model.rows import Rows
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
@@ -92,10 +93,11 @@ def export_onnx(
     network.restore(dict(dense))
     average = Typical(schema, torch.device("cpu"))
     average.restore(dict(dense))
-    tables = _Tables(rows, average, path.with_name(path.name + ".data"))
+    base = take_base(dense) if settings.row_history else None
+    tables = _Tables(rows, average, base, path.with_name(path.name + ".data"))
     graph = _Graph(tables)
-    embedded, linear = graph.embed(schema)
-    logits = graph.deepfm(embedded, linear, network.named, len(schema.fields), schema.embedding_dim)
+    embedded, linear, extra = graph.embed(schema)
+    logits = graph.deepfm(embedded, linear, extra, network.named, len(schema.fields), schema.embedding_dim)
     if negative_rate != 1:
         logits = graph.node("Add", logits, graph.constant(np.float32(math.log(negative_rate))))
     graph.node("Sigmoid", logits, output="scores")
@@ -132,9 +134,13 @@ def _fields(schema: FeatureSchema) -> tuple[list[Any], list[Any]]:
 
 
 class _Tables:
-    """The sorted keys (R,), and embeddings (R + F, D) and first-order weights (R + F,) in their order, F average rows last."""
+    """The sorted keys (R,), and embeddings (R + F, D) and first-order weights (R + F,) in their order, F average rows last.
 
-    def __init__(self, rows: Callable[[], Iterable[Rows]], average: Typical, beside: Path) -> None:
+    With row history, whose counts of all examples are `base`, also what the model reads of each row (R + F, 2).
+    """
+
+    def __init__(self, rows: Callable[[], Iterable[Rows]], average: Typical, base: torch.Tensor | None, beside: Path) -> None:
+        self.has_history = base is not None
         keys = [piece.keys.numpy().copy() for piece in rows()]
         joined = np.concatenate(keys) if keys else np.zeros(0, np.int64)
         order = np.argsort(joined, kind="stable")
@@ -147,7 +153,8 @@ class _Tables:
         total = self.count + fields
         self.files: tuple[Path, ...] = ()
         self.tensors: list[onnx.TensorProto] = []
-        starts = np.cumsum([0, _padded(8 * self.count), _padded(4 * total * dim), _padded(4 * total)])
+        counts = HISTORY_NUMBERS * total if self.has_history else 0
+        starts = np.cumsum([0, _padded(8 * self.count), _padded(4 * total * dim), _padded(4 * total), _padded(4 * counts)])
         inside = int(starts[-1]) <= LARGEST_INSIDE
         if inside:
             room: npt.NDArray[np.uint8] = np.zeros(int(starts[-1]), np.uint8)
@@ -157,14 +164,19 @@ class _Tables:
         stored = room[: 8 * self.count].view(np.int64)
         embedding: Float32Array = room[starts[1] : starts[1] + 4 * total * dim].view(np.float32).reshape(total, dim)
         first_order: Float32Array = room[starts[2] : starts[2] + 4 * total].view(np.float32)
+        history: Float32Array = room[starts[3] : starts[3] + 4 * counts].view(np.float32).reshape(-1, HISTORY_NUMBERS)
         stored[:] = self.keys
         at = 0
         for piece in rows():
             to = row_of[at : at + len(piece)]
             embedding[to], first_order[to] = piece.embedding.numpy(), piece.first_order.numpy()
+            if base is not None and piece.history is not None:
+                history[to] = row_numbers(piece.history, base).numpy()
             at += len(piece)
         embedding[self.count :], first_order[self.count :] = average.embedding.numpy(), average.first_order.numpy()
         arrays: dict[str, npt.NDArray[Any]] = {"keys_sorted": stored, "embedding": embedding, "first_order": first_order}
+        if self.has_history:
+            arrays["history"] = history  # 0 for the average rows, as for rows that were never seen
         for (name, array), start in zip(arrays.items(), starts, strict=False):
             self.tensors.append(_inside(name, array) if inside else _outside(name, array, beside.name, int(start)))
         if isinstance(room, np.memmap):
@@ -174,6 +186,19 @@ class _Tables:
         """The row of a key; `unknown` if there is none."""
         at = int(np.searchsorted(self.keys, key))
         return at if at < self.count and int(self.keys[at]) == key else unknown
+
+
+class _Fields(NamedTuple):
+    """Names of what the model reads of F fields.
+
+    embedded  embeddings (B, F, D)
+    linear    their first-order terms (B, F), or the sum of these (B, 1)
+    extra     their row history (B, F, 2), or the same as (B, 2F); None without it
+    """
+
+    embedded: str
+    linear: str
+    extra: str | None
 
 
 class _Graph:
@@ -205,11 +230,11 @@ class _Graph:
         self.described[name] = f"{kind} ({', '.join(map(str, shape))})"
         return name
 
-    def embed(self, schema: FeatureSchema) -> tuple[str, str]:
-        """Embeddings (B, F, D) of the fields, and the sum of the first-order terms (B, 1)."""
+    def embed(self, schema: FeatureSchema) -> _Fields:
+        """What the model reads of all fields."""
         singles, lists = _fields(schema)
         last = self.constant(np.array([-1], np.int64))
-        embedded, linear = [], []
+        embedded, linear, extra = [], [], []
         if singles:
             keys = self.input("keys", "int64", ["batch", len(singles)])
             missing = np.array([[missing_key(field.hash_space) for field in singles]], np.int64)
@@ -217,6 +242,8 @@ class _Graph:
             keys = self.node("Where", gone, self.constant(missing), keys)
             rows = self._rows_of(keys, np.arange(len(singles))[None])  # (B, S)
             vectors, terms = self.node("Gather", "embedding", rows), self.node("Gather", "first_order", rows)
+            if self.tables.has_history:
+                extra.append(self.node("Flatten", self.node("Gather", "history", rows)))
             if any(field.kind == "numeric" and field.buckets == "scaled" for field in singles):
                 scales = self.input("scales", "float32", ["batch", len(singles)])
                 vectors = self.node("Mul", vectors, self.node("Unsqueeze", scales, last))
@@ -224,17 +251,22 @@ class _Graph:
             embedded.append(vectors)
             linear.append(self.node("ReduceSum", terms, last, keepdims=1))  # (B, 1)
         if lists:
-            vectors, terms = self._pooled(lists, len(singles))
+            vectors, terms, numbers = self._pooled(lists, len(singles))
             embedded.append(vectors)
             linear.append(self.node("ReduceSum", terms, last, keepdims=1))
+            if numbers is not None:
+                extra.append(self.node("Flatten", numbers))
         if len(embedded) == 1:
-            return embedded[0], linear[0]
-        return self.node("Concat", *embedded, axis=1), self.node("Add", *linear)
+            return _Fields(embedded[0], linear[0], extra[0] if extra else None)
+        joined = self.node("Concat", *extra, axis=1) if extra else None
+        return _Fields(self.node("Concat", *embedded, axis=1), self.node("Add", *linear), joined)
 
-    def deepfm(self, embedded: str, linear: str, named: Mapping[str, torch.Tensor], fields: int, dim: int) -> str:
+    def deepfm(
+        self, embedded: str, linear: str, extra: str | None, named: Mapping[str, torch.Tensor], fields: int, dim: int
+    ) -> str:
         """Logits (B,): bias, first order, FM and MLP over embeddings (B, F, D), as `model.deepfm` computes them."""
         flat = self.node("Reshape", embedded, self.constant(np.array([-1, fields * dim], np.int64)))
-        hidden = flat
+        hidden = flat if extra is None else self.node("Concat", flat, extra, axis=1)
         layers = sum(name.endswith(".weight") for name in named)
         for layer in range(layers):
             weight = self.constant(named[f"mlp.{layer}.weight"].numpy())
@@ -249,8 +281,11 @@ class _Graph:
         logits = self.node("Add", self.node("Add", hidden, pairs), linear)
         return self.node("Squeeze", self.node("Add", logits, self.constant(named["bias"].numpy())), one)
 
-    def _pooled(self, lists: list[Any], before: int) -> tuple[str, str]:
-        """Mean embeddings (B, L, D) and first-order weights (B, L) of the lists. An empty list reads its missing row."""
+    def _pooled(self, lists: list[Any], before: int) -> _Fields:
+        """Mean embeddings (B, L, D), first-order weights (B, L) and history (B, L, 2) of the lists.
+
+        An empty list reads its missing row.
+        """
         keys = self.input("list_keys", "int64", ["batch", len(lists), "elements"])
         unknown = before + np.arange(len(lists))
         last = self.constant(np.array([-1], np.int64))
@@ -261,8 +296,7 @@ class _Graph:
         empty = self.node("Equal", count, self.constant(np.float32(0)))
         divisor = self.node("Max", count, self.constant(np.float32(1)))
         rows = self._rows_of(keys, unknown[None, :, None])
-        vectors = self.node("Mul", self.node("Gather", "embedding", rows), self.node("Unsqueeze", there, last))
-        vectors = self.node("Div", self.node("ReduceSum", vectors, two, keepdims=0), divisor)
+        weights = self.node("Unsqueeze", there, last)
         terms = self.node("Mul", self.node("Gather", "first_order", rows), there)
         terms = self.node("Div", self.node("ReduceSum", terms, two, keepdims=1), divisor)  # (B, L, 1)
         missing = [
@@ -270,10 +304,16 @@ class _Graph:
             for field, at in zip(lists, unknown, strict=True)
         ]
         missing_rows = self.constant(np.array(missing, np.int64))
-        vectors = self.node("Where", empty, self.node("Gather", "embedding", missing_rows), vectors)
+
+        def mean_of(table: str) -> str:
+            """Means (B, L, columns) of a table's rows."""
+            total = self.node("ReduceSum", self.node("Mul", self.node("Gather", table, rows), weights), two, keepdims=0)
+            return self.node("Where", empty, self.node("Gather", table, missing_rows), self.node("Div", total, divisor))
+
         missing_terms = self.node("Unsqueeze", self.node("Gather", "first_order", missing_rows), last)  # (L, 1)
         terms = self.node("Where", empty, missing_terms, terms)
-        return vectors, self.node("Squeeze", terms, two)
+        history = mean_of("history") if self.tables.has_history else None
+        return _Fields(mean_of("embedding"), self.node("Squeeze", terms, two), history)
 
     def _rows_of(self, keys: str, fields: npt.NDArray[np.int64]) -> str:
         """The rows of keys. Keys that the table lacks read the average row of their field; `fields` broadcasts to the keys."""

@@ -15,6 +15,7 @@ from model.deepfm import DeepFM
 from model.digest import dense_hash, digest_sum, row_hashes
 from model.embedding import take
 from model.errors import DigestMismatch, ModelError
+from model.history import BASE, history_inputs, take_base
 from model.network import choose_device, dense_model, embed, to_elements
 from model.rows import ModelDelta, Rows
 from model.sampling import probabilities
@@ -33,10 +34,11 @@ _SCRUBBED_AT_ONCE = 16_384
 
 
 class _Dense(NamedTuple):
-    """All serving tensors that are no rows: parameters and average rows, and the hash of both."""
+    """All serving tensors that are no rows: parameters, average rows, counts of all examples. And their hash."""
 
     model: DeepFM
     averages: Averages
+    base: torch.Tensor | None
     hash: int
 
 
@@ -114,7 +116,9 @@ class Predictor:
         self.device = choose_device(device)
         self._settings = settings
         self._dense = self._read_dense(dense)
-        self._rows = ServingRows(len(schema.fields), schema.embedding_dim, expected_rows, self.device)
+        self._rows = ServingRows(
+            len(schema.fields), schema.embedding_dim, expected_rows, self.device, history=settings.row_history
+        )
         self._rows.set_averages(self._dense.averages)
         self._rows_sum = 0
         self._state = 0
@@ -136,12 +140,12 @@ class Predictor:
         device: str = "auto",
         negative_rate: float = 1.0,
     ) -> Predictor:
-        """A predictor of all serving tensors in one dictionary: the dense ones, `keys`, `embedding` and `first_order`."""
+        """A predictor of all serving tensors in one dictionary: the dense ones, and the parts of `Rows`."""
         keys = take(serving, "keys", (-1,), torch.int64)
-        embedding = take(serving, "embedding", (len(keys), schema.embedding_dim))
-        rows = Rows(keys, embedding, take(serving, "first_order", (len(keys),)))
+        take(serving, "embedding", (len(keys), schema.embedding_dim))
+        take(serving, "first_order", (len(keys),))
         predictor = cls(schema, settings, serving, expected_rows=len(keys), device=device, negative_rate=negative_rate)
-        predictor.add(rows)
+        predictor.add(Rows.of(serving))
         predictor.ready()
         return predictor
 
@@ -181,10 +185,12 @@ class Predictor:
         with self._reading:
             if self._loader is not None:
                 raise ModelError("predictor: expected a call of ready() before predictions, found none")
-            dense, rate = self._dense.model, self.negative_rate
+            dense, rate, history = self._dense, self.negative_rate, self._rows.history
             where = self._rows.lookup(elements.keys, fields)
             embedded, first_order = embed(elements, where, self._rows.embedding, self._rows.first_order)
-        return probabilities(dense.forward(embedded, first_order).logits, rate).cpu().numpy()
+            counts = None if history is None else history.index_select(0, where)
+        extra = None if counts is None or dense.base is None else history_inputs(elements, counts, dense.base)
+        return probabilities(dense.model.forward(embedded, first_order, extra).logits, rate).cpu().numpy()
 
     def prepare(self, delta: ModelDelta) -> Prepared:
         """Finds out what a delta does to the weights as they are now, and changes nothing.
@@ -287,8 +293,8 @@ class Predictor:
                 return False
             scrub.last, scrub.sum = until, scrub.sum + digest_sum(hashes)
             return None
-        averages = _by_name(self._rows.averages())
-        dense = dense_hash({**self._dense.model.serving_state(), **averages})
+        others = _by_name(self._rows.averages(), self._dense.base)
+        dense = dense_hash({**self._dense.model.serving_state(), **others})
         return (scrub.sum + dense) % _MODULUS == self.digest
 
     def _read_dense(self, dense: Mapping[str, torch.Tensor]) -> _Dense:
@@ -297,17 +303,20 @@ class Predictor:
         typical = Typical(self.schema, torch.device("cpu"))
         typical.restore(dense)
         averages = Averages(typical.embedding, typical.first_order)
-        hashed = dense_hash({**{name: dense[name].cpu() for name in model.named}, **_by_name(averages)})
-        return _Dense(model, Averages(*(each.to(self.device) for each in averages)), hashed)
+        base = take_base(dense) if self._settings.row_history else None
+        hashed = dense_hash({**{name: dense[name].cpu() for name in model.named}, **_by_name(averages, base)})
+        on_device = Averages(*(each.to(self.device) for each in averages))
+        return _Dense(model, on_device, None if base is None else base.to(self.device, copy=True), hashed)
 
 
-def _by_name(averages: Averages) -> dict[str, torch.Tensor]:
-    """Average rows on the CPU, by the names that versions use."""
-    return {"typical.embedding": averages.embedding.cpu(), "typical.first_order": averages.first_order.cpu()}
+def _by_name(averages: Averages, base: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Serving tensors besides parameters and rows, on the CPU, by the names that versions use."""
+    named = {"typical.embedding": averages.embedding.cpu(), "typical.first_order": averages.first_order.cpu()}
+    return named if base is None else {**named, BASE: base.cpu()}
 
 
 def _select(rows: Rows, index: torch.Tensor) -> Rows:
     """The rows at these distinct, ascending indices."""
     if len(index) == len(rows):
         return rows
-    return Rows(*(each.index_select(0, index) for each in (rows.keys, rows.embedding, rows.first_order)))
+    return rows.map(lambda part: part.index_select(0, index))

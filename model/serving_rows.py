@@ -10,9 +10,9 @@ import torch
 
 from model.digest import row_hashes
 from model.embedding import take
-from model.growing import Column, Growing
+from model.growing import Growing
 from model.hashing import EMPTY_KEY
-from model.rows import Rows
+from model.rows import Rows, serving_columns
 from model.table import ABSENT_ROW, KeyTable
 
 __all__ = ["Averages", "ServingRows"]
@@ -31,16 +31,17 @@ class ServingRows:
     keys         the number of each key's row, from 1 on
     embedding    float32: the F average rows, then the rows by number (D columns)
     first_order  float32, likewise
+    history      float32, likewise (2 columns): 0 for the average rows; None in a model without row history
 
     One thread changes them. Others may read meanwhile, but not during `load`, `write`, `delete` and `set_averages`.
     """
 
-    def __init__(self, fields: int, dim: int, expected: int, device: torch.device) -> None:
+    def __init__(self, fields: int, dim: int, expected: int, device: torch.device, *, history: bool = False) -> None:
         self._dim, self._fields = dim, fields
         self.device = device
         # An eighth more keys than are expected, so that those that come soon don't make the slots grow.
         self.keys = KeyTable(device, expected=expected + expected // 8)
-        self._columns = Growing({"embedding": Column((dim,)), "first_order": Column()}, fields + expected, device)
+        self._columns = Growing(serving_columns(dim, history=history), fields + expected, device)
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -49,6 +50,10 @@ class ServingRows:
     @property
     def first_order(self) -> torch.Tensor:
         return self._columns["first_order"]
+
+    @property
+    def history(self) -> torch.Tensor | None:
+        return self._columns["history"] if "history" in self._columns.columns else None
 
     def lookup(self, keys: torch.Tensor, fields: torch.Tensor) -> torch.Tensor:
         """Where the weights of `keys` (N,) are; for a key without a row, where the average row of its field (N,) is."""
@@ -66,11 +71,13 @@ class ServingRows:
 
     def checked(self, rows: Rows) -> Rows:
         """Rows on this device. Raises SnapshotMismatch if they have another shape or dtype."""
-        found = {"keys": rows.keys, "embedding": rows.embedding, "first_order": rows.first_order}
+        found = rows.parts()
         count = len(take(found, "keys", (-1,), torch.int64))
         take(found, "embedding", (count, self._dim))
         take(found, "first_order", (count,))
-        return Rows(*(found[name].to(self.device) for name in ("keys", "embedding", "first_order")))
+        if self.history is not None:
+            take(found, "history", (count, 2))
+        return rows.map(lambda part: part.to(self.device))
 
     def reserve(self, count: int) -> None:
         """Prepares for `count` new rows, beside readers."""
@@ -92,8 +99,9 @@ class ServingRows:
         """Writes the weights of rows (N,) with the numbers `first` to `first` + N - 1, and makes room for them."""
         part = slice(first + self._fields - 1, first + self._fields - 1 + len(rows))
         self._columns.make_room(part.stop)
-        self.embedding[part] = rows.embedding
-        self.first_order[part] = rows.first_order
+        for name, values in rows.parts().items():
+            if name != "keys":
+                self._columns[name][part] = values
 
     def write(self, numbers: torch.Tensor, rows: Rows) -> None:
         """Replaces the weights of the rows with these numbers (N,)."""
@@ -103,12 +111,12 @@ class ServingRows:
         else:
             self.embedding.index_copy_(0, where, rows.embedding)
         self.first_order.index_copy_(0, where, rows.first_order)
+        if rows.history is not None:
+            self._columns["history"].index_copy_(0, where, rows.history)
 
     def hashes(self, numbers: torch.Tensor) -> torch.Tensor:
         """Hashes (N,) of the rows with these numbers (N,), as they are in memory (`model.digest`)."""
-        where = self._where(numbers)
-        keys = self.keys.keys_of(numbers)
-        return row_hashes(Rows(keys, self.embedding.index_select(0, where), self.first_order.index_select(0, where)))
+        return row_hashes(self._read(self.keys.keys_of(numbers), numbers))
 
     def check(self, first: int, last: int) -> torch.Tensor | None:
         """Hashes (N,) of the N rows with numbers `first` to `last` that have keys, as they are in memory.
@@ -120,8 +128,12 @@ class ServingRows:
         keys, numbers = keys.index_select(0, used), used + first
         if not torch.equal(self.keys.lookup(keys), numbers):
             return None
+        return row_hashes(self._read(keys, numbers))
+
+    def _read(self, keys: torch.Tensor, numbers: torch.Tensor) -> Rows:
+        """Copies of the rows with these keys and numbers (N,)."""
         where = self._where(numbers)
-        return row_hashes(Rows(keys, self.embedding.index_select(0, where), self.first_order.index_select(0, where)))
+        return Rows.of({"keys": keys, **{name: self._columns[name].index_select(0, where) for name in self._columns.columns}})
 
     def _where(self, numbers: torch.Tensor) -> torch.Tensor:
         return numbers + (self._fields - 1)

@@ -51,6 +51,11 @@ class ModelSettings(BaseModel):
         description="Whether a row is charged for a negative in two parts: with the first label, and when late clicks correct "
         "such labels. New items and hours then start nearer to the truth. When false, the first label charges all of it.",
     )
+    row_history: bool = Field(
+        default=False,
+        description="Whether each row counts its examples and clicks, and the model reads them: the row's click rate beside "
+        "the base rate, and on how many examples it rests. A version is only trained on with the value that it was made with.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the dense weights and of each new row.")
     initial_rows: int = Field(
         default=1 << 16, ge=16, description="Number of rows that the table has room for at the start; it grows by doubling."

@@ -3,7 +3,7 @@
 | file | tensors |
 | --- | --- |
 | `dense.safetensors` | serving tensors that are no rows |
-| `serving-00000.safetensors`, … | `keys`, `embedding` and `first_order` of some rows |
+| `serving-00000.safetensors`, … | `keys`, `embedding` and `first_order` of some rows; `history` in a model with row history |
 | `trainer-00000.safetensors`, … | what the trainer keeps for the same rows |
 | `trainer.safetensors` | trainer tensors that are no rows |
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMAT",
+    "OPTIONAL_ROW_TENSORS",
     "ROW_TENSORS",
     "TRAINER_ROW_TENSORS",
     "Piece",
@@ -38,7 +39,10 @@ __all__ = [
 FORMAT = 2
 
 ROW_TENSORS = ("keys", "embedding", "first_order")
-"""Names of the serving tensors that have a row for each key."""
+"""Names of the serving tensors that have a row for each key, in every version."""
+
+OPTIONAL_ROW_TENSORS = ("history",)
+"""Names of those that only versions of some models have."""
 
 TRAINER_ROW_TENSORS = ("adagrad.embedding", "adagrad.first_order", "deferred.owed", "deferred.since_ms")
 """Names of the trainer tensors that have a row for each key."""
@@ -75,15 +79,14 @@ def piece_rows(dim: int) -> int:
 
 def bounded(pieces: Iterable[RowsWithState]) -> Iterator[Piece]:
     """Pieces of at most `PIECE_BYTES`: larger ones are cut, others stay as they are. The cuts share the tensors' memory."""
-    from model.rows import Rows
-
     for piece in pieces:
         rows, state = piece.serving, piece.trainer
         most = piece_rows(rows.embedding.shape[1])
         for start in range(0, len(rows) or 1, most):
             part = slice(start, start + most)
-            cut = Rows(rows.keys[part], rows.embedding[part], rows.first_order[part])
-            yield Piece(cut, {name: tensor[part] for name, tensor in state.items()})
+            yield Piece(
+                rows.map(lambda tensor, part=part: tensor[part]), {name: tensor[part] for name, tensor in state.items()}
+            )
 
 
 def serving_piece(index: int) -> str:

@@ -14,7 +14,7 @@ from state.background import in_background
 from state.blobs import LocalBlobs, blobs_at
 from state.errors import SnapshotCorrupt, SnapshotExists, SnapshotNotFound
 from state.manifest import MANIFEST_FILE, Manifest
-from state.pieces import ROW_TENSORS, TRAINER_ROW_TENSORS, Piece, RowsWithState
+from state.pieces import OPTIONAL_ROW_TENSORS, ROW_TENSORS, TRAINER_ROW_TENSORS, Piece, RowsWithState
 from state.registry import VersionRecord
 from state.settings import SnapshotSettings
 from state.version_cache import VersionCache
@@ -124,7 +124,7 @@ class SnapshotStore:
         dense, small = dict(serving), None if trainer is None else dict(trainer)
         pieces = []
         if all(name in dense for name in ROW_TENSORS):
-            rows = Rows(*(dense.pop(name) for name in ROW_TENSORS))
+            rows = Rows(**{name: dense.pop(name) for name in (*ROW_TENSORS, *OPTIONAL_ROW_TENSORS) if name in dense})
             state = {name: small.pop(name) for name in TRAINER_ROW_TENSORS if name in small} if small else {}
             pieces.append(Piece(rows, state))
         return self.write_version(manifest, dense=dense, small=small, pieces=pieces)
@@ -210,8 +210,7 @@ class SnapshotStore:
         """
         reader = self.read(version)
         dense = reader.dense()
-        rows = ({name: getattr(piece, name) for name in ROW_TENSORS} for piece in reader.rows())
-        return {**dense, **_joined(rows, reader.manifest.rows)}
+        return {**dense, **_joined((piece.parts() for piece in reader.rows()), reader.manifest.rows)}
 
     def trainer(self, version: int) -> dict[str, torch.Tensor]:
         """The tensors that a trainer needs besides. Raises as `serving` does; SnapshotCorrupt for a version without them."""

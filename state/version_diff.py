@@ -192,16 +192,23 @@ def _compare_fields(
     if names != _field_names(after):
         return []
     rows = [_by_field(tensors.get("typical.embedding"), len(names)) for tensors in (old, new)]
-    inputs = []
-    for tensors in (old, new):
-        weights = tensors.get("mlp.0.weight")  # (H, F*D)
-        fits = weights is not None and weights.shape[1] % max(len(names), 1) == 0
-        parts = weights.reshape(len(weights), len(names), -1).transpose(0, 1) if weights is not None and fits else None
-        inputs.append(_by_field(parts, len(names)))
+    inputs = [_by_field(_inputs(tensors, len(names)), len(names)) for tensors in (old, new)]
     return [
         FieldDistance(name, _distance(rows[0][index], rows[1][index]), _distance(inputs[0][index], inputs[1][index]))
         for index, name in enumerate(names)
     ]
+
+
+def _inputs(tensors: Mapping[str, torch.Tensor], fields: int) -> torch.Tensor | None:
+    """The MLP's first weights by field (F, H, …): those of its embedding, then those of its row history."""
+    import torch
+
+    weights, rows = tensors.get("mlp.0.weight"), tensors.get("typical.embedding")  # (H, F*D) or (H, F*D + F*2), (F, D)
+    if weights is None or not fields or weights.shape[1] % fields:
+        return None
+    width = weights.shape[1] if rows is None else min(fields * rows.shape[1], weights.shape[1])
+    parts = [part.reshape(len(weights), fields, -1) for part in (weights[:, :width], weights[:, width:])]
+    return torch.cat(parts, 2).transpose(0, 1)
 
 
 def _field_names(manifest: Manifest) -> list[str]:

@@ -170,9 +170,9 @@ class VersionReader:
             rows = Rows(**tensors)
         except TypeError:
             raise self._wrong(file, f"tensors {', '.join(ROW_TENSORS)}", ", ".join(tensors) or "none") from None
-        if not len(rows.keys) == len(rows.embedding) == len(rows.first_order):
-            lengths = f"{len(rows.keys)}, {len(rows.embedding)} and {len(rows.first_order)}"
-            raise self._wrong(file, f"equal numbers of {', '.join(ROW_TENSORS)}", lengths)
+        lengths = [len(tensor) for tensor in tensors.values()]
+        if len(set(lengths)) > 1:
+            raise self._wrong(file, f"equal numbers of {', '.join(tensors)}", ", ".join(map(str, lengths)))
         return rows
 
     def _of_old(self, file: str) -> dict[str, torch.Tensor]:

@@ -47,10 +47,7 @@ def write_files(
         for index, piece in enumerate(bounded(pieces)):
             serving = piece.serving
             rows += len(serving)
-            writing.add(
-                serving_piece(index),
-                {"keys": serving.keys, "embedding": serving.embedding, "first_order": serving.first_order},
-            )
+            writing.add(serving_piece(index), serving.parts())
             if small is not None:
                 writing.add(trainer_piece(index), piece.trainer)
         if small is not None:

@@ -15,11 +15,13 @@ The body is the columns one after another, each padded with zeros to a multiple 
 | keys | int64 (rows,) |
 | embedding | the header's `dtype` (rows, dim) |
 | first_order | the header's `dtype` (rows,) |
+| history, in format 2 only | float32 (rows, 2): examples and clicks (`model.history`) |
 | gone | int64 (gone,) |
 | each tensor of the header's `dense` | float32, the header's shape |
 
 All numbers are little-endian. The CRC-32C covers the whole record but itself. All pieces but the last have the same size, and
-the last isn't larger. In later formats the prefix stays as it is, so that every reader finds the chain and the sequence in it.
+the last isn't larger. Deltas of models without row history have format 1, which older scorers read. In later formats the prefix
+stays as it is, so that every reader finds the chain and the sequence in it.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ __all__ = [
     "read_piece",
 ]
 
-FORMAT = 1
+FORMAT = 2  # the newest
+_WITHOUT_HISTORY = 1
 _MAGIC = b"HRDL"
 _PREFIX = struct.Struct("<4sHHqIqIII")
 _CRC = struct.Struct("<I")
@@ -95,7 +98,8 @@ class UnknownFormat(DeltaDamaged):
     def __init__(self, found: int) -> None:
         super().__init__(
             "unknown_format",
-            f"a delta: expected format {FORMAT}, found {found}. Upgrade this worker to the trainer's version of Headrace.",
+            f"a delta: expected format {FORMAT} or less, found {found}. Upgrade this worker to the trainer's version of "
+            "Headrace.",
         )
 
 
@@ -172,6 +176,11 @@ class Piece(NamedTuple):
     content: memoryview
 
     @property
+    def has_history(self) -> bool:
+        """Whether the body has the column `history`."""
+        return self.format > _WITHOUT_HISTORY
+
+    @property
     def identity(self) -> tuple[int, ...]:
         """Equal for the pieces of one delta."""
         return self.format, self.epoch, self.ordinal, self.sequence, self.pieces
@@ -224,9 +233,10 @@ def encode_delta(header: DeltaHeader, delta: ModelDelta, limit: int) -> list[byt
     )  # of known length, so that the number of pieces is right; JSON ends in any spaces
     sizes = [room] * (pieces - 1) + [longest + size - room * (pieces - 1)]
     parts = _cut([memoryview(encoded), *body], sizes)
+    written = _WITHOUT_HISTORY if delta.rows.history is None else FORMAT
     numbers = (chain.epoch, chain.ordinal, header.sequence)
     return [
-        _record(_PREFIX.pack(_MAGIC, FORMAT, 0, *numbers, piece, pieces, 0 if piece else longest), content)
+        _record(_PREFIX.pack(_MAGIC, written, 0, *numbers, piece, pieces, 0 if piece else longest), content)
         for piece, content in enumerate(parts)
     ]
 
@@ -256,6 +266,8 @@ def _columns(dtype: str, delta: ModelDelta) -> Iterator[npt.NDArray[Any]]:
     yield _column("keys", rows.keys, torch.int64, (count,))
     yield _column("embedding", rows.embedding, torch.float32, (count, dim), narrow=narrow)
     yield _column("first_order", rows.first_order, torch.float32, (count,), narrow=narrow)
+    if rows.history is not None:
+        yield _column("history", rows.history, torch.float32, (count, 2))
     yield _column("gone", delta.gone, torch.int64, (len(delta.gone),))
     for name, tensor in (delta.dense or {}).items():
         yield _column(name, tensor, torch.float32, tensor.shape)

@@ -57,13 +57,13 @@ class DeltaAssembly:
     """
 
     def __init__(self, first: Piece) -> None:
-        if first.format != FORMAT:
+        if not 1 <= first.format <= FORMAT:
             raise UnknownFormat(first.format)
         self._first, self.pieces = first, 0
         if first.piece:
             raise DeltaDamaged("missing_piece", f"{first.name}: expected its first piece, found piece {first.piece}.")
         self.header = self._read_header(first)
-        size = _body_bytes(self.header)
+        size = _body_bytes(self.header, history=first.has_history)
         if size > first.pieces * len(first.content):
             room = f"at most {first.pieces:,} times {len(first.content):,}"  # no piece is larger than the first
             raise DeltaDamaged("wrong_size", self._found(f"a body of {size:,} bytes", room))
@@ -110,9 +110,10 @@ class DeltaAssembly:
         keys = column(np.int64, header.rows)
         embedding = column(width, header.rows, header.dim).float()
         first_order = column(width, header.rows).float()
+        history = column(np.float32, header.rows, 2) if self._first.has_history else None
         gone = column(np.int64, header.gone)
         dense = None if header.dense is None else {each.name: column(np.float32, *each.shape) for each in header.dense}
-        return Delta(header, ModelDelta(Rows(keys, embedding, first_order), gone, dense, int(header.digest, 16)))
+        return Delta(header, ModelDelta(Rows(keys, embedding, first_order, history), gone, dense, int(header.digest, 16)))
 
     def _take(self, part: memoryview) -> None:
         end = self._filled + len(part)
@@ -139,8 +140,10 @@ class DeltaAssembly:
         return f"{self._first.name}: expected {expected}, found {found}."
 
 
-def _body_bytes(header: DeltaHeader) -> int:
+def _body_bytes(header: DeltaHeader, *, history: bool) -> int:
     width = 4 if header.dtype == "float32" else 2
     sizes = [8 * header.rows, width * header.rows * header.dim, width * header.rows, 8 * header.gone]
+    if history:
+        sizes.append(8 * header.rows)
     sizes += [4 * math.prod(each.shape) for each in header.dense or ()]
     return sum(map(padded_size, sizes))

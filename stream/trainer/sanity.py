@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 # leave float32's range within a few layers.
 LARGEST_WEIGHT = 1e6
 
+# Counts of examples are halved above 2**20 (`model.history`).
+LARGEST_COUNT = 2e6
+
 # Share of the limit to which scores must come back before deltas flow again. At the limit itself they would flow and stop in
 # turns: from one delta to the next the mean of 64 differences changes by a tenth of the limit.
 BACK = 0.75
@@ -40,7 +43,7 @@ TIMES_USUAL = 4.0
 
 
 def weight_problems(serving: Mapping[str, torch.Tensor]) -> list[str]:
-    """What is wrong: tensors, by name, that aren't finite or hold a weight beyond `LARGEST_WEIGHT`. Empty when nothing is."""
+    """What is wrong: tensors, by name, that aren't finite or hold a number that is too large. Empty when nothing is."""
     problems = []
     for name, tensor in sorted(serving.items()):
         if not tensor.is_floating_point() or not tensor.numel():
@@ -49,14 +52,14 @@ def weight_problems(serving: Mapping[str, torch.Tensor]) -> list[str]:
         largest = max(abs(float(low)), abs(float(high)))
         if not bool(torch.isfinite(low + high)):
             problems.append(f"weights not finite: {name}")
-        elif largest > LARGEST_WEIGHT:
-            problems.append(f"weights too large: {name} holds {largest:.3g}, expected at most {LARGEST_WEIGHT:g}")
+        elif largest > (most := LARGEST_COUNT if name.startswith("history") else LARGEST_WEIGHT):
+            problems.append(f"weights too large: {name} holds {largest:.3g}, expected at most {most:g}")
     return problems
 
 
 def delta_problems(delta: ModelDelta) -> list[str]:
     """What is wrong with the weights of a delta, as `weight_problems` says it."""
-    return weight_problems({**(delta.dense or {}), "embedding": delta.rows.embedding, "first_order": delta.rows.first_order})
+    return weight_problems({**(delta.dense or {}), **delta.rows.parts()})  # keys are no floating-point numbers
 
 
 class Sanity:

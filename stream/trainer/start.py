@@ -32,7 +32,9 @@ __all__ = ["Start", "find_start", "first_positions", "go_on", "restore"]
 log = logging.getLogger(__name__)
 
 # Model settings that fix the shape of the weights. The others (rates, batch size) may change between two starts.
-SHAPE = ("name", "hidden")
+SHAPE = ("name", "hidden", "row_history")
+# What versions of releases that didn't have a setting were made with.
+_BEFORE = {"row_history": False}
 _ELSEWHERE = (
     "Put the old settings back, or begin a new model from the start of the log: `headrace run trainer --new-model`, once. The "
     "champion stays until the new model has been compared with it."
@@ -210,7 +212,7 @@ def _require_same(manifest: Manifest, schema: FeatureSchema, model: ModelSetting
     expected |= _fields(schema.model_dump(mode="json")["fields"])
     settings = model.model_dump(mode="json")
     for name in SHAPE:
-        found[f"model.{name}"], expected[f"model.{name}"] = manifest.model.get(name), settings[name]
+        found[f"model.{name}"], expected[f"model.{name}"] = manifest.model.get(name, _BEFORE.get(name)), settings[name]
     differences = [
         f"{name}: expected {_shown(expected.get(name))}, found {_shown(found.get(name))}"
         for name in sorted(found.keys() | expected.keys())

@@ -12,10 +12,12 @@ from model.anchor import EarlierModel
 from model.errors import ModelError, SnapshotMismatch
 from model.learner import Learner
 from model.predictor import Predictor
-from model.rows import Rows
+from model.rows import ROW_PARTS, Rows
+from model.settings import ModelSettings
 from tests.model.test_learner import SCHEMA, SETTINGS, devices, learn, records
 
 ASKED, _ = records(200, seed=99)
+MODELS = [SETTINGS, pytest.param(SETTINGS.model_copy(update={"row_history": True}), id="row_history")]
 
 
 class Kept:
@@ -24,7 +26,7 @@ class Kept:
     def __init__(self, learner: Learner) -> None:
         self.serving = learner.serving_state()
         self.rate = learner.negative_rate
-        self.predictor = Predictor.of(SCHEMA, SETTINGS, self.serving, device="cpu", negative_rate=self.rate)
+        self.predictor = Predictor.of(SCHEMA, learner.settings, self.serving, device="cpu", negative_rate=self.rate)
         self.moment = learner.keep()
 
     def agrees(self) -> None:
@@ -36,7 +38,7 @@ def same(moment: EarlierModel, predictor: Predictor) -> bool:
 
 
 def rows_of(serving: dict[str, torch.Tensor], size: int) -> list[Rows]:
-    parts = [serving[name].split(size) for name in ("keys", "embedding", "first_order")]
+    parts = [part.split(size) for part in Rows.of(serving).parts().values()]
     return [Rows(*each) for each in zip(*parts, strict=True)]
 
 
@@ -52,10 +54,11 @@ steps = st.lists(
 )
 
 
-@given(steps)
-@settings(max_examples=40, deadline=None)
-def test_moments_score_as_predictors_of_their_moments(work: list[tuple[str, int]]) -> None:
-    learner = Learner(SCHEMA, SETTINGS, device="cpu")
+@pytest.mark.parametrize("model", MODELS)
+@given(work=steps)
+@settings(max_examples=30, deadline=None)
+def test_moments_score_as_predictors_of_their_moments(model: ModelSettings, work: list[tuple[str, int]]) -> None:
+    learner = Learner(SCHEMA, model, device="cpu")
     learner.negative_rate = 0.25
     kept: list[Kept] = []
     for what, number in work:
@@ -113,19 +116,20 @@ def test_only_rows_that_change_take_memory_and_each_once() -> None:
         older.predict(ASKED)
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("kept_beside", [False, True])
-def test_a_version_from_the_store_becomes_a_moment(kept_beside: bool) -> None:
+def test_a_version_from_the_store_becomes_a_moment(kept_beside: bool, model: ModelSettings) -> None:
     """After a restart the learner is further than the anchor, whose rows come in pieces while training goes on."""
-    learner = Learner(SCHEMA, SETTINGS, device="cpu")
+    learner = Learner(SCHEMA, model, device="cpu")
     learn(learner, *records(120, seed=1))
     anchor = Kept(learner)
     anchor.moment.close()
     learn(learner, *records(100, seed=2))
-    again = Learner(SCHEMA, SETTINGS, device="cpu")
+    again = Learner(SCHEMA, model, device="cpu")
     again.restore(learner.serving_state(), learner.trainer_state())
     beside = Kept(again) if kept_beside else None
     learn(again, *records(30, seed=3))
-    dense = {name: value for name, value in anchor.serving.items() if name not in ("keys", "embedding", "first_order")}
+    dense = {name: value for name, value in anchor.serving.items() if name not in ROW_PARTS}
     moment = again.model_of(len(anchor.serving["keys"]), dense, anchor.rate)
     for seed, rows in enumerate(rows_of(anchor.serving, 17)):
         moment.restore(rows)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,17 +15,20 @@ devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=(
 MASK = (1 << 64) - 1
 
 
-def rows_of(count: int, dim: int) -> Rows:
+def rows_of(count: int, dim: int, *, history: bool = False) -> Rows:
     generator = torch.Generator().manual_seed(count)
     keys = torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator)
-    return Rows(keys, torch.randn(count, dim, generator=generator), torch.randn(count, generator=generator))
+    rows = Rows(keys, torch.randn(count, dim, generator=generator), torch.randn(count, generator=generator))
+    return replace(rows, history=torch.rand(count, 2, generator=generator).mul_(2**20)) if history else rows
 
 
 def defined(rows: Rows, row: int) -> int:
     """The hash of one row by its definition, in Python's integers."""
     key_factor, first_factor, *factors = _factors(rows.embedding.shape[1], torch.device("cpu")).tolist()
     x = key_factor * int(rows.keys[row]) + first_factor * int(rows.first_order[row].view(torch.int32))
-    x += sum(factor * word for factor, word in zip(factors, rows.embedding[row].view(torch.int32).tolist(), strict=True))
+    counts = [] if rows.history is None else rows.history[row].view(torch.int32).tolist()
+    words = [*rows.embedding[row].view(torch.int32).tolist(), *counts]
+    x += sum(factor * word for factor, word in zip(factors, words, strict=len(counts) > 0))
     x &= MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
@@ -31,10 +36,11 @@ def defined(rows: Rows, row: int) -> int:
 
 
 @devices
+@pytest.mark.parametrize("history", [False, True])
 @pytest.mark.parametrize(("count", "dim"), [(0, 4), (1, 1), (5000, 16), (9000, 3)])
-def test_hashes_are_as_defined(count: int, dim: int, device: str) -> None:
-    rows = rows_of(count, dim)
-    found = row_hashes(Rows(*(each.to(device) for each in (rows.keys, rows.embedding, rows.first_order)))).cpu()
+def test_hashes_are_as_defined(count: int, dim: int, history: bool, device: str) -> None:
+    rows = rows_of(count, dim, history=history)
+    found = row_hashes(rows.map(lambda part: part.to(device))).cpu()
     assert found.shape == (count,)
     for row in range(0, count, 499):
         assert int(found[row]) & MASK == defined(rows, row)

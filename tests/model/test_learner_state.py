@@ -14,9 +14,9 @@ from model import learner_state, reserve
 from model.batch import FeatureBatch
 from model.digest import dense_hash, digest_sum, row_hashes
 from model.errors import ModelError, SnapshotMismatch, UpdateNotFinite
-from model.frozen import SERVING, Piece
+from model.frozen import Piece
 from model.learner import Learner
-from model.rows import ModelDelta, Rows
+from model.rows import ROW_PARTS, ModelDelta, Rows
 from model.settings import ModelSettings
 from tests.model.test_learner import SCHEMA, SETTINGS, assert_same, learn, records, snapshot
 
@@ -25,18 +25,18 @@ BATCH, LABELS = records(600)
 
 def whole_digest(serving: dict[str, torch.Tensor]) -> int:
     """The digest, computed from all serving tensors."""
-    dense = {name: tensor for name, tensor in serving.items() if name not in SERVING}
-    rows = Rows(*(serving[name] for name in SERVING))
-    return (digest_sum(row_hashes(rows)) + dense_hash(dense)) % 2**64
+    dense = {name: tensor for name, tensor in serving.items() if name not in ROW_PARTS}
+    return (digest_sum(row_hashes(Rows.of(serving))) + dense_hash(dense)) % 2**64
 
 
 class Replica:
     """Serving weights in plain dictionaries, to which deltas are applied."""
 
     def __init__(self, serving: dict[str, torch.Tensor]) -> None:
-        self.rows: dict[int, tuple[list[float], float]] = {}
-        self._take(Rows(*(serving[name] for name in SERVING)))
-        self.dense = {name: tensor for name, tensor in serving.items() if name not in SERVING}
+        self.rows: dict[int, dict[str, float | list[float]]] = {}
+        self._empty = {name: part[:0] for name, part in Rows.of(serving).parts().items()}
+        self._take(Rows.of(serving))
+        self.dense = {name: tensor for name, tensor in serving.items() if name not in ROW_PARTS}
 
     def apply(self, delta: ModelDelta) -> None:
         assert len(set(delta.rows.keys.tolist())) == len(delta.rows)
@@ -52,16 +52,17 @@ class Replica:
         assert delta.digest == self.digest
 
     def _take(self, rows: Rows) -> None:
-        columns = rows.keys.tolist(), rows.embedding.tolist(), rows.first_order.tolist()
-        for key, embedding, first_order in zip(*columns, strict=True):
-            self.rows[key] = embedding, first_order
+        parts = {name: part.tolist() for name, part in rows.parts().items()}
+        for at, key in enumerate(parts.pop("keys")):
+            self.rows[key] = {name: part[at] for name, part in parts.items()}
 
     @property
     def digest(self) -> int:
-        embedding = torch.tensor([row[0] for row in self.rows.values()]).view(-1, SCHEMA.embedding_dim)
-        first_order = torch.tensor([row[1] for row in self.rows.values()])
-        keys = torch.tensor(list(self.rows), dtype=torch.int64)
-        return whole_digest({**self.dense, "keys": keys, "embedding": embedding, "first_order": first_order})
+        parts = {"keys": torch.tensor(list(self.rows), dtype=torch.int64)}
+        for name, empty in self._empty.items():
+            if name != "keys":
+                parts[name] = torch.tensor([row[name] for row in self.rows.values()]).view(-1, *empty.shape[1:])
+        return whole_digest({**self.dense, **parts})
 
     def assert_rows_are(self, learner: Learner) -> None:
         serving = learner.serving_state()
@@ -70,15 +71,16 @@ class Replica:
     def assert_is(self, learner: Learner) -> None:
         self.assert_rows_are(learner)
         serving = learner.serving_state()
-        assert_same(self.dense, {name: tensor for name, tensor in serving.items() if name not in SERVING})
+        assert_same(self.dense, {name: tensor for name, tensor in serving.items() if name not in ROW_PARTS})
         assert learner.digest == whole_digest(serving)
 
 
 class Steps:
     """What can happen to a learner between two batches, with a replica that gets its deltas."""
 
-    def __init__(self) -> None:
-        self.learner = Learner(SCHEMA, SETTINGS, device="cpu")
+    def __init__(self, model: ModelSettings) -> None:
+        self.model = model
+        self.learner = Learner(SCHEMA, model, device="cpu")
         self.replica = Replica(self.learner.serving_state())
         self.at = 0
 
@@ -134,14 +136,15 @@ class Steps:
             self.learn_the_same_again()
             found += pieces
         assert sum(len(piece.serving) for piece in found) == frozen.rows == len(serving["keys"])
-        for name in SERVING:
-            assert torch.equal(torch.cat([getattr(piece.serving, name) for piece in found] or [serving[name]]), serving[name])
+        for name in Rows.of(serving).parts():
+            parts = [piece.serving.parts()[name] for piece in found]
+            assert torch.equal(torch.cat(parts or [serving[name]]), serving[name]), name
         for name in found[0].trainer if found else ():
             assert torch.equal(torch.cat([piece.trainer[name] for piece in found]), trainer[name]), name
 
     def restart(self) -> None:
         """A restored learner counts all that it restored as taken, so its replica begins there."""
-        other = Learner(SCHEMA, SETTINGS, device="cpu")
+        other = Learner(SCHEMA, self.model, device="cpu")
         other.restore(self.learner.serving_state(), self.learner.trainer_state())
         self.learner = other
         self.replica = Replica(other.serving_state())
@@ -169,16 +172,17 @@ STEPS: list[Callable[[Steps], None]] = [
 ]
 
 
+@pytest.mark.parametrize("history", [False, True], ids=["plain", "history"])
 @pytest.mark.parametrize("copied", [False, True], ids=["reserved", "copied"])
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(steps=st.lists(st.sampled_from(STEPS), max_size=25))
 def test_deltas_make_a_replica_and_the_digest_is_always_that_of_the_whole(
-    copied: bool, steps: list[Callable[[Steps], None]]
+    copied: bool, history: bool, steps: list[Callable[[Steps], None]]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if copied:
             patch.setattr(reserve, "_NO_RESERVE", None)
-        run = Steps()
+        run = Steps(SETTINGS.model_copy(update={"row_history": history}))
         for step in steps:
             step(run)
         run.take()
@@ -234,7 +238,7 @@ def pieces_of(learner: Learner, rows_per_piece: int) -> tuple[list[Piece], dict[
 
 def streamed(learner: Learner, rows_per_piece: int, room: int = 16) -> Learner:
     pieces, dense, small = pieces_of(learner, rows_per_piece)
-    other = Learner(SCHEMA, SETTINGS.model_copy(update={"initial_rows": room}), device="cpu")
+    other = Learner(SCHEMA, learner.settings.model_copy(update={"initial_rows": room}), device="cpu")
     other.learn(BATCH.slice(40, 90), LABELS[40:90])  # what it was before doesn't matter
     other.begin_restore(learner.rows)
     for piece in pieces:

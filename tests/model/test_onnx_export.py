@@ -21,14 +21,16 @@ from model.features import FeatureDecoder
 from model.learner import Learner
 from model.onnx_export import Exported, export_onnx
 from model.predictor import Predictor
-from model.rows import Rows
+from model.rows import ROW_PARTS, Rows
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from tests.model.test_learner import SCHEMA, SETTINGS, learn, records
 
+HISTORY = SETTINGS.model_copy(update={"row_history": True})
 
-def trained(schema: FeatureSchema = SCHEMA, count: int = 600) -> dict[str, torch.Tensor]:
-    learner = Learner(schema, SETTINGS, device="cpu")
+
+def trained(schema: FeatureSchema = SCHEMA, count: int = 600, settings: ModelSettings = SETTINGS) -> dict[str, torch.Tensor]:
+    learner = Learner(schema, settings, device="cpu")
     batch, clicks = records(count)
     learn(learner, batch, clicks)
     return learner.serving_state()
@@ -37,7 +39,7 @@ def trained(schema: FeatureSchema = SCHEMA, count: int = 600) -> dict[str, torch
 def pieces(serving: dict[str, torch.Tensor], rows: int = 37) -> Iterator[Rows]:
     for start in range(0, len(serving["keys"]), rows):
         part = slice(start, start + rows)
-        yield Rows(serving["keys"][part], serving["embedding"][part], serving["first_order"][part])
+        yield Rows.of(serving).map(lambda tensor, part=part: tensor[part])
 
 
 def export(
@@ -47,7 +49,7 @@ def export(
     settings: ModelSettings = SETTINGS,
     rate: float = 1.0,
 ) -> Exported:
-    dense = {name: tensor for name, tensor in serving.items() if name not in ("keys", "embedding", "first_order")}
+    dense = {name: tensor for name, tensor in serving.items() if name not in ROW_PARTS}
     return export_onnx(path, schema, settings, dense, lambda: pieces(serving), negative_rate=rate, about={"version": "7"})
 
 
@@ -69,14 +71,15 @@ def session_of(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.parametrize("settings", [SETTINGS, HISTORY])
 @pytest.mark.parametrize("rate", [1.0, 0.05])
-def test_scores_are_those_of_the_predictor(tmp_path: Path, rate: float) -> None:
-    serving = trained()
-    exported = export(tmp_path / "model.onnx", serving, rate=rate)
+def test_scores_are_those_of_the_predictor(tmp_path: Path, rate: float, settings: ModelSettings) -> None:
+    serving = trained(settings=settings)
+    exported = export(tmp_path / "model.onnx", serving, settings=settings, rate=rate)
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
     session = session_of(tmp_path / "model.onnx")
     batch, _ = records(400, seed=5)  # other users and items among them, and lists of all lengths
-    expected = Predictor.of(SCHEMA, SETTINGS, serving, device="cpu", negative_rate=rate).predict(batch)
+    expected = Predictor.of(SCHEMA, settings, serving, device="cpu", negative_rate=rate).predict(batch)
     (scores,) = session.run(None, inputs_of(batch, session))
     np.testing.assert_allclose(scores, expected, rtol=2e-5, atol=1e-7)
     assert np.std(expected) > 0.01 * rate
@@ -90,14 +93,15 @@ def test_scores_are_those_of_the_predictor(tmp_path: Path, rate: float) -> None:
     assert [field["name"] for field in json.loads(metadata["fields"])] == ["user", "item", "price", "tags", "words"]
 
 
-def test_missing_and_unknown_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [SETTINGS, HISTORY])
+def test_missing_and_unknown_values(tmp_path: Path, settings: ModelSettings) -> None:
     """-1 is a missing value, as the decoder's own key for it is; another key that the table lacks reads its field's average."""
-    serving = trained()
-    export(tmp_path / "model.onnx", serving)
+    serving = trained(settings=settings)
+    export(tmp_path / "model.onnx", serving, settings=settings)
     session = session_of(tmp_path / "model.onnx")
     decoder = FeatureDecoder(SCHEMA)
     nothing = decoder.impressions([b'{"features": {}}', b'{"features": {"user": "never seen", "tags": ["nor this"]}}']).batch
-    expected = Predictor.of(SCHEMA, SETTINGS, serving, device="cpu").predict(nothing)
+    expected = Predictor.of(SCHEMA, settings, serving, device="cpu").predict(nothing)
     (scores,) = session.run(None, inputs_of(nothing, session))
     np.testing.assert_allclose(scores, expected, rtol=2e-5)
     by_minus_one = {

@@ -16,8 +16,8 @@ from tests.model.test_deferred import SCHEMA, batch_of
 from tests.state.made_version import at
 
 
-def learner() -> Learner:
-    return Learner(SCHEMA, ModelSettings(hidden=(8,)), device="cpu")
+def learner(*, history: bool) -> Learner:
+    return Learner(SCHEMA, ModelSettings(hidden=(8,), row_history=history), device="cpu")
 
 
 def learn(which: Learner, seed: int) -> None:
@@ -31,12 +31,13 @@ def state(which: Learner) -> dict[str, torch.Tensor]:
     return {**which.serving_state(), **which.trainer_state()}
 
 
+@pytest.mark.parametrize("history", [False, True])
 @pytest.mark.parametrize("streamed", [True, False])
 def test_a_learner_that_was_written_while_it_learned_comes_back_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool, history: bool
 ) -> None:
     monkeypatch.setattr("state.pieces.PIECE_BYTES", 7 * 48)
-    written, restored = learner(), learner()
+    written, restored = learner(history=history), learner(history=history)
     learn(written, 1)
     written.take_delta()
     digest, wanted = written.digest, state(written)
@@ -61,4 +62,5 @@ def test_a_learner_that_was_written_while_it_learned_comes_back_as_it_was(
         restored.restore(at(tmp_path).serving(1), at(tmp_path).trainer(1))
     assert f"{restored.digest:016x}" == manifest.digest
     found = state(restored)
+    assert ("history" in found) == history
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -19,11 +19,18 @@ def header(sequence: int = 1, *, chain: str = "deepfm/1/0", **more: Any) -> Delt
 
 
 def model_delta(
-    rows: int = 3, dim: int = 2, *, gone: int = 1, dense: dict[str, tuple[int, ...]] | None = None, seed: int = 0
+    rows: int = 3,
+    dim: int = 2,
+    *,
+    gone: int = 1,
+    dense: dict[str, tuple[int, ...]] | None = None,
+    history: bool = False,
+    seed: int = 0,
 ) -> ModelDelta:
     made = torch.Generator().manual_seed(seed)
     keys = torch.randint(-(2**63), 2**63 - 1, (rows + gone,), generator=made)
-    kept = Rows(keys[:rows], torch.randn(rows, dim, generator=made), torch.randn(rows, generator=made))
+    weights = torch.randn(rows, dim, generator=made), torch.randn(rows, generator=made)
+    kept = Rows(keys[:rows], *weights, torch.rand(rows, 2, generator=made).mul_(2**20) if history else None)
     tensors = None if dense is None else {name: torch.randn(shape, generator=made) for name, shape in dense.items()}
     return ModelDelta(kept, keys[rows:], tensors, int(torch.randint(0, 2**62, (), generator=made)) * 4 + 3)
 
@@ -38,12 +45,10 @@ def pieces(sequence: int = 1, *, count: int = 1, chain: str = "deepfm/1/0", limi
 
 def same(left: ModelDelta, right: ModelDelta) -> bool:
     """Equal in every bit."""
-    columns = [
-        (left.rows.keys, right.rows.keys),
-        (left.rows.embedding.view(torch.int32), right.rows.embedding.view(torch.int32)),
-        (left.rows.first_order.view(torch.int32), right.rows.first_order.view(torch.int32)),
-        (left.gone, right.gone),
-    ]
+    mine, theirs = (each.rows.parts() for each in (left, right))
+    if [*mine] != [*theirs]:
+        return False
+    columns = [(left.gone, right.gone), *((_bits(mine[name]), _bits(theirs[name])) for name in mine)]
     if (left.dense is None) != (right.dense is None) or left.digest != right.digest:
         return False
     if left.dense is not None and right.dense is not None:
@@ -51,3 +56,7 @@ def same(left: ModelDelta, right: ModelDelta) -> bool:
             return False
         columns += [(left.dense[name].view(torch.int32), right.dense[name].view(torch.int32)) for name in left.dense]
     return all(one.dtype == other.dtype and torch.equal(one, other) for one, other in columns)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32) if tensor.is_floating_point() else tensor

@@ -11,7 +11,7 @@ from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.rows import ModelDelta, Rows
+from model.rows import ModelDelta, Rows, rounded
 from stream.records.delta import (
     FORMAT,
     RECORD_OVERHEAD_BYTES,
@@ -53,15 +53,15 @@ shapes = st.lists(st.integers(0, 4), max_size=3).map(tuple)
     dense=st.none() | st.dictionaries(names, shapes, max_size=4),
     limit=st.integers(4_000, 60_000),
     half=st.booleans(),
+    history=st.booleans(),
     seed=st.integers(0, 9),
 )
 def test_any_delta_comes_back(
-    rows: int, dim: int, gone: int, dense: dict[str, tuple[int, ...]] | None, limit: int, half: bool, seed: int
+    rows: int, dim: int, gone: int, dense: dict[str, tuple[int, ...]] | None, limit: int, half: bool, history: bool, seed: int
 ) -> None:
-    sent = model_delta(rows, dim, gone=gone, dense=dense, seed=seed)
+    sent = model_delta(rows, dim, gone=gone, dense=dense, history=history, seed=seed)
     if half:
-        narrow = Rows(sent.rows.keys, sent.rows.embedding.half().float(), sent.rows.first_order.half().float())
-        sent = ModelDelta(narrow, sent.gone, sent.dense, sent.digest)
+        sent = ModelDelta(rounded(sent.rows, "float16"), sent.gone, sent.dense, sent.digest)
     stated = header(
         4, offsets={"0": 2**40, "11": 0}, arrivals=(5, 6), rebase=True, version=8, dtype="float16" if half else "float32"
     )
@@ -122,7 +122,7 @@ def test_a_later_format_says_which_delta_it_is() -> None:
     later = sealed(first[:4] + struct.pack("<H", FORMAT + 1) + first[6:PREFIX] + b"whatever that is")
     piece = read_piece(later)
     assert (piece.epoch, piece.ordinal, piece.sequence, piece.pieces) == (1, 0, 7, 1)
-    with pytest.raises(UnknownFormat, match=r"expected format 1, found 2\. Upgrade this worker") as damaged:
+    with pytest.raises(UnknownFormat, match=r"expected format 2 or less, found 3\. Upgrade this worker") as damaged:
         DeltaAssembly(piece)
     assert damaged.value.reason == "unknown_format"
 
@@ -217,7 +217,7 @@ def test_rows_that_are_not_contiguous() -> None:
 
 
 def test_the_bytes_of_format_1() -> None:
-    """What older scorers read. Change `FORMAT` together with this."""
+    """What scorers without row history read. No such delta may ever change."""
     rows = Rows(torch.tensor([-1, 2]), torch.tensor([[0.5], [1.0]]), torch.tensor([0.0, -2.0]))
     sent = ModelDelta(rows, torch.tensor([3]), {"b": torch.tensor([4.0])}, 0xFEDCBA9876543210)
     stated = DeltaHeader(
@@ -266,3 +266,16 @@ def test_the_overhead_is_small() -> None:
     """A delta of 2,500 rows, what a quarter of a second touches at 2,000 examples/s: at most 1.2 times its payload."""
     encoded = encode_delta(header(arrivals=tuple(range(64))), model_delta(2_500, 16, gone=0), 1_048_588)
     assert sum(map(len, encoded)) + RECORD_OVERHEAD_BYTES * len(encoded) < 1.02 * 2_500 * 76
+
+
+def test_format_2_has_the_counts_after_the_first_order_weights() -> None:
+    rows = Rows(
+        torch.tensor([-1, 2]), torch.tensor([[0.5], [1.0]]), torch.tensor([0.0, -2.0]), torch.tensor([[9.0, 3], [1, 0]])
+    )
+    (value,) = encode_delta(header(), ModelDelta(rows, torch.tensor([3]), None, 1), 65_536)
+    assert struct.unpack_from("<H", value, 4) == (2,)
+    (header_bytes,) = struct.unpack_from("<I", value, 36)
+    body = value[PREFIX + header_bytes :]
+    assert body.hex() == (
+        "ffffffffffffffff 0200000000000000 0000003f0000803f 00000000000000c0 00001041000040400000803f00000000 0300000000000000"
+    ).replace(" ", "")

@@ -112,7 +112,7 @@ class Whole:
 
     @property
     def serving(self) -> dict[str, torch.Tensor]:
-        return {**self.dense, **_joined(_parts(each.serving) for each in self.pieces)}
+        return {**self.dense, **_joined(each.serving.parts() for each in self.pieces)}
 
     @property
     def trainer(self) -> dict[str, torch.Tensor]:
@@ -134,10 +134,6 @@ def whole(captured: CapturedVersion) -> Whole:
     """A captured version, copied into memory. Ends the freeze."""
     with captured.frozen as frozen:
         return Whole(captured, list(frozen.pieces(1_000)), dict(frozen.dense), {**frozen.small, **captured.bookkeeping})
-
-
-def _parts(rows: Rows) -> dict[str, torch.Tensor]:
-    return {"keys": rows.keys, "embedding": rows.embedding, "first_order": rows.first_order}
 
 
 def _joined(pieces: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

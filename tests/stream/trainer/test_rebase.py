@@ -46,15 +46,16 @@ class Replica:
         self.dense = model.dense or self.dense
 
     def _put(self, rows):
-        for key, *weights in zip(rows.keys.tolist(), rows.embedding.clone(), rows.first_order.clone(), strict=True):
-            self.rows[key] = weights
+        parts = rows.map(torch.clone).parts()
+        for at, key in enumerate(parts.pop("keys").tolist()):
+            self.rows[key] = {name: part[at] for name, part in parts.items()}
 
     @property
     def digest(self):
         keys = torch.tensor(sorted(self.rows), dtype=torch.int64)
-        embedding = torch.stack([self.rows[key][0] for key in keys.tolist()])
-        first_order = torch.stack([self.rows[key][1] for key in keys.tolist()])
-        return (digest_sum(row_hashes(Rows(keys, embedding, first_order))) + dense_hash(self.dense)) % (1 << 64)
+        rows = [self.rows[key] for key in keys.tolist()]
+        parts = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return (digest_sum(row_hashes(Rows.of({"keys": keys, **parts}))) + dense_hash(self.dense)) % (1 << 64)
 
 
 class Trainer:

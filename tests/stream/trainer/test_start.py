@@ -194,6 +194,8 @@ def test_another_shape_is_refused_and_another_rate_is_not(store):
     one = write(store, 1)
     with pytest.raises(SnapshotMismatch, match=r"model\.hidden: expected \[16\], found \[8\]"):
         find(store, announced(one), model=MODEL.model_copy(update={"hidden": (16,)}))
+    with pytest.raises(SnapshotMismatch, match=r"model\.row_history: expected True, found False"):
+        find(store, announced(one), model=MODEL.model_copy(update={"row_history": True}))
     assert find(store, announced(one), model=MODEL.model_copy(update={"row_learning_rate": 0.5, "batch_rows": 7})).version == 1
 
 

@@ -1,0 +1,264 @@
+"""Row history: counts as an exact reference has them, what is read of them, and who sees which counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from model.batch import FeatureBatch
+from model.errors import SnapshotMismatch
+from model.history import BASE, LIMIT, PRIOR_CLICKS, history_inputs, row_numbers
+from model.learner import Learner
+from model.network import to_elements
+from model.predictor import Predictor
+from model.rows import ROW_PARTS
+from model.schema import FeatureSchema, FieldSpec
+from model.settings import ModelSettings
+from tests.model.test_learner import SCHEMA, learn, records
+
+SETTINGS = ModelSettings(hidden=(16, 8), initial_rows=16, row_history=True)
+
+
+def learner_of(schema: FeatureSchema = SCHEMA) -> Learner:
+    return Learner(schema, SETTINGS, device="cpu")
+
+
+def keys_of_row(batch: FeatureBatch, row: int) -> list[int]:
+    """The keys of an example, as often as it has them."""
+    start, stop = batch.list_offsets[row * batch.lists], batch.list_offsets[(row + 1) * batch.lists]
+    return [*batch.keys[row].tolist(), *batch.list_keys[start:stop].tolist()]
+
+
+def counts_of(learner: Learner) -> dict[int, tuple[float, float]]:
+    serving = learner.serving_state()
+    return {key: (n, c) for key, (n, c) in zip(serving["keys"].tolist(), serving["history"].tolist(), strict=True)}
+
+
+def counted(learner: Learner) -> tuple[float, float]:
+    n, c = learner.serving_state()[BASE].tolist()
+    return n, c
+
+
+def column(*keys: int) -> FeatureBatch:
+    """A batch with one field."""
+    return FeatureBatch(np.array(keys, np.int64)[:, None], np.empty(0, np.int64), np.zeros(1, np.int64), lists=0)
+
+
+ONE_FIELD = FeatureSchema(fields=(FieldSpec(name="item"),), embedding_dim=2)
+
+
+def test_counts_are_those_of_a_slow_reference() -> None:
+    """Weights, sampled negatives, fractional labels, corrections both ways, keys that an example has more than once."""
+    rng = np.random.default_rng(1)
+    batch, labels = records(240)
+    labels[::11] = 0.25
+    weights = rng.choice([0.5, 1.0, 2.0], 240).astype(np.float32)
+    corrects = rng.random(240) < 0.2
+    labels[corrects] = rng.integers(0, 2, corrects.sum())
+    learner = learner_of()
+    learner.negative_rate = 0.25
+    expected: dict[int, list[float]] = {}
+    base = [0.0, 0.0]
+    for start in range(0, 240, 40):
+        part = slice(start, start + 40)
+        learner.learn(batch.slice(start, start + 40), labels[part], weights[part], corrects[part])
+        for row in range(start, start + 40):
+            y, w = float(labels[row]), float(weights[row])
+            more = (0.0, w * (2 * y - 1)) if corrects[row] else (w * (y + (1 - y) / 0.25), w * y)
+            for counts in (base, *(expected.setdefault(key, [0.0, 0.0]) for key in keys_of_row(batch, row))):
+                counts[0] += more[0]
+                counts[1] += more[1]
+        for counts in (base, *expected.values()):
+            counts[1] = max(counts[1], 0.0)
+    found = counts_of(learner)
+    assert found.keys() == expected.keys()
+    for key, counts in expected.items():
+        assert found[key] == pytest.approx(counts, rel=1e-6, abs=1e-4)
+    assert counted(learner) == pytest.approx(base, rel=1e-6)
+
+
+def test_lift_is_the_logit_of_a_smoothed_rate_less_that_of_the_base_rate() -> None:
+    base = torch.tensor([4000.0, 80.0])
+    counts = torch.tensor([[0.0, 0.0], [1.0, 1.0], [50.0, 1.0], [1000.0, 20.0], [7000.0, 7000.0]])
+    rate = 80 / 4000
+    n, c = counts.double().unbind(1)
+    smoothed = (c + PRIOR_CLICKS) / (n + PRIOR_CLICKS / rate)
+    lift, known = row_numbers(counts, base).double().unbind(1)
+    torch.testing.assert_close(lift, torch.logit(smoothed) - np.log(rate / (1 - rate)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(known, torch.log1p(n) / 5, rtol=1e-6, atol=1e-7)
+    assert lift[0] == known[0] == 0, "nothing is known of a new row"
+    assert abs(lift[1]) < 0.2, "one click in one view says little, at a click rate of 2 %"
+    assert lift[3] == 0, "a row like all others"
+
+
+def test_fields_read_their_rows_and_lists_read_means() -> None:
+    batch, _ = records(30)
+    elements = to_elements(batch, SCHEMA, torch.device("cpu"))
+    counts = torch.stack((torch.arange(1.0, len(elements.keys) + 1), torch.arange(len(elements.keys)) % 3), 1)
+    base = torch.tensor([100.0, 30.0])
+    found = history_inputs(elements, counts, base).view(30, 5, 2)
+    numbers = row_numbers(counts, base)
+    torch.testing.assert_close(found[:, :3], numbers[: 30 * 3].view(30, 3, 2))
+    for row in range(30):
+        for which in range(2):
+            start, stop = batch.list_offsets[row * 2 + which : row * 2 + which + 2]
+            torch.testing.assert_close(found[row, 3 + which], numbers[90 + start : 90 + stop].mean(0))
+
+
+def test_an_example_never_reads_its_own_label() -> None:
+    batch, labels = records(200)
+    one, other = learner_of(), learner_of()
+    for each in (one, other):
+        learn(each, batch.slice(0, 150), labels[:150])
+    rest = batch.slice(150, 200)
+    np.testing.assert_array_equal(one.learn(rest, labels[150:]), other.learn(rest, 1 - labels[150:]))
+    assert not np.array_equal(one.predict(rest), other.predict(rest))
+
+
+def read(learner: Learner, keys: list[int], labels: list[float], corrects: list[bool], times: list[float]) -> torch.Tensor:
+    """What the dense part would read for further labels."""
+    history, table, batch = learner._history, learner._table, column(*keys)
+    assert history is not None
+    gathered = table.gather(table.keys.lookup(torch.tensor(keys)))
+    elements = to_elements(batch, learner.schema, learner.device)
+    back = torch.tensor(corrects)
+    return history.read(elements, gathered, torch.tensor(labels), None, back, learner.negative_rate, torch.tensor(times))
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_correction_reads_the_counts_without_what_its_first_label_has_added(label: float) -> None:
+    learner = learner_of(ONE_FIELD)
+    learner.learn(column(5, 5, 5, 8), np.array([1.0, 0.0, 0.0, 1.0]))
+    learner.learn(column(5), np.array([label]))
+    n, c = counts_of(learner)[5]
+    assert (n, c) == (4.0, 1.0 + label)
+    assert learner._history is not None
+    found = read(learner, [5, 5], [1 - label, 1.0], [True, False], [1_000.0, 1_001.0])
+    expected = row_numbers(torch.tensor([[3.0, 1.0], [4.0, 1.0 + label]]), learner._history.base)
+    torch.testing.assert_close(found, expected)
+    found = read(learner, [5, 5], [1 - label, label], [True, False], [1_000.0, 1_000.0])
+    torch.testing.assert_close(found, expected[[1, 1]])  # its first label is in the same batch, not in the counts
+    learner.learn(column(5), np.array([1 - label]), corrects=np.array([True]))
+    assert counts_of(learner)[5] == (4.0, 2.0 - label), "the impression is counted already, and what it was is taken back"
+    assert counted(learner) == (5.0, 3.0 - label)
+
+
+def test_the_past_of_a_row_that_is_seen_too_often_counts_half() -> None:
+    """Without it, float32 would stop counting at 2^24, while clicks go on: each such row would seem to be clicked always."""
+    learner = learner_of(ONE_FIELD)
+    labels, weights = np.tile([1.0, 0.0, 0.0, 0.0], 256), np.full(1024, 512.0)
+    found = []
+    for _ in range(40):
+        learner.learn(column(*[7] * 1024), labels, weights)
+        found.append(counts_of(learner)[7])
+        assert counted(learner) == found[-1]
+    examples = [n for n, _ in found]
+    assert max(examples) == LIMIT and examples[-1] < 40 * 1024 * 512 and min(examples[2:]) >= LIMIT / 2
+    assert all(c == n / 4 for n, c in found)
+    numbers = row_numbers(torch.tensor([[LIMIT, LIMIT / 8], [LIMIT / 2, LIMIT / 16]]), torch.tensor([LIMIT, LIMIT / 4]))
+    torch.testing.assert_close(numbers[0], numbers[1], atol=1e-3, rtol=0)  # the model doesn't notice
+    learner.learn(column(8), np.ones(1), np.array([1e9]))
+    assert counts_of(learner)[8] == (LIMIT / 2, LIMIT / 2), "one example of any weight"
+
+
+def test_a_key_that_was_evicted_begins_anew() -> None:
+    learner = learner_of(ONE_FIELD)
+    learner.learn(column(5, 5, 6), np.array([1.0, 1.0, 0.0]))
+    learner.evict(torch.tensor([5]))
+    learner.learn(column(5, 9), np.array([0.0, 1.0]))
+    assert counts_of(learner) == {6: (1.0, 0.0), 5: (1.0, 0.0), 9: (1.0, 1.0)}
+
+
+def test_a_row_whose_history_alone_changes_is_in_the_delta() -> None:
+    """Scores that are 1 in float32 leave no slope, so weights stay, bit for bit."""
+    learner = learner_of(ONE_FIELD)
+    learner.learn(column(1, 2, 3), np.array([1.0, 0.0, 1.0]))
+    serving = learner.serving_state()
+    serving["bias"] += 60.0
+    learner.restore(serving, learner.trainer_state())
+    predictor = Predictor.of(ONE_FIELD, SETTINGS, learner.serving_state(), device="cpu")
+    assert learner.learn(column(2, 3, 3), np.ones(3)).tolist() == [1.0] * 3
+    delta = learner.take_delta()
+    assert sorted(delta.rows.keys.tolist()) == [2, 3]
+    after = learner.serving_state()
+    assert torch.equal(after["embedding"], serving["embedding"]) and torch.equal(after["first_order"], serving["first_order"])
+    assert counts_of(learner) == {1: (1.0, 1.0), 2: (2.0, 1.0), 3: (3.0, 3.0)}
+    before = predictor.digest
+    predictor.apply(predictor.prepare(delta))
+    assert predictor.digest == learner.digest != before
+
+
+def test_scorers_have_the_history_at_the_moment_of_the_weights() -> None:
+    """A predictor that follows deltas scores as the learner does, bit for bit, and a model that was kept as at its moment."""
+    batch, labels = records(400)
+    learner = learner_of()
+    predictor = Predictor.of(SCHEMA, SETTINGS, learner.serving_state(), device="cpu")
+    kept, then = None, None
+    for start in range(0, 300, 20):
+        corrects = np.arange(20) % 4 == 1
+        learner.learn(batch.slice(start, start + 20), labels[start : start + 20], None, corrects, np.full(20, 500.0 * start))
+        if start == 100:
+            kept, then = learner.keep(), Predictor.of(SCHEMA, SETTINGS, learner.serving_state(), device="cpu")
+        predictor.apply(predictor.prepare(learner.take_delta()))
+        np.testing.assert_array_equal(predictor.predict(batch), learner.predict(batch))
+    assert kept is not None and then is not None
+    np.testing.assert_array_equal(kept.predict(batch), then.predict(batch))
+    assert not np.array_equal(kept.predict(batch), learner.predict(batch))
+    assert [*predictor.scrub()][-1] is True
+    predictor._rows._columns["history"][20, 0] += 1
+    assert [*predictor.scrub()][-1] is False, "the digest covers the counts"
+
+
+def test_weights_with_another_setting_are_refused() -> None:
+    plain = Learner(SCHEMA, SETTINGS.model_copy(update={"row_history": False}), device="cpu")
+    batch, labels = records(40)
+    learner = learner_of()
+    for each in (plain, learner):
+        each.learn(batch, labels)
+    assert "history" not in plain.serving_state() and BASE not in plain.serving_state()
+    assert [*plain.take_delta().rows.parts()] == [name for name in ROW_PARTS if name != "history"]
+    with pytest.raises(SnapshotMismatch, match=r"tensor 'history': expected \d+×2 of torch\.float32, found no such tensor"):
+        learner.restore(plain.serving_state(), plain.trainer_state())
+    with pytest.raises(SnapshotMismatch, match=r"tensor 'mlp\.0\.weight'"):
+        plain.restore(learner.serving_state(), learner.trainer_state())
+    without = {name: each for name, each in learner.serving_state().items() if name != BASE}
+    with pytest.raises(SnapshotMismatch, match=r"tensor 'history\.base'"):
+        Predictor.of(SCHEMA, SETTINGS, without, device="cpu")
+
+
+def shop(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Users and items shown, and whether they were clicked: items differ."""
+    users, items = rng.integers(100, 160, count), rng.integers(0, 20, count)
+    return np.stack((users, items), 1), (rng.random(count) < 0.02 + 0.01 * items).astype(np.float32)
+
+
+def test_bot_clicks_that_are_taken_back_leave_an_item_near_its_clean_score() -> None:
+    """100 clicks of bots on one item, taken back while training goes on. The clean model saw no clicks of them."""
+    schema = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="item")), embedding_dim=4)
+    shown, labels = shop(np.random.default_rng(3), 12_000)
+    bots = np.full((100, 2), 4)
+    bots[:, 0] = np.arange(100, 200) % 60 + 100
+
+    def as_batch(keys: np.ndarray) -> FeatureBatch:
+        return FeatureBatch(keys, np.empty(0, np.int64), np.zeros(1, np.int64), lists=0)
+
+    def trained(clicks_of_bots: bool) -> tuple[Learner, float]:
+        learner = Learner(schema, SETTINGS, device="cpu")
+        middle = 0.0
+        for start in range(0, len(shown), 60):
+            learner.learn(as_batch(shown[start : start + 60]), labels[start : start + 60])
+            if start == 6_000:
+                learner.learn(as_batch(bots), np.full(100, float(clicks_of_bots)))
+                middle = score(learner)
+            if start == 7_500 and clicks_of_bots:
+                learner.learn(as_batch(bots), np.zeros(100), corrects=np.ones(100, np.bool_))
+        return learner, middle
+
+    def score(learner: Learner) -> float:
+        return float(learner.predict(as_batch(np.stack((np.arange(100, 160), np.full(60, 4)), 1))).mean())
+
+    (clean, clean_middle), (bought, middle) = trained(False), trained(True)
+    assert middle > 1.5 * clean_middle, "the bots had an effect"
+    assert score(bought) == pytest.approx(score(clean), rel=0.05)
+    assert counts_of(bought) == counts_of(clean)
