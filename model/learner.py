@@ -102,7 +102,7 @@ class Learner(LearnerState):
         self._rows.touch(gathered.distinct)
         self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
         if history is not None:
-            history.keep()
+            history.keep(deferred.late_clicks if deferred is not None and times_ms is not None else None)
         self._adam.step()
         self._intercept.step(self._dense.bias, scores, slope, weight, corrections, charge)
         if deferred is not None and times_ms is not None:

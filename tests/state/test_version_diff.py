@@ -86,6 +86,15 @@ def test_dense_weights_and_fields_have_norms() -> None:
     assert diff.dense["bias"] == Distance(1.0, None, None) and diff.dense["cross"] == Distance(None, 2.0, None)
 
 
+def test_inputs_of_row_history_belong_to_their_fields() -> None:
+    """After the embeddings' weights (two fields of width 2), two weights of each field's history."""
+    old = {"typical.embedding": torch.zeros(2, 2), "mlp.0.weight": torch.tensor([[1.0, 0.0, 0.0, 2.0, 3.0, 4.0, 5.0, 6.0]])}
+    new = {**old, "mlp.0.weight": torch.tensor([[1.0, 0.0, 0.0, 2.0, 3.0, 4.0, 5.0, 0.0]])}
+    user, tags = compare(version(1, {}, old), version(2, {}, new)).fields
+    assert user.input == Distance(pytest.approx(math.sqrt(26)), pytest.approx(math.sqrt(26)), 0.0)
+    assert tags.input == Distance(pytest.approx(math.sqrt(65)), pytest.approx(math.sqrt(29)), 6.0)
+
+
 def test_metrics_and_settings() -> None:
     before = version(1, {}, metrics={"window_log_loss": 0.5, "window_auc": 0.7}, examples_seen=10, model={"hidden": [4]})
     after = version(2, {}, metrics={"window_log_loss": 0.25}, examples_seen=30, model={"hidden": [4]}, chain="deepfm/1/0")

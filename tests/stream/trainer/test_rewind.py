@@ -26,13 +26,15 @@ from tests.stream.trainer.test_rebase import Replica
 
 pytestmark = pytest.mark.kafka
 
-BY_COUNT = {"HEADRACE_TRAINER__MAX_BATCH_AGE_MS": "100000000"}
+# Batches are cut by count alone. Row history is state like weights, so whatever goes back takes it along.
+BY_COUNT = {"HEADRACE_TRAINER__MAX_BATCH_AGE_MS": "100000000", "HEADRACE_MODEL__ROW_HISTORY": "true"}
+WITH_HISTORY = MODEL.model_copy(update={"row_history": True})
 
 
 def learned_at_once(*offsets: range) -> dict[str, torch.Tensor]:
     """The weights of a trainer that is given these examples, one after another."""
     torch.set_num_threads(1)
-    learner = Learner(SCHEMA, MODEL, device="cpu")
+    learner = Learner(SCHEMA, WITH_HISTORY, device="cpu")
     training = Training(learner, BatchCutter(MODEL.batch_rows, {0: 0}), Evaluation(9), metrics(), max_batch_age_s=1e9)
     training.add(ExampleDecoder(SCHEMA).decode(run([record(offset) for some in offsets for offset in some])))
     while training.step(0.0):

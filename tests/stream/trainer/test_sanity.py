@@ -9,6 +9,7 @@ import torch
 from model.errors import ModelError
 from model.learner import Learner
 from model.predictor import Predictor
+from model.rows import ModelDelta, Rows
 from state.gate import GateState
 from state.settings import SnapshotSettings
 from stream.trainer.batching import BatchCutter, TrainingBatch
@@ -18,7 +19,7 @@ from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Anchor, Judge
 from stream.trainer.logits import logits
-from stream.trainer.sanity import Sanity
+from stream.trainer.sanity import Sanity, delta_problems
 from stream.trainer.score_shift import HELD, RENEWED_EXAMPLES, ScoreShift
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, columns, metrics
@@ -224,6 +225,14 @@ def test_scores_that_do_not_vary_are_withheld(scene):
     scene.learn(1, minutes=0.01)
     assert scene.capture() is None
     assert scene.judge.report().reason.startswith("scores don't vary")
+
+
+@pytest.mark.parametrize(("count", "problem"), [(2.0**20, None), (3e6, "too large: history"), (np.nan, "not finite: history")])
+def test_counts_may_be_larger_than_weights(count, problem):
+    rows = Rows(torch.tensor([7]), torch.ones(1, 2), torch.ones(1), torch.tensor([[count, 1.0]]))
+    found = delta_problems(ModelDelta(rows, torch.empty(0, dtype=torch.int64), {"history.base": torch.tensor([2.0**20, 9])}, 0))
+    assert len(found) == (problem is not None)
+    assert not found or problem in found[0]
 
 
 def observed(count: int) -> TrainingBatch:
