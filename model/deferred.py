@@ -42,7 +42,7 @@ class _Owed(NamedTuple):
     rows: torch.Tensor
     bias: torch.Tensor
     now_ms: float
-    more: LateClicks
+    late_clicks: LateClicks
 
 
 class LateClicks(NamedTuple):
@@ -130,8 +130,8 @@ class Deferred:
         bias_due = bias_owed * -torch.expm1(-(now_ms - bias_since_ms).clamp_min(0) / self.lag_ms)
         bias_later = later * charged.sum()
         self.bias_charge.copy_(bias_due - bias_later)
-        more = LateClicks(later * by_first - due, bias_later - bias_due)
-        self._changes = _Owed(distinct, owed - due + later * by_first, bias_owed - bias_due + bias_later, now_ms, more)
+        late_clicks = LateClicks(later * by_first - due, bias_later - bias_due)
+        self._changes = _Owed(distinct, owed - due + later * by_first, bias_owed - bias_due + bias_later, now_ms, late_clicks)
         # What is due is divided among the row's first labels in this batch in proportion to their charges; among its
         # corrections if the batch has no first label of the row.
         by_any = torch.zeros_like(owed).index_add_(0, inverse, mass[owners])
@@ -145,7 +145,7 @@ class Deferred:
     @property
     def late_clicks(self) -> LateClicks | None:
         """How what is owed changes by the last `factors`; until `keep`. What is owed are the clicks expected to come late."""
-        return None if self._changes is None else self._changes.more
+        return None if self._changes is None else self._changes.late_clicks
 
     def keep(self) -> None:
         """Record what is owed since the last `factors`. Call this once its update is made; without it nothing has changed."""

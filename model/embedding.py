@@ -161,8 +161,8 @@ class EmbeddingTable:
     def gather(self, rows: torch.Tensor) -> Gathered:
         """The distinct rows among `rows` (N,), with their weights, accumulators and history."""
         distinct, inverse = unique_rows(rows, self._rows["scratch"])
-        values = (self._rows[name].index_select(0, distinct) for name in ("embedding", "first_order"))
-        return Gathered(distinct, inverse, *values, history=self._history(distinct))
+        embedding, first_order = (self._rows[name].index_select(0, distinct) for name in ("embedding", "first_order"))
+        return Gathered(distinct, inverse, embedding, first_order, self._history(distinct))
 
     def step(self, rows: Gathered, embedding: torch.Tensor, first_order: torch.Tensor, rate: float) -> None:
         """One step of Adagrad (Duchi et al., JMLR 2011) with learning rate `rate` on gathered rows; gradients (U, D) and (U,).

@@ -89,7 +89,7 @@ class _Counted(NamedTuple):
     """What a batch adds to the counts, until `keep`.
 
     gathered  the rows as they were before it
-    owners    (E,): the example that each element belongs to
+    owners    (K,): the example that each element with a row belongs to
     added     (B, 2): what each example adds to n and c
     """
 
@@ -122,6 +122,7 @@ class RowHistory:
         corrects: torch.Tensor | None,
         negative_rate: float,
         impression_ms: torch.Tensor | None = None,
+        own: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the dense part reads of a batch, (B, 2F). `keep` counts the batch then.
 
@@ -131,10 +132,13 @@ class RowHistory:
         corrects       (B,) bool: which labels are corrections; None if none is
         negative_rate  share of negatives that the stream keeps
         impression_ms  (B,): event times, which tell impressions with equal features apart; None if they aren't known
+        own            (K,): which elements have a row, if `gathered` has the rows of these alone; None: all have one
         """
         assert gathered.history is not None
         owners = elements.owners()
         counts = gathered.history.index_select(0, gathered.inverse)
+        if own is not None:  # the others read 0
+            counts = counts.new_zeros((len(owners), 2)).index_copy_(0, own, counts)
         added = torch.stack((labels + (1 - labels) / negative_rate, labels), 1)
         if corrects is not None:
             back = corrects.unsqueeze(1)
@@ -148,7 +152,7 @@ class RowHistory:
             added = torch.where(back, by_correction, added)
         if weights is not None:
             added *= weights.unsqueeze(1)
-        self._counted = _Counted(gathered, owners, added)
+        self._counted = _Counted(gathered, owners if own is None else owners.index_select(0, own), added)
         return history_inputs(elements, counts, self.base)
 
     def keep(self, late: LateClicks | None) -> None:

@@ -151,6 +151,22 @@ def test_a_correction_reads_the_counts_without_what_its_first_label_has_added(la
     assert counted(learner) == (5.0, 3.0 - label)
 
 
+def test_a_key_without_a_row_reads_nothing_and_counts_nothing() -> None:
+    learner = learner_of(ONE_FIELD)
+    learner.learn(column(5, 5, 8), np.array([1.0, 0.0, 0.0]))
+    history, table = learner._history, learner._table
+    assert history is not None
+    elements = to_elements(column(5, 77, 8), ONE_FIELD, learner.device)
+    gathered, labels, own = table.gather(table.keys.lookup(torch.tensor([5, 8]))), torch.ones(3), torch.tensor([0, 2])
+    back = torch.tensor([False, True, False])
+    found = history.read(elements, gathered, labels, None, back, 1.0, None, own)
+    expected = row_numbers(torch.tensor([[2.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), history.base)
+    torch.testing.assert_close(found, expected)
+    history.keep(None)
+    assert counts_of(learner) == {5: (3.0, 2.0), 8: (2.0, 1.0)}
+    assert counted(learner) == (5.0, 4.0), "among all examples it counts"
+
+
 def test_the_past_of_a_row_that_is_seen_too_often_counts_half() -> None:
     """Without it, float32 would stop counting at 2^24, while clicks go on: each such row would seem to be clicked always."""
     learner = learner_of(ONE_FIELD)
