@@ -71,8 +71,8 @@ def _hashes(
         wide[:count] = words[part]
         np.matmul(wide[:count], of_columns, out=total)
         buffer = other[:count]
-        for column, factor in others:
-            np.multiply(column[part], factor, out=buffer)
+        for column, odd in others:
+            np.multiply(column[part], odd, out=buffer)
             total += buffer
         np.multiply(keys[part], factors[0], out=buffer)
         total += buffer

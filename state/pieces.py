@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -84,9 +85,7 @@ def bounded(pieces: Iterable[RowsWithState]) -> Iterator[Piece]:
         most = piece_rows(rows.embedding.shape[1])
         for start in range(0, len(rows) or 1, most):
             part = slice(start, start + most)
-            yield Piece(
-                rows.map(lambda tensor, part=part: tensor[part]), {name: tensor[part] for name, tensor in state.items()}
-            )
+            yield Piece(rows.map(itemgetter(part)), {name: tensor[part] for name, tensor in state.items()})
 
 
 def serving_piece(index: int) -> str:
