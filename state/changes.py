@@ -92,6 +92,7 @@ class Moved:
 
     undo    restores what scorers served before; None where there was no champion before
     rewind  the operation that a trainer obeys by going back too; None for a move of the champion alone
+    alone   whether nothing but the champion may answer from now on: a rollback ends every shadow and canary
     """
 
     version: int
@@ -99,6 +100,7 @@ class Moved:
     held: bool
     undo: Undo | None
     rewind: str | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

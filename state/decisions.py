@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from state.canary_running import stopped_by_rollback
 from state.changes import Announcement, Cause, Change, Held, Moved, Undo
 from state.errors import Refused, StaleEpoch
 from state.gate_report import judge_version
@@ -39,6 +40,7 @@ from state.settings import SnapshotSettings
 __all__ = [
     "announce",
     "announced",
+    "clock",
     "due_good",
     "hold",
     "install",
@@ -115,7 +117,7 @@ def promote(
     held = _held(before, hold, hold_reason, cause)
     if version == before.version:
         if held == before:
-            raise Refused(f"version {version}: it is champion already, since {_clock(before.at_ms)}. Nothing was changed.")
+            raise Refused(f"version {version}: it is champion already, since {clock(before.at_ms)}. Nothing was changed.")
         return Change((KeyedRecord(CHAMPION_KEY, held),), Moved(version, version, held.hold, _undo(before, held)))
     # An operator who promotes a version vouches for it: neither that version nor those below it count as rolled back any more.
     ranges = tuple(
@@ -128,7 +130,7 @@ def promote(
 def rollback(
     state: RegistryState, target: int, cause: Cause, *, rewind: bool = False, skipped: Iterable[SkippedRange] = ()
 ) -> Change[Moved]:
-    """Put an older version back and hold auto-promotion. An earlier hold stays as it is, with its own reason.
+    """Put an older version back, hold auto-promotion, and end a shadow or canary. An earlier hold stays, with its own reason.
 
     Args:
         target: from `rollback_target`.
@@ -157,7 +159,9 @@ def rollback(
     if rewind:
         back = Rewind(version=target, who=cause.who, at_ms=cause.now_ms, reason=cause.reason, operation=cause.operation)
         records += (KeyedRecord(REWINDS_KEY, state.rewinds.adding(back, skipped)),)
-    return Change(records, Moved(target, before.version, True, _undo(before, after), cause.operation if rewind else None))
+    records += stopped_by_rollback(state, cause)
+    asked = cause.operation if rewind else None
+    return Change(records, Moved(target, before.version, True, _undo(before, after), asked, alone=True))
 
 
 def rollback_target(
@@ -193,7 +197,7 @@ def rollback_target(
         target = state.champion_at(at_ms)
         if target is None:
             raise Refused(
-                f"rollback: expected a champion at {_clock(at_ms)}, found none remembered. {_choices(state, champion)}"
+                f"rollback: expected a champion at {clock(at_ms)}, found none remembered. {_choices(state, champion)}"
             )
     else:
         good = [
@@ -242,7 +246,7 @@ def resume(state: RegistryState, cause: Cause) -> Change[Held]:
     if before.hold and pending is not None:
         raise Refused(
             f"resume: expected a trainer that has gone back to version {pending.version}, as {pending.who} asked at "
-            f"{_clock(pending.at_ms)}, found none yet. Scorers would follow the weights that were rolled back. Start a "
+            f"{clock(pending.at_ms)}, found none yet. Scorers would follow the weights that were rolled back. Start a "
             "trainer, or look at its log, then run it again."
         )
     if not before.hold:
@@ -385,12 +389,12 @@ def _choices(state: RegistryState, champion: int) -> str:
     if not named:
         return "No older version is announced, so there is nothing to go back to."
     shown = ", ".join(
-        f"{record.version} (champion at {_clock(record.champion_at_ms[-1])})" if record.champion_at_ms else f"{record.version}"
+        f"{record.version} (champion at {clock(record.champion_at_ms[-1])})" if record.champion_at_ms else f"{record.version}"
         for record in named[:-6:-1]
     )
     return f"--to can name: {shown}."
 
 
-def _clock(at_ms: int) -> str:
+def clock(at_ms: int) -> str:
     """A time in UTC, in the form that `--before` reads."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_ms / 1_000))

@@ -340,7 +340,7 @@ class Operations:
         waited, gone_back, trainer_ms = Confirmations([], []), None, None
         if scorers is not None:
             confirmed = scorers.wait_for_confirmations(
-                written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
+                written.position, moved.version, timeout_ms, follows=not moved.held, alone=moved.alone, now_ms=written.at_ms
             )
             try:
                 if moved.rewind is None:
