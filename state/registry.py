@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -233,6 +233,11 @@ class RegistryState:
     canary: Canary = field(default_factory=Canary)
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
     problem_count: int = 0
+
+    def copy(self) -> RegistryState:
+        """The state as it is now, for a thread or across an await. The records themselves never change."""
+        own = {"versions": dict(self.versions), "aliases": dict(self.aliases), "tags": dict(self.tags)}
+        return replace(self, **own, problems=deque(self.problems, KEPT_PROBLEMS))
 
     @property
     def champion_record(self) -> VersionRecord | None:
