@@ -38,6 +38,7 @@ from state.gate_release import Released
 from state.manifest import Manifest
 from state.registry import KeyedRecord, RegistryState, encode_record
 from state.rewind_decisions import rewound
+from state.served_band import decision_of
 from state.settings import SnapshotSettings
 from state.upkeep import Reindexed, Retired
 from stream.errors import Fenced, RegistryError
@@ -156,11 +157,14 @@ class RegistryWriter:
 
         return await self._change(decide, reason)
 
-    async def rollback_by_itself(self, target: int, reason: str) -> Moved | None:
-        """Put an older version back unless auto-promotion is held: then somebody has decided already, and None is returned."""
+    async def rollback_by_itself(self, target: int, reason: str, *, under: str) -> Moved | None:
+        """Put an older version back, unless somebody has decided already: then None is returned.
+
+        That is so if auto-promotion is held, or if `under` isn't the last decision any more (`state.served_band.decision_of`).
+        """
 
         def decide(state: RegistryState, cause: Cause) -> Change[Moved | None]:
-            if state.champion.hold:
+            if state.champion.hold or decision_of(state.champion) != under:
                 return Change((), None)
             change = decisions.rollback(state, target, cause)
             return Change(change.records, change.outcome)
