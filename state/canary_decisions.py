@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from state import decisions
 from state.canary import CANARY_KEY, Canary, CanaryOutcome, Mode, Progress, Thresholds
 from state.canary_running import ended, held_since, running_canary, why_over
-from state.changes import Cause, Change
+from state.changes import Cause, Change, clock
 from state.errors import Refused
 from state.registry import KeyedRecord, RegistryState
 
@@ -107,7 +107,7 @@ def end_canary(state: RegistryState, outcome: CanaryOutcome, cause: Cause, *, of
         elif held_since(state):
             raise Refused(
                 f"{before.mode} of version {before.version}: expected auto-promotion to be as it was when the trial began, "
-                f"found it held by {champion.hold_who} since {decisions.clock(champion.hold_at_ms)} ({champion.hold_reason}). "
+                f"found it held by {champion.hold_who} since {clock(champion.hold_at_ms)} ({champion.hold_reason}). "
                 "`headrace snapshot resume` lets it go on."
             )
     after = ended(before, outcome, reason, cause)

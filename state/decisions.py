@@ -6,14 +6,13 @@ they are in the log and are applied.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
 from state.canary_running import stopped_by_rollback
-from state.changes import Announcement, Cause, Change, Held, Moved, Undo
+from state.changes import Announcement, Cause, Change, Held, Moved, Undo, clock
 from state.errors import Refused, StaleEpoch
 from state.gate_report import judge_version
 from state.manifest import Manifest
@@ -34,13 +33,13 @@ from state.registry import (
     VersionRecord,
     version_key,
 )
+from state.rewind_decisions import require_gone_back
 from state.rewinds import REWINDS_KEY, Rewind, SkippedRange
 from state.settings import SnapshotSettings
 
 __all__ = [
     "announce",
     "announced",
-    "clock",
     "due_good",
     "hold",
     "install",
@@ -110,11 +109,14 @@ def promote(
     """Make a version champion by hand. `hold` also holds auto-promotion (True) or lets it go on (False).
 
     Raises:
-        Refused: the version was never announced, or nothing would change.
+        Refused: the version was never announced, nothing would change, or auto-promotion would go on before the trainer has
+            gone back as it was asked to. An operator may follow the line that is to be left, by one of its versions.
     """
     before = state.champion
     entry = announced(state, version)
     held = _held(before, hold, hold_reason, cause)
+    if before.hold and not held.hold and not state.rewinds.left(version):
+        require_gone_back(state, f"promote {version} and resume")
     if version == before.version:
         if held == before:
             raise Refused(f"version {version}: it is champion already, since {clock(before.at_ms)}. Nothing was changed.")
@@ -242,13 +244,8 @@ def resume(state: RegistryState, cause: Cause) -> Change[Held]:
         Refused: a trainer has been sent back and hasn't gone yet. Scorers would follow the line that is to be left.
     """
     before = state.champion
-    pending = state.rewinds.pending
-    if before.hold and pending is not None:
-        raise Refused(
-            f"resume: expected a trainer that has gone back to version {pending.version}, as {pending.who} asked at "
-            f"{clock(pending.at_ms)}, found none yet. Scorers would follow the weights that were rolled back. Start a "
-            "trainer, or look at its log, then run it again."
-        )
+    if before.hold:
+        require_gone_back(state, "resume")
     if not before.hold:
         return Change((), Held(False, "", _is_by(before, cause), None, before.hold_who, before.hold_at_ms))
     after = _held(before, False, "", cause)
@@ -393,8 +390,3 @@ def _choices(state: RegistryState, champion: int) -> str:
         for record in named[:-6:-1]
     )
     return f"--to can name: {shown}."
-
-
-def clock(at_ms: int) -> str:
-    """A time in UTC, in the form that `--before` reads."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_ms / 1_000))
