@@ -52,9 +52,9 @@ __all__ = [
 ]
 
 
-def take_epoch(state: RegistryState, *, who: str, now_ms: int) -> Change[int]:
-    """A trainer starts: it takes the next epoch. Trainers of older epochs can no longer announce."""
-    lease = TrainerLease(epoch=state.trainer.epoch + 1, who=who, at_ms=now_ms)
+def take_epoch(state: RegistryState, *, who: str, now_ms: int, above: int = 0) -> Change[int]:
+    """A trainer starts: it takes the next epoch, and one above `above`. Trainers of older epochs can no longer announce."""
+    lease = TrainerLease(epoch=max(state.trainer.epoch, above) + 1, who=who, at_ms=now_ms)
     return Change((KeyedRecord(TRAINER_KEY, lease),), lease.epoch)
 
 

@@ -305,7 +305,8 @@ class Swapper:
         asyncio.get_running_loop().call_soon(self._on_swap)
 
     def _note_version(self, served: Served) -> None:
-        self.since_ms = time.time_ns() // 1_000_000
+        # A heartbeat tells changes apart by it, so no two have the same, whatever the clock does.
+        self.since_ms = max(time.time_ns() // 1_000_000, self.since_ms + 1)
         self._metrics.serving(served)
         self.changed.set()
 
