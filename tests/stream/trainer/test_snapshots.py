@@ -192,6 +192,22 @@ async def until(true):
             await asyncio.sleep(0.005)
 
 
+async def test_training_hears_once_that_it_is_as_far_as_scorers_are(bench, monkeypatch):
+    at, trained, heard = bench(base=Base(Published(Point("deepfm/3/0", 5), 40), {0: 60})), Trained(), []
+    monkeypatch.setattr(Training, "caught_up", lambda training: heard.append(training.positions[0]))
+    running = asyncio.ensure_future(at.publisher.run(trained.training, trained.between_batches))
+    trained.learn(50)
+    await asyncio.sleep(0.1)
+    assert not heard and not at.log.deltas
+    trained.learn(10)
+    await until(lambda: at.log.deltas)
+    trained.learn(10)
+    await until(lambda: len(at.log.deltas) > 1)
+    assert heard == [60]
+    at.publisher.close()
+    await running
+
+
 async def test_a_registry_that_is_away_costs_one_version_however_long(bench, monkeypatch):
     monkeypatch.setattr(snapshots, "ANNOUNCE_AGAIN_S", 0.01)
     at, trained = bench(interval_ms=100), Trained()
