@@ -237,8 +237,9 @@ class RegistryState:
 
     def copy(self) -> RegistryState:
         """The state as it is now, for a thread or across an await. The records themselves never change."""
-        own = {"versions": dict(self.versions), "aliases": dict(self.aliases), "tags": dict(self.tags)}
-        return replace(self, **own, problems=deque(self.problems, KEPT_PROBLEMS))
+        own = replace(self, versions=dict(self.versions), aliases=dict(self.aliases), tags=dict(self.tags))
+        own.problems = deque(self.problems, KEPT_PROBLEMS)
+        return own
 
     @property
     def champion_record(self) -> VersionRecord | None:
