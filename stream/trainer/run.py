@@ -20,6 +20,7 @@ from state.registry import RegistryState
 from state.rewinds import Rewind, joined
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
+from stream.deltas.newest_epoch import newest_epoch
 from stream.deltas.writer import DeltaWriter
 from stream.errors import Fenced
 from stream.kafka.cluster import Cluster, describe_cluster
@@ -131,7 +132,7 @@ async def run_trainer(
             # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
             await standby.until_chosen()
             # From here on no other trainer announces a version that this one would not know of.
-            epoch = await registry.take_trainer_epoch()
+            epoch = await registry.take_trainer_epoch(above=await newest_epoch(kafka, names))
             await follower.start()
             prepared = await standby.newest(follower.state)
             start = prepared.start

@@ -132,6 +132,7 @@ class Publisher:
         delta_s, due_delta_s = self._settings.delta_interval_ms / 1000, 0.0
         dense_s, due_dense_s = self._settings.dense_interval_ms / 1000, 0.0
         due_version_s = time.monotonic() + (self._interval_s if self._sent_back is None else 0.0)
+        is_behind = False
         try:
             if self._sent_back is not None and not self._chain.begins_with_a_version:
                 await self._go_back(between_batches)
@@ -143,7 +144,11 @@ class Publisher:
                     writing = None
                 now_s = time.monotonic()
                 if not self._chain.is_ready(training.positions):
+                    is_behind = True
                     continue
+                if is_behind:
+                    is_behind = False
+                    await between_batches(Training.caught_up)
                 if self._unannounced is not None and writing is None:
                     writing = asyncio.create_task(self._announce_later())
                 elif writing is None and now_s >= due_version_s and self._has_news(training.examples_seen):

@@ -283,6 +283,10 @@ class Training:
         self._metrics.snapshot_seconds.labels("capture_delta").observe(time.perf_counter() - began)
         return CapturedDelta(delta, self._position(), self._arrivals.take())
 
+    def caught_up(self) -> None:
+        """What is learned is as far as what scorers have. To be called between two batches, after a restart."""
+        self._sanity.caught_up()
+
     def release(self, operation: str, who: str, why: str) -> None:
         """An operator releases what is withheld: the next delta has all that has changed. To be called between two batches."""
         if self._judge is not None and self._judge.release(operation, who, why):

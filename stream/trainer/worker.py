@@ -145,7 +145,7 @@ class TrainerWorker(Worker):
     def _take(self, parts: Parts) -> None:
         """Go on with these parts."""
         self._training, self._publisher, self._scores = parts.training, parts.publisher, parts.scores
-        self._served, self._was_held = parts.served, False
+        self._served = parts.served
         self._judge, self._anchors, self._rewind = parts.judge, parts.anchors, parts.rewind
         self._pipeline = Pipeline(self, parts.training, self._decoder, self._metrics, threads=self._threads)
         self._accepted = dict(parts.training.positions)
@@ -257,11 +257,9 @@ class TrainerWorker(Worker):
                 log.warning("tagging good versions, or a canary: %s", error)
 
     async def _watch_served(self) -> None:
-        """Act on served scores that are out of their band. When auto-promotion goes on, they are judged from nothing."""
-        state, was = self._follower.state, self._was_held
-        self._was_held = state.champion.hold
-        if was and not self._was_held:
-            self._served.begin_again()
+        """Act on served scores that are out of their band."""
+        state = self._follower.state
+        self._served.follow(state)
         alarm = self._served.alarm
         if alarm != self._alarm:
             self._alarm = alarm
