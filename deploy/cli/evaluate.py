@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,11 +18,16 @@ from deploy.cli.times import DURATION, duration
 if TYPE_CHECKING:
     from deploy.evaluate.play import Serving
     from deploy.evaluate.runs import Evaluated, Plan, Progress
-    from deploy.evaluate.stream import Stream
-    from deploy.settings import Settings
+    from deploy.evaluate.source import Source
     from model.schema import FeatureSchema
 
 __all__ = ["evaluate"]
+
+FRESHNESS_MS = (18_000_000, 1_800_000, 60_000, 10_000, 1_000)
+"""Times between versions: from those of Monolith (Liu et al., 2022, table 2), which end at 30 minutes, to that of deltas."""
+
+FRESHNESS_BATCH_AGE_MS = 500
+"""As `trainer.max_batch_age_ms`: a batch that waited for minutes to fill would hide what a version of a second is worth."""
 
 
 @click.command(context_settings={"show_default": True})
@@ -71,12 +77,19 @@ __all__ = ["evaluate"]
     help="Time from learning, or from the capture of a version, until scores know of it.",
 )
 @click.option(
+    "--freshness",
+    is_flag=True,
+    help="Show what fresh weights are worth: --serve-every 5h, 30m, 1m, 10s and 1s, with --batch-age 500ms.",
+)
+@click.option(
     "--batch-age",
     type=DURATION,
     help="How long a batch waits for more examples, event time. [default: until it is full, as in a busy stream]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Impressions to read; all when not given.")
-@click.option("--until", type=SHARE, default=1.0, help="Read only this first share of the impressions.")
+@click.option(
+    "--until", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Read only this first share of the impressions."
+)
 @click.option(
     "--from",
     "start",
@@ -93,6 +106,22 @@ __all__ = ["evaluate"]
     metavar="KEY=VALUE",
     help="For simulation: an option of `headrace simulate`, as in ctr=0.02. May be repeated.",
 )
+@click.option(
+    "--keep-clicks",
+    type=SHARE,
+    default=1.0,
+    help="Leave out clicked impressions so that this share of them is kept: a stream with fewer clicks.",
+)
+@click.option(
+    "--late-clicks",
+    type=SHARE,
+    help="Draw the delays of clicks anew, so that this share comes after join.hold_ms.",
+)
+@click.option(
+    "--picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw AUC and NE over event time and the calibration by decile into this file (png, svg or pdf).",
+)
 @mapping_options
 @format_option
 def evaluate(
@@ -105,6 +134,7 @@ def evaluate(
     permute: tuple[str, ...],
     serve_every: tuple[int, ...],
     serve_delay: int,
+    freshness: bool,
     batch_age: int | None,
     limit: int | None,
     until: float,
@@ -113,6 +143,9 @@ def evaluate(
     by: tuple[str, ...],
     top: int,
     simulation: tuple[str, ...],
+    keep_clicks: float,
+    late_clicks: float | None,
+    picture: Path | None,
     output: str,
     **mapping: Any,
 ) -> None:
@@ -126,6 +159,7 @@ def evaluate(
       headrace evaluate kuairand --set model.batch_rows=512 --set join.hold_ms=60000
       headrace evaluate kuairand --run 'small model.hidden=[64]' --run 'large model.hidden=[800,800]' --seeds 5
       headrace evaluate kuairand --without music_id --permute tab --by tab --by hour
+      headrace evaluate kuairand --freshness --picture freshness.png
       headrace evaluate kuairand --until 0.5          choose by the first half …
       headrace evaluate kuairand --from 0.5           … and show by the second
       headrace evaluate csv --path log.csv --unit s --drop session --format json
@@ -141,6 +175,7 @@ def evaluate(
     The fields are those of the settings ([features]) or, where these name none, those of the data set, which stays in memory:
     8 bytes for each field of each impression.
     """
+    from deploy.evaluate.picture import draw
     from deploy.evaluate.report import document, tables
     from deploy.evaluate.runs import Judging
     from deploy.evaluate.runs import evaluate as evaluate_all
@@ -149,12 +184,14 @@ def evaluate(
         raise click.UsageError(
             f"--from: expected a share below that of --until ({until:g}), found {start:g}. Change one of them."
         )
-    source = _Source(name, limit, until, by, simulation, mapping)
+    if freshness:
+        serve_every = serve_every or FRESHNESS_MS
+        batch_age = FRESHNESS_BATCH_AGE_MS if batch_age is None else batch_age
+    source = _source(name, simulation, limit, mapping, until=until, by=by, keep_clicks=keep_clicks, late_clicks=late_clicks)
     plans = _plans(source.schema, models, overrides, runs, fields, without)
-    count = source.count(plans[0].settings)
-    whole = count / until if until else count
+    count = len(source.read(plans[0].settings))
     judging = Judging(
-        start=round(0.2 * count if start is None else start * whole),
+        start=round(count * (0.2 if start is None else start / until)),
         seeds=seeds,
         serving=_servings(serve_every, serve_delay),
         batch_age_ms=batch_age,
@@ -164,6 +201,8 @@ def evaluate(
     )
     with _progress(len(plans) * seeds) as show:
         evaluated = evaluate_all(plans, source.read, judging, show)
+    if picture is not None:
+        draw(evaluated, picture)
     if output == "json":
         echo_json(document(evaluated))
         return
@@ -207,70 +246,16 @@ def _servings(every_ms: tuple[int, ...], late_ms: int) -> tuple[Serving, ...]:
     return tuple(Serving(f"every {duration(each)}", each, late_ms) for each in every_ms) or (Serving(late_ms=late_ms),)
 
 
-class _Source:
-    """The impressions that the options name, read anew for each set of fields."""
+def _source(name: str, simulation: tuple[str, ...], limit: int | None, mapping: dict[str, Any], **how: Any) -> Source:
+    from deploy.evaluate.plans import simulation_of
+    from deploy.evaluate.source import Source
+    from deploy.settings import load_settings
 
-    def __init__(
-        self,
-        name: str,
-        limit: int | None,
-        until: float,
-        by: tuple[str, ...],
-        simulation: tuple[str, ...],
-        mapping: dict[str, Any],
-    ) -> None:
-        from deploy.evaluate.plans import simulation_of
-        from deploy.feeding.simulation import simulation_schema
-        from deploy.settings import load_settings
-
-        if simulation and name != "simulation":
-            raise click.UsageError(f"--simulate: expected the name simulation, found {name}. Leave the option out.")
-        self._limit, self._until, self._by = limit, until, by
-        self._simulation = simulation_of(simulation, limit)
-        self._data_set = None if name == "simulation" else open_mapped(name, settings=load_settings(), **mapping)
-        self.schema = simulation_schema() if self._data_set is None else self._data_set.schema()
-        self._last: tuple[Any, Stream] | None = None
-
-    def count(self, settings: Settings) -> int:
-        """Number of impressions that a run reads."""
-        return len(self.read(settings))
-
-    def read(self, settings: Settings, permuted: str | None = None) -> Stream:
-        """Read for the fields of a run; the last stream is kept for the next call."""
-        wanted = settings.features, settings.join.negative_rate, permuted
-        if self._last is None or self._last[0] != wanted:
-            self._last = None
-            self._last = wanted, self._read(settings, permuted)
-        return self._last[1]
-
-    def _read(self, settings: Settings, permuted: str | None) -> Stream:
-        import numpy as np
-
-        from deploy.datasets import FileDataSet
-        from deploy.evaluate.stream import from_data_set, simulated
-
-        if self._data_set is None:
-            stream = simulated(
-                self._simulation,
-                schema=settings.features,
-                negative_rate=settings.join.negative_rate,
-                named=self._by,
-                permuted=permuted,
-            )
-        else:
-            if isinstance(self._data_set, FileDataSet):
-                self._data_set.check(settings.features)
-            stream = from_data_set(
-                self._data_set,
-                schema=settings.features,
-                limit=self._limit,
-                negative_rate=settings.join.negative_rate,
-                named=self._by,
-                permuted=permuted,
-            )
-        if self._until < 1:
-            stream = stream.take(np.arange(round(self._until * len(stream))))
-        return stream
+    if simulation and name != "simulation":
+        raise click.UsageError(f"--simulate: expected the name simulation, found {name}. Leave the option out.")
+    if name == "simulation":
+        return Source(simulation_of(simulation, limit), **how)
+    return Source(open_mapped(name, settings=load_settings(), **mapping), limit=limit, **how)
 
 
 def _about(evaluated: Evaluated) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from deploy.errors import DataSetError
+from deploy.errors import EvaluationError
 from deploy.evaluate.stream import Int64s, Stream
 
 __all__ = ["DECILES", "PIECES", "RARE", "Group", "by_value", "deciles", "pieces_of_time", "rare"]
@@ -39,7 +39,7 @@ def by_value(stream: Stream, field: str, measured: Int64s, top: int) -> list[Gro
     """The impressions of each of the `top` most frequent values of a field, and all others.
 
     Raises:
-        DataSetError: the stream has no such single-valued field.
+        EvaluationError: the stream has no such single-valued field.
     """
     keys = _keys(stream, field)[measured]
     distinct, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
@@ -78,7 +78,7 @@ def _singles(stream: Stream) -> Sequence[str]:
 def _keys(stream: Stream, field: str) -> Int64s:
     names = _singles(stream)
     if field not in names:
-        raise DataSetError(
+        raise EvaluationError(
             f"field {field!r}: expected one of the fields with a single value ({', '.join(names)}), found another name. "
             "Correct the option."
         )

@@ -49,6 +49,7 @@ def _line(line: Line, evaluated: Evaluated) -> dict[str, Any]:
         "rows_per_s": _rounded(line.rows_per_s, 1),
         "seconds": _rounded(line.seconds, 1),
         "table_rows": line.table_rows,
+        "weights_age_s": _rounded(line.weights_age_s, 3),
         "set_aside": line.set_aside,
         "calibration_deciles": [_group(each) for each in line.deciles],
         "by": {field: [_group(each) for each in values] for field, values in line.by.items()},

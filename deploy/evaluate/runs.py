@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from deploy.errors import DataSetError
+from deploy.errors import EvaluationError
 from deploy.evaluate import groups as grouped
 from deploy.evaluate.figures import Figures, Judged, blocks_of, estimate
 from deploy.evaluate.groups import Group
@@ -78,6 +79,7 @@ class Judgement:
 class Line:
     """What one way to serve one plan has given, with a figure for each seed.
 
+    weights_age_s        mean time from the capture of the weights to the impression that they answered
     served, progressive  over all impressions that are judged
     pieces               over event time
     deciles              by rising score
@@ -88,6 +90,8 @@ class Line:
 
     name: str
     plan: Plan
+    serving: Serving
+    weights_age_s: float
     scores: npt.NDArray[np.float32]
     served: list[Figures]
     progressive: list[Figures]
@@ -118,6 +122,15 @@ class _Pass:
     seconds: float
 
 
+class _Run(NamedTuple):
+    """What becomes a line: a pass for each seed, and which of the passes' ways to serve it is."""
+
+    name: str
+    passes: list[_Pass]
+    number: int
+    serving: Serving
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluated:
     """All lines, the impressions that were judged, and the base's stream."""
@@ -133,31 +146,31 @@ def evaluate(plans: Sequence[Plan], read: Reads, judging: Judging, on_progress: 
     The first plan is the base: its labels and its fields make the groups.
 
     Raises:
-        DataSetError: too few impressions are judged, or a field isn't there.
+        EvaluationError: too few impressions are judged, or a field isn't there.
     """
     base = read(plans[0].settings)
     served_by = [replace(judging, permute=judging.permute if index == 0 else ()) for index in range(len(plans))]
-    runs: list[tuple[str, list[_Pass], int]] = []  # name, a pass for each seed, number of the way to serve in it
+    runs: list[_Run] = []
     stream, streams_of = base, plans[0].settings
     for plan, each in zip(plans, served_by, strict=True):
         if plan.settings.features != streams_of.features or plan.settings.join != streams_of.join:
             stream, streams_of = read(plan.settings), plan.settings
         ways = [*each.serving, *_permuted(each, read, plan)]
         passes = [_run(stream, plan, seed, ways, judging, on_progress) for seed in range(judging.seeds)]
-        runs += [(_named(plan, way, each), passes, number) for number, way in enumerate(ways)]
+        runs += [_Run(_named(plan, way, each), passes, number, way) for number, way in enumerate(ways)]
     scored = np.ones(len(base), np.bool_)
-    for _, passes, number in runs:
-        for one in passes:
-            scored &= ~np.isnan(one.played.scores[number])
+    for run in runs:
+        for one in run.passes:
+            scored &= ~np.isnan(one.played.scores[run.number])
     measured = np.flatnonzero(scored & (np.arange(len(base)) >= judging.start))
     if len(measured) < LEAST_MEASURED:
-        raise DataSetError(
+        raise EvaluationError(
             f"{base.name}: expected at least {LEAST_MEASURED} impressions to judge, found {len(measured)} of {len(base)}. Read "
             "more of the data set (--until, --limit), judge from an earlier one on (--from), or serve sooner (--serve-every)."
         )
     clicked = base.labels(plans[0].settings.join.window_ms)
     judge = _Judge(base, measured, clicked, judging)
-    return Evaluated([judge.line(*each) for each in runs], measured, base)
+    return Evaluated([judge.line(each) for each in runs], measured, base)
 
 
 def _permuted(judging: Judging, read: Reads, plan: Plan) -> Iterable[Serving]:
@@ -165,7 +178,7 @@ def _permuted(judging: Judging, read: Reads, plan: Plan) -> Iterable[Serving]:
     for field in judging.permute:
         if field not in {spec.name for spec in plan.settings.features.fields}:
             names = ", ".join(spec.name for spec in plan.settings.features.fields)
-            raise DataSetError(f"--permute: expected one of the fields ({names}), found {field!r}. Correct the option.")
+            raise EvaluationError(f"--permute: expected one of the fields ({names}), found {field!r}. Correct the option.")
         yield replace(first, name=f"permuted {field}", batch=read(plan.settings, field).batch)
 
 
@@ -182,6 +195,8 @@ def _run(
     settings = plan.settings
     model = settings.model.model_copy(update={"seed": settings.model.seed + seed})
     labels = joined(stream, settings.join)
+    if settings.trainer.threads:
+        torch.set_num_threads(settings.trainer.threads)
     learner = Learner(settings.features, model, device=settings.trainer.device)
     about = plan.name if judging.seeds == 1 else f"{plan.name}, seed {model.seed}"
     played = play(
@@ -200,7 +215,7 @@ class _Judge:
     """Judges runs on the same impressions and in the same groups."""
 
     def __init__(self, base: Stream, measured: Int64s, clicked: npt.NDArray[np.bool_], judging: Judging) -> None:
-        self._measured, self._clicked = measured, clicked
+        self._measured, self._clicked, self._shown_ms = measured, clicked, base.shown_ms
         self._block = np.full(len(base), -1, np.int64)
         self._block[measured] = blocks_of(len(measured))
         self._blocks = int(self._block.max()) + 1
@@ -208,15 +223,19 @@ class _Judge:
         self._by = {field: grouped.by_value(base, field, measured, judging.top) for field in judging.by}
         self._rare = list(grouped.rare(base, measured))
 
-    def line(self, name: str, passes: Sequence[_Pass], number: int) -> Line:
-        scores = np.stack([one.played.scores[number] for one in passes])
+    def line(self, run: _Run) -> Line:
+        passes, measured = run.passes, self._measured
+        scores = np.stack([one.played.scores[run.number] for one in passes])
         first = passes[0]
-        deciles = [grouped.deciles(each, self._measured) for each in scores]
+        ages_ms = self._shown_ms[measured] - first.played.captured_ms[run.number][measured]
+        deciles = [grouped.deciles(each, measured) for each in scores]
         return Line(
-            name=name,
+            name=run.name,
             plan=first.plan,
+            serving=run.serving,
+            weights_age_s=float(ages_ms.mean()) / 1_000,
             scores=scores,
-            served=[self._served(each, self._measured) for each in scores],
+            served=[self._served(each, measured) for each in scores],
             progressive=[self._progressive(one) for one in passes],
             learned=sum(one.played.learned for one in passes),
             learn_s=sum(one.played.learn_s for one in passes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deploy.datasets import DataSet
+from deploy.datasets.base import draw_uniform
 from deploy.errors import DataSetError
 from deploy.feeding.replay import impressions
 from deploy.feeding.simulation import Simulation, generate, simulation_schema
@@ -70,6 +72,34 @@ class Stream:
             ages_ms=self.ages_ms[rows],
             kept=None if self.kept is None else self.kept[rows],
         )
+
+    def with_late_clicks(self, late: float, hold_ms: int, window_ms: int) -> Stream:
+        """The same clicks at other times: exponential delays within the window, of which a share `late` is beyond the hold.
+
+        Raises:
+            ValueError: no exponential delays have that share.
+        """
+        most = 1 - hold_ms / window_ms
+        if not 0 < late < most:
+            raise ValueError(
+                f"expected a share above 0 and below {most:.3g}, which is the most that clicks spread over join.window_ms have "
+                f"after join.hold_ms, found {late:g}. Change it, or one of these settings."
+            )
+        mean_ms = _mean_delay(late, hold_ms, window_ms)
+        drawn = draw_uniform(np.arange(len(self), dtype=np.int64), seed=1)
+        delays_ms = -mean_ms * np.log1p(drawn * math.expm1(-window_ms / mean_ms))
+        clicked_ms = self.shown_ms + np.minimum(delays_ms, window_ms).astype(np.int64)
+        return replace(self, clicked_ms=np.where(self.clicked_ms >= 0, clicked_ms, -1))
+
+
+def _mean_delay(late: float, hold_ms: int, window_ms: int) -> float:
+    """Mean of the exponential delays of which, cut at the window, the share `late` is beyond the hold."""
+    low, high = hold_ms / 1e3, 1e6 * window_ms
+    for _ in range(200):
+        mean = math.sqrt(low * high)
+        beyond = (math.exp(-hold_ms / mean) - math.exp(-window_ms / mean)) / -math.expm1(-window_ms / mean)
+        low, high = (mean, high) if beyond < late else (low, mean)
+    return mean
 
 
 def simulated(

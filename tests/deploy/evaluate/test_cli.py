@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,30 @@ def test_text_shows_tables_for_people(log: Path) -> None:
     assert "top values of noise (base, every 1 m)" in result.stdout
 
 
+def test_a_picture_is_drawn(log: Path) -> None:
+    result = ran(f"csv --path log.csv {SMALL} --serve-every 5s --serve-every 60s --picture out.png --format json")
+    assert result.exit_code == 0, result.stderr
+    assert (log / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_needs_its_package_and_a_known_format(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ran(f"csv --path log.csv {SMALL} --picture out.docx")
+    assert "--picture: expected a file that ends with .png, .svg or .pdf, found out.docx" in result.stderr
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = ran(f"csv --path log.csv {SMALL} --picture out.png")
+    assert "--picture: expected the Python package matplotlib, found none" in result.stderr
+    assert result.exit_code == 1
+
+
+def test_fewer_and_later_clicks(log: Path) -> None:
+    """A tenth of the clicks is kept, and nearly a third of them comes after the hold."""
+    whole = found(f"csv --path log.csv {SMALL}")
+    thinned = found(f"csv --path log.csv {SMALL} --keep-clicks 0.1 --late-clicks 0.3")
+    assert thinned["ctr"] < 0.25 * whole["ctr"]
+    firsts, kept = thinned["impressions"], thinned["ctr"] * thinned["impressions"]
+    assert thinned["learned"] - firsts == pytest.approx(0.3 * kept, rel=0.6)  # corrections
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -120,6 +145,7 @@ def test_text_shows_tables_for_people(log: Path) -> None:
         ("--by price", "field 'price': expected one of the fields"),
         ("--from 0.5 --until 0.5", "--from: expected a share below that of --until"),
         ("--simulate ctr=0.1", "--simulate: expected the name simulation, found csv"),
+        ("--late-clicks 0.9", "--late-clicks: expected a share above 0 and below 0.833"),
         ("--limit 50", "expected at least 100 impressions to judge"),
     ],
 )

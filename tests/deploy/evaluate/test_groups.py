@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from deploy.errors import DataSetError
+from deploy.errors import EvaluationError
 from deploy.evaluate.groups import by_value, deciles, pieces_of_time, rare
 from deploy.evaluate.stream import Stream, from_data_set
 from tests.deploy.made_up import MadeUp
@@ -30,7 +30,7 @@ def test_top_values_have_their_names_and_their_impressions(stream: Stream) -> No
 
 
 def test_a_field_that_is_not_there_is_an_error(stream: Stream) -> None:
-    with pytest.raises(DataSetError, match=r"field 'price': expected one of the fields .*u, item.*found another name"):
+    with pytest.raises(EvaluationError, match=r"field 'price': expected one of the fields .*u, item.*found another name"):
         by_value(stream, "price", np.arange(10), 3)
 
 

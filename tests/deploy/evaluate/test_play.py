@@ -149,3 +149,13 @@ def test_negatives_that_the_join_leaves_out_are_not_learned() -> None:
     sampled = played(thinned, labels, negative_rate=0.25).scores[0][-2_000:].mean()
     full = played(whole, every).scores[0][-2_000:].mean()
     assert sampled == pytest.approx(full, rel=0.25)  # scores are probabilities on the whole stream, not as sampled
+
+
+@pytest.mark.parametrize("late", [0.1, 0.6])
+def test_clicks_can_be_drawn_late(stream: Stream, late: float) -> None:
+    drawn = stream.with_late_clicks(late, 10_000, 60_000)
+    assert np.array_equal(drawn.clicked_ms >= 0, stream.clicked_ms >= 0)
+    delays_ms = (drawn.clicked_ms - drawn.shown_ms)[drawn.clicked_ms >= 0]
+    assert (delays_ms >= 0).all()
+    assert (delays_ms <= 60_000).all()
+    assert (delays_ms > 10_000).mean() == pytest.approx(late, abs=4 * np.sqrt(late * (1 - late) / len(delays_ms)))
