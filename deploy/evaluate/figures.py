@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.metrics import measure
+from stream.trainer.calibration import is_off
 
 __all__ = ["FIGURES", "Estimate", "Figures", "Judged", "blocks_of", "difference", "estimate", "mean_figures"]
 
@@ -99,6 +100,12 @@ class Figures:
     def estimate(self, name: str) -> Estimate:
         """A figure of `FIGURES` with its interval."""
         return _estimates(self.values, self.influence, self.seed_error)[FIGURES.index(name)]
+
+    @property
+    def off(self) -> bool:
+        """Whether the calibration is away from 1 by more than chance and more than the tolerance, as the trainer has them."""
+        found = self.estimate("calibration")
+        return is_off(found.value, found.error / _student(max(1, len(self.influence) - 1)), self.clicks)
 
     @property
     def ctr(self) -> float:

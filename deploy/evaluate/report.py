@@ -54,6 +54,7 @@ def _line(line: Line, evaluated: Evaluated) -> dict[str, Any]:
         "calibration_deciles": [_group(each) for each in line.deciles],
         "by": {field: [_group(each) for each in values] for field, values in line.by.items()},
         "rare": [_group(each) for each in line.rare],
+        "groups_off": sum(mean_figures(each.figures).off for groups in (line.deciles, *line.by.values()) for each in groups),
         "over_time": [{"from_ms": int(evaluated.stream.shown_ms[each.group.rows[0]]), **_group(each)} for each in line.pieces],
     }
 
@@ -65,6 +66,7 @@ def _group(judged: Judgement) -> dict[str, Any]:
         "impressions": int(mean.impressions),
         "ctr": _rounded(mean.ctr),
         "score": _rounded(mean.mean_score),
+        "off": mean.off,
         **_figures(mean),
     }
 
@@ -128,7 +130,7 @@ def _shown_group(judged: Judgement) -> Sequence[str]:
         f"{int(mean.impressions):,}",
         f"{mean.ctr:.4f}",
         f"{mean.mean_score:.4f}",
-        _shown(mean.estimate("calibration"), digits=3),
+        _shown(mean.estimate("calibration"), digits=3) + (" off" if mean.off else ""),
         _shown(mean.estimate("auc")),
         _shown(mean.estimate("ne")),
     )

@@ -12,6 +12,7 @@ from deploy.evaluate.stream import Stream, from_data_set, simulated
 from deploy.feeding.simulation import Simulation, simulation_schema
 from deploy.settings import Settings
 from model.schema import FeatureSchema
+from stream.settings import JoinSettings
 
 __all__ = ["Source"]
 
@@ -41,6 +42,7 @@ class Source:
         self._origin, self._limit, self._until, self._by = origin, limit, until, by
         self._keep_clicks, self._late_clicks = keep_clicks, late_clicks
         self._last: tuple[Any, Stream] | None = None
+        self._clicks_by: JoinSettings | None = None
 
     @property
     def schema(self) -> FeatureSchema:
@@ -50,13 +52,16 @@ class Source:
     def read(self, settings: Settings, permuted: str | None = None) -> Stream:
         """Read for the fields and the join of a run. The last stream is kept for the next call.
 
+        Late clicks are late by the settings of the first call, so that all runs have the same clicks.
+
         Args:
             permuted: the values of this feature change places among neighbouring impressions.
         """
+        self._clicks_by = self._clicks_by or settings.join
         wanted = settings.features, settings.join, permuted
         if self._last is None or self._last[0] != wanted:
             self._last = None  # the memory of one stream is enough
-            self._last = wanted, self._changed(self._read(settings, permuted), settings)
+            self._last = wanted, self._changed(self._read(settings, permuted), self._clicks_by)
         return self._last[1]
 
     def _read(self, settings: Settings, permuted: str | None) -> Stream:
@@ -74,7 +79,7 @@ class Source:
             permuted=permuted,
         )
 
-    def _changed(self, stream: Stream, settings: Settings) -> Stream:
+    def _changed(self, stream: Stream, join: JoinSettings) -> Stream:
         rows = np.arange(round(self._until * len(stream)))
         if self._keep_clicks < 1:
             drawn = np.random.default_rng(1).random(len(stream))[rows]
@@ -83,7 +88,6 @@ class Source:
             stream = stream.take(rows)
         if self._late_clicks is None:
             return stream
-        join = settings.join
         try:
             return stream.with_late_clicks(self._late_clicks, join.held_ms, join.window_ms)
         except ValueError as error:

@@ -27,7 +27,7 @@ from stream.trainer.batching import TrainingBatch
 from stream.trainer.evaluation import counts
 from stream.trainer.examples import BoolArray, Float32Array, Int64Array
 
-__all__ = ["DECILES", "TOP", "CalibrationWatch", "GroupCalibration"]
+__all__ = ["DECILES", "TOP", "CalibrationWatch", "GroupCalibration", "is_off"]
 
 RING = 50_000
 """Examples kept: at a CTR of 2 %, a decile has some 50 clicks or more, and a standard error of 14 % or less."""
@@ -72,8 +72,13 @@ class GroupCalibration(NamedTuple):
     @property
     def off(self) -> bool:
         """Whether the calibration is away from 1 by more than chance and more than the tolerance."""
-        away = abs(self.calibration - 1)
-        return self.clicks >= LEAST_CLICKS and away > TOLERANCE and away > ERRORS * self.error
+        return is_off(self.calibration, self.error, self.clicks)
+
+
+def is_off(calibration: float, error: float, clicks: float) -> bool:
+    """Whether a calibration with this standard error is away from 1 by more than chance and more than the tolerance."""
+    away = abs(calibration - 1)
+    return clicks >= LEAST_CLICKS and away > TOLERANCE and away > ERRORS * error
 
 
 @dataclass(frozen=True, slots=True)
