@@ -126,18 +126,21 @@ def simulation_of(pairs: Sequence[str], count: int | None) -> Simulation:
         ConfigError: a key is unknown, or its value of the wrong kind.
     """
     given: dict[str, Any] = {"count": count or SIMULATED}
+    keys = [each.name for each in dataclasses.fields(Simulation)]
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--simulate: expected KEY=VALUE, as in ctr=0.02, found {pair!r}. Correct it.")
-        given[key.strip().replace("-", "_")] = _toml(value)
+        name = key.strip().replace("-", "_")
+        if not equals or name not in keys:
+            raise ConfigError(
+                f"--simulate: expected KEY=VALUE with KEY one of {', '.join(keys)}, as in ctr=0.02, found {pair!r}. Correct it."
+            )
+        given[name] = _toml(value)
     try:
         return TypeAdapter(Simulation).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
-        keys = ", ".join(each.name for each in dataclasses.fields(Simulation))
         raise ConfigError(
-            f"--simulate: {first['loc'][0]}: expected one of {keys} with its kind of value, found: {first['msg']}. Correct it."
+            f"--simulate: {first['loc'][0]}: expected another kind of value, found {first['input']!r}: {first['msg']}. Correct it."
         ) from error
 
 
