@@ -13,7 +13,7 @@ import click
 from deploy.cli.common import echo_json, format_option
 from deploy.cli.feeding import SHARE
 from deploy.cli.mapping import mapping_options, open_mapped
-from deploy.cli.times import DURATION, duration
+from deploy.cli.times import DURATION, clock, duration
 
 if TYPE_CHECKING:
     from deploy.evaluate.play import Serving
@@ -175,8 +175,8 @@ def evaluate(
     The fields are those of the settings ([features]) or, where these name none, those of the data set, which stays in memory:
     8 bytes for each field of each impression.
     """
-    from deploy.evaluate.picture import draw
-    from deploy.evaluate.report import document, tables
+    from deploy.evaluate import picture as pictures
+    from deploy.evaluate.report import document
     from deploy.evaluate.runs import Judging
     from deploy.evaluate.runs import evaluate as evaluate_all
 
@@ -184,6 +184,8 @@ def evaluate(
         raise click.UsageError(
             f"--from: expected a share below that of --until ({until:g}), found {start:g}. Change one of them."
         )
+    if picture is not None:
+        pictures.check(picture)
     if freshness:
         serve_every = serve_every or FRESHNESS_MS
         batch_age = FRESHNESS_BATCH_AGE_MS if batch_age is None else batch_age
@@ -201,18 +203,12 @@ def evaluate(
     )
     with _progress(len(plans) * seeds) as show:
         evaluated = evaluate_all(plans, source.read, judging, show)
-    if picture is not None:
-        draw(evaluated, picture)
     if output == "json":
         echo_json(document(evaluated))
-        return
-    from deploy.cli.tables import print_table, styled
-
-    click.echo(_about(evaluated))
-    for title, header, rows in tables(evaluated):
-        click.echo()
-        click.echo(styled(title, bold=True))
-        print_table(header, rows, right=header[1:])
+    else:
+        _print(evaluated)
+    if picture is not None:
+        pictures.draw(evaluated, picture)
 
 
 def _plans(
@@ -258,12 +254,17 @@ def _source(name: str, simulation: tuple[str, ...], limit: int | None, mapping: 
     return Source(open_mapped(name, settings=load_settings(), **mapping), limit=limit, **how)
 
 
-def _about(evaluated: Evaluated) -> str:
-    from deploy.cli.times import clock
+def _print(evaluated: Evaluated) -> None:
+    from deploy.cli.tables import print_table, styled
+    from deploy.evaluate.report import tables
 
     stream, measured = evaluated.stream, evaluated.measured
     first, last = (clock(int(stream.shown_ms[measured[at]])) for at in (0, -1))
-    return f"{stream.name}: {len(measured):,} of {len(stream):,} impressions judged, from {first} to {last}"
+    click.echo(f"{stream.name}: {len(measured):,} of {len(stream):,} impressions judged, from {first} to {last}")
+    for title, header, rows in tables(evaluated):
+        click.echo()
+        click.echo(styled(title, bold=True))
+        print_table(header, rows, right=header[1:])
 
 
 @contextmanager

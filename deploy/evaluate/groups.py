@@ -11,7 +11,7 @@ import numpy.typing as npt
 from deploy.errors import EvaluationError
 from deploy.evaluate.stream import Int64s, Stream
 
-__all__ = ["DECILES", "PIECES", "RARE", "Group", "by_value", "deciles", "pieces_of_time", "rare"]
+__all__ = ["DECILES", "PIECES", "RARE", "Group", "by_value", "column_of", "deciles", "pieces_of_time", "rare"]
 
 DECILES = 10
 PIECES = 20
@@ -75,14 +75,23 @@ def _singles(stream: Stream) -> Sequence[str]:
     return [spec.name for spec in stream.schema.fields if spec.kind != "list"]
 
 
-def _keys(stream: Stream, field: str) -> Int64s:
+def column_of(stream: Stream, field: str) -> int:
+    """The column of a field's keys in the stream's batch.
+
+    Raises:
+        EvaluationError: the stream has no such field with a single value.
+    """
     names = _singles(stream)
     if field not in names:
         raise EvaluationError(
             f"field {field!r}: expected one of the fields with a single value ({', '.join(names)}), found another name. "
             "Correct the option."
         )
-    return stream.batch.keys[:, names.index(field)]
+    return names.index(field)
+
+
+def _keys(stream: Stream, field: str) -> Int64s:
+    return stream.batch.keys[:, column_of(stream, field)]
 
 
 def _shown_before(keys: Int64s) -> Int64s:

@@ -12,7 +12,7 @@ from deploy.errors import EvaluationError
 from deploy.evaluate.figures import FIGURES, Estimate, mean_figures
 from deploy.evaluate.runs import Evaluated, Judgement, Line
 
-__all__ = ["draw"]
+__all__ = ["check", "draw"]
 
 MOST_LINES = 8
 """Lines in one chart: with more, their colours can't be told apart."""
@@ -21,11 +21,11 @@ _NAMES = {"auc": "AUC", "ne": "normalised entropy", "calibration": "calibration"
 _INCHES = 5.0  # width of one chart
 
 
-def draw(evaluated: Evaluated, file: Path) -> None:
-    """Write the picture, in the format that the file's name ends with (png, svg, pdf).
+def check(file: Path) -> None:
+    """Check that `draw` can draw into this file, before anything is computed for it.
 
     Raises:
-        EvaluationError: the package matplotlib isn't there, or the format isn't known.
+        EvaluationError: the package matplotlib isn't there, or the file's name doesn't end with a known format.
     """
     try:
         from matplotlib.figure import Figure
@@ -34,6 +34,15 @@ def draw(evaluated: Evaluated, file: Path) -> None:
             "--picture: expected the Python package matplotlib, found none. Install it beside Headrace: "
             "`uv pip install matplotlib` (`make setup` in a checkout does), or leave --picture out."
         ) from error
+    if file.suffix.removeprefix(".").lower() not in Figure().canvas.get_supported_filetypes():
+        raise EvaluationError(
+            f"--picture: expected a file that ends with .png, .svg or .pdf, found {file.name}. Change the name."
+        )
+
+
+def draw(evaluated: Evaluated, file: Path) -> None:
+    """Write the picture, in the format that the file's name ends with."""
+    from matplotlib.figure import Figure
 
     lines = evaluated.lines[:MOST_LINES]
     versions = [line for line in evaluated.lines if line.serving.every_ms]
@@ -50,13 +59,7 @@ def draw(evaluated: Evaluated, file: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     if len(lines) > 1:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(lines), 4), frameon=False)
-    suffix = file.suffix.removeprefix(".").lower() or "png"
-    known = figure.canvas.get_supported_filetypes()
-    if suffix not in known:
-        raise EvaluationError(
-            f"--picture: expected a file that ends with .png, .svg or .pdf, found {file.name}. Change the name."
-        )
-    figure.savefig(file, format=suffix, dpi=120)
+    figure.savefig(file, dpi=120)
 
 
 def _over_time(axis: Any, evaluated: Evaluated, lines: list[Line], name: str) -> None:

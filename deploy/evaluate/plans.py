@@ -140,7 +140,8 @@ def simulation_of(pairs: Sequence[str], count: int | None) -> Simulation:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
-            f"--simulate: {first['loc'][0]}: expected another kind of value, found {first['input']!r}: {first['msg']}. Correct it."
+            f"--simulate: {first['loc'][0]}: expected another kind of value, found {first['input']!r}: {first['msg']}. "
+            "Correct it."
         ) from error
 
 

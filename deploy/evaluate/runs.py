@@ -149,6 +149,8 @@ def evaluate(plans: Sequence[Plan], read: Reads, judging: Judging, on_progress: 
         EvaluationError: too few impressions are judged, or a field isn't there.
     """
     base = read(plans[0].settings)
+    _require(len(base) - judging.start, base)
+    _require_fields(plans[0], base, judging)
     served_by = [replace(judging, permute=judging.permute if index == 0 else ()) for index in range(len(plans))]
     runs: list[_Run] = []
     stream, streams_of = base, plans[0].settings
@@ -163,22 +165,35 @@ def evaluate(plans: Sequence[Plan], read: Reads, judging: Judging, on_progress: 
         for one in run.passes:
             scored &= ~np.isnan(one.played.scores[run.number])
     measured = np.flatnonzero(scored & (np.arange(len(base)) >= judging.start))
-    if len(measured) < LEAST_MEASURED:
-        raise EvaluationError(
-            f"{base.name}: expected at least {LEAST_MEASURED} impressions to judge, found {len(measured)} of {len(base)}. Read "
-            "more of the data set (--until, --limit), judge from an earlier one on (--from), or serve sooner (--serve-every)."
-        )
+    _require(len(measured), base)
     clicked = base.labels(plans[0].settings.join.window_ms)
     judge = _Judge(base, measured, clicked, judging)
     return Evaluated([judge.line(each) for each in runs], measured, base)
 
 
+def _require(measured: int, stream: Stream) -> None:
+    if measured < LEAST_MEASURED:
+        raise EvaluationError(
+            f"{stream.name}: expected at least {LEAST_MEASURED} impressions to judge, found {measured} of {len(stream)}. Read "
+            "more of the data set (--until, --limit), judge from an earlier one on (--from), or serve sooner (--serve-every)."
+        )
+
+
+def _require_fields(plan: Plan, base: Stream, judging: Judging) -> None:
+    """Reject unknown fields before anything is learned."""
+    for field in judging.by:
+        grouped.column_of(base, field)
+    names = [spec.name for spec in plan.settings.features.fields]
+    for field in judging.permute:
+        if field not in names:
+            raise EvaluationError(
+                f"--permute: expected one of the fields ({', '.join(names)}), found {field!r}. Correct the option."
+            )
+
+
 def _permuted(judging: Judging, read: Reads, plan: Plan) -> Iterable[Serving]:
     first = judging.serving[0]
     for field in judging.permute:
-        if field not in {spec.name for spec in plan.settings.features.fields}:
-            names = ", ".join(spec.name for spec in plan.settings.features.fields)
-            raise EvaluationError(f"--permute: expected one of the fields ({names}), found {field!r}. Correct the option.")
         yield replace(first, name=f"permuted {field}", batch=read(plan.settings, field).batch)
 
 
