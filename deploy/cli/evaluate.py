@@ -203,12 +203,14 @@ def evaluate(
     )
     with _progress(len(plans) * seeds) as show:
         evaluated = evaluate_all(plans, source.read, judging, show)
-    if output == "json":
-        echo_json(document(evaluated))
-    else:
-        _print(evaluated)
-    if picture is not None:
-        pictures.draw(evaluated, picture)
+    try:
+        if picture is not None:
+            pictures.draw(evaluated, picture)
+    finally:  # the figures are not lost with the picture
+        if output == "json":
+            echo_json(document(evaluated))
+        else:
+            _print(evaluated)
 
 
 def _plans(

@@ -88,7 +88,7 @@ def _rounded(value: float, digits: int = _DIGITS) -> float | None:
 
 
 def tables(evaluated: Evaluated) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
-    """Title, header and rows of each table."""
+    """Title, header and rows of each table. Groups are those of the first line; a document has those of all."""
     lines = evaluated.lines
     base = lines[0]
     header = ("run", "AUC", "NE", "calibration", "progressive AUC", "NE", "rows/s", "table rows")
@@ -111,16 +111,15 @@ def tables(evaluated: Evaluated) -> Iterator[tuple[str, Sequence[str], list[Sequ
             found = difference(line.served, base.served)
             rows.append((line.name, *(_shown(found[name], signed=True) for name in FIGURES)))
         yield f"less {base.name}", ("run", "AUC", "NE", "calibration"), rows
-    for line in lines:
-        about = "" if len(lines) == 1 else f" ({line.name})"
-        header = ("decile", "impressions", "CTR", "mean score", "calibration")
-        yield f"calibration by decile of the score{about}", header, [_shown_group(each)[:5] for each in line.deciles]
-        for field, values in line.by.items():
-            header = (field, "impressions", "CTR", "mean score", "calibration", "AUC", "NE")
-            yield f"top values of {field}{about}", header, [_shown_group(each) for each in values]
-        if line.rare:
-            header = ("field", "impressions", "CTR", "mean score", "calibration", "AUC", "NE")
-            yield f"values shown under 100 times before{about}", header, [_shown_group(each) for each in line.rare]
+    about = "" if len(lines) == 1 else f" ({base.name})"
+    header = ("decile", "impressions", "CTR", "mean score", "calibration")
+    yield f"calibration by decile of the score{about}", header, [_shown_group(each)[:5] for each in base.deciles]
+    for field, values in base.by.items():
+        header = (field, "impressions", "CTR", "mean score", "calibration", "AUC", "NE")
+        yield f"top values of {field}{about}", header, [_shown_group(each) for each in values]
+    if base.rare:
+        header = ("field", "impressions", "CTR", "mean score", "calibration", "AUC", "NE")
+        yield f"values shown under 100 times before{about}", header, [_shown_group(each) for each in base.rare]
 
 
 def _shown_group(judged: Judgement) -> Sequence[str]:

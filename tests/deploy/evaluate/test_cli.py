@@ -105,7 +105,7 @@ def test_text_shows_tables_for_people(log: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert "base, every 5 s" in result.stdout
     assert "less base, every 5 s" in result.stdout
-    assert "top values of noise (base, every 1 m)" in result.stdout
+    assert "top values of noise (base, every 5 s)" in result.stdout
 
 
 def test_a_picture_is_drawn(log: Path) -> None:
