@@ -90,7 +90,7 @@ def _by_decile(axis: Any, lines: list[Line]) -> None:
 
 
 def _by_version(axis: Any, versions: list[Line]) -> None:
-    """How much better the AUC is than with the first interval; in the figures themselves the luck of the impressions hides it."""
+    """How much better the AUC is than with the first interval: a difference, from which the luck of the impressions is gone."""
     base = versions[0]
     seconds = [line.serving.every_ms / 1_000 for line in versions]
     _errors(axis, seconds, [difference(line.served, base.served)["auc"] for line in versions], "")
