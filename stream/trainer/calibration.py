@@ -100,6 +100,10 @@ class _Rows:
         return _Rows(*(getattr(self, name)[rows] for name in self.__slots__))
 
 
+def _no_keys(count: int) -> Int64Array:
+    return np.empty((count, 0), np.int64)
+
+
 def _joined(parts: Sequence[_Rows]) -> _Rows:
     return _Rows(*(np.concatenate([getattr(part, name) for part in parts]) for name in _Rows.__slots__))
 
@@ -177,8 +181,8 @@ class CalibrationWatch:
         gathered, self._gathered, self._waiting = self._gathered, [], 0
         if not gathered:
             return
-        self._watermark_ms = max(self._watermark_ms, *(int(batch.reached_ms.max()) for batch in gathered))
-        rows = _joined([self._watched(batch) for batch in gathered])
+        self._watermark_ms = max(self._watermark_ms, int(np.concatenate([batch.reached_ms for batch in gathered]).max()))
+        rows = self._watched(gathered)
         self._parts.append(rows.take(np.isfinite(rows.scores) & self._sampled(rows)))
         while sum(map(len, self._parts)) > self._ring:
             if self._reaches_back() or self._share < _SMALLEST_SHARE:
@@ -193,17 +197,21 @@ class CalibrationWatch:
         oldest_ms = min((int(part.impression_ms.min(initial=_FAR_MS)) for part in list(self._parts)[1:]), default=_FAR_MS)
         return self._watermark_ms - oldest_ms >= self._reach_ms
 
-    def _watched(self, batch: TrainingBatch) -> _Rows:
+    def _watched(self, batches: Sequence[TrainingBatch]) -> _Rows:
         if self._unnamed:
-            self._find_names(batch)
+            for batch in batches:
+                self._find_names(batch)
+        columns = self._columns
         return _Rows(
-            scores=batch.served,
-            labels=batch.labels,
-            weights=counts(batch),
-            corrects=np.zeros(len(batch), np.bool_) if batch.corrects is None else batch.corrects,
-            impression_ms=batch.impression_ms,
-            hashes=batch.id_hashes.view(np.uint64),
-            keys=batch.batch.keys[:, self._columns],
+            scores=np.concatenate([batch.served for batch in batches]),
+            labels=np.concatenate([batch.labels for batch in batches]),
+            weights=np.concatenate([counts(batch) for batch in batches]),
+            corrects=np.concatenate(
+                [np.zeros(len(batch), np.bool_) if batch.corrects is None else batch.corrects for batch in batches]
+            ),
+            impression_ms=np.concatenate([batch.impression_ms for batch in batches]),
+            hashes=np.concatenate([batch.id_hashes for batch in batches]).view(np.uint64),
+            keys=np.concatenate([batch.batch.keys[:, columns] if columns else _no_keys(len(batch)) for batch in batches]),
         )
 
     def _sampled(self, rows: _Rows) -> BoolArray:
