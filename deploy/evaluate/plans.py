@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -57,7 +57,14 @@ def merged(*each: Overrides) -> dict[str, Any]:
     return whole
 
 
-def named_run(text: str) -> tuple[str, dict[str, Any]]:
+class NamedRun(NamedTuple):
+    """A run and what is different in it."""
+
+    name: str
+    overrides: dict[str, Any]
+
+
+def named_run(text: str) -> NamedRun:
     """`wide model.hidden=[800] model.batch_rows=512` → its name, and its overrides.
 
     Raises:
@@ -72,7 +79,7 @@ def named_run(text: str) -> tuple[str, dict[str, Any]]:
             f"run: expected a name and settings, as in 'wide model.hidden=[800] model.batch_rows=512', found {text!r}. "
             "Correct --run."
         )
-    return name, merged(*map(assignment, settings))
+    return NamedRun(name, merged(*map(assignment, settings)))
 
 
 def field_spec(text: str) -> FieldSpec:

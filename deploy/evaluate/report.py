@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from deploy.evaluate.figures import FIGURES, Estimate, Figures, difference, mean_figures
 from deploy.evaluate.runs import Evaluated, Judgement, Line
@@ -87,39 +87,48 @@ def _rounded(value: float, digits: int = _DIGITS) -> float | None:
     return None if math.isnan(value) else round(float(value), digits)
 
 
-def tables(evaluated: Evaluated) -> Iterator[tuple[str, Sequence[str], list[Sequence[str]]]]:
-    """Title, header and rows of each table. Groups are those of the first line; a document has those of all."""
+class Table(NamedTuple):
+    """A table for people."""
+
+    title: str
+    header: Sequence[str]
+    rows: list[Sequence[str]]
+
+
+_GROUP = ("impressions", "CTR", "mean score", "calibration", "AUC", "NE")
+
+
+def tables(evaluated: Evaluated) -> Iterator[Table]:
+    """The figures as tables. Groups are those of the first line; a document has those of all."""
     lines = evaluated.lines
     base = lines[0]
     header = ("run", "AUC", "NE", "calibration", "progressive AUC", "NE", "rows/s", "table rows")
-    rows: list[Sequence[str]] = []
-    for line in lines:
-        served, progressive = mean_figures(line.served), mean_figures(line.progressive)
-        rows.append(
-            (
-                line.name,
-                *(_shown(served.estimate(name)) for name in FIGURES),
-                *(f"{progressive.estimate(name).value:.4f}" for name in FIGURES[:2]),
-                f"{line.rows_per_s:,.0f}",
-                f"{line.table_rows:,}",
-            )
-        )
-    yield "as served", header, rows
+    yield Table("as served", header, [_shown_line(line) for line in lines])
     if len(lines) > 1:
-        rows = []
+        rows: list[Sequence[str]] = []
         for line in lines[1:]:
             found = difference(line.served, base.served)
             rows.append((line.name, *(_shown(found[name], signed=True) for name in FIGURES)))
-        yield f"less {base.name}", ("run", "AUC", "NE", "calibration"), rows
+        yield Table(f"less {base.name}", header[:4], rows)
     about = "" if len(lines) == 1 else f" ({base.name})"
-    header = ("decile", "impressions", "CTR", "mean score", "calibration")
-    yield f"calibration by decile of the score{about}", header, [_shown_group(each)[:5] for each in base.deciles]
+    deciles = [_shown_group(each)[:5] for each in base.deciles]
+    yield Table(f"calibration by decile of the score{about}", ("decile", *_GROUP[:4]), deciles)
     for field, values in base.by.items():
-        header = (field, "impressions", "CTR", "mean score", "calibration", "AUC", "NE")
-        yield f"top values of {field}{about}", header, [_shown_group(each) for each in values]
+        yield Table(f"top values of {field}{about}", (field, *_GROUP), [_shown_group(each) for each in values])
     if base.rare:
-        header = ("field", "impressions", "CTR", "mean score", "calibration", "AUC", "NE")
-        yield f"values shown under 100 times before{about}", header, [_shown_group(each) for each in base.rare]
+        rare = [_shown_group(each) for each in base.rare]
+        yield Table(f"values shown under 100 times before{about}", ("field", *_GROUP), rare)
+
+
+def _shown_line(line: Line) -> Sequence[str]:
+    served, progressive = mean_figures(line.served), mean_figures(line.progressive)
+    return (
+        line.name,
+        *(_shown(served.estimate(name)) for name in FIGURES),
+        *(f"{progressive.estimate(name).value:.4f}" for name in FIGURES[:2]),
+        f"{line.rows_per_s:,.0f}",
+        f"{line.table_rows:,}",
+    )
 
 
 def _shown_group(judged: Judgement) -> Sequence[str]:

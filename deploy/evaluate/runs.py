@@ -22,7 +22,7 @@ from deploy.evaluate.stream import Int64s, Stream
 from deploy.settings import Settings
 from model.learner import Learner
 
-__all__ = ["Judgement", "Judging", "Line", "Plan", "Progress", "Reads", "evaluate"]
+__all__ = ["Evaluated", "Judgement", "Judging", "Line", "Plan", "Progress", "Reads", "evaluate"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what runs, the number of labels learned, and their number in all."""
