@@ -4,12 +4,13 @@ DeployError
 ├── ConfigError        a setting is missing, unknown or wrong
 ├── LocalKafkaError    the local Kafka can't be downloaded, started or stopped
 ├── DataSetError       a data set is missing, or can't be read as its name says
+├── EvaluationError    a data set can't be evaluated as it was asked for
 └── FeedError          events could not be sent to Kafka
 """
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataSetError", "DeployError", "FeedError", "LocalKafkaError"]
+__all__ = ["ConfigError", "DataSetError", "DeployError", "EvaluationError", "FeedError", "LocalKafkaError"]
 
 
 class DeployError(Exception):
@@ -26,6 +27,10 @@ class LocalKafkaError(DeployError):
 
 class DataSetError(DeployError):
     """A data set is missing, or can't be read as its name says."""
+
+
+class EvaluationError(DeployError):
+    """A data set can't be evaluated as it was asked for."""
 
 
 class FeedError(DeployError):

@@ -20,6 +20,7 @@ COMMANDS = {
     "dead-letters": "deploy.cli.dead_letters:dead_letters",
     "demo": "deploy.cli.demo:demo",
     "doctor": "deploy.cli.doctor:doctor",
+    "evaluate": "deploy.cli.evaluate:evaluate",
     "kafka": "deploy.cli.kafka:kafka",
     "replay": "deploy.cli.replay:replay",
     "run": "deploy.cli.run:run",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -12,6 +12,7 @@ from model.metrics import Metrics
 from state.gate_report import GateReport
 from state.manifest import Manifest
 from stream.trainer.batching import TrainingBatch
+from stream.trainer.calibration import GroupCalibration
 from stream.trainer.evaluation import Report
 
 __all__ = ["StandbyMetrics", "TrainerMetrics"]
@@ -203,6 +204,25 @@ class TrainerMetrics:
             registry=prometheus,
         )
 
+        self._groups = {
+            field: Gauge(f"headrace_trainer_group_{name}", help, ["field", "value"], registry=prometheus)
+            for field, name, help in (
+                (
+                    "calibration",
+                    "calibration",
+                    "Expected clicks over actual clicks of served scores, of settled impressions: by decile of the score, and "
+                    "by top values of trainer.calibration_fields.",
+                ),
+                ("clicks", "clicks", "Clicks from which the calibration of the group is computed."),
+            )
+        }
+        self._shown_groups: set[tuple[str, str]] = set()
+        self.groups_off = Gauge(
+            "headrace_trainer_groups_off",
+            "Groups whose calibration is away from 1 by more than 5 % and by more than 3 standard errors.",
+            registry=prometheus,
+        )
+
     def watch_queue(self, waiting: Callable[[], int]) -> None:
         """Set the function that gives the length of the queue at each scrape."""
         self.queue.set_function(waiting)
@@ -221,6 +241,18 @@ class TrainerMetrics:
             for (gauge_kind, field), gauge in self.scores.items():
                 if gauge_kind == kind:
                     gauge.labels(scope).set(getattr(metrics, field))
+
+    def calibrated(self, groups: Sequence[GroupCalibration]) -> None:
+        """Set the gauges of calibration by group. Groups that are no longer among them lose theirs."""
+        shown = {(group.field, group.value) for group in groups}
+        for labels in self._shown_groups - shown:
+            for gauge in self._groups.values():
+                gauge.remove(*labels)
+        self._shown_groups = shown
+        for group in groups:
+            for field, gauge in self._groups.items():
+                gauge.labels(group.field, group.value).set(getattr(group, field))
+        self.groups_off.set(sum(group.off for group in groups))
 
     def skewed(self, examples: int, mean: float, p99: float, share: float) -> None:
         """Set the gauges of skew."""

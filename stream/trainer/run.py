@@ -30,6 +30,7 @@ from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
+from stream.trainer.calibration import CalibrationWatch
 from stream.trainer.canary import CanaryWatch
 from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.chain import NAME as CHAIN
@@ -253,6 +254,7 @@ class _Trainer:
         )
         self.chains += 1
         served = ServedWatch(self.snapshots)
+        calibration = CalibrationWatch(self.schema, self.settings.calibration_fields, self.settings.settled_ms)
         judge = Judge(self.snapshots, gate_state(start, self.epoch))
         anchors = Anchors(judge, self.store, self.snapshots, self.schema, self.model, learner, self.settings.device)
         ids = topic_ids(self.cluster, self.names)
@@ -265,7 +267,7 @@ class _Trainer:
             self.metrics,
             max_batch_age_s=self.settings.max_batch_age_ms / 1000,
             watermark_ms=start.watermark_ms,
-            observers=(self.skew, self.canary, served),
+            observers=(self.skew, self.canary, served, calibration),
             bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
             judge=judge,
             skips=skips,
@@ -293,7 +295,7 @@ class _Trainer:
             skips=skips,
             sent_back=None if rewind is None else partial(self._says_so, rewind, chain.name),
         )
-        return Parts(training, publisher, judge, anchors, scores, served, rewind)
+        return Parts(training, publisher, judge, anchors, scores, served, calibration, rewind)
 
     async def _says_so(self, rewind: Rewind, chain: str, up_to: int | None) -> None:
         """Note in the registry that the trainer has gone back."""

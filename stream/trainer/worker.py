@@ -43,6 +43,7 @@ from stream.registry.writer import RegistryWriter
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
+from stream.trainer.calibration import CalibrationWatch
 from stream.trainer.canary import CanaryWatch
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
@@ -89,6 +90,7 @@ class Parts:
     anchors: Anchors
     scores: Evaluation
     served: ServedWatch
+    calibration: CalibrationWatch
     rewind: Rewind | None = None
 
 
@@ -145,7 +147,7 @@ class TrainerWorker(Worker):
     def _take(self, parts: Parts) -> None:
         """Go on with these parts."""
         self._training, self._publisher, self._scores = parts.training, parts.publisher, parts.scores
-        self._served = parts.served
+        self._served, self._calibration = parts.served, parts.calibration
         self._judge, self._anchors, self._rewind = parts.judge, parts.anchors, parts.rewind
         self._pipeline = Pipeline(self, parts.training, self._decoder, self._metrics, threads=self._threads)
         self._accepted = dict(parts.training.positions)
@@ -249,6 +251,7 @@ class TrainerWorker(Worker):
             if time.monotonic() >= anchor_due:
                 anchor_due = time.monotonic() + ANCHOR_S
                 await self._show_gate()
+                self._metrics.calibrated(await asyncio.to_thread(self._calibration.report))
             await self._watch_served()
             try:
                 await self._registry.tag_due(self._snapshots)

@@ -16,6 +16,7 @@ ARGUMENTS = {
     "dead-letters show": "0/0 --raw",
     "demo": "--dataset kuairand",
     "doctor": "",
+    "evaluate": "jsonl --path events.jsonl",
     "kafka reset": "--yes",
     "kafka start": "",  # with a Java that isn't there
     "kafka status": "",
@@ -59,6 +60,7 @@ OFFLINE = {
     "data list": 0,
     "data schema": 0,
     "demo": 1,
+    "evaluate": 1,  # one impression is too few to judge
     "kafka reset": 0,
     "kafka start": 1,
     "kafka status": 1,
