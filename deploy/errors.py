@@ -4,12 +4,13 @@ DeployError
 ├── ConfigError        a setting is missing, unknown or wrong
 ├── LocalKafkaError    the local Kafka can't be downloaded, started or stopped
 ├── DataSetError       a data set is missing, or can't be read as its name says
-└── FeedError          events could not be sent to Kafka
+├── FeedError          events could not be sent to Kafka
+└── BootstrapError     what was learned from history can't be published
 """
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataSetError", "DeployError", "FeedError", "LocalKafkaError"]
+__all__ = ["BootstrapError", "ConfigError", "DataSetError", "DeployError", "FeedError", "LocalKafkaError"]
 
 
 class DeployError(Exception):
@@ -30,3 +31,7 @@ class DataSetError(DeployError):
 
 class FeedError(DeployError):
     """Events could not be sent to Kafka."""
+
+
+class BootstrapError(DeployError):
+    """What was learned from history can't be published."""
