@@ -47,7 +47,8 @@ BACK = 0.75
 # Logarithm of the odds against a change of clicks by chance, by the likelihood ratio of two Poisson rates. By chance it is
 # exceeded in one of 500,000 comparisons; a day at 300 impressions a second has 130,000.
 EVIDENCE = 12.0
-# Lengths in blocks over which clicks are compared. At a click rate of 3 % one block shows a factor of 4, at 0.1 % sixteen do.
+# Lengths in blocks over which clicks are compared. At a click rate of 5 % one block shows a factor of 4; at 0.1 % sixteen show
+# that there are no clicks any more.
 WINDOWS = (1, 2, 4, 8, 16)
 # Features that a reason names. The rest are counted.
 NAMED = 3
