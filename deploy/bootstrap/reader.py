@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, repeat
 from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import NamedTuple, overload
@@ -56,6 +57,11 @@ class Records(Sequence[HistoryRecord]):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __iter__(self) -> Iterator[HistoryRecord]:
+        # Training asks for all of them: this takes a third of the time that one index after another takes.
+        columns = count(self.first_row), self.times_ms.tolist(), map(str.encode, self.ids)
+        return map(HistoryRecord, repeat(self.source), *columns)
 
     @overload
     def __getitem__(self, at: int) -> HistoryRecord: ...

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deploy.bootstrap.learning import Checkpoints, Progress, Run
-from deploy.bootstrap.reader import HistoryReader
+from deploy.bootstrap.reader import HistoryReader, Records
 from deploy.bootstrap.source import Source
 from deploy.datasets import Columns
 from deploy.errors import DataSetError
@@ -128,6 +128,18 @@ def test_what_the_model_would_reject_is_an_error_that_names_it(tmp_path: Path) -
     source.path.write_text('{"timestamp":1700000000000,"clicked":0,"u":"a","price":"dear"}\n')
     with pytest.raises(DataSetError, match="price"), HistoryReader(Source("jsonl", SCHEMA, 10, path=source.path)):
         pass
+
+
+def test_records_are_the_same_one_by_one_and_all_at_once() -> None:
+    records = Records("log", 100, ["a", "b", "é", "d"], np.array([5, 6, 7, 8]))
+    assert (
+        list(records[1:3])
+        == [records[1], records[2]]
+        == [("log", 101, 6, b"b", 0, None, ()), ("log", 102, 7, "é".encode(), 0, None, ())]
+    )
+    assert len(records) == len(list(records)) == 4
+    with pytest.raises(IndexError):
+        records[4]
 
 
 def test_a_reading_process_that_ends_too_early_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
