@@ -5,12 +5,21 @@ DeployError
 ├── LocalKafkaError    the local Kafka can't be downloaded, started or stopped
 ├── DataSetError       a data set is missing, or can't be read as its name says
 ├── EvaluationError    a data set can't be evaluated as it was asked for
-└── FeedError          events could not be sent to Kafka
+├── FeedError          events could not be sent to Kafka
+ └── BootstrapError     what was learned from history can't be published
 """
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DataSetError", "DeployError", "EvaluationError", "FeedError", "LocalKafkaError"]
+__all__ = [
+    "BootstrapError",
+    "ConfigError",
+    "DataSetError",
+    "DeployError",
+    "EvaluationError",
+    "FeedError",
+    "LocalKafkaError",
+]
 
 
 class DeployError(Exception):
@@ -35,3 +44,7 @@ class EvaluationError(DeployError):
 
 class FeedError(DeployError):
     """Events could not be sent to Kafka."""
+
+
+class BootstrapError(DeployError):
+    """What was learned from history can't be published."""

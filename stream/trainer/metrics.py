@@ -13,6 +13,7 @@ from state.gate_report import GateReport
 from state.manifest import Manifest
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.calibration import GroupCalibration
+from stream.trainer.drift import Drift
 from stream.trainer.evaluation import Report
 
 __all__ = ["StandbyMetrics", "TrainerMetrics"]
@@ -39,6 +40,11 @@ class TrainerMetrics:
         self.skipped_examples = Counter(
             "headrace_trainer_skipped_examples",
             "Examples that were not learned because they are in a range that was left out when the trainer was sent back.",
+            registry=prometheus,
+        )
+        self.past_examples = Counter(
+            "headrace_trainer_past_examples",
+            "Examples that were not learned because the model knows them from history (`headrace bootstrap`).",
             registry=prometheus,
         )
         self.served_alarm = Gauge(
@@ -188,6 +194,26 @@ class TrainerMetrics:
             "1 while deltas are withheld because one of them alone wasn't sane, whatever the clicks say.",
             registry=prometheus,
         )
+        self.null_rate_change = Gauge(
+            "headrace_trainer_null_rate_change",
+            "Largest change of a feature's share of nulls, from the usual to the newest 1,000 examples.",
+            registry=prometheus,
+        )
+        self.score_distribution_change = Gauge(
+            "headrace_trainer_score_distribution_change",
+            "Population stability index of the newest 1,000 scores against the usual ones, without what clicks explain.",
+            registry=prometheus,
+        )
+        self.click_rate_factor = Gauge(
+            "headrace_trainer_click_rate_factor",
+            "Click rate of the newest 1,000 examples over the usual one.",
+            registry=prometheus,
+        )
+        self.click_rate_alarm = Gauge(
+            "headrace_trainer_click_rate_alarm",
+            "1 while the click rate has changed abruptly by more than snapshots.drift_click_alarm, and not by chance.",
+            registry=prometheus,
+        )
         self.score_spread = Gauge(
             "headrace_trainer_score_spread",
             "Standard deviation of the logits of the newest 1,000 scores or so.",
@@ -274,6 +300,13 @@ class TrainerMetrics:
         """Set the gauges of the checks of a delta."""
         self.score_shift.set(math.nan if score_shift is None else score_shift)
         self.gate_doubt.set(in_doubt)
+
+    def drifted(self, drift: Drift) -> None:
+        """Set the gauges of drift."""
+        self.null_rate_change.set(drift.watch.null_change)
+        self.score_distribution_change.set(drift.watch.score_change)
+        self.click_rate_factor.set(drift.watch.click_factor)
+        self.click_rate_alarm.set(bool(drift.alarm))
 
     def served(self, metrics: Metrics, band: tuple[float, float]) -> None:
         """Set whether the calibration of served scores is out of the band."""

@@ -35,11 +35,13 @@ from stream.trainer.canary import CanaryWatch
 from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.chain import NAME as CHAIN
 from stream.trainer.chain import Chain
+from stream.trainer.drift import Drift
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.past import Past
 from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, topic_ids
 from stream.trainer.rebase import go_on_in_place
 from stream.trainer.sanity import Sanity
@@ -271,8 +273,9 @@ class _Trainer:
             bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
             judge=judge,
             skips=skips,
-            sanity=Sanity(judge, ScoreShift(learner), self.snapshots),
+            sanity=Sanity(judge, ScoreShift(learner), self.snapshots, drift=Drift(self.schema, self.snapshots)),
             anchors=anchors,
+            past=None if start.manifest is None else Past.of(start.manifest.history),
         )
         training.restore(start.bookkeeping)
         # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a
