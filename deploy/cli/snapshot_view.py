@@ -13,6 +13,7 @@ from deploy.cli.tables import print_pairs, print_table
 from deploy.cli.times import clock, duration
 from state.alias_records import TagChange
 from state.canary import Canary
+from state.history import History
 from state.manifest import Manifest, finite_or_null
 from state.pieces import piece_kind
 from state.registry import RegistryState, VersionRecord
@@ -204,6 +205,11 @@ def _skipped_text(each: dict[str, Any]) -> str:
     return f"{where}, left out by {each['who']} at {clock(each['at_ms'])}: {each['why']}"
 
 
+def _history_text(history: History) -> str:
+    learned = f"{history.examples:,} examples of {history.source} up to {clock(history.until_ms)}"
+    return f"{learned}; the stream's up to then are skipped"
+
+
 def print_version(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:
     """Everything known about one version, one fact a line."""
     print_pairs(_pairs(manifest, announced))
@@ -234,6 +240,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         ("examples seen", f"{manifest.examples_seen:,}"),
         ("negative rate", f"{manifest.negative_rate:g}"),
         ("offsets", ", ".join(f"{part}: {offset}" for part, offset in sorted(manifest.offsets.items())) or "-"),
+        *(() if manifest.history is None else (("history", _history_text(manifest.history)),)),
         *(("not learned", _skipped_text(msgspec.to_builtins(each))) for each in manifest.skipped),
         ("point of chain", "-" if manifest.sequence is None else f"{manifest.chain}, delta {manifest.sequence}"),
         ("digest", manifest.digest or "-"),
