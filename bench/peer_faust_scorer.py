@@ -32,7 +32,7 @@ version = max(store.versions())
 manifest = store.manifest(version)
 schema = FeatureSchema.model_validate(manifest.features)
 decoder = FeatureDecoder(schema)
-predictor = Predictor.of(schema, ModelSettings.model_validate(manifest.model), store.serving(version), device="cpu")
+predictor = Predictor.of(schema, ModelSettings.of_version(manifest.model), store.serving(version), device="cpu")
 
 app = faust.App(
     f"{PREFIX}peer-scorer",

@@ -15,7 +15,8 @@ The peers get row numbers; Headrace looks them up within its time. The last line
 rounds, and `peer` is the fastest peer at batches of 512.
 
 With `--gate`, it measures instead how much time the gate adds to a step: rows saved for the anchor, its scores, and what is
-scored before a delta each 250 ms.
+scored before a delta each 250 ms. With `--models`, it measures every model in turns, alone and with cross layers, at batches of
+128 and 512 rows; `--ids 100000` lets all their tables fit into memory.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import click
 import numpy as np
@@ -35,7 +36,7 @@ from bench.common import interleaved, report
 from model.batch import FeatureBatch
 from model.learner import Learner
 from model.schema import FeatureSchema, FieldSpec
-from model.settings import ModelSettings
+from model.settings import ModelName, ModelSettings
 from state.gate import GateState
 from state.settings import SnapshotSettings
 from stream.trainer.batching import TrainingBatch
@@ -79,9 +80,9 @@ def as_batch(ids: np.ndarray) -> FeatureBatch:
     return FeatureBatch(x.view(np.int64), np.empty(0, np.int64), np.zeros(1, np.int64), lists=0)
 
 
-def headrace(pool: Pool, *, gate: bool = False) -> Step:
+def headrace(pool: Pool, *, gate: bool = False, model: dict[str, Any] | None = None) -> Step:
     schema = FeatureSchema(fields=tuple(FieldSpec(name=f"f{i}") for i in range(FIELDS)), embedding_dim=DIM)
-    settings = ModelSettings(hidden=HIDDEN)
+    settings = ModelSettings.model_validate({"hidden": HIDDEN, **(model or {})})
     learner = Learner(schema, settings, device="cpu")
     learner.learn(as_batch(pool.every_id), np.zeros(len(pool.every_id), np.float32))
     judge, shift = Judge(SnapshotSettings(), GateState()), ScoreShift(learner)
@@ -226,9 +227,13 @@ def floor(rows: int) -> Step:
 @click.option("--ids", default=1_000_000, show_default=True, help="Ids in all fields together.")
 @click.option("--seconds", default=0.7, show_default=True, help="Approximate time of each stretch.")
 @click.option("--gate", is_flag=True, help="Only the cost of the gate's comparison with an anchor.")
+@click.option("--models", is_flag=True, help="Only the rates of all models.")
 @click.option("--click-rate", default=CLICK_RATE, show_default=True, help="Click rate of the examples.")
-def main(rounds: int, ids: int, seconds: float, gate: bool, click_rate: float) -> None:
+def main(rounds: int, ids: int, seconds: float, gate: bool, models: bool, click_rate: float) -> None:
     pool = Pool(ids, POOL_ROWS, click_rate)
+    if models:
+        measure_models(pool, rounds, seconds)
+        return
     if gate:
         measure_gate(pool, rounds, seconds, click_rate)
         return
@@ -263,6 +268,22 @@ def main(rounds: int, ids: int, seconds: float, gate: bool, click_rate: float) -
         ids=len(pool.every_id) * FIELDS,
         rounds=rounds,
     )
+
+
+def measure_models(pool: Pool, rounds: int, seconds: float) -> None:
+    """Rates of every model, alone and with cross layers, at the default batch size and at a larger one."""
+    variants: dict[str, dict[str, Any]] = {}
+    for name in get_args(ModelName):
+        variants |= {name: {"name": name}, f"{name}_cross": {"name": name, "cross_layers": 2}}
+    variants["deepfm_cross_rank_64"] = {"name": "deepfm", "cross_layers": 2, "cross_rank": 64}
+    variants["deepfm_ftrl"] = {"name": "deepfm", "first_order": "ftrl"}
+    rates: dict[str, dict[str, int]] = {name: {} for name in variants}
+    steps = {name: headrace(pool, model=model) for name, model in variants.items()}
+    for rows in (128, 512):
+        work = {name: stretch(step, rows, seconds) for name, step in steps.items()}
+        for name, values in interleaved(work, rounds).items():
+            rates[name][f"batch_{rows}"] = round(statistics.median(values))
+    report(benchmark="train_models", value=rates["deepfm"]["batch_512"], unit="examples/s", rounds=rounds, **rates)
 
 
 def measure_gate(pool: Pool, rounds: int, seconds: float, click_rate: float) -> None:

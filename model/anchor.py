@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from model.batch import FeatureBatch, Float32Array
-from model.deepfm import DeepFM
+from model.dense.dense_model import DenseModel
 from model.distinct import unique_rows
 from model.embedding import EmbeddingTable
 from model.errors import SnapshotMismatch
@@ -40,7 +40,7 @@ class EarlierModel:
         table: EmbeddingTable,
         moment: Moment,
         columns: ModelRows,
-        dense: DeepFM,
+        dense: DenseModel,
         typical: Typical,
         base: torch.Tensor | None,
         negative_rate: float,

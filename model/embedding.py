@@ -1,4 +1,4 @@
-"""The embedding table: rows of weights that a `KeyTable` finds by key, and Adagrad on the rows of a batch."""
+"""The embedding table: rows of weights that a `KeyTable` finds by key, and a step of the optimizer on the rows of a batch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from model.errors import SnapshotMismatch
 from model.frozen import ModelRows
 from model.growing import Column
 from model.hashing import EMPTY_KEY
+from model.row_optimizers import Adagrad, RowOptimizer
 from model.rows import Rows
 from model.table import ABSENT_ROW, Items, KeyTable
 
@@ -53,7 +54,7 @@ class Gathered:
     distinct            int64 (U,): row numbers
     inverse             int64 (N,): index in `distinct` of the row of each element of the batch
     embedding_values    float32 (U, 2D): weights, then Adagrad's accumulators
-    first_order_values  float32 (U, 2): weight, then Adagrad's accumulator
+    first_order_values  float32 (U, 1 + K): weight, then the K numbers of its optimizer's state
     history             float32 (U, 2): examples and clicks (`model.history`); None in a table without row history
     """
 
@@ -75,33 +76,44 @@ class Gathered:
 
 
 class EmbeddingTable:
-    """Embeddings float32 (R, D) and first-order weights float32 (R,) by key, with Adagrad's accumulators beside them.
+    """Embeddings float32 (R, D) and first-order weights float32 (R,) by key, with their optimizers' state beside them.
 
     A row holds D weights and their D accumulators, so that an update reads and writes one contiguous range of memory for each
     row of the batch. Row 0 is all zeros, for unknown keys. No operation gets slower as the table fills. The row of a key that
     was evicted is zeros with the key `EMPTY_KEY`, until another key gets that row.
 
-    rows      where the rows are; it has the columns of `columns(dim)` besides others
-    expected  number of keys that fit before the index of keys has to grow
+    rows         where the rows are; it has the columns of `columns(dim, first_order)` besides others
+    embedding    optimizer of the embeddings
+    first_order  optimizer of the first-order weights
+    expected     number of keys that fit before the index of keys has to grow
     """
 
     def __init__(
-        self, dim: int, rows: ModelRows, *, init_std: float, accumulator_start: float, seed: int, expected: int
+        self,
+        dim: int,
+        rows: ModelRows,
+        *,
+        init_std: float,
+        embedding: Adagrad,
+        first_order: RowOptimizer,
+        seed: int,
+        expected: int,
     ) -> None:
         self.dim = dim
         self._rows = rows
         self._init_std = init_std
-        self._accumulator_start = accumulator_start
+        self._embedding, self._first_order = embedding, first_order
         self._seed = seed
         self.keys = KeyTable(rows.device, expected=expected)
 
     @staticmethod
-    def columns(dim: int, *, history: bool = False) -> dict[str, Column]:
-        """The columns of a table of dimension `dim`, with or without row history."""
+    def columns(dim: int, first_order: RowOptimizer, *, history: bool = False) -> dict[str, Column]:
+        """The columns of a table of dimension `dim`, by the optimizer of its first-order weights, with or without row history."""
+        state = {f"{name}.first_order": at for at, name in enumerate(first_order.STATE, start=1)}
         columns = {
             "keys": Column(dtype=torch.int64, parts={"keys": slice(None)}),
             "embedding": Column((2 * dim,), parts={"embedding": slice(0, dim), "adagrad.embedding": slice(dim, 2 * dim)}),
-            "first_order": Column((2,), parts={"first_order": 0, "adagrad.first_order": 1}),
+            "first_order": Column((1 + len(state),), parts={"first_order": 0, **state}),
         }
         return {**columns, "history": Column((2,), parts={"history": slice(None)})} if history else columns
 
@@ -133,11 +145,9 @@ class EmbeddingTable:
             # A key that occurs as several kinds gets the lowest of them, so that all devices agree.
             kind = torch.full((len(new.keys),), len(first_order), device=keys.device)
             kind.scatter_reduce_(0, found.which, kinds[found.absent], "amin")
-            weights = torch.full((len(new.keys), 2 * self.dim), self._accumulator_start, device=keys.device)
             random = initial_rows(new.keys, self.dim, self._init_std, self._seed)
-            weights[:, : self.dim] = embedding.index_select(0, kind) + random
-            first_orders = torch.full((len(new.keys), 2), self._accumulator_start, device=keys.device)
-            first_orders[:, 0] = first_order.index_select(0, kind)
+            weights = self._embedding.begin(embedding.index_select(0, kind) + random)
+            first_orders = self._first_order.begin(first_order.index_select(0, kind).unsqueeze(1))
             for name, values in (("keys", new.keys), ("embedding", weights), ("first_order", first_orders)):
                 self._rows[name].index_copy_(0, new.rows, values)
         return found.rows
@@ -164,28 +174,26 @@ class EmbeddingTable:
         embedding, first_order = (self._rows[name].index_select(0, distinct) for name in ("embedding", "first_order"))
         return Gathered(distinct, inverse, embedding, first_order, self._history(distinct))
 
-    def step(self, rows: Gathered, embedding: torch.Tensor, first_order: torch.Tensor, rate: float) -> None:
-        """One step of Adagrad (Duchi et al., JMLR 2011) with learning rate `rate` on gathered rows; gradients (U, D) and (U,).
+    def step(self, rows: Gathered, embedding: torch.Tensor | None, first_order: torch.Tensor | None) -> None:
+        """One step of the optimizers on gathered rows; gradients (U, D) and (U,), None where nothing changes.
 
-        It needs no epsilon, since the accumulators start above zero. Call `ModelRows.touch` for the rows before.
+        Call `ModelRows.touch` for the rows before.
         """
-        parts = (
-            (self._rows["embedding"], rows.embedding_values, embedding),
-            (self._rows["first_order"], rows.first_order_values, first_order.unsqueeze(1)),
-        )
-        for table, values, gradient in parts:
-            weights, sums = values.chunk(2, dim=1)
-            sums.addcmul_(gradient, gradient)
-            weights.addcdiv_(gradient, sums.contiguous().sqrt(), value=-rate)  # sqrt of strided memory is slow
-            table.index_copy_(0, rows.distinct, values)
+        if embedding is not None:
+            self._embedding.step(rows.embedding_values, embedding)
+            self._rows["embedding"].index_copy_(0, rows.distinct, rows.embedding_values)
+        if first_order is not None:
+            self._first_order.step(rows.first_order_values, first_order.unsqueeze(1))
+            self._rows["first_order"].index_copy_(0, rows.distinct, rows.first_order_values)
 
     def serving(self, rows: torch.Tensor) -> Rows:
         """Copies of the serving weights of these rows (N,), on the table's device."""
-        starts = rows * 2  # a row's weights come first, then its accumulators
+        first_order = self._rows["first_order"]
         return Rows(
             keys=self._rows["keys"].index_select(0, rows),
-            embedding=self._rows["embedding"].view(-1, self.dim).index_select(0, starts),
-            first_order=self._rows["first_order"].view(-1).index_select(0, starts),
+            # A row's weights come first, then the state of their optimizer.
+            embedding=self._rows["embedding"].view(-1, self.dim).index_select(0, rows * 2),
+            first_order=first_order.view(-1).index_select(0, rows * first_order.shape[1]),
             history=self._history(rows),
         )
 

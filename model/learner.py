@@ -10,7 +10,7 @@ from model.batch import FeatureBatch, Float32Array
 from model.errors import ModelError, UpdateNotFinite
 from model.history import history_inputs
 from model.learner_state import LearnerState
-from model.network import embed, scatter_back, to_elements
+from model.network import RowGradients, embed, scatter_back, to_elements
 from model.sampling import probabilities
 from model.slopes import slopes
 
@@ -34,8 +34,9 @@ class Learner(LearnerState):
 
     Updates:
 
-    - embedding rows, by Adagrad with the gradient of the loss summed over the batch; only rows of the batch change;
-    - the MLP, by Adam with the gradient of the mean loss;
+    - embedding rows and first-order weights, by Adagrad, or the latter by FTRL-Proximal (`model.row_optimizers`), with the
+      gradient of the loss summed over the batch; only rows of the batch change;
+    - the dense parameters, by Adam with the gradient of the mean loss;
     - the bias, by Newton's method (`model.intercept`);
     - with `model.row_history`, the counts of the batch's rows (`model.history`).
 
@@ -95,12 +96,11 @@ class Learner(LearnerState):
             factors = deferred.factors(gathered.distinct, gathered.inverse, owners, mass, slope, target, corrections, times_ms)
             charge = deferred.bias_charge
         gradient = self._dense.backward(forward, slope)
-        row_gradient, first_order_gradient = scatter_back(
-            elements, gathered.inverse, len(gathered.distinct), gradient, slope, factors
-        )
-        self._require_finite(len(batch), forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
+        first_order_slope = slope if self._dense.reads_first_order else None
+        gradients = scatter_back(elements, gathered.inverse, len(gathered.distinct), gradient, first_order_slope, factors)
+        self._require_finite(len(batch), forward.logits, gradients)
         self._rows.touch(gathered.distinct)
-        self._table.step(gathered, row_gradient, first_order_gradient, self.settings.row_learning_rate)
+        self._table.step(gathered, gradients.embedding, gradients.first_order)
         if history is not None:
             history.keep(deferred.late_clicks if deferred is not None and times_ms is not None else None)
         self._adam.step()
@@ -137,11 +137,17 @@ class Learner(LearnerState):
             raise ModelError(f"{name}: expected {wanted}, found {array[wrong[0]]} in row {wrong[0]}")
         return torch.from_numpy(np.require(array, np.float32, ("C", "W"))).to(self.device)
 
-    def _require_finite(self, batch: int, *tensors: torch.Tensor) -> None:
-        norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors])
+    def _require_finite(self, batch: int, logits: torch.Tensor, rows: RowGradients) -> None:
+        named = {
+            "logits": logits,
+            "dense gradient": self._dense.gradients,
+            "rows' gradient": rows.embedding,
+            "first-order gradient": rows.first_order,
+        }
+        tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+        norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()])
         if not (norms < _LARGEST_NORM).all():  # also true for NaN
-            names = ("logits", "dense gradient", "rows' gradient", "first-order gradient")
-            found = ", ".join(f"{name} {norm:g}" for name, norm in zip(names, norms.tolist(), strict=True))
+            found = ", ".join(f"{name} {norm:g}" for name, norm in zip(tensors, norms.tolist(), strict=True))
             if torch.isfinite(self._dense.parameters).all():
                 raise UpdateNotFinite(
                     f"update of {batch} examples: expected norms below {_LARGEST_NORM:g}, found {found}; nothing was written"

@@ -18,6 +18,7 @@ from model.history import RowHistory, take_base
 from model.intercept import Intercept
 from model.moments import Moment, Moments
 from model.network import choose_device, dense_model
+from model.row_optimizers import Adagrad, Ftrl, RowOptimizer
 from model.rows import ROW_PARTS, ModelDelta, RowPrecision, Rows, serving_columns
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
@@ -53,14 +54,19 @@ class LearnerState:
         self.negative_rate = 1.0
         self._dense = dense_model(schema, settings, self.device)
         self._dense.initialise(settings.seed)
+        adagrad = Adagrad(settings.row_learning_rate, settings.row_accumulator_start)
+        first_order: RowOptimizer = adagrad
+        if settings.first_order == "ftrl":
+            first_order = Ftrl(settings.ftrl_alpha, settings.ftrl_beta, settings.ftrl_l1, settings.ftrl_l2)
         dim, counts = schema.embedding_dim, settings.row_history
-        columns = {**EmbeddingTable.columns(dim, history=counts), **Deferred.COLUMNS, **Deltas.COLUMNS}
+        columns = {**EmbeddingTable.columns(dim, first_order, history=counts), **Deferred.COLUMNS, **Deltas.COLUMNS}
         self._rows = ModelRows(columns, settings.initial_rows, self.device)
         self._table = EmbeddingTable(
             dim,
             self._rows,
             init_std=settings.init_std,
-            accumulator_start=settings.row_accumulator_start,
+            embedding=adagrad,
+            first_order=first_order,
             seed=settings.seed,
             expected=settings.initial_rows,
         )

@@ -2,29 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from model.batch import FeatureBatch
-from model.deepfm import DeepFM
+from model.dense.deepfm import DeepFM
+from model.dense.dense_model import DenseModel
+from model.dense.fm import Fm
+from model.dense.fnn import Fnn
+from model.dense.lr import Lr
+from model.dense.pnn import Ipnn, Opnn, Pnn
+from model.dense.term import Shape
+from model.dense.wide_deep import WideDeep
 from model.errors import ModelError
 from model.schema import FeatureSchema
-from model.settings import ModelSettings
+from model.settings import ModelName, ModelSettings
 
-__all__ = ["HISTORY_NUMBERS", "Elements", "choose_device", "dense_model", "embed", "scatter_back", "to_elements"]
+__all__ = [
+    "HISTORY_NUMBERS",
+    "Elements",
+    "RowGradients",
+    "choose_device",
+    "dense_model",
+    "embed",
+    "scatter_back",
+    "to_elements",
+]
+
+_MODELS: Mapping[ModelName, type[DenseModel]] = {
+    "deepfm": DeepFM,
+    "lr": Lr,
+    "fm": Fm,
+    "fnn": Fnn,
+    "ipnn": Ipnn,
+    "opnn": Opnn,
+    "pnn": Pnn,
+    "wide_deep": WideDeep,
+}
 
 HISTORY_NUMBERS = 2
 """Numbers of each field's row history that the dense part reads (`model.history`)."""
 
 
-def dense_model(schema: FeatureSchema, settings: ModelSettings, device: torch.device) -> DeepFM:
-    """The dense part of the model, with all parameters 0. Raises ModelError if the schema has no fields."""
+def dense_model(schema: FeatureSchema, settings: ModelSettings, device: torch.device, *, extra: int = 0) -> DenseModel:
+    """The dense part of the model that `model.name` names, with all parameters 0. It reads `extra` inputs besides the rows.
+
+    Raises:
+        ModelError: the schema has no fields.
+    """
     if not schema.fields:
         raise ModelError("features.fields is empty: name at least one feature for the model to read")
-    extra = HISTORY_NUMBERS * len(schema.fields) if settings.row_history else 0
-    return DeepFM(len(schema.fields), schema.embedding_dim, settings.hidden, device, extra)
+    if settings.row_history:
+        extra += HISTORY_NUMBERS * len(schema.fields)
+    shape = Shape(len(schema.fields), schema.embedding_dim, extra)
+    return _MODELS[settings.name](shape, settings, device)
 
 
 def choose_device(name: str) -> torch.device:
@@ -131,40 +166,68 @@ def embed(
     return embedded, total
 
 
+class RowGradients(NamedTuple):
+    """Gradients of U distinct rows: embeddings (U, D) and first-order weights (U,). None where the model doesn't read them."""
+
+    embedding: torch.Tensor | None
+    first_order: torch.Tensor | None
+
+
 def scatter_back(
     elements: Elements,
     inverse: torch.Tensor,
     count: int,
-    gradient: torch.Tensor,
-    slope: torch.Tensor,
+    gradient: torch.Tensor | None,
+    slope: torch.Tensor | None,
     factors: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the U distinct rows, embeddings (U, D) and first-order weights (U,).
+) -> RowGradients:
+    """Gradients of the U distinct rows.
 
     inverse   (B*S + N,): index of each element's row among the distinct rows
     count     U
-    gradient  (B, F*D): by the fields' embeddings
-    slope     (B,): by the logits
+    gradient  (B, F*D): by the fields' embeddings; None if the model doesn't read them
+    slope     (B,): by the sum of the first-order weights; None if the model doesn't read it
     factors   (B*S + N,): factor of each element's gradient; 1 when None
     """
+    return RowGradients(
+        None if gradient is None else _embedding_gradient(elements, inverse, count, gradient, factors),
+        None if slope is None else _first_order_gradient(elements, inverse, count, slope, factors),
+    )
+
+
+def _embedding_gradient(
+    elements: Elements, inverse: torch.Tensor, count: int, gradient: torch.Tensor, factors: torch.Tensor | None
+) -> torch.Tensor:
     batch, singles, lists = elements.rows, elements.singles, elements.lists
     lists_from = batch * singles  # where the elements of lists begin
     fields = gradient.view(batch, singles + lists, -1)
     own = fields[:, :singles]  # (B, S, D)
-    slopes = slope.unsqueeze(1).expand(batch, singles)
     if elements.scales is not None:
         own = own * elements.scales
-        slopes = slopes * elements.scales.squeeze(2)
     if factors is not None:
         own = own * factors[:lists_from].view(batch, singles, 1)
-        slopes = slopes * factors[:lists_from].view(batch, singles)
     embedding = gradient.new_zeros((count, fields.shape[2]))
-    first_order = gradient.new_zeros(count)
     embedding.index_add_(0, inverse[:lists_from], own.reshape(lists_from, -1))
-    first_order.index_add_(0, inverse[:lists_from], slopes.reshape(-1))
     if elements.list_of is not None and elements.list_share is not None:
         pooled = fields[:, singles:].reshape(batch * lists, fields.shape[2])
         share = elements.list_share if factors is None else elements.list_share * factors[lists_from:]
         embedding.index_add_(0, inverse[lists_from:], pooled.index_select(0, elements.list_of) * share.unsqueeze(1))
+    return embedding
+
+
+def _first_order_gradient(
+    elements: Elements, inverse: torch.Tensor, count: int, slope: torch.Tensor, factors: torch.Tensor | None
+) -> torch.Tensor:
+    batch, singles, lists = elements.rows, elements.singles, elements.lists
+    lists_from = batch * singles
+    slopes = slope.unsqueeze(1).expand(batch, singles)
+    if elements.scales is not None:
+        slopes = slopes * elements.scales.squeeze(2)
+    if factors is not None:
+        slopes = slopes * factors[:lists_from].view(batch, singles)
+    first_order = slope.new_zeros(count)
+    first_order.index_add_(0, inverse[:lists_from], slopes.reshape(-1))
+    if elements.list_of is not None and elements.list_share is not None:
+        share = elements.list_share if factors is None else elements.list_share * factors[lists_from:]
         first_order.index_add_(0, inverse[lists_from:], slope.index_select(0, elements.list_of // lists) * share)
-    return embedding, first_order
+    return first_order

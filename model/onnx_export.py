@@ -29,6 +29,7 @@ import numpy.typing as npt
 import torch
 
 from model.batch import Float32Array, Int64Array
+from model.dense.term import GraphInputs
 from model.errors import ModelError
 from model.hashing import EMPTY_KEY, missing_key
 from model.history import row_numbers, take_base
@@ -97,7 +98,9 @@ def export_onnx(
     tables = _Tables(rows, average, base, path.with_name(path.name + ".data"))
     graph = _Graph(tables)
     embedded, linear, extra = graph.embed(schema)
-    logits = graph.deepfm(embedded, linear, extra, network.named, len(schema.fields), schema.embedding_dim)
+    flat = graph.node("Flatten", embedded)
+    inputs = GraphInputs(embedded, flat, extra, flat if extra is None else graph.node("Concat", flat, extra, axis=1))
+    logits = graph.node("Squeeze", network.export(graph, inputs, linear), graph.constant(np.array([1], np.int64)))
     if negative_rate != 1:
         logits = graph.node("Add", logits, graph.constant(np.float32(math.log(negative_rate))))
     graph.node("Sigmoid", logits, output="scores")
@@ -260,26 +263,6 @@ class _Graph:
             return _Fields(embedded[0], linear[0], extra[0] if extra else None)
         joined = self.node("Concat", *extra, axis=1) if extra else None
         return _Fields(self.node("Concat", *embedded, axis=1), self.node("Add", *linear), joined)
-
-    def deepfm(
-        self, embedded: str, linear: str, extra: str | None, named: Mapping[str, torch.Tensor], fields: int, dim: int
-    ) -> str:
-        """Logits (B,): bias, first order, FM and MLP over embeddings (B, F, D), as `model.deepfm` computes them."""
-        flat = self.node("Reshape", embedded, self.constant(np.array([-1, fields * dim], np.int64)))
-        hidden = flat if extra is None else self.node("Concat", flat, extra, axis=1)
-        layers = sum(name.endswith(".weight") for name in named)
-        for layer in range(layers):
-            weight = self.constant(named[f"mlp.{layer}.weight"].numpy())
-            bias = self.constant(named[f"mlp.{layer}.bias"].numpy())
-            hidden = self.node("Gemm", hidden, weight, bias, transB=1)
-            if layer < layers - 1:
-                hidden = self.node("Relu", hidden)
-        one = self.constant(np.array([1], np.int64))
-        total = self.node("ReduceSum", embedded, one, keepdims=0)  # (B, D)
-        squares = [self.node("ReduceSum", self.node("Mul", each, each), one, keepdims=1) for each in (total, flat)]
-        pairs = self.node("Mul", self.node("Sub", *squares), self.constant(np.float32(0.5)))
-        logits = self.node("Add", self.node("Add", hidden, pairs), linear)
-        return self.node("Squeeze", self.node("Add", logits, self.constant(named["bias"].numpy())), one)
 
     def _pooled(self, lists: list[Any], before: int) -> _Fields:
         """Mean embeddings (B, L, D), first-order weights (B, L) and history (B, L, 2) of the lists.

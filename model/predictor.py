@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from model.batch import FeatureBatch, Float32Array
-from model.deepfm import DeepFM
+from model.dense.dense_model import DenseModel
 from model.digest import dense_hash, digest_sum, row_hashes
 from model.embedding import take
 from model.errors import DigestMismatch, ModelError
@@ -36,7 +36,7 @@ _SCRUBBED_AT_ONCE = 16_384
 class _Dense(NamedTuple):
     """All serving tensors that are no rows: parameters, average rows, counts of all examples. And their hash."""
 
-    model: DeepFM
+    model: DenseModel
     averages: Averages
     base: torch.Tensor | None
     hash: int

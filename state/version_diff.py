@@ -200,15 +200,22 @@ def _compare_fields(
 
 
 def _inputs(tensors: Mapping[str, torch.Tensor], fields: int) -> torch.Tensor | None:
-    """The MLP's first weights by field (F, H, …): those of its embedding, then those of its row history."""
+    """The MLP's first weights by field (F, H, …): those of its embedding, then those of its row history.
+
+    Products of embeddings, which some models have as further inputs, belong to no field.
+    """
     import torch
 
-    weights, rows = tensors.get("mlp.0.weight"), tensors.get("typical.embedding")  # (H, F*D) or (H, F*D + F*2), (F, D)
-    if weights is None or not fields or weights.shape[1] % fields:
+    weights, rows = tensors.get("mlp.0.weight"), tensors.get("typical.embedding")  # (H, F*D + …), (F, D)
+    if weights is None or not fields or (rows is None and weights.shape[1] % fields):
         return None
-    width = weights.shape[1] if rows is None else min(fields * rows.shape[1], weights.shape[1])
-    parts = [part.reshape(len(weights), fields, -1) for part in (weights[:, :width], weights[:, width:])]
-    return torch.cat(parts, 2).transpose(0, 1)
+    width = weights.shape[1] if rows is None else fields * rows.shape[1]
+    parts = [weights[:, :width]]
+    if "history.base" in tensors:
+        parts.append(weights[:, width : width + 2 * fields])
+    if any(part.shape[1] % fields for part in parts):
+        return None
+    return torch.cat([part.reshape(len(weights), fields, -1) for part in parts], 2).transpose(0, 1)
 
 
 def _field_names(manifest: Manifest) -> list[str]:

@@ -16,7 +16,18 @@ import msgspec
 if TYPE_CHECKING:
     from deploy.settings import Settings
 
-__all__ = ["ask_kafka", "await_kafka", "echo_document", "echo_json", "format_option", "on_terminal", "quiet_clients", "who"]
+__all__ = [
+    "ask_kafka",
+    "await_kafka",
+    "echo_document",
+    "echo_json",
+    "format_option",
+    "model_option",
+    "on_terminal",
+    "quiet_clients",
+    "who",
+    "with_model",
+]
 
 T = TypeVar("T")
 
@@ -80,6 +91,33 @@ def format_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--format", "output", type=click.Choice(["text", "json"]), default="text", show_default=True, help="Output format."
     )(function)
+
+
+def model_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--model NAME` as the argument `model`, None without it; for `with_model`."""
+    return click.option(
+        "--model",
+        metavar="NAME",
+        callback=_known_model,
+        help="Which model to learn, instead of model.name: deepfm, lr, fm, fnn, ipnn, opnn, pnn or wide_deep.",
+    )(function)
+
+
+def _known_model(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    from typing import get_args
+
+    from model.settings import ModelName  # here, since it takes long to import, and most commands don't need it
+
+    if name is not None and name not in get_args(ModelName):
+        raise click.BadParameter(f"expected one of {', '.join(get_args(ModelName))}, found {name!r}.")
+    return name
+
+
+def with_model(settings: Settings, name: str | None) -> Settings:
+    """The settings with `model.name` replaced, if a name is given."""
+    if name is None:
+        return settings
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"name": name})})
 
 
 def echo_json(value: Any) -> None:

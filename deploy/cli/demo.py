@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import echo_json, format_option
+from deploy.cli.common import echo_json, format_option, model_option, with_model
 from deploy.cli.tables import print_pairs
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = ["demo"]
     show_default=True,
     help="Data set to send. auto uses kuairand if it is found, else movielens-100k.",
 )
+@model_option
 @click.option("--limit", type=click.IntRange(min=1), help="Impressions to send; all when unset.")
 @click.option("--fast", is_flag=True, help="Send as fast as possible, instead of at a pace to watch.")
 @click.option(
@@ -43,7 +44,9 @@ __all__ = ["demo"]
     help="Run in this folder and keep it, with its logs and snapshots.",
 )
 @format_option
-def demo(dataset: str, limit: int | None, fast: bool, window_ms: int, keep: Path | None, output: str) -> None:
+def demo(
+    dataset: str, model: str | None, limit: int | None, fast: bool, window_ms: int, keep: Path | None, output: str
+) -> None:
     """Run everything once on real impressions: Kafka, join, trainer, scorer, a rollback. About 2 minutes.
 
     The exit code is 0 only if every impression got exactly one label. However the demo ends, it leaves nothing behind.
@@ -52,6 +55,7 @@ def demo(dataset: str, limit: int | None, fast: bool, window_ms: int, keep: Path
     Examples:
       headrace demo
       HEADRACE_DATA_DIR=~/data headrace demo --dataset kuairand
+      headrace demo --model wide_deep
       headrace demo --limit 20000 --fast --format json
     """
     # SIGTERM ends the demo as Ctrl-C does: workers and Kafka are stopped in order.
@@ -61,7 +65,7 @@ def demo(dataset: str, limit: int | None, fast: bool, window_ms: int, keep: Path
     from deploy.demo.view import View
     from deploy.settings import load_settings
 
-    base = load_settings()
+    base = with_model(load_settings(), model)
     data_set = default_data_set() if dataset == "auto" else open_data_set(dataset)
     work = keep.absolute() if keep else Path(tempfile.mkdtemp(prefix="headrace-demo-"))
     work.mkdir(parents=True, exist_ok=True)

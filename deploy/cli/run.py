@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from deploy.cli.common import model_option, with_model
 from deploy.processes.leash import hold_leash
 from deploy.processes.priority import give_way
 
@@ -96,6 +97,7 @@ _device = click.option("--device", callback=_known_device, help="auto, cpu, cuda
 
 @run.command()
 @_device
+@model_option
 @click.option(
     "--new-model",
     is_flag=True,
@@ -111,7 +113,14 @@ _device = click.option("--device", callback=_known_device, help="auto, cpu, cuda
 )
 @_common
 def trainer(
-    device: str | None, new_model: bool, take_over: bool, http_port: int | None, nice: int, verbose: bool, leash: bool
+    device: str | None,
+    model: str | None,
+    new_model: bool,
+    take_over: bool,
+    http_port: int | None,
+    nice: int,
+    verbose: bool,
+    leash: bool,
 ) -> None:
     """Learn from labelled examples and publish snapshots.
 
@@ -123,9 +132,10 @@ def trainer(
       headrace run trainer
       headrace run trainer --device cuda
       headrace run trainer --new-model               after a change of the schema, or to learn from scratch
+      headrace run trainer --model fm --new-model    another model; later starts need --model fm or model.name
       headrace run trainer --take-over               lead instead of a trainer that can't be stopped
     """
-    settings = _settings(http_port, nice, verbose, leash)
+    settings = with_model(_settings(http_port, nice, verbose, leash), model)
     from stream.topics.names import TopicNames
     from stream.trainer.run import run_trainer
 

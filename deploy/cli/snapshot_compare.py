@@ -84,7 +84,7 @@ def export(version: str, file: Path, output: str) -> None:
     manifest = reader.manifest
     try:
         schema = FeatureSchema.model_validate(manifest.features)
-        model = ModelSettings.model_validate(manifest.model)
+        model = ModelSettings.of_version(manifest.model)
     except ValueError as error:
         raise SnapshotCorrupt(
             f"version {number}: expected the features and the model of this release in its manifest, found: {error}. Export it "

@@ -80,7 +80,7 @@ def load_version(store: SnapshotStore, version: int, *, device: str, announced: 
     manifest = store.manifest(version) if announced is None else store.announced(announced)
     try:
         schema = FeatureSchema.model_validate(manifest.features)
-        settings = ModelSettings.model_validate(manifest.model)
+        settings = ModelSettings.of_version(manifest.model)
         decoder = RequestDecoder(schema)
         reader = store.read(version, manifest)
         predictor = Predictor(

@@ -268,7 +268,7 @@ class Anchors:
         """All weights of a version in memory."""
         manifest = self._store.manifest(version)
         self._require_schema(version, manifest.schema_hash)
-        model = ModelSettings.model_validate(manifest.model)
+        model = ModelSettings.of_version(manifest.model)
         serving = self._store.serving(version)
         rate = manifest.negative_rate
         return Anchor(version, Predictor.of(self._schema, model, serving, device=self._device, negative_rate=rate))

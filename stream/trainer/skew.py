@@ -283,7 +283,7 @@ def load_reference(
         raise SnapshotCorrupt(f"version {version}: expected at most {MAX_BYTES:,} bytes of weights, found {size:,}.")
     return Predictor.of(
         schema,
-        ModelSettings.model_validate(manifest.model),
+        ModelSettings.of_version(manifest.model),
         store.serving(version),
         device="cpu",
         negative_rate=manifest.negative_rate,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+from pydantic import ValidationError
 
 from model.errors import SnapshotMismatch
 from model.learner import Learner
@@ -31,10 +32,6 @@ __all__ = ["Start", "find_start", "first_positions", "go_on", "restore"]
 
 log = logging.getLogger(__name__)
 
-# Model settings that fix the shape of the weights. The others (rates, batch size) may change between two starts.
-SHAPE = ("name", "hidden", "row_history")
-# What versions of releases that didn't have a setting were made with.
-_BEFORE = {"row_history": False}
 _ELSEWHERE = (
     "Put the old settings back, or begin a new model from the start of the log: `headrace run trainer --new-model`, once. The "
     "champion stays until the new model has been compared with it."
@@ -210,9 +207,16 @@ def _require_same(manifest: Manifest, schema: FeatureSchema, model: ModelSetting
     expected = {"features." + name: value for name, value in schema.model_dump(mode="json").items() if name != "fields"}
     found |= _fields(manifest.features.get("fields", []))
     expected |= _fields(schema.model_dump(mode="json")["fields"])
-    settings = model.model_dump(mode="json")
-    for name in SHAPE:
-        found[f"model.{name}"], expected[f"model.{name}"] = manifest.model.get(name, _BEFORE.get(name)), settings[name]
+    try:
+        saved = ModelSettings.of_version(manifest.model)
+    except ValidationError as error:
+        names = ", ".join(".".join(map(str, each["loc"])) for each in error.errors())
+        raise SnapshotMismatch(
+            f"version {manifest.version}: expected model settings of this release, found others: {names}. Start a "
+            f"trainer of the release that wrote it. {_ELSEWHERE}"
+        ) from error
+    found |= {f"model.{name}": value for name, value in saved.shape().items()}
+    expected |= {f"model.{name}": value for name, value in model.shape().items()}
     differences = [
         f"{name}: expected {_shown(expected.get(name))}, found {_shown(found.get(name))}"
         for name in sorted(found.keys() | expected.keys())

@@ -15,10 +15,12 @@ from model.embedding import EmbeddingTable, initial_rows
 from model.errors import ModelError
 from model.frozen import ModelRows
 from model.hashing import EMPTY_KEY
+from model.row_optimizers import Adagrad
 from model.rows import Rows
 from model.table import ABSENT_ROW, KeyTable
 
 CPU = torch.device("cpu")
+ADAGRAD = Adagrad(rate=0.1, start=0.5)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=(gpu, pytest.mark.gpu))])
 
@@ -263,8 +265,8 @@ def test_first_weights_are_near_normal() -> None:
 
 
 def make_table(room: int = 2, rows: ModelRows | None = None) -> EmbeddingTable:
-    held = rows or ModelRows(EmbeddingTable.columns(4), room, CPU)
-    return EmbeddingTable(4, held, init_std=0.01, accumulator_start=0.5, seed=0, expected=room)
+    held = rows or ModelRows(EmbeddingTable.columns(4, ADAGRAD), room, CPU)
+    return EmbeddingTable(4, held, init_std=0.01, embedding=ADAGRAD, first_order=ADAGRAD, seed=0, expected=room)
 
 
 def serving(table: EmbeddingTable) -> Rows:
@@ -288,7 +290,7 @@ def test_order_of_arrival_and_growth_dont_matter() -> None:
 
 
 def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
-    held = ModelRows(EmbeddingTable.columns(4), 64, CPU)
+    held = ModelRows(EmbeddingTable.columns(4, ADAGRAD), 64, CPU)
     table = make_table(64, held)
     rows = insert(table, [5, 6, 7])
     before = serving(table)
@@ -296,7 +298,7 @@ def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
     order = gathered.inverse[:2]  # indices of the rows of keys 7 and 5 among the distinct rows
     gradient, first = torch.zeros(2, 4), torch.zeros(2)
     gradient[order], first[order] = torch.tensor([[1.0, -2, 0, 3], [0.5, 0, 0, 0]]), torch.tensor([2.0, -1])
-    table.step(gathered, gradient, first, rate=0.1)
+    table.step(gathered, gradient, first)
     after = serving(table)
     gradient, first = gradient[order], first[order]
     expected = before.embedding[[2, 0]] - 0.1 * gradient / (0.5 + gradient**2).sqrt()

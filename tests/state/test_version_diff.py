@@ -88,7 +88,11 @@ def test_dense_weights_and_fields_have_norms() -> None:
 
 def test_inputs_of_row_history_belong_to_their_fields() -> None:
     """After the embeddings' weights (two fields of width 2), two weights of each field's history."""
-    old = {"typical.embedding": torch.zeros(2, 2), "mlp.0.weight": torch.tensor([[1.0, 0.0, 0.0, 2.0, 3.0, 4.0, 5.0, 6.0]])}
+    old = {
+        "typical.embedding": torch.zeros(2, 2),
+        "history.base": torch.ones(2),
+        "mlp.0.weight": torch.tensor([[1.0, 0.0, 0.0, 2.0, 3.0, 4.0, 5.0, 6.0]]),
+    }
     new = {**old, "mlp.0.weight": torch.tensor([[1.0, 0.0, 0.0, 2.0, 3.0, 4.0, 5.0, 0.0]])}
     user, tags = compare(version(1, {}, old), version(2, {}, new)).fields
     assert user.input == Distance(pytest.approx(math.sqrt(26)), pytest.approx(math.sqrt(26)), 0.0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import torch
 
 from model.errors import SnapshotMismatch
 from model.learner import Learner
 from model.schema import FieldSpec
+from model.settings import ModelSettings
 from state.errors import SnapshotError
 from state.manifest import Manifest
 from state.registry import RegistryState, VersionRecord, encode_record, version_key
@@ -15,7 +17,7 @@ from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import PositionError
 from stream.trainer.examples import ExampleDecoder
-from stream.trainer.start import Start, find_start, first_positions, go_on
+from stream.trainer.start import Start, _require_same, find_start, first_positions, go_on
 from tests.stream.trainer.factory import MODEL, SCHEMA, record, run
 
 
@@ -197,6 +199,54 @@ def test_another_shape_is_refused_and_another_rate_is_not(store):
     with pytest.raises(SnapshotMismatch, match=r"model\.row_history: expected True, found False"):
         find(store, announced(one), model=MODEL.model_copy(update={"row_history": True}))
     assert find(store, announced(one), model=MODEL.model_copy(update={"row_learning_rate": 0.5, "batch_rows": 7})).version == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"name": "wide_deep"}, "model.name: expected 'wide_deep', found 'deepfm'"),  # whose weights have the same shapes
+        ({"cross_layers": 2}, "model.cross_layers: expected 2, found 0"),
+        ({"first_order": "ftrl"}, "model.first_order: expected 'ftrl', found 'adagrad'"),
+    ],
+)
+def test_another_model_is_refused(store, change, found):
+    one = write(store, 1)
+    with pytest.raises(SnapshotMismatch) as refused:
+        find(store, announced(one), model=MODEL.model_copy(update=change))
+    text = str(refused.value)
+    assert text.startswith("version 1 can't be trained on with these settings:")
+    assert found in text
+    assert (
+        "Put the old settings back, or begin a new model from the start of the log: `headrace run trainer --new-model`" in text
+    )
+
+
+def test_a_version_from_before_there_was_a_choice_goes_on(store):
+    """Its manifest names neither cross layers nor an optimizer of the first-order weights."""
+    one = write(store, 1)
+    old = {name: value for name, value in one.model.items() if not name.startswith(("cross_", "first_order", "ftrl_"))}
+    assert len(old) == len(one.model) - 7
+    assert ModelSettings.of_version(old) == MODEL
+    changed = ModelSettings.of_version({**old, "cross_layers": 2, "cross_rank": 4})
+    assert (changed.cross_layers, changed.cross_rank) == (2, 4)
+
+
+def test_ftrls_own_rates_dont_change_while_a_model_goes_on(store):
+    """They give the weights of what is saved; another rate would change every weight when it is next touched."""
+    model = MODEL.model_copy(update={"first_order": "ftrl"})
+    one = write(store, 1, model=model, learner=Learner(SCHEMA, model, device="cpu"))
+    assert find(store, announced(one), model=model).version == 1
+    with pytest.raises(SnapshotMismatch, match=r"model\.ftrl_alpha: expected 0\.5, found 0\.05"):
+        find(store, announced(one), model=model.model_copy(update={"ftrl_alpha": 0.5}))
+
+
+def test_a_model_of_a_newer_release_is_refused(store):
+    one = write(store, 1)
+    newer = msgspec.structs.replace(one, model={**one.model, "attention": 3})
+    with pytest.raises(
+        SnapshotMismatch, match=r"version 1: expected model settings of this release, found others: attention\. Start"
+    ):
+        _require_same(newer, SCHEMA, MODEL)
 
 
 def test_weights_of_another_moment_than_the_manifest_are_passed_over(store):
