@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -212,17 +214,19 @@ def test_a_row_whose_history_alone_changes_is_in_the_delta() -> None:
     assert predictor.digest == learner.digest != before
 
 
-def test_scorers_have_the_history_at_the_moment_of_the_weights() -> None:
+@pytest.mark.parametrize("model", [{}, {"cross_layers": 2}, {"name": "lr"}, {"name": "pnn", "first_order": "ftrl"}])
+def test_scorers_have_the_history_at_the_moment_of_the_weights(model: dict[str, Any]) -> None:
     """A predictor that follows deltas scores as the learner does, bit for bit, and a model that was kept as at its moment."""
     batch, labels = records(400)
-    learner = learner_of()
-    predictor = Predictor.of(SCHEMA, SETTINGS, learner.serving_state(), device="cpu")
+    settings = SETTINGS.model_copy(update=model)
+    learner = Learner(SCHEMA, settings, device="cpu")
+    predictor = Predictor.of(SCHEMA, settings, learner.serving_state(), device="cpu")
     kept, then = None, None
     for start in range(0, 300, 20):
         corrects = np.arange(20) % 4 == 1
         learner.learn(batch.slice(start, start + 20), labels[start : start + 20], None, corrects, np.full(20, 500.0 * start))
         if start == 100:
-            kept, then = learner.keep(), Predictor.of(SCHEMA, SETTINGS, learner.serving_state(), device="cpu")
+            kept, then = learner.keep(), Predictor.of(SCHEMA, settings, learner.serving_state(), device="cpu")
         predictor.apply(predictor.prepare(learner.take_delta()))
         np.testing.assert_array_equal(predictor.predict(batch), learner.predict(batch))
     assert kept is not None and then is not None

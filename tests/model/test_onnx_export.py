@@ -71,7 +71,7 @@ def session_of(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, HISTORY])
+@pytest.mark.parametrize("settings", [SETTINGS, HISTORY, HISTORY.model_copy(update={"name": "lr"})])
 @pytest.mark.parametrize("rate", [1.0, 0.05])
 def test_scores_are_those_of_the_predictor(tmp_path: Path, rate: float, settings: ModelSettings) -> None:
     serving = trained(settings=settings)
