@@ -108,7 +108,7 @@ class EmbeddingTable:
 
     @staticmethod
     def columns(dim: int, first_order: RowOptimizer, *, history: bool = False) -> dict[str, Column]:
-        """The columns of a table of dimension `dim`, with this optimizer of first-order weights, and with row history or not."""
+        """The columns of a table of dimension `dim`: by the optimizer of first-order weights, with row history or without."""
         state = {f"{name}.first_order": at for at, name in enumerate(first_order.STATE, start=1)}
         columns = {
             "keys": Column(dtype=torch.int64, parts={"keys": slice(None)}),

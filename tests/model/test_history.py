@@ -254,40 +254,35 @@ def test_weights_with_another_setting_are_refused() -> None:
         Predictor.of(SCHEMA, SETTINGS, without, device="cpu")
 
 
-def shop(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Users and items shown, and whether they were clicked: items differ."""
-    users, items = rng.integers(100, 160, count), rng.integers(0, 20, count)
-    return np.stack((users, items), 1), (rng.random(count) < 0.02 + 0.01 * items).astype(np.float32)
-
-
 def test_bot_clicks_that_are_taken_back_leave_an_item_near_its_clean_score() -> None:
     """100 clicks of bots on one item, taken back while training goes on. The clean model saw no clicks of them."""
-    schema = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="item")), embedding_dim=4)
-    shown, labels = shop(np.random.default_rng(3), 12_000)
-    bots = np.full((100, 2), 4)
-    bots[:, 0] = np.arange(100, 200) % 60 + 100
+    schema = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="item")), embedding_dim=8)
+    settings = SETTINGS.model_copy(update={"hidden": (64, 32)})
+    rng = np.random.default_rng(5)
+    items = rng.integers(0, 4, 60_000)
+    shown = np.stack((rng.integers(100, 160, len(items)), items), 1)
+    labels = (rng.random(len(items)) < 0.05 + 0.05 * items).astype(np.float32)
+    bots = np.stack((np.arange(100) % 60 + 100, np.full(100, 2)), 1)
+    asked = np.stack((np.arange(100, 160), np.full(60, 2)), 1)
 
     def as_batch(keys: np.ndarray) -> FeatureBatch:
         return FeatureBatch(keys, np.empty(0, np.int64), np.zeros(1, np.int64), lists=0)
 
-    def trained(clicks_of_bots: bool) -> tuple[Learner, float]:
-        learner = Learner(schema, SETTINGS, device="cpu")
-        middle = 0.0
+    def trained(*, bots_click: bool) -> tuple[Learner, list[float]]:
+        """A learner, and the item's score after every 600 impressions."""
+        learner, scores = Learner(schema, settings, device="cpu"), []
         for start in range(0, len(shown), 60):
             learner.learn(as_batch(shown[start : start + 60]), labels[start : start + 60])
-            if 6_000 <= start < 6_600:
-                some = as_batch(bots[(start - 6_000) // 6 : (start - 6_000) // 6 + 10])
-                learner.learn(some, np.full(10, float(clicks_of_bots)))
-                middle = score(learner)
-            if 7_200 <= start < 7_800 and clicks_of_bots:
-                some = as_batch(bots[(start - 7_200) // 6 : (start - 7_200) // 6 + 10])
+            some = as_batch(bots[start % 600 // 6 :][:10])  # ten batches of ten
+            if start // 600 == 30:
+                learner.learn(some, np.full(10, float(bots_click)))
+            if start // 600 == 32 and bots_click:
                 learner.learn(some, np.zeros(10), corrects=np.ones(10, np.bool_))
-        return learner, middle
+            if start % 600 == 540:
+                scores.append(float(learner.predict(as_batch(asked)).mean()))
+        return learner, scores
 
-    def score(learner: Learner) -> float:
-        return float(learner.predict(as_batch(np.stack((np.arange(100, 160), np.full(60, 4)), 1))).mean())
-
-    (clean, clean_middle), (bought, middle) = trained(False), trained(True)
-    assert middle > 1.5 * clean_middle, "the bots had an effect"
-    assert score(bought) == pytest.approx(score(clean), rel=0.05)
+    (clean, expected), (bought, found) = trained(bots_click=False), trained(bots_click=True)
+    assert found[29] == expected[29] and found[30] > 1.3 * expected[30], "the bots had an effect"
+    assert np.mean(found[-40:]) == pytest.approx(np.mean(expected[-40:]), rel=0.05)
     assert counts_of(bought) == counts_of(clean)
