@@ -176,7 +176,7 @@ def simulated(simulation: Simulation, name: str = "simulation") -> Stream:
     return Stream(
         name=name,
         schema=simulation_schema(),
-        batch=FeatureBatch.concat([_decoded(decoder, batch.features) for batch in batches]),
+        batch=FeatureBatch.concat([_decoded(decoder, batch.features, batch.times_ms) for batch in batches]),
         shown_ms=np.concatenate([batch.times_ms for batch in batches]),
         clicked_ms=np.concatenate([batch.click_times_ms for batch in batches]),
         probabilities=np.concatenate([batch.probabilities for batch in batches]),
@@ -184,15 +184,18 @@ def simulated(simulation: Simulation, name: str = "simulation") -> Stream:
     )
 
 
-def from_data_set(data_set: DataSet) -> Stream:
-    """The impressions of a data set, with its own click delays."""
+def from_data_set(data_set: DataSet, rows: int | None = None) -> Stream:
+    """The impressions of a data set, or the first of them, with its own click delays."""
     chunks = list(data_set.chunks())
+    if rows is not None:
+        starts = np.cumsum([0, *map(len, chunks)])
+        chunks = [chunk.head(rows - start) for chunk, start in zip(chunks, starts.tolist(), strict=False) if start < rows]
     decoder = FeatureDecoder(data_set.schema())
     shown_ms = np.concatenate([chunk.timestamps_ms for chunk in chunks])
     return Stream(
         name=data_set.name,
         schema=data_set.schema(),
-        batch=FeatureBatch.concat([_decoded(decoder, chunk.features) for chunk in chunks]),
+        batch=FeatureBatch.concat([_decoded(decoder, chunk.features, chunk.timestamps_ms) for chunk in chunks]),
         shown_ms=shown_ms,
         clicked_ms=np.concatenate([np.where(chunk.clicked, chunk.click_timestamps_ms, -1) for chunk in chunks]),
         probabilities=np.full(len(shown_ms), np.nan),
@@ -200,8 +203,8 @@ def from_data_set(data_set: DataSet) -> Stream:
     )
 
 
-def _decoded(decoder: FeatureDecoder, features: Iterable[bytes]) -> FeatureBatch:
+def _decoded(decoder: FeatureDecoder, features: Iterable[bytes], times_ms: Int64s) -> FeatureBatch:
     values = [b'{"impression_id":"-","timestamp":1700000000000,"features":%b}' % each for each in features]
-    decoded = decoder.impressions(values)
+    decoded = decoder.impressions(values, times_ms)
     assert not decoded.bad, decoded.bad[0]
     return decoded.batch
