@@ -97,16 +97,18 @@ def _hash_columns(columns: Sequence[pa.Array], spaces: Sequence[str]) -> list[In
     few rows most of the time would go into calls.
     """
     encoded = [column.dictionary_encode() for column in columns]
-    # An integer has the key of its decimal string.
-    values = [e.dictionary if pa.types.is_string(e.type.value_type) else e.dictionary.cast(pa.string()) for e in encoded]
-    seeds = np.repeat(np.array([space_seed(space) for space in spaces], np.uint64), [len(v) for v in values])
+    distinct = [each.dictionary for each in encoded]
+    whole = [index for index, values in enumerate(distinct) if pa.types.is_integer(values.type)]
+    texts = [index for index, values in enumerate(distinct) if pa.types.is_string(values.type)]
+    values = [distinct[index] for index in texts]
+    if whole:  # an integer has the key of its decimal string
+        values.insert(0, pa.concat_arrays([distinct[index] for index in whole]).cast(pa.string()))
+    order = whole + texts
+    lengths = [len(distinct[index]) for index in order]
+    seeds = np.repeat(np.array([space_seed(spaces[index]) for index in order], np.uint64), lengths)
     keys = np.append(hash_strings(pa.concat_arrays(values), seeds), 0)  # the last: nulls of a column without values read it
-    out = []
-    start = 0
-    for column, distinct in zip(encoded, values, strict=True):
-        out.append(keys[_without_nulls(column.indices, 0) + start])
-        start += len(distinct)
-    return out
+    starts = dict(zip(order, np.cumsum([0, *lengths]).tolist(), strict=False))
+    return [keys[_without_nulls(each.indices, 0) + starts[index]] for index, each in enumerate(encoded)]
 
 
 def encode_columns(columns: Sequence[pa.Array], fields: Sequence[FieldSpec]) -> list[KeyColumn]:

@@ -25,6 +25,7 @@ from model.columns import KeyColumn, build_batch, encode_columns, fall_back
 from model.derived import complete
 from model.errors import FeatureError, ModelError
 from model.schema import FeatureSchema, FieldSpec
+from model.seen_types import SeenTypes, default_type
 
 __all__ = ["BadRecord", "DecodedImpressions", "DecodedRequests", "FeatureBatch", "FeatureDecoder"]
 
@@ -92,37 +93,6 @@ class DecodedRequests:
     bad: list[BadRecord]
 
 
-class _Seen:
-    """The types (string or integer) that the categorical fields of one `features` object of the records had last."""
-
-    def __init__(self, fields: Sequence[FieldSpec]) -> None:
-        self._fields = fields
-        self._types: dict[str, pa.DataType] = {}
-        self._struct: pa.DataType | None = None
-
-    @property
-    def struct(self) -> pa.DataType:
-        """Arrow's type of the whole object."""
-        if self._struct is None:
-            types = self._types
-            self._struct = pa.struct([(spec.name, types.get(spec.name, _default_type(spec))) for spec in self._fields])
-        return self._struct
-
-    def guess(self, features: Any) -> bool:
-        """Reads the types off one features object. True if a type has changed."""
-        if not isinstance(features, dict):
-            return False
-        before = dict(self._types)
-        for spec in self._fields:
-            value = features.get(spec.name)
-            if spec.kind == "categorical" and isinstance(value, str | int) and not isinstance(value, bool):
-                self._types[spec.name] = pa.string() if isinstance(value, str) else pa.int64()
-        if before == self._types:
-            return False
-        self._struct = None
-        return True
-
-
 _Decoded = TypeVar("_Decoded", DecodedImpressions, DecodedRequests)
 
 
@@ -146,9 +116,9 @@ class FeatureDecoder:
         if not schema.fields:
             raise ModelError("features.fields is empty: name at least one feature for the model to read")
         self.schema = schema
-        self._impression_types = _Seen(schema.sent)
-        self._context_types = _Seen(schema.asked)
-        self._candidate_types = _Seen(schema.asked)
+        self._impression_types = SeenTypes(schema.sent)
+        self._context_types = SeenTypes(schema.asked)
+        self._candidate_types = SeenTypes(schema.asked)
 
     def impressions(self, payloads: Sequence[bytes | None], times_ms: Int64Array | None = None) -> DecodedImpressions:
         """Features of a run of impressions. Bad records are in `bad`; none raises an error.
@@ -313,8 +283,8 @@ class FeatureDecoder:
         good, rows, bad = _one_by_one(payloads, lambda payload: reference.decode_request(payload, self.schema))
         values = list(chain.from_iterable(request.candidates for request in good))
         counts = np.array([len(request.candidates) for request in good], np.int64)
-        times_ms = np.array([request.time_ms for request in good], np.int64)
-        times_ms = _times(times_ms, None if arrived_ms is None else arrived_ms[rows])
+        own_ms = np.array([request.time_ms for request in good], np.int64)
+        times_ms = _times(own_ms, None if arrived_ms is None else arrived_ms[rows])
         return DecodedRequests(
             batch=self._asked(_arrays(values, self.schema.asked), None, counts, times_ms),
             offsets=np.concatenate(([0], np.cumsum(counts))),
@@ -369,11 +339,7 @@ def _encode(columns: Sequence[pa.Array], fields: Sequence[FieldSpec]) -> dict[st
 
 def _arrays(values: list[list[reference.Value]], fields: Sequence[FieldSpec]) -> list[pa.Array]:
     """Canonical values of N rows, as one column for each field."""
-    return [pa.array([row[i] for row in values], _default_type(spec)) for i, spec in enumerate(fields)]
-
-
-def _default_type(spec: FieldSpec) -> pa.DataType:
-    return {"categorical": pa.string(), "numeric": pa.float64(), "list": pa.list_(pa.string())}[spec.kind]
+    return [pa.array([row[i] for row in values], default_type(spec)) for i, spec in enumerate(fields)]
 
 
 def _times(own_ms: Int64Array, arrived_ms: Int64Array | None) -> Int64Array | None:

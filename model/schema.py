@@ -250,9 +250,12 @@ class FeatureSchema(BaseModel):
         return any(field.kind in _CLOCK for field in self.fields)
 
     def parts(self, field: FieldSpec) -> tuple[FieldSpec, ...]:
-        """The fields that a cross combines, in its own order."""
-        by_name = {each.name: each for each in self.fields}
-        return tuple(by_name[name] for name in field.of)
+        """The fields that a cross combines, in its own order; none for another field."""
+        return tuple(self._by_name[name] for name in field.of)
+
+    @cached_property
+    def _by_name(self) -> dict[str, FieldSpec]:
+        return {field.name: field for field in self.fields}
 
     def is_list(self, field: FieldSpec) -> bool:
         """Whether an example has a list of values of the field."""
