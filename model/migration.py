@@ -1,7 +1,7 @@
 """Going on with other fields: what of a version stays, when the schema of the settings isn't the one that it was trained with.
 
 Rows belong to keys, and a key says nothing of the schema, so all rows stay. What depends on the fields is the dense part, which
-reads them side by side, and the average row of each field. Both are moved to the places that the fields have now:
+reads them side by side, and the average row of each field. Both are moved to where the fields are now:
 
     a field that is the same   keeps its inputs of the dense part, with the optimizer's state, and its average row
     a field that is new        begins with inputs of weight 0 and an average row of 0
@@ -75,8 +75,8 @@ def _moved(change: SchemaChange, parameter: torch.Tensor, axes: Sequence[int]) -
     for axis in axes:
         wide = len(change.before.fields) * dim
         index: list[int | None] = []
-        for place in change.came_from:
-            index += [None] * dim if place is None else list(range(place * dim, (place + 1) * dim))
+        for before in change.came_from:
+            index += [None] * dim if before is None else list(range(before * dim, (before + 1) * dim))
         index += range(wide, parameter.shape[axis])
         parameter = _picked(parameter, axis, index)
     return parameter

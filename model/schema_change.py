@@ -23,7 +23,7 @@ class SchemaChange:
         for sentence in change.explained(): ...
 
     before, after  the schemas
-    came_from      for each field of a batch, singles first, the place that it had before; None for a new field
+    came_from      for each field of a batch, singles first, the index that it had before; None for a new field
     """
 
     before: FeatureSchema
@@ -44,9 +44,9 @@ class SchemaChange:
         for field in after.fields:
             if field.name in had:
                 problems += _differences(had[field.name], field, before, after)
-        places = {field.name: place for place, field in enumerate(_in_batches(before))}
-        came_from = tuple(places.get(field.name) for field in _in_batches(after))
-        if not problems and all(place is None for place in came_from):
+        had_index = {field.name: index for index, field in enumerate(_in_batches(before))}
+        came_from = tuple(had_index.get(field.name) for field in _in_batches(after))
+        if not problems and all(index is None for index in came_from):
             problems.append(f"features.fields: expected one of {_named(after.fields)}, found only {_named(before.fields)}")
         if problems:
             raise SnapshotMismatch("\n  ".join(problems))
@@ -62,7 +62,7 @@ class SchemaChange:
         """Whether the weights score as before, given that the features are the same: then no field reads other weights now."""
         names = {field.name for field in self.after.fields}
         spaces = {field.hash_space for field in self.before.fields}
-        new = [field for field, place in zip(_in_batches(self.after), self.came_from, strict=True) if place is None]
+        new = [field for field, index in zip(_in_batches(self.after), self.came_from, strict=True) if index is None]
         return all(field.name in names for field in self.before.fields) and not any(field.hash_space in spaces for field in new)
 
     @property
