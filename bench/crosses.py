@@ -55,7 +55,9 @@ class _Crossed:
 
 
 @click.command()
-@click.option("--only", default="", help="Among none, all and the names of crosses, separated by commas.")
+@click.option(
+    "--only", default="", help="Among none, all and the names of crosses, separated by commas. A plus sign joins several."
+)
 @click.option("--seeds", default="0,1,2,3,4", show_default=True)
 @click.option("--rows", default=0, help="First impressions only; 0: all.")
 @click.option("--batch-rows", default=ModelSettings().batch_rows, show_default=True)
@@ -67,7 +69,7 @@ def main(only: str, seeds: str, rows: int, batch_rows: int) -> None:
     join, found = JoinSettings(), []
     print("| crosses | seed | AUC | NE | NE, first half | second half | rows |\n" + "| --- " * 7 + "|")
     for name in names:
-        pairs = [] if name == "none" else list(PAIRS) if name == "all" else [name]
+        pairs = [] if name == "none" else list(PAIRS) if name == "all" else name.split("+")
         stream = from_data_set(_Crossed(pairs), rows or None)  # type: ignore[arg-type]
         labels = held(stream, join.window_ms, join.hold_ms, lateness_ms=join.lateness_ms)
         truth = stream.labels(join.window_ms).astype(np.float32)
