@@ -15,29 +15,45 @@ change at once: by first-order weights and, in a factorization machine, by produ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
+from model.errors import SnapshotMismatch
 from model.network import dense_model
+from model.schema import FieldSpec
 from model.schema_change import SchemaChange
 from model.settings import ModelSettings
 
 __all__ = ["moved_dense", "moved_trainer"]
 
-_WIDE_AXES = {"mlp.0.weight": (1,)}
-"""Axes of the dense part's parameters along which the inputs lie: the fields' embeddings side by side."""
-
 _MOMENTS = ("adam.exp_avg", "adam.exp_avg_sq")
 """Tensors of the optimizer that lie as the dense part's flat buffer does."""
 
 
-def moved_dense(change: SchemaChange, dense: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The serving tensors that are no rows, as the new schema has them. Other tensors among them stay as they are."""
+class _Axis(NamedTuple):
+    """What lies along an axis of a parameter: `each` inputs for each field, then `rest` that belong to no field.
+
+    With embeddings of D floats, first come D inputs of each field, field by field, and then those that each has besides.
+    """
+
+    each: int
+    rest: int
+
+
+def moved_dense(change: SchemaChange, dense: Mapping[str, torch.Tensor], settings: ModelSettings) -> dict[str, torch.Tensor]:
+    """The serving tensors that are no rows, as the new schema has them. Other tensors among them stay as they are.
+
+    settings  the model's, which don't change
+
+    Raises:
+        SnapshotMismatch: this model's parameters can't be moved.
+    """
     moved = dict(dense)
     if change.is_none:
         return moved
-    for name, axes in _WIDE_AXES.items():
-        if name in moved:
+    for name, axes in _axes(change, settings).items():
+        if name in moved and moved[name].dim() == len(axes):  # else restoring says what is wrong with it
             moved[name] = _moved(change, moved[name], axes)
     for name in ("typical.embedding", "typical.first_order"):
         if name in moved:
@@ -49,6 +65,9 @@ def moved_trainer(change: SchemaChange, small: Mapping[str, torch.Tensor], setti
     """The trainer's tensors that are no rows, as the new schema has them. New inputs have moments of 0.
 
     settings  the model's, which don't change
+
+    Raises:
+        SnapshotMismatch: this model's parameters can't be moved.
     """
     moved = dict(small)
     if change.is_none:
@@ -59,26 +78,56 @@ def moved_trainer(change: SchemaChange, small: Mapping[str, torch.Tensor], setti
         if name not in moved or len(moved[name]) != len(old.parameters):
             continue  # restoring says what is wrong with it
         flat = torch.zeros_like(new.parameters)
-        for each, view in new.named.items():
-            before = old.named[each]
-            start = before.storage_offset()
-            part = moved[name][start : start + before.numel()].view(before.shape)
-            start = view.storage_offset()
-            flat[start : start + view.numel()] = _moved(change, part, _WIDE_AXES.get(each, ())).reshape(-1)
+        for each, axes in _axes(change, settings).items():
+            before, after = old.named[each], new.named[each]
+            part = _part(moved[name], before)
+            _part(flat, after).copy_(_moved(change, part, axes))
         moved[name] = flat
     return moved
 
 
-def _moved(change: SchemaChange, parameter: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
-    """A parameter with the inputs along these axes where the fields are now."""
-    dim = change.after.embedding_dim
-    for axis in axes:
-        wide = len(change.before.fields) * dim
+def _part(flat: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """The part of a flat buffer that a parameter has in its own."""
+    return flat[view.storage_offset() : view.storage_offset() + view.numel()].view(view.shape)
+
+
+def _axes(change: SchemaChange, settings: ModelSettings) -> dict[str, tuple[_Axis, ...]]:
+    """The axes of each parameter of the dense part, as the sizes of models with one field more, and two more, say them."""
+    nowhere, schemas = torch.device("meta"), [change.before]
+    for more in range(2):
+        fields = (*schemas[-1].fields, FieldSpec(name=f"\0{more}"))
+        schemas.append(change.before.model_copy(update={"fields": fields}))
+    count = len(change.before.fields)
+    models = [dense_model(schema, settings, nowhere) for schema in schemas]
+    found = {}
+    for name in models[0].named:
+        axes = []
+        for size, one_more, two_more in zip(*(model.named[name].shape for model in models), strict=True):
+            each = one_more - size
+            if two_more - one_more != each:
+                raise SnapshotMismatch(
+                    f"model.name = {settings.name}: expected parameters with as many inputs for each field, found {name}, "
+                    "which has inputs for pairs of fields. Such a model can't go on with other fields: put features.fields "
+                    "back, or begin a new model"
+                )
+            axes.append(_Axis(each, size - count * each))
+        found[name] = tuple(axes)
+    return found
+
+
+def _moved(change: SchemaChange, parameter: torch.Tensor, axes: Sequence[_Axis]) -> torch.Tensor:
+    """A parameter with the inputs of each field where the field is now."""
+    count = len(change.before.fields)
+    for number, axis in enumerate(axes):
+        if not axis.each:
+            continue
+        dim = min(axis.each, change.after.embedding_dim)
         index: list[int | None] = []
-        for before in change.came_from:
-            index += [None] * dim if before is None else list(range(before * dim, (before + 1) * dim))
-        index += range(wide, parameter.shape[axis])
-        parameter = _picked(parameter, axis, index)
+        for start, width in ((0, dim), (count * dim, axis.each - dim)):
+            for field in change.came_from:
+                index += [None] * width if field is None else range(start + field * width, start + (field + 1) * width)
+        index += range(count * axis.each, count * axis.each + axis.rest)
+        parameter = _picked(parameter, number, index)
     return parameter
 
 

@@ -252,7 +252,7 @@ class Anchors:
             await between(candidate.model.close)
         try:
             rate = reader.manifest.negative_rate
-            dense = moved_dense(comparable(reader.manifest, self._schema), dense)
+            dense = moved_dense(comparable(reader.manifest, self._schema), dense, self._model)
             earlier = made = await between(lambda: self._learner.model_of(count, dense, rate))
             pieces = reader.rows(exact=True)  # the live ones have all digits too, and only what differs takes memory
             while (rows := await asyncio.to_thread(_next, pieces)) is not None:
@@ -272,7 +272,7 @@ class Anchors:
         manifest = self._store.manifest(version)
         change = comparable(manifest, self._schema)
         model = ModelSettings.model_validate(manifest.model)
-        serving = moved_dense(change, self._store.serving(version))
+        serving = moved_dense(change, self._store.serving(version), model)
         rate = manifest.negative_rate
         return Anchor(version, Predictor.of(self._schema, model, serving, device=self._device, negative_rate=rate))
 

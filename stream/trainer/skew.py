@@ -296,7 +296,7 @@ def load_reference(
     return Predictor.of(
         schema,
         settings,
-        moved_dense(change, store.serving(version)),
+        moved_dense(change, store.serving(version), settings),
         device="cpu",
         negative_rate=manifest.negative_rate,
     )

@@ -244,7 +244,9 @@ def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, t
         learner.restore_rows(piece.serving, piece.trainer)
     small = reader.small()
     change = schema_change(start.manifest, learner.schema)
-    learner.finish_restore(moved_dense(change, reader.dense()), moved_trainer(change, small, learner.settings))
+    learner.finish_restore(
+        moved_dense(change, reader.dense(), learner.settings), moved_trainer(change, small, learner.settings)
+    )
     if not change.is_none:
         log.warning("going on from version %d with other features.fields: %s", version, "; ".join(change.explained()))
     learner.negative_rate = start.manifest.negative_rate

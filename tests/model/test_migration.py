@@ -67,7 +67,9 @@ def trained(schema: FeatureSchema, steps: int = 4) -> Learner:
 def gone_on(learner: Learner, schema: FeatureSchema) -> Learner:
     change = SchemaChange.between(learner.schema, schema)
     moved = Learner(schema, SETTINGS, device="cpu")
-    moved.restore(moved_dense(change, learner.serving_state()), moved_trainer(change, learner.trainer_state(), SETTINGS))
+    moved.restore(
+        moved_dense(change, learner.serving_state(), SETTINGS), moved_trainer(change, learner.trainer_state(), SETTINGS)
+    )
     return moved
 
 

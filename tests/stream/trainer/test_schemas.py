@@ -35,7 +35,7 @@ MORE = SCHEMA.model_copy(update={"fields": (FieldSpec(name="page"), *SCHEMA.fiel
 
 async def go_on(trainer: Trainer, version, manifest: Manifest) -> None:
     change = SchemaChange.between(FeatureSchema.model_validate(manifest.features), trainer.schema)
-    moved = replace(version, dense=moved_dense(change, version.dense), small=moved_trainer(change, version.small, MODEL))
+    moved = replace(version, dense=moved_dense(change, version.dense, MODEL), small=moved_trainer(change, version.small, MODEL))
     await trainer.go_on(moved, manifest)
 
 
@@ -101,7 +101,7 @@ async def test_the_gate_goes_on_comparing_with_versions_of_fewer_fields(tmp_path
     change = SchemaChange.between(SCHEMA, MORE)
     learner = Learner(MORE, MODEL, device="cpu")
     state = world.learner.serving_state(), world.learner.trainer_state()
-    learner.restore(moved_dense(change, state[0]), moved_trainer(change, state[1], MODEL))
+    learner.restore(moved_dense(change, state[0], MODEL), moved_trainer(change, state[1], MODEL))
     world.start(learner, GateState(line=1))
     found = await world.follow(14)
     examples = run([record(n) for n in range(40)])
