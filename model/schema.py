@@ -153,7 +153,7 @@ class FeatureSchema(BaseModel):
       { name = "price", kind = "numeric" },  # a number: one row for each bucket
       { name = "tags", kind = "list" },      # a list of strings: the average of their rows
       { name = "hour", kind = "hour" },      # 0 to 23, of the time of the impression or of the request
-      { name = "user × tag", kind = "cross", of = ["user_id", "tags"] },
+      { name = "both", kind = "cross", of = ["user_id", "tags"] },  # a row for each pair of them
     ]
     ```
 
