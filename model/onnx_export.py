@@ -132,8 +132,7 @@ def export_onnx(
 
 def _fields(schema: FeatureSchema) -> tuple[list[Any], list[Any]]:
     """The single-valued fields and the lists: the order of keys, of embeddings and of average rows."""
-    lists = [field for field in schema.fields if field.kind == "list"]
-    return [field for field in schema.fields if field.kind != "list"], lists
+    return list(schema.singles), list(schema.lists)
 
 
 class _Tables:
@@ -247,7 +246,7 @@ class _Graph:
             vectors, terms = self.node("Gather", "embedding", rows), self.node("Gather", "first_order", rows)
             if self.tables.has_history:
                 extra.append(self.node("Flatten", self.node("Gather", "history", rows)))
-            if any(field.kind == "numeric" and field.buckets == "scaled" for field in singles):
+            if any(field.is_scaled for field in singles):
                 scales = self.input("scales", "float32", ["batch", len(singles)])
                 vectors = self.node("Mul", vectors, self.node("Unsqueeze", scales, last))
                 terms = self.node("Mul", terms, scales)

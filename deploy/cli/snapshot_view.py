@@ -11,6 +11,8 @@ import msgspec
 
 from deploy.cli.tables import print_pairs, print_table
 from deploy.cli.times import clock, duration
+from model.errors import SnapshotMismatch
+from model.schema import FeatureSchema
 from state.alias_records import TagChange
 from state.canary import Canary
 from state.history import History
@@ -18,10 +20,12 @@ from state.manifest import Manifest, finite_or_null
 from state.pieces import piece_kind
 from state.registry import RegistryState, VersionRecord
 from stream.records.heartbeat import Heartbeat
+from stream.trainer.schemas import schema_change
 
 __all__ = [
     "beat_json",
     "canary_json",
+    "fields_now",
     "print_version",
     "print_versions",
     "registry_json",
@@ -210,9 +214,24 @@ def _history_text(history: History) -> str:
     return f"{learned}; the stream's up to then are skipped"
 
 
-def print_version(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:
+def fields_now(manifest: Manifest, schema: FeatureSchema) -> dict[str, Any] | None:
+    """What a trainer whose settings have this schema makes of a version of another one; None for settings without fields."""
+    if not schema.fields:
+        return None
+    try:
+        change = schema_change(manifest, schema)
+    except SnapshotMismatch as error:
+        return {"goes_on": False, "changes": str(error).splitlines()}
+    return {"goes_on": True, "changes": [] if change.is_none else change.explained()}
+
+
+def print_version(manifest: Manifest | None, announced: dict[str, Any] | None, fields: dict[str, Any] | None) -> None:
     """Everything known about one version, one fact a line."""
-    print_pairs(_pairs(manifest, announced))
+    pairs = _pairs(manifest, announced)
+    if fields is not None:
+        can = "a trainer with these settings goes on" if fields["goes_on"] else "a trainer with these settings doesn't go on"
+        pairs.append(("fields", f"{can}: {'; '.join(fields['changes'])}" if fields["changes"] else "those of these settings"))
+    print_pairs(pairs)
 
 
 def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[tuple[str, str]]:

@@ -72,7 +72,7 @@ def pieces_of_time(measured: Int64s) -> list[Group]:
 
 
 def _singles(stream: Stream) -> Sequence[str]:
-    return [spec.name for spec in stream.schema.fields if spec.kind != "list"]
+    return [spec.name for spec in stream.schema.singles]
 
 
 def column_of(stream: Stream, field: str) -> int:

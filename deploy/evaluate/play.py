@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from deploy.evaluate.labels import Labels, cut
 from deploy.evaluate.stream import Int64s, Stream
 from model.batch import FeatureBatch
+from model.derived import as_served
 from model.learner import Learner
 from stream.trainer.batching import BatchCutter, TrainingBatch
 from stream.trainer.evaluation import Evaluation
@@ -86,7 +87,7 @@ class _Served:
 
     def __init__(self, serving: Serving, stream: Stream, start_ms: int) -> None:
         self._serving, self._stream, self._start_ms = serving, stream, start_ms
-        self._batch = stream.batch if serving.batch is None else serving.batch
+        self._batch = as_served(stream.batch if serving.batch is None else serving.batch, stream.schema)
         self.scores = np.full(len(stream), np.nan, np.float32)
         self.captured_ms = np.full(len(stream), -1, np.int64)
         self._done = 0

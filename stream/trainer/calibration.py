@@ -123,7 +123,7 @@ class CalibrationWatch:
     """
 
     def __init__(self, schema: FeatureSchema, fields: Sequence[str], settled_ms: int, *, ring: int = RING) -> None:
-        singles = [spec.name for spec in schema.fields if spec.kind != "list"]
+        singles = [spec.name for spec in schema.singles]
         if unknown := [name for name in fields if name not in singles]:
             raise ModelError(
                 f"trainer.calibration_fields: expected fields with a single value ({', '.join(singles)}), found "

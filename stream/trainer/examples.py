@@ -114,7 +114,7 @@ class ExampleDecoder:
         """
         columns = read_examples([record for record in run.records if record.key is not None or not is_note(record)])
         records, letters = columns.records, columns.letters
-        decoded = self._features.impressions([record.value for record in records])
+        decoded = self._features.impressions([record.value for record in records], columns.impression_ms)
         letters.extend(DeadLetter.of(records[bad.index], bad.reason, bad.path, bad.message) for bad in decoded.bad)
         letters.sort(key=lambda letter: letter.offset)
         rows = decoded.rows

@@ -84,8 +84,8 @@ class TrainerMetrics:
         self.scores = {
             (kind, field): Gauge(f"headrace_trainer_{kind}_{name}", f"{help}, {meaning}.", ["scope"], registry=prometheus)
             for kind, meaning in (
-                ("progressive", "of the model's score just before it learned the example"),
-                ("served", "of the score that the impression was shown with"),
+                ("progressive", "of the model's score just before it learned the example, with features as they were sent"),
+                ("served", "of the score that the impression was shown with, for which fields with serve_as had that value"),
             )
             for field, name, help in (
                 ("examples", "examples", "Examples counted"),

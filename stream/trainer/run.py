@@ -11,6 +11,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry
 
+from model.derived import as_served
 from model.learner import Learner
 from model.predictor import Predictor
 from model.schema import FeatureSchema
@@ -203,7 +204,7 @@ class _Trainer:
         def scored_by(version: int, delta: int) -> int | None:
             return self.follower.state.version_that_scored(version, delta)
 
-        self.skew = SkewCheck(reference, scored_by, metrics)
+        self.skew = SkewCheck(reference, scored_by, metrics, as_served=partial(as_served, schema=self.schema))
         self.canary = CanaryWatch(CanaryMetrics(self.prometheus))
         return TrainerWorker(
             kafka=self.kafka,
@@ -253,6 +254,7 @@ class _Trainer:
             base,
             learner.touched_keys,
             row_precision=self.snapshots.row_precision,
+            schema_hash=self.schema.fingerprint(),
         )
         self.chains += 1
         served = ServedWatch(self.snapshots)
