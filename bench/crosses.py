@@ -20,8 +20,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import report, warn_if_busy
-from bench.delay_exact import from_data_set, held, play
 from deploy.datasets import open_data_set
+from deploy.evaluate.labels import held
+from deploy.evaluate.play import play
+from deploy.evaluate.stream import from_data_set
+from model.learner import Learner
 from model.metrics import measure
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
@@ -36,22 +39,13 @@ PAIRS = {
     "tab-duration": ("tab", "duration"),
 }
 MEASURED = 0.8  # the last share of impressions
-# Batches are cut by count, as under load. The log has one impression in 5 s, so by `trainer.max_batch_age_ms` nearly each label
-# would be a batch, and a run would take ten times as long.
-BATCH_AGE_MS = 10**9
 
 
-class _Crossed:
-    """KuaiRand's first rows, with crosses in its schema."""
-
-    def __init__(self, pairs: list[str]) -> None:
-        self._data_set, self._pairs = open_data_set("kuairand"), pairs
-        self.name, self.chunks = self._data_set.name, self._data_set.chunks
-
-    def schema(self) -> FeatureSchema:
-        plain = self._data_set.schema()
-        crosses = tuple(FieldSpec(name=name, kind="cross", of=PAIRS[name]) for name in self._pairs)
-        return plain.model_copy(update={"fields": (*plain.fields, *crosses)})
+def crossed(pairs: list[str]) -> FeatureSchema:
+    """KuaiRand's schema with these crosses."""
+    plain = open_data_set("kuairand").schema()
+    crosses = tuple(FieldSpec(name=name, kind="cross", of=PAIRS[name]) for name in pairs)
+    return plain.model_copy(update={"fields": (*plain.fields, *crosses)})
 
 
 @click.command()
@@ -70,14 +64,17 @@ def main(only: str, seeds: str, rows: int, batch_rows: int) -> None:
     print("| crosses | seed | AUC | NE | NE, first half | second half | rows |\n" + "| --- " * 7 + "|")
     for name in names:
         pairs = [] if name == "none" else list(PAIRS) if name == "all" else name.split("+")
-        stream = from_data_set(_Crossed(pairs), rows or None)  # type: ignore[arg-type]
+        stream = from_data_set(open_data_set("kuairand"), schema=crossed(pairs), limit=rows or None)
         labels = held(stream, join.window_ms, join.hold_ms, lateness_ms=join.lateness_ms)
         truth = stream.labels(join.window_ms).astype(np.float32)
         from_row = int((1 - MEASURED) * len(stream))
         half = (from_row + len(stream)) // 2
         for seed in map(int, seeds.split(",")):
             settings = ModelSettings(seed=seed, batch_rows=batch_rows)
-            scores, _ = play(stream, labels, settings, batch_age_ms=BATCH_AGE_MS)
+            # Batches are cut by count, as under load. The log has one impression in 5 s: by `trainer.max_batch_age_ms` nearly
+            # each label would be a batch, and a run would take ten times as long.
+            learner = Learner(stream.schema, settings, device="cpu")
+            scores = play(stream, labels, learner, batch_age_ms=None).scores[0]
             parts = [
                 measure(scores[a:b], truth[a:b]) for a, b in ((from_row, len(stream)), (from_row, half), (half, len(stream)))
             ]

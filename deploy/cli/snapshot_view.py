@@ -15,6 +15,7 @@ from model.errors import SnapshotMismatch
 from model.schema import FeatureSchema
 from state.alias_records import TagChange
 from state.canary import Canary
+from state.history import History
 from state.manifest import Manifest, finite_or_null
 from state.pieces import piece_kind
 from state.registry import RegistryState, VersionRecord
@@ -219,6 +220,11 @@ def fields_now(manifest: Manifest, schema: FeatureSchema) -> dict[str, Any] | No
     return {"goes_on": True, "changes": [] if change.is_none else change.explained()}
 
 
+def _history_text(history: History) -> str:
+    learned = f"{history.examples:,} examples of {history.source} up to {clock(history.until_ms)}"
+    return f"{learned}; the stream's up to then are skipped"
+
+
 def print_version(manifest: Manifest | None, announced: dict[str, Any] | None, fields: dict[str, Any] | None) -> None:
     """Everything known about one version, one fact a line."""
     pairs = _pairs(manifest, announced)
@@ -253,6 +259,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         ("examples seen", f"{manifest.examples_seen:,}"),
         ("negative rate", f"{manifest.negative_rate:g}"),
         ("offsets", ", ".join(f"{part}: {offset}" for part, offset in sorted(manifest.offsets.items())) or "-"),
+        *(() if manifest.history is None else (("history", _history_text(manifest.history)),)),
         *(("not learned", _skipped_text(msgspec.to_builtins(each))) for each in manifest.skipped),
         ("point of chain", "-" if manifest.sequence is None else f"{manifest.chain}, delta {manifest.sequence}"),
         ("digest", manifest.digest or "-"),

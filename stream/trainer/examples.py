@@ -96,6 +96,8 @@ class DecodedRun:
             rates=None if self.rates is None else self.rates[kept],
             corrects=None if self.corrects is None else self.corrects[kept],
             arrived_ms=None if self.arrived_ms is None else self.arrived_ms[kept],
+            shadow_scores=None if self.shadow_scores is None else self.shadow_scores[kept],
+            shadow_versions=None if self.shadow_versions is None else self.shadow_versions[kept],
         )
 
 

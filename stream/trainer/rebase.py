@@ -4,7 +4,7 @@ The trainer goes on from a version, and scorers are further: they have applied t
 deltas. It returns the newest point of their chain, from which the new chain goes on, and the keys of their rows.
 
 A trainer that was sent back (`state.rewinds`) publishes its first delta at once. If retention has deleted deltas after its
-version, its chain begins with a version instead: scorers that are further load that one.
+version, or one is damaged, its chain begins with a version instead: scorers that are further load that one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Anchored(NamedTuple):
 class Found(NamedTuple):
     """What a new chain goes on from, and the keys of the rows that must be in its first delta, int64 (N,).
 
-    gone  whether the log no longer has all deltas after the version
+    gone  whether the log doesn't have all deltas after the version, or some are damaged: scorers may be further than `base`
     """
 
     base: Base
@@ -83,7 +83,7 @@ async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[Foun
     newest, touched = at.published, [at.touched]
     offsets, gone = {int(name): offset for name, offset in manifest.offsets.items()}, False
     async for each in deltas:
-        gone |= isinstance(each, DeltaProblem) and each.reason == "log_gone"
+        gone |= isinstance(each, DeltaProblem) and each.reason != "not_a_delta"
         if not isinstance(each, FoundDelta) or each.delta.header.parent != newest.point:
             continue  # no delta, or one of another line of weights, or of a trainer that was replaced
         header, model = each.delta.header, each.delta.model
@@ -124,7 +124,10 @@ async def go_on_in_place(
     learner.expect(found.keys)  # also for a version that is written before the chain begins: it is no point of one
     base = replace(found.base, offsets={}) if sent_back else found.base
     if sent_back and found.gone:
-        log.warning("deltas after version %s are gone: the new chain begins with a version, which scorers load", start.version)
+        log.warning(
+            "deltas after version %s are gone or damaged: the new chain begins with a version, which scorers load",
+            start.version,
+        )
         return replace(base, in_place=False)
     before = base.published.row_precision
     if before != learner.row_precision:

@@ -262,13 +262,20 @@ async def test_a_trainer_that_is_sent_back_learns_as_if_it_had_never_gone_on(sam
     assert replica.digest == back.learner.digest
 
 
-async def test_a_trainer_that_is_sent_back_begins_with_a_version_where_the_log_has_lost_deltas(monkeypatch):
+@pytest.mark.parametrize(
+    "problem",
+    [
+        DeltaProblem("log_gone", "expected offset 0, found a log from 9", 0, 9),
+        DeltaProblem("checksum", "damaged: scorers were healed by a version, and are further", 3, 4),
+    ],
+)
+async def test_a_trainer_that_is_sent_back_begins_with_a_version_where_the_log_has_lost_deltas(monkeypatch, problem):
     trainer = Trainer(DeltaLog(), epoch=3)
     trainer.learn(0, 320)
     version, manifest = trainer.version(on_chain=True)
 
     async def lost(log, start):
-        yield DeltaProblem("log_gone", f"expected offset {start}, found a log from 9", start, 9)
+        yield problem
 
     monkeypatch.setitem(globals(), "found_in", lost)
     await trainer.go_on(version, manifest, sent_back=True)

@@ -34,7 +34,8 @@ def trainer(positions: dict[int, int]) -> Any:
         group="g",
         names=NAMES,
         parts=Parts(  # type: ignore[arg-type]
-            training=SimpleNamespace(positions=positions), publisher=None, judge=None, anchors=None, scores=None, served=None
+            training=SimpleNamespace(positions=positions),
+            **dict.fromkeys(("publisher", "judge", "anchors", "scores", "served", "calibration")),
         ),
         threads=1,
         cluster=CLUSTER,
