@@ -45,10 +45,10 @@ class Deltas:
         """Counts dense parameters as taken."""
         self._dense_hash = dense_hash(dense)
 
-    def loaded(self, first: int, rows: Rows) -> None:
-        """Counts restored rows (N,) as taken. `first` is the number of the first one; none of them was taken before."""
+    def loaded(self, numbers: slice | torch.Tensor, rows: Rows) -> None:
+        """Counts restored rows (N,) with these numbers as taken; none of them was taken before."""
         hashes = row_hashes(rounded(rows, self._precision))
-        self._rows["hash"][first : first + len(rows)] = hashes
+        self._rows["hash"][numbers] = hashes.to(self._rows.device)
         self._rows_sum += digest_sum(hashes)
 
     def evicted(self, numbers: torch.Tensor) -> None:

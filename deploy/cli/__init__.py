@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "deploy.cli.demo:demo",
     "doctor": "deploy.cli.doctor:doctor",
     "kafka": "deploy.cli.kafka:kafka",
+    "model": "deploy.cli.model:model",
     "replay": "deploy.cli.replay:replay",
     "run": "deploy.cli.run:run",
     "scores": "deploy.cli.scores:scores",

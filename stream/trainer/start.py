@@ -247,10 +247,10 @@ def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, t
         return {}
     version = start.manifest.version
     reader = store.read(version)
-    learner.begin_restore(reader.row_count)
+    small = reader.small()
+    learner.begin_restore(reader.row_count, small)
     for piece in reader.trainer_rows():
         learner.restore_rows(piece.serving, piece.trainer)
-    small = reader.small()
     learner.finish_restore(reader.dense(), small)
     learner.negative_rate = start.manifest.negative_rate
     if learner.examples_seen != start.manifest.examples_seen:

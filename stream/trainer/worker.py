@@ -27,6 +27,7 @@ from typing import TypeVar
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
+from model.census import TableStats
 from state.errors import SnapshotError
 from state.registry import RegistryState
 from state.rewinds import Rewind
@@ -53,6 +54,7 @@ from stream.trainer.pipeline import Pipeline
 from stream.trainer.served import ServedWatch, act_on_alarm
 from stream.trainer.skew import SkewCheck
 from stream.trainer.snapshots import Publisher
+from stream.trainer.table_metrics import TableMetrics
 from stream.trainer.training import Training
 from stream.worker import Part, Worker, fatal, guarded
 
@@ -80,6 +82,7 @@ ANCHOR_S = 5.0
 class Parts:
     """The parts of a trainer that belong to its weights.
 
+    table   says what the table of rows is like now
     rewind  the rewind that these weights obey; None where nobody sent the trainer back
     """
 
@@ -89,6 +92,7 @@ class Parts:
     anchors: Anchors
     scores: Evaluation
     served: ServedWatch
+    table: Callable[[], TableStats]
     rewind: Rewind | None = None
 
 
@@ -121,6 +125,7 @@ class TrainerWorker(Worker):
         follower: RegistryFollower,
         canary: CanaryWatch,
         metrics: TrainerMetrics,
+        table_metrics: TableMetrics,
     ) -> None:
         super().__init__(
             kafka,
@@ -134,7 +139,7 @@ class TrainerWorker(Worker):
         self._snapshots, self._store, self._skew = snapshots, store, skew
         self._letters, self._deltas, self._registry = letters, deltas, registry
         self._follower, self._metrics, self._decoder, self._threads = follower, metrics, decoder, threads
-        self._canary, self._go_back = canary, go_back
+        self._canary, self._go_back, self._table_metrics = canary, go_back, table_metrics
         self._intake = asyncio.Lock()  # held while the trainer goes back: nothing is handed over
         self._going: asyncio.Task[None] | None = None
         self._alarm = ""
@@ -145,7 +150,7 @@ class TrainerWorker(Worker):
     def _take(self, parts: Parts) -> None:
         """Go on with these parts."""
         self._training, self._publisher, self._scores = parts.training, parts.publisher, parts.scores
-        self._served, self._was_held = parts.served, False
+        self._served, self._was_held, self._table = parts.served, False, parts.table
         self._judge, self._anchors, self._rewind = parts.judge, parts.anchors, parts.rewind
         self._pipeline = Pipeline(self, parts.training, self._decoder, self._metrics, threads=self._threads)
         self._accepted = dict(parts.training.positions)
@@ -242,6 +247,7 @@ class TrainerWorker(Worker):
             if training.batches != reported:
                 reported = training.batches
                 self._metrics.watermark.set(training.watermark_ms / 1000)
+                self._table_metrics.show(self._table())
                 report = await asyncio.to_thread(lambda: self._scores.freeze().report())
                 self._metrics.report(report)
                 self._metrics.served(report["served", "window"], self._snapshots.served_calibration_band)

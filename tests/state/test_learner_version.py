@@ -52,7 +52,7 @@ def test_a_learner_that_was_written_while_it_learned_comes_back_as_it_was(
     assert len(manifest.files) > 10 and manifest.rows == len(wanted["keys"])
     if streamed:
         reader = at(tmp_path).read(1)
-        restored.begin_restore(reader.row_count)
+        restored.begin_restore(reader.row_count, reader.small())
         for piece in reader.trainer_rows():
             assert piece.trainer.keys() == set(TRAINER_ROW_TENSORS)
             restored.restore_rows(piece.serving, piece.trainer)

@@ -24,7 +24,7 @@ CLUSTER = Cluster("c", {}, {NAMES.score_requests: 2})
 
 _UNUSED = (
     *("snapshots", "store", "go_back", "decoder", "skew", "letters", "deltas", "registry"),
-    *("follower", "canary", "metrics"),
+    *("follower", "canary", "metrics", "table_metrics"),
 )
 
 
@@ -34,7 +34,13 @@ def trainer(positions: dict[int, int]) -> Any:
         group="g",
         names=NAMES,
         parts=Parts(  # type: ignore[arg-type]
-            training=SimpleNamespace(positions=positions), publisher=None, judge=None, anchors=None, scores=None, served=None
+            training=SimpleNamespace(positions=positions),
+            publisher=None,
+            judge=None,
+            anchors=None,
+            scores=None,
+            served=None,
+            table=None,
         ),
         threads=1,
         cluster=CLUSTER,
