@@ -20,7 +20,9 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import click
@@ -73,7 +75,10 @@ def growth(first: int, last: int, evicting: bool) -> Figures:
     while learner.rows < first:
         learner.learn(new_batch(next_id, AT_ONCE), quick[:AT_ONCE])
         next_id += AT_ONCE * FIELDS
-    seconds, rows, begun, takes = [], [], [], []
+    seconds: list[float] = []
+    rows: list[int] = []
+    takes: list[float] = []
+    begun: list[bool] = []
     at, delta_due_s = 0, 0.0
     learner.take_delta()
     while learner.rows < last:
@@ -107,9 +112,9 @@ def growth(first: int, last: int, evicting: bool) -> Figures:
         "step_ms_first": round(float(np.median(steps[:edge])) * 1e3, 2),
         "step_ms_last": round(float(np.median(steps[-edge:])) * 1e3, 2),
         "step_ratio": round(float(np.median(steps[-edge:]) / np.median(steps[:edge])), 3),
-        "step_ms_growing": round(float(np.median(steps[growing])) * 1e3, 2),
+        "step_ms_growing": round(float(np.median(steps[growing])) * 1e3, 2) if growing.any() else 0.0,
         "pause_ms": round(float(pauses.max()) * 1e3, 1),
-        "pause_growing_ms": round(float(pauses[growing].max()) * 1e3, 1),
+        "pause_growing_ms": round(float(pauses[growing].max(initial=0)) * 1e3, 1),
         "pause_p999_ms": round(float(np.quantile(pauses, 0.999)) * 1e3, 1),
         "delta_ms": round(float(np.max(takes)) * 1e3, 1),
         "steps": len(steps),
@@ -150,6 +155,12 @@ def memory(last: int, evicting: bool) -> Figures:
     }
 
 
+def alone(measure: Callable[[], Figures]) -> Figures:
+    """What is measured in a process of its own, so that the memory of one part isn't the other's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure).result()
+
+
 @click.command(help=__doc__.split("\n", 1)[0])
 @click.argument("part", type=click.Choice(["all", "growth", "memory"]), default="all")
 @click.option("--first", default=1_000_000, show_default=True, help="Rows at the start of `growth`.")
@@ -158,12 +169,10 @@ def memory(last: int, evicting: bool) -> Figures:
 def main(part: str, first: int, last: int | None, evicting: bool) -> None:
     warn_if_busy()
     found: Figures = {}
-    for name, work in (("growth", (growth, first, last or 10_000_000)), ("memory", (memory, last or 20_000_000))):
-        if part in ("all", name):
-            measure, *arguments = work
-            # In a process of its own, so that the memory of one part isn't the other's.
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                found |= pool.submit(measure, *arguments, evicting).result()  # type: ignore[operator]
+    if part in ("all", "growth"):
+        found |= alone(partial(growth, first, last or 10_000_000, evicting))
+    if part in ("all", "memory"):
+        found |= alone(partial(memory, last or 20_000_000, evicting))
     value = found.get("pause_ms", found.get("memory_growing"))
     unit = "ms" if "pause_ms" in found else "times the payload"
     report(benchmark="table", value=value, unit=unit, evicting=evicting, threads=torch.get_num_threads(), **found)

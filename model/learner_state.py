@@ -16,6 +16,7 @@ from model.errors import ModelError, SnapshotMismatch
 from model.frozen import SERVING, FrozenModel, ModelRows
 from model.hashing import EMPTY_KEY
 from model.intercept import Intercept
+from model.key_set import KeySet
 from model.moments import Moment, Moments
 from model.network import choose_device, dense_model
 from model.rows import ModelDelta, RowPrecision, Rows
@@ -33,8 +34,6 @@ FREE = "table.free"
 
 # Rows that a restore from memory copies at once: enough that the fixed cost of a copy is nothing, and small beside the table.
 _RESTORED_AT_ONCE = 1 << 17
-# Keys without a row that are collected before they are sorted: some ms.
-_SORTED_AT_LEAST = 65_536
 
 
 class LearnerState:
@@ -84,7 +83,7 @@ class LearnerState:
         self._intercept = Intercept(self.device)
         self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
         self._deltas = Deltas(self._rows, self._dense_serving(), row_precision)
-        self._without_row = _Keys(self.device)  # those that had no row when `expect` or `evict` was called
+        self._without_row = KeySet(self.device)  # those that had no row when `expect` or `evict` was called
         self._restoring: int | None = None  # the number of rows that a restore under way will have
         self._free = torch.empty(0, dtype=torch.int64)  # the free rows that it will have
 
@@ -367,35 +366,6 @@ class LearnerState:
                 f"snapshot: expected {self._restoring} rows, as begin_restore was given, found {found}; pieces of it are "
                 "missing or come twice"
             )
-
-
-class _Keys:
-    """A set of keys, which is sorted only once it has doubled: adding a few to many costs what the few cost."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sorted = torch.empty(0, dtype=torch.int64, device=device)
-        self._added: list[torch.Tensor] = []
-        self._added_count = 0
-
-    def __len__(self) -> int:
-        """Number of keys, at least."""
-        return len(self._sorted) + self._added_count
-
-    def add(self, keys: torch.Tensor) -> None:
-        self._added.append(keys)
-        self._added_count += len(keys)
-        if self._added_count > max(len(self._sorted), _SORTED_AT_LEAST):
-            self.distinct()
-
-    def distinct(self) -> torch.Tensor:
-        """The keys (N,) in ascending order, each once."""
-        if self._added_count:
-            self._sorted = torch.unique(torch.cat((self._sorted, *self._added)))
-        self._added, self._added_count = [], 0
-        return self._sorted
-
-    def clear(self) -> None:
-        self._sorted, self._added, self._added_count = self._sorted[:0], [], 0
 
 
 def _free_rows(small: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:

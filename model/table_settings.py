@@ -32,8 +32,8 @@ class TableSettings(BaseModel):
     admit_memory_mb: int = Field(
         default=8,
         ge=1,
-        le=1024,
-        description="Memory of that sketch, rounded down to a power of 2. After some 250,000 values without a row a MiB, "
+        le=32,
+        description="Memory of that sketch, rounded down to a power of 2. After every 130,000 values without a row a MiB, "
         "all counts are halved, so older ones are forgotten. Every version holds the sketch.",
     )
     evict_after_ms: int = Field(

@@ -185,7 +185,8 @@ class Upkeep:
         column = self._rows["field"][: keys.last_row + 1]
         total = torch.zeros(len(self.census.names) + 1, dtype=torch.int64, device=column.device)
         where = None if moved is None else torch.tensor([0, *(each + 1 for each in moved)], device=column.device)
-        for part in column.split(_AT_ONCE):
+        for start in range(0, len(column), _AT_ONCE):
+            part = column[start : start + _AT_ONCE]
             if where is not None:
                 part.copy_(where[part.long()])
             total += torch.bincount(part.long(), minlength=len(total))

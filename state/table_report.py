@@ -60,10 +60,12 @@ class TableReport:
 
         oldest = [each.oldest_ms for each in self.fields if each.oldest_ms is not None]
         return FieldReport(
-            "all",
-            self.rows,
-            *(added([getattr(each, name) for each in self.fields]) for name in ("admitted", "refused", "evicted")),
-            min(oldest, default=None),
+            field="all",
+            rows=self.rows,
+            admitted=added([each.admitted for each in self.fields]),
+            refused=added([each.refused for each in self.fields]),
+            evicted=added([each.evicted for each in self.fields]),
+            oldest_ms=min(oldest, default=None),
         )
 
 
@@ -113,5 +115,6 @@ def _add_oldest(oldest: dict[int, int], fields: torch.Tensor, seen: torch.Tensor
         return
     least = torch.full((int(fields.max()) + 1,), torch.iinfo(torch.int64).max)
     least.scatter_reduce_(0, fields, seen, "amin")
-    for field in fields.unique().tolist():
-        oldest[field] = min(int(least[field]) * _MINUTE_MS, oldest.get(field, torch.iinfo(torch.int64).max))
+    for field in (least < torch.iinfo(torch.int64).max).nonzero().squeeze(1).tolist():
+        found_ms = int(least[field]) * _MINUTE_MS
+        oldest[field] = min(found_ms, oldest.get(field, found_ms))
