@@ -134,8 +134,8 @@ class LearnerState:
         found = self._table.find(keys.to(self.device))
         self._upkeep.evicted(found.rows)
         self._table.evict(found)
-        self._deltas.evicted(found.rows)
-        self._without_row.add(found.keys)
+        # Scorers know nothing of the others, and while deltas are withheld there may be many of them.
+        self._without_row.add(found.keys[self._deltas.evicted(found.rows)])
         return len(found.keys)
 
     @property

@@ -114,6 +114,17 @@ def test_rows_that_no_impression_has_used_for_long_go_and_are_tombstones() -> No
     assert [each.evicted for each in learner.table.fields] == [2, 2]
 
 
+def test_what_scorers_never_had_is_no_tombstone_however_long_no_delta_is_taken() -> None:
+    learner = learner_of(max_rows=20, half_life_ms=HOUR_MS)
+    show(learner, [1, 2], [101, 102])
+    learner.take_delta()
+    for step in range(1, 200):
+        show(learner, [3 * step, 3 * step + 1, 3 * step + 2], [1000, 1000, 1000], step)
+        assert learner.touched <= 2 * 20 + 4
+    assert sum(each.evicted for each in learner.table.fields) > 500
+    assert set(learner.take_delta().gone.tolist()) == {1, 2, 101, 102}
+
+
 def test_one_wrong_time_far_ahead_evicts_nothing() -> None:
     learner = learner_of(evict_after_ms=10 * HOUR_MS)
     show(learner, [1, 2], [101, 102])
