@@ -4,7 +4,8 @@
     .venv/bin/python bench/rollback.py --scorers 5 --rounds 20
 
 Each scorer is a process of its own (`headrace run scorer`). A stand-in for the trainer publishes a delta of some 1,000 rows
-every 250 ms and keeps what each point of the chain scores. A client asks for scores at a steady rate. Broker, scorers, trainer,
+every 250 ms, with the dense weights as often as `snapshots.dense_interval_ms` says, and keeps what each point of the chain
+scores. A client asks for scores at a steady rate. Broker, scorers, trainer,
 client and operator share the machine.
 
 A round is a rollback to version 1, exactly as `headrace snapshot rollback --to 1` does it, and then `resume`. Both are timed
@@ -45,6 +46,7 @@ from deploy.settings import LocalKafkaSettings, Settings
 from model.batch import FeatureBatch
 from model.features import FeatureDecoder
 from model.learner import Learner
+from model.predictor import Predictor
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from state.gate_report import GateReport
@@ -106,6 +108,7 @@ class Trainer:
             self._learn(np.repeat(np.arange(first, min(first + 512, self._each))[:, None], FIELDS, axis=1))
         self.ids = self._rng.integers(0, self._each, (PROBES * CANDIDATES, FIELDS))
         self._probes = self._batch(self.ids)
+        self._dense_due_s = 0.0
         self.scores: dict[int, np.ndarray] = {}  # by sequence
         self.sequences: dict[int, int] = {}  # by version
 
@@ -126,6 +129,7 @@ class Trainer:
         await self._writer.open()
         self._chain = Chain(f"deepfm/{self._epoch}/0", self._writer, None, self.learner.touched_keys)
         self.learner.take_delta()
+        self._replica = Predictor.of(self._settings.features, self._model, self.learner.serving_state(), device="cpu")
         self._chain.begin()
         await self.version(1)
         await self.registry.tag_good(1)
@@ -159,18 +163,22 @@ class Trainer:
         announced = await self.registry.announce(manifest, gate=self._settings.snapshots)
         assert announced.promoted, announced.reason
 
-    async def delta(self) -> None:
-        """Learn some examples, and publish what they have changed."""
+    async def delta(self, *, dense: bool = False) -> None:
+        """Learn some examples, and publish what they have changed; the dense weights too if they are due or asked for."""
         await asyncio.to_thread(self._learn, self._rng.integers(0, self._each, (DELTA_ROWS, FIELDS)))
-        delta = self.learner.take_delta()
+        dense = dense or time.monotonic() >= self._dense_due_s
+        if dense:
+            self._dense_due_s = time.monotonic() + self._settings.snapshots.dense_interval_ms / 1_000
+        delta = self.learner.take_delta(dense=dense)
         position = Position({0: self.learner.examples_seen}, 0, self.learner.examples_seen, 1.0, 0, now_ms())
+        self._replica.apply(self._replica.prepare(delta))
         self._note(next_one=True)  # before a scorer can answer with it
         await self._chain.publish(CapturedDelta(delta, position))
 
     def _note(self, *, next_one: bool = False) -> None:
         assert self._chain.published is not None
         sequence = self._chain.published.point.sequence + int(next_one)
-        self.scores[sequence] = self.learner.predict(self._probes).reshape(PROBES, CANDIDATES)
+        self.scores[sequence] = self._replica.predict(self._probes).reshape(PROBES, CANDIDATES)
 
     async def run(self) -> None:
         """Publish deltas until cancelled."""
@@ -240,8 +248,8 @@ async def measure(settings: Settings, work: Path, scorers: int, rows: int, round
     names = TopicNames.of(settings.topics)
     trainer = Trainer(settings, rows)
     await trainer.begin()
-    for _ in range(4):
-        await trainer.delta()
+    for number in range(4):
+        await trainer.delta(dense=number == 3)  # a version is written where the dense weights are those of a delta
     await trainer.version(2)
     workers = [Worker("scorer", worker_environment(settings), work / f"scorer-{n}.log", cwd=work) for n in range(scorers)]
     client = Client(settings, [request_body(trainer.ids, probe) for probe in range(PROBES)], rate)
