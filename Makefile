@@ -40,8 +40,8 @@ check: setup ## lint, format, types, imports, declared dependencies, dead code, 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry headrace
-	$(BIN)/deptry stream model state deploy --non-dev-dependency-groups worker,schema-registry,onnx
-	$(BIN)/deptry tests bench --exclude '\.venv' --ignore DEP002 --non-dev-dependency-groups worker,schema-registry,onnx,dev
+	$(BIN)/deptry stream model state deploy --non-dev-dependency-groups worker,schema-registry,onnx,pictures
+	$(BIN)/deptry tests bench --exclude '\.venv' --ignore DEP002 --non-dev-dependency-groups worker,schema-registry,onnx,pictures,dev
 	$(BIN)/python -m tests.house
 	$(BIN)/python -m deploy.docs --check
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_asyncapi.py
@@ -65,7 +65,7 @@ faults: setup ## RUNS faults from SEED on, each checked; FAMILY=join, snapshots 
 	$(if $(filter-out versions,$(FAMILY)),--runs $(RUNS) --seed $(SEED) --jobs $(JOBS) --write-docs)
 
 lock: ## resolve requirements.lock again from pyproject.toml
-	$(UV) pip compile pyproject.toml --group worker --group schema-registry --group onnx --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock
+	$(UV) pip compile pyproject.toml --group worker --group schema-registry --group onnx --group pictures --group dev --universal --generate-hashes --no-annotate --no-header --upgrade -o requirements.lock
 
 clean: ## remove .venv and what the local Kafka and the workers left
 	rm -rf .venv .headrace

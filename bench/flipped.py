@@ -40,7 +40,8 @@ from prometheus_client import CollectorRegistry
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import report
-from bench.delay_exact import Labels, Stream, cut, held, simulated
+from deploy.evaluate.labels import Labels, cut, held
+from deploy.evaluate.stream import Stream, simulated
 from deploy.feeding.simulation import Simulation
 from model.learner import Learner
 from model.predictor import Predictor

@@ -25,10 +25,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import report, warn_if_busy
-from bench.delay_exact import Stream, at_once, from_data_set, held, play, simulated
 from deploy.datasets import open_data_set
+from deploy.evaluate.labels import at_once, held
+from deploy.evaluate.play import play
+from deploy.evaluate.stream import Stream, from_data_set, simulated
 from deploy.feeding.simulation import Simulation
 from deploy.settings import Settings
+from model.learner import Learner
 from model.metrics import measure
 from model.settings import ModelSettings
 from stream.settings import JoinSettings
@@ -92,7 +95,7 @@ def measure_stream(stream: Stream, holds_s: list[float], join: JoinSettings, mod
         late = float((delays_ms > hold_ms).mean())
         plans.append((f"{hold_s:g}", late, held(stream, window_ms, hold_ms, lateness_ms=join.lateness_ms)))
     for hold, late, labels in plans:
-        scores, _ = play(stream, labels, model)
+        scores = play(stream, labels, Learner(stream.schema, model, device="cpu")).scores[0]
         row = {"stream": stream.name, "hold_s": hold, "late": round(late, 3), **quality(stream, scores, window_ms)}
         rows.append(row)
         print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)

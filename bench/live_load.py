@@ -18,7 +18,7 @@ import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
-from bench.delay_exact import Stream, simulated
+from deploy.evaluate.stream import Stream, simulated
 from deploy.feeding.arrivals import arrivals
 from deploy.feeding.feed import Feed
 from deploy.feeding.simulation import Simulation, generate

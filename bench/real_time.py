@@ -37,14 +37,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import report, warn_if_busy
-from bench.delay_exact import Labels, Stream, held, play, simulated
 from bench.real_time_figures import SETTLED_MS, Seen, Served, figures, ideal_in_band, mean_of, stretches, within_window
 from bench.real_time_live import LiveRun, run_live
 from deploy.cli.simulate import CTR_STEP
 from deploy.demo.play import worker_environment
+from deploy.evaluate.labels import Labels, held
+from deploy.evaluate.play import Serving, play
+from deploy.evaluate.stream import Stream, simulated
 from deploy.feeding.simulation import CtrStep, Simulation, simulation_schema
 from deploy.local_kafka.cluster import LocalKafka
 from deploy.settings import LocalKafkaSettings, Settings
+from model.learner import Learner
 from stream.settings import JoinSettings
 from stream.topics.admin import create_topics
 
@@ -96,16 +99,20 @@ def accelerated(simulation: Simulation, settings: Settings, *, saturate: bool) -
     """One run by event time."""
     stream = simulated(simulation)
     interval_ms = settings.snapshots.delta_interval_ms
-    scores, captured_ms = play(
+    learner = Learner(stream.schema, settings.model, device="cpu")
+    if saturate:
+        serving = learner.serving_state()
+        serving["bias"] += 6.0
+        learner.restore(serving, learner.trainer_state())
+    played = play(
         stream,
         labels_of(stream, settings.join),
-        settings.model,
+        learner,
+        serving=[Serving(every_ms=interval_ms, late_ms=SWAP_MS)],
         batch_age_ms=settings.trainer.max_batch_age_ms,
-        serve_every_ms=interval_ms,
-        serve_late_ms=SWAP_MS,
-        saturate=saturate,
     )
-    return stream, Served(scores, captured_ms, simulation.start_ms + settings.join.held_ms + settings.join.lateness_ms)
+    first_labels_ms = simulation.start_ms + settings.join.held_ms + settings.join.lateness_ms
+    return stream, Served(played.scores[0], played.captured_ms[0], first_labels_ms)
 
 
 @click.command()

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from bench.delay_exact import Floats, Labels, Stream, at_once, play
+from deploy.evaluate.labels import Labels, at_once
+from deploy.evaluate.play import play
+from deploy.evaluate.stream import Floats, Stream
 from deploy.feeding.simulation import Simulation, Truth
+from model.learner import Learner
 from model.settings import ModelSettings
 
 __all__ = ["Seen", "Served", "figures", "ideal_in_band", "stretches", "within_window"]
@@ -78,7 +81,7 @@ def figures(
         "scored_share": _rounded(scored.sum() / max(1, measured.sum())),
     }
     if reference:
-        known, _ = play(stream, at_once(stream, window_ms), model)
+        known = play(stream, at_once(stream, window_ms), Learner(stream.schema, model, device="cpu")).scores[0]
         best, ours = (1 - normalised_entropy(scores[scored], truth[scored]) for scores in (known, served.scores))
         found["ne_lost_share"] = _rounded(1 - ours / best)
         found["reference_ne"] = _rounded(1 - best)

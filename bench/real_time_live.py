@@ -13,9 +13,9 @@ import numpy.typing as npt
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
-from bench.delay_exact import Stream
 from bench.live_load import PRINT_S, LiveStream, Shown, draw_live, play_live
 from bench.real_time_figures import Served
+from deploy.evaluate.stream import Stream
 from deploy.feeding.simulation import Simulation
 from deploy.processes.workers import Worker
 from deploy.settings import Settings

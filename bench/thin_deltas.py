@@ -34,8 +34,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import report, warn_if_busy
-from bench.delay_exact import Stream, from_data_set, simulated
 from deploy.datasets import open_data_set
+from deploy.evaluate.stream import Stream, from_data_set, simulated
 from deploy.feeding.simulation import Simulation
 from model.learner import Learner
 from model.metrics import measure

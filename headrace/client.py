@@ -89,6 +89,7 @@ class Client:
         delta: int | None = None,
         shadow_score: float | None = None,
         shadow_version: int | None = None,
+        propensity: float | None = None,
     ) -> None:
         """Send an impression: something was shown.
 
@@ -100,6 +101,7 @@ class Client:
                 compares a canary.
             shadow_score, shadow_version: `shadow` of the candidate shown and `answer.shadow_version`, None in most answers. The
                 trainer compares a version on trial with the champion by them.
+            propensity: the probability with which this was chosen to be shown, where it was drawn. Examples keep it.
 
         Raises:
             InvalidEvent: the pipeline would reject the event; nothing was sent.
@@ -108,7 +110,9 @@ class Client:
         """
         self._delivery.lifetime.check()
         when = now_ms() if timestamp_ms is None else timestamp_ms
-        key, value = encode_impression(impression_id, when, features, score, model_version, delta, shadow_score, shadow_version)
+        key, value = encode_impression(
+            impression_id, when, features, score, model_version, delta, shadow_score, shadow_version, propensity
+        )
         self._delivery.send_event(self._impressions, key, value, self._headers)
 
     def send_click(self, impression_id: str, *, timestamp_ms: int | None = None) -> None:
@@ -164,6 +168,7 @@ class Client:
         *,
         request_id: str | None = None,
         deadline_ms: int | None = None,
+        timestamp_ms: int | None = None,
     ) -> str:
         """Ask for scores without waiting. The answer arrives on the topic `scores` (see `subscribe_scores`).
 
@@ -172,12 +177,14 @@ class Client:
             candidates: pairs (id, features). A candidate's feature takes the place of the context's feature of the same name.
             request_id: a unique id; a random one when None. The same id sent twice may be answered twice.
             deadline_ms: ms since 1970-01-01 UTC, after which an answer is of no use.
+            timestamp_ms: ms since 1970-01-01 UTC, the time whose hour and weekday the model reads; when None, the request's
+                arrival.
 
         Returns:
             The request's id. Raises as `send_impression`.
         """
         self._delivery.lifetime.check()
-        key, value = encode_request(request_id_or_new(request_id), context, candidates, deadline_ms)
+        key, value = encode_request(request_id_or_new(request_id), context, candidates, deadline_ms, timestamp_ms)
         self._delivery.send_request(self._requests, key, value)
         return key.decode()
 
@@ -188,6 +195,7 @@ class Client:
         *,
         request_id: str | None = None,
         deadline_ms: int | None = None,
+        timestamp_ms: int | None = None,
     ) -> Future[Answer]:
         """Ask for scores, and get the answer by a future. Any number of requests may be outstanding.
 
@@ -195,7 +203,7 @@ class Client:
         `result`. Arguments and errors are those of `request_scores`.
         """
         self._delivery.lifetime.check()
-        key, value = encode_request(request_id_or_new(request_id), context, candidates, deadline_ms)
+        key, value = encode_request(request_id_or_new(request_id), context, candidates, deadline_ms, timestamp_ms)
         name = key.decode()
         router = self._delivery.open_answers()
         future = router.expect(name)

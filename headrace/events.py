@@ -88,6 +88,7 @@ def encode_impression(
     delta: int | None = None,
     shadow_score: float | None = None,
     shadow_version: int | None = None,
+    propensity: float | None = None,
 ) -> tuple[bytes, bytes]:
     """Key and value of an impression. Raises InvalidEvent."""
     name = _id(impression_id, "$.impression_id")
@@ -102,6 +103,9 @@ def encode_impression(
     _put_count(event, "delta", delta, "a number of deltas, 0 or more", "Take it from the answer as it is, 0 where it has none")
     _put_probability(event, "shadow_score", shadow_score, "Leave it out where the answer has none")
     _put_count(event, "shadow_version", shadow_version, *versions)
+    _put_probability(event, "propensity", propensity, "Leave it out when it isn't known")
+    if event.get("propensity") == 0:
+        _refuse("$.propensity", "a probability above 0", propensity, "What was shown had some chance to be shown")
     return name.encode(), _encode(event)
 
 
@@ -131,7 +135,11 @@ def encode_click(impression_id: str, timestamp_ms: int) -> tuple[bytes, bytes]:
 
 
 def encode_request(
-    request_id: str, context: Features, candidates: Iterable[Candidate], deadline_ms: int | None = None
+    request_id: str,
+    context: Features,
+    candidates: Iterable[Candidate],
+    deadline_ms: int | None = None,
+    timestamp_ms: int | None = None,
 ) -> tuple[bytes, bytes]:
     """Key and value of a score request. Raises InvalidEvent. One bad candidate rejects the whole request."""
     listed: list[dict[str, Any]] = []
@@ -153,6 +161,8 @@ def encode_request(
     }
     if deadline_ms is not None:
         event["deadline_ms"] = check_time(deadline_ms, "$.deadline_ms")
+    if timestamp_ms is not None:
+        event["timestamp"] = check_time(timestamp_ms, "$.timestamp")
     return own_id.encode(), _encode(event)
 
 

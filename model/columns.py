@@ -1,4 +1,7 @@
-"""Turns columns of values into columns of keys: hashing, bucketing and the key of a missing value."""
+"""Turns columns of values into columns of keys: hashing, bucketing and the key of a missing value.
+
+encode_columns: values of events ─▶ [fall_back: a context's values ─▶] [model.derived: the other fields ─▶] build_batch
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,9 @@ _LARGEST_BUCKET = 1 << 62
 """Linear buckets are clipped here, far beyond any real value, so that they fit in 64 bits."""
 
 _SCALED = 0  # the only bucket of a scaled field
+
+_MOST_DEVIATIONS = 10.0
+"""A `standard` number counts as this many deviations from the mean at most: a wrong unit must not blow up an update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +77,16 @@ def numeric_buckets(values: npt.NDArray[np.float64], field: FieldSpec) -> Int64A
     return np.where(values < 0, ~buckets, buckets)
 
 
-def numeric_scales(values: npt.NDArray[np.float64]) -> Float32Array:
-    """sign(x) * log(1 + |x|) of each value (N,), for fields with `buckets` scaled."""
+def numeric_scales(values: npt.NDArray[np.float64], field: FieldSpec) -> Float32Array:
+    """Factor of each finite value (N,), for fields with `buckets` scaled or standard.
+
+    scaled: sign(x) * log(1 + |x|).
+    standard: (x - mean) / deviation, within -10 and 10.
+    """
+    if field.buckets == "standard":
+        with np.errstate(over="ignore"):  # an infinite quotient is clipped too
+            quotient = (values - field.mean) / field.deviation
+        return np.clip(quotient, -_MOST_DEVIATIONS, _MOST_DEVIATIONS).astype(np.float32)
     return np.copysign(np.log1p(np.abs(values)), values).astype(np.float32)
 
 
@@ -83,16 +97,18 @@ def _hash_columns(columns: Sequence[pa.Array], spaces: Sequence[str]) -> list[In
     few rows most of the time would go into calls.
     """
     encoded = [column.dictionary_encode() for column in columns]
-    # An integer has the key of its decimal string.
-    values = [e.dictionary if pa.types.is_string(e.type.value_type) else e.dictionary.cast(pa.string()) for e in encoded]
-    seeds = np.repeat(np.array([space_seed(space) for space in spaces], np.uint64), [len(v) for v in values])
+    distinct = [each.dictionary for each in encoded]
+    whole = [index for index, values in enumerate(distinct) if pa.types.is_integer(values.type)]
+    texts = [index for index, values in enumerate(distinct) if pa.types.is_string(values.type)]
+    values = [distinct[index] for index in texts]
+    if whole:  # an integer has the key of its decimal string
+        values.insert(0, pa.concat_arrays([distinct[index] for index in whole]).cast(pa.string()))
+    order = whole + texts
+    lengths = [len(distinct[index]) for index in order]
+    seeds = np.repeat(np.array([space_seed(spaces[index]) for index in order], np.uint64), lengths)
     keys = np.append(hash_strings(pa.concat_arrays(values), seeds), 0)  # the last: nulls of a column without values read it
-    out = []
-    start = 0
-    for column, distinct in zip(encoded, values, strict=True):
-        out.append(keys[_without_nulls(column.indices, 0) + start])
-        start += len(distinct)
-    return out
+    starts = dict(zip(order, np.cumsum([0, *lengths]).tolist(), strict=False))
+    return [keys[_without_nulls(each.indices, 0) + starts[index]] for index, each in enumerate(encoded)]
 
 
 def encode_columns(columns: Sequence[pa.Array], fields: Sequence[FieldSpec]) -> list[KeyColumn]:
@@ -120,8 +136,7 @@ def absent_column(rows: int, field: FieldSpec) -> KeyColumn:
     zeros = np.zeros(rows, np.int64)
     if field.kind == "list":
         return KeyColumn(zeros.astype(bool), zeros[:0], starts=zeros, lengths=zeros)
-    scaled = field.kind == "numeric" and field.buckets == "scaled"
-    return KeyColumn(zeros.astype(bool), zeros, scales=zeros.astype(np.float32) if scaled else None)
+    return KeyColumn(zeros.astype(bool), zeros, scales=zeros.astype(np.float32) if field.is_scaled else None)
 
 
 def _presence(column: pa.Array) -> npt.NDArray[np.bool_]:
@@ -141,9 +156,9 @@ def _encode_words(column: pa.Array, field: FieldSpec, keys: Int64Array) -> KeyCo
 
 def number_column(present: npt.NDArray[np.bool_], values: npt.NDArray[np.float64], field: FieldSpec) -> KeyColumn:
     """Keys of a numeric field from finite `values` (N,); values that are not `present` (N,) get arbitrary keys."""
-    if field.buckets == "scaled":
+    if field.is_scaled:
         keys = np.full(len(values), number_key(_SCALED, field.hash_space), np.int64)
-        return KeyColumn(present, keys, scales=numeric_scales(values))
+        return KeyColumn(present, keys, scales=numeric_scales(values, field))
     return KeyColumn(present, hash_integers(numeric_buckets(values, field), field.hash_space))
 
 
@@ -168,10 +183,10 @@ def fall_back(column: KeyColumn, other: KeyColumn, rows: Int64Array) -> KeyColum
 
 def build_batch(columns: Sequence[KeyColumn], schema: FeatureSchema, rows: int) -> FeatureBatch:
     """A batch of `rows` rows, from one column for each field of the schema. A missing value gets its field's "missing" key."""
-    single = [(c, f) for c, f in zip(columns, schema.fields, strict=True) if f.kind != "list"]
-    lists = [(c, f) for c, f in zip(columns, schema.fields, strict=True) if f.kind == "list"]
+    single = [(c, f) for c, f in zip(columns, schema.fields, strict=True) if not schema.is_list(f)]
+    lists = [(c, f) for c, f in zip(columns, schema.fields, strict=True) if schema.is_list(f)]
     keys = np.empty((rows, len(single)), np.int64)
-    scaled = any(field.kind == "numeric" and field.buckets == "scaled" for field in schema.fields)
+    scaled = any(field.is_scaled for field in schema.fields)
     scales = np.ones((rows, len(single)), np.float32) if scaled else None
     for index, (column, field) in enumerate(single):
         keys[:, index] = np.where(column.present, column.keys, missing_key(field.hash_space))

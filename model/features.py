@@ -9,7 +9,7 @@ and both paths accept the same records and give the same keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -20,16 +20,17 @@ import pyarrow.compute as pc
 from model import features_reference as reference
 from model.arrow_json import Doubt, read_json
 from model.batch import FeatureBatch, Float32Array, Int64Array
-from model.columns import build_batch, encode_columns, fall_back
+from model.clock import LATEST_MS
+from model.columns import KeyColumn, build_batch, encode_columns, fall_back
+from model.derived import complete
 from model.errors import FeatureError, ModelError
 from model.schema import FeatureSchema, FieldSpec
+from model.seen_types import SeenTypes, default_type
 
 __all__ = ["BadRecord", "DecodedImpressions", "DecodedRequests", "FeatureBatch", "FeatureDecoder"]
 
 _SLOW_ROWS = 8
 """Runs this short are not halved further: a call of Arrow's reader costs about as much as ten records one by one."""
-
-_Types = dict[str, pa.DataType]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +93,6 @@ class DecodedRequests:
     bad: list[BadRecord]
 
 
-@dataclass(slots=True)
-class _Seen:
-    """The types (string or integer) that the categorical fields of one `features` object of the records had last."""
-
-    types: _Types = field(default_factory=dict)
-    struct: pa.DataType | None = None  # Arrow's type of the whole object; None until it is needed
-
-
 _Decoded = TypeVar("_Decoded", DecodedImpressions, DecodedRequests)
 
 
@@ -107,9 +100,11 @@ class FeatureDecoder:
     """Decodes impressions and score requests for one schema.
 
         decoder = FeatureDecoder(schema)
-        decoded = decoder.impressions(values)   # values: list of bytes
+        decoded = decoder.impressions(values, times_ms)   # values: list of bytes
         scores = predictor.predict(decoded.batch)
         for bad in decoded.bad: ...             # bad.index, bad.reason, bad.path, bad.message
+
+    Impressions have all features as they were sent. In requests, fields with `serve_as` have that value.
 
     Its only state is the type (string or integer) that each categorical field had last. Don't use it from two threads at once.
 
@@ -121,14 +116,20 @@ class FeatureDecoder:
         if not schema.fields:
             raise ModelError("features.fields is empty: name at least one feature for the model to read")
         self.schema = schema
-        self._default_types = [_default_type(spec) for spec in schema.fields]
-        self._impression_types = _Seen()
-        self._context_types = _Seen()
-        self._candidate_types = _Seen()
+        self._impression_types = SeenTypes(schema.sent)
+        self._context_types = SeenTypes(schema.asked)
+        self._candidate_types = SeenTypes(schema.asked)
 
-    def impressions(self, payloads: Sequence[bytes | None]) -> DecodedImpressions:
-        """Features of a run of impressions. Bad records are in `bad`; none raises an error."""
-        pieces = self._decode(payloads, self._fast_impressions, self._slow_impressions, self._guess_impression)
+    def impressions(self, payloads: Sequence[bytes | None], times_ms: Int64Array | None = None) -> DecodedImpressions:
+        """Features of a run of impressions. Bad records are in `bad`; none raises an error.
+
+        Args:
+            times_ms: (N,), their event times. Only needed when the schema has hours or weekdays.
+
+        Raises:
+            ModelError: the schema has hours or weekdays, and no times are given.
+        """
+        pieces = self._decode(payloads, times_ms, self._fast_impressions, self._slow_impressions, self._guess_impression)
         return DecodedImpressions(
             batch=FeatureBatch.concat([piece.batch for _, piece in pieces]),
             rows=np.concatenate([piece.rows + start for start, piece in pieces]),
@@ -140,9 +141,17 @@ class FeatureDecoder:
             shadow_version=np.concatenate([piece.shadow_version for _, piece in pieces]),
         )
 
-    def requests(self, payloads: Sequence[bytes | None]) -> DecodedRequests:
-        """Features of all candidates of a run of score requests. A candidate's own value of a field wins over the context's."""
-        pieces = self._decode(payloads, self._fast_requests, self._slow_requests, self._guess_request)
+    def requests(self, payloads: Sequence[bytes | None], arrived_ms: Int64Array | None = None) -> DecodedRequests:
+        """Features of all candidates of a run of score requests. A candidate's own value of a field wins over the context's.
+
+        Args:
+            arrived_ms: (N,), times of the requests that don't have one of their own. Only needed when the schema has hours or
+                weekdays.
+
+        Raises:
+            ModelError: the schema has hours or weekdays, and no times are given.
+        """
+        pieces = self._decode(payloads, arrived_ms, self._fast_requests, self._slow_requests, self._guess_request)
         counts = np.concatenate([np.diff(piece.offsets) for _, piece in pieces])
         return DecodedRequests(
             batch=FeatureBatch.concat([piece.batch for _, piece in pieces]),
@@ -157,40 +166,42 @@ class FeatureDecoder:
     def _decode(
         self,
         payloads: Sequence[bytes | None],
-        fast: Callable[[Sequence[bytes]], _Decoded],
-        slow: Callable[[Sequence[bytes | None]], _Decoded],
+        times_ms: Int64Array | None,
+        fast: Callable[[Sequence[bytes], Int64Array | None], _Decoded],
+        slow: Callable[[Sequence[bytes | None], Int64Array | None], _Decoded],
         guess: Callable[[bytes], bool],
     ) -> list[tuple[int, _Decoded]]:
         """The run in one or more decoded pieces, in order, each with the position of its first record."""
         if len(payloads) <= _SLOW_ROWS and sum(map(len, filter(None, payloads))) < _SLOW_ROWS * 1024:
-            return [(0, slow(payloads))]
+            return [(0, slow(payloads, times_ms))]
         whole = [payload or b"" for payload in payloads]
         try:
-            return [(0, fast(whole))]
+            return [(0, fast(whole, times_ms))]
         except Doubt:
             pass
         if guess(whole[0]):
             try:
-                return [(0, fast(whole))]
+                return [(0, fast(whole, times_ms))]
             except Doubt:
                 pass
         if len(payloads) <= _SLOW_ROWS:
-            return [(0, slow(payloads))]
+            return [(0, slow(payloads, times_ms))]
         half = len(payloads) // 2
-        left = self._decode(payloads[:half], fast, slow, guess)
-        right = self._decode(payloads[half:], fast, slow, guess)
+        first, second = (None, None) if times_ms is None else (times_ms[:half], times_ms[half:])
+        left = self._decode(payloads[:half], first, fast, slow, guess)
+        right = self._decode(payloads[half:], second, fast, slow, guess)
         return left + [(start + half, piece) for start, piece in right]
 
     # Impressions
 
-    def _fast_impressions(self, payloads: Sequence[bytes]) -> DecodedImpressions:
+    def _fast_impressions(self, payloads: Sequence[bytes], times_ms: Int64Array | None = None) -> DecodedImpressions:
         layout = [
             ("score", pa.float64()),
             ("model_version", pa.int64()),
             ("delta", pa.int64()),
             ("shadow_score", pa.float64()),
             ("shadow_version", pa.int64()),
-            ("features", self._struct(self._impression_types)),
+            ("features", self._impression_types.struct),
         ]
         table = read_json(payloads, pa.schema(layout))
         rows = len(payloads)
@@ -201,7 +212,7 @@ class FeatureDecoder:
         if any(_below_zero(table, name) for name in ("model_version", "delta", "shadow_version")):
             raise Doubt
         return DecodedImpressions(
-            batch=self._batch(table.column("features").chunk(0).flatten()),
+            batch=self._sent(table.column("features").chunk(0).flatten(), times_ms, rows),
             rows=np.arange(rows),
             bad=[],
             served_score=score.astype(np.float32),
@@ -211,10 +222,14 @@ class FeatureDecoder:
             shadow_version=table.column("shadow_version").fill_null(-1).to_numpy(),
         )
 
-    def _slow_impressions(self, payloads: Sequence[bytes | None]) -> DecodedImpressions:
+    def _slow_impressions(self, payloads: Sequence[bytes | None], times_ms: Int64Array | None = None) -> DecodedImpressions:
         good, rows, bad = _one_by_one(payloads, lambda payload: reference.decode_impression(payload, self.schema))
         return DecodedImpressions(
-            batch=self._batch(self._arrays([impression.values for impression in good])),
+            batch=self._sent(
+                _arrays([impression.values for impression in good], self.schema.sent),
+                None if times_ms is None else times_ms[rows],
+                len(good),
+            ),
             rows=rows,
             bad=bad,
             served_score=np.array([impression.served_score for impression in good], np.float32),
@@ -225,32 +240,37 @@ class FeatureDecoder:
         )
 
     def _guess_impression(self, payload: bytes) -> bool:
-        return self._guess(self._impression_types, _part(payload, "features"))
+        return self._impression_types.guess(_part(payload, "features"))
 
     # Requests
 
-    def _fast_requests(self, payloads: Sequence[bytes]) -> DecodedRequests:
-        candidate = [("id", pa.string()), ("features", self._struct(self._candidate_types))]
+    def _fast_requests(self, payloads: Sequence[bytes], arrived_ms: Int64Array | None = None) -> DecodedRequests:
+        candidate = [("id", pa.string()), ("features", self._candidate_types.struct)]
         layout = [
             ("request_id", pa.string()),
             ("deadline_ms", pa.int64()),
-            ("context", self._struct(self._context_types)),
+            ("timestamp", pa.int64()),
+            ("context", self._context_types.struct),
             ("candidates", pa.list_(pa.struct(candidate))),
         ]
         table = read_json(payloads, pa.schema(layout))
         lists = table.column("candidates").chunk(0)
         candidates = lists.flatten()
         ids, features = candidates.flatten()
-        deadlines = table.column("deadline_ms").fill_null(-1).to_numpy()
+        deadlines, times_ms = (table.column(name).fill_null(-1).to_numpy() for name in ("deadline_ms", "timestamp"))
         required = (table.column("request_id"), lists, candidates, ids)
-        if any(column.null_count for column in required) or _below_zero(table, "deadline_ms"):
+        if any(column.null_count for column in required) or any(
+            _below_zero(table, each) for each in ("deadline_ms", "timestamp")
+        ):
+            raise Doubt
+        if (times_ms > LATEST_MS).any():
             raise Doubt
         counts = pc.list_value_length(lists).to_numpy().astype(np.int64)
         offsets = np.concatenate(([0], np.cumsum(counts)))
         context = table.column("context").chunk(0).flatten()
         names = ids.to_pylist()
         return DecodedRequests(
-            batch=self._batch(features.flatten(), context, np.repeat(np.arange(len(payloads)), counts)),
+            batch=self._asked(features.flatten(), context, counts, _times(times_ms, arrived_ms)),
             offsets=offsets,
             request_ids=table.column("request_id").to_pylist(),
             candidate_ids=[names[offsets[row] : offsets[row + 1]] for row in range(len(payloads))],
@@ -259,12 +279,15 @@ class FeatureDecoder:
             bad=[],
         )
 
-    def _slow_requests(self, payloads: Sequence[bytes | None]) -> DecodedRequests:
+    def _slow_requests(self, payloads: Sequence[bytes | None], arrived_ms: Int64Array | None = None) -> DecodedRequests:
         good, rows, bad = _one_by_one(payloads, lambda payload: reference.decode_request(payload, self.schema))
         values = list(chain.from_iterable(request.candidates for request in good))
+        counts = np.array([len(request.candidates) for request in good], np.int64)
+        own_ms = np.array([request.time_ms for request in good], np.int64)
+        times_ms = _times(own_ms, None if arrived_ms is None else arrived_ms[rows])
         return DecodedRequests(
-            batch=self._batch(self._arrays(values)),
-            offsets=np.concatenate(([0], np.cumsum([len(request.candidates) for request in good]))).astype(np.int64),
+            batch=self._asked(_arrays(values, self.schema.asked), None, counts, times_ms),
+            offsets=np.concatenate(([0], np.cumsum(counts))),
             request_ids=[request.request_id for request in good],
             candidate_ids=[request.candidate_ids for request in good],
             deadlines_ms=np.array([request.deadline_ms for request in good], np.int64),
@@ -273,59 +296,57 @@ class FeatureDecoder:
         )
 
     def _guess_request(self, payload: bytes) -> bool:
-        context = self._guess(self._context_types, _part(payload, "context"))
-        candidate = self._guess(self._candidate_types, _part(payload, "candidates", 0, "features"))
+        context = self._context_types.guess(_part(payload, "context"))
+        candidate = self._candidate_types.guess(_part(payload, "candidates", 0, "features"))
         return context or candidate
 
     # Fields
 
-    def _struct(self, seen: _Seen) -> pa.DataType:
-        """Arrow's type for a features object, with categorical fields of the type that they had last."""
-        if seen.struct is None:
-            types = zip(self.schema.fields, self._default_types, strict=True)
-            seen.struct = pa.struct([(spec.name, seen.types.get(spec.name, default)) for spec, default in types])
-        return seen.struct
+    def _sent(self, columns: Sequence[pa.Array], times_ms: Int64Array | None, rows: int) -> FeatureBatch:
+        """The features of impressions, from the values of the fields that they carry."""
+        keyed = _encode(columns, self.schema.sent)
+        return build_batch(complete(keyed, self.schema, rows, times_ms, served=False), self.schema, rows)
 
-    def _guess(self, seen: _Seen, features: Any) -> bool:
-        """Reads the types of the categorical fields off one features object. True if a type has changed."""
-        if not isinstance(features, dict):
-            return False
-        before = dict(seen.types)
-        for spec in self.schema.fields:
-            value = features.get(spec.name)
-            if spec.kind == "categorical" and isinstance(value, str | int) and not isinstance(value, bool):
-                seen.types[spec.name] = pa.string() if isinstance(value, str) else pa.int64()
-        if before == seen.types:
-            return False
-        seen.struct = None
-        return True
-
-    def _arrays(self, values: list[list[reference.Value]]) -> list[pa.Array]:
-        """Canonical values of N rows, as one column for each field."""
-        return [pa.array([row[i] for row in values], default) for i, default in enumerate(self._default_types)]
-
-    def _batch(
-        self,
-        columns: Sequence[pa.Array],
-        context: Sequence[pa.Array] | None = None,
-        context_rows: Int64Array | None = None,
+    def _asked(
+        self, columns: Sequence[pa.Array], context: Sequence[pa.Array] | None, counts: Int64Array, times_ms: Int64Array | None
     ) -> FeatureBatch:
-        for spec, column in zip((*self.schema.fields, *self.schema.fields), (*columns, *(context or ())), strict=False):
-            if column.null_count == len(column):
-                continue
-            if spec.kind == "list" and column.flatten().null_count:
-                raise Doubt
-            if spec.kind == "numeric" and not np.isfinite(column.drop_null().to_numpy()).all():
-                raise Doubt
-        keyed = encode_columns(columns, self.schema.fields)
-        if context is not None and context_rows is not None:
-            shared = encode_columns(context, self.schema.fields)
-            keyed = [fall_back(own, other, context_rows) for own, other in zip(keyed, shared, strict=True)]
-        return build_batch(keyed, self.schema, len(columns[0]))
+        """The features of the candidates of R requests, from the values of the fields that are read from them.
+
+        context   values of the requests, which candidates without their own have; None if there are none
+        counts    (R,): number of candidates
+        times_ms  (R,): when each request was made; None if that isn't known
+        """
+        keyed = _encode(columns, self.schema.asked)
+        owners = np.repeat(np.arange(len(counts)), counts)
+        if context is not None:
+            shared = _encode(context, self.schema.asked)
+            keyed = {name: fall_back(own, shared[name], owners) for name, own in keyed.items()}
+        times_ms = None if times_ms is None else times_ms[owners]
+        return build_batch(complete(keyed, self.schema, len(owners), times_ms, served=True), self.schema, len(owners))
 
 
-def _default_type(spec: FieldSpec) -> pa.DataType:
-    return {"categorical": pa.string(), "numeric": pa.float64(), "list": pa.list_(pa.string())}[spec.kind]
+def _encode(columns: Sequence[pa.Array], fields: Sequence[FieldSpec]) -> dict[str, KeyColumn]:
+    """Keys of each field, by name. Raises Doubt about values that no field of its kind has."""
+    for spec, column in zip(fields, columns, strict=True):
+        if column.null_count == len(column):
+            continue
+        if spec.kind == "list" and column.flatten().null_count:
+            raise Doubt
+        if spec.kind == "numeric" and not np.isfinite(column.drop_null().to_numpy()).all():
+            raise Doubt
+    return dict(zip((spec.name for spec in fields), encode_columns(columns, fields), strict=True))
+
+
+def _arrays(values: list[list[reference.Value]], fields: Sequence[FieldSpec]) -> list[pa.Array]:
+    """Canonical values of N rows, as one column for each field."""
+    return [pa.array([row[i] for row in values], default_type(spec)) for i, spec in enumerate(fields)]
+
+
+def _times(own_ms: Int64Array, arrived_ms: Int64Array | None) -> Int64Array | None:
+    """The time of each request, (R,): its own, or else when it arrived; None if neither is known of every request."""
+    if arrived_ms is None:
+        return None if (own_ms < 0).any() else own_ms
+    return np.where(own_ms < 0, arrived_ms, own_ms)
 
 
 def _part(payload: bytes, *path: str | int) -> Any:

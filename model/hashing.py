@@ -3,8 +3,8 @@
 The algorithm, for bytes `b` of a hash space `s`, all arithmetic modulo 2**64:
 
 1. `seed(s)` is the hash of the UTF-8 bytes of the space's name with seed 0.
-2. `state = seed + kind + len(b) * P`, with a constant `kind` each for strings, numbers and the missing value, and P =
-   2**64 / golden ratio.
+2. `state = seed + kind + len(b) * P`, with a constant `kind` each for strings, numbers, crosses and the missing value, and P =
+   2**64 / golden ratio. The bytes of a cross are the keys of what it combines, 8 little-endian bytes each.
 3. For each 8-byte little-endian word of `b`, the last one padded with zero bytes: `state = mix(state ^ word)`.
 4. The key is `mix(state)` read as a signed 64-bit integer; `EMPTY_KEY`, which marks free slots, becomes
    `EMPTY_KEY - 1`.
@@ -13,19 +13,30 @@ The algorithm, for bytes `b` of a hash space `s`, all arithmetic modulo 2**64:
 values of the same length that differ in one word never collide before step 4. Every snapshot holds keys, so the
 algorithm can't change without a new snapshot format: tests pin its values.
 
-`hash_bytes` and `number_key` are the reference in plain Python; `hash_strings` and `hash_integers` compute the same keys for
-columns.
+`hash_bytes`, `number_key` and `cross_key` are the reference in plain Python; `hash_strings`, `hash_integers` and `hash_crosses`
+compute the same keys for columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["EMPTY_KEY", "hash_bytes", "hash_integers", "hash_strings", "missing_key", "number_key", "space_seed"]
+__all__ = [
+    "EMPTY_KEY",
+    "cross_key",
+    "hash_bytes",
+    "hash_crosses",
+    "hash_integers",
+    "hash_strings",
+    "missing_key",
+    "number_key",
+    "space_seed",
+]
 
 EMPTY_KEY = -1
 """Marks a free slot of the key table; no feature has this key."""
@@ -39,6 +50,7 @@ _MIX_2 = 0x94D049BB133111EB
 _STRING_KIND = 0
 _NUMBER_KIND = 0x4E554D4245520000  # "NUMBER"
 _MISSING_KIND = 0x4D495353494E4700  # "MISSING"
+_CROSS_KIND = 0x43524F5353000000  # "CROSS"
 
 _LONG_BYTES = 256
 """Longer strings are hashed one by one: the vectorised loop makes a pass over the whole column for each 8-byte word."""
@@ -86,6 +98,11 @@ def missing_key(space: str) -> int:
     return _signed(_hash(b"", space_seed(space), _MISSING_KIND))
 
 
+def cross_key(keys: Sequence[int], space: str) -> int:
+    """Key in `space` of a combination of values, given by their own keys. Another order is another combination."""
+    return _signed(_hash(b"".join(key.to_bytes(8, "little", signed=True) for key in keys), space_seed(space), _CROSS_KIND))
+
+
 def _mix_array(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
@@ -102,6 +119,16 @@ def hash_integers(numbers: Int64Array, space: str) -> Int64Array:
     """`number_key` of each of `numbers` (N,), as int64 (N,)."""
     start = np.uint64((space_seed(space) + _NUMBER_KIND + 8 * _LENGTH_FACTOR) & _MASK)
     return _signed_array(_mix_array(np.ascontiguousarray(numbers, dtype=np.int64).view(np.uint64) ^ start))
+
+
+def hash_crosses(columns: Sequence[Int64Array], space: str) -> Int64Array:
+    """`cross_key` of each row of two or more columns of keys, each int64 (N,); returns int64 (N,)."""
+    start = np.uint64((space_seed(space) + _CROSS_KIND + 8 * len(columns) * _LENGTH_FACTOR) & _MASK)
+    state = columns[0].view(np.uint64) ^ start
+    for column in columns[1:]:
+        state = _mix_array(state)
+        state ^= column.view(np.uint64)
+    return _signed_array(_mix_array(state))
 
 
 def hash_strings(strings: pa.StringArray, seeds: npt.NDArray[np.uint64]) -> Int64Array:

@@ -74,8 +74,7 @@ class Elements:
 
 def to_elements(batch: FeatureBatch, schema: FeatureSchema, device: torch.device) -> Elements:
     """A batch as tensors on `device`. Raises ModelError if its fields aren't those of the schema."""
-    lists = sum(field.kind == "list" for field in schema.fields)
-    singles = len(schema.fields) - lists
+    singles, lists = len(schema.singles), len(schema.lists)
     if batch.keys.shape[1:] != (singles,) or batch.lists != lists:
         raise ModelError(
             f"batch: expected {singles} single-valued fields and {lists} lists, as features.fields has, "

@@ -127,8 +127,7 @@ def export_onnx(
 
 def _fields(schema: FeatureSchema) -> tuple[list[Any], list[Any]]:
     """The single-valued fields and the lists: the order of keys, of embeddings and of average rows."""
-    lists = [field for field in schema.fields if field.kind == "list"]
-    return [field for field in schema.fields if field.kind != "list"], lists
+    return list(schema.singles), list(schema.lists)
 
 
 class _Tables:
@@ -217,7 +216,7 @@ class _Graph:
             keys = self.node("Where", gone, self.constant(missing), keys)
             rows = self._rows_of(keys, np.arange(len(singles))[None])  # (B, S)
             vectors, terms = self.node("Gather", "embedding", rows), self.node("Gather", "first_order", rows)
-            if any(field.kind == "numeric" and field.buckets == "scaled" for field in singles):
+            if any(field.is_scaled for field in singles):
                 scales = self.input("scales", "float32", ["batch", len(singles)])
                 vectors = self.node("Mul", vectors, self.node("Unsqueeze", scales, last))
                 terms = self.node("Mul", terms, scales)

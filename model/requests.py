@@ -18,7 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from model.batch import FeatureBatch
+from model.clock import LATEST_MS
 from model.columns import KeyColumn, absent_column, build_batch, fall_back, number_column
+from model.derived import complete
 from model.features import DecodedRequests, FeatureDecoder
 from model.hashing import hash_strings, space_seed
 from model.schema import FeatureSchema, FieldSpec
@@ -49,6 +52,7 @@ class _Request(msgspec.Struct):
     candidates: list[_Candidate]
     context: dict[str, Any] | None = None
     deadline_ms: int | None = None
+    timestamp: int | None = None
 
 
 class RequestDecoder:
@@ -59,29 +63,41 @@ class RequestDecoder:
         self._many = FeatureDecoder(schema)
         self._parse = msgspec.json.Decoder(_Request).decode
 
-    def requests(self, payloads: Sequence[bytes]) -> DecodedRequests:
-        """The features of all candidates of a run of score requests."""
+    def requests(self, payloads: Sequence[bytes], arrived_ms: Int64s | None = None) -> DecodedRequests:
+        """The features of all candidates of a run of score requests.
+
+        Args:
+            arrived_ms: (N,), times of the requests that don't have one of their own. Only needed when the schema has hours or
+                weekdays.
+
+        Raises:
+            ModelError: the schema has hours or weekdays, and no times are given.
+        """
         if payloads and sum(map(len, payloads)) <= FEW_BYTES:
             try:
-                return self._few(payloads)
+                return self._few(payloads, arrived_ms)
             except (_Doubt, msgspec.DecodeError, UnicodeError, RecursionError, OverflowError, pa.ArrowException):
                 pass
-        return self._many.requests(payloads)
+        return self._many.requests(payloads, arrived_ms)
 
-    def _few(self, payloads: Sequence[bytes]) -> DecodedRequests:
+    def _few(self, payloads: Sequence[bytes], arrived_ms: Int64s | None = None) -> DecodedRequests:
         for payload in payloads:
             payload.decode()  # msgspec doesn't check the parts that it skips
         requests = [self._parse(payload) for payload in payloads]
         deadlines = [-1 if request.deadline_ms is None else request.deadline_ms for request in requests]
         if any(request.deadline_ms is not None and not 0 <= request.deadline_ms < 1 << 63 for request in requests):
             raise _Doubt
+        if any(request.timestamp is not None and not 0 <= request.timestamp <= LATEST_MS for request in requests):
+            raise _Doubt
         counts = np.array([len(request.candidates) for request in requests], np.int64)
         candidates = list(chain.from_iterable(request.candidates for request in requests))
         own = [candidate.features or {} for candidate in candidates]
         shared = [request.context or {} for request in requests]
         self._check_depth(payloads, len(candidates), chain(own, shared))
+        owners = np.repeat(np.arange(len(requests)), counts)
+        times_ms = self._times(requests, arrived_ms, owners)
         return DecodedRequests(
-            batch=build_batch(self._columns(own, shared, counts), self.schema, len(own)),
+            batch=self._batch(self._columns(own, shared, owners), len(own), times_ms),
             offsets=np.concatenate(([0], np.cumsum(counts))),
             request_ids=[request.request_id for request in requests],
             candidate_ids=[[candidate.id for candidate in request.candidates] for request in requests],
@@ -90,6 +106,21 @@ class RequestDecoder:
             bad=[],
         )
 
+    def _times(self, requests: Sequence[_Request], arrived_ms: Int64s | None, owners: Int64s) -> Int64s | None:
+        """The time of each candidate's request, (N,); None where the schema doesn't read it, or it isn't known of all."""
+        if not self.schema.reads_time:
+            return None
+        arrivals = [None] * len(requests) if arrived_ms is None else arrived_ms.tolist()
+        pairs = zip(requests, arrivals, strict=True)
+        times_ms = [arrived if request.timestamp is None else request.timestamp for request, arrived in pairs]
+        return None if None in times_ms else np.array(times_ms, np.int64)[owners]
+
+    def _batch(self, columns: list[KeyColumn], rows: int, times_ms: Int64s | None) -> FeatureBatch:
+        if len(self.schema.asked) < len(self.schema.fields):
+            named = dict(zip((field.name for field in self.schema.asked), columns, strict=True))
+            columns = complete(named, self.schema, rows, times_ms, served=True)
+        return build_batch(columns, self.schema, rows)
+
     def _check_depth(self, payloads: Sequence[bytes], candidates: int, features: Iterable[Features]) -> None:
         """Raises _Doubt when there are many more brackets than those of the parts that were read."""
         opened = sum(payload.count(b"{") + payload.count(b"[") for payload in payloads)
@@ -97,20 +128,19 @@ class RequestDecoder:
         if opened - known > SURE_DEPTH:
             raise _Doubt
 
-    def _columns(self, own: list[Features], shared: list[Features], counts: Int64s) -> list[KeyColumn]:
-        """A column for each field: the candidates' own values, else those of their request."""
+    def _columns(self, own: list[Features], shared: list[Features], owners: Int64s) -> list[KeyColumn]:
+        """A column for each field that is read from requests: the candidates' own values, else those of their request."""
         words = _Words()
         sides = [self._read(own, words), self._read(shared, words)]
         words.hash()
-        rows = np.repeat(np.arange(len(shared)), counts)
         fields = zip(*([column() for column in side] for side in sides), strict=True)
-        return [fall_back(column, other, rows) for column, other in fields]
+        return [fall_back(column, other, owners) for column, other in fields]
 
     def _read(self, features: list[Features], words: _Words) -> list[Callable[[], KeyColumn]]:
         """For each field a function that gives its column, once all words are hashed."""
         named = set().union(*features)
         columns: list[Callable[[], KeyColumn]] = []
-        for field in self.schema.fields:
+        for field in self.schema.asked:
             if field.name not in named:
                 columns.append(partial(absent_column, len(features), field))
                 continue

@@ -30,15 +30,14 @@ class Typical:
     embedding    float32 (F, D)
     first_order  float32 (F,)
 
-    A scaled field (`buckets = "scaled"`) has one row only, which is always known; its average stays 0.
+    A scaled field (`buckets = "scaled"` or `"standard"`) has one row only, which is always known; its average stays 0.
     """
 
     def __init__(self, schema: FeatureSchema, device: torch.device) -> None:
-        singles = [field for field in schema.fields if field.kind != "list"]
         count = len(schema.fields)
         self._averaged = torch.ones(count, device=device)
-        for index, field in enumerate(singles):
-            if field.kind == "numeric" and field.buckets == "scaled":
+        for index, field in enumerate(schema.singles):
+            if field.is_scaled:
                 self._averaged[index] = 0.0
         self.embedding = torch.zeros((count, schema.embedding_dim), device=device)
         self.first_order = torch.zeros(count, device=device)

@@ -83,6 +83,7 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True):
     share                part of the requests that the candidate gets
     at_ms, who, reason   when it began, who began it, and why
     operation            random id of the trial. The trainer's evidence belongs to the trial of this id
+    hold_operation       operation that had last held auto-promotion, or let it go on, when the trial began
     outcome              empty while it runs
     ended_…              how it ended; `ended_operation` is the random id of the change
     progress             what the trainer knew last; None before it has seen an example
@@ -95,6 +96,7 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True):
     who: str = ""
     reason: str = ""
     operation: str = ""
+    hold_operation: str = ""
     thresholds: Thresholds = Thresholds()
     outcome: CanaryOutcome = ""
     ended_at_ms: int = 0

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from state import decisions
 from state.canary import CANARY_KEY, Canary, CanaryOutcome, Mode, Progress, Thresholds
-from state.canary_running import running_canary
-from state.changes import Cause, Change
+from state.canary_running import ended, held_since, running_canary, why_over
+from state.changes import Cause, Change, clock
 from state.errors import Refused
 from state.registry import KeyedRecord, RegistryState
 
@@ -76,6 +76,7 @@ def begin_canary(
         who=cause.who,
         reason=cause.reason,
         operation=cause.operation,
+        hold_operation=state.champion.hold_operation,
         thresholds=thresholds,
     )
     return Change(
@@ -86,25 +87,30 @@ def begin_canary(
 def end_canary(state: RegistryState, outcome: CanaryOutcome, cause: Cause, *, of: str = "") -> Change[CanaryChanged]:
     """End the trial. Where it is promoted, the candidate becomes champion in the same transaction.
 
-    A trial that has ended stays as it is.
+    A trial that has ended stays as it is. One that is over already, because of a rollback say, is stopped and not promoted:
+    whoever wants to promote it has decided on an older state.
 
     Args:
         of: the operation that began the trial, so that a late decision never ends the next trial; any when empty.
 
     Raises:
-        Refused: the candidate can't become champion.
+        Refused: the candidate can't become champion, or somebody has held auto-promotion since the trial began.
     """
     before = state.canary
     if not before.runs or (of and before.operation != of):
         return Change((), CanaryChanged(before, False, None))
-    after = replace(
-        before,
-        outcome=outcome,
-        ended_at_ms=max(cause.now_ms, before.at_ms + 1),
-        ended_who=cause.who,
-        ended_reason=cause.reason,
-        ended_operation=cause.operation,
-    )
+    reason = cause.reason
+    if outcome == "promoted":
+        champion = state.champion
+        if over := why_over(state):
+            outcome, reason = "stopped", over
+        elif held_since(state):
+            raise Refused(
+                f"{before.mode} of version {before.version}: expected auto-promotion to be as it was when the trial began, "
+                f"found it held by {champion.hold_who} since {clock(champion.hold_at_ms)} ({champion.hold_reason}). "
+                "`headrace snapshot resume` lets it go on."
+            )
+    after = ended(before, outcome, reason, cause)
     records = (KeyedRecord(CANARY_KEY, after),)
     if outcome != "promoted":
         return Change(records, CanaryChanged(after, True, command_of(before)))

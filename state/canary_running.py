@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from state.canary import Canary
-from state.registry import RegistryState
+from msgspec.structs import replace
 
-__all__ = ["running_canary", "why_over"]
+from state.canary import CANARY_KEY, Canary, CanaryOutcome
+from state.changes import Cause
+from state.registry import KeyedRecord, RegistryState
+
+__all__ = ["ended", "held_since", "running_canary", "stopped_by_rollback", "why_over"]
 
 
 def why_over(state: RegistryState) -> str:
     """Why the trial in the record is over although nobody has ended it; empty if it goes on, or if there is none.
 
-    A rollback ends a trial, so that everybody serves its target: scorers see it in the registry at once, and the trainer enters
-    the outcome later.
+    A rollback ends a trial in its own transaction (`stopped_by_rollback`). One by an older release leaves the record as it is;
+    scorers see from the champion's moves that the trial is over, and the trainer enters the outcome later.
     """
     canary, champion = state.canary, state.champion
     if not canary.runs:
@@ -31,3 +34,28 @@ def why_over(state: RegistryState) -> str:
 def running_canary(state: RegistryState) -> Canary | None:
     """The trial that scorers and trainer take part in; None while there is none."""
     return state.canary if state.canary.runs and not why_over(state) else None
+
+
+def held_since(state: RegistryState) -> bool:
+    """Whether auto-promotion is held, and wasn't when the trial in the record began. By operations, since clocks differ."""
+    return state.champion.hold and state.champion.hold_operation != state.canary.hold_operation
+
+
+def ended(canary: Canary, outcome: CanaryOutcome, reason: str, cause: Cause) -> Canary:
+    """The record of a trial that ends now."""
+    return replace(
+        canary,
+        outcome=outcome,
+        ended_at_ms=max(cause.now_ms, canary.at_ms + 1),
+        ended_who=cause.who,
+        ended_reason=reason,
+        ended_operation=cause.operation,
+    )
+
+
+def stopped_by_rollback(state: RegistryState, cause: Cause) -> tuple[KeyedRecord, ...]:
+    """What a rollback writes besides: the end of the trial that runs, so that everybody serves its target."""
+    if not state.canary.runs:
+        return ()
+    reason = f"the champion was rolled back: {cause.reason}"
+    return (KeyedRecord(CANARY_KEY, ended(state.canary, "stopped", reason, cause)),)

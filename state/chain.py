@@ -104,7 +104,7 @@ class Step(NamedTuple):
     """What to do.
 
     apply   the delta belongs on the replica's point
-    skip    nothing; `reason` says why: duplicate, old_chain, other_chain, broken
+    skip    nothing; `reason` says why: duplicate, old_chain, other_chain, not_a_delta, broken
     reread  refused for the first time: read on again from behind the last applied delta
     refuse  refused again: stay before it
     wait    stay before it, since this worker is too old for it
@@ -155,8 +155,14 @@ def on_digest(progress: Progress, offered: Offered, message: str, reason: str = 
 
 
 def on_problem(progress: Progress, problem: Problem) -> Step:
-    """What to do with something that can't be used."""
+    """What to do with something that can't be used.
+
+    A record that isn't a delta at all is passed over: somebody else has written it. If it was a delta that is damaged beyond
+    recognition, the next one shows the gap.
+    """
     at, needs = progress.point, None
+    if problem.reason == "not_a_delta":
+        return Step("skip", problem.reason, progress)
     if problem.epoch is not None and problem.ordinal is not None:
         chain = (problem.epoch, problem.ordinal)
         if chain < order(at)[:2]:

@@ -13,7 +13,19 @@ from state.chain import ChainPoint, Progress, order
 from state.chain_name import ChainName
 from state.registry import RegistryState, VersionRecord
 
-__all__ = ["LogSeen", "Marks", "Naming", "before_champion", "covers", "is_behind", "is_beyond", "point_of", "starts"]
+__all__ = [
+    "LogSeen",
+    "Marks",
+    "Naming",
+    "before_champion",
+    "covers",
+    "is_behind",
+    "is_beyond",
+    "is_left",
+    "leads_on",
+    "point_of",
+    "starts",
+]
 
 
 class LogSeen(NamedTuple):
@@ -108,6 +120,35 @@ def is_beyond(progress: Progress, record: VersionRecord) -> bool:
         return False
     needs = progress.broken.needs
     return needs is None or order(point) >= order(needs)
+
+
+def is_left(point: ChainPoint, registry: RegistryState) -> bool:
+    """Whether weights are of a line that the trainer was sent back from, so that they must not answer any more.
+
+    They are past the version that it was sent back to, and before the chain that it has begun there.
+    """
+    for rewind in registry.rewinds.rewinds:
+        target = registry.versions.get(rewind.version)
+        back = None if target is None else point_of(target)
+        if rewind.up_to is None or back is None:
+            continue  # the trainer hasn't gone back yet; or nobody can tell, and newer versions lead away from that line
+        try:
+            begun = ChainName.of(rewind.chain)
+        except ValueError:
+            continue  # of a newer writer
+        is_between = order(back) < order(point) < (begun.epoch, begun.ordinal, 0)
+        if is_between and begun.model == point.chain.model:
+            return True
+    return False
+
+
+def leads_on(registry: RegistryState, position: int) -> bool:
+    """Whether a version can take the place of weights that are left, and the log from them to it has been read."""
+    newest = next(iter(starts(registry)), None)
+    point = None if newest is None else point_of(newest)
+    if newest is None or point is None or newest.deltas_offset is None or is_left(point, registry):
+        return False
+    return position >= newest.deltas_offset
 
 
 class Marks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -11,7 +12,7 @@ from msgspec.structs import replace
 from state.registry import KeyedRecord
 from state.rewinds import SkippedRange
 
-__all__ = ["Announcement", "Cause", "Change", "Held", "Moved", "Rewinding", "Undo"]
+__all__ = ["Announcement", "Cause", "Change", "Held", "Moved", "Rewinding", "Undo", "clock"]
 
 T = TypeVar("T")
 
@@ -92,6 +93,7 @@ class Moved:
 
     undo    restores what scorers served before; None where there was no champion before
     rewind  the operation that a trainer obeys by going back too; None for a move of the champion alone
+    alone   whether nothing but the champion may answer from now on: a rollback ends every shadow and canary
     """
 
     version: int
@@ -99,6 +101,7 @@ class Moved:
     held: bool
     undo: Undo | None
     rewind: str | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +118,8 @@ class Held:
     undo: Undo | None
     who: str = ""
     at_ms: int = 0
+
+
+def clock(at_ms: int) -> str:
+    """A time in UTC, in the form that `--before` reads."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_ms / 1_000))

@@ -6,13 +6,13 @@ they are in the log and are applied.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from msgspec.structs import replace
 
-from state.changes import Announcement, Cause, Change, Held, Moved, Undo
+from state.canary_running import stopped_by_rollback
+from state.changes import Announcement, Cause, Change, Held, Moved, Undo, clock
 from state.errors import Refused, StaleEpoch
 from state.gate_report import judge_version
 from state.manifest import Manifest
@@ -33,6 +33,7 @@ from state.registry import (
     VersionRecord,
     version_key,
 )
+from state.rewind_decisions import require_gone_back
 from state.rewinds import REWINDS_KEY, Rewind, SkippedRange
 from state.settings import SnapshotSettings
 
@@ -51,9 +52,9 @@ __all__ = [
 ]
 
 
-def take_epoch(state: RegistryState, *, who: str, now_ms: int) -> Change[int]:
-    """A trainer starts: it takes the next epoch. Trainers of older epochs can no longer announce."""
-    lease = TrainerLease(epoch=state.trainer.epoch + 1, who=who, at_ms=now_ms)
+def take_epoch(state: RegistryState, *, who: str, now_ms: int, above: int = 0) -> Change[int]:
+    """A trainer starts: it takes the next epoch, and one above `above`. Trainers of older epochs can no longer announce."""
+    lease = TrainerLease(epoch=max(state.trainer.epoch, above) + 1, who=who, at_ms=now_ms)
     return Change((KeyedRecord(TRAINER_KEY, lease),), lease.epoch)
 
 
@@ -108,14 +109,17 @@ def promote(
     """Make a version champion by hand. `hold` also holds auto-promotion (True) or lets it go on (False).
 
     Raises:
-        Refused: the version was never announced, or nothing would change.
+        Refused: the version was never announced, nothing would change, or auto-promotion would go on before the trainer has
+            gone back as it was asked to. An operator may follow the line that is to be left, by one of its versions.
     """
     before = state.champion
     entry = announced(state, version)
     held = _held(before, hold, hold_reason, cause)
+    if before.hold and not held.hold and not state.rewinds.left(version):
+        require_gone_back(state, f"promote {version} and resume")
     if version == before.version:
         if held == before:
-            raise Refused(f"version {version}: it is champion already, since {_clock(before.at_ms)}. Nothing was changed.")
+            raise Refused(f"version {version}: it is champion already, since {clock(before.at_ms)}. Nothing was changed.")
         return Change((KeyedRecord(CHAMPION_KEY, held),), Moved(version, version, held.hold, _undo(before, held)))
     # An operator who promotes a version vouches for it: neither that version nor those below it count as rolled back any more.
     ranges = tuple(
@@ -128,7 +132,7 @@ def promote(
 def rollback(
     state: RegistryState, target: int, cause: Cause, *, rewind: bool = False, skipped: Iterable[SkippedRange] = ()
 ) -> Change[Moved]:
-    """Put an older version back and hold auto-promotion. An earlier hold stays as it is, with its own reason.
+    """Put an older version back, hold auto-promotion, and end a shadow or canary. An earlier hold stays, with its own reason.
 
     Args:
         target: from `rollback_target`.
@@ -157,7 +161,9 @@ def rollback(
     if rewind:
         back = Rewind(version=target, who=cause.who, at_ms=cause.now_ms, reason=cause.reason, operation=cause.operation)
         records += (KeyedRecord(REWINDS_KEY, state.rewinds.adding(back, skipped)),)
-    return Change(records, Moved(target, before.version, True, _undo(before, after), cause.operation if rewind else None))
+    records += stopped_by_rollback(state, cause)
+    asked = cause.operation if rewind else None
+    return Change(records, Moved(target, before.version, True, _undo(before, after), asked, alone=True))
 
 
 def rollback_target(
@@ -193,7 +199,7 @@ def rollback_target(
         target = state.champion_at(at_ms)
         if target is None:
             raise Refused(
-                f"rollback: expected a champion at {_clock(at_ms)}, found none remembered. {_choices(state, champion)}"
+                f"rollback: expected a champion at {clock(at_ms)}, found none remembered. {_choices(state, champion)}"
             )
     else:
         good = [
@@ -238,13 +244,8 @@ def resume(state: RegistryState, cause: Cause) -> Change[Held]:
         Refused: a trainer has been sent back and hasn't gone yet. Scorers would follow the line that is to be left.
     """
     before = state.champion
-    pending = state.rewinds.pending
-    if before.hold and pending is not None:
-        raise Refused(
-            f"resume: expected a trainer that has gone back to version {pending.version}, as {pending.who} asked at "
-            f"{_clock(pending.at_ms)}, found none yet. Scorers would follow the weights that were rolled back. Start a "
-            "trainer, or look at its log, then run it again."
-        )
+    if before.hold:
+        require_gone_back(state, "resume")
     if not before.hold:
         return Change((), Held(False, "", _is_by(before, cause), None, before.hold_who, before.hold_at_ms))
     after = _held(before, False, "", cause)
@@ -385,12 +386,7 @@ def _choices(state: RegistryState, champion: int) -> str:
     if not named:
         return "No older version is announced, so there is nothing to go back to."
     shown = ", ".join(
-        f"{record.version} (champion at {_clock(record.champion_at_ms[-1])})" if record.champion_at_ms else f"{record.version}"
+        f"{record.version} (champion at {clock(record.champion_at_ms[-1])})" if record.champion_at_ms else f"{record.version}"
         for record in named[:-6:-1]
     )
     return f"--to can name: {shown}."
-
-
-def _clock(at_ms: int) -> str:
-    """A time in UTC, in the form that `--before` reads."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_ms / 1_000))

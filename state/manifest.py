@@ -10,6 +10,7 @@ import msgspec
 
 from state.errors import SnapshotCorrupt
 from state.gate_report import GateReport
+from state.history import History
 from state.rewinds import SkippedRange
 
 __all__ = [
@@ -57,8 +58,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     deltas_offset  offset in `deltas` after that delta: where a scorer that has loaded the version goes on reading
     skipped        stretches of `examples` before `offsets` that were left out when the trainer was sent back (`state.rewinds`)
     row_precision  how scorers have the rows, of which the digest is. The files hold all digits, for further training
+    history        what the weights learned from a data set before the stream; None when they are of the stream alone
 
-    Versions of 0.1.0 have none of the last seven; the defaults say so.
+    Versions of 0.1.0 have none of the last eight; the defaults say so.
     Unknown fields are ignored, so that older readers can read newer manifests.
     """
 
@@ -83,6 +85,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     verdict: GateReport | None = None
     topic_ids: dict[str, str] = msgspec.field(default_factory=dict)
     skipped: tuple[SkippedRange, ...] = ()
+    history: History | None = None
     schema_hash: str = ""
     features: dict[str, Any] = msgspec.field(default_factory=dict)
     model: dict[str, Any] = msgspec.field(default_factory=dict)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -30,6 +30,7 @@ from state.canary import CANARY_KEY, Canary
 from state.gate_release import RELEASE_KEY, GateRelease
 from state.gate_report import GateReport
 from state.manifest import Manifest, finite_or_null, nan_for_null
+from state.record_times import not_later
 from state.rewinds import REWINDS_KEY, Rewinds, SkippedRange
 
 __all__ = [
@@ -234,6 +235,12 @@ class RegistryState:
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
     problem_count: int = 0
 
+    def copy(self) -> RegistryState:
+        """The state as it is now, for a thread or across an await. The records themselves never change."""
+        own = replace(self, versions=dict(self.versions), aliases=dict(self.aliases), tags=dict(self.tags))
+        own.problems = deque(self.problems, KEPT_PROBLEMS)
+        return own
+
     @property
     def champion_record(self) -> VersionRecord | None:
         """The record of the champion's version; None without a champion."""
@@ -313,14 +320,14 @@ class RegistryState:
         }
         return operation in operations
 
-    def apply(self, key: bytes | None, value: bytes | None, offset: int) -> str | None:
-        """Apply one record of the topic. Never raises.
+    def apply(self, key: bytes | None, value: bytes | None, offset: int, arrived_ms: int | None = None) -> str | None:
+        """Apply one record of the topic, which arrived at `arrived_ms` by the broker's clock. Never raises.
 
         Returns:
             None, or what is wrong with the record. A malformed record changes nothing but `problems`.
         """
         try:
-            self._apply((key or b"").decode(), value)
+            self._apply((key or b"").decode(), value, arrived_ms)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             problem = f"snapshots offset {offset}, key {key!r}: {error}"
             self.problems.append(problem)
@@ -328,7 +335,7 @@ class RegistryState:
             return problem
         return None
 
-    def _apply(self, key: str, value: bytes | None) -> None:
+    def _apply(self, key: str, value: bytes | None, arrived_ms: int | None) -> None:
         if key.startswith(_VERSION_PREFIX):
             number = key.removeprefix(_VERSION_PREFIX)
             if not (number.isascii() and number.isdigit()):
@@ -337,32 +344,32 @@ class RegistryState:
             if value is None:
                 self.versions.pop(version, None)
                 return
-            record = _decode(value, VersionRecord)
+            record = _decode(value, VersionRecord, arrived_ms)
             if record.version != version:
                 raise ValueError(f"expected version {version} in the value, found {record.version}")
             self.versions[version] = record
         elif key == CHAMPION_KEY:
-            self.champion = Champion() if value is None else _decode(value, Champion)
+            self.champion = Champion() if value is None else _decode(value, Champion, arrived_ms)
         elif key == TRAINER_KEY:
-            self.trainer = TrainerLease() if value is None else _decode(value, TrainerLease)
+            self.trainer = TrainerLease() if value is None else _decode(value, TrainerLease, arrived_ms)
         elif key == REWINDS_KEY:
-            self.rewinds = Rewinds() if value is None else _decode(value, Rewinds)
+            self.rewinds = Rewinds() if value is None else _decode(value, Rewinds, arrived_ms)
         elif key == GC_KEY:
-            self.deletion = Deletion() if value is None else _decode(value, Deletion)
+            self.deletion = Deletion() if value is None else _decode(value, Deletion, arrived_ms)
         elif key == RELEASE_KEY:
-            self.release = GateRelease() if value is None else _decode(value, GateRelease)
+            self.release = GateRelease() if value is None else _decode(value, GateRelease, arrived_ms)
         elif key == CANARY_KEY:
-            self.canary = Canary() if value is None else _decode(value, Canary)
+            self.canary = Canary() if value is None else _decode(value, Canary, arrived_ms)
         elif (name := alias_of(key)) is not None:
             if value is None:
                 self.aliases.pop(name, None)
             else:
-                self.aliases[name] = _decode(value, Alias)
+                self.aliases[name] = _decode(value, Alias, arrived_ms)
         elif (tagged := tags_of(key)) is not None:
             if value is None:
                 self.tags.pop(tagged, None)
             else:
-                tags = _decode(value, VersionTags)
+                tags = _decode(value, VersionTags, arrived_ms)
                 if tags.version != tagged:
                     raise ValueError(f"expected version {tagged} in the value, found {tags.version}")
                 self.tags[tagged] = tags
@@ -385,9 +392,9 @@ def encode_record(record: RegistryRecord | None) -> bytes | None:
     return msgspec.json.encode(document)
 
 
-def _decode(value: bytes, kind: type[T]) -> T:
+def _decode(value: bytes, kind: type[T], arrived_ms: int | None) -> T:
     """Decode a value. Unknown fields are ignored, so that older readers can read newer records."""
-    document: Any = msgspec.json.decode(value)
+    document: Any = not_later(msgspec.json.decode(value), arrived_ms)
     if kind is VersionRecord and isinstance(document, dict):
         document["metrics"] = nan_for_null(document.get("metrics"))
     return msgspec.convert(document, kind)

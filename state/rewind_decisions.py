@@ -1,15 +1,33 @@
-"""The end of a rewind: the change of the registry by which a trainer says that it has gone back. See `state.rewinds`."""
+"""The end of a rewind: the change of the registry by which a trainer says that it has gone back, and what waits for it.
+
+See `state.rewinds`.
+"""
 
 from __future__ import annotations
 
 from msgspec.structs import replace
 
-from state.changes import Change
+from state.changes import Change, clock
 from state.errors import Refused, StaleEpoch
 from state.registry import CHAMPION_KEY, KEPT_RANGES, KeyedRecord, RegistryState, VersionRange
 from state.rewinds import REWINDS_KEY
 
-__all__ = ["rewound"]
+__all__ = ["require_gone_back", "rewound"]
+
+
+def require_gone_back(state: RegistryState, what: str) -> None:
+    """Raise Refused while the trainer has been sent back and hasn't gone yet: scorers would follow the line that is to be left.
+
+    Args:
+        what: that somebody wants to do.
+    """
+    pending = state.rewinds.pending
+    if pending is not None:
+        raise Refused(
+            f"{what}: expected a trainer that has gone back to version {pending.version}, as {pending.who} asked at "
+            f"{clock(pending.at_ms)}, found none yet. Scorers would follow the weights that were rolled back. Start a "
+            "trainer, or look at its log, then run it again."
+        )
 
 
 def rewound(

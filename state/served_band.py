@@ -17,9 +17,10 @@ import math
 
 import msgspec
 
+from state.registry import Champion
 from state.settings import SnapshotSettings
 
-__all__ = ["BandState", "Block", "ServedBand"]
+__all__ = ["BandState", "Block", "ServedBand", "decision_of"]
 
 # How far a block must be from what is expected. False alarms and time until an alarm: docs/experiments.md.
 SIGMAS = 4.0
@@ -45,6 +46,7 @@ class BandState(msgspec.Struct, frozen=True, kw_only=True):
     out             blocks out of band in a row, up to the newest
     alarm           why there is an alarm; empty without one
     last            the newest block
+    under           decision of an operator under which the blocks were gathered (`decision_of`)
     """
 
     blocks: int = 0
@@ -53,6 +55,13 @@ class BandState(msgspec.Struct, frozen=True, kw_only=True):
     out: int = 0
     alarm: str = ""
     last: Block | None = None
+    under: str = ""
+
+
+def decision_of(champion: Champion) -> str:
+    """Names what was last decided by hand about the champion: a hold or its end, a promotion, a rollback; empty for nothing."""
+    moved = next((move.operation for move in reversed(champion.moves) if move.how != "auto"), "")
+    return "/".join(filter(None, (champion.hold_operation, moved)))
 
 
 class ServedBand:
@@ -77,9 +86,9 @@ class ServedBand:
         alarm = f"{why}, in {out} blocks of clicks in a row" if out >= self._settings.served_blocks else ""
         self.state = msgspec.structs.replace(state, out=out, alarm=alarm, last=block)
 
-    def begin_again(self) -> None:
+    def begin_again(self, under: str = "") -> None:
         """Forget the blocks out of band, and the history: somebody has decided that scores are as they should be."""
-        self.state = BandState()
+        self.state = BandState(under=under)
 
     def _out_of_band(self, block: Block) -> str:
         """Why a block is out of band; empty where it isn't."""
@@ -105,4 +114,4 @@ class ServedBand:
         step = block.normalised_entropy - state.mean
         mean = state.mean + share * step
         variance = (1 - share) * (state.variance + share * step * step)
-        return BandState(blocks=blocks, mean=mean, variance=variance, last=block)
+        return BandState(blocks=blocks, mean=mean, variance=variance, last=block, under=state.under)

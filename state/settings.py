@@ -127,6 +127,31 @@ class SnapshotSettings(BaseModel):
         "Beyond it and beyond 4 times what is usual, once there is an anchor, deltas are withheld until scores are back, until "
         "`anchor_age_ms` have passed and clicks don't show the weights to be worse, or until an operator releases them.",
     )
+    drift_null_rate: float = Field(
+        default=0.1,
+        gt=0,
+        description="Change of a feature's share of nulls from one block of 1,000 examples to the next that is beyond what is "
+        "normal, once it is also 8 standard deviations of what is usual. Then deltas are withheld, as by `score_shift_limit`. "
+        "1: never.",
+    )
+    drift_score_distribution: float = Field(
+        default=0.25,
+        gt=0,
+        description="Change of the distribution of scores in a block of 1,000 examples, as a population stability index, that "
+        "is beyond what is normal, once it is also 6 times what is usual. A shift of all scores that clicks explain doesn't "
+        "count. Then deltas are withheld.",
+    )
+    drift_click_alarm: float = Field(
+        default=1.5,
+        gt=1,
+        description="Factor by which the click rate may change abruptly. Beyond it the trainer logs an error and sets "
+        "`headrace_trainer_click_rate_alarm`.",
+    )
+    drift_click_factor: float = Field(
+        default=4.0,
+        gt=1,
+        description="Factor by which the click rate may change abruptly. Beyond it deltas are withheld.",
+    )
     anchor_age_ms: int = Field(
         default=600_000,
         ge=0,

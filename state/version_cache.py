@@ -35,6 +35,8 @@ PAUSE_S = 60.0
 LEFT_BEHIND_S = 600.0
 
 _MANIFEST = re.compile(r"manifest-(\d+)-(-?\d+)-(\d+)-([0-9a-f]{64})")
+_FILE = re.compile(r"[0-9a-f]{64}")
+_TEMPORARY = re.compile(r"\.[^.]+\.\d+\.[0-9a-f]+\.tmp")
 
 
 class _Kept(NamedTuple):
@@ -157,12 +159,18 @@ class VersionCache:
             )
 
     def _make_room(self, size: int) -> None:
-        """Delete what wasn't used for the longest time until `size` more bytes fit, and what killed writers have left."""
+        """Delete what wasn't used for the longest time until `size` more bytes fit, and what killed writers have left.
+
+        Files with other names than the cache gives are somebody else's. They stay, and don't count.
+        """
         kept, now_s = [], time.time()
         for path in self._folder.iterdir():
+            is_temporary = _TEMPORARY.fullmatch(path.name) is not None
+            if not (is_temporary or _FILE.fullmatch(path.name) or _MANIFEST.fullmatch(path.name)):
+                continue
             with contextlib.suppress(FileNotFoundError):  # another process deletes the same files
                 stat = path.lstat()
-                if path.suffix == ".tmp" and now_s - stat.st_mtime > LEFT_BEHIND_S:
+                if is_temporary and now_s - stat.st_mtime > LEFT_BEHIND_S:
                     path.unlink()
                 else:
                     kept.append(_Kept(stat.st_mtime, stat.st_size, path))

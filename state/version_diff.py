@@ -14,11 +14,12 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from model.schema import FeatureSchema
 from state.errors import SnapshotError
 from state.manifest import Manifest
 
@@ -205,9 +206,12 @@ def _compare_fields(
 
 
 def _field_names(manifest: Manifest) -> list[str]:
-    fields: list[dict[str, Any]] = manifest.features.get("fields") or []
-    singles = [field["name"] for field in fields if field.get("kind") != "list"]
-    return [*singles, *(field["name"] for field in fields if field.get("kind") == "list")]
+    """The fields in the order of the weights; none for a schema that this release doesn't know."""
+    try:
+        schema = FeatureSchema.model_validate(manifest.features)
+    except ValueError:
+        return []
+    return [field.name for field in (*schema.singles, *schema.lists)]
 
 
 def _by_field(tensor: torch.Tensor | None, count: int) -> list[torch.Tensor] | list[None]:

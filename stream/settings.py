@@ -379,6 +379,16 @@ class TrainerSettings(_Frozen):
         description="Event time, in milliseconds since 1970-01-01 UTC, from which on examples count in the metrics of the "
         "scope `evaluation`. There are none when unset.",
     )
+    settled_ms: int = Field(
+        default=60_000,
+        ge=0,
+        description="How long after an impression its label counts as final in the calibration by decile and by value, event "
+        "time. Set it to `join.window_ms`, so that late clicks have come.",
+    )
+    calibration_fields: tuple[str, ...] = Field(
+        default=(),
+        description="Fields whose ten most frequent values have a calibration of their own in the metrics.",
+    )
     lost_examples: Literal["stop", "skip"] = Field(
         default="stop",
         description="What to do when retention has deleted examples before they were trained. `stop`: the trainer ends with an "

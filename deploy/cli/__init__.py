@@ -15,11 +15,13 @@ __all__ = ["cli", "console", "main"]
 
 # command → module:attribute. Importing this package imports none of the modules, so `headrace --help` loads no torch.
 COMMANDS = {
+    "bootstrap": "deploy.cli.bootstrap:bootstrap",
     "config": "deploy.cli.config:config",
     "data": "deploy.cli.data:data",
     "dead-letters": "deploy.cli.dead_letters:dead_letters",
     "demo": "deploy.cli.demo:demo",
     "doctor": "deploy.cli.doctor:doctor",
+    "evaluate": "deploy.cli.evaluate:evaluate",
     "kafka": "deploy.cli.kafka:kafka",
     "model": "deploy.cli.model:model",
     "replay": "deploy.cli.replay:replay",

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from deploy.datasets import DataSet
+    from deploy.datasets import Columns, DataSet
     from deploy.settings import Settings
 
-__all__ = ["mapping_options", "open_mapped"]
+__all__ = ["mapped_columns", "mapping_options", "open_mapped"]
 
 _ROLES = ("id", "timestamp", "clicked", "click_timestamp", "user", "item", "score", "model_version", "delta")
 
@@ -73,13 +73,9 @@ def open_mapped(
     name: str,
     *,
     path: Path | None,
-    roles: dict[str, str | None],
-    own: tuple[str, ...],
-    drop: tuple[str, ...],
-    text: tuple[str, ...],
-    unit: str,
     seed: int = 0,
     settings: Settings | None = None,
+    **mapping: Any,
 ) -> DataSet:
     """The data set that the options name; `settings` have the pipeline's limits.
 
@@ -87,7 +83,22 @@ def open_mapped(
         click.UsageError: options for files together with a named data set, or a column with a role is dropped.
         DataSetError: there is no such data set.
     """
-    from deploy.datasets import FILE_KINDS, Columns, Limits, open_data_set
+    from deploy.datasets import Limits, open_data_set
+
+    columns = mapped_columns(name, **mapping)
+    limits = Limits() if settings is None else Limits(settings.topics.max_message_bytes, settings.join.max_future_ms)
+    return open_data_set(name, seed=seed, path=path, columns=columns, limits=limits)
+
+
+def mapped_columns(
+    name: str, *, roles: dict[str, str | None], own: tuple[str, ...], drop: tuple[str, ...], text: tuple[str, ...], unit: str
+) -> Columns:
+    """What the options say of a file's columns.
+
+    Raises:
+        click.UsageError: options for files together with a named data set, or a column with a role is dropped.
+    """
+    from deploy.datasets import FILE_KINDS, Columns
 
     if (roles or own or drop) and name not in FILE_KINDS:
         raise click.UsageError(
@@ -101,6 +112,4 @@ def open_mapped(
             f"--drop: expected columns that have no role, found {both[0]}. Leave out one of the two options."
         )
     mapped: dict[str, Any] = dict(roles)
-    columns = Columns(**mapped, candidate=own, drop=frozenset(drop), text=frozenset(text), unit=unit)
-    limits = Limits() if settings is None else Limits(settings.topics.max_message_bytes, settings.join.max_future_ms)
-    return open_data_set(name, seed=seed, path=path, columns=columns, limits=limits)
+    return Columns(**mapped, candidate=own, drop=frozenset(drop), text=frozenset(text), unit=unit)

@@ -70,13 +70,14 @@ def list_(last: int, output: str) -> None:
 @click.argument("version", type=click.IntRange(min=1))
 @format_option
 def show(version: int, output: str) -> None:
-    """Show everything known about VERSION.
+    """Show everything known about VERSION, and what a trainer with these settings' features makes of it.
 
     \b
     Examples:
       headrace snapshot show 41
+      headrace snapshot show 41 --format json | jq .fields   after a change of features.fields, before the trainer's restart
     """
-    from deploy.cli.snapshot_view import print_version, version_json
+    from deploy.cli.snapshot_view import fields_now, print_version, version_json
     from state.errors import SnapshotNotFound
     from state.manifest import finite_or_null
     from state.store import SnapshotStore
@@ -92,15 +93,16 @@ def show(version: int, output: str) -> None:
             raise
         manifest = None
     announced = None if record is None else version_json(record, state, manifest is not None)
+    fields = None if manifest is None else fields_now(manifest, settings.features)
     if output == "json":
         import msgspec
 
         document = None if manifest is None else msgspec.to_builtins(manifest)
         if document is not None and manifest is not None:
             document["metrics"] = finite_or_null(manifest.metrics)
-        echo_json({"version": version, "announced": announced, "manifest": document})
+        echo_json({"version": version, "announced": announced, "manifest": document, "fields": fields})
     else:
-        print_version(manifest, announced)
+        print_version(manifest, announced, fields)
 
 
 @snapshot.command()

@@ -11,16 +11,21 @@ import msgspec
 
 from deploy.cli.tables import print_pairs, print_table
 from deploy.cli.times import clock, duration
+from model.errors import SnapshotMismatch
+from model.schema import FeatureSchema
 from state.alias_records import TagChange
 from state.canary import Canary
+from state.history import History
 from state.manifest import Manifest, finite_or_null
 from state.pieces import piece_kind
 from state.registry import RegistryState, VersionRecord
 from stream.records.heartbeat import Heartbeat
+from stream.trainer.schemas import schema_change
 
 __all__ = [
     "beat_json",
     "canary_json",
+    "fields_now",
     "print_version",
     "print_versions",
     "registry_json",
@@ -204,9 +209,29 @@ def _skipped_text(each: dict[str, Any]) -> str:
     return f"{where}, left out by {each['who']} at {clock(each['at_ms'])}: {each['why']}"
 
 
-def print_version(manifest: Manifest | None, announced: dict[str, Any] | None) -> None:
+def _history_text(history: History) -> str:
+    learned = f"{history.examples:,} examples of {history.source} up to {clock(history.until_ms)}"
+    return f"{learned}; the stream's up to then are skipped"
+
+
+def fields_now(manifest: Manifest, schema: FeatureSchema) -> dict[str, Any] | None:
+    """What a trainer whose settings have this schema makes of a version of another one; None for settings without fields."""
+    if not schema.fields:
+        return None
+    try:
+        change = schema_change(manifest, schema)
+    except SnapshotMismatch as error:
+        return {"goes_on": False, "changes": str(error).splitlines()}
+    return {"goes_on": True, "changes": [] if change.is_none else change.explained()}
+
+
+def print_version(manifest: Manifest | None, announced: dict[str, Any] | None, fields: dict[str, Any] | None) -> None:
     """Everything known about one version, one fact a line."""
-    print_pairs(_pairs(manifest, announced))
+    pairs = _pairs(manifest, announced)
+    if fields is not None:
+        can = "a trainer with these settings goes on" if fields["goes_on"] else "a trainer with these settings doesn't go on"
+        pairs.append(("fields", f"{can}: {'; '.join(fields['changes'])}" if fields["changes"] else "those of these settings"))
+    print_pairs(pairs)
 
 
 def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -234,6 +259,7 @@ def _pairs(manifest: Manifest | None, announced: dict[str, Any] | None) -> list[
         ("examples seen", f"{manifest.examples_seen:,}"),
         ("negative rate", f"{manifest.negative_rate:g}"),
         ("offsets", ", ".join(f"{part}: {offset}" for part, offset in sorted(manifest.offsets.items())) or "-"),
+        *(() if manifest.history is None else (("history", _history_text(manifest.history)),)),
         *(("not learned", _skipped_text(msgspec.to_builtins(each))) for each in manifest.skipped),
         ("point of chain", "-" if manifest.sequence is None else f"{manifest.chain}, delta {manifest.sequence}"),
         ("digest", manifest.digest or "-"),

@@ -121,9 +121,9 @@ class FileDataSet:
             DataSetError: the model would reject a value, or the file has none of the schema's fields.
         """
         features = self._read().features
-        known = [spec for spec in schema.fields if spec.name in features]
-        if schema.fields and not known:
-            names = ", ".join(spec.name for spec in schema.fields[:5])
+        known = [spec for spec in schema.sent if spec.name in features]
+        if schema.sent and not known:
+            names = ", ".join(spec.name for spec in schema.sent[:5])
             do = "Change [features] in the settings (`headrace data schema` prints what fits), or rename the columns."
             refuse(self._path, f"some of the settings' features ({names}, …)", listed([*features]), do)
         for spec in known:

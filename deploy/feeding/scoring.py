@@ -157,11 +157,12 @@ class Scoring:
             b'{"id":%b,"features":%b}' % (msgspec.json.encode(item or "-"), _with(features, chunk.pair(user, item)))
             for item, features in listed
         )
-        return b'{"request_id":%b,"context":%b,"candidates":[%b],"deadline_ms":%d}' % (
+        return b'{"request_id":%b,"context":%b,"candidates":[%b],"deadline_ms":%d,"timestamp":%d}' % (
             msgspec.json.encode(name),
             chunk.contexts[row],
             candidates,
             deadline_ms,
+            now_ms,
         )
 
     def _drawn(self, item: str, now_ms: int) -> dict[str, bytes]:

@@ -29,7 +29,17 @@ __all__ = ["json_row", "row_json"]
 
 # Fields of an impression or a click that are no features.
 CONTRACT = frozenset(
-    ("impression_id", "timestamp", "features", "score", "model_version", "delta", "shadow_score", "shadow_version")
+    (
+        "impression_id",
+        "timestamp",
+        "features",
+        "score",
+        "model_version",
+        "delta",
+        "shadow_score",
+        "shadow_version",
+        "propensity",
+    )
 )
 
 _EPOCH, _MILLISECOND = datetime(1970, 1, 1, tzinfo=UTC), timedelta(milliseconds=1)

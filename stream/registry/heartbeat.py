@@ -246,7 +246,14 @@ class HeartbeatReader:
         return self._alive(_now_ms() if now_ms is None else now_ms)
 
     async def wait_for_confirmations(
-        self, registry_offset: int, version: int, timeout_ms: int, *, follows: bool = False, now_ms: int | None = None
+        self,
+        registry_offset: int,
+        version: int,
+        timeout_ms: int,
+        *,
+        follows: bool = False,
+        alone: bool = False,
+        now_ms: int | None = None,
     ) -> Confirmations:
         """Wait until every live scorer has read the registry to `registry_offset` and serves `version`.
 
@@ -254,6 +261,7 @@ class HeartbeatReader:
             registry_offset: the position after the change (`Written.position`), so that no older heartbeat confirms the change.
             timeout_ms: longest wait.
             follows: a scorer that follows the chain of `version` confirms too, whatever version its weights are named by.
+            alone: a scorer that has a candidate beside it doesn't confirm yet.
             now_ms: the broker's clock at the change (`Written.at_ms`). Scorers that were alive then must confirm, and so must
                 those that start later. A scorer that sends a tombstone during the wait is no longer waited for.
         """
@@ -268,6 +276,7 @@ class HeartbeatReader:
             alive = {beat.worker: beat for beat in self._alive(began_ms)}
             for worker, beat in alive.items():
                 serves = beat.following if follows and beat.following else beat.version == version and not beat.following
+                serves = serves and not (alone and beat.candidate is not None)
                 if beat.registry_offset >= registry_offset and serves and not beat.stale:
                     confirmed.setdefault(worker, Confirmation(worker=worker, after_ms=round(elapsed_ms, 1)))
             missing = [beat for worker, beat in alive.items() if worker not in confirmed]

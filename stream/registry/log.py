@@ -51,6 +51,7 @@ class RegistryLog:
         self._follow = follow
         self.state = RegistryState()
         self.position = 0
+        self._arrived_ms = 0
         self._kafka = kafka
         self._topic = names.snapshots
         self._consumer: AIOKafkaConsumer = None
@@ -133,7 +134,8 @@ class RegistryLog:
 
     def _apply(self, records: Sequence[Record]) -> None:
         for record in records:
-            problem = self.state.apply(record.key, record.value, record.offset)
+            self._arrived_ms = max(self._arrived_ms, record.timestamp)  # a broker's clock may jump back
+            problem = self.state.apply(record.key, record.value, record.offset, self._arrived_ms)
             if problem is not None:
                 logger.warning("%s: passed over a record: %s", self._topic, problem)
 

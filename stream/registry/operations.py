@@ -37,7 +37,7 @@ from stream.registry.heartbeat import Confirmations, HeartbeatReader
 from stream.registry.log import read_registry
 from stream.registry.reindex import Reindexing, plan_reindexing, reindex
 from stream.registry.requests import ChampionMoved, Plan, PromoteRequest, Resumed, RollbackRequest, Seen
-from stream.registry.skipping import resolve_skips
+from stream.registry.skipping import resolve_rewinding
 from stream.registry.writer import RegistryWriter, Written
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
@@ -292,10 +292,7 @@ class Operations:
         """What a request asks of the trainer, resolved to offsets. Raises Refused."""
         if not request.rewind:
             return None
-        if not request.skip:
-            return Rewinding()
-        learned = {int(partition): offset for partition, offset in (await self._offsets(target)).items()}
-        return Rewinding(await resolve_skips(self._kafka, self._names, request.skip, target, learned))
+        return await resolve_rewinding(self._kafka, self._names, self._store, target, request.skip)
 
     async def _offsets(self, version: int) -> dict[str, int]:
         """From where a version learns on, by partition of `examples`; empty without a store."""
@@ -340,7 +337,7 @@ class Operations:
         waited, gone_back, trainer_ms = Confirmations([], []), None, None
         if scorers is not None:
             confirmed = scorers.wait_for_confirmations(
-                written.position, moved.version, timeout_ms, follows=not moved.held, now_ms=written.at_ms
+                written.position, moved.version, timeout_ms, follows=not moved.held, alone=moved.alone, now_ms=written.at_ms
             )
             try:
                 if moved.rewind is None:

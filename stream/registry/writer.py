@@ -38,6 +38,7 @@ from state.gate_release import Released
 from state.manifest import Manifest
 from state.registry import KeyedRecord, RegistryState, encode_record
 from state.rewind_decisions import rewound
+from state.served_band import decision_of
 from state.settings import SnapshotSettings
 from state.upkeep import Reindexed, Retired
 from stream.errors import Fenced, RegistryError
@@ -107,7 +108,7 @@ class RegistryWriter:
         self._log_is_open = False
         self._producer: AIOKafkaProducer = None
         self._read_to = 0  # the position after this writer's own last change
-        self._at_ms = 0
+        self._at_ms, self._at_s = 0, 0.0
         self._lock = asyncio.Lock()
 
     @property
@@ -126,10 +127,13 @@ class RegistryWriter:
             except (KafkaError, TimeoutError) as error:
                 raise unreachable(self._kafka, ANSWER, error) from error
 
-    async def take_trainer_epoch(self) -> int:
-        """Take the next trainer epoch. A trainer with an older one can no longer announce."""
-        written = await self._change(lambda state, cause: decisions.take_epoch(state, who=cause.who, now_ms=cause.now_ms))
-        return written.outcome
+    async def take_trainer_epoch(self, *, above: int = 0) -> int:
+        """Take the next trainer epoch, and one above `above`. A trainer with an older one can no longer announce."""
+
+        def decide(state: RegistryState, cause: Cause) -> Change[int]:
+            return decisions.take_epoch(state, who=cause.who, now_ms=cause.now_ms, above=above)
+
+        return (await self._change(decide)).outcome
 
     async def announce(self, manifest: Manifest, *, gate: SnapshotSettings) -> Announcement:
         """Enter a version, which must be whole in the store, and promote it if the gate lets it through."""
@@ -156,11 +160,14 @@ class RegistryWriter:
 
         return await self._change(decide, reason)
 
-    async def rollback_by_itself(self, target: int, reason: str) -> Moved | None:
-        """Put an older version back unless auto-promotion is held: then somebody has decided already, and None is returned."""
+    async def rollback_by_itself(self, target: int, reason: str, *, under: str) -> Moved | None:
+        """Put an older version back, unless somebody has decided already: then None is returned.
+
+        That is so if auto-promotion is held, or if `under` isn't the last decision any more (`state.served_band.decision_of`).
+        """
 
         def decide(state: RegistryState, cause: Cause) -> Change[Moved | None]:
-            if state.champion.hold:
+            if state.champion.hold or decision_of(state.champion) != under:
                 return Change((), None)
             change = decisions.rollback(state, target, cause)
             return Change(change.records, change.outcome)
@@ -259,7 +266,7 @@ class RegistryWriter:
                         await self._log.read_to(self._read_to)
                 except (KafkaError, TimeoutError) as error:
                     raise unreachable(self._kafka, ANSWER, error) from error
-            due = decisions.due_good(self._log.state, _now_ms(), gate)
+            due = decisions.due_good(self._log.state, self._now_ms(), gate)
         return await self.tag_good(*due) if due else ()
 
     async def close(self) -> None:
@@ -273,7 +280,7 @@ class RegistryWriter:
         """Run one operation to its end."""
         from aiokafka.errors import KafkaError
 
-        cause = Cause(self._who, _now_ms(), reason, uuid.uuid4().hex)
+        cause = Cause(self._who, self._now_ms(), reason, uuid.uuid4().hex)
         attempted: T | None = None
         failure: BaseException = TimeoutError()
         async with self._lock:
@@ -286,11 +293,11 @@ class RegistryWriter:
                         if change is None:
                             # An attempt that seemed to fail did take effect.
                             assert attempted is not None
-                            return Written(attempted, self._log.position, _now_ms())
+                            return Written(attempted, self._log.position, self._now_ms())
                         if not change.records:
                             # There is nothing to write. The outcome is that of the log as it is, not that of an earlier,
                             # failed attempt: another writer may have come in between.
-                            return Written(change.outcome, self._log.position, _now_ms())
+                            return Written(change.outcome, self._log.position, self._now_ms())
                         attempted = change.outcome
                         await self._commit(change.records)
                         return Written(change.outcome, self._read_to, self._at_ms)
@@ -362,7 +369,16 @@ class RegistryWriter:
             # Whatever the error is: once the producer is started again, the log shows whether the commit took effect.
             raise _CommitFailed from error
         self._read_to = written[-1].offset + 1
-        self._at_ms = written[-1].timestamp
+        self._at_ms, self._at_s = written[-1].timestamp, time.monotonic()
+
+    def _now_ms(self) -> int:
+        """Now by the broker's clock, as this writer's last change showed it; before the first change by this machine's.
+
+        So a writer that lives long, a trainer's, tags and promotes by the clock that all share, also when its own one jumps.
+        """
+        if not self._at_ms:
+            return time.time_ns() // 1_000_000
+        return self._at_ms + round((time.monotonic() - self._at_s) * 1_000)
 
     async def _drop_producer(self) -> None:
         producer, self._producer = self._producer, None
@@ -377,7 +393,3 @@ class _CommitFailed(Exception):
 def registry_transactional_id(names: TopicNames) -> str:
     """The transactional id that all writers of one registry share: `<prefix>headrace-registry`."""
     return f"{names.snapshots.removesuffix('snapshots')}headrace-registry"
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -17,7 +17,7 @@ from stream.records.record import Outgoing, Record
 from stream.records.request import request_id
 from stream.scorer.scored_rows import score_rows
 from stream.scorer.serving import Served
-from stream.scorer.trial import Trial, candidate_scores, in_share
+from stream.scorer.trial import Trial, candidate_scores, decode_requests, in_share
 
 __all__ = ["Answers", "answer_requests"]
 
@@ -72,7 +72,7 @@ def answer_requests(
         for record in records:
             writer.refuse(record, problem)
         return writer.answers
-    decoded = served.decoder.requests([record.value or b"" for record in records])
+    decoded = decode_requests(served.decoder, records)
     for bad in decoded.bad:
         record = records[bad.index]
         writer.refuse(record, Problem(bad.reason if record.value else "empty_value", bad.path, bad.message))

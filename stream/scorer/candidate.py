@@ -158,7 +158,8 @@ class CandidateKeeper:
         if (trial, problem) == (self.trial, self.problem):
             return
         if trial is not self.trial:
-            self.since_ms = time.time_ns() // 1_000_000
+            # A heartbeat tells changes apart by it, so no two have the same, whatever the clock does.
+            self.since_ms = max(time.time_ns() // 1_000_000, self.since_ms + 1)
         self.trial, self.problem = trial, problem
         self._metrics.ready(trial, problem)
         self._on_change()

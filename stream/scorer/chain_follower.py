@@ -20,20 +20,19 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
 
 from model.errors import DigestMismatch, ModelError
 from state.chain import Problem, Step, on_delta, on_digest, on_problem, order
-from state.chain_versions import LogSeen, before_champion, is_behind, is_beyond, point_of, starts
+from state.chain_versions import LogSeen, before_champion, is_behind, is_beyond, leads_on, point_of, starts
 from state.registry import RegistryState, VersionRecord
 from stream.records.delta import DeltaHeader
 from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.freshness import Freshness
-from stream.scorer.replica import DeltaLog, LogItem, Replica, WholeDelta, offered_by
+from stream.scorer.replica import DeltaLog, Listener, LogItem, Replica, WholeDelta, offered_by
 from stream.scorer.scrub import memory_is_right
 from stream.scorer.serving import Served
 
-__all__ = ["ChainFollower", "Listener"]
+__all__ = ["ChainFollower"]
 
 log = logging.getLogger(__name__)
 
@@ -49,26 +48,6 @@ REREAD_S = 0.2
 CACHED_DELTAS = 1_000
 # First and longest wait before the next attempt when no version or no log can be read.
 RETRY_S, MAX_RETRY_S = 0.5, 10.0
-
-
-class Listener(Protocol):
-    """Who answers requests, and needs to know of the replica."""
-
-    def follow(self, replica: Replica) -> None:
-        """From now on this replica may answer in the champion's place."""
-
-    def cannot_follow(self, reason: str) -> None:
-        """No replica can be brought to the champion for now."""
-
-    def dropped(self) -> None:
-        """There is no replica any more, since nobody wants one."""
-
-    def renamed(self) -> None:
-        """The version by which answers name the replica has changed."""
-
-    @property
-    def is_serving(self) -> bool:
-        """Whether there are weights to answer with."""
 
 
 class _Replace(Exception):
@@ -240,9 +219,15 @@ class ChainFollower:
                 await waiting
 
     def _hand_over(self, replica: Replica, *, at_end: bool) -> None:
-        """Let a replica answer once it is no older than what answers, or has read all there is."""
+        """Let a replica answer once it is no older than what answers, or has read all there is; never while it is left."""
         before, champion = self.replica, self._registry.champion_record
+        if replica.is_left(self._registry):
+            if at_end and not self._listener.is_serving:
+                self._cannot("the log doesn't lead to the weights that the trainer went back to")
+            return
         if before is replica:
+            if self._listener.waits:
+                self._listener.follow(replica)
             return
         if before is not None:
             ready = at_end or order(replica.progress.point) >= order(before.progress.point)
@@ -281,6 +266,8 @@ class ChainFollower:
             raise _Replace("behind" if progress.broken is None else progress.broken.reason)
         if progress.broken is not None and any(is_beyond(progress, record) for record in starts(self._registry)):
             raise _Replace(progress.broken.reason)
+        if replica.is_left(self._registry) and leads_on(self._registry, position):
+            raise _Replace("behind")
 
     async def _take(self, replica: Replica, item: LogItem) -> str:
         """Do what the rules say about one item. Returns what was done."""
@@ -373,7 +360,7 @@ class ChainFollower:
         """Without a log, a replica may answer for as long as no newer champion is there. After that it has to catch up."""
         self.problem = reason
         champion, replica = self._registry.champion_record, self.replica
-        if replica is None or champion is None or not replica.covers(champion):
+        if replica is None or champion is None or not replica.covers(champion) or replica.is_left(self._registry):
             self.replica = None
             self._listener.cannot_follow(reason)
 

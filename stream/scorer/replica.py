@@ -10,14 +10,14 @@ from model.predictor import Prepared
 from model.rows import ModelDelta
 from state.chain import ChainPoint, Offered, Problem, Progress, after
 from state.chain_name import ChainName
-from state.chain_versions import Marks, Naming, covers, point_of
-from state.registry import VersionRecord
+from state.chain_versions import Marks, Naming, covers, is_left, point_of
+from state.registry import RegistryState, VersionRecord
 from stream.records.delta import DeltaHeader
 from stream.records.heartbeat import Mark
 from stream.scorer.freshness import MAX_WAITING
 from stream.scorer.serving import Served, WeightsState
 
-__all__ = ["DeltaLog", "LogItem", "Replica", "WholeDelta", "offered_by"]
+__all__ = ["DeltaLog", "Listener", "LogItem", "Replica", "WholeDelta", "offered_by"]
 
 # Points that a heartbeat reports besides its own. Scorers are compared at equal points, and with four deltas a second and a
 # heartbeat a second the last eight overlap between scorers that are up to a second apart.
@@ -90,6 +90,10 @@ class Replica:
         """Whether these weights are at the champion's point or past it."""
         return covers(self.progress, self.line, champion)
 
+    def is_left(self, registry: RegistryState) -> bool:
+        """Whether the trainer was sent back from these weights, so that they must not answer any more."""
+        return is_left(self.progress.point, registry)
+
     def prepare(self, delta: WholeDelta) -> Prepared:
         """Find out what applying a delta would do, while the weights are in use.
 
@@ -115,6 +119,30 @@ class Replica:
         self.served.state = WeightsState(
             naming.version, captured_at_ms, naming.delta, point, self.progress.digest, recent=self.recent
         )
+
+
+class Listener(Protocol):
+    """Who answers requests, and needs to know of the replica."""
+
+    def follow(self, replica: Replica) -> None:
+        """From now on this replica may answer in the champion's place."""
+
+    def cannot_follow(self, reason: str) -> None:
+        """No replica can be brought to the champion for now."""
+
+    def dropped(self) -> None:
+        """There is no replica any more, since nobody wants one."""
+
+    def renamed(self) -> None:
+        """The version by which answers name the replica has changed."""
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether there are weights to answer with."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether a replica should answer, and other weights do."""
 
 
 def offered_by(header: DeltaHeader) -> Offered:

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from model.errors import ModelError
 from model.predictor import Predictor
 from model.requests import RequestDecoder
@@ -104,7 +106,7 @@ def load_version(store: SnapshotStore, version: int, *, device: str, announced: 
             f"version {version}: expected weights with the digest {manifest.digest}, found {predictor.digest:016x}. The files "
             "are as they were written, so the trainer wrote others than it had. Roll back: `headrace snapshot rollback`."
         )
-    predictor.predict(decoder.requests(_WARM_UP).batch)
+    predictor.predict(decoder.requests(_WARM_UP, np.zeros(len(_WARM_UP), np.int64)).batch)
     created_at_ms = manifest.created_at_ms or int(time.time() * 1000)
     point = None if announced is None else point_of(announced)
     digest = predictor.digest

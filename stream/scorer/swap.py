@@ -127,6 +127,10 @@ class Swapper:
         return self.current is not None
 
     @property
+    def waits(self) -> bool:
+        return self._follow and (self._replica is None or self.current is not self._replica.served)
+
+    @property
     def in_memory(self) -> list[Served]:
         """All weights that answer, or may without being read again: what is kept ready for a rollback is checked too."""
         kept = self._ready.values()
@@ -192,11 +196,12 @@ class Swapper:
     def _settle(self) -> None:
         """Serve what is wanted if it is ready, else make sure that it is being loaded."""
         wanted = self._wanted
-        if self._follow and self._replica is not None:
+        replica = self._may_answer
+        if replica is not None:
             champion = self._registry.champion_record
-            if self.current is not self._replica.served:
-                self._swap(self._replica.served)
-            elif champion is not None and self._replica.covers(champion):
+            if self.current is not replica.served:
+                self._swap(replica.served)
+            elif champion is not None and replica.covers(champion):
                 self._in_effect()
         elif self._follow and not self._reported.is_set():
             return  # the follower is reading
@@ -207,6 +212,12 @@ class Swapper:
         elif wanted not in self._loading and not any(map(self._is_on_the_way, self._loading)):
             self._load_soon(wanted)
             self._fall_back()
+
+    @property
+    def _may_answer(self) -> Replica | None:
+        """The replica, if it should answer and isn't of a line that the trainer was sent back from."""
+        replica = self._replica if self._follow else None
+        return None if replica is None or replica.is_left(self._registry) else replica
 
     def _in_effect(self) -> None:
         """Note that what the registry asks for is served."""
@@ -294,7 +305,8 @@ class Swapper:
         asyncio.get_running_loop().call_soon(self._on_swap)
 
     def _note_version(self, served: Served) -> None:
-        self.since_ms = time.time_ns() // 1_000_000
+        # A heartbeat tells changes apart by it, so no two have the same, whatever the clock does.
+        self.since_ms = max(time.time_ns() // 1_000_000, self.since_ms + 1)
         self._metrics.serving(served)
         self.changed.set()
 
@@ -347,7 +359,7 @@ class Swapper:
             self._failed.pop(version, None)
             self._metrics.swap_seconds.observe(time.perf_counter() - began)
             wanted = version == self._wanted or self._is_on_the_way(version) or version in self._fallbacks()
-            if wanted and not (self._follow and self._replica is not None):
+            if wanted and self._may_answer is None:
                 self._swap(served)
                 return
             if version == self._rollback_target():

@@ -14,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from model.clock import LATEST_MS
 from model.features import DecodedRequests
 from model.hashing import hash_strings, space_seed
+from model.requests import RequestDecoder
 from state.canary import HASH_SPACE, Mode
 from stream.records.record import Record
 from stream.scorer.scored_rows import score_rows
 from stream.scorer.serving import Served
 
-__all__ = ["Trial", "candidate_scores", "in_share"]
+__all__ = ["Trial", "candidate_scores", "decode_requests", "in_share"]
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,12 @@ class Trial:
     mode: Mode
     share: float
     served: Served
+
+
+def decode_requests(decoder: RequestDecoder, records: Sequence[Record]) -> DecodedRequests:
+    """The features of requests. One that doesn't carry its time is as old as its record."""
+    arrived_ms = np.array([record.timestamp for record in records], np.int64)
+    return decoder.requests([record.value or b"" for record in records], np.clip(arrived_ms, 0, LATEST_MS))
 
 
 def in_share(request_ids: Sequence[str], share: float) -> npt.NDArray[np.bool_]:
@@ -59,7 +67,7 @@ def candidate_scores(
             scored = score_rows(trial.served.predictor, decoded, wanted)
             found = {index: scored.of(index) for index in wanted}
         else:
-            own = trial.served.decoder.requests([records[int(decoded.rows[index])].value or b"" for index in wanted])
+            own = decode_requests(trial.served.decoder, [records[int(decoded.rows[index])] for index in wanted])
             positions = own.rows.tolist()
             scored = score_rows(trial.served.predictor, own, range(len(positions)))
             found = {wanted[position]: scored.of(index) for index, position in enumerate(positions)}

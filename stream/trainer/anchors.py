@@ -24,6 +24,7 @@ import torch
 
 from model.anchor import EarlierModel
 from model.errors import ModelError, SnapshotMismatch
+from model.migration import moved_dense
 from model.predictor import Predictor
 from model.rows import Rows
 from model.schema import FeatureSchema
@@ -36,6 +37,7 @@ from state.store import SnapshotStore
 from stream.trainer.anchor_rule import choose_anchor, clicks_of
 from stream.trainer.captured import Position
 from stream.trainer.judge import Anchor, Judge
+from stream.trainer.schemas import comparable
 
 __all__ = ["Anchors", "KeepsModels", "WhileTraining"]
 
@@ -92,7 +94,8 @@ class Anchors:
         await anchors.follow(registry, watermark_ms, between)   # every few seconds, on the event loop
 
     When the champion is of another line and its weights can't score these features (another schema, another store), the scores
-    that impressions were shown with are used instead of its own.
+    that impressions were shown with are used instead of its own. If a field has `serve_as`, nothing is compared then: live
+    scores know the values that were sent, and served ones don't.
     """
 
     def __init__(
@@ -153,7 +156,7 @@ class Anchors:
         wanted = self._wanted(registry, report, watermark_ms, kept)
         current = judge.anchor
         if wanted is None:
-            by_served = registry.champion_line not in (None, report.line, *report.passed)
+            by_served = registry.champion_line not in (None, report.line, *report.passed) and not self._schema.constant
             if by_served and (current is None or current.predictor is not None):
                 log.warning("gate: the champion can't score these features; the scores that were served are compared instead")
                 await between(lambda: self._compare_with(Anchor(None, None), None, None))
@@ -248,8 +251,8 @@ class Anchors:
             candidate.lost = True
             await between(candidate.model.close)
         try:
-            self._require_schema(version, reader.manifest.schema_hash)
             rate = reader.manifest.negative_rate
+            dense = moved_dense(comparable(reader.manifest, self._schema), dense, self._model)
             earlier = made = await between(lambda: self._learner.model_of(count, dense, rate))
             pieces = reader.rows(exact=True)  # the live ones have all digits too, and only what differs takes memory
             while (rows := await asyncio.to_thread(_next, pieces)) is not None:
@@ -267,15 +270,11 @@ class Anchors:
     def _load(self, version: int) -> Anchor:
         """All weights of a version in memory."""
         manifest = self._store.manifest(version)
-        self._require_schema(version, manifest.schema_hash)
+        change = comparable(manifest, self._schema)
         model = ModelSettings.model_validate(manifest.model)
-        serving = self._store.serving(version)
+        serving = moved_dense(change, self._store.serving(version), model)
         rate = manifest.negative_rate
         return Anchor(version, Predictor.of(self._schema, model, serving, device=self._device, negative_rate=rate))
-
-    def _require_schema(self, version: int, found: str) -> None:
-        if found != self._schema.fingerprint():
-            raise SnapshotError(f"version {version} is of another feature schema than the one trained")
 
 
 def _next(pieces: Iterator[Rows]) -> Rows | None:

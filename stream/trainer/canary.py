@@ -28,7 +28,7 @@ from msgspec.structs import replace
 from state.canary import Canary
 from state.canary_evidence import Evidence
 from state.canary_rule import Verdict, judge_canary
-from state.canary_running import running_canary, why_over
+from state.canary_running import held_since, running_canary, why_over
 from state.gate_blocks import FloatArray
 from state.registry import RegistryState
 from stream.registry.writer import RegistryWriter
@@ -153,8 +153,7 @@ class CanaryWatch:
         canary = self._canary
         verdict = await asyncio.to_thread(self._judged, canary, now_ms)
         self._metrics.judged(canary, verdict.progress)
-        held_since = registry.champion.hold_at_ms if registry.champion.hold else 0
-        if verdict.outcome == "promoted" and held_since > canary.at_ms:
+        if verdict.outcome == "promoted" and held_since(registry):
             waits = f"{verdict.reason}; not promoted while auto-promotion is held ({registry.champion.hold_reason})"
             verdict = verdict._replace(outcome="", progress=replace(verdict.progress, verdict=waits))
         news = canary.progress is None or replace(canary.progress, at_ms=now_ms) != verdict.progress

@@ -3,8 +3,8 @@
 A chain is one line of weights by one trainer. Its deltas are numbered from 1, and each names the point that it is applied on. A
 chain begins in one of two ways:
 
-- with a version, when scorers have nothing to go on from: a new model, a version from before there were deltas, or rows of
-  another precision. The version is the chain's point 0, and scorers load it;
+- with a version, when scorers have nothing to go on from: a new model, a version from before there were deltas, rows of
+  another precision, or another schema. The version is the chain's point 0, and scorers load it;
 - with a *rebase*, when an earlier trainer's chain goes on. The trainer has loaded a version of that chain and trains again what
   came after it. Rows that either trainer has touched since that version may differ. The first delta carries all of these, so
   scorers at the old chain's newest point continue in place.
@@ -40,11 +40,13 @@ class Published(msgspec.Struct, frozen=True):
 
     offset         in `deltas`, after the point's delta
     row_precision  how scorers have the rows there
+    schema_hash    of the schema that scorers have there; empty in what older releases saved, and means the version's own
     """
 
     point: Point
     offset: int
     row_precision: RowPrecision = "float32"
+    schema_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Chain:
         base: what the chain goes on from; None when it begins with a version.
         touched: gives the keys of all rows that changed since the last delta, int64 (N,).
         row_precision: of all its deltas, and of the digests of its versions.
+        schema_hash: of the schema that its versions have.
     """
 
     def __init__(
@@ -97,8 +100,10 @@ class Chain:
         touched: Callable[[], torch.Tensor],
         *,
         row_precision: RowPrecision = "float32",
+        schema_hash: str = "",
     ) -> None:
         self.name = name
+        self._schema_hash = schema_hash
         self._row_precision: RowPrecision = row_precision
         self._writer, self._base, self._touched = writer, base, touched
         self._published: Published | None = None
@@ -126,7 +131,7 @@ class Chain:
     def begin(self) -> Published:
         """Begin with a version: it is the chain's point 0."""
         assert self.begins_with_a_version
-        self._published = Published(Point(self.name, 0), self._writer.position, self._row_precision)
+        self._published = Published(Point(self.name, 0), self._writer.position, self._row_precision, self._schema_hash)
         return self._published
 
     async def publish(self, captured: CapturedDelta) -> Sent:
@@ -138,7 +143,8 @@ class Chain:
         """
         header = self._header(captured)
         sent = await self._writer.publish(header, captured.delta)
-        self._published = Published(Point(self.name, header.sequence), sent.next_offset, self._row_precision)
+        point = Point(self.name, header.sequence)
+        self._published = Published(point, sent.next_offset, self._row_precision, self._schema_hash)
         return sent
 
     def _header(self, captured: CapturedDelta) -> DeltaHeader:

@@ -3,8 +3,9 @@
 There are two kinds of scores:
 
 - progressive: the model's own score of each example, taken just before the model learns it. So it is taken when the label
-  arrives, after the model has learned the examples between impression and label;
-- served: the score that the impression carries from the moment it was shown. It knows nothing of those examples.
+  arrives, after the model has learned the examples between impression and label. It reads all features as they were sent;
+- served: the score that the impression carries from the moment it was shown. It knows nothing of those examples, and fields
+  with `serve_as` had that value.
 
 Metrics of both kinds describe the stream before negatives were left out: a negative that was sent at rate r counts 1 / r times.
 

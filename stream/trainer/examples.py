@@ -96,6 +96,8 @@ class DecodedRun:
             rates=None if self.rates is None else self.rates[kept],
             corrects=None if self.corrects is None else self.corrects[kept],
             arrived_ms=None if self.arrived_ms is None else self.arrived_ms[kept],
+            shadow_scores=None if self.shadow_scores is None else self.shadow_scores[kept],
+            shadow_versions=None if self.shadow_versions is None else self.shadow_versions[kept],
         )
 
 
@@ -112,7 +114,7 @@ class ExampleDecoder:
         """
         columns = read_examples([record for record in run.records if record.key is not None or not is_note(record)])
         records, letters = columns.records, columns.letters
-        decoded = self._features.impressions([record.value for record in records])
+        decoded = self._features.impressions([record.value for record in records], columns.impression_ms)
         letters.extend(DeadLetter.of(records[bad.index], bad.reason, bad.path, bad.message) for bad in decoded.bad)
         letters.sort(key=lambda letter: letter.offset)
         rows = decoded.rows

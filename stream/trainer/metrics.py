@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -12,6 +12,8 @@ from model.metrics import Metrics
 from state.gate_report import GateReport
 from state.manifest import Manifest
 from stream.trainer.batching import TrainingBatch
+from stream.trainer.calibration import GroupCalibration
+from stream.trainer.drift import Drift
 from stream.trainer.evaluation import Report
 
 __all__ = ["StandbyMetrics", "TrainerMetrics"]
@@ -38,6 +40,11 @@ class TrainerMetrics:
         self.skipped_examples = Counter(
             "headrace_trainer_skipped_examples",
             "Examples that were not learned because they are in a range that was left out when the trainer was sent back.",
+            registry=prometheus,
+        )
+        self.past_examples = Counter(
+            "headrace_trainer_past_examples",
+            "Examples that were not learned because the model knows them from history (`headrace bootstrap`).",
             registry=prometheus,
         )
         self.served_alarm = Gauge(
@@ -77,8 +84,8 @@ class TrainerMetrics:
         self.scores = {
             (kind, field): Gauge(f"headrace_trainer_{kind}_{name}", f"{help}, {meaning}.", ["scope"], registry=prometheus)
             for kind, meaning in (
-                ("progressive", "of the model's score just before it learned the example"),
-                ("served", "of the score that the impression was shown with"),
+                ("progressive", "of the model's score just before it learned the example, with features as they were sent"),
+                ("served", "of the score that the impression was shown with, for which fields with serve_as had that value"),
             )
             for field, name, help in (
                 ("examples", "examples", "Examples counted"),
@@ -187,6 +194,26 @@ class TrainerMetrics:
             "1 while deltas are withheld because one of them alone wasn't sane, whatever the clicks say.",
             registry=prometheus,
         )
+        self.null_rate_change = Gauge(
+            "headrace_trainer_null_rate_change",
+            "Largest change of a feature's share of nulls, from the usual to the newest 1,000 examples.",
+            registry=prometheus,
+        )
+        self.score_distribution_change = Gauge(
+            "headrace_trainer_score_distribution_change",
+            "Population stability index of the newest 1,000 scores against the usual ones, without what clicks explain.",
+            registry=prometheus,
+        )
+        self.click_rate_factor = Gauge(
+            "headrace_trainer_click_rate_factor",
+            "Click rate of the newest 1,000 examples over the usual one.",
+            registry=prometheus,
+        )
+        self.click_rate_alarm = Gauge(
+            "headrace_trainer_click_rate_alarm",
+            "1 while the click rate has changed abruptly by more than snapshots.drift_click_alarm, and not by chance.",
+            registry=prometheus,
+        )
         self.score_spread = Gauge(
             "headrace_trainer_score_spread",
             "Standard deviation of the logits of the newest 1,000 scores or so.",
@@ -200,6 +227,25 @@ class TrainerMetrics:
         self.served_out_of_band = Gauge(
             "headrace_trainer_served_out_of_band",
             "1 while the calibration of served scores is outside snapshots.served_calibration_band, judged from 100 clicks on.",
+            registry=prometheus,
+        )
+
+        self._groups = {
+            field: Gauge(f"headrace_trainer_group_{name}", help, ["field", "value"], registry=prometheus)
+            for field, name, help in (
+                (
+                    "calibration",
+                    "calibration",
+                    "Expected clicks over actual clicks of served scores, of settled impressions: by decile of the score, and "
+                    "by top values of trainer.calibration_fields.",
+                ),
+                ("clicks", "clicks", "Clicks from which the calibration of the group is computed."),
+            )
+        }
+        self._shown_groups: set[tuple[str, str]] = set()
+        self.groups_off = Gauge(
+            "headrace_trainer_groups_off",
+            "Groups whose calibration is away from 1 by more than 5 % and by more than 3 standard errors.",
             registry=prometheus,
         )
 
@@ -222,6 +268,18 @@ class TrainerMetrics:
                 if gauge_kind == kind:
                     gauge.labels(scope).set(getattr(metrics, field))
 
+    def calibrated(self, groups: Sequence[GroupCalibration]) -> None:
+        """Set the gauges of calibration by group. Groups that are no longer among them lose theirs."""
+        shown = {(group.field, group.value) for group in groups}
+        for labels in self._shown_groups - shown:
+            for gauge in self._groups.values():
+                gauge.remove(*labels)
+        self._shown_groups = shown
+        for group in groups:
+            for field, gauge in self._groups.items():
+                gauge.labels(group.field, group.value).set(getattr(group, field))
+        self.groups_off.set(sum(group.off for group in groups))
+
     def skewed(self, examples: int, mean: float, p99: float, share: float) -> None:
         """Set the gauges of skew."""
         self.skew_examples.set(examples)
@@ -242,6 +300,13 @@ class TrainerMetrics:
         """Set the gauges of the checks of a delta."""
         self.score_shift.set(math.nan if score_shift is None else score_shift)
         self.gate_doubt.set(in_doubt)
+
+    def drifted(self, drift: Drift) -> None:
+        """Set the gauges of drift."""
+        self.null_rate_change.set(drift.watch.null_change)
+        self.score_distribution_change.set(drift.watch.score_change)
+        self.click_rate_factor.set(drift.watch.click_factor)
+        self.click_rate_alarm.set(bool(drift.alarm))
 
     def served(self, metrics: Metrics, band: tuple[float, float]) -> None:
         """Set whether the calibration of served scores is out of the band."""

@@ -80,7 +80,8 @@ async def prepare(
     """
     if learner is None:
         learner = Learner(schema, model, table=table, device=settings.device, row_precision=row_precision)
-    rewind = registry.rewinds.pending  # now: the state may change while the store is read
+    registry = registry.copy()  # it may change while the store is read, and it is read in a thread
+    rewind = registry.rewinds.pending
     ids = topic_ids(cluster, names)
     if settings.examples_from != "version":
         del ids["examples"]  # a version of another topic is welcome: `moved` gives it other offsets

@@ -4,7 +4,7 @@ The trainer goes on from a version, and scorers are further: they have applied t
 deltas. It returns the newest point of their chain, from which the new chain goes on, and the keys of their rows.
 
 A trainer that was sent back (`state.rewinds`) publishes its first delta at once. If retention has deleted deltas after its
-version, its chain begins with a version instead: scorers that are further load that one.
+version, or one is damaged, its chain begins with a version instead: scorers that are further load that one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from model.learner import Learner
@@ -46,7 +47,7 @@ class Anchored(NamedTuple):
 class Found(NamedTuple):
     """What a new chain goes on from, and the keys of the rows that must be in its first delta, int64 (N,).
 
-    gone  whether the log no longer has all deltas after the version
+    gone  whether the log doesn't have all deltas after the version, or some are damaged: scorers may be further than `base`
     """
 
     base: Base
@@ -58,10 +59,15 @@ def where_in_the_log(manifest: Manifest, bookkeeping: State) -> Anchored | None:
     """Where a version is in the log of deltas; None for a version that was captured before its chain had begun."""
     if manifest.sequence is not None and manifest.deltas_offset is not None:
         point = Point(manifest.chain, manifest.sequence)
-        published = Published(point, manifest.deltas_offset, manifest.row_precision)
+        published = Published(point, manifest.deltas_offset, manifest.row_precision, manifest.schema_hash)
         return Anchored(published, torch.empty(0, dtype=torch.int64))
     saved = saved_chain(bookkeeping)
-    return None if saved is None else Anchored(*saved)
+    if saved is None:
+        return None
+    published, touched = saved
+    if not published.schema_hash:
+        published = msgspec.structs.replace(published, schema_hash=manifest.schema_hash)
+    return Anchored(published, touched)
 
 
 async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[FoundDelta | DeltaProblem]) -> Found:
@@ -77,11 +83,12 @@ async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[Foun
     newest, touched = at.published, [at.touched]
     offsets, gone = {int(name): offset for name, offset in manifest.offsets.items()}, False
     async for each in deltas:
-        gone |= isinstance(each, DeltaProblem) and each.reason == "log_gone"
+        gone |= isinstance(each, DeltaProblem) and each.reason != "not_a_delta"
         if not isinstance(each, FoundDelta) or each.delta.header.parent != newest.point:
             continue  # no delta, or one of another line of weights, or of a trainer that was replaced
         header, model = each.delta.header, each.delta.model
-        newest = Published(Point(header.chain, header.sequence), each.next_offset, header.dtype)
+        # A chain of another schema begins with a version, so deltas lead from a point to points of its own schema alone.
+        newest = Published(Point(header.chain, header.sequence), each.next_offset, header.dtype, newest.schema_hash)
         offsets = {int(name): offset for name, offset in header.offsets.items()}
         touched += [model.rows.keys.clone(), model.gone.clone()]
     return Found(Base(newest, offsets), torch.unique(torch.cat(touched)), gone)
@@ -93,7 +100,8 @@ async def go_on_in_place(
     """Find what the new chain goes on from, and mark the rows that its first delta must carry.
 
     Where scorers have rows of another precision than this trainer publishes, every row differs, those too that no delta would
-    carry. Then the new chain begins with a version, once training has come as far as the old chain.
+    carry. Where they have another schema, they read other features. In both cases the new chain begins with a version, once
+    training has come as far as the old chain.
 
     None when scorers have nothing to go on from.
 
@@ -116,7 +124,10 @@ async def go_on_in_place(
     learner.expect(found.keys)  # also for a version that is written before the chain begins: it is no point of one
     base = replace(found.base, offsets={}) if sent_back else found.base
     if sent_back and found.gone:
-        log.warning("deltas after version %s are gone: the new chain begins with a version, which scorers load", start.version)
+        log.warning(
+            "deltas after version %s are gone or damaged: the new chain begins with a version, which scorers load",
+            start.version,
+        )
         return replace(base, in_place=False)
     before = base.published.row_precision
     if before != learner.row_precision:
@@ -124,6 +135,12 @@ async def go_on_in_place(
             "snapshots.row_precision is %s, and was %s at delta %d of %s: the new chain begins with a version, which all "
             "scorers load",
             *(learner.row_precision, before, base.published.point.sequence, base.published.point.chain),
+        )
+        return replace(base, in_place=False)
+    if base.published.schema_hash not in ("", learner.schema.fingerprint()):
+        log.warning(
+            "scorers have other features.fields at delta %d of %s: the new chain begins with a version, which all scorers load",
+            *(base.published.point.sequence, base.published.point.chain),
         )
         return replace(base, in_place=False)
     return base

@@ -11,6 +11,7 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry
 
+from model.derived import as_served
 from model.learner import Learner
 from model.predictor import Predictor
 from model.schema import FeatureSchema
@@ -21,6 +22,7 @@ from state.registry import RegistryState
 from state.rewinds import Rewind, joined
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
+from stream.deltas.newest_epoch import newest_epoch
 from stream.deltas.writer import DeltaWriter
 from stream.errors import Fenced
 from stream.kafka.cluster import Cluster, describe_cluster
@@ -30,15 +32,18 @@ from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.batching import BatchCutter
+from stream.trainer.calibration import CalibrationWatch
 from stream.trainer.canary import CanaryWatch
 from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.chain import NAME as CHAIN
 from stream.trainer.chain import Chain
+from stream.trainer.drift import Drift
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
 from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.past import Past
 from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, topic_ids
 from stream.trainer.rebase import go_on_in_place
 from stream.trainer.sanity import Sanity
@@ -135,7 +140,7 @@ async def run_trainer(
             # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
             await standby.until_chosen()
             # From here on no other trainer announces a version that this one would not know of.
-            epoch = await registry.take_trainer_epoch()
+            epoch = await registry.take_trainer_epoch(above=await newest_epoch(kafka, names))
             await follower.start()
             prepared = await standby.newest(follower.state)
             start = prepared.start
@@ -203,7 +208,7 @@ class _Trainer:
         def scored_by(version: int, delta: int) -> int | None:
             return self.follower.state.version_that_scored(version, delta)
 
-        self.skew = SkewCheck(reference, scored_by, metrics)
+        self.skew = SkewCheck(reference, scored_by, metrics, as_served=partial(as_served, schema=self.schema))
         self.canary = CanaryWatch(CanaryMetrics(self.prometheus))
         return TrainerWorker(
             kafka=self.kafka,
@@ -254,9 +259,11 @@ class _Trainer:
             base,
             learner.touched_keys,
             row_precision=self.snapshots.row_precision,
+            schema_hash=self.schema.fingerprint(),
         )
         self.chains += 1
         served = ServedWatch(self.snapshots)
+        calibration = CalibrationWatch(self.schema, self.settings.calibration_fields, self.settings.settled_ms)
         judge = Judge(self.snapshots, gate_state(start, self.epoch))
         anchors = Anchors(judge, self.store, self.snapshots, self.schema, self.model, learner, self.settings.device)
         ids = topic_ids(self.cluster, self.names)
@@ -269,12 +276,13 @@ class _Trainer:
             self.metrics,
             max_batch_age_s=self.settings.max_batch_age_ms / 1000,
             watermark_ms=start.watermark_ms,
-            observers=(self.skew, self.canary, served),
+            observers=(self.skew, self.canary, served, calibration),
             bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
             judge=judge,
             skips=skips,
-            sanity=Sanity(judge, ScoreShift(learner), self.snapshots),
+            sanity=Sanity(judge, ScoreShift(learner), self.snapshots, drift=Drift(self.schema, self.snapshots)),
             anchors=anchors,
+            past=None if start.manifest is None else Past.of(start.manifest.history),
         )
         training.restore(start.bookkeeping)
         # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a
@@ -301,7 +309,7 @@ class _Trainer:
             skips=skips,
             sent_back=None if rewind is None else partial(self._says_so, rewind, chain.name),
         )
-        return Parts(training, publisher, judge, anchors, scores, served, lambda: learner.table, rewind)
+        return Parts(training, publisher, judge, anchors, scores, served, calibration, lambda: learner.table, rewind)
 
     async def _says_so(self, rewind: Rewind, chain: str, up_to: int | None) -> None:
         """Note in the registry that the trainer has gone back."""

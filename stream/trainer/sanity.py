@@ -1,10 +1,11 @@
-"""Checks of each delta alone: weights that are finite and not too large, scores that vary, scores that don't jump.
+"""Checks of each delta alone: weights that are finite and not too large, scores that vary, scores and a stream that don't jump.
 
 A delta that fails is a *doubt*: the gate withholds what is learned, and training goes on. The doubt ends by itself
 
 - with the first delta that passes;
-- for scores that jumped and stay there, once `anchor_age_ms` of event time have passed, and the blocks of clicks don't show the
-  live weights to be worse than the anchor. Then it is the world that has changed.
+- for scores that jumped and stay there, and for a stream that has changed abruptly and stays so (`stream.trainer.drift`), once
+  `anchor_age_ms` of event time have passed, and the blocks of clicks don't show the live weights to be worse than the anchor.
+  Then it is the world that has changed.
 
 An operator may end it before. The delta that leaves then has all that has changed meanwhile.
 """
@@ -20,6 +21,7 @@ import torch
 from model.rows import ModelDelta
 from state.gate_report import GateReport
 from state.settings import SnapshotSettings
+from stream.trainer.drift import Drift
 from stream.trainer.judge import Judge
 from stream.trainer.score_shift import ScoreShift
 
@@ -65,10 +67,18 @@ class Sanity:
     Args:
         judge: what withholds; without one, only the weights are checked.
         shift: how far scores have shifted; None: not checked.
+        drift: whether the stream has changed abruptly; None: not checked.
     """
 
-    def __init__(self, judge: Judge | None, shift: ScoreShift | None = None, settings: SnapshotSettings | None = None) -> None:
-        self._judge, self.shift = judge, shift
+    def __init__(
+        self,
+        judge: Judge | None,
+        shift: ScoreShift | None = None,
+        settings: SnapshotSettings | None = None,
+        *,
+        drift: Drift | None = None,
+    ) -> None:
+        self._judge, self.shift, self.drift = judge, shift, drift
         self._settings = settings or SnapshotSettings()
         self._problems: tuple[str, ...] = ()  # of the weights in the last delta that was taken
 
@@ -83,7 +93,7 @@ class Sanity:
         return self._judge is not None and self._judge.doubt is not None
 
     def may_leave(self, watermark_ms: int) -> bool:
-        """Whether a delta may be taken now: nothing withholds it, its scores vary and haven't jumped."""
+        """Whether a delta may be taken now: nothing withholds it, its scores vary and haven't jumped, nor has the stream."""
         judge, shift = self._judge, self.shift
         if judge is None:
             return True
@@ -95,9 +105,16 @@ class Sanity:
         if wrong := judge.problems():
             judge.question("; ".join(wrong), watermark_ms)
             return False
-        found = None if shift is None else shift.measure()
-        limit = self._limit * (1.0 if judge.doubt is None else BACK)
         is_young = judge.anchor is None  # without an anchor the blocks of clicks don't judge either: it learns fast
+        if self.drift is not None and self.drift.problem:
+            if is_young:
+                self.drift.accept()
+            elif not self._has_settled(watermark_ms):
+                judge.question(self.drift.problem, watermark_ms)
+                return False
+        low, high = (0.0, 0.0) if self.drift is None else self.drift.explained
+        found = None if shift is None else shift.measure(low, high)
+        limit = self._limit * (1.0 if judge.doubt is None else BACK)
         if found is not None and found > limit and not is_young and not self._has_settled(watermark_ms):
             judge.question(
                 f"scores of recent requests have shifted by {found:.2f} logits on average (allowed {limit:.2g})",
@@ -113,7 +130,7 @@ class Sanity:
         return max(self._settings.score_shift_limit, TIMES_USUAL * usual)
 
     def _has_settled(self, watermark_ms: int) -> bool:
-        """Whether scores have jumped so long ago that the blocks of clicks would have shown that they are worse."""
+        """Whether what is in doubt came so long ago that the blocks of clicks would have shown that the weights are worse."""
         doubt = None if self._judge is None else self._judge.doubt
         return doubt is not None and watermark_ms - doubt.watermark_ms >= self._settings.anchor_age_ms
 
@@ -129,16 +146,32 @@ class Sanity:
             return False
         if self._judge is not None and self._judge.doubt is not None:
             self._judge.trust("the weights and their scores pass the checks of a delta")
-            if (self.score_shift or 0.0) > self._limit:
-                self.forget()
+            if (self.score_shift or 0.0) > self._limit and self.shift is not None:
+                self.shift.forget()
+            if self.drift is not None:
+                self.drift.accept()  # if it hasn't gone by itself, it has settled
         if self.shift is not None:
             self.shift.served()
         return True
 
+    def caught_up(self) -> None:
+        """The live weights are as those that scorers have: a trainer that restarted has learned again what was published.
+
+        Between its version and there may be a hundred thousand examples. Scores shift by more over so many than over the two
+        thousand between two deltas, and the trainer before this one has checked each delta on the way.
+        """
+        if self._judge is not None:
+            self._judge.trust("the trainer before this one has published what was learned since")
+        self.forget()
+        if self.shift is not None:
+            self.shift.served()
+
     def forget(self) -> None:
-        """The live weights are served next, whatever has shifted."""
+        """The live weights are served next, whatever has shifted or drifted."""
         if self.shift is not None:
             self.shift.forget()
+        if self.drift is not None:
+            self.drift.accept()
 
     def said(self, verdict: GateReport) -> GateReport:
         """The gate's report with what is wrong with the weights."""

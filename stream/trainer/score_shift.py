@@ -81,13 +81,18 @@ class ScoreShift:
         if len(batch):
             self._recent.append(batch.batch.take([int(batch.id_hashes.argmin())]))
 
-    def measure(self) -> float | None:
-        """The shift since the older set and since the newer one, whichever is larger; None while nothing is held."""
+    def measure(self, low: float = 0.0, high: float = 0.0) -> float | None:
+        """The shift since the older set and since the newer one, whichever is larger; None while nothing is held.
+
+        Args:
+            low, high: logits by which clicks explain that all scores move. As much of the mean change as lies between them is
+                taken out.
+        """
         self.last = None
         if self._sets:
             now = logits(self._learner.predict(FeatureBatch.concat([each.batch for each in self._sets])))
-            changes = np.abs(now - np.concatenate([each.logits for each in self._sets]))
-            found = float(changes.reshape(len(self._sets), HELD).mean(1).max())
+            changes = (now - np.concatenate([each.logits for each in self._sets])).reshape(len(self._sets), HELD)
+            found = float(np.abs(changes - np.clip(changes.mean(1, keepdims=True), low, high)).mean(1).max())
             self.last = found if np.isfinite(found) else float("inf")
         return self.last
 

@@ -3,7 +3,11 @@
     training ── served scores, labels ──▶ blocks of clicks ──▶ state.served_band ──▶ alarm ──▶ log, metric, a rollback
 
 A rollback holds auto-promotion. While it is held, nothing is rolled back by itself, so there is one such rollback until
-somebody resumes.
+somebody resumes. Whatever an operator decides about the champion, the blocks from before that don't count any more, also after
+a restart that goes on from a version of before.
+
+Scores of versions that were rolled back come for as long as labels take, and again when the trainer was sent back. They say
+nothing of what answers now, so they don't count, and neither do those of a canary's candidate, which is judged by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from model.metrics import measure
 from state.decisions import rollback_target
 from state.errors import Refused, SnapshotError
 from state.registry import RegistryState
-from state.served_band import BandState, Block, ServedBand
+from state.served_band import BandState, Block, ServedBand, decision_of
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import NoAnswer, RegistryError
@@ -65,12 +69,31 @@ class ServedWatch:
         self._rows: list[_Rows] = []
         self._waiting = 0
         self._clicks = 0
+        self._left: npt.NDArray[np.int64] = np.zeros((0, 2), np.int64)  # ranges of versions: above, up to and including
+        self._candidate = -1
+
+    def follow(self, registry: RegistryState) -> None:
+        """Take the registry: judge from nothing after a decision by hand, once auto-promotion isn't held."""
+        champion, canary = registry.champion, registry.canary
+        self._left = np.array(champion.rolled_back, np.int64).reshape(-1, 2)
+        is_tried = canary.mode == "canary" and canary.outcome != "promoted" and canary.version != champion.version
+        self._candidate = canary.version if is_tried else -1
+        decided = decision_of(champion)
+        with self._lock:
+            if not champion.hold and decided != self._band.state.under:
+                self._rows, self._waiting, self._clicks = [], 0, 0
+                self._band.begin_again(decided)
 
     def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
         """Take the examples of a batch that carry the score that they were shown with."""
         there = np.isfinite(batch.served)
         if self._settings.auto_rollback == "off" or not there.any():
             return
+        left, versions = self._left, batch.versions[:, None]
+        if len(left):
+            there &= ~((versions > left[:, 0]) & (versions <= left[:, 1])).any(1)
+        if self._candidate > 0:
+            there &= (batch.versions != self._candidate) | (batch.deltas > 0)
         corrects = np.zeros(len(batch), np.bool_) if batch.corrects is None else batch.corrects
         rows = _Rows(batch.served[there], batch.labels[there], counts(batch)[there], corrects[there])
         with self._lock:
@@ -92,11 +115,10 @@ class ServedWatch:
         """Why there is an alarm; empty without one."""
         return self._band.state.alarm
 
-    def begin_again(self) -> None:
-        """Judge from nothing: somebody has let auto-promotion go on."""
-        with self._lock:
-            self._rows, self._waiting, self._clicks = [], 0, 0
-            self._band.begin_again()
+    @property
+    def under(self) -> str:
+        """The decision by hand since which scores are judged."""
+        return self._band.state.under
 
     def manifest_metrics(self) -> Mapping[str, float]:
         """The newest block and its history, under their names in a version's metrics."""
@@ -128,9 +150,12 @@ async def act_on_alarm(
 ) -> bool:
     """Show the alarm, and roll back to the newest good version if that is wanted and auto-promotion isn't held.
 
+    What operators have decided since the last call is taken note of first.
+
     Returns:
         Whether it has rolled back.
     """
+    watch.follow(registry)
     alarm = watch.alarm
     metrics.served_alarm.set(bool(alarm))
     if not alarm or settings.auto_rollback != "act" or registry.champion.hold:
@@ -138,7 +163,7 @@ async def act_on_alarm(
     try:
         target = rollback_target(registry, now_ms=0)
         await check_store(store, target, hashes=True)
-        written = await writer.rollback_by_itself(target, f"by itself: {alarm}")
+        written = await writer.rollback_by_itself(target, f"by itself: {alarm}", under=watch.under)
     except (Refused, RegistryError, NoAnswer, SnapshotError) as error:
         log.error("served scores are out of band (%s), and nothing was rolled back: %s", alarm, error)
         return False

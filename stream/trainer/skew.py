@@ -32,6 +32,7 @@ import numpy.typing as npt
 
 from model.batch import FeatureBatch
 from model.errors import ModelError
+from model.migration import moved_dense
 from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
@@ -40,6 +41,7 @@ from state.registry import VersionRecord
 from state.store import SnapshotStore
 from stream.trainer.batching import TrainingBatch
 from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.schemas import comparable
 
 __all__ = ["BOUND", "Skew", "SkewCheck", "load_reference"]
 
@@ -108,12 +110,18 @@ class SkewCheck:
         load: reads a version to score with. Raises SnapshotError when it can't.
         scored_by: gives the version whose weights an answer came from, by the answer's `model_version` and `delta` (-1 where it
             isn't known); None where there is none. The training thread calls it.
+        as_served: gives the features as scorers read them: with the values of `serve_as`, not those that impressions carry.
     """
 
     def __init__(
-        self, load: Callable[[int], Predictor], scored_by: Callable[[int, int], int | None], metrics: TrainerMetrics
+        self,
+        load: Callable[[int], Predictor],
+        scored_by: Callable[[int, int], int | None],
+        metrics: TrainerMetrics,
+        *,
+        as_served: Callable[[FeatureBatch], FeatureBatch] = lambda batch: batch,
     ) -> None:
-        self._load, self._scored_by, self._metrics = load, scored_by, metrics
+        self._load, self._scored_by, self._metrics, self._as_served = load, scored_by, metrics, as_served
         self._lock = threading.Lock()
         self._waiting: deque[_Rows] = deque()
         self._rows = 0
@@ -183,7 +191,7 @@ class SkewCheck:
             mine = rows.versions == self._reference.version
             if mine.any():
                 at = np.flatnonzero(mine)
-                recomputed = self._reference.predictor.predict(rows.batch.take(at))
+                recomputed = self._reference.predictor.predict(self._as_served(rows.batch.take(at)))
                 self._compared.append(_Compared(now_s, _logits(rows.served[at]) - _logits(recomputed)))
                 self._metrics.skew_checked.inc(len(at))
                 left &= ~mine
@@ -267,7 +275,7 @@ def load_reference(
     """Read a version to score with, as scorers do, on the CPU.
 
     Args:
-        schema: the trainer's. Rows are hashed by it, so a version of another schema can't score them.
+        schema: the trainer's. Rows are hashed by it. A version of another schema can score them if that has fewer fields only.
         announced: the version's record in the registry. The same number in another store is another version.
 
     Raises:
@@ -276,15 +284,19 @@ def load_reference(
     manifest = store.manifest(version)
     if announced is not None and announced.created_at_ms != manifest.created_at_ms:
         raise SnapshotCorrupt(f"version {version}: expected the one announced, found another of that number in {store.url}.")
-    if manifest.schema_hash != schema.fingerprint():
-        raise SnapshotCorrupt(f"version {version}: expected the trainer's feature schema, found another.")
+    change = comparable(manifest, schema)
+    if not change.serves_alike:
+        raise SnapshotCorrupt(
+            f"version {version}: expected the trainer's values of serve_as, found: {'; '.join(change.explained())}"
+        )
     size = manifest.serving_size
     if size > MAX_BYTES:
         raise SnapshotCorrupt(f"version {version}: expected at most {MAX_BYTES:,} bytes of weights, found {size:,}.")
+    settings = ModelSettings.model_validate(manifest.model)
     return Predictor.of(
         schema,
-        ModelSettings.model_validate(manifest.model),
-        store.serving(version),
+        settings,
+        moved_dense(change, store.serving(version), settings),
         device="cpu",
         negative_rate=manifest.negative_rate,
     )

@@ -14,7 +14,6 @@ from model.settings import ModelSettings
 from state.changes import Announcement
 from state.errors import Refused, SnapshotError
 from state.manifest import Manifest
-from state.pieces import piece_rows
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import Fenced, NoAnswer, RegistryError
@@ -22,6 +21,7 @@ from stream.trainer.captured import CapturedDelta, CapturedVersion
 from stream.trainer.chain import Chain, Published
 from stream.trainer.evaluation import manifest_metrics
 from stream.trainer.letters import LetterBox
+from stream.trainer.manifests import new_manifest, write_captured
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.skips import Skips
 from stream.trainer.start import Start
@@ -112,6 +112,7 @@ class Publisher:
         self._announced = self._written = self._sent = self._dense_sent = start.examples_seen
         self._unannounced: Manifest | None = None
         self._topic_ids = dict(topic_ids or {})
+        self._history = None if start.manifest is None else start.manifest.history
         self._closing = False
         whole_s = settings.interval_ms / 1000
         soon = start.version is None or chain.begins_with_a_version
@@ -132,6 +133,7 @@ class Publisher:
         delta_s, due_delta_s = self._settings.delta_interval_ms / 1000, 0.0
         dense_s, due_dense_s = self._settings.dense_interval_ms / 1000, 0.0
         due_version_s = time.monotonic() + (self._interval_s if self._sent_back is None else 0.0)
+        is_behind = False
         try:
             if self._sent_back is not None and not self._chain.begins_with_a_version:
                 await self._go_back(between_batches)
@@ -143,7 +145,11 @@ class Publisher:
                     writing = None
                 now_s = time.monotonic()
                 if not self._chain.is_ready(training.positions):
+                    is_behind = True
                     continue
+                if is_behind:
+                    is_behind = False
+                    await between_batches(Training.caught_up)
                 if self._unannounced is not None and writing is None:
                     writing = asyncio.create_task(self._announce_later())
                 elif writing is None and now_s >= due_version_s and self._has_news(training.examples_seen):
@@ -300,34 +306,18 @@ class Publisher:
         self._last_number = max(self._last_number + 1, self._store.next_version())
         report = captured.evaluation.report()
         self._metrics.report(report)
-        position, frozen = captured.position, captured.frozen
-        verdict = captured.verdict
-        manifest = Manifest(
+        manifest = new_manifest(
+            captured,
             version=self._last_number,
             parent=self._parent,
-            kind="full",
             epoch=self._epoch,
-            created_at_ms=position.at_ms,
-            offsets={str(partition): offset for partition, offset in sorted(position.offsets.items())},
-            watermark_ms=position.watermark_ms,
-            examples_seen=position.examples_seen,
-            negative_rate=position.negative_rate,
-            chain="" if point is None else point.point.chain,
-            sequence=None if point is None else point.point.sequence,
-            deltas_offset=None if point is None else point.offset,
-            digest=f"{captured.digest:016x}" if captured.on_chain else "",
-            row_precision=self._settings.row_precision,
+            point=point,
             metrics={**manifest_metrics(report), **self._more_metrics()},
-            verdict=verdict,
             topic_ids=self._topic_ids,
-            skipped=self._skips.begun(position.offsets),
-            schema_hash=self._schema.fingerprint(),
-            features=self._schema.model_dump(mode="json"),
-            model=self._model.model_dump(mode="json"),
+            skipped=self._skips.begun(captured.position.offsets),
+            history=self._history,
+            row_precision=self._settings.row_precision,
+            schema=self._schema,
+            model=self._model,
         )
-        return self._store.write_version(
-            manifest,
-            dense=frozen.dense,
-            small={**frozen.small, **captured.bookkeeping},
-            pieces=frozen.pieces(piece_rows(self._schema.embedding_dim)),
-        )
+        return write_captured(self._store, manifest, captured, self._schema)

@@ -244,7 +244,8 @@ class Standby:
             SnapshotError: the registry knows versions, none can be read, and none is loaded.
         """
         assert self._loaded is not None
-        wanted = registry.newest_to_start_from
+        # A rewind that is asked for from here on isn't obeyed by what is loaded; the worker goes back then.
+        wanted, rewind = registry.newest_to_start_from, registry.rewinds.pending
         if not self._new_model and self._loaded_version() != wanted and registry.versions:
             try:
                 async with asyncio.timeout(self._settings.session_timeout_ms / 1000):
@@ -261,7 +262,7 @@ class Standby:
                 self._not_loaded(error)
         if self._loaded.newest != registry.newest or time.monotonic() - self._loaded_at_s > BOUNDS_S:
             self._loaded = await self._place_again(self._loaded, registry)
-        return replace(self._loaded, rewind=registry.rewinds.pending)
+        return replace(self._loaded, rewind=rewind)
 
     def began(self, prepared: Prepared, positions: Callable[[], Mapping[int, int]], batch_rows: int) -> None:
         """The trainer begins to learn. Reports when it has caught up.

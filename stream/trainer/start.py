@@ -18,6 +18,7 @@ import torch
 
 from model.errors import SnapshotMismatch
 from model.learner import Learner
+from model.migration import moved_dense, moved_trainer
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from state.errors import SnapshotCorrupt, SnapshotError, SnapshotNotFound
@@ -26,6 +27,7 @@ from state.registry import RegistryState
 from state.store import SnapshotStore
 from stream.errors import PositionError
 from stream.trainer.bookkeeping import bookkeeping_in
+from stream.trainer.schemas import schema_change
 
 __all__ = ["Start", "find_start", "first_positions", "go_on", "restore"]
 
@@ -120,7 +122,8 @@ def find_start(
         new_model: begin a new model, whatever there is.
 
     Raises:
-        SnapshotMismatch: the newest usable version is of another schema or model.
+        SnapshotMismatch: the newest usable version is of another model, or its schema can't become this one
+            (`model.migration`).
         SnapshotError: the store can't be read, or it and the registry don't know of each other's versions.
         PositionError: `examples` was deleted and created again since the version was trained.
     """
@@ -151,7 +154,7 @@ def find_start(
             problems.append(wrong[0])
             log.warning("passing over version %d: %s", record.version, wrong[0])
             continue
-        _require_same(manifest, schema, model)
+        _require_fitting(manifest, schema, model)
         _require_same_log(manifest, topic_ids or {})
         return Start(manifest, registry.newest)
     if registry.rewinds.rewinds and registry.versions and not announced:
@@ -203,41 +206,30 @@ def _require_left_over(manifest: Manifest, registry: RegistryState, topic_ids: M
         )
 
 
-def _require_same(manifest: Manifest, schema: FeatureSchema, model: ModelSettings) -> None:
-    found = {"features." + name: value for name, value in manifest.features.items() if name != "fields"}
-    expected = {"features." + name: value for name, value in schema.model_dump(mode="json").items() if name != "fields"}
-    found |= _fields(manifest.features.get("fields", []))
-    expected |= _fields(schema.model_dump(mode="json")["fields"])
+def _require_fitting(manifest: Manifest, schema: FeatureSchema, model: ModelSettings) -> None:
+    """Raise SnapshotMismatch if a model of these settings can't go on from the version."""
     settings = model.model_dump(mode="json")
-    for name in SHAPE:
-        found[f"model.{name}"], expected[f"model.{name}"] = manifest.model.get(name), settings[name]
     differences = [
-        f"{name}: expected {_shown(expected.get(name))}, found {_shown(found.get(name))}"
-        for name in sorted(found.keys() | expected.keys())
-        if found.get(name) != expected.get(name)
+        f"model.{name}: expected {settings[name]!r}, found {manifest.model.get(name)!r}"
+        for name in SHAPE
+        if manifest.model.get(name) != settings[name]
     ]
-    if not differences and manifest.schema_hash != schema.fingerprint():
-        differences = ["features.fields: expected them in the order of the settings, found another"]
+    try:
+        schema_change(manifest, schema)
+    except SnapshotMismatch as error:
+        differences.append(str(error))
     if differences:
         raise SnapshotMismatch(
             f"version {manifest.version} can't be trained on with these settings:\n  "
-            + "\n  ".join(differences[:10])
-            + "\n"
-            + (f"  and {len(differences) - 10} more\n" if len(differences) > 10 else "")
-            + _ELSEWHERE
+            + "\n  ".join(differences)
+            + f"\n{_ELSEWHERE}"
         )
-
-
-def _fields(fields: list[Mapping[str, object]]) -> dict[str, object]:
-    return {f"features.fields[{field.get('name')}]": dict(field) for field in fields}
-
-
-def _shown(value: object) -> str:
-    return "nothing" if value is None else repr(value)
 
 
 def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, torch.Tensor]:
     """Load weights and trainer state, with hashes checked; a new model needs nothing. Returns the saved bookkeeping.
+
+    Where the learner's schema isn't the version's, it is explained in the log.
 
     Raises:
         SnapshotError: a file is missing or not what the manifest says.
@@ -251,7 +243,12 @@ def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, t
     learner.begin_restore(reader.row_count, small)
     for piece in reader.trainer_rows():
         learner.restore_rows(piece.serving, piece.trainer)
-    learner.finish_restore(reader.dense(), small)
+    change = schema_change(start.manifest, learner.schema)
+    learner.finish_restore(
+        moved_dense(change, reader.dense(), learner.settings), moved_trainer(change, small, learner.settings)
+    )
+    if not change.is_none:
+        log.warning("going on from version %d with other features.fields: %s", version, "; ".join(change.explained()))
     learner.negative_rate = start.manifest.negative_rate
     if learner.examples_seen != start.manifest.examples_seen:
         raise SnapshotCorrupt(

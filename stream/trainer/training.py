@@ -25,6 +25,7 @@ from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Judge
 from stream.trainer.metrics import TrainerMetrics
+from stream.trainer.past import Past
 from stream.trainer.sanity import Sanity
 from stream.trainer.skips import Skips
 
@@ -98,7 +99,8 @@ class Training:
     A batch whose update isn't finite changes nothing. Its halves are learned instead, and their halves, so that only examples
     that can't be learned alone are set aside. `take_set_aside` gives their dead letters.
 
-    Examples in the ranges of `skips` are not learned, and nothing else sees them.
+    Examples in the ranges of `skips` are not learned, and nothing else sees them. The same goes for those that `past` leaves
+    out, since the weights know them from history.
 
     `observers` and the `judge` get each batch with the scores from before its update. The state of the parts in `bookkeeping`,
     of the evaluation, of the judge and of `sanity` is saved in every version. `anchors` hears of every version.
@@ -119,12 +121,14 @@ class Training:
         skips: Skips | None = None,
         sanity: Sanity | None = None,
         anchors: KeepsAnchors | None = None,
+        past: Past | None = None,
     ) -> None:
         self._learner, self._cutter, self._evaluation, self._metrics = learner, cutter, evaluation, metrics
-        self._judge, self._anchors, self._skips = judge, anchors, skips
+        self._judge, self._anchors, self._skips, self._past = judge, anchors, skips, past
         self._sanity = Sanity(judge) if sanity is None else sanity
-        self._observers = (*observers, *(each for each in (judge, self._sanity.shift) if each is not None))
-        parts = {"gate": judge, "shift": self._sanity.shift}
+        checks = (judge, self._sanity.shift, self._sanity.drift)
+        self._observers = (*observers, *(each for each in checks if each is not None))
+        parts = {"gate": judge, "shift": self._sanity.shift, "drift": self._sanity.drift}
         judged = {name: part for name, part in parts.items() if part is not None}
         self._bookkeeping: dict[str, Bookkeeping] = {"scores": evaluation, **judged, **(bookkeeping or {})}
         self._max_batch_age_s = max_batch_age_s
@@ -157,6 +161,9 @@ class Training:
         kept = run if self._skips is None else self._skips.cut(run)
         if kept is not run:
             self._metrics.skipped_examples.inc(len(run) - len(kept))
+        if self._past is not None:
+            before, kept = len(kept), self._past.cut(kept)
+            self._metrics.past_examples.inc(before - len(kept))
         self._cutter.add(kept)
 
     def step(self, now_s: float, *, more_at_hand: bool = False) -> bool:
@@ -266,6 +273,8 @@ class Training:
         began = time.perf_counter()
         may_leave = self._sanity.may_leave(self.watermark_ms)
         self._metrics.checked(self._sanity.score_shift, in_doubt=self._sanity.in_doubt)
+        if self._sanity.drift is not None:
+            self._metrics.drifted(self._sanity.drift)
         if not may_leave:
             self._dense_taken_at = None  # rows that were withheld for an hour must not meet dense weights of before that
             return None
@@ -282,6 +291,10 @@ class Training:
             return None
         self._metrics.snapshot_seconds.labels("capture_delta").observe(time.perf_counter() - began)
         return CapturedDelta(delta, self._position(), self._arrivals.take())
+
+    def caught_up(self) -> None:
+        """What is learned is as far as what scorers have. To be called between two batches, after a restart."""
+        self._sanity.caught_up()
 
     def release(self, operation: str, who: str, why: str) -> None:
         """An operator releases what is withheld: the next delta has all that has changed. To be called between two batches."""

@@ -44,6 +44,7 @@ from stream.registry.writer import RegistryWriter
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
+from stream.trainer.calibration import CalibrationWatch
 from stream.trainer.canary import CanaryWatch
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
@@ -92,6 +93,7 @@ class Parts:
     anchors: Anchors
     scores: Evaluation
     served: ServedWatch
+    calibration: CalibrationWatch
     table: Callable[[], TableStats]
     rewind: Rewind | None = None
 
@@ -150,7 +152,7 @@ class TrainerWorker(Worker):
     def _take(self, parts: Parts) -> None:
         """Go on with these parts."""
         self._training, self._publisher, self._scores = parts.training, parts.publisher, parts.scores
-        self._served, self._was_held, self._table = parts.served, False, parts.table
+        self._served, self._calibration, self._table = parts.served, parts.calibration, parts.table
         self._judge, self._anchors, self._rewind = parts.judge, parts.anchors, parts.rewind
         self._pipeline = Pipeline(self, parts.training, self._decoder, self._metrics, threads=self._threads)
         self._accepted = dict(parts.training.positions)
@@ -255,6 +257,7 @@ class TrainerWorker(Worker):
             if time.monotonic() >= anchor_due:
                 anchor_due = time.monotonic() + ANCHOR_S
                 await self._show_gate()
+                self._metrics.calibrated(await asyncio.to_thread(self._calibration.report))
             await self._watch_served()
             try:
                 await self._registry.tag_due(self._snapshots)
@@ -263,11 +266,9 @@ class TrainerWorker(Worker):
                 log.warning("tagging good versions, or a canary: %s", error)
 
     async def _watch_served(self) -> None:
-        """Act on served scores that are out of their band. When auto-promotion goes on, they are judged from nothing."""
-        state, was = self._follower.state, self._was_held
-        self._was_held = state.champion.hold
-        if was and not self._was_held:
-            self._served.begin_again()
+        """Act on served scores that are out of their band."""
+        state = self._follower.state
+        self._served.follow(state)
         alarm = self._served.alarm
         if alarm != self._alarm:
             self._alarm = alarm

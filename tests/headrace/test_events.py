@@ -38,6 +38,11 @@ def test_impression_has_the_fields_of_the_contract() -> None:
         "delta": 0,
     }
     assert b"delta" not in encode_impression("i", T, {}, 0.25, 3)[1]
+    assert json.loads(encode_impression("i", T, {}, propensity=0.125)[1])["propensity"] == 0.125
+    for wrong in (0, 1.5, True):
+        with pytest.raises(InvalidEvent) as refused:
+            encode_impression("i", T, {}, propensity=wrong)
+        assert refused.value.path == "$.propensity"
 
 
 def test_click_and_request_have_the_fields_of_the_contract() -> None:
@@ -50,6 +55,7 @@ def test_click_and_request_have_the_fields_of_the_contract() -> None:
         "candidates": [{"id": "a", "features": {"x": 1}}, {"id": "b", "features": {}}],
         "deadline_ms": T,
     }
+    assert json.loads(encode_request("r", {}, [("a", {})], timestamp_ms=T)[1])["timestamp"] == T
 
 
 @pytest.mark.parametrize(
@@ -104,6 +110,7 @@ def test_bad_impressions_are_refused_with_a_path(arguments: tuple[Any, ...], pat
         (("r", {}, [("a", {}), ("", {})]), "$.candidates[1].id"),
         (("r", {}, [("a", {"f": math.nan})]), "$.candidates[0].features.f"),
         (("r", {}, [("a", {})], "soon"), "$.deadline_ms"),
+        (("r", {}, [("a", {})], None, 1_700_000_000), "$.timestamp"),
     ],
 )
 def test_bad_requests_are_refused_with_a_path(arguments: tuple[Any, ...], path: str) -> None:

@@ -7,7 +7,7 @@ __all__ = ["EXPORTED", "UNUSED"]
 EXPORTED: dict[str, str] = {
     "stream.records.answer.ANSWER_REASONS": "the table of reasons in docs/events.md is checked against it",
     "state.chain.REFUSALS": "the table of reasons in docs/scoring.md is checked against it",
-    "model.hashing.hash_bytes": "the definition that the hashes of columns are tested against",
+    "model.features_reference.reference_row": "the definition that the keys of columns are tested against",
     **dict.fromkeys(
         ["model.metrics.log_loss"],
         "the definition that the metrics of a running total are tested against",
@@ -17,6 +17,7 @@ EXPORTED: dict[str, str] = {
 """`module.name` of names in `__all__` that no other module imports."""
 
 UNUSED: dict[str, str] = {
+    "_as_before": "pydantic calls a model's serializer",
     # The client's public methods.
     **dict.fromkeys(
         ["request_scores", "send_click", "send_impression", "send_raw", "send_watermark", "subscribe_scores"],

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
 import json
-import math
 from itertools import pairwise
 from typing import Any
 
 from hypothesis import strategies as st
 
-from model import features_reference as reference
 from model.batch import FeatureBatch
-from model.hashing import hash_bytes, missing_key, number_key
+from model.features_reference import ReferenceRow
 from model.schema import FeatureSchema, FieldSpec
 
 __all__ = [
@@ -22,8 +19,6 @@ __all__ = [
     "leaves",
     "numbers",
     "raw",
-    "reference_bucket",
-    "reference_row",
     "rows_of",
     "values",
 ]
@@ -50,43 +45,13 @@ def raw(features: str, rest: str = "") -> bytes:
     return f'{{"impression_id":"i","timestamp":1,"features":{features}{rest}}}'.encode()
 
 
-def reference_row(values: list[reference.Value]) -> tuple[list[int], list[float], list[list[int]]]:
-    keys, scales, lists = [], [], []
-    for value, field in zip(values, SCHEMA.fields, strict=True):
-        space = field.hash_space
-        if field.kind == "list":
-            lists.append([hash_bytes(v.encode(), space) for v in value or []] or [missing_key(space)])
-            continue
-        scale = 1.0
-        if value is None:
-            keys.append(missing_key(space))
-        elif isinstance(value, str):
-            keys.append(hash_bytes(value.encode(), space))
-        elif field.buckets == "scaled":
-            keys.append(number_key(0, space))
-            scale = math.copysign(math.log1p(abs(value)), value)
-        else:
-            keys.append(number_key(reference_bucket(value, field), space))
-        scales.append(scale)
-    return keys, scales, lists
-
-
-def reference_bucket(x: float, field: FieldSpec) -> int:
-    if field.buckets == "linear":
-        return max(-(1 << 62), min(1 << 62, math.floor(x / field.width)))
-    mantissa, exponent = math.frexp(1 + abs(x))
-    edges = [2 ** (step / field.per_octave) for step in range(field.per_octave)]
-    bucket = (exponent - 1) * field.per_octave + bisect.bisect_right(edges, 2 * mantissa) - 1
-    return ~bucket if x < 0 else bucket
-
-
-def rows_of(batch: FeatureBatch) -> list[tuple[list[int], list[float], list[list[int]]]]:
+def rows_of(batch: FeatureBatch) -> list[ReferenceRow]:
     rows = []
     for row in range(len(batch)):
         bounds = batch.list_offsets[row * batch.lists : (row + 1) * batch.lists + 1]
         lists = [batch.list_keys[a:b].tolist() for a, b in pairwise(bounds)]
         assert batch.scales is not None
-        rows.append((batch.keys[row].tolist(), batch.scales[row].tolist(), lists))
+        rows.append(ReferenceRow(batch.keys[row].tolist(), batch.scales[row].tolist(), lists))
     return rows
 
 

@@ -21,7 +21,6 @@ from tests.model.made_features import (
     finite,
     impression,
     raw,
-    reference_row,
     rows_of,
     values,
 )
@@ -151,9 +150,9 @@ def assert_decoded_as_the_reference_says(payloads: list[bytes | None]) -> None:
     assert decoded.rows.tolist() == [index for index, _ in good]
     found = rows_of(decoded.batch)
     for (keys, scales, lists), (_, expected) in zip(found, good, strict=True):
-        expected_keys, expected_scales, expected_lists = reference_row(expected.values)
+        expected_keys, expected_scales, expected_lists = reference.reference_row(expected.values, SCHEMA, 0)
         assert keys == expected_keys
-        assert scales == pytest.approx(expected_scales, rel=1e-6)
+        assert scales == expected_scales
         assert lists == expected_lists
     served = [e.served_score for _, e in good]
     assert np.array_equal(decoded.served_score, np.array(served, np.float32), equal_nan=True)
@@ -184,7 +183,10 @@ def test_the_fast_path_never_accepts_more(payload: bytes | None) -> None:
         fast = decoder._fast_impressions([neighbour, payload or b"", neighbour])
     except Doubt:
         return
-    assert rows_of(fast.batch)[1][::2] == reference_row(reference.decode_impression(payload, SCHEMA).values)[::2]
+    assert (
+        rows_of(fast.batch)[1][::2]
+        == reference.reference_row(reference.decode_impression(payload, SCHEMA).values, SCHEMA, 0)[::2]
+    )
 
 
 def test_the_fast_path_takes_ordinary_records() -> None:
@@ -239,7 +241,7 @@ def test_mangled_records(payload: bytes, data: st.DataObject) -> None:
         fast = FeatureDecoder(SCHEMA)._fast_impressions(payloads)
     except Doubt:
         return
-    expected = reference_row(reference.decode_impression(bytes(mangled), SCHEMA).values)
+    expected = reference.reference_row(reference.decode_impression(bytes(mangled), SCHEMA).values, SCHEMA, 0)
     assert rows_of(fast.batch)[1][::2] == expected[::2]
 
 

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from model import requests as module
+from model.clock import LATEST_MS
 from model.features import DecodedRequests, FeatureDecoder
 from model.requests import RequestDecoder
 from model.schema import FeatureSchema, FieldSpec
@@ -89,6 +90,7 @@ def _requests(features: st.SearchStrategy[Any], odd: bool) -> st.SearchStrategy[
         optional={
             "context": st.none() | features,
             "deadline_ms": _odd_scalar if odd else st.none() | st.integers(0, (1 << 63) - 1),
+            "timestamp": _odd_scalar if odd else st.none() | st.integers(0, LATEST_MS),
             "more": _value,
         },
     )

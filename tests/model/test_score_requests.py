@@ -16,7 +16,6 @@ from tests.model.made_features import (
     SCHEMA,
     finite,
     impression,
-    reference_row,
     rows_of,
 )
 
@@ -92,5 +91,5 @@ def test_any_requests(records: list[Any]) -> None:
     assert decoded.request_ids == [e.request_id for e in expected]
     assert decoded.candidate_ids == [e.candidate_ids for e in expected]
     assert decoded.deadlines_ms.tolist() == [e.deadline_ms for e in expected]
-    rows = [reference_row(values) for e in expected for values in e.candidates]
-    assert [row[::2] for row in rows_of(decoded.batch)] == [row[::2] for row in rows]
+    rows = [reference.reference_row(values, SCHEMA, 0, served=True) for e in expected for values in e.candidates]
+    assert rows_of(decoded.batch) == rows

@@ -24,12 +24,14 @@ class Log:
         self.state = RegistryState()
         self.compacted: dict[str, bytes] = {}
         self.now_ms = 1_000_000
+        self.arrived_ms: int | None = None
+        """What the broker's clock says; None: what is written is believed."""
         self.count = 0
 
     def write(self, change: Change) -> object:  # type: ignore[type-arg]
         for key, record in change.records:
             value = encode_record(record)
-            assert self.state.apply(key.encode(), value, len(self.compacted)) is None
+            assert self.state.apply(key.encode(), value, len(self.compacted), self.arrived_ms) is None
             self.compacted.pop(key, None)
             if value is not None:
                 self.compacted[key] = value

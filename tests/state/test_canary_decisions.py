@@ -12,6 +12,7 @@ from state.alias_decisions import set_alias
 from state.canary import CANARY_KEY, Progress, Side, Thresholds
 from state.canary_decisions import begin_canary, command_of, end_canary, note_progress
 from state.canary_running import running_canary, why_over
+from state.changes import Change
 from state.errors import Refused
 from state.registry import RegistryState
 from tests.state.registry_log import Log, a_log
@@ -118,18 +119,59 @@ def test_progress_is_noted_once(log: Log) -> None:
     assert command_of(log.state.canary) == command_of(canary)
 
 
-def test_a_rollback_ends_it_for_everybody_at_once_also_when_it_is_undone(log: Log) -> None:
-    begin(log)
-    log.now_ms += 10
+def test_a_rollback_ends_it_in_the_same_transaction_whatever_the_clocks_say_also_when_it_is_undone(log: Log) -> None:
+    log.now_ms += 3_600_000  # the machine of whoever begins it is an hour ahead
+    canary = begin(log).canary
+    log.now_ms -= 3_600_000
     moved = log.rollback(to=2)
-    assert running_canary(log.state) is None and why_over(log.state) == "the champion was rolled back"
+    ended = log.state.canary
+    assert running_canary(log.state) is None
+    assert (ended.outcome, ended.ended_reason, ended.operation) == (
+        *("stopped", "the champion was rolled back: why"),
+        canary.operation,
+    )
     assert moved.undo is not None
     log.run(moved.undo.command)
     assert running_canary(log.state) is None
-    log.write(end_canary(log.state, "stopped", log.cause()))
-    log.now_ms += 10
     begin(log)
     assert running_canary(log.state) is not None, "an older rollback doesn't end it"
+
+
+def test_a_rollback_by_an_older_release_ends_it_too(log: Log) -> None:
+    begin(log)
+    log.now_ms += 10
+    change = decisions.rollback(log.state, 2, log.cause())
+    log.write(Change(tuple(each for each in change.records if each.key != CANARY_KEY), None))
+    assert running_canary(log.state) is None and why_over(log.state) == "the champion was rolled back"
+
+
+def test_a_promotion_that_was_decided_before_a_rollback_never_moves_the_champion(log: Log) -> None:
+    canary = begin(log).canary
+    log.rollback(to=2)
+    assert end_canary(log.state, "promoted", log.cause("better"), of=canary.operation).records == ()
+    assert log.served()[:2] == (2, True)
+
+
+def test_a_promotion_of_a_trial_that_is_over_only_ends_it(log: Log) -> None:
+    canary = begin(log).canary
+    log.now_ms += 10
+    change = decisions.rollback(log.state, 2, log.cause())  # by an older release, which leaves the record as it is
+    log.write(Change(tuple(each for each in change.records if each.key != CANARY_KEY), None))
+    log.write(end_canary(log.state, "promoted", log.cause("better"), of=canary.operation))
+    assert log.served()[:2] == (2, True)
+    assert (log.state.canary.outcome, log.state.canary.ended_reason) == ("stopped", "the champion was rolled back")
+
+
+def test_a_promotion_is_refused_after_a_hold_that_was_set_during_the_trial_whatever_the_clocks_say(log: Log) -> None:
+    canary = begin(log).canary
+    log.write(decisions.resume(log.state, log.cause()))
+    log.now_ms -= 3_600_000
+    log.write(decisions.hold(log.state, log.cause("sale")))
+    with pytest.raises(Refused, match=r"expected auto-promotion to be as it was .* found it held by me since .* \(sale\)"):
+        end_canary(log.state, "promoted", log.cause("better"), of=canary.operation)
+    log.write(decisions.resume(log.state, log.cause()))
+    log.write(end_canary(log.state, "promoted", log.cause("better"), of=canary.operation))
+    assert log.state.champion.version == 4
 
 
 def test_a_rollback_just_before_doesnt_end_it_on_machines_whose_clocks_differ(log: Log) -> None:

@@ -67,6 +67,7 @@ def test_a_delta(offered: Offered, act: str, reason: str) -> None:
         pytest.param(Problem("body_checksum", "m", 4, 0, 1), "reread", "body_checksum", id="of a newer chain"),
         pytest.param(Problem("unknown_format", "m", 3, 0, 101), "wait", "unknown_format", id="of a newer release"),
         pytest.param(Problem("log_gone", "m"), "reread", "log_gone", id="retention has passed"),
+        pytest.param(Problem("not_a_delta", "m"), "skip", "not_a_delta", id="somebody else wrote it"),
     ],
 )
 def test_a_problem(problem: Problem, act: str, reason: str) -> None:

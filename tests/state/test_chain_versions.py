@@ -8,9 +8,10 @@ import pytest
 
 from state.chain import ChainPoint, Progress, Refusal
 from state.chain_name import ChainName
-from state.chain_versions import LogSeen, Marks, Naming, covers, is_behind, is_beyond, point_of, starts
+from state.chain_versions import LogSeen, Marks, Naming, covers, is_behind, is_beyond, is_left, leads_on, point_of, starts
 from state.gate_report import GateReport
 from state.registry import Champion, RegistryState, VersionRecord
+from state.rewinds import Rewind, Rewinds
 
 OURS, LATER = ChainName("deepfm", 3, 0), ChainName("deepfm", 4, 0)
 AT = Progress(ChainPoint(OURS, 100), 1)
@@ -115,3 +116,38 @@ def test_a_name_never_goes_back_when_a_version_is_deleted() -> None:
 
 def test_a_chain_without_versions_keeps_the_name_of_the_chain_before() -> None:
     assert Marks(LATER, [version(5, 40)]).name(ChainPoint(LATER, 3), Naming(5, 63)) == (5, 63)
+
+
+def gone_back(state: RegistryState, to: int, chain: str = "deepfm/3/1", up_to: int | None = 9) -> RegistryState:
+    rewind = Rewind(version=to, who="ann", at_ms=1, reason="bad", operation="one", up_to=up_to, chain=chain)
+    state.rewinds = Rewinds(rewinds=(*state.rewinds.rewinds, rewind))
+    return state
+
+
+@pytest.mark.parametrize(
+    "chain, sequence, left",
+    [
+        pytest.param("deepfm/3/0", 39, False, id="before the version"),
+        pytest.param("deepfm/3/0", 40, False, id="the version itself"),
+        pytest.param("deepfm/3/0", 41, True, id="after it"),
+        pytest.param("deepfm/3/1", 1, False, id="the chain that was begun there"),
+        pytest.param("deepfm/4/0", 1, False, id="a trainer that went on from there"),
+        pytest.param("deepfm/2/0", 900, False, id="an older trainer"),
+        pytest.param("lr/3/0", 41, False, id="another model"),
+    ],
+)
+def test_what_the_trainer_was_sent_back_from_is_left(chain: str, sequence: int, left: bool) -> None:
+    point = ChainPoint(ChainName.of(chain), sequence)
+    state = registry(4, version(4, 40), version(9, 90))
+    assert not is_left(point, gone_back(registry(4, version(4, 40)), 4, up_to=None)), "it hasn't gone back yet"
+    assert is_left(point, gone_back(state, 4)) == left
+    assert not is_left(point, gone_back(registry(4, version(4, 40)), 4, chain="deepfm#3")), "of a newer writer"
+    assert not is_left(point, gone_back(registry(9, version(9, 90)), 4)), "its version is deleted: the champion is newer"
+
+
+def test_a_version_takes_the_place_of_what_is_left_once_the_log_up_to_it_is_read() -> None:
+    state = gone_back(registry(4, version(4, 40), version(9, 90)), 4)
+    assert not leads_on(state, 5_000), "version 9 is of the line that was left"
+    state.versions[10] = version(10, 2, "deepfm/3/1", deltas_offset=1_000)
+    assert not leads_on(state, 999) and leads_on(state, 1_000)
+    assert not leads_on(registry(None), 5_000)

@@ -8,7 +8,7 @@ from state import decisions
 from state.changes import Cause
 from state.errors import Refused, StaleEpoch
 from state.manifest import Manifest
-from state.registry import RegistryState
+from state.registry import RegistryState, encode_record
 from tests.state.registry_log import GATE, a_log
 
 
@@ -194,3 +194,12 @@ def test_a_retry_of_a_hold_that_was_written_reports_it_as_its_own_change() -> No
     log.write(decisions.resume(log.state, resume))
     assert decisions.resume(log.state, resume).outcome.changed
     assert not decisions.resume(log.state, Cause("bob", 7_000, "", "third")).outcome.changed
+
+
+def test_an_epoch_is_above_the_registrys_and_above_what_the_log_of_deltas_has_seen() -> None:
+    state = RegistryState()
+    for above, epoch in ((0, 1), (0, 2), (9, 10), (4, 11)):
+        change = decisions.take_epoch(state, who="t", now_ms=1, above=above)
+        assert change.outcome == epoch
+        for key, record in change.records:
+            assert state.apply(key.encode(), encode_record(record), 0) is None

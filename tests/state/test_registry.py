@@ -122,3 +122,15 @@ def test_a_record_says_the_point_of_the_chain() -> None:
     assert (record.chain, record.sequence, record.digest, record.deltas_offset) == ("deepfm/12/0", 400, "00000000000000ff", 801)
     old = VersionRecord.of(Manifest(version=8), now_ms=1, who="t", gate="g")
     assert (old.chain, old.sequence, old.digest, old.deltas_offset) == ("", None, "", None)
+
+
+def test_a_copy_stays_as_it_is_while_the_state_goes_on() -> None:
+    state = RegistryState()
+    assert state.apply(b"version/1", b'{"version":1}', 0) is None
+    copy = state.copy()
+    assert copy == state
+    state.apply(b"version/2", b'{"version":2}', 1)
+    state.apply(b"alias/blue", b'{"version":2}', 2)
+    state.apply(b"alias/tags/2", b'{"version":2}', 3)
+    state.apply(b"nonsense", b"", 4)
+    assert (list(copy.versions), copy.aliases, copy.tags, list(copy.problems)) == ([1], {}, {}, [])

@@ -103,6 +103,29 @@ def test_nobody_resumes_before_the_trainer_has_gone_back() -> None:
     assert log.announce(6).promoted
 
 
+@pytest.mark.parametrize("version", [3, 2])
+def test_a_promotion_is_no_way_round_that_but_for_versions_of_the_line_that_is_to_be_left(version: int) -> None:
+    log = a_log(5)
+    operation = send_back(log, 3)
+    with pytest.raises(Refused, match=rf"promote {version} and resume: expected a trainer that has gone back to version 3"):
+        decisions.promote(log.state, version, log.cause(), hold=False)
+    if version == 2:
+        log.write(decisions.promote(log.state, version, log.cause()))
+        assert log.state.champion.hold
+    before = log.compacted.copy()
+    log.run("headrace snapshot promote 5 --reason 'undo of 3' --resume")
+    assert log.served() == (5, False, ""), "the undo of the rollback: who asks for the line that is to be left gets it"
+    assert before != log.compacted
+    done(log, operation)
+
+
+def test_a_promotion_may_let_promotion_go_on_once_the_trainer_has_gone_back() -> None:
+    log = a_log(5)
+    done(log, send_back(log, 3))
+    log.write(decisions.promote(log.state, 3, log.cause(), hold=False))
+    assert log.served() == (3, False, "")
+
+
 def test_what_a_trainer_starts_from_is_never_deleted() -> None:
     log = a_log(5)
     send_back(log, 2)

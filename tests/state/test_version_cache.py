@@ -195,6 +195,21 @@ def test_what_killed_writers_left_goes_and_is_never_used(machine: Machine) -> No
     assert new.exists()  # its writer may be at work
 
 
+def test_files_of_others_in_the_folder_are_never_deleted(machine: Machine) -> None:
+    machine.folder.mkdir()
+    others = [machine.folder / name for name in ("notes.txt", "work.tmp", "a" * 63, "manifest-1")]
+    (machine.folder / "folder").mkdir()
+    for path in others:
+        path.write_bytes(b"x" * 5_000)
+        os.utime(path, (1, 1))
+    limit = 6_000
+    for version in (2, 3, 4):
+        machine.load(machine.write(version), machine.scorer(limit))
+    assert all(path.read_bytes() == b"x" * 5_000 for path in others)
+    assert machine.load(machine.write(5), machine.scorer(limit)) > 0
+    assert machine.load(VersionRecord(version=5, created_at_ms=5, digest=f"{5:016x}"), machine.scorer(limit)) == 0, "kept"
+
+
 def test_several_scorers_at_once_in_a_folder_that_is_too_small(machine: Machine) -> None:
     records = [machine.record, *(machine.write(version) for version in range(2, 6))]
     limit = int(at(machine.root / "store").manifest(1).serving_size * 2.5)

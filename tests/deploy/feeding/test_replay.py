@@ -206,6 +206,7 @@ def test_scored_impressions_carry_the_answer_to_their_own_request(topics: Settin
         user = event["features"]["u"]
         wanted = {i: {"item": i, "both": f"{user}-{i}"} for i in ids}  # crossed with this user, whoever else was shown it
         assert {c["id"]: c["features"] for c in request["candidates"]} == wanted
+        assert request["timestamp"] == event["timestamp"]
         assert request["deadline_ms"] > time.time() * 1_000 - 600_000
     positions = {[c["id"] for c in asked[name]["candidates"]].index(events[name]["features"]["item"]) for name in asked}
     assert positions == {0, 1, 2, 3}  # the position does not give away the item shown

@@ -15,10 +15,12 @@ from aiokafka import AIOKafkaProducer
 
 from deploy.settings import Settings
 from stream.deltas import writer as writing
+from stream.deltas.newest_epoch import newest_epoch
 from stream.deltas.writer import DeltaWriter, Sent, deltas_transactional_id
 from stream.errors import DeltaTooLarge, Fenced, TopicError
 from stream.kafka.clients import aiokafka_options
 from stream.records.delta import DeltaHeader, encode_delta
+from stream.registry.writer import RegistryWriter
 from tests.stream.deltas.scene import Scene, scene
 from tests.stream.records.made_deltas import header, model_delta, pieces, same
 
@@ -31,6 +33,22 @@ def of(writer: DeltaWriter, sequence: int, *, count: int = 1, limit: int = 65_53
 
 def stated(writer: DeltaWriter, sequence: int) -> DeltaHeader:
     return header(sequence, chain=f"deepfm/{writer._epoch}/0")
+
+
+def test_a_registry_that_has_lost_epochs_gives_out_none_that_is_in_the_log(topics: Settings) -> None:
+    async def run() -> None:
+        async with scene(topics) as made:
+            assert await newest_epoch(made.kafka, made.names) == 0
+            registry = RegistryWriter(made.kafka, made.names, who="trainer@here")
+            made.opened.append(registry)
+            writer = await made.writer(await registry.take_trainer_epoch(above=6))
+            await writer.send(of(writer, 1))
+            await made.write([b"a stranger's", None])
+            assert await newest_epoch(made.kafka, made.names) == 7
+            # As after a reindexing, which knows the epochs of versions only: 7 was never announced.
+            assert await registry.take_trainer_epoch(above=await newest_epoch(made.kafka, made.names)) == 8
+
+    asyncio.run(run())
 
 
 def test_a_delta_is_read_as_it_was_written(topics: Settings) -> None:

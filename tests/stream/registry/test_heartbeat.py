@@ -35,8 +35,11 @@ def test_an_old_or_stale_heartbeat_confirms_nothing(topics: Settings) -> None:
                 await sender.send(version, 0, offset, stale=stale)
                 confirmed, missing = await scorers.wait_for_confirmations(10, 2, 300)
                 assert confirmed == [] and [beat.worker for beat in missing] == ["s1"]
+            await sender.send(2, 0, 10, candidate=4)
+            confirmed, missing = await scorers.wait_for_confirmations(10, 2, 300, alone=True)
+            assert confirmed == [] and missing[0].candidate == 4, "a candidate still answers beside it"
             await sender.send(2, 0, 10)
-            confirmed, missing = await scorers.wait_for_confirmations(10, 2, 5_000)
+            confirmed, missing = await scorers.wait_for_confirmations(10, 2, 5_000, alone=True)
             assert [each.worker for each in confirmed] == ["s1"] and missing == []
         await sender.close()
 

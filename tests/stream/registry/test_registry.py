@@ -82,6 +82,9 @@ def test_a_trainer_an_operator_and_a_reader(topics: Settings) -> None:
             for version in (1, 2, 3):
                 announced = await trainer.announce(manifest(version), gate=GATE)
                 assert announced.promoted and announced.previous == (version - 1 or None)
+            with pytest.MonkeyPatch.context() as patched:  # this machine's clock jumps ahead; the brokers' doesn't
+                patched.setattr(time, "time_ns", lambda: 9_000_000_000_000_000_000)
+                assert await trainer.tag_due(GATE.model_copy(update={"good_after_ms": 600_000})) == ()
             assert await trainer.tag_due(GATE) == (1, 2, 3)
             assert await trainer.tag_due(GATE) == ()
 

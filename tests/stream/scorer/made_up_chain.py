@@ -13,6 +13,7 @@ from model.errors import DigestMismatch, ModelError
 from state.chain import Problem
 from state.gate_report import GateReport
 from state.registry import Champion, RegistryState, VersionRecord
+from state.rewinds import Rewind, Rewinds
 from stream.records.delta import DeltaHeader, Point
 from stream.records.heartbeat import Mark
 from stream.scorer.replica import DeltaLog, LogItem
@@ -79,6 +80,7 @@ class Trainer:
     parent: Point | None = None
     versions: dict[int, Rows] = field(default_factory=dict)
     records: dict[int, VersionRecord] = field(default_factory=dict)
+    rewinds: Rewinds = field(default_factory=Rewinds)
 
     def make(self, **changed: Any) -> Delta:
         """The next delta; the weights and the sequence have moved on, the log has not."""
@@ -129,7 +131,12 @@ class Trainer:
         return self.records[number]
 
     def registry(self, champion: int, *, hold: bool = False, **changed: Any) -> RegistryState:
-        return RegistryState(dict(self.records), Champion(version=champion, hold=hold, **changed))
+        return RegistryState(dict(self.records), Champion(version=champion, hold=hold, **changed), rewinds=self.rewinds)
+
+    def gone_back(self, to: int, chain: str) -> None:
+        """The registry says that the trainer has gone back to a version, and has begun a chain there."""
+        rewind = Rewind(version=to, who="ann", at_ms=1, reason="bad", operation="one", up_to=max(self.records), chain=chain)
+        self.rewinds = Rewinds(rewinds=(rewind,))
 
 
 class Log:

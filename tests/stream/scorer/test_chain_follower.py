@@ -140,7 +140,7 @@ def test_withheld_deltas_leave_the_last_state_and_its_age() -> None:
     [
         (lambda trainer, log: trainer.make(), "gap"),
         (lambda trainer, log: log.problem("checksum", "damaged", 1, 0, trainer.make().header.sequence), "checksum"),
-        (lambda trainer, log: (trainer.make(), log.problem("not_a_delta", "somebody else wrote it")), "not_a_delta"),
+        (lambda trainer, log: (trainer.make(), log.problem("not_a_delta", "damaged beyond recognition")), "gap"),
         (lambda trainer, log: (trainer.make(), log.problem("log_gone", "retention has passed")), "log_gone"),
         (lambda trainer, log: log.append(trainer.make(digest="0" * 16)), "wrong_digest"),
         (lambda trainer, log: log.append(trainer.make()._replace(model="other")), "unfit"),
@@ -166,6 +166,19 @@ def test_what_can_not_be_applied_is_healed_by_the_next_version_only(damage: Any,
         await it.until_caught_up()
         assert it.named == (3, 2) and it.read == [1, 3] and it.follower.problem == ""
         assert it.count("replica_loads_total", why=reason) == 1 and it.count("chain_broken") == 0
+
+    scene(steps)
+
+
+def test_a_record_that_is_no_delta_holds_nobody_up() -> None:
+    async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
+        for _ in range(3):
+            log.problem("not_a_delta", "somebody else wrote it")
+            trainer.delta()
+        log.problem("not_a_delta", "somebody else wrote it")
+        await it.until(lambda: it.count("deltas_total", outcome="not_a_delta") == 4)
+        await it.until_caught_up()
+        assert it.follower.problem == "" and it.read == [1] and len(log.opened) == 1
 
     scene(steps)
 

@@ -37,6 +37,78 @@ def test_a_rollback_pins_and_the_replica_goes_on_aside() -> None:
     scene(steps)
 
 
+def test_a_resume_never_brings_weights_back_that_the_trainer_was_sent_back_from() -> None:
+    """The registry is read before the log here: the replica aside is still where the trainer was when it was sent back."""
+
+    async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
+        trainer.delta(3)
+        trainer.version(2)
+        it.want(2)
+        await it.until(lambda: it.named == (2, 0) and 1 in it.swapper._ready)
+        it.want(1, hold=True, rolled_back=(VersionRange(1, 2),))
+        trainer.restart(epoch=2)
+        late = trainer.make()
+        trainer.gone_back(1, "deepfm/2/0")
+        it.want(1)
+        confirmed = it.swapper.applied
+        await asyncio.sleep(0.05)
+        assert it.named == (1, 0) and it.rows == trainer.versions[1] and not it.swapper.is_following
+        assert it.swapper.applied == confirmed < it.position, "the resume isn't confirmed yet"
+        log.append(late)
+        await it.until_caught_up()
+        await it.until(lambda: it.swapper.is_following and it.swapper.applied == it.position)
+        assert it.read == [1]
+
+    scene(steps)
+
+
+def test_a_resume_waits_for_the_version_with_which_the_trainer_began_when_it_was_sent_back() -> None:
+    """Retention had deleted deltas, so no delta leads from the replica aside to the new chain."""
+
+    async def steps(it: Scorer, trainer: Trainer, log: Log) -> None:
+        trainer.delta(3)
+        trainer.version(2)
+        it.want(2)
+        await it.until(lambda: it.named == (2, 0) and 1 in it.swapper._ready)
+        it.want(1, hold=True, rolled_back=(VersionRange(1, 2),))
+        await it.until(lambda: it.swapper.applied == it.position)
+        trainer.rows, trainer.chain, trainer.sequence = {1: 10, 7: 7}, "deepfm/2/0", 0
+        trainer.gone_back(1, "deepfm/2/0")
+        trainer.version(3)
+        hold = it.store.held[3] = threading.Event()
+        it.want(1)
+        await it.until(lambda: it.read == [1, 3])
+        assert it.named == (1, 0) and it.rows == trainer.versions[1] and it.swapper.applied < it.position
+        hold.set()
+        await it.until_caught_up()
+        await it.until(lambda: it.named == (3, 0) and it.swapper.applied == it.position)
+
+    scene(steps)
+
+
+def test_a_start_after_a_resume_never_answers_by_weights_that_the_trainer_was_sent_back_from() -> None:
+    async def run() -> None:
+        trainer = Trainer(Log())
+        trainer.delta(2)
+        trainer.version(1)
+        trainer.delta(3)
+        trainer.version(2)
+        trainer.restart(epoch=2)
+        late = trainer.make()
+        trainer.gone_back(1, "deepfm/2/0")
+        it = Scorer(trainer)
+        it.want(1)
+        await it.until(lambda: it.named is not None)
+        assert it.named == (1, 0) and it.rows == trainer.versions[1], "exactly that version: the log's end leads no further"
+        trainer.log.append(late)
+        await it.until_caught_up()
+        await it.until(lambda: it.swapper.is_following)
+        assert it.store.asked == [2, 1]
+        await it.close()
+
+    asyncio.run(run())
+
+
 def test_a_start_while_a_version_is_pinned_follows_aside() -> None:
     async def run() -> None:
         trainer = Trainer(Log())

@@ -30,18 +30,7 @@ class Process:
 
     def __init__(self, settings: Settings, folder: Path, *options: str, **environment: str) -> None:
         self.log = folder / f"trainer-{time.monotonic_ns()}.log"
-        fixed = {
-            "HEADRACE_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
-            "HEADRACE_TOPICS__PREFIX": settings.topics.prefix,
-            "HEADRACE_SNAPSHOTS__URL": settings.snapshots.url,
-            "HEADRACE_SNAPSHOTS__INTERVAL_MS": "200",
-            "HEADRACE_FEATURES__FIELDS": json.dumps([{"name": field.name} for field in SCHEMA.fields]),
-            "HEADRACE_FEATURES__EMBEDDING_DIM": str(SCHEMA.embedding_dim),
-            "HEADRACE_MODEL__HIDDEN": json.dumps(MODEL.hidden),
-            "HEADRACE_MODEL__BATCH_ROWS": str(MODEL.batch_rows),
-            "HEADRACE_TRAINER__DEVICE": "cpu",
-            "HEADRACE_TRAINER__THREADS": "1",
-        }
+        fixed = own_environment(settings)
         self.log.touch()
         self.process = forked(["run", "trainer", *options], {**os.environ, **fixed, **environment}, Path.cwd(), self.log)
 
@@ -70,6 +59,22 @@ class Process:
         """A series' value; 0 until it is there."""
         lines = (line.rsplit(" ", 1) for line in self.answer("/metrics").splitlines())
         return next((float(number) for series, number in lines if series == f"headrace_trainer_{name}"), 0.0)
+
+
+def own_environment(settings: Settings) -> dict[str, str]:
+    """A test's settings, with the factory's schema and model, as variables of the environment."""
+    return {
+        "HEADRACE_KAFKA__BOOTSTRAP_SERVERS": settings.kafka.bootstrap_servers,
+        "HEADRACE_TOPICS__PREFIX": settings.topics.prefix,
+        "HEADRACE_SNAPSHOTS__URL": settings.snapshots.url,
+        "HEADRACE_SNAPSHOTS__INTERVAL_MS": "200",
+        "HEADRACE_FEATURES__FIELDS": json.dumps([{"name": field.name} for field in SCHEMA.fields]),
+        "HEADRACE_FEATURES__EMBEDDING_DIM": str(SCHEMA.embedding_dim),
+        "HEADRACE_MODEL__HIDDEN": json.dumps(MODEL.hidden),
+        "HEADRACE_MODEL__BATCH_ROWS": str(MODEL.batch_rows),
+        "HEADRACE_TRAINER__DEVICE": "cpu",
+        "HEADRACE_TRAINER__THREADS": "1",
+    }
 
 
 async def until(true: Callable[[], bool], process: Process, timeout_s: float = PATIENCE_S) -> None:

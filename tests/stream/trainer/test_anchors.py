@@ -37,7 +37,7 @@ class World:
 
     def start(self, learner: Learner, gate: GateState) -> None:
         self.learner, self.judge = learner, Judge(self.settings, gate)
-        self.anchors = Anchors(self.judge, self.store, self.settings, SCHEMA, MODEL, learner, "cpu")
+        self.anchors = Anchors(self.judge, self.store, self.settings, learner.schema, MODEL, learner, "cpu")
 
     def learn(self, seed: int) -> None:
         offsets = np.sort(np.random.default_rng(seed).integers(0, 80, 64))

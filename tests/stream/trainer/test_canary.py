@@ -30,12 +30,20 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROGRESS_S", 0.0)
 
 
-def registry(mode: Mode = "canary", operation: str = "op", *, hold_at_ms: int = 0, **limits: Any) -> RegistryState:
+def registry(mode: Mode = "canary", operation: str = "op", *, hold: str = "", before: str = "", **limits: Any) -> RegistryState:
     state = RegistryState(
         {number: VersionRecord(version=number) for number in (3, 4)},
-        Champion(version=3, hold=bool(hold_at_ms), hold_at_ms=hold_at_ms, hold_reason="sale"),
+        Champion(version=3, hold=bool(hold), hold_operation=hold, hold_reason="sale"),
     )
-    state.canary = Canary(mode=mode, version=4, share=0.05, at_ms=1_000, operation=operation, thresholds=Thresholds(**limits))
+    state.canary = Canary(
+        mode=mode,
+        version=4,
+        share=0.05,
+        at_ms=1_000,
+        operation=operation,
+        thresholds=Thresholds(**limits),
+        hold_operation=before,
+    )
     return state
 
 
@@ -229,9 +237,9 @@ async def test_time_is_over_and_what_else_ends_a_trial() -> None:
     assert not writer.ended and not writer.noted
 
 
-@pytest.mark.parametrize(("hold_at_ms", "ends"), [(500, True), (1_500, False)])
-async def test_a_hold_set_during_the_trial_makes_the_promotion_wait(hold_at_ms: int, ends: bool) -> None:
-    state, writer = registry("shadow", clicks=50, hold_at_ms=hold_at_ms), Writer()
+@pytest.mark.parametrize(("before", "ends"), [("a hold", True), ("", False), ("another hold", False)])
+async def test_a_hold_set_during_the_trial_makes_the_promotion_wait(before: str, ends: bool) -> None:
+    state, writer = registry("shadow", clicks=50, hold="a hold", before=before), Writer()
     it = watch(state)
     labels = (RNG.random(1_000) < 0.5).astype(float)
     learn(it, batch(labels, served=[0.5] * 1_000, shadows=[0.5] * 1_000))

@@ -60,16 +60,21 @@ class Replica:
 class Trainer:
     """A trainer without threads and without Kafka."""
 
-    def __init__(self, log, *, epoch, rows=32, precision="float32"):
-        self.log, self.epoch, self.rows, self.precision = log, epoch, rows, precision
-        self.learner = Learner(SCHEMA, MODEL, device="cpu", row_precision=precision)
-        self.decoder = ExampleDecoder(SCHEMA)
+    def __init__(self, log, *, epoch, rows=32, precision="float32", schema=SCHEMA):
+        self.log, self.epoch, self.rows, self.precision, self.schema = log, epoch, rows, precision, schema
+        self.learner = Learner(schema, MODEL, device="cpu", row_precision=precision)
+        self.decoder = ExampleDecoder(schema)
         self.base = None
         self._begin({0: 0})
 
     def _begin(self, positions, ordinal=0):
         self.chain = Chain(
-            f"deepfm/{self.epoch}/{ordinal}", self.log, self.base, self.learner.touched_keys, row_precision=self.precision
+            f"deepfm/{self.epoch}/{ordinal}",
+            self.log,
+            self.base,
+            self.learner.touched_keys,
+            row_precision=self.precision,
+            schema_hash=self.schema.fingerprint(),
         )
         cutter = BatchCutter(self.rows, positions)
         self.training = Training(
@@ -97,8 +102,9 @@ class Trainer:
         """A version, and its manifest as the publisher writes it."""
         captured = self.training.capture_version()
         offsets = {str(number): offset for number, offset in captured.position.offsets.items()}
+        schema = {"schema_hash": self.schema.fingerprint(), "features": self.schema.model_dump(mode="json")}
         if not on_chain:
-            return whole(captured), Manifest(version=2, offsets=offsets)
+            return whole(captured), Manifest(version=2, offsets=offsets, **schema)
         point = self.chain.begin() if self.chain.begins_with_a_version else self.chain.published
         return whole(captured), Manifest(
             version=1,
@@ -108,6 +114,7 @@ class Trainer:
             deltas_offset=point.offset,
             digest=f"{captured.digest:016x}",
             row_precision=self.precision,
+            **schema,
         )
 
 
@@ -255,13 +262,20 @@ async def test_a_trainer_that_is_sent_back_learns_as_if_it_had_never_gone_on(sam
     assert replica.digest == back.learner.digest
 
 
-async def test_a_trainer_that_is_sent_back_begins_with_a_version_where_the_log_has_lost_deltas(monkeypatch):
+@pytest.mark.parametrize(
+    "problem",
+    [
+        DeltaProblem("log_gone", "expected offset 0, found a log from 9", 0, 9),
+        DeltaProblem("checksum", "damaged: scorers were healed by a version, and are further", 3, 4),
+    ],
+)
+async def test_a_trainer_that_is_sent_back_begins_with_a_version_where_the_log_has_lost_deltas(monkeypatch, problem):
     trainer = Trainer(DeltaLog(), epoch=3)
     trainer.learn(0, 320)
     version, manifest = trainer.version(on_chain=True)
 
     async def lost(log, start):
-        yield DeltaProblem("log_gone", f"expected offset {start}, found a log from 9", start, 9)
+        yield problem
 
     monkeypatch.setitem(globals(), "found_in", lost)
     await trainer.go_on(version, manifest, sent_back=True)

@@ -52,7 +52,8 @@ class Stage:
         class Writer:
             def __init__(self, *args, **kwargs): ...
 
-            async def take_trainer_epoch(self):
+            async def take_trainer_epoch(self, *, above):
+                assert above == 6, "what the log of deltas has seen"
                 stage.asked.append("epoch")
                 return 7
 
@@ -101,6 +102,10 @@ class Stage:
         class Standing(Reader):
             async def start(self): ...
 
+        async def newest_epoch(*args):
+            return 6
+
+        monkeypatch.setattr(run, "newest_epoch", newest_epoch)
         monkeypatch.setattr(run, "describe_cluster", cluster)
         monkeypatch.setattr(standby, "read_registry", registry)
         monkeypatch.setattr(standby, "Leadership", Alone)

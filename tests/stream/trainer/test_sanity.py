@@ -193,6 +193,23 @@ def test_a_trainer_that_starts_again_still_knows_what_was_served(scene, begun):
     assert after.capture() is None
 
 
+def test_a_trainer_that_has_caught_up_compares_with_what_is_served_by_then(scene, begun):
+    """What it learned again was published by the trainer before it, whatever its version says of a doubt."""
+    scene.learn(12, minutes=0.1, clicks=0.95)
+    captured = scene.training.capture_version()
+    captured.frozen.close()
+    after = again(scene, scene.learner.serving_state(), scene.learner.trainer_state(), captured.bookkeeping)
+    assert after.judge.report().flow == "withheld"
+    after.training.caught_up()
+    assert after.judge.report().flow == "flowing"
+    after.learn(1, minutes=0.01, clicks=0.95)
+    assert after.capture() is not None
+    after.learn(80, minutes=0.1, clicks=0.1)
+    after.training.caught_up()
+    after.learn(12, minutes=0.1, clicks=0.95)
+    assert after.capture() is None, "a jump after that is found"
+
+
 def test_without_an_anchor_a_young_model_may_jump(scene):
     scene.judge.compare_with(None)
     scene.learn(12, minutes=0.1, clicks=0.95)

@@ -192,6 +192,19 @@ async def until(true):
             await asyncio.sleep(0.005)
 
 
+async def test_training_hears_once_that_it_is_as_far_as_scorers_are(bench, monkeypatch):
+    at, trained, heard = bench(base=Base(Published(Point("deepfm/3/0", 5), 40), {0: 60})), Trained(), []
+    monkeypatch.setattr(Training, "caught_up", lambda training: heard.append(training.positions[0]))
+    running = asyncio.ensure_future(at.publisher.run(trained.training, trained.between_batches))
+    for examples in (50, 10, 10):
+        trained.learn(examples)
+        await asyncio.sleep(0.1)
+        await until(lambda: len(at.log.deltas) >= trained.offset // 10 - 5)
+    assert heard == [60], "not before, and not twice"
+    at.publisher.close()
+    await running
+
+
 async def test_a_registry_that_is_away_costs_one_version_however_long(bench, monkeypatch):
     monkeypatch.setattr(snapshots, "ANNOUNCE_AGAIN_S", 0.01)
     at, trained = bench(interval_ms=100), Trained()

@@ -320,3 +320,29 @@ async def test_what_a_rewind_left_is_never_gone_on_from_although_it_is_loaded(mo
         stage.look = failing(SnapshotError("the store is down"))
         with pytest.raises(SnapshotError, match="the store is down"):
             await one.newest(sent_back(registry(3), 1))
+
+
+@pytest.mark.parametrize("newest", [3, 4])
+async def test_a_rewind_that_comes_during_a_takeover_is_not_taken_for_obeyed(monkeypatch, newest):
+    """The registry's state changes in place while the standby loads a version or reads the log's bounds."""
+    stage = Stage(monkeypatch)
+    async with stage.standby as one:
+        waiting = asyncio.ensure_future(one.until_chosen())
+        await stage.until(lambda: stage.metric("standby_version") == 3)
+        stage.group.won.set()
+        await waiting
+        state = registry(newest)
+
+        async def meanwhile(number: int) -> int:
+            sent_back(state, 1)
+            return number
+
+        async def place_again(prepared: Prepared, state: RegistryState) -> Prepared:
+            sent_back(state, 1)
+            return prepared
+
+        stage.look, one._place_again = meanwhile, place_again
+        monkeypatch.setattr(standby, "BOUNDS_S", -1.0)
+        prepared = await one.newest(state)
+        assert state.rewinds.pending is not None
+        assert (prepared.start.version, prepared.rewind) == (newest, None), "weights of the line that is to be left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -173,21 +174,30 @@ def test_another_schema_is_refused_with_what_differs(store):
     changed = SCHEMA.model_copy(
         update={"fields": (FieldSpec(name="user", kind="list"), FieldSpec(name="price", kind="numeric"))}
     )
+    shaped = MODEL.model_copy(update={"hidden": (16,)})
     with pytest.raises(SnapshotMismatch) as refused:
-        find(store, announced(one), schema=changed)
+        find(store, announced(one), schema=changed, model=shaped)
     text = str(refused.value)
     assert text.startswith("version 1 can't be trained on with these settings:")
-    assert "features.fields[item]: expected nothing, found {'name': 'item'" in text
-    assert "features.fields[price]: expected {'name': 'price'" in text
-    assert "'kind': 'list'" in text
+    assert "model.hidden: expected [16], found [8]" in text
+    assert "features.fields[user]: expected kind = 'list', found 'categorical'" in text
     assert "`headrace run trainer --new-model`, once" in text
 
 
-def test_fields_in_another_order_are_refused(store):
-    one = write(store, 1)
-    turned = SCHEMA.model_copy(update={"fields": SCHEMA.fields[::-1]})
-    with pytest.raises(SnapshotMismatch, match=r"features\.fields: expected them in the order of the settings"):
-        find(store, announced(one), schema=turned)
+def test_training_goes_on_with_other_fields_and_says_what_changes(store, caplog):
+    one = write(store, 1, trained=60)
+    more = SCHEMA.model_copy(update={"fields": (FieldSpec(name="page"), *SCHEMA.fields[::-1])})
+    learner = Learner(more, MODEL, device="cpu")
+    start = go_on(learner, announced(one), store, more, MODEL)
+    assert (start.version, learner.examples_seen) == (1, 60)
+    assert "going on from version 1 with other features.fields: page is new: it begins without effect on scores" in caplog.text
+    had = Learner(SCHEMA, MODEL, device="cpu")
+    go_on(had, announced(one), store, SCHEMA, MODEL)
+    scores = [
+        each.predict(ExampleDecoder(each.schema).decode(run([record(n) for n in range(40)])).batch) for each in (had, learner)
+    ]
+    np.testing.assert_allclose(*scores, rtol=1e-6)
+    assert scores[0].std() > 0
 
 
 def test_another_shape_is_refused_and_another_rate_is_not(store):

@@ -183,6 +183,27 @@ def test_what_cannot_be_learned_is_set_aside_and_nothing_else(caplog):
     assert all(torch.isfinite(tensor).all() for tensor in learner.serving_state().values())
 
 
+@pytest.mark.parametrize("restart_at", [32, 64, 96])
+def test_a_restart_before_or_after_examples_that_fail_ends_with_the_same_weights(restart_at):
+    bad = {3, 40, 41, 42, 70}
+
+    def trained(learner, first, to):
+        training = Training(learner, BatchCutter(32, {0: first}), Evaluation(100), metrics(), max_batch_age_s=0)
+        training.add(columns(range(first, to)))
+        while training.step(0.0):
+            pass
+        return [letter.offset for letter in training.take_set_aside()]
+
+    whole = Refusing(bad)
+    assert trained(whole, 0, 128) == sorted(bad)
+    before, after = Refusing(bad), Refusing(bad)
+    trained(before, 0, restart_at)
+    after.restore(before.serving_state(), before.trainer_state())
+    assert trained(after, restart_at, 128) == [offset for offset in sorted(bad) if offset >= restart_at]
+    for name, tensor in {**whole.serving_state(), **whole.trainer_state()}.items():
+        assert torch.equal(tensor, {**after.serving_state(), **after.trainer_state()}[name]), name
+
+
 def test_a_batch_that_fails_changes_neither_weights_nor_optimizers():
     learner = Refusing(range(32))
     training = Training(learner, BatchCutter(32, {0: 0}), Evaluation(100), metrics(), max_batch_age_s=0)

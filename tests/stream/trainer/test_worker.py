@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ from state.store import SnapshotStore
 from stream.kafka.clients import aiokafka_options
 from stream.registry.log import read_registry
 from stream.registry.writer import RegistryWriter
+from stream.scorer.serving import load_version
 from stream.topics.names import TopicNames
 from stream.trainer.run import run_trainer
 from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA
@@ -180,3 +183,36 @@ async def test_a_snapshot_of_another_schema_is_refused_in_words(topics):
             snapshots=topics.snapshots,
         )
     assert (await read_registry(topics.kafka, names)).trainer.epoch == 1  # a trainer that ran would run on
+
+
+async def test_with_more_fields_training_goes_on_and_scorers_get_them_by_the_next_version(topics, start):
+    await send(topics, range(2_000), partitions=2)
+    first = start(topics)
+    await until_version(first, 1)
+    first.stop()
+    before = await newest(topics)
+
+    hour = {"name": "hour", "kind": "hour"}
+    fields = [
+        hour,
+        *({"name": field.name} for field in SCHEMA.fields),
+        {"name": "both", "kind": "cross", "of": ["user", "item"]},
+    ]
+    await send(topics, range(2_000, 3_000), partitions=2)
+    second = start(topics, HEADRACE_FEATURES__FIELDS=json.dumps(fields))
+    store = SnapshotStore(topics.snapshots)
+    await until(lambda: store.manifest(store.versions()[-1]).examples_seen == 3_000, second)
+    second.stop()
+    assert "hour is new: it begins without effect on scores" in second.log.read_text()
+    registry = await read_registry(topics.kafka, TopicNames.of(topics.topics))
+    old, new = registry.versions[before], registry.champion_record
+    assert new is not None and new.version > old.version
+    assert (new.line, new.examples_seen) == (old.line, 3_000)
+    assert new.chain != old.chain and new.sequence is not None
+    manifest = store.manifest(new.version)
+    assert manifest.rows is not None and manifest.rows > (store.manifest(before).rows or 0)
+    served = load_version(store, new.version, device="cpu", announced=new)
+    assert [field.name for field in served.decoder.schema.fields] == ["hour", "user", "item", "both"]
+    request = b'{"request_id":"r","context":{"user":"u1"},"candidates":[{"id":"a","features":{"item":"i3"}},{"id":"b"}]}'
+    batch = served.decoder.requests([request], np.array([FIRST_MS])).batch
+    assert np.isfinite(served.predictor.predict(batch)).all()

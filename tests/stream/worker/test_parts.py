@@ -35,12 +35,7 @@ def trainer(positions: dict[int, int]) -> Any:
         names=NAMES,
         parts=Parts(  # type: ignore[arg-type]
             training=SimpleNamespace(positions=positions),
-            publisher=None,
-            judge=None,
-            anchors=None,
-            scores=None,
-            served=None,
-            table=None,
+            **dict.fromkeys(("publisher", "judge", "anchors", "scores", "served", "calibration", "table")),
         ),
         threads=1,
         cluster=CLUSTER,
