@@ -30,12 +30,16 @@ class Learner(LearnerState):
         delta = learner.take_delta()            # what changed since the last one
         frozen = learner.freeze()               # the whole model, for a version that is written in another thread
         learner.evict(keys)                     # forgets rows; the next delta names their keys
+        learner.table                           # how many rows there are, by field
 
     Updates:
 
     - embedding rows, by Adagrad with the gradient of the loss summed over the batch; only rows of the batch change;
     - the MLP, by Adam with the gradient of the mean loss;
     - the bias, by Newton's method (`model.intercept`).
+
+    Which values get rows, and which rows are evicted after a batch, is decided by the settings `table` (`model.upkeep`). A
+    value without a row reads the average row of its field, which its label doesn't change.
 
     On the CPU it is deterministic: a restored learner continues bit for bit as if it had never stopped. It draws no random
     numbers after the start: a new row depends on its key, the seed and the average row of its field (`model.typical`).
@@ -70,14 +74,14 @@ class Learner(LearnerState):
         if not len(batch):
             return np.empty(0, np.float32)
         elements = to_elements(batch, self.schema, self.device)
+        corrections = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
         typical = self._typical
-        rows = self._table.insert(elements.keys, elements.fields(), typical.embedding, typical.first_order)
-        gathered = self._table.gather(rows)
-        embedding, first_order = gathered.embedding, gathered.first_order
-        forward = self._dense.forward(*embed(elements, gathered.inverse, embedding, first_order))
+        self._upkeep.follow(impression_ms)
+        read = self._upkeep.read(elements, typical, corrections)
+        gathered = read.gathered
+        forward = self._dense.forward(*embed(elements, read.which, read.embedding, read.first_order))
         scores = torch.sigmoid(forward.logits)  # on the stream as sampled
         answers = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
-        corrections = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
         slope = slopes(scores, target, corrections, self.negative_rate)
         if weight is not None:
             slope.mul_(weight)
@@ -86,12 +90,13 @@ class Learner(LearnerState):
         if deferred is not None:
             times_ms = torch.from_numpy(np.array(impression_ms, np.float64)).to(self.device)
             mass = scores if weight is None else scores * weight
-            owners = elements.owners()
+            owners = read.of_own(elements.owners())
             factors = deferred.factors(gathered.distinct, gathered.inverse, owners, mass, slope, target, corrections, times_ms)
+            factors = read.of_all(factors)
             charge = deferred.bias_charge
         gradient = self._dense.backward(forward, slope)
-        row_gradient, first_order_gradient = scatter_back(
-            elements, gathered.inverse, len(gathered.distinct), gradient, slope, factors
+        row_gradient, first_order_gradient = read.of_rows(
+            *scatter_back(elements, read.which, len(read.embedding), gradient, slope, factors)
         )
         self._require_finite(len(batch), forward.logits, self._dense.gradients, row_gradient, first_order_gradient)
         self._rows.touch(gathered.distinct)
@@ -100,8 +105,11 @@ class Learner(LearnerState):
         self._intercept.step(self._dense.bias, scores, slope, weight, corrections, charge)
         if deferred is not None:
             deferred.keep()
-        typical.follow(elements, gathered.inverse, embedding, first_order, self.examples_seen)
+        typical.follow(elements, read.which, read.embedding, read.first_order, self.examples_seen)
         self.examples_seen += len(batch)
+        due = self._upkeep.learned(elements, read)
+        if due is not None:
+            self.evict(due)
         return answers.cpu().numpy()
 
     @torch.no_grad()
