@@ -70,7 +70,7 @@ def fill(learner: Learner, pool: Pool) -> None:
     """Give the learner a row for each id of the pool, as a restore does."""
     with learner.freeze() as frozen:
         dense, small = frozen.dense, frozen.small
-    learner.begin_restore(pool.every_id.size)
+    learner.begin_restore(pool.every_id.size, small)
     generator = torch.Generator().manual_seed(0)
     for ids in np.array_split(pool.every_id, max(1, len(pool.every_id) // 4096)):
         keys = torch.from_numpy(as_batch(ids).keys.flatten())
@@ -189,7 +189,7 @@ def restore(folder: str) -> Figures:
     began = time.perf_counter()
     store = SnapshotStore(SnapshotSettings(url=folder))
     reader = store.read(store.versions()[-1])
-    learner.begin_restore(reader.row_count)
+    learner.begin_restore(reader.row_count, reader.small())
     for piece in reader.trainer_rows():
         learner.restore_rows(piece.serving, piece.trainer)
     learner.finish_restore(reader.dense(), reader.small())

@@ -22,6 +22,7 @@ from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.metrics import ScorerMetrics
 from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.metrics import StandbyMetrics, TrainerMetrics
+from stream.trainer.table_metrics import TableMetrics
 from stream.worker.metrics import new_prometheus, start_time
 
 __all__ = ["Described", "main", "metrics", "pages"]
@@ -87,6 +88,7 @@ def metrics() -> dict[str, list[Described]]:
         ("trainer", TrainerMetrics),
         ("trainer", StandbyMetrics),
         ("trainer", CanaryMetrics),
+        ("trainer", TableMetrics),
         ("scorer", ScorerMetrics),
         ("scorer", FollowingMetrics),
         ("scorer", CandidateMetrics),

@@ -31,6 +31,7 @@ from pydantic_settings import (
 from deploy.errors import ConfigError
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
+from model.table_settings import TableSettings
 from state.settings import SnapshotSettings
 from stream.settings import (
     HttpSettings,
@@ -106,6 +107,7 @@ class Settings(BaseSettings):
     http: HttpSettings = HttpSettings()
     features: FeatureSchema = FeatureSchema()
     model: ModelSettings = ModelSettings()
+    table: TableSettings = TableSettings()
     snapshots: SnapshotSettings = SnapshotSettings()
     local_kafka: LocalKafkaSettings = LocalKafkaSettings()
     state_dir: Path = Field(

@@ -45,17 +45,22 @@ class Deltas:
         """Counts dense parameters as taken."""
         self._dense_hash = dense_hash(dense)
 
-    def loaded(self, first: int, rows: Rows) -> None:
-        """Counts restored rows (N,) as taken. `first` is the number of the first one; none of them was taken before."""
+    def loaded(self, numbers: slice | torch.Tensor, rows: Rows) -> None:
+        """Counts restored rows (N,) with these numbers as taken; none of them was taken before."""
         hashes = row_hashes(rounded(rows, self._precision))
-        self._rows["hash"][first : first + len(rows)] = hashes
+        self._rows["hash"][numbers] = hashes.to(self._rows.device)
         self._rows_sum += digest_sum(hashes)
 
-    def evicted(self, numbers: torch.Tensor) -> None:
-        """Takes note that rows (N,) lose their keys. The digest is without them once the next delta is taken."""
+    def evicted(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Takes note that rows (N,) lose their keys. The digest is without them once the next delta is taken.
+
+        Returns which of them were ever taken, bool (N,).
+        """
         hashes = self._rows["hash"]
-        self._gone_sum += digest_sum(hashes.index_select(0, numbers))
+        last = hashes.index_select(0, numbers)
+        self._gone_sum += digest_sum(last)
         hashes.index_fill_(0, numbers, 0)
+        return last != 0
 
     def take(
         self, numbers: torch.Tensor, rows: Rows, gone: torch.Tensor, dense: Mapping[str, torch.Tensor] | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from model.growing import Column
 from model.hashing import EMPTY_KEY
 from model.row_optimizers import Adagrad, RowOptimizer
 from model.rows import Rows
-from model.table import ABSENT_ROW, Items, KeyTable
+from model.table import ABSENT_ROW, Choose, Items, KeyTable
 
 __all__ = ["EmbeddingTable", "Gathered", "initial_rows", "take"]
 
@@ -75,6 +76,19 @@ class Gathered:
         return self.first_order_values[:, 0].contiguous()
 
 
+class Inserted(NamedTuple):
+    """What `EmbeddingTable.insert` found and gave.
+
+    rows      int64 (N,): rows of the keys; `ABSENT_ROW` for keys that were refused one
+    new_rows  int64 (M,): the new ones among them
+    kinds     int64 (M,): their kinds
+    """
+
+    rows: torch.Tensor
+    new_rows: torch.Tensor
+    kinds: torch.Tensor
+
+
 class EmbeddingTable:
     """Embeddings float32 (R, D) and first-order weights float32 (R,) by key, with their optimizers' state beside them.
 
@@ -127,16 +141,23 @@ class EmbeddingTable:
         return self.keys.last_row > len(self.keys)
 
     def insert(
-        self, keys: torch.Tensor, kinds: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor
-    ) -> torch.Tensor:
-        """Row numbers (N,) of `keys` (N,). A new key gets a new row with initial weights.
+        self,
+        keys: torch.Tensor,
+        kinds: torch.Tensor,
+        embedding: torch.Tensor,
+        first_order: torch.Tensor,
+        choose: Choose | None = None,
+    ) -> Inserted:
+        """Row numbers of `keys` (N,). A new key gets a new row with initial weights.
 
         kinds        (N,): the kind (the field) of each key, 0 to K - 1
         embedding    (K, D): initial embedding of each kind, to which random numbers by key are added (`initial_rows`)
         first_order  (K,): initial first-order weight of each kind
+        choose       says which new keys get a row; all when None
         """
-        found = self.keys.insert(keys)
+        found = self.keys.insert(keys, choose)
         new = found.new
+        kind = kinds[:0]
         if len(new.keys):
             self._rows.make_room(self.keys.last_row + 1)
             self._rows.touch(new.rows)  # a row that another key had may be in a freeze, as a row without a key
@@ -150,23 +171,25 @@ class EmbeddingTable:
             first_orders = self._first_order.begin(first_order.index_select(0, kind).unsqueeze(1))
             for name, values in (("keys", new.keys), ("embedding", weights), ("first_order", first_orders)):
                 self._rows[name].index_copy_(0, new.rows, values)
-        return found.rows
+        return Inserted(found.rows, new.rows, kind)
 
-    def evict(self, keys: torch.Tensor) -> Items:
-        """Removes those of `keys` (N,) that have rows. Returns them, with the rows that they had.
-
-        Everything that versions hold of these rows is 0 then, so that another key can have them.
-        """
+    def find(self, keys: torch.Tensor) -> Items:
+        """Those of `keys` (N,) that have rows, each once, with their rows."""
         keys = torch.unique(keys)
         rows = self.keys.lookup(keys)
-        found = Items(keys[rows != ABSENT_ROW], rows[rows != ABSENT_ROW])
+        return Items(keys[rows != ABSENT_ROW], rows[rows != ABSENT_ROW])
+
+    def evict(self, found: Items) -> None:
+        """Removes keys that `find` found.
+
+        Everything that versions hold of their rows is 0 then, so that another key can have them.
+        """
         if len(found.rows):
             self._rows.touch(found.rows)
             for name, column in self._rows.columns.items():
                 if column.parts:
                     self._rows[name].index_fill_(0, found.rows, EMPTY_KEY if name == "keys" else 0)
             self.keys.delete(found.keys)
-        return found
 
     def gather(self, rows: torch.Tensor) -> Gathered:
         """The distinct rows among `rows` (N,), with their weights, accumulators and history."""
@@ -201,10 +224,15 @@ class EmbeddingTable:
         """Copies of the counts (N, 2) of these rows (N,)."""
         return self._rows["history"].index_select(0, rows) if "history" in self._rows.columns else None
 
-    def clear(self, expected: int) -> None:
-        """Forgets all keys; the rows are cleared by who holds them."""
+    def begin_fill(self, count: int, free: torch.Tensor) -> None:
+        """Forgets all keys, to be filled with `count` others, whose table had these free rows (N,).
+
+        The rows are cleared by who holds them, before.
+        """
         del self.keys  # so that its memory is free before the new one takes some
-        self.keys = KeyTable(self._rows.device, expected=expected)
+        self.keys = KeyTable(self._rows.device, expected=count + len(free))
+        self.keys.begin_fill(free)
+        self._rows["keys"].index_fill_(0, free.to(self._rows.device, torch.int64), EMPTY_KEY)
 
 
 def take(

@@ -72,6 +72,10 @@ class Growing:
         """Whether versions of older releases lack this part."""
         return self.columns[self._parts[part][0]].optional
 
+    def used_bytes(self, last: int) -> int:
+        """Bytes of rows 0 to `last` in all columns."""
+        return (last + 1) * sum(column.row_bytes for column in self.columns.values())
+
     def clear(self, room: int) -> None:
         """Makes all rows zeros again, with room for at least `room` of them."""
         self._parts = {part: (name, index) for name, each in self.columns.items() for part, index in each.parts.items()}

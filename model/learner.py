@@ -31,6 +31,7 @@ class Learner(LearnerState):
         delta = learner.take_delta()            # what changed since the last one
         frozen = learner.freeze()               # the whole model, for a version that is written in another thread
         learner.evict(keys)                     # forgets rows; the next delta names their keys
+        learner.table                           # how many rows there are, by field
 
     Updates:
 
@@ -39,6 +40,9 @@ class Learner(LearnerState):
     - the dense parameters, by Adam with the gradient of the mean loss;
     - the bias, by Newton's method (`model.intercept`);
     - with `model.row_history`, the counts of the batch's rows (`model.history`).
+
+    Which values get rows, and which rows are evicted after a batch, is decided by the settings `table` (`model.upkeep`). A
+    value without a row reads the average row of its field, which its label doesn't change.
 
     On the CPU it is deterministic: a restored learner continues bit for bit as if it had never stopped. It draws no random
     numbers after the start: a new row depends on its key, the seed and the average row of its field (`model.typical`).
@@ -73,16 +77,16 @@ class Learner(LearnerState):
         if not len(batch):
             return np.empty(0, np.float32)
         elements = to_elements(batch, self.schema, self.device)
-        typical = self._typical
-        rows = self._table.insert(elements.keys, elements.fields(), typical.embedding, typical.first_order)
-        gathered = self._table.gather(rows)
-        embedding, first_order = gathered.embedding, gathered.first_order
         corrections = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
+        typical = self._typical
+        self._upkeep.follow(impression_ms)
+        read = self._upkeep.read(elements, typical, corrections)
+        gathered = read.gathered
         times_ms = None if impression_ms is None else torch.from_numpy(np.array(impression_ms, np.float64)).to(self.device)
         history, extra = self._history, None
         if history is not None:
-            extra = history.read(elements, gathered, target, weight, corrections, self.negative_rate, times_ms)
-        forward = self._dense.forward(*embed(elements, gathered.inverse, embedding, first_order), extra)
+            extra = history.read(elements, gathered, target, weight, corrections, self.negative_rate, times_ms, read.own)
+        forward = self._dense.forward(*embed(elements, read.which, read.embedding, read.first_order), extra)
         scores = torch.sigmoid(forward.logits)  # on the stream as sampled
         answers = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
         slope = slopes(scores, target, corrections, self.negative_rate)
@@ -92,12 +96,13 @@ class Learner(LearnerState):
         factors = charge = None
         if deferred is not None and times_ms is not None:
             mass = scores if weight is None else scores * weight
-            owners = elements.owners()
+            owners = read.of_own(elements.owners())
             factors = deferred.factors(gathered.distinct, gathered.inverse, owners, mass, slope, target, corrections, times_ms)
+            factors = read.of_all(factors)
             charge = deferred.bias_charge
         gradient = self._dense.backward(forward, slope)
         first_order_slope = slope if self._dense.reads_first_order else None
-        gradients = scatter_back(elements, gathered.inverse, len(gathered.distinct), gradient, first_order_slope, factors)
+        gradients = read.of_rows(scatter_back(elements, read.which, len(read.embedding), gradient, first_order_slope, factors))
         self._require_finite(len(batch), forward.logits, gradients)
         self._rows.touch(gathered.distinct)
         self._table.step(gathered, gradients.embedding, gradients.first_order)
@@ -107,8 +112,11 @@ class Learner(LearnerState):
         self._intercept.step(self._dense.bias, scores, slope, weight, corrections, charge)
         if deferred is not None and times_ms is not None:
             deferred.keep()
-        typical.follow(elements, gathered.inverse, embedding, first_order, self.examples_seen)
+        typical.follow(elements, read.which, read.embedding, read.first_order, self.examples_seen)
         self.examples_seen += len(batch)
+        due = self._upkeep.learned(elements, read)
+        if due is not None:
+            self.evict(due)
         return answers.cpu().numpy()
 
     @torch.no_grad()

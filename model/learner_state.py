@@ -8,6 +8,7 @@ import torch
 
 from model.adam import Adam
 from model.anchor import EarlierModel
+from model.census import TableStats
 from model.deferred import Deferred
 from model.deltas import Deltas
 from model.embedding import EmbeddingTable, take
@@ -16,6 +17,7 @@ from model.frozen import FrozenModel, ModelRows
 from model.hashing import EMPTY_KEY
 from model.history import RowHistory, take_base
 from model.intercept import Intercept
+from model.key_set import KeySet
 from model.moments import Moment, Moments
 from model.network import choose_device, dense_model
 from model.row_optimizers import Adagrad, Ftrl, RowOptimizer
@@ -23,9 +25,14 @@ from model.rows import ROW_PARTS, ModelDelta, RowPrecision, Rows, serving_column
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
 from model.table import ABSENT_ROW
+from model.table_settings import TableSettings
 from model.typical import Typical
+from model.upkeep import Upkeep
 
 __all__ = ["LearnerState"]
+
+FREE = "table.free"
+"""Name in versions of the rows whose keys were evicted, in the order in which new keys get them."""
 
 # Rows that a restore from memory copies at once: enough that the fixed cost of a copy is nothing, and small beside the table.
 _RESTORED_AT_ONCE = 1 << 17
@@ -43,10 +50,12 @@ class LearnerState:
         schema: FeatureSchema,
         settings: ModelSettings,
         *,
+        table: TableSettings | None = None,
         device: str = "auto",
         row_precision: RowPrecision = "float32",
     ) -> None:
         self.schema = schema
+        table = table or TableSettings()
         self.row_precision = row_precision
         self.settings = settings
         self.device = choose_device(device)
@@ -59,7 +68,12 @@ class LearnerState:
         if settings.first_order == "ftrl":
             first_order = Ftrl(settings.ftrl_alpha, settings.ftrl_beta, settings.ftrl_l1, settings.ftrl_l2)
         dim, counts = schema.embedding_dim, settings.row_history
-        columns = {**EmbeddingTable.columns(dim, first_order, history=counts), **Deferred.COLUMNS, **Deltas.COLUMNS}
+        columns = {
+            **EmbeddingTable.columns(dim, first_order, history=counts),
+            **Deferred.COLUMNS,
+            **Upkeep.columns(table),
+            **Deltas.COLUMNS,
+        }
         self._rows = ModelRows(columns, settings.initial_rows, self.device)
         self._table = EmbeddingTable(
             dim,
@@ -74,13 +88,14 @@ class LearnerState:
         self._moments = self._rows.moments = Moments(self._table.serving, values, self.device)
         self._history = RowHistory(self._rows) if counts else None
         self._typical = Typical(schema, self.device)
+        self._upkeep = Upkeep(schema, table, self._rows, self._table)
         self._deferred = Deferred(self._rows)
         self._intercept = Intercept(self.device)
         self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate)
         self._deltas = Deltas(self._rows, self._dense_serving(), row_precision)
-        # Keys that had no row when `expect` or `evict` was called.
-        self._expected = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._without_row = KeySet(self.device)  # those that had no row when `expect` or `evict` was called
         self._restoring: int | None = None  # the number of rows that a restore under way will have
+        self._free = torch.empty(0, dtype=torch.int64)  # the free rows that it will have
 
     @property
     def rows(self) -> int:
@@ -88,9 +103,20 @@ class LearnerState:
         return len(self._table)
 
     @property
+    def table(self) -> TableStats:
+        """Rows, memory, and counts by field. For any thread."""
+        keys = self._table.keys
+        return TableStats(len(keys), self._rows.used_bytes(keys.last_row) + keys.size, self._upkeep.census.fields())
+
+    @property
+    def table_is_growing(self) -> bool:
+        """Whether the index of keys is being replaced by a larger one, step by step."""
+        return self._table.keys.is_growing
+
+    @property
     def touched(self) -> int:
         """Number of rows that the next delta has, at most."""
-        return len(self._rows.touched) + len(self._expected)
+        return len(self._rows.touched) + len(self._without_row)
 
     def touched_keys(self) -> torch.Tensor:
         """Keys of these rows on the CPU, int64 (N,), each once. The next delta has them all the same."""
@@ -106,7 +132,7 @@ class LearnerState:
         keys = keys.to(self.device)
         rows = self._table.keys.lookup(keys)
         self._rows.touched.add(rows[rows != ABSENT_ROW])
-        self._expected = torch.unique(torch.cat((self._expected, keys[rows == ABSENT_ROW])))
+        self._without_row.add(keys[rows == ABSENT_ROW])
 
     def evict(self, keys: torch.Tensor) -> int:
         """Forgets the rows of `keys` (N,), and returns how many of them had one. The next delta says that they are gone.
@@ -115,9 +141,11 @@ class LearnerState:
         the next delta is taken, its new row is in that delta.
         """
         self._require_restored()
-        found = self._table.evict(keys.to(self.device))
-        self._deltas.evicted(found.rows)
-        self._expected = torch.unique(torch.cat((self._expected, found.keys)))
+        found = self._table.find(keys.to(self.device))
+        self._upkeep.evicted(found.rows)
+        self._table.evict(found)
+        # Scorers know nothing of the others, and while deltas are withheld there may be many of them.
+        self._without_row.add(found.keys[self._deltas.evicted(found.rows)])
         return len(found.keys)
 
     @property
@@ -135,14 +163,14 @@ class LearnerState:
         touched = self._rows.touched.take()
         if self._table.has_free_rows:
             touched = touched[self._table.keys.keys_of(touched) != EMPTY_KEY]
-        gone, self._expected = self._gone(), self._expected[:0]
+        gone = self._gone()
+        self._without_row.clear()
         return self._deltas.take(touched, self._table.serving(touched), gone, self._dense_serving() if dense else None)
 
     def _gone(self) -> torch.Tensor:
         """Keys (N,) without a row that the next delta names."""
-        if not len(self._expected):
-            return self._expected
-        return self._expected[self._table.keys.lookup(self._expected) == ABSENT_ROW]
+        keys = self._without_row.distinct()
+        return keys[self._table.keys.lookup(keys) == ABSENT_ROW] if len(keys) else keys
 
     def freeze(self) -> FrozenModel:
         """The model as it is now, to be written in another thread while training goes on.
@@ -215,28 +243,33 @@ class LearnerState:
         parts = self._fitting({**trainer, **serving}, count)
         self._rows.require_no_freeze()
         self._restore_small(serving, trainer)
-        self.begin_restore(count)
+        self.begin_restore(count, trainer)
         for first in range(0, count, _RESTORED_AT_ONCE):
             self._add_rows({name: value[first : first + _RESTORED_AT_ONCE] for name, value in parts.items()})
-        self._end_restore()
+        self._end_restore(trainer)
 
-    def begin_restore(self, rows: int) -> None:
+    def begin_restore(self, rows: int, small: Mapping[str, torch.Tensor] | None = None) -> None:
         """Begins to continue from a snapshot of this many rows, which comes in pieces: they need no second copy of it.
 
-            learner.begin_restore(rows)
+            learner.begin_restore(rows, small)
             for piece in pieces:
                 learner.restore_rows(piece.serving, piece.trainer)
             learner.finish_restore(dense, small)
 
         The learner forgets all rows now. Until `finish_restore` it can do nothing else; after a failure begin again.
 
+        small  tensors of the trainer's state that are no rows; not needed for a snapshot without evicted rows
+
         Raises:
             ModelError: a freeze is open.
+            SnapshotMismatch: the snapshot's list of free rows is damaged.
         """
-        self._rows.clear(rows + 1)
-        self._table.clear(expected=rows)
+        free = _free_rows(small or {}, rows)
+        self._rows.clear(rows + len(free) + 1)
+        self._table.begin_fill(rows, free)
+        self._free = free
         self._deltas.forget_rows()
-        self._expected = self._expected[:0]
+        self._without_row.clear()
         self._restoring = rows
 
     def restore_rows(self, serving: Rows, trainer: Mapping[str, torch.Tensor]) -> None:
@@ -258,8 +291,13 @@ class LearnerState:
             ModelError: no restore has begun.
         """
         self._require_rows(len(self._table))
+        if not torch.equal(_free_rows(small, len(self._table)), self._free):
+            raise SnapshotMismatch(
+                f"snapshot: expected {len(self._free)} free rows, as begin_restore was given, found others; call it again with "
+                "the tensors of the trainer's state"
+            )
         self._restore_small(dense, small)
-        self._end_restore()
+        self._end_restore(small)
 
     def _dense_serving(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of the serving tensors that are no rows."""
@@ -272,6 +310,8 @@ class LearnerState:
             **{f"adam.{name}": value.to("cpu", copy=True) for name, value in self._adam.state().items()},
             **{f"intercept.{name}": value for name, value in self._intercept.state().items()},
             **{f"deferred.{name}": value for name, value in self._deferred.state().items()},
+            **{f"upkeep.{name}": value for name, value in self._upkeep.state().items()},
+            **({FREE: self._table.keys.free.to("cpu", torch.int32)} if self._table.has_free_rows else {}),
             "examples_seen": torch.tensor(self.examples_seen),
         }
 
@@ -289,11 +329,14 @@ class LearnerState:
 
     def _add_rows(self, parts: Mapping[str, torch.Tensor]) -> None:
         """Adds restored rows (N,) after those that are there."""
-        first = len(self._table) + 1
-        self._table.keys.load(parts["keys"])
+        rows = self._table.keys.load(parts["keys"])
+        if not len(rows):
+            return
+        first, last = int(rows[0]), int(rows[-1])
+        where = slice(first, last + 1) if last - first + 1 == len(rows) else rows
         for name, value in parts.items():
-            self._rows.part(name)[first : first + len(value)] = value
-        self._deltas.loaded(first, Rows.of(parts))
+            self._rows.part(name)[where] = value.to(self.device)
+        self._deltas.loaded(where, Rows.of(parts))
 
     def _restore_small(self, serving: Mapping[str, torch.Tensor], trainer: Mapping[str, torch.Tensor]) -> None:
         """Restores the tensors that are no rows."""
@@ -314,7 +357,9 @@ class LearnerState:
             self._history.base.copy_(base)
         self.examples_seen = int(seen)
 
-    def _end_restore(self) -> None:
+    def _end_restore(self, trainer: Mapping[str, torch.Tensor]) -> None:
+        self._table.keys.end_fill(self._free)
+        self._upkeep.restore(_under("upkeep.", trainer))
         self._deltas.took_dense(self._dense_serving())
         self._restoring = None
 
@@ -335,6 +380,19 @@ class LearnerState:
                 f"snapshot: expected {self._restoring} rows, as begin_restore was given, found {found}; pieces of it are "
                 "missing or come twice"
             )
+
+
+def _free_rows(small: Mapping[str, torch.Tensor], rows: int) -> torch.Tensor:
+    """The free rows (N,) int64 of a snapshot of so many rows. Raises SnapshotMismatch if they can't be those."""
+    if FREE not in small:
+        return torch.empty(0, dtype=torch.int64)
+    free = take(small, FREE, (-1,), torch.int32).long()
+    ascending = free.sort().values
+    if len(free) and (ascending[0] < 1 or ascending[-1] > rows + len(free) or (ascending[1:] == ascending[:-1]).any()):
+        raise SnapshotMismatch(
+            f"snapshot: tensor {FREE!r}: expected different rows from 1 to {rows + len(free)}, found others; it is damaged"
+        )
+    return free
 
 
 def _under(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -59,6 +59,11 @@ class Slots:
         self._word_mask = (1 << (63 if wide else 31)) - 1  # no word is negative
         self._removed_word = 1 << self._row_bits
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory."""
+        return self._words.nbytes
+
     def find(self, keys: torch.Tensor, keys_by_row: torch.Tensor) -> torch.Tensor:
         """Rows int64 (N,) of `keys` (N,), `ABSENT_ROW` for a key that isn't there. Keys may repeat."""
         hashes = keys * _MULTIPLIER

@@ -8,6 +8,7 @@ growth step it is up to 18, and up to 25 during one.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ from model.hashing import EMPTY_KEY
 from model.reserve import reservable_rows, reserved
 from model.slots import ABSENT_ROW, Slots
 
-__all__ = ["ABSENT_ROW", "Items", "KeyTable"]
+__all__ = ["ABSENT_ROW", "Choose", "Items", "KeyTable"]
+
+Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Says which of M new keys get a row, bool (M,), from the keys and from `absent` and `which` as in `Inserted`."""
 
 # Share of slots that are taken when a table is made for a number of keys, and when it begins to grow. At 0.6, 3 in 4 keys are
 # in their home slot and 1 in 250 isn't in its home bucket. At 0.75, lookups take up to twice as long.
@@ -42,9 +46,9 @@ class Items(NamedTuple):
 class Inserted(NamedTuple):
     """What `KeyTable.insert` found and gave.
 
-    rows    int64 (N,): the rows of the N keys
+    rows    int64 (N,): the rows of the N keys; `ABSENT_ROW` for keys that get none
     new     the M keys that had no row before, in ascending order of the keys, with their rows
-    absent  int64 (E,): which of the N keys are new; a new key may be there several times
+    absent  int64 (E,): which of the N keys are these new ones; a new key may be there several times
     which   int64 (E,): which of the M new keys each of these is
     """
 
@@ -74,10 +78,44 @@ class KeyTable:
         self._count = 0
         self._last_row = 0
         self._freed: list[torch.Tensor] = []  # rows by the deletion that freed them, each in ascending order
+        self._before_holes: torch.Tensor | None = None  # while it is filled
         self._slots = Slots(_slots_for(expected), device)
         self._grown: Slots | None = None  # the new slots during a growth step
         self._moved = 0  # rows up to this one are in the new slots
         self._keys = self._allocate(max(expected, 1024) + 1)
+
+    @property
+    def size(self) -> int:
+        """Bytes of memory."""
+        grown = self._grown
+        slots = (self._slots,) if grown is None else (self._slots, grown)
+        return (self._last_row + 1) * self._keys.itemsize + sum(each.bytes for each in slots)
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether a growth step is under way."""
+        return self._grown is not None
+
+    @property
+    def free(self) -> torch.Tensor:
+        """Rows (N,) int64 whose keys were deleted, in the order in which new keys get them."""
+        return torch.cat(self._freed[::-1]) if self._freed else torch.empty(0, dtype=torch.int64, device=self.device)
+
+    def begin_fill(self, free: torch.Tensor) -> None:
+        """Begins to fill this empty table with the keys of another one, whose `free` is given (N,).
+
+        Keys get the rows that they have there, if they are loaded in the order of their rows. Call `end_fill` then.
+        """
+        holes = free.to(self.device, torch.int64).sort().values
+        self._keys.index_fill_(0, holes, EMPTY_KEY)
+        # How many keys come before each hole.
+        self._before_holes = holes - torch.arange(1, len(holes) + 1, device=self.device)
+
+    def end_fill(self, free: torch.Tensor) -> None:
+        """Ends it. From now on the two tables behave alike."""
+        self._before_holes = None
+        self._freed = [free.to(self.device, torch.int64)] if len(free) else []
+        self._last_row = self._count + len(free)
 
     def __len__(self) -> int:
         """Number of keys."""
@@ -103,13 +141,21 @@ class KeyTable:
         rows = (keys != EMPTY_KEY).nonzero().squeeze(1)
         return Items(keys[rows], rows)
 
-    def insert(self, keys: torch.Tensor) -> Inserted:
-        """Finds `keys` (N,), and gives rows to those that have none, in ascending order of the keys."""
+    def insert(self, keys: torch.Tensor, choose: Choose | None = None) -> Inserted:
+        """Finds `keys` (N,), and gives rows to those that have none, in ascending order of the keys.
+
+        choose  says which of them get one; all when None
+        """
         rows = self.lookup(keys)
         absent = (rows == ABSENT_ROW).nonzero().squeeze(1)
         if not len(absent):
             return Inserted(rows, Items(absent, absent), absent, absent)
         new, which = torch.unique(keys[absent], return_inverse=True)
+        if choose is not None:
+            chosen = choose(new, absent, which)
+            gets_one = chosen.index_select(0, which)
+            absent, which = absent[gets_one], (chosen.cumsum(0) - 1).index_select(0, which[gets_one])
+            new = new[chosen]
         self.reserve(len(new))
         new_rows = self.load(new)
         rows[absent] = new_rows[which]
@@ -201,6 +247,11 @@ class KeyTable:
 
     def _take_rows(self, count: int) -> torch.Tensor:
         """Rows (N,) for `count` new keys."""
+        if self._before_holes is not None:
+            numbers = torch.arange(self._count, self._count + count, device=self.device)
+            rows = numbers + 1 + torch.searchsorted(self._before_holes, numbers, right=True)
+            self._last_row = int(rows[-1]) if count else self._last_row
+            return rows
         parts = []
         while count and self._freed:
             rows = self._freed.pop()

@@ -45,8 +45,11 @@ ROW_TENSORS = ("keys", "embedding", "first_order")
 OPTIONAL_ROW_TENSORS = ("history",)
 """Names of those that only versions of some models have."""
 
-TRAINER_ROW_TENSORS = ("adagrad.embedding", "adagrad.first_order", "deferred.owed", "deferred.since_ms")
-"""Names of the trainer tensors that have a row for each key."""
+TRAINER_ROW_TENSORS = (
+    *("adagrad.embedding", "adagrad.first_order", "deferred.owed", "deferred.since_ms"),
+    *("table.seen", "table.uses", "table.field"),
+)
+"""Names of the trainer tensors that have a row for each key. Those of `table` are there only where rows are evicted."""
 
 # Most bytes of a piece's data. Writer and reader hold a few pieces in memory, so they should be small beside a table; but each
 # costs a flush of the disk or a request, some 5 to 50 ms, so they shouldn't be tiny. 20 MB take 20 ms to hash. A table of 10

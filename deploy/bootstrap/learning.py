@@ -23,6 +23,7 @@ from deploy.errors import DataSetError
 from model.learner import Learner
 from model.rows import RowPrecision
 from model.settings import ModelSettings
+from model.table_settings import TableSettings
 from state.errors import SnapshotError
 from state.history import History
 from state.manifest import Manifest
@@ -160,6 +161,7 @@ class Run:
         model: ModelSettings,
         checkpoints: Checkpoints,
         *,
+        table: TableSettings | None = None,
         device: str = "auto",
         row_precision: RowPrecision = "float32",
         window: int = 50_000,
@@ -172,7 +174,7 @@ class Run:
         self._row_precision: RowPrecision = row_precision
         self._checkpoint_s = checkpoint_s
         self._stopping = False
-        learner = Learner(source.schema, model, device=device, row_precision=row_precision)
+        learner = Learner(source.schema, model, table=table, device=device, row_precision=row_precision)
         start = checkpoints.newest(learner)
         self.resumed_at = start.offsets.get(0, 0)
         """Row at which this run went on; 0 if it began from nothing."""

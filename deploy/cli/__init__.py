@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": "deploy.cli.doctor:doctor",
     "evaluate": "deploy.cli.evaluate:evaluate",
     "kafka": "deploy.cli.kafka:kafka",
+    "model": "deploy.cli.model:model",
     "replay": "deploy.cli.replay:replay",
     "run": "deploy.cli.run:run",
     "scores": "deploy.cli.scores:scores",

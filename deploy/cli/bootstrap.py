@@ -110,6 +110,7 @@ def bootstrap(
         device=settings.trainer.device,
         row_precision=settings.snapshots.row_precision,
         window=settings.trainer.metrics_window,
+        table=settings.table,
         threads=settings.trainer.threads,
         checkpoint_s=every,
     )

@@ -148,6 +148,7 @@ def trainer(
             http=settings.http,
             schema=settings.features,
             model=settings.model,
+            table=settings.table,
             snapshots=settings.snapshots,
             new_model=new_model,
             take_over=take_over,

@@ -329,4 +329,4 @@ def _number(metrics: Mapping[str, float | None], name: str) -> str:
     value = metrics.get(name)
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:,.0f}" if name.endswith("examples") else f"{value:.4f}"
+    return f"{value:,.0f}" if name.endswith("examples") or name.startswith("table_") else f"{value:.4f}"

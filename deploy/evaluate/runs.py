@@ -212,7 +212,7 @@ def _run(
     labels = joined(stream, settings.join)
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
-    learner = Learner(settings.features, model, device=settings.trainer.device)
+    learner = Learner(settings.features, model, table=settings.table, device=settings.trainer.device)
     about = plan.name if judging.seeds == 1 else f"{plan.name}, seed {model.seed}"
     played = play(
         stream,

@@ -17,6 +17,7 @@ from model.learner import Learner
 from model.rows import RowPrecision
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
+from model.table_settings import TableSettings
 from state.gate import GateState
 from state.registry import RegistryState
 from state.rewinds import Rewind
@@ -63,6 +64,7 @@ async def prepare(
     schema: FeatureSchema,
     model: ModelSettings,
     new_model: bool,
+    table: TableSettings | None = None,
     row_precision: RowPrecision = "float32",
     learner: Learner | None = None,
 ) -> Prepared:
@@ -77,7 +79,7 @@ async def prepare(
         PositionError: the log isn't the one that the newest version was trained on, or it lost examples.
     """
     if learner is None:
-        learner = Learner(schema, model, device=settings.device, row_precision=row_precision)
+        learner = Learner(schema, model, table=table, device=settings.device, row_precision=row_precision)
     registry = registry.copy()  # it may change while the store is read, and it is read in a thread
     rewind = registry.rewinds.pending
     ids = topic_ids(cluster, names)

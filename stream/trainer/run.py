@@ -16,6 +16,7 @@ from model.learner import Learner
 from model.predictor import Predictor
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
+from model.table_settings import TableSettings
 from state.chain_name import ChainName
 from state.registry import RegistryState
 from state.rewinds import Rewind, joined
@@ -53,6 +54,7 @@ from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.skips import Skips
 from stream.trainer.snapshots import Publisher
 from stream.trainer.standby import Standby
+from stream.trainer.table_metrics import TableMetrics, table_figures
 from stream.trainer.training import Training
 from stream.trainer.worker import Parts, TrainerWorker
 from stream.worker import fatal, new_prometheus, serve
@@ -71,6 +73,7 @@ async def run_trainer(
     schema: FeatureSchema,
     model: ModelSettings,
     snapshots: SnapshotSettings,
+    table: TableSettings | None = None,
     new_model: bool = False,
     take_over: bool = False,
 ) -> None:
@@ -102,6 +105,7 @@ async def run_trainer(
         store=store,
         schema=schema,
         model=model,
+        table=table,
         new_model=new_model,
         row_precision=snapshots.row_precision,
     )
@@ -224,6 +228,7 @@ class _Trainer:
             registry=self.registry,
             follower=self.follower,
             metrics=metrics,
+            table_metrics=TableMetrics(self.prometheus),
         )
 
     async def go_back(self, learner: Learner) -> Parts:
@@ -295,12 +300,16 @@ class _Trainer:
             epoch=self.epoch,
             start=start,
             metrics=self.metrics,
-            more_metrics=lambda: {**self.skew.manifest_metrics(), **served.manifest_metrics()},
+            more_metrics=lambda: {
+                **self.skew.manifest_metrics(),
+                **served.manifest_metrics(),
+                **table_figures(learner.table),
+            },
             topic_ids=ids,
             skips=skips,
             sent_back=None if rewind is None else partial(self._says_so, rewind, chain.name),
         )
-        return Parts(training, publisher, judge, anchors, scores, served, calibration, rewind)
+        return Parts(training, publisher, judge, anchors, scores, served, calibration, lambda: learner.table, rewind)
 
     async def _says_so(self, rewind: Rewind, chain: str, up_to: int | None) -> None:
         """Note in the registry that the trainer has gone back."""

@@ -246,10 +246,10 @@ def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, t
         return {}
     version = start.manifest.version
     reader = store.read(version)
-    learner.begin_restore(reader.row_count)
+    small = reader.small()
+    learner.begin_restore(reader.row_count, small)
     for piece in reader.trainer_rows():
         learner.restore_rows(piece.serving, piece.trainer)
-    small = reader.small()
     change = schema_change(start.manifest, learner.schema)
     learner.finish_restore(
         moved_dense(change, reader.dense(), learner.settings), moved_trainer(change, small, learner.settings)

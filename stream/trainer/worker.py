@@ -27,6 +27,7 @@ from typing import TypeVar
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
+from model.census import TableStats
 from state.errors import SnapshotError
 from state.registry import RegistryState
 from state.rewinds import Rewind
@@ -54,6 +55,7 @@ from stream.trainer.pipeline import Pipeline
 from stream.trainer.served import ServedWatch, act_on_alarm
 from stream.trainer.skew import SkewCheck
 from stream.trainer.snapshots import Publisher
+from stream.trainer.table_metrics import TableMetrics
 from stream.trainer.training import Training
 from stream.worker import Part, Worker, fatal, guarded
 
@@ -81,6 +83,7 @@ ANCHOR_S = 5.0
 class Parts:
     """The parts of a trainer that belong to its weights.
 
+    table   says what the table of rows is like now
     rewind  the rewind that these weights obey; None where nobody sent the trainer back
     """
 
@@ -91,6 +94,7 @@ class Parts:
     scores: Evaluation
     served: ServedWatch
     calibration: CalibrationWatch
+    table: Callable[[], TableStats]
     rewind: Rewind | None = None
 
 
@@ -123,6 +127,7 @@ class TrainerWorker(Worker):
         follower: RegistryFollower,
         canary: CanaryWatch,
         metrics: TrainerMetrics,
+        table_metrics: TableMetrics,
     ) -> None:
         super().__init__(
             kafka,
@@ -136,7 +141,7 @@ class TrainerWorker(Worker):
         self._snapshots, self._store, self._skew = snapshots, store, skew
         self._letters, self._deltas, self._registry = letters, deltas, registry
         self._follower, self._metrics, self._decoder, self._threads = follower, metrics, decoder, threads
-        self._canary, self._go_back = canary, go_back
+        self._canary, self._go_back, self._table_metrics = canary, go_back, table_metrics
         self._intake = asyncio.Lock()  # held while the trainer goes back: nothing is handed over
         self._going: asyncio.Task[None] | None = None
         self._alarm = ""
@@ -147,7 +152,7 @@ class TrainerWorker(Worker):
     def _take(self, parts: Parts) -> None:
         """Go on with these parts."""
         self._training, self._publisher, self._scores = parts.training, parts.publisher, parts.scores
-        self._served, self._calibration = parts.served, parts.calibration
+        self._served, self._calibration, self._table = parts.served, parts.calibration, parts.table
         self._judge, self._anchors, self._rewind = parts.judge, parts.anchors, parts.rewind
         self._pipeline = Pipeline(self, parts.training, self._decoder, self._metrics, threads=self._threads)
         self._accepted = dict(parts.training.positions)
@@ -244,6 +249,7 @@ class TrainerWorker(Worker):
             if training.batches != reported:
                 reported = training.batches
                 self._metrics.watermark.set(training.watermark_ms / 1000)
+                self._table_metrics.show(self._table())
                 report = await asyncio.to_thread(lambda: self._scores.freeze().report())
                 self._metrics.report(report)
                 self._metrics.served(report["served", "window"], self._snapshots.served_calibration_band)

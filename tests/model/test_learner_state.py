@@ -240,7 +240,7 @@ def streamed(learner: Learner, rows_per_piece: int, room: int = 16) -> Learner:
     pieces, dense, small = pieces_of(learner, rows_per_piece)
     other = Learner(SCHEMA, learner.settings.model_copy(update={"initial_rows": room}), device="cpu")
     other.learn(BATCH.slice(40, 90), LABELS[40:90])  # what it was before doesn't matter
-    other.begin_restore(learner.rows)
+    other.begin_restore(learner.rows, small)
     for piece in pieces:
         other.restore_rows(piece.serving, piece.trainer)
     other.finish_restore(dense, small)

@@ -275,7 +275,7 @@ def serving(table: EmbeddingTable) -> Rows:
 
 def insert(table: EmbeddingTable, keys: list[int]) -> torch.Tensor:
     """Insert keys of one kind, whose initial row is zero but for the random numbers."""
-    return table.insert(tensor(keys), torch.zeros(len(keys), dtype=torch.int64), torch.zeros(1, 4), torch.zeros(1))
+    return table.insert(tensor(keys), torch.zeros(len(keys), dtype=torch.int64), torch.zeros(1, 4), torch.zeros(1)).rows
 
 
 def test_order_of_arrival_and_growth_dont_matter() -> None:

@@ -22,6 +22,7 @@ ARGUMENTS = {
     "kafka start": "",  # with a Java that isn't there
     "kafka status": "",
     "kafka stop": "",
+    "model stats": "1",
     "replay": "jsonl --path events.jsonl",
     "run join": "",
     "run scorer": "",
@@ -66,6 +67,7 @@ OFFLINE = {
     "kafka start": 1,
     "kafka status": 1,
     "kafka stop": 0,
+    "model stats": 1,
     "snapshot diff": 1,
     "snapshot export": 1,
     "snapshot verify": 1,

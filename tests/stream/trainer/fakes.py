@@ -120,7 +120,7 @@ class Whole:
 
     def restore(self, learner: Learner) -> None:
         """Have a learner go on from it."""
-        learner.begin_restore(sum(len(each.serving) for each in self.pieces))
+        learner.begin_restore(sum(len(each.serving) for each in self.pieces), self.small)
         for each in self.pieces:
             learner.restore_rows(each.serving, each.trainer)
         learner.finish_restore(self.dense, self.small)

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.kafka
 
 
 async def test_kill_9_and_restart_equal_an_uninterrupted_run_bit_for_bit(settings, tmp_path, start):
-    by_count = {"HEADRACE_TRAINER__MAX_BATCH_AGE_MS": "100000000"}
+    # Rows are refused and evicted all the time, which a restart must do again.
+    table = {"HEADRACE_TABLE__ADMIT_AFTER": "2", "HEADRACE_TABLE__MAX_ROWS": "24"}
+    by_count = {"HEADRACE_TRAINER__MAX_BATCH_AGE_MS": "100000000", **table}
     whole, killed = (one_partition(settings, name, tmp_path) for name in ("whole", "killed"))
     trained = 3_000 // MODEL.batch_rows * MODEL.batch_rows
 
@@ -58,6 +60,7 @@ async def test_kill_9_and_restart_equal_an_uninterrupted_run_bit_for_bit(setting
     assert found.offsets == expected.offsets == {"0": trained}
     assert found.watermark_ms == FIRST_MS + trained - 1
     assert found.epoch == 2
+    assert expected.metrics["table_evicted"] > 100 and expected.metrics["table_refused"] > 100
     for read in (SnapshotStore.serving, SnapshotStore.trainer):
         theirs, ours = (read(store, end) for store, end in zip(stores, ends, strict=True))
         assert theirs.keys() - kept(theirs) == ours.keys() - kept(ours)

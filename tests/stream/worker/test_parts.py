@@ -24,7 +24,7 @@ CLUSTER = Cluster("c", {}, {NAMES.score_requests: 2})
 
 _UNUSED = (
     *("snapshots", "store", "go_back", "decoder", "skew", "letters", "deltas", "registry"),
-    *("follower", "canary", "metrics"),
+    *("follower", "canary", "metrics", "table_metrics"),
 )
 
 
@@ -35,7 +35,7 @@ def trainer(positions: dict[int, int]) -> Any:
         names=NAMES,
         parts=Parts(  # type: ignore[arg-type]
             training=SimpleNamespace(positions=positions),
-            **dict.fromkeys(("publisher", "judge", "anchors", "scores", "served", "calibration")),
+            **dict.fromkeys(("publisher", "judge", "anchors", "scores", "served", "calibration", "table")),
         ),
         threads=1,
         cluster=CLUSTER,
