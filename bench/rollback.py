@@ -4,8 +4,8 @@
     .venv/bin/python bench/rollback.py --scorers 5 --rounds 20
 
 Each scorer is a process (`headrace run scorer`). A stand-in for the trainer publishes a delta of some 1,000 rows every 250 ms,
-with dense weights by `snapshots.dense_interval_ms`, and keeps what each point of the chain scores. A client asks for scores at a
-steady rate. Broker, scorers, trainer, client and operator share the machine.
+with dense weights by `snapshots.dense_interval_ms`, and keeps what each point of the chain scores. A client asks for scores at
+a steady rate. Broker, scorers, trainer, client and operator share the machine.
 
 A round is a rollback to version 1, exactly as `headrace snapshot rollback --to 1` does it, and then `resume`. Both are timed
 from their beginning, connecting to Kafka included, to the confirmation of the last scorer. Then all answers are looked at:
