@@ -7,7 +7,8 @@
 growth  DeepFM has 39 fields, dimension 16 and an MLP of 400-400-400, as in `bench/train.py`. In each batch of 512 examples, 29
         fields have ids of a pool of 1 M (Zipf 1.1) whose rows have any number, 4 have any of the values so far, and 6 have
         values that were never seen. Deltas are taken every 250 ms, and are no part of a step's time. A pause is what a step
-        takes longer than the median of the steps around it.
+        takes longer than the median of the steps around it. Where other programs run, figures of CPU time say more than those
+        of time; with OMP_NUM_THREADS=1 they have no threads that wait for one another.
 memory  the process' memory less what it had before, over the payload: keys, weights, accumulators, and with `--evicting` what
         a row's age and uses take. All values are new, and a delta is taken every 200,000 rows. "At rest" is the largest share
         at any count from a quarter of the last one on while the index isn't growing, "growing" while it is.
@@ -76,6 +77,7 @@ def growth(first: int, last: int, evicting: bool) -> Figures:
         learner.learn(new_batch(next_id, AT_ONCE), quick[:AT_ONCE])
         next_id += AT_ONCE * FIELDS
     seconds: list[float] = []
+    cpu: list[float] = []
     rows: list[int] = []
     takes: list[float] = []
     begun: list[bool] = []
@@ -89,9 +91,10 @@ def growth(first: int, last: int, evicting: bool) -> Figures:
         batch, labels = as_batch(ids), pool.labels[at : at + BATCH_ROWS]
         times = np.full(BATCH_ROWS, 1e12 + 100.0 * len(seconds))
         at = at + BATCH_ROWS if at + 2 * BATCH_ROWS <= POOL_ROWS else 0
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         learner.learn(batch, labels, None, None, times)
         seconds.append(time.perf_counter() - began)
+        cpu.append(time.process_time() - cpu_began)
         rows.append(learner.rows)
         begun.append(learner.table_is_growing)
         if time.perf_counter() >= delta_due_s:
@@ -99,11 +102,9 @@ def growth(first: int, last: int, evicting: bool) -> Figures:
             learner.take_delta(dense=False)
             takes.append(time.perf_counter() - began)
             delta_due_s = time.perf_counter() + INTERVAL_S
-    steps = np.array(seconds)
+    steps, cpu_steps = np.array(seconds), np.array(cpu)
     edge = len(steps) // 20
-    padded = np.pad(steps, AROUND // 2, mode="edge")
-    around = np.median(np.lib.stride_tricks.sliding_window_view(padded, AROUND), axis=1)
-    pauses = steps - around
+    pauses = over_median(steps)
     worst = np.argsort(pauses)[::-1][:5]
     told = ", ".join(f"{pauses[i] * 1e3:.0f} ms at {rows[i]:,}{' (growing)' if begun[i] else ''}" for i in worst)
     print(f"longest pauses: {told}", file=sys.stderr)
@@ -117,8 +118,20 @@ def growth(first: int, last: int, evicting: bool) -> Figures:
         "pause_growing_ms": round(float(pauses[growing].max(initial=0)) * 1e3, 1),
         "pause_p999_ms": round(float(np.quantile(pauses, 0.999)) * 1e3, 1),
         "delta_ms": round(float(np.max(takes)) * 1e3, 1),
+        "cpu_ms_first": round(float(np.median(cpu_steps[:edge])) * 1e3, 2),
+        "cpu_ms_last": round(float(np.median(cpu_steps[-edge:])) * 1e3, 2),
+        "cpu_ratio": round(float(np.median(cpu_steps[-edge:]) / np.median(cpu_steps[:edge])), 3),
+        "cpu_ms_growing": round(float(np.median(cpu_steps[growing])) * 1e3, 2) if growing.any() else 0.0,
+        "pause_cpu_ms": round(float(over_median(cpu_steps).max()) * 1e3, 1),
         "steps": len(steps),
     }
+
+
+def over_median(steps: np.ndarray) -> np.ndarray:
+    """How much longer each step takes than the median of those around it, (N,)."""
+    padded = np.pad(steps, AROUND // 2, mode="edge")
+    around: np.ndarray = np.median(np.lib.stride_tricks.sliding_window_view(padded, AROUND), axis=1)
+    return steps - around
 
 
 def memory(last: int, evicting: bool) -> Figures:
