@@ -196,6 +196,8 @@ class Moment:
 
     def correct(self, first: int, rows: Rows) -> None:
         """Says how rows numbered from `first` on were. Only what differs takes memory."""
+        if not len(rows):
+            return
         numbers = torch.arange(first, first + len(rows), device=rows.keys.device)
         found, values = self.read(numbers).parts(), rows.parts()
         differs = torch.zeros(len(rows), dtype=torch.bool, device=rows.keys.device)
