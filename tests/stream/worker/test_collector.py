@@ -61,14 +61,15 @@ def test_steps_of_the_join_make_no_cycles(collector, tmp_path):
                 await asyncio.sleep(0.01)
 
         await feed(range(1, 4))
-        gc.collect()
         gc.disable()
-        began = bench.partition.steps
-        await feed(range(4, 14))
-        found = gc.collect()
+        began, found = bench.partition.steps, []
+        for first in (4, 14, 24):  # threads that other tests left in this process make some in one round, but not in all
+            gc.collect()
+            await feed(range(first, first + 10))
+            found.append(gc.collect())
         loop.cancel()
         await asyncio.wait([loop])
-        return found, bench.partition.steps - began
+        return min(found), bench.partition.steps - began
 
     found, steps = asyncio.run(check())
     assert steps >= 10
