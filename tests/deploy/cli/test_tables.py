@@ -101,7 +101,7 @@ def test_one_version_at_every_width(terminal: Wide, capsys: pytest.CaptureFixtur
     manifest = Manifest(
         version=18_125, epoch=1, created_at_ms=1_700_000_000_000, examples_seen=12_345_678, metrics={"window_auc": 0.7321}
     )
-    print_version(manifest, None)
+    print_version(manifest, None, None)
     out = capsys.readouterr().out
     assert re.match(r"version +18125$", out.splitlines()[0])
     assert {"12,345,678", "0.7321", "announced", "2023-11-14T22:13:20Z"} <= set(words(out))

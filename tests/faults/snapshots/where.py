@@ -111,6 +111,6 @@ def requests(drawn: random.Random, count: int = 3) -> list[Any]:
             "candidates": [{"id": f"c{each}", "features": {"item": f"i{drawn.randrange(ITEMS)}"}} for each in range(4)],
         }
         encoded = json.dumps(value).encode()
-        where = {"topic": "score-requests", "partition": 0, "offset": number, "headers": ()}
+        where = {"topic": "score-requests", "partition": 0, "offset": number, "headers": (), "timestamp": 1_650_000_000_000}
         found.append(SimpleNamespace(key=name.encode(), value=encoded, **where))
     return found
