@@ -27,7 +27,7 @@ import torch
 from model.embedding import take
 from model.growing import Column, Growing
 
-__all__ = ["Deferred", "LateClicks"]
+__all__ = ["Deferred"]
 
 # Clicks over which the share of late clicks and their delay are averaged: some minutes of a small stream, precise to 2 %.
 CLICKS = 5_000.0
@@ -42,14 +42,6 @@ class _Owed(NamedTuple):
     rows: torch.Tensor
     bias: torch.Tensor
     now_ms: float
-    late_clicks: LateClicks
-
-
-class LateClicks(NamedTuple):
-    """How many more clicks are expected to come late after an update than before it: of each row (U,), of all examples ()."""
-
-    rows: torch.Tensor
-    all: torch.Tensor
 
 
 class Deferred:
@@ -130,8 +122,7 @@ class Deferred:
         bias_due = bias_owed * -torch.expm1(-(now_ms - bias_since_ms).clamp_min(0) / self.lag_ms)
         bias_later = later * charged.sum()
         self.bias_charge.copy_(bias_due - bias_later)
-        late_clicks = LateClicks(later * by_first - due, bias_later - bias_due)
-        self._changes = _Owed(distinct, owed - due + later * by_first, bias_owed - bias_due + bias_later, now_ms, late_clicks)
+        self._changes = _Owed(distinct, owed - due + later * by_first, bias_owed - bias_due + bias_later, now_ms)
         # What is due is divided among the row's first labels in this batch in proportion to their charges; among its
         # corrections if the batch has no first label of the row.
         by_any = torch.zeros_like(owed).index_add_(0, inverse, mass[owners])
@@ -141,11 +132,6 @@ class Deferred:
         more = takes * per_mass - later * charged[owners]
         divisor = slopes[owners]
         return torch.where(divisor.abs() < LEAST_SLOPE, 1.0, 1 + more / divisor)
-
-    @property
-    def late_clicks(self) -> LateClicks | None:
-        """How what is owed changes by the last `factors`; until `keep`. What is owed are the clicks expected to come late."""
-        return None if self._changes is None else self._changes.late_clicks
 
     def keep(self) -> None:
         """Record what is owed since the last `factors`. Call this once its update is made; without it nothing has changed."""

@@ -3,7 +3,7 @@
 Beside its weights a row keeps two counts (setting `model.row_history`):
 
     n   weight of the examples that the row was in; a negative has the weight 1 / rate, since the stream keeps that share
-    c   weight of those that were clicked, and of the clicks that are expected to come late (`model.deferred`)
+    c   weight of those that were clicked
 
 They say at once what gradient steps learn over hundreds of examples, and how much is known of a row: an embedding doesn't say
 whether it stands for one example or for a million. For each field the dense part reads
@@ -19,9 +19,7 @@ clicks are rare. Both numbers are 0 for a key without a row and for a new row.
 All counts are as of the end of the batch before, so an example never reads its own label. A correction is the second label of
 its impression: it reads the counts without what the first label has added, unless that is in the same batch and isn't counted
 yet. Otherwise the counts would show which examples are corrections, and so their labels. A first label counts in n; a
-correction changes c alone, since its impression is in n already. Where clicks come late, c would be too small for a row that
-has just been shown often. So what the row owes for late clicks is part of c: it grows with first labels, and goes by event time
-while corrections come.
+correction changes c alone, since its impression is in n already.
 
 Where n exceeds LIMIT, n and c are scaled down to n = LIMIT / 2, so the past counts half. Without this, float32 would stop
 counting at 2^24. The scaling changes neither of the two numbers beyond the rounding. Nothing depends on a clock.
@@ -36,7 +34,6 @@ from typing import NamedTuple
 
 import torch
 
-from model.deferred import LateClicks
 from model.embedding import Gathered, take
 from model.growing import Growing
 from model.network import HISTORY_NUMBERS, Elements
@@ -104,7 +101,7 @@ class RowHistory:
     history = RowHistory(rows)  # which has the column "history"
     inputs = history.read(elements, gathered, labels, weights, corrects, negative_rate)
     ...                         # the update
-    history.keep(None)
+    history.keep()
     """
 
     def __init__(self, rows: Growing) -> None:
@@ -155,11 +152,8 @@ class RowHistory:
         self._counted = _Counted(gathered, owners if own is None else owners.index_select(0, own), added)
         return history_inputs(elements, counts, self.base)
 
-    def keep(self, late: LateClicks | None) -> None:
-        """Counts the batch of the last `read`. Call this once its update is made; without it nothing has changed.
-
-        late  how many more clicks are expected to come late than before; None: none
-        """
+    def keep(self) -> None:
+        """Counts the batch of the last `read`. Call this once its update is made; without it nothing has changed."""
         assert self._counted is not None
         (gathered, owners, added), self._counted = self._counted, None
         assert gathered.history is not None
@@ -167,12 +161,8 @@ class RowHistory:
         more = [column.contiguous().index_select(0, owners) for column in added.unbind(1)]
         # One column at a time: `index_add_` of pairs takes ten times as long.
         sums = [column.contiguous().index_add_(0, gathered.inverse, each) for column, each in zip(counts, more, strict=True)]
-        total = self.base + added.sum(0)
-        if late is not None:
-            sums[1] += late.rows
-            total[1] += late.all
         self._rows["history"].index_copy_(0, gathered.distinct, _bounded(torch.stack(sums, 1)))
-        self.base.copy_(_bounded(total))
+        self.base.copy_(_bounded(self.base + added.sum(0)))
 
     def serving_state(self) -> dict[str, torch.Tensor]:
         """A copy of N and C on the CPU, by the name that versions use."""

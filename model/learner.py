@@ -107,7 +107,7 @@ class Learner(LearnerState):
         self._rows.touch(gathered.distinct)
         self._table.step(gathered, gradients.embedding, gradients.first_order)
         if history is not None:
-            history.keep(deferred.late_clicks if deferred is not None and times_ms is not None else None)
+            history.keep()
         self._adam.step()
         self._intercept.step(self._dense.bias, scores, slope, weight, corrections, charge)
         if deferred is not None and times_ms is not None:

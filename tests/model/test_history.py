@@ -50,25 +50,20 @@ def column(*keys: int) -> FeatureBatch:
 ONE_FIELD = FeatureSchema(fields=(FieldSpec(name="item"),), embedding_dim=2)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_counts_are_those_of_a_slow_reference(late: bool) -> None:
-    """Weights, sampled negatives, fractional labels, corrections both ways, keys that an example has more than once.
-
-    With event times, clicks that are expected to come late count already, and rows owe for them (`model.deferred`).
-    """
+def test_counts_are_those_of_a_slow_reference() -> None:
+    """Weights, sampled negatives, fractional labels, corrections both ways, keys that an example has more than once."""
     rng = np.random.default_rng(1)
     batch, labels = records(240)
     labels[::11] = 0.25
     weights = rng.choice([0.5, 1.0, 2.0], 240).astype(np.float32)
     corrects = (rng.random(240) < 0.3) & (np.arange(240) >= 80)
-    labels[corrects] = 1.0 if late else rng.random(corrects.sum()) < 0.9
+    labels[corrects] = rng.random(corrects.sum()) < 0.9
     learner = learner_of()
     learner.negative_rate = 0.25
     expected: dict[int, list[float]] = {}
     base = [0.0, 0.0]
     for start in range(0, 240, 40):
-        part = slice(start, start + 40)
-        times_ms = np.arange(start, start + 40) * 100.0 if late else None
+        part, times_ms = slice(start, start + 40), np.arange(start, start + 40) * 100.0
         learner.learn(batch.slice(start, start + 40), labels[part], weights[part], corrects[part], times_ms)
         for row in range(start, start + 40):
             y, w = float(labels[row]), float(weights[row])
@@ -78,13 +73,11 @@ def test_counts_are_those_of_a_slow_reference(late: bool) -> None:
                 counts[1] += more[1]
         for counts in (base, *expected.values()):
             counts[1] = max(counts[1], 0.0)
-    found, trainer = counts_of(learner), learner.trainer_state()
-    owed = dict(zip(found, trainer["deferred.owed"].tolist(), strict=True))
-    assert (min(owed.values()) >= 0) and (max(owed.values()) > 0.5) == late
+    found = counts_of(learner)
     assert found.keys() == expected.keys()
-    for key, (n, c) in expected.items():
-        assert found[key] == pytest.approx((n, c + owed[key]), rel=1e-5, abs=1e-4)
-    assert counted(learner) == pytest.approx((base[0], base[1] + float(trainer["deferred.bias"][0])), rel=1e-5)
+    for key, counts in expected.items():
+        assert found[key] == pytest.approx(counts, rel=1e-5, abs=1e-4)
+    assert counted(learner) == pytest.approx(base, rel=1e-5)
 
 
 def test_lift_is_the_logit_of_a_smoothed_rate_less_that_of_the_base_rate() -> None:
@@ -164,7 +157,7 @@ def test_a_key_without_a_row_reads_nothing_and_counts_nothing() -> None:
     found = history.read(elements, gathered, labels, None, back, 1.0, None, own)
     expected = row_numbers(torch.tensor([[2.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), history.base)
     torch.testing.assert_close(found, expected)
-    history.keep(None)
+    history.keep()
     assert counts_of(learner) == {5: (3.0, 2.0), 8: (2.0, 1.0)}
     assert counted(learner) == (5.0, 4.0), "among all examples it counts"
 
