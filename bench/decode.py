@@ -22,12 +22,20 @@ import numpy.typing as npt
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import report, warn_if_busy
-from bench.crosses import PAIRS
 from deploy.datasets import open_data_set
 from model.features import FeatureDecoder
 from model.schema import FeatureSchema, FieldSpec
 
 IMPRESSIONS = 8_192
+PAIRS = {
+    "user-tag": ("user_id", "tag"),
+    "user-tab": ("user_id", "tab"),
+    "user-author": ("user_id", "author_id"),
+    "user-duration": ("user_id", "duration"),
+    "video-tab": ("video_id", "tab"),
+    "tab-duration": ("tab", "duration"),
+}
+"""Name of each cross → the fields that it combines."""
 
 
 def made() -> tuple[list[bytes], npt.NDArray[np.int64], dict[str, FeatureSchema]]:

@@ -3,17 +3,16 @@
     .venv/bin/python bench/rollback.py                              # 20 scorers, 100,000 rows, 100 rounds, about 8 minutes
     .venv/bin/python bench/rollback.py --scorers 5 --rounds 20
 
-Each scorer is a process of its own (`headrace run scorer`). A stand-in for the trainer publishes a delta of some 1,000 rows
-every 250 ms, with the dense weights as often as `snapshots.dense_interval_ms` says, and keeps what each point of the chain
-scores. A client asks for scores at a steady rate. Broker, scorers, trainer,
-client and operator share the machine.
+Each scorer is a process (`headrace run scorer`). A stand-in for the trainer publishes a delta of some 1,000 rows every 250 ms,
+with dense weights by `snapshots.dense_interval_ms`, and keeps what each point of the chain scores. A client asks for scores at
+a steady rate. Broker, scorers, trainer, client and operator share the machine.
 
 A round is a rollback to version 1, exactly as `headrace snapshot rollback --to 1` does it, and then `resume`. Both are timed
 from their beginning, connecting to Kafka included, to the confirmation of the last scorer. Then all answers are looked at:
 
 - `lost`: requests without an answer; `twice`: with more than one;
 - `mixed`: answers with a score that isn't the score of the version and delta that they name;
-- `late`: answers by other weights than version 1 that came after all had confirmed the rollback, before `resume`.
+- `late`: answers by other weights than version 1 after all had confirmed the rollback, before `resume`.
 """
 
 from __future__ import annotations
@@ -66,8 +65,7 @@ FIELDS, DIM, HIDDEN = 39, 16, (400, 400, 400)
 PROBES, CANDIDATES = 40, 10  # distinct requests
 DELTA_S, DELTA_ROWS = 0.25, 26  # examples of a delta: each touches 39 rows
 TIMEOUT_MS = 60_000
-SETTLE_S = 0.5  # between two operations
-READY_S = 600.0
+SETTLE_S, READY_S = 0.5, 600.0  # between two operations; until all scorers are ready
 # Scores are sent with 8 digits after the point, and a batch of another shape adds in another order.
 CLOSE = 2e-6
 

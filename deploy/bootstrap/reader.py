@@ -197,8 +197,7 @@ def _serve(pipe: Connection) -> None:
         row = request.first_row
         for chunk in history(source, data_set, row):
             decoded = decoder.impressions(
-                [b'{"impression_id":"","timestamp":0,"features":%b}' % each for each in chunk.features],
-                chunk.timestamps_ms,
+                [b'{"impression_id":"","timestamp":0,"features":%b}' % each for each in chunk.features], chunk.timestamps_ms
             )
             if decoded.bad:
                 first = decoded.bad[0]

@@ -153,12 +153,12 @@ def simulation_of(pairs: Sequence[str], count: int | None) -> Simulation:
 
 
 def without(base: Plan, name: str) -> Plan:
-    """The same run without a field.
+    """The same run without a field, and without crosses of it.
 
     Raises:
         ConfigError: the run has no such field, or no other.
     """
-    fields = tuple(spec for spec in base.settings.features.fields if spec.name != name)
+    fields = tuple(spec for spec in base.settings.features.fields if spec.name != name and name not in spec.of)
     if len(fields) == len(base.settings.features.fields) or not fields:
         names = ", ".join(spec.name for spec in base.settings.features.fields)
         raise ConfigError(f"--without: expected one of several fields ({names}), found {name!r}. Correct the option.")
@@ -166,4 +166,9 @@ def without(base: Plan, name: str) -> Plan:
 
 
 def _with_fields(settings: Settings, features: FeatureSchema, fields: tuple[FieldSpec, ...]) -> Settings:
-    return settings.model_copy(update={"features": features.model_copy(update={"fields": fields})})
+    try:
+        schema = FeatureSchema(fields=fields, embedding_dim=features.embedding_dim, timezone=features.timezone)
+    except ValidationError as error:
+        found = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"features: {found}. Correct the fields of the run.") from error
+    return settings.model_copy(update={"features": schema})

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import msgspec
 import numpy as np
@@ -121,7 +119,7 @@ def simulated(
     for batch in batches:
         features = batch.features if permuted is None else _permuted(batch.features, permuted, rng)
         decoded.append(_decoded(decoder, _events(batch.times_ms, features), batch.times_ms))
-        names.add(decoded[-1], features, batch.times_ms)
+        names.add(decoded[-1], features)
     return Stream(
         name=name,
         schema=decoder.schema,
@@ -174,7 +172,7 @@ def from_data_set(
         if permuted is not None:
             chunk = replace(chunk, features=_permuted(chunk.features, permuted, rng))
         batch = _decoded(decoder, impressions(chunk, range(len(chunk)), {}), chunk.timestamps_ms, data_set.name)
-        names.add(batch, chunk.features, chunk.timestamps_ms)
+        names.add(batch, chunk.features)
         batches.append(batch)
         shown_ms.append(chunk.timestamps_ms)
         clicked_ms.append(np.where(chunk.clicked, chunk.click_timestamps_ms, -1))
@@ -229,25 +227,17 @@ class _Names:
 
     def __init__(self, schema: FeatureSchema, named: Collection[str]) -> None:
         self._columns = {spec.name: index for index, spec in enumerate(schema.singles) if spec.name in named}
-        self._specs = {spec.name: spec for spec in schema.singles}
-        self._schema = schema
         self.values: dict[str, dict[int, str]] = {name: {} for name in self._columns}
 
-    def add(self, batch: FeatureBatch, features: Sequence[bytes], times_ms: Int64s) -> None:
+    def add(self, batch: FeatureBatch, features: Sequence[bytes]) -> None:
         """Note the values of keys that were not seen before. A bucket of numbers is named by the first number in it."""
         for name, column in self._columns.items():
             known = self.values[name]
             keys, firsts = np.unique(batch.keys[:, column], return_index=True)
             for key, row in zip(keys.tolist(), firsts.tolist(), strict=True):
                 if key not in known:
-                    known[key] = self._text(name, msgspec.json.decode(features[row]), int(times_ms[row]))
+                    known[key] = _text(msgspec.json.decode(features[row]).get(name))
 
-    def _text(self, name: str, features: dict[str, Any], time_ms: int) -> str:
-        spec = self._specs[name]
-        if spec.kind == "cross":
-            return " × ".join(self._text(part.name, features, time_ms) for part in self._schema.parts(spec))
-        if spec.is_sent:
-            value = features.get(name)
-            return "missing" if value is None else str(value)
-        when = datetime.fromtimestamp(time_ms / 1_000, ZoneInfo(self._schema.timezone))
-        return str(when.hour if spec.kind == "hour" else when.weekday())
+
+def _text(value: object) -> str:
+    return "missing" if value is None else str(value)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import NamedTuple
 
 from state.background import within
 from state.errors import SnapshotCorrupt, SnapshotError
 from state.store import SnapshotStore
 from stream.registry.requests import Checked
 
-__all__ = ["check_store"]
+__all__ = ["Check", "check_store", "checked_meanwhile"]
 
 log = logging.getLogger(__name__)
 
 # The hashes of a version whose serving files are larger aren't checked before a rollback: 0.3 s of reading and hashing, so that
 # a rollback stays below a second. Scorers check them when they load the version, and never serve a damaged one.
 CHECK_BYTES = 150_000_000
-# Longest wait for each answer of the store before a rollback goes on without it.
+# Longest wait for the store before a rollback goes on without a check.
 CHECK_S = 2.0
+
+Check = Callable[[int], Awaitable[Checked]]
+"""Waits for the check of a version. Raises SnapshotError if the version isn't whole."""
 
 
 async def check_store(store: SnapshotStore | None, version: int, *, hashes: bool = False) -> Checked:
@@ -31,16 +38,44 @@ async def check_store(store: SnapshotStore | None, version: int, *, hashes: bool
     if store is None:
         return "nothing"
     try:
-        problems = await within(CHECK_S if hashes else None, lambda: store.verify(version, hashes=False))
-        if not problems and hashes and (await within(CHECK_S, lambda: store.manifest(version))).serving_size <= CHECK_BYTES:
-            problems = await within(CHECK_S, lambda: store.verify(version, serving_only=True))
-        else:
-            hashes = False
-        if problems:
-            raise SnapshotCorrupt(problems[0])
+        found = await within(CHECK_S if hashes else None, lambda: _check(store, version, hashes=hashes))
+        if found.problems:
+            raise SnapshotCorrupt(found.problems[0])
     except SnapshotError as error:
         raise type(error)(f"{error} Nothing was changed; --unchecked goes there all the same.") from error
     except TimeoutError:
         log.warning("version %d: %s did not answer within %g s, so its files are not checked", version, store.url, CHECK_S)
         return "nothing"
-    return "hashes" if hashes else "sizes"
+    return "hashes" if found.hashed else "sizes"
+
+
+@asynccontextmanager
+async def checked_meanwhile(store: SnapshotStore | None, known: int | None) -> AsyncIterator[Check]:
+    """Begin to check a version that is known already, by hashes too. The result waits for the check of a version.
+
+    A version other than `known` is checked when the result is called.
+    """
+    early = None if known is None else asyncio.ensure_future(check_store(store, known, hashes=True))
+
+    async def check(version: int) -> Checked:
+        return await (check_store(store, version, hashes=True) if early is None or version != known else early)
+
+    try:
+        yield check
+    finally:
+        if early is not None:
+            early.cancel()
+            await asyncio.gather(early, return_exceptions=True)
+
+
+class _Found(NamedTuple):
+    problems: list[str]
+    hashed: bool
+
+
+def _check(store: SnapshotStore, version: int, *, hashes: bool) -> _Found:
+    """All in one thread: where scorers and a broker keep every core busy, each change of threads waits for a core."""
+    problems = store.verify(version, hashes=False)
+    if problems or not hashes or store.manifest(version).serving_size > CHECK_BYTES:
+        return _Found(problems, hashed=False)
+    return _Found(store.verify(version, serving_only=True), hashed=True)

@@ -30,7 +30,7 @@ from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import RegistryError
 from stream.records.heartbeat import Heartbeat
-from stream.registry.checking import check_store
+from stream.registry.checking import Check, check_store, checked_meanwhile
 from stream.registry.collect import Collected, CollectionPlan, collect, plan_collection
 from stream.registry.gone_back import gone_back_in_time
 from stream.registry.heartbeat import Confirmations, HeartbeatReader
@@ -150,13 +150,19 @@ class Operations:
         request = what.request if isinstance(what, Plan) else what
         if not isinstance(request, RollbackRequest):
             raise TypeError(f"expected a plan of a RollbackRequest, found one of {request!r}. Call promote with the request.")
-        async with self._connected(lambda writer: self._goal(writer, what, request)) as here:
+        known = what.version if isinstance(what, Plan) else request.to
+        async with (
+            checked_meanwhile(self._store, known) as check,
+            self._connected(lambda writer: self._goal(writer, what, request, check)) as here,
+        ):
             goal = here.answer
             written = here.writer.rollback(goal.target, request.reason, goal.rewinding)
             done = await self._moved(written, began, here.scorers, request.timeout_ms)
         return done if goal.rewinding is None else replace(done, skipped=goal.rewinding.skipped)
 
-    async def _goal(self, writer: RegistryWriter, what: RollbackRequest | Plan, request: RollbackRequest) -> _Goal:
+    async def _goal(
+        self, writer: RegistryWriter, what: RollbackRequest | Plan, request: RollbackRequest, check: Check
+    ) -> _Goal:
         """Where a rollback goes, checked in the store."""
         if isinstance(what, Plan):
             goal = _Goal(what.version, Rewinding(what.skipped or ()) if request.rewind else None)
@@ -166,7 +172,7 @@ class Operations:
                 goal = _Goal(target, await self._rewinding(target, request))
             except Refused as error:
                 raise RegistryError(str(error)) from error
-        await check_store(self._store, goal.target, hashes=True)
+        await check(goal.target)
         return goal
 
     async def hold(self, reason: str) -> Held:

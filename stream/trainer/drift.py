@@ -36,7 +36,8 @@ class Drift:
     """
 
     def __init__(self, schema: FeatureSchema, settings: SnapshotSettings) -> None:
-        single, lists = schema.singles, schema.lists
+        single = schema.singles
+        lists = schema.lists
         self._missing = np.array([missing_key(field.hash_space) for field in single], np.int64)
         self._missing_lists = np.array([missing_key(field.hash_space) for field in lists], np.int64)
         self._settings, self._fields = settings, [field.name for field in (*single, *lists)]
