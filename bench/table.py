@@ -104,10 +104,10 @@ def growth(first: int, last: int, evicting: bool) -> Figures:
             delta_due_s = time.perf_counter() + INTERVAL_S
     steps, cpu_steps = np.array(seconds), np.array(cpu)
     edge = len(steps) // 20
-    pauses = over_median(steps)
-    worst = np.argsort(pauses)[::-1][:5]
-    told = ", ".join(f"{pauses[i] * 1e3:.0f} ms at {rows[i]:,}{' (growing)' if begun[i] else ''}" for i in worst)
-    print(f"longest pauses: {told}", file=sys.stderr)
+    pauses, cpu_pauses = over_median(steps), over_median(cpu_steps)
+    worst = np.argsort(cpu_pauses)[::-1][:5]
+    told = ", ".join(f"{cpu_pauses[i] * 1e3:.0f} ms at {rows[i]:,}{' (growing)' if begun[i] else ''}" for i in worst)
+    print(f"longest pauses of CPU time: {told}", file=sys.stderr)
     growing = np.array(begun)
     return {
         "step_ms_first": round(float(np.median(steps[:edge])) * 1e3, 2),
@@ -122,7 +122,7 @@ def growth(first: int, last: int, evicting: bool) -> Figures:
         "cpu_ms_last": round(float(np.median(cpu_steps[-edge:])) * 1e3, 2),
         "cpu_ratio": round(float(np.median(cpu_steps[-edge:]) / np.median(cpu_steps[:edge])), 3),
         "cpu_ms_growing": round(float(np.median(cpu_steps[growing])) * 1e3, 2) if growing.any() else 0.0,
-        "pause_cpu_ms": round(float(over_median(cpu_steps).max()) * 1e3, 1),
+        "pause_cpu_ms": round(float(cpu_pauses.max()) * 1e3, 1),
         "steps": len(steps),
     }
 
