@@ -19,8 +19,9 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
-from deploy.doctor.readings import Committed, LogReading, Partition, Readings, SampledLetter, Tail
+from deploy.doctor.readings import Challenger, Committed, LogReading, Partition, Readings, SampledLetter, Tail
 from deploy.settings import Settings
+from state.comparison import Comparison
 from state.errors import SnapshotError
 from state.registry import RegistryState
 from state.store import SnapshotStore
@@ -75,8 +76,15 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
         NoAnswer: Kafka can't be reached.
         TopicError: the configuration of a topic may not be read.
     """
-    names = TopicNames.of(settings.topics)
-    found = await asyncio.to_thread(find_topics, settings.kafka, settings.topics)
+    main = TopicNames.of(settings.topics)
+    try:
+        tracks = await read_registry(settings.kafka, main)
+    except (KafkaError, StreamError):
+        tracks = RegistryState()  # the reader of the registry reports it
+    track = tracks.serving.track
+    names = main.of_track(track)
+    settings = settings.model_copy(update={"snapshots": settings.snapshots.on_track(track)})
+    found = await asyncio.to_thread(find_topics, settings.kafka, settings.topics, track)
     shorts = {_full(names, short): short for short in MEASURED}
     there = {shorts[name]: topic for name, topic in found.items() if name in shorts}
     readings = Readings(
@@ -84,7 +92,9 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
         join_settings=settings.join,
         snapshots=settings.snapshots,
         prefix=names.prefix,
-        differences=differences(topic_contracts(settings.topics), found),
+        differences=differences(topic_contracts(settings.topics, track), found),
+        track=track,
+        challengers=await _challengers(settings, main, tracks),
         partitions={short: topic.partitions for short, topic in there.items()},
         configs={short: topic.configs for short, topic in there.items()},
     )
@@ -93,6 +103,20 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
         return await reader.read(readings, sample)
     finally:
         await reader.close()
+
+
+async def _challengers(settings: Settings, main: TopicNames, tracks: RegistryState) -> list[Challenger]:
+    found = []
+    for track in tracks.tracks.values():
+        if not track.share or track.name == tracks.serving.track:
+            continue
+        try:
+            comparison = (await read_registry(settings.kafka, main.of_track(track.name))).comparison
+        except (KafkaError, StreamError):
+            comparison = Comparison()
+        counts = comparison.of.split("/")[0] == track.share_operation
+        found.append(Challenger(track, comparison.at_ms if counts else 0))
+    return found
 
 
 class _Reader:
@@ -188,7 +212,8 @@ class _Reader:
                 time.sleep(RETRY_S)
 
     def _group(self, worker: str) -> str:
-        return f"{self._names.prefix}{getattr(self._settings, worker).group}"
+        suffix = self._names.suffix if worker == "trainer" else ""
+        return f"{self._names.prefix}{getattr(self._settings, worker).group}{suffix}"
 
     async def _offsets(self, worker: str, shorts: Iterable[str]) -> dict[Partition, OffsetAndMetadata]:
         partitions = {self._tp(partition): partition for partition in self._partitions if partition[0] in shorts}
@@ -232,7 +257,7 @@ class _Reader:
         if self._names.scorers not in self._all:
             return []
         try:
-            async with HeartbeatReader(self._settings.kafka, self._names) as scorers:
+            async with HeartbeatReader(self._settings.kafka, self._names, every_track=True) as scorers:
                 return await scorers.live()
         except (KafkaError, StreamError) as error:
             self._not_read("the scorers' heartbeats", error)

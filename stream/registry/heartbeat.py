@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
+from state.tracks import MAIN
 from stream.errors import NoAnswer
 from stream.kafka.clients import STOP_S, aiokafka_options, answer, quietly_stopped, started, unreachable
 from stream.kafka.cluster import missing_topic, partition_counts
@@ -24,6 +26,7 @@ from stream.records.heartbeat import (
     DEFAULT_HEARTBEAT_MS,
     Heartbeat,
     Mark,
+    ShadowBeat,
     encode_heartbeat,
     live_limit_ms,
     read_heartbeat,
@@ -129,6 +132,9 @@ class HeartbeatSender:
         weights: Weights | None = None,
         candidate: int | None = None,
         candidate_problem: str = "",
+        track: str = MAIN,
+        main_offset: int = 0,
+        shadows: tuple[ShadowBeat, ...] = (),
     ) -> None:
         """Send one heartbeat. Returns when the brokers have it; does nothing after `close`.
 
@@ -160,6 +166,9 @@ class HeartbeatSender:
             problem=weights.problem[:MAX_REASON],
             candidate=candidate,
             candidate_problem=candidate_problem[:MAX_REASON],
+            track=track,
+            main_offset=main_offset,
+            shadows=tuple(replace(each, problem=each.problem[:MAX_REASON]) for each in shadows),
         )
         key, value = encode_heartbeat(beat)
         sent = self._producer.send_and_wait(self._topic, key=key, value=value)
@@ -178,16 +187,21 @@ class HeartbeatSender:
 
 
 class HeartbeatReader:
-    """Reads all scorers' heartbeats. Writes nothing.
+    """Reads the heartbeats of the scorers that answer with a track. Writes nothing.
 
     ```python
     async with HeartbeatReader(settings.kafka, names) as scorers:
         live = await scorers.live()
     ```
+
+    Args:
+        names: of the track.
+        every_track: read those of all scorers, whatever they answer with.
     """
 
-    def __init__(self, kafka: KafkaSettings, names: TopicNames) -> None:
+    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, every_track: bool = False) -> None:
         self._kafka = kafka
+        self._track = None if every_track else names.track
         self._topic = names.scorers
         self._consumer: AIOKafkaConsumer = None
         self._partitions: list[TopicPartition] = []
@@ -292,7 +306,9 @@ class HeartbeatReader:
         alive = (
             last.beat
             for last in self._last.values()
-            if last.beat is not None and now_ms - last.at_ms <= live_limit_ms(last.beat)
+            if last.beat is not None
+            and now_ms - last.at_ms <= live_limit_ms(last.beat)
+            and self._track in (None, last.beat.track)
         )
         return sorted(alive, key=lambda beat: beat.worker)
 

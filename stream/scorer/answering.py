@@ -20,6 +20,7 @@ from stream.kafka.transport import Run
 from stream.records.record import Record
 from stream.scorer.answers import Answers, answer_requests
 from stream.scorer.candidate import CandidateKeeper
+from stream.scorer.challenger import Challengers
 from stream.scorer.freshness import Freshness
 from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
@@ -54,6 +55,7 @@ class Answering:
         self,
         swapper: Swapper,
         candidate: CandidateKeeper,
+        challengers: Challengers,
         outbox: Outbox,
         metrics: ScorerMetrics,
         freshness: Freshness,
@@ -65,7 +67,7 @@ class Answering:
         max_bytes: int,
     ) -> None:
         self._swapper, self._outbox, self._metrics, self._freshness = swapper, outbox, metrics, freshness
-        self._candidate = candidate
+        self._candidate, self._challengers = candidate, challengers
         self._worker_id, self._stale = worker_id, stale
         self._max_candidates, self._max_bytes = max_candidates, max_bytes
         self.answered: dict[int, int] = {}
@@ -170,6 +172,7 @@ class Answering:
             records,
             self._swapper.current,  # the same weights for the whole batch, whatever is swapped meanwhile
             trial=trial,
+            shadows=self._challengers.shadows,
             worker=self._worker_id,
             max_candidates=self._max_candidates,
             max_bytes=self._max_bytes,
@@ -179,6 +182,8 @@ class Answering:
         self._metrics.scored(answers, time.perf_counter() - began)
         if trial is not None:
             self._candidate.scored(trial, answers.by_candidate, answers.not_by_candidate)
+        for track, count in answers.by_shadow.items():
+            self._challengers.scored(track, *count)
         return answers
 
     def _acknowledged(self, batch: Batch) -> None:

@@ -50,6 +50,10 @@ CACHED_DELTAS = 1_000
 RETRY_S, MAX_RETRY_S = 0.5, 10.0
 
 
+# Reasons to replace the replica that don't depend on how far it is.
+AT_ONCE = ("memory", "track")
+
+
 class _Replace(Exception):
     """The replica must be replaced by a version; the text is a reason of `state.chain.REFUSALS`, or a problem's."""
 
@@ -87,6 +91,7 @@ class ChainFollower:
         self._registry, self._wanted, self._replace = RegistryState(), False, ""
         self._growing: Replica | None = None  # the replica that the log is read for; `replica` once it is no older than that
         self._news = asyncio.Event()
+        self._adopted: Replica | None = None  # what another follower has brought to the chain that is followed next
         self._uncovered_since: float | None = None
         self._follows_since_ms = 0  # when the first replica began to answer
         self._unreadable: set[int] = set()
@@ -101,13 +106,18 @@ class ChainFollower:
         self._replace = "memory"
         self._news.set()
 
+    def moved(self, replica: Replica | None) -> None:
+        """Another track serves: go on with this replica of its chain, or read one. The old one answers meanwhile."""
+        self._replace, self._adopted = "track", replica
+        self._news.set()
+
     async def run(self) -> None:
         """Follow, until cancelled."""
         failures = 0
         while True:
             self._news.clear()
             if not self._wanted:
-                self.replica, self._growing, self.problem, self._replace = None, None, "", ""
+                self.replica, self._growing, self._adopted, self.problem, self._replace = None, None, None, "", ""
                 self._metrics.stopped()
                 self._listener.dropped()
                 await self._news.wait()
@@ -126,6 +136,10 @@ class ChainFollower:
 
     async def _session(self) -> None:
         """Read a version where one is needed, and the log from there on. Returns when the log must be opened anew."""
+        if self._replace == "track" and self._adopted is not None:
+            await self._alone(lambda: None)  # behind what its former follower has begun to apply
+            self._growing, self._adopted, self._replace = self._adopted, None, ""
+            self._mark(self._growing)
         replica = self._growing
         if replica is not None and not self._replace:
             async with self._open_log(replica.offset) as deltas:
@@ -156,7 +170,7 @@ class ChainFollower:
     def _candidates(self, before: Replica | None) -> list[VersionRecord]:
         """The versions to begin with, the newest first. Where a chain broke, only those that have what broke it."""
         found, champion = starts(self._registry), self._registry.champion_record
-        if before is None or before.progress.broken is None or self._replace == "memory":
+        if before is None or before.progress.broken is None or self._replace in AT_ONCE:
             return found
         if champion is None or not before.covers(champion):
             return found
@@ -167,7 +181,7 @@ class ChainFollower:
 
         Where the log didn't lead on from the version before, the newest is taken, so that the same one isn't tried again.
         """
-        if found and self._replace in ("", "memory"):
+        if found and self._replace in ("", *AT_ONCE):
             newest = found[0]
             for record in (*found, *before_champion(self._registry)):
                 if record.chain != newest.chain or (newest.sequence or 0) - (record.sequence or 0) > CACHED_DELTAS:
@@ -251,8 +265,8 @@ class ChainFollower:
         Args:
             position: everything in the log before it has been taken.
         """
-        if self._replace == "memory":
-            raise _Replace("memory")
+        if self._replace in AT_ONCE:
+            raise _Replace(self._replace)
         champion, progress = self._registry.champion_record, replica.progress
         if champion is None or point_of(champion) is None:
             return  # nothing to follow: what is here goes on

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
+from state.tracks import MAIN
 from stream.errors import NoAnswer
 from stream.kafka.cluster import Cluster
 from stream.kafka.transport import Run
@@ -28,6 +29,7 @@ from stream.registry.heartbeat import HeartbeatSender, Weights
 from stream.scorer.answering import Answering
 from stream.scorer.candidate import CandidateKeeper
 from stream.scorer.chain_follower import ChainFollower
+from stream.scorer.challenger import Challengers
 from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
@@ -39,7 +41,7 @@ from stream.settings import KafkaSettings, ScorerSettings
 from stream.topics.names import TopicNames
 from stream.worker import Part, Worker, guarded
 
-__all__ = ["ScorerWorker"]
+__all__ = ["ScorerWorker", "ServingTrack"]
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +61,22 @@ class _Serving(NamedTuple):
     registry_offset: int
     candidate: int | None = None
     candidate_since_ms: int = 0
+    track: str = MAIN
+    main_offset: int = 0
+
+
+class ServingTrack(NamedTuple):
+    """The track that serves, and the offset after the change in the registry of `main` which says so, or later."""
+
+    track: str
+    main_offset: int
 
 
 class ScorerWorker(Worker):
     """One process of the scorer. Must be built inside a running event loop.
 
     Args:
+        serving: gives the track whose registry the swapper has, and the offset in that of `main` which says so.
         scoring: the thread that scores.
         scrub: checks the memory from time to time, until cancelled.
         stale: whether the registry couldn't be read to its end within the lease.
@@ -82,6 +94,8 @@ class ScorerWorker(Worker):
         cluster: Cluster,
         swapper: Swapper,
         candidate: CandidateKeeper,
+        challengers: Challengers,
+        serving: Callable[[], ServingTrack],
         follower: ChainFollower,
         scoring: ThreadPoolExecutor,
         scrub: Callable[[], Coroutine[Any, Any, None]],
@@ -106,10 +120,11 @@ class ScorerWorker(Worker):
         self._topic = names.score_requests
         self._swapper, self._stale, self._heartbeats, self._metrics = swapper, stale, heartbeats, metrics
         self._follower, self._scrub, self._candidate = follower, scrub, candidate
-        self._worker_id = worker_id
+        self._worker_id, self._challengers, self._serving = worker_id, challengers, serving
         self._answering = Answering(
             swapper,
             candidate,
+            challengers,
             outbox,
             metrics,
             freshness,
@@ -208,6 +223,7 @@ class ScorerWorker(Worker):
                 swapper.applied,
                 None if trial is None else trial.served.version,
                 self._candidate.since_ms,
+                *self._serving(),
             )
             same = (now.since_ms, now.candidate_since_ms) == (reported.since_ms, reported.candidate_since_ms)
             if same or await self._answering.begun_answered(interval_s):
@@ -224,6 +240,10 @@ class ScorerWorker(Worker):
                     weights=weights,
                     candidate=reported.candidate,
                     candidate_problem=self._candidate.problem,
+                    track=reported.track,
+                    # Nothing of the track's registry is in effect before its champion answers.
+                    main_offset=reported.main_offset if reported.registry_offset else 0,
+                    shadows=self._challengers.beats(time.time_ns() // 1_000_000),
                 )
             except (KafkaError, NoAnswer) as error:
                 log.warning("a heartbeat was not sent: %r", error)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from state.tracks import MAIN
 from stream.errors import TopicError
 from stream.settings import TopicSettings
 from stream.topics.names import TopicNames
@@ -53,8 +54,8 @@ class Difference(msgspec.Struct, frozen=True):
     cure: str
 
 
-def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
-    """The nine contracts, in the order in which records flow.
+def topic_contracts(settings: TopicSettings, track: str = MAIN) -> tuple[TopicContract, ...]:
+    """The nine contracts, in the order in which records flow; then those of the track's own topics.
 
     Raises:
         TopicError: min_insync_replicas is larger than replication_factor.
@@ -93,6 +94,15 @@ def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
         }
         return TopicContract(name, partitions, settings.replication_factor, configs | kept, partitions_setting)
 
+    own = names.of_track(track)
+    of_track = (
+        ()
+        if track == MAIN
+        else (
+            contract(own.deltas, None, settings.deltas_max_message_bytes, deltas),
+            contract(own.snapshots, None, source, snapshots),
+        )
+    )
     return (
         contract(names.impressions, events, source, deleted),
         contract(names.clicks, events, source, deleted),
@@ -103,4 +113,5 @@ def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
         contract(names.deltas, None, settings.deltas_max_message_bytes, deltas),
         contract(names.snapshots, None, source, snapshots),
         contract(names.scorers, None, source, scorers),
+        *of_track,
     )

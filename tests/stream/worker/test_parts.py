@@ -24,7 +24,7 @@ CLUSTER = Cluster("c", {}, {NAMES.score_requests: 2})
 
 _UNUSED = (
     *("snapshots", "store", "go_back", "decoder", "skew", "letters", "deltas", "registry"),
-    *("follower", "canary", "metrics", "table_metrics"),
+    *("follower", "canary", "challenge", "tracks", "metrics", "table_metrics"),
 )
 
 
@@ -57,7 +57,19 @@ def scorer(positions: dict[int, int]) -> Any:
         max_bytes=1,
         cluster=CLUSTER,
         **dict.fromkeys(  # type: ignore[arg-type]
-            ("swapper", "follower", "scoring", "candidate", "scrub", "outbox", "heartbeats", "metrics", "freshness")
+            (
+                "swapper",
+                "follower",
+                "scoring",
+                "candidate",
+                "challengers",
+                "serving",
+                "scrub",
+                "outbox",
+                "heartbeats",
+                "metrics",
+                "freshness",
+            )
         ),
     )
     worker._answering.answered = positions
