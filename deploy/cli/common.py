@@ -23,6 +23,7 @@ __all__ = [
     "echo_json",
     "format_option",
     "model_option",
+    "on_named_track",
     "on_terminal",
     "quiet_clients",
     "track_option",
@@ -152,6 +153,12 @@ def with_track(settings: Settings) -> Settings:
     """The settings with `snapshots.track` replaced, if --track names one."""
     name = click.get_current_context().meta.get(_TRACK)
     return settings if name is None else settings.model_copy(update={"snapshots": settings.snapshots.on_track(name)})
+
+
+def on_named_track(command: str) -> str:
+    """A command of `headrace snapshot`, with the track that --track names."""
+    name = click.get_current_context().meta.get(_TRACK)
+    return command if name is None else command.replace("headrace snapshot ", f"headrace snapshot --track {name} ", 1)
 
 
 def echo_json(value: Any) -> None:

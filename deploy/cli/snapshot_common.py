@@ -19,6 +19,7 @@ __all__ = [
     "command_settings",
     "operations_of",
     "reason_option",
+    "require_serving",
     "resolve",
     "settings_for",
     "stored_settings",
@@ -75,6 +76,26 @@ def stored_settings(*versions: int) -> Settings:
             "`headrace model compare` lists the tracks."
         )
     return settings.model_copy(update={"snapshots": settings.snapshots.on_track(found[0])})
+
+
+def require_serving(settings: Settings, what: str) -> None:
+    """Raise RegistryError where another track serves than the one that is named.
+
+    Args:
+        what: what only the track that serves can have.
+    """
+    from stream.errors import RegistryError
+    from stream.registry.track_operations import serving_track
+
+    named = stored_settings().snapshots.track
+    if not named:
+        return
+    track = ask_kafka(settings, serving_track(settings.kafka, topic_names(settings)), ABOUT)
+    if track != named:
+        raise RegistryError(
+            f"track {named}: expected the track that serves for a {what}, found that {track} does. `headrace model shadow "
+            f"{named} --share …` lets another track score requests."
+        )
 
 
 def settings_for(*versions: str) -> Settings:

@@ -123,8 +123,8 @@ class Challengers:
 
     @property
     def size(self) -> int:
-        """Bytes of their weights in memory."""
-        return sum(each.size for each in self._tracks.values())
+        """Bytes of their weights in memory. Threads that load ask for it, too."""
+        return sum(each.size for each in list(self._tracks.values()))
 
     @property
     def shadows(self) -> Sequence[Shadow]:
@@ -152,6 +152,8 @@ class Challengers:
 
     def want(self, found: list[Challenging]) -> None:
         """Take the tracks that have a share, with their registries."""
+        if not found and not self._tracks:
+            return
         wanted = {each.track.name: each for each in found}
         for name in self._tracks.keys() - wanted.keys():
             self._end(name)

@@ -150,11 +150,11 @@ async def run_scorer(
         aside = room and (_has_chain(state) or follower.replica is not None)
         follower.want(state, follows(state) or aside)
 
-    serving = ServingTrack(MAIN, 0)
+    serving: ServingTrack | None = None
 
     def on_change(view: ServingView) -> None:
         nonlocal serving
-        state, moved = view.state, view.track != serving.track
+        state, moved = view.state, serving is not None and view.track != serving.track
         serving = ServingTrack(view.track, view.main_position)
         if moved:
             swapper.applied = 0  # an offset of the registry of the track before
@@ -208,7 +208,7 @@ async def run_scorer(
             swapper=swapper,
             candidate=candidate,
             challengers=challengers,
-            serving=lambda: serving,
+            serving=lambda: serving or ServingTrack(MAIN, 0),
             follower=follower,
             scoring=scoring,
             scrub=lambda: scrub_regularly(in_memory, damaged, following_metrics, scrub_s=settings.scrub_s),

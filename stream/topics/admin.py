@@ -124,7 +124,8 @@ def differences(contracts: Sequence[TopicContract], found: Mapping[str, Found]) 
     for contract in contracts:
         topic = found.get(contract.name)
         if topic is None:
-            problems.append(Difference(contract.name, "topic", "present", "absent", "headrace topics create"))
+            track = "" if contract.track == MAIN else f" --track {contract.track}"
+            problems.append(Difference(contract.name, "topic", "present", "absent", f"headrace topics create{track}"))
             continue
         if topic.partitions != contract.partitions:
             cure = _partitions_cure(contract, topic.partitions)

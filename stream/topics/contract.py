@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -42,6 +42,8 @@ class TopicContract:
     configs: dict[str, str]
     partitions_setting: str | None
     """The setting that gives the number of partitions; None where the number is fixed."""
+    track: str = MAIN
+    """The track that has the topic for itself; `main` for those that all share, too."""
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -99,8 +101,8 @@ def topic_contracts(settings: TopicSettings, track: str = MAIN) -> tuple[TopicCo
         ()
         if track == MAIN
         else (
-            contract(own.deltas, None, settings.deltas_max_message_bytes, deltas),
-            contract(own.snapshots, None, source, snapshots),
+            replace(contract(own.deltas, None, settings.deltas_max_message_bytes, deltas), track=track),
+            replace(contract(own.snapshots, None, source, snapshots), track=track),
         )
     )
     return (
