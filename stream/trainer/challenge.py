@@ -29,8 +29,8 @@ from state.gate_blocks import FloatArray
 from state.registry import RegistryState
 from state.tracks import Track, numbers_of
 from stream.registry.writer import RegistryWriter
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.bookkeeping import State, from_json, to_json
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import counts
 from stream.trainer.remembered import Remembered, logits_of
 
@@ -114,7 +114,7 @@ class ChallengeWatch:
         self._bins = np.zeros((2, 2, BINS))  # this track's and theirs; negatives and positives; by logit
         self._impressions, self._since_ms, self._version = 0.0, 0, -1
         self._remembered: Remembered | None = None
-        self._observed: list[TrainingBatch] = []
+        self._observed: list[ExampleColumns] = []
         self._rows = 0
         self._written_s = 0.0
 
@@ -131,7 +131,7 @@ class ChallengeWatch:
             if self._evidence.of != of:
                 self._begin(Evidence(of=of, mode="shadow"))
 
-    def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
+    def observe(self, batch: ExampleColumns, scores: npt.NDArray[np.float32]) -> None:
         """Take a batch that was learned."""
         if not self._against or batch.shadow_versions is None:
             return
@@ -216,7 +216,7 @@ class ChallengeWatch:
             self._count(_Rows(*(np.concatenate(column) for column in zip(*parts, strict=True))))
             self._evidence.close_stretch()
 
-    def _scored_by_both(self, batch: TrainingBatch) -> _Rows | None:
+    def _scored_by_both(self, batch: ExampleColumns) -> _Rows | None:
         versions, shadows = batch.shadow_versions, batch.shadow_scores
         if versions is None or shadows is None:
             return None

@@ -17,8 +17,8 @@ from state.comparison import Comparison
 from state.registry import RegistryState
 from state.tracks import MAIN, NUMBERS, Serving, Track, Turn
 from stream.trainer import challenge as module
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.challenge import ChallengeMetrics, ChallengeWatch
+from stream.trainer.columns import ExampleColumns
 from tests.stream.trainer.factory import columns
 
 RNG = np.random.default_rng(11)
@@ -47,10 +47,10 @@ def watch(prometheus: CollectorRegistry | None = None, **changed: Any) -> Challe
 
 def batch(
     labels: Any, mine: Any, theirs: Any, *, ids: Any = None, version: int = NUMBERS + 4, corrects: Any = None, rates: Any = None
-) -> TrainingBatch:
+) -> ExampleColumns:
     rows = len(labels)
     hashed = np.arange(rows) if ids is None else np.asarray(ids)
-    return TrainingBatch(
+    return ExampleColumns(
         batch=columns(range(rows)).batch,
         labels=np.asarray(labels, np.float32),
         weights=None,
@@ -75,7 +75,7 @@ def drawn(rows: int = 4_000) -> tuple[Any, Any, Any]:
     return labels, chance.astype(np.float32), np.clip(chance * RNG.uniform(0.5, 1.6, rows), 0.01, 0.95).astype(np.float32)
 
 
-def observe(watched: ChallengeWatch, *batches: TrainingBatch) -> Comparison:
+def observe(watched: ChallengeWatch, *batches: ExampleColumns) -> Comparison:
     for each in batches:
         watched.observe(each, each.served)
     return watched.comparison(5)
