@@ -50,13 +50,13 @@ BINS_A_UNIT, BINS = 128, 4_096
 class ChallengeMetrics:
     """Registered once in a trainer."""
 
-    def __init__(self, prometheus: CollectorRegistry, track: str) -> None:
+    def __init__(self, prometheus: CollectorRegistry) -> None:
         self._serves = Gauge(
             "headrace_trainer_track_serves",
             "Whether scorers answer with this trainer's track: 1, or 0.",
             ["track"],
             registry=prometheus,
-        ).labels(track)
+        )
         self._clicks = Gauge(
             "headrace_trainer_challenge_clicks",
             "Clicks on impressions that both this trainer's track and the one that serves have scored.",
@@ -75,9 +75,9 @@ class ChallengeMetrics:
         )
         self.compared(None)
 
-    def serves(self, serves: bool) -> None:
+    def serves(self, track: str, serves: bool) -> None:
         """Note whether the trainer's track serves."""
-        self._serves.set(serves)
+        self._serves.labels(track).set(serves)
 
     def compared(self, found: Comparison | None) -> None:
         """Note what is known of the track's share; None without one."""
@@ -121,7 +121,7 @@ class ChallengeWatch:
     def follow(self, tracks: RegistryState) -> None:
         """Take the registry of `main`. Another share, or another track that serves, begins the comparison anew."""
         mine, serving = tracks.tracks.get(self._name), tracks.serving
-        self._metrics.serves(serving.track == self._name)
+        self._metrics.serves(self._name, serving.track == self._name)
         with self._lock:
             if mine is None or not mine.share or serving.track == self._name:
                 self._against, self._remembered, self._observed, self._rows = "", None, [], 0

@@ -228,7 +228,7 @@ class _Trainer:
 
         self.skew = SkewCheck(reference, scored_by, metrics, as_served=partial(as_served, schema=self.schema))
         self.canary = CanaryWatch(CanaryMetrics(self.prometheus))
-        self.challenge = ChallengeWatch(self.track, ChallengeMetrics(self.prometheus, self.track.name))
+        self.challenge = ChallengeWatch(self.track, ChallengeMetrics(self.prometheus))
         return TrainerWorker(
             kafka=self.kafka,
             cluster=self.cluster,

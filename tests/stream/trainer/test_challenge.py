@@ -40,7 +40,7 @@ def registry(share: float = 0.1, *, operation: str = "share", serving: str = MAI
 
 
 def watch(prometheus: CollectorRegistry | None = None, **changed: Any) -> ChallengeWatch:
-    made = ChallengeWatch(WIDE, ChallengeMetrics(prometheus or CollectorRegistry(), "wide"))
+    made = ChallengeWatch(WIDE, ChallengeMetrics(prometheus or CollectorRegistry()))
     made.follow(registry(**changed))
     return made
 
@@ -138,7 +138,7 @@ def test_a_restart_goes_on_with_what_was_counted() -> None:
     before = watch()
     observe(before, batch(labels[:600], mine[:600], theirs[:600]))
     saved = before.state()
-    after = ChallengeWatch(WIDE, ChallengeMetrics(CollectorRegistry(), "wide"))
+    after = ChallengeWatch(WIDE, ChallengeMetrics(CollectorRegistry()))
     after.restore(saved)
     after.follow(registry())
     found = observe(after, batch(labels[600:], mine[600:], theirs[600:], ids=np.arange(600, 1_000)))
