@@ -1,5 +1,7 @@
 """The registry of versions: the records of the topic `snapshots`, and the state that they add up to. No Kafka, no clock.
 
+This file is long because the records of versions and of the champion stand beside the state that is asked about them.
+
 The topic is compacted, so the state is the last value of each key:
 
 - `version/N`: one announced version;

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from state.canary import Mode
     from stream.registry.canary_operations import CanaryOperations, CanaryPlan, CanaryRequest, CanaryStopped
 
-__all__ = ["canary", "shadow", "watch"]
+__all__ = ["SHARE", "canary", "shadow", "watch"]
 
 # A scorer didn't confirm in time that the candidate takes no part any more, as after `headrace snapshot rollback`.
 EXIT_UNCONFIRMED = 3

@@ -2,6 +2,8 @@
 
 The amount read of a topic is bounded: the newest `sample` records over all partitions, and single records at offsets of
 interest, for their arrival times.
+
+This file is long because one reader, with one consumer, reads it all.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
-from deploy.doctor.readings import Challenger, Committed, LogReading, Partition, Readings, SampledLetter, Tail
+from deploy.doctor.readings import Committed, LogReading, Partition, Readings, SampledLetter, Tail
+from deploy.doctor.track_readings import read_challengers, read_tracks
 from deploy.settings import Settings
-from state.comparison import Comparison
 from state.errors import SnapshotError
 from state.registry import RegistryState
 from state.store import SnapshotStore
@@ -77,10 +79,7 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
         TopicError: the configuration of a topic may not be read.
     """
     main = TopicNames.of(settings.topics)
-    try:
-        tracks = await read_registry(settings.kafka, main)
-    except (KafkaError, StreamError):
-        tracks = RegistryState()  # the reader of the registry reports it
+    tracks = await read_tracks(settings.kafka, main)
     track = tracks.serving.track
     names = main.of_track(track)
     settings = settings.model_copy(update={"snapshots": settings.snapshots.on_track(track)})
@@ -94,7 +93,7 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
         prefix=names.prefix,
         differences=differences(topic_contracts(settings.topics, track), found),
         track=track,
-        challengers=await _challengers(settings, main, tracks),
+        challengers=await read_challengers(settings.kafka, main, tracks),
         partitions={short: topic.partitions for short, topic in there.items()},
         configs={short: topic.configs for short, topic in there.items()},
     )
@@ -103,20 +102,6 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
         return await reader.read(readings, sample)
     finally:
         await reader.close()
-
-
-async def _challengers(settings: Settings, main: TopicNames, tracks: RegistryState) -> list[Challenger]:
-    found = []
-    for track in tracks.tracks.values():
-        if not track.share or track.name == tracks.serving.track:
-            continue
-        try:
-            comparison = (await read_registry(settings.kafka, main.of_track(track.name))).comparison
-        except (KafkaError, StreamError):
-            comparison = Comparison()
-        counts = comparison.of.split("/")[0] == track.share_operation
-        found.append(Challenger(track, comparison.at_ms if counts else 0))
-    return found
 
 
 class _Reader:

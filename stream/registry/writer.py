@@ -1,5 +1,7 @@
 """Changes of the registry of versions, one after another across all processes.
 
+This file is long because every change of the registry has a method of the one class that holds the lock.
+
 Every writer uses the same transactional id, which works as the lock. A writer starts its producer, reads the log to its end,
 decides, and writes its records in one transaction. No writer decides on an old state:
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry
 
 from state.background import in_background
 from state.chain_versions import point_of
@@ -25,6 +25,7 @@ from state.tracks import Interval
 from stream.records.heartbeat import ShadowBeat
 from stream.scorer.candidate import NoRoom, load_candidate
 from stream.scorer.chain_follower import ChainFollower
+from stream.scorer.challenger_metrics import ChallengerMetrics
 from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
@@ -34,46 +35,12 @@ from stream.scorer.swap import Swapper
 from stream.scorer.tracks import Challenging
 from stream.scorer.trial import Shadow
 
-__all__ = ["ChallengerMetrics", "Challengers"]
+__all__ = ["Challengers"]
 
 log = logging.getLogger(__name__)
 
 # Longest random wait before a version is read to heal: nobody waits for a challenger.
 JITTER_S = 2.0
-
-
-class ChallengerMetrics:
-    """Registered once in a worker."""
-
-    def __init__(self, prometheus: CollectorRegistry) -> None:
-        self._requests = Counter(
-            "headrace_scorer_challenger_requests",
-            "Requests of a track's share that another track has answered: `scored` by the share's track too, or `missed`.",
-            ["track", "outcome"],
-            registry=prometheus,
-        )
-        self._ready = Gauge(
-            "headrace_scorer_challenger_ready",
-            "1 while a track that has a share of the requests takes part.",
-            ["track"],
-            registry=prometheus,
-        )
-
-    def scored(self, track: str, scored: int, missed: int) -> None:
-        """Count the requests of the share in one batch."""
-        if scored:
-            self._requests.labels(track, "scored").inc(scored)
-        if missed:
-            self._requests.labels(track, "missed").inc(missed)
-
-    def ready(self, track: str, ready: bool) -> None:
-        """Note whether the track takes part."""
-        self._ready.labels(track).set(ready)
-
-    def gone(self, track: str) -> None:
-        """Note that the track has no share any more."""
-        if (track,) in self._ready._metrics:
-            self._ready.remove(track)
 
 
 @dataclass(slots=True)

@@ -28,7 +28,8 @@ from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.candidate import CandidateKeeper, load_candidate
 from stream.scorer.candidate_metrics import CandidateMetrics
 from stream.scorer.chain_follower import ChainFollower
-from stream.scorer.challenger import ChallengerMetrics, Challengers
+from stream.scorer.challenger import Challengers
+from stream.scorer.challenger_metrics import ChallengerMetrics
 from stream.scorer.delta_log import open_deltas
 from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.freshness import Freshness

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from prometheus_client import CollectorRegistry, Gauge
 
 from model.errors import ModelError
 from state.canary_evidence import Evidence, Tally
@@ -30,11 +29,12 @@ from state.registry import RegistryState
 from state.tracks import Track, numbers_of
 from stream.registry.writer import RegistryWriter
 from stream.trainer.bookkeeping import State, from_json, to_json
+from stream.trainer.challenge_metrics import ChallengeMetrics
 from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import counts
 from stream.trainer.remembered import Remembered, logits_of
 
-__all__ = ["NAME", "ChallengeMetrics", "ChallengeWatch"]
+__all__ = ["NAME", "ChallengeWatch"]
 
 NAME = "challenge"
 """Under which the watch is in the bookkeeping of versions."""
@@ -45,45 +45,6 @@ TOGETHER_ROWS = 1_024
 PROGRESS_S = 5.0
 # Bins of a logit, for the AUC: 128 for each unit from -16 to 16, within 1e-3 of the exact AUC. 132 kB in each version.
 BINS_A_UNIT, BINS = 128, 4_096
-
-
-class ChallengeMetrics:
-    """Registered once in a trainer."""
-
-    def __init__(self, prometheus: CollectorRegistry) -> None:
-        self._serves = Gauge(
-            "headrace_trainer_track_serves",
-            "Whether scorers answer with this trainer's track: 1, or 0.",
-            ["track"],
-            registry=prometheus,
-        )
-        self._clicks = Gauge(
-            "headrace_trainer_challenge_clicks",
-            "Clicks on impressions that both this trainer's track and the one that serves have scored.",
-            registry=prometheus,
-        )
-        self._change = Gauge(
-            "headrace_trainer_challenge_loss_change",
-            "Log loss of this trainer's track against that of the one that serves, as a part of it: 0.01 is 1 % worse. NaN "
-            "while it isn't known.",
-            registry=prometheus,
-        )
-        self._error = Gauge(
-            "headrace_trainer_challenge_loss_error",
-            "Standard error of headrace_trainer_challenge_loss_change.",
-            registry=prometheus,
-        )
-        self.compared(None)
-
-    def serves(self, track: str, serves: bool) -> None:
-        """Note whether the trainer's track serves."""
-        self._serves.labels(track).set(serves)
-
-    def compared(self, found: Comparison | None) -> None:
-        """Note what is known of the track's share; None without one."""
-        self._clicks.set(0 if found is None else found.clicks)
-        self._change.set(math.nan if found is None or found.change is None else found.change)
-        self._error.set(math.nan if found is None or found.error is None else found.error)
 
 
 class _Rows(NamedTuple):
@@ -124,7 +85,9 @@ class ChallengeWatch:
         self._metrics.serves(self._name, serving.track == self._name)
         with self._lock:
             if mine is None or not mine.share or serving.track == self._name:
-                self._against, self._remembered, self._observed, self._rows = "", None, [], 0
+                self._against = ""
+                if self._evidence.of:
+                    self._begin(Evidence())
                 return
             self._against = serving.track
             of = f"{mine.share_operation}/{'' if serving.last is None else serving.last.operation}"

@@ -40,7 +40,8 @@ from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.chain import NAME as CHAIN
 from stream.trainer.chain import Chain
 from stream.trainer.challenge import NAME as CHALLENGE
-from stream.trainer.challenge import ChallengeMetrics, ChallengeWatch
+from stream.trainer.challenge import ChallengeWatch
+from stream.trainer.challenge_metrics import ChallengeMetrics
 from stream.trainer.drift import Drift
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder

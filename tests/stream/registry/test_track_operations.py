@@ -59,10 +59,11 @@ async def a_scorer(here: Here) -> AsyncIterator[HeartbeatSender]:
 
 
 def test_a_challenger_is_promoted_once_it_can_be_and_confirmed_by_every_scorer(topics: Settings) -> None:
+    create_topics(topics.kafka, topics.topics, track="wide")
+
     async def run() -> None:
         here = Here(topics)
         await announced(topics, [1])
-        create_topics(topics.kafka, topics.topics, track="wide")
         with pytest.raises(RegistryError, match="expected one of main, found none"):
             await here.it.promote("wide", "why", timeout_ms=100)
         await here.announce()
@@ -106,9 +107,10 @@ def test_a_challenger_is_promoted_once_it_can_be_and_confirmed_by_every_scorer(t
 
 
 def test_the_end_of_a_share_waits_for_the_scorers(topics: Settings) -> None:
+    create_topics(topics.kafka, topics.topics, track="wide")
+
     async def run() -> None:
         here = Here(topics)
-        create_topics(topics.kafka, topics.topics, track="wide")
         await here.announce()
         begun = await here.it.share("wide", 0.1, "why", timeout_ms=100)
         assert begun.shared.track.share == 0.1 and begun.unconfirmed == []

@@ -15,7 +15,8 @@ from state.registry import RegistryState, VersionRecord
 from state.tracks import NUMBERS, Track
 from stream.scorer import challenger as module
 from stream.scorer.candidate import NoRoom
-from stream.scorer.challenger import ChallengerMetrics, Challengers
+from stream.scorer.challenger import Challengers
+from stream.scorer.challenger_metrics import ChallengerMetrics
 from stream.scorer.serving import Served
 from stream.scorer.tracks import Challenging
 from tests.stream.scorer.following_scene import quick
@@ -137,8 +138,9 @@ def test_a_pinned_champion_is_scored_as_it_is(monkeypatch: pytest.MonkeyPatch) -
         trainer = here.trainers["wide"]
         trainer.delta()
         here.want("wide", hold=True)
-        await here.until(lambda: here.at("wide") is not None)
-        assert here.at("wide")[0] == 2 and not here.it.shadows[0].served.is_replica
+        await here.until(lambda: bool(here.it.shadows))
+        (shadow,) = here.it.shadows
+        assert shadow.served.version == NUMBERS + 1 and not shadow.served.is_replica
 
     scene(monkeypatch, steps)
 

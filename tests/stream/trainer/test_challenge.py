@@ -17,7 +17,8 @@ from state.comparison import Comparison
 from state.registry import RegistryState
 from state.tracks import MAIN, NUMBERS, Serving, Track, Turn
 from stream.trainer import challenge as module
-from stream.trainer.challenge import ChallengeMetrics, ChallengeWatch
+from stream.trainer.challenge import ChallengeWatch
+from stream.trainer.challenge_metrics import ChallengeMetrics
 from stream.trainer.columns import ExampleColumns
 from tests.stream.trainer.factory import columns
 
