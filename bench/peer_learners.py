@@ -34,21 +34,15 @@ Rows = Any  # what np.load returns, with the arrays above
 # `ALL` stands for the namespaces. 2^24 weights leave few collisions among the pairs of a million rows.
 _ALWAYS = "--loss_function logistic --link logistic -b 24 --random_seed 1 --quiet"
 VOWPAL_WABBIT = {
-    "vw-linear": "",
-    "vw-linear-rate-0.1": "-l 0.1",
-    "vw-linear-rate-2": "-l 2",
-    "vw-ftrl": "--ftrl --ftrl_alpha 0.1 --ftrl_beta 1",
-    "vw-ftrl-alpha-0.02": "--ftrl --ftrl_alpha 0.02 --ftrl_beta 1",
-    "vw-coin": "--coin",
-    "vw-quadratic": "-q ::",
     "vw-quadratic-rate-0.1": "-q :: -l 0.1",
     "vw-quadratic-rate-0.02": "-q :: -l 0.02",
-    "vw-quadratic-ftrl": "-q :: --ftrl --ftrl_alpha 0.02 --ftrl_beta 1",
-    "vw-quadratic-ftrl-alpha-0.005": "-q :: --ftrl --ftrl_alpha 0.005 --ftrl_beta 1",
+    "vw-quadratic-ftrl": "-q :: --ftrl --ftrl_alpha 0.005 --ftrl_beta 1",
     "vw-quadratic-coin": "-q :: --coin",
+    "vw-linear": "",
+    "vw-linear-ftrl": "--ftrl --ftrl_alpha 0.1 --ftrl_beta 1",
+    "vw-linear-coin": "--coin",
     "vw-nn-10": "--nn 10 --inpass",
-    "vw-nn-40-rate-0.1": "--nn 40 --inpass -l 0.1",
-    "vw-low-rank-field-aware": "--lrqfa ALL4 -l 0.1",
+    "vw-low-rank-field-aware": "--lrqfa ALL4 -l 0.02",
 }
 """Settings of Vowpal Wabbit by name, as its command line takes them."""
 
