@@ -59,6 +59,23 @@ def test_a_value_gets_a_row_with_the_impression_that_the_setting_names() -> None
     assert (items.field, items.rows, items.admitted, items.refused) == ("item", 1, 1, 7)
 
 
+def test_values_of_crosses_get_rows_later_than_others() -> None:
+    cross = FieldSpec(name="both", kind="cross", of=("user", "item"))
+    schema = FeatureSchema(fields=(*PLAIN.fields, cross), embedding_dim=4)
+    learner = learner_of(schema, admit_crosses_after=3)
+
+    def show_crosses(keys: list[list[int]]) -> None:
+        learner.learn(FeatureBatch(np.array(keys), np.empty(0, np.int64), np.zeros(1, np.int64), lists=0), [1.0] * len(keys))
+
+    show_crosses([[1, 100, 7], [2, 100, 8]])
+    assert keys_of(learner) == {1, 2, 100}
+    show_crosses([[1, 100, 7], [1, 100, 7], [2, 100, 8]])
+    assert keys_of(learner) == {1, 2, 100, 7}
+    assert [each.refused for each in learner.table.fields] == [0, 0, 3]
+    show_crosses([[8, 101, 8]])  # a key that occurs as two fields gets its row as the one that admits it first
+    assert keys_of(learner) == {1, 2, 100, 101, 7, 8}
+
+
 def test_a_value_without_a_row_reads_the_average_and_its_label_changes_only_what_all_share() -> None:
     """The others learn as if the value had a row that begins at the average."""
     settings = SETTINGS.model_copy(update={"init_std": 1e-30})
