@@ -183,11 +183,18 @@ def _require_fields(plan: Plan, base: Stream, judging: Judging) -> None:
     """Reject unknown fields before anything is learned."""
     for field in judging.by:
         grouped.column_of(base, field)
-    names = [spec.name for spec in plan.settings.features.fields]
+    specs = {spec.name: spec for spec in plan.settings.features.fields}
     for field in judging.permute:
-        if field not in names:
+        spec = specs.get(field)
+        if spec is None:
             raise EvaluationError(
-                f"--permute: expected one of the fields ({', '.join(names)}), found {field!r}. Correct the option."
+                f"--permute: expected one of the fields ({', '.join(specs)}), found {field!r}. Correct the option."
+            )
+        if not spec.is_sent:
+            made_of = ", ".join(spec.of) or "the time of the impression"
+            raise EvaluationError(
+                f"--permute: expected a field whose values impressions carry, found {field!r}, which is made of {made_of}. "
+                f"Use --without {field}" + (", or permute the fields that it is made of." if spec.of else ".")
             )
 
 
