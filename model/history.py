@@ -74,7 +74,7 @@ def history_inputs(elements: Elements, counts: torch.Tensor, base: torch.Tensor)
     """
     numbers = row_numbers(counts, base)
     batch, lists_from = elements.rows, elements.rows * elements.singles
-    own = numbers[:lists_from].view(batch, -1)
+    own = numbers[:lists_from].view(batch, elements.singles * HISTORY_NUMBERS)
     if elements.list_of is None or elements.list_share is None:
         return own
     pooled = numbers.new_zeros((batch * elements.lists, HISTORY_NUMBERS))
