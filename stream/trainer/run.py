@@ -289,7 +289,7 @@ class _Trainer:
             bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
             judge=judge,
             skips=skips,
-            sanity=Sanity(judge, ScoreShift(learner), self.snapshots, drift=Drift(self.schema, self.snapshots)),
+            sanity=Sanity(judge, ScoreShift(learner, self.schema), self.snapshots, drift=Drift(self.schema, self.snapshots)),
             anchors=anchors,
             past=None if start.manifest is None else Past.of(start.manifest.history),
         )
