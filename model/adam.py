@@ -57,11 +57,14 @@ class Adam:
         """One update."""
         self._steps += 1
         self._step.fill_(self._steps)
-        for learning_rate, views in self._views.items():
+        for learning_rate, (parameters, gradients, means, squares) in self._views.items():
             torch._fused_adam_(
-                *views,
+                parameters,
+                gradients,
+                means,
+                squares,
                 [],
-                [self._step] * len(views[0]),
+                [self._step] * len(parameters),
                 lr=learning_rate,
                 beta1=BETAS[0],
                 beta2=BETAS[1],
