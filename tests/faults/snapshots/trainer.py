@@ -19,7 +19,7 @@ from model.rows import ModelDelta
 from state.chain_name import ChainName
 from state.changes import Announcement
 from state.registry import RegistryState
-from state.rewinds import Rewinds, joined
+from state.rewinds import Rewinds, SkippedRange, joined
 from state.store import SnapshotStore
 from stream.deltas.writer import DeltaWriter, Sent
 from stream.errors import TopicError
@@ -254,20 +254,17 @@ async def _topic_ids(where: Where) -> dict[str, str]:
         return {}
 
 
-def never_saw(where: Where, skips: Skips, end: int) -> Weights:
+def never_saw(where: Where, left_out: Sequence[SkippedRange], end: int) -> Weights:
     """The weights of a run from the beginning of `examples` to an offset that never saw what is left out."""
     learner, decoder = Learner(SCHEMA, MODEL, device="cpu"), ExampleDecoder(SCHEMA)
-    training = Training(
-        learner,
-        BatchCutter(MODEL.batch_rows, {0: 0}),
-        Evaluation(1_000),
-        TrainerMetrics(CollectorRegistry()),
-        max_batch_age_s=0.0,
-        skips=skips,
-    )
+    metrics = TrainerMetrics(CollectorRegistry())
+    training = Training(learner, BatchCutter(MODEL.batch_rows, {0: 0}), Evaluation(1_000), metrics, max_batch_age_s=0.0)
     for at in range(0, end, MODEL.batch_rows):
         offsets = range(at, at + MODEL.batch_rows)
-        training.add(decoder.decode(Records("examples", 0, at, offsets.stop, [example(where.seed, each) for each in offsets])))
+        seen = [each for each in offsets if not any(one.first <= each < one.to for one in left_out)]
+        if not seen:
+            continue
+        training.add(decoder.decode(Records("examples", 0, at, offsets.stop, [example(where.seed, each) for each in seen])))
         while training.step(0.0):
             pass
     return weights_of(learner)

@@ -21,7 +21,6 @@ from stream.registry.reindex import plan_reindexing, reindex
 from stream.registry.requests import RollbackRequest
 from stream.registry.skipping import NOTHING, SkipRequest, TimeRange
 from stream.registry.writer import RegistryWriter
-from stream.trainer.skips import Skips
 from tests.faults.snapshots.child import GOING_BACK
 from tests.faults.snapshots.kinds.base import flipped, kinds
 from tests.faults.snapshots.kinds.deltas import at, header_end
@@ -133,7 +132,7 @@ class Poisoned:
 
     def equals_a_run_that_never_saw_it(self) -> None:
         trainer = self.run.trainer
-        expected = digest(never_saw(self.run.where, Skips(self.left_out), trainer.training.positions[0]))
+        expected = digest(never_saw(self.run.where, self.left_out, trainer.training.positions[0]))
         found = digest(weights_of(trainer.learner))
         self.run.expect(found == expected, f"the trainer has {found}, a run that never saw what is left out {expected}")
 
