@@ -123,9 +123,10 @@ class Predictor:
         self._rows.set_averages(self._dense.averages)
         self._rows_sum = 0
         self._state = 0
-        # Until `ready`: puts keys into slots, which takes as long as all else with a row, in a thread of its own.
+        self._added = 0
+        # Until `ready`: puts keys into their table, which takes as long as all else with a row, in a thread of its own.
         self._loader: ThreadPoolExecutor | None = ThreadPoolExecutor(1, "keys")
-        self._loading: list[Future[None]] = []
+        self._loading: Future[torch.Tensor] | None = None
         self._reading = threading.Lock()  # held while weights are read for a batch, and while they change
         self._changing = threading.Lock()  # held while they change, and by a scrub while it reads
         self._scrubs: list[_Scrub] = []
@@ -159,18 +160,23 @@ class Predictor:
         if self._loader is None:
             raise ModelError("predictor: expected rows before ready(), found some after it; apply a delta")
         rows = self._rows.checked(rows)
-        self._rows.add(rows)
-        self._loading.append(self._loader.submit(self._rows.keys.place, self._rows.keys.last_row))
+        self._wait_for_keys()
+        self._loading = self._loader.submit(self._rows.keys.load, rows.keys)
+        self._rows.write_from(self._added + 1, rows)
+        self._added += len(rows)
         self._rows_sum = (self._rows_sum + digest_sum(row_hashes(rows))) % _MODULUS
 
     def ready(self) -> None:
         """Ends the loading: call this once all rows are added."""
+        self._wait_for_keys()
         if self._loader is not None:
             self._loader.shutdown()
-            for each in self._loading:
-                each.result()
-            self._rows.ready()
             self._loader = None
+
+    def _wait_for_keys(self) -> None:
+        if self._loading is not None:
+            self._loading.result()
+            self._loading = None
 
     @torch.inference_mode()
     def predict(self, batch: FeatureBatch) -> Float32Array:

@@ -36,11 +36,6 @@ class ServingRows:
     first_order  float32, likewise
     history      float32, likewise (2 columns): 0 for the average rows; None in a model without row history
 
-        rows.add(piece)   # pieces of new rows, before `ready`
-        rows.ready()
-        numbers = rows.keys.load(new_keys)   # from then on
-        rows.write(numbers, new_rows)
-
     One thread changes them. Others may read meanwhile, but not during `load`, `write`, `delete` and `set_averages`.
     """
 
@@ -49,7 +44,6 @@ class ServingRows:
         self.device = device
         # An eighth more keys than are expected, so that those that come soon don't make the slots grow.
         self.keys = KeyTable(device, expected=expected + expected // 8)
-        self.keys.begin_fill()
         self._columns = Growing(serving_columns(dim, history=history), fields + expected, device)
 
     @property
@@ -93,19 +87,13 @@ class ServingRows:
         self.keys.reserve(count)
         self._columns.make_room(self._fields + self.keys.last_row + count)
 
-    def add(self, rows: Rows) -> None:
-        """Adds rows whose keys are distinct and new. They can be looked up after `ready`."""
-        first = self.keys.last_row + self._fields
-        self.keys.load(rows.keys)
-        part = slice(first, first + len(rows))
+    def write_from(self, first: int, rows: Rows) -> None:
+        """Writes the weights of rows (N,) with the numbers `first` to `first` + N - 1, and makes room for them."""
+        part = slice(first + self._fields - 1, first + self._fields - 1 + len(rows))
         self._columns.make_room(part.stop)
         for name, values in rows.parts().items():
             if name != "keys":
                 self._columns[name][part] = values
-
-    def ready(self) -> None:
-        """Ends the adding of rows. `keys.place` may have prepared it."""
-        self.keys.end_fill()
 
     def write(self, numbers: torch.Tensor, rows: Rows) -> None:
         """Replaces the weights of the rows with these numbers (N,), or gives new ones their weights."""

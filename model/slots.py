@@ -82,14 +82,10 @@ class Slots:
         return found
 
     def add(self, keys: torch.Tensor, rows: torch.Tensor) -> None:
-        """Adds distinct `keys` (N,) that aren't there, with their rows (N,). The caller sees to it that slots stay free.
-
-        Keys that lie near one another in the slots are cheap: so a key costs the less the more are added at once.
-        """
-        slots, words = self._sorted(keys, rows)
-        for start in range(0, len(slots), _ADDED_AT_ONCE):
+        """Adds distinct `keys` (N,) that aren't there, with their rows (N,). The caller sees to it that slots stay free."""
+        for start in range(0, len(keys), _ADDED_AT_ONCE):
             part = slice(start, start + _ADDED_AT_ONCE)
-            self._add(slots[part], words[part])
+            self._add(keys[part], rows[part])
 
     def remove(self, keys: torch.Tensor, rows: torch.Tensor) -> None:
         """Removes distinct `keys` (N,) that are there, with these rows (N,)."""
@@ -153,8 +149,10 @@ class Slots:
             buckets.add_(_WINDOW)
         return found
 
-    def _add(self, slots: torch.Tensor, words: torch.Tensor) -> None:
-        """Puts words (N,) into their home slots (N,), which ascend, or into others where these are taken."""
+    def _add(self, keys: torch.Tensor, rows: torch.Tensor) -> None:
+        hashes = keys * _MULTIPLIER
+        slots, order = _ascending(self._home(hashes))
+        words = self._tags(hashes).bitwise_or_(rows).index_select(0, order)
         # The first of the keys with the same home slot takes it, if it is open.
         open_ = self._words.index_select(0, slots) <= self._removed_word
         open_[1:].logical_and_(slots[1:] != slots[:-1])
@@ -164,21 +162,6 @@ class Slots:
         while len(words):
             left = _where(self._fill(buckets, words).logical_not_())
             buckets, words = self._next(buckets.index_select(0, left)), words.index_select(0, left)
-
-    def _sorted(self, keys: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Home slots (N,) of keys in ascending order, and the words (N,) of the same keys."""
-        if self._words.dtype == torch.int64:  # too wide to be sorted with their slots
-            hashes = keys * _MULTIPLIER
-            slots, order = _sort(self._home(hashes) << 32 | torch.arange(len(keys), device=keys.device))
-            return slots, self._tags(hashes).bitwise_or_(rows).index_select(0, order)
-        both = torch.empty(len(keys), dtype=torch.int64, device=keys.device)
-        for start in range(0, len(keys), _ADDED_AT_ONCE):
-            part = slice(start, start + _ADDED_AT_ONCE)
-            hashes = keys[part] * _MULTIPLIER
-            words = self._tags(hashes).bitwise_or_(rows[part])
-            torch.bitwise_or(self._home(hashes).bitwise_left_shift_(32), words, out=both[part])
-        slots, words = _sort(both)
-        return slots, words.to(self._words.dtype)
 
     def _fill(self, buckets: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """Puts words (N,) into open slots of their buckets (N,), which stand together where they are equal.
@@ -206,13 +189,14 @@ class Slots:
         self._words.scatter_(0, slots, words.index_select(0, index))
 
 
-def _sort(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sorts pairs int64 (N,), in place, and returns their upper and their lower halves, int64 (N,) each, not negative."""
-    if pairs.device.type == "cpu":
-        pairs.numpy().sort()  # several times as fast as torch's
+def _ascending(slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slots (N,), below 2**31, in ascending order, and the index (N,) of each before. Equal ones stay in their order."""
+    both = (slots << 32).bitwise_or_(torch.arange(len(slots), device=slots.device))
+    if slots.device.type == "cpu":
+        both.numpy().sort()  # several times as fast as torch's
     else:
-        pairs = pairs.sort().values
-    return pairs >> 32, pairs.bitwise_and_(_LOW_HALF)
+        both = both.sort().values
+    return both >> 32, both & _LOW_HALF
 
 
 def _where(mask: torch.Tensor) -> torch.Tensor:

@@ -36,9 +36,6 @@ _MOVED_FOR_A_KEY = 5
 _MOVED_AT_LEAST = 4096
 # Rows at a time for growth that can't wait: they take some 5 MB of memory meanwhile.
 _MOVED_AT_ONCE = 1 << 18
-# Keys that get their slots together while a table is filled, so that they are neighbours there: 0.06 s, and 20 bytes a key
-# meanwhile.
-_PLACED_AT_ONCE = 1 << 20
 
 
 class Items(NamedTuple):
@@ -84,7 +81,6 @@ class KeyTable:
         self._last_row = 0
         self._freed: list[torch.Tensor] = []  # rows by the deletion that freed them, each in ascending order
         self._before_holes: torch.Tensor | None = None  # while it is filled
-        self._placed = 0  # while it is filled: keys of rows up to this one have slots
         self._slots = Slots(_slots_for(expected), device)
         self._grown: Slots | None = None  # the new slots during a growth step
         self._moved = 0  # rows up to this one are in the new slots
@@ -107,41 +103,19 @@ class KeyTable:
         """Rows (N,) int64 whose keys were deleted, in the order in which new keys get them."""
         return torch.cat(self._freed[::-1]) if self._freed else torch.empty(0, dtype=torch.int64, device=self.device)
 
-    def begin_fill(self, free: torch.Tensor | None = None) -> None:
-        """Begins to fill this empty table, with the keys of another one if `free` is given (N,), which is that table's.
+    def begin_fill(self, free: torch.Tensor) -> None:
+        """Begins to fill this empty table with the keys of another one, whose `free` is given (N,).
 
-            table.begin_fill()
-            for keys in pieces:
-                rows = table.load(keys)
-                table.place(table.last_row)   # not needed; it may run in another thread, beside the next `load`
-            table.end_fill()
-
-        Keys get the rows that they have in the other table, if they are loaded in the order of their rows. They can't be looked
-        up, inserted or deleted until `end_fill`. To add them many at a time takes half as long as to add each piece.
+        Keys get the rows that they have there, if they are loaded in the order of their rows. Call `end_fill` then.
         """
-        if free is None:
-            free = torch.empty(0, dtype=torch.int64)
         holes = free.to(self.device, torch.int64).sort().values
         self._keys.index_fill_(0, holes, EMPTY_KEY)
         # How many keys come before each hole.
         self._before_holes = holes - torch.arange(1, len(holes) + 1, device=self.device)
 
-    def place(self, last: int, *, at_least: int = _PLACED_AT_ONCE) -> None:
-        """Puts keys that were loaded since `begin_fill` into slots, up to row `last`, if these are at least so many."""
-        while last - self._placed >= at_least:
-            first, end = self._placed + 1, min(self._placed + _PLACED_AT_ONCE, last) + 1
-            if end > _LARGEST_LOAD * self._slots.size:  # more than were expected: from the start, in more slots
-                self._slots, self._placed = Slots(max(self._slots.size, _slots_for(_GROWTH * end)), self.device), 0
-                continue
-            self._slots.add(*self._used(first, end - 1))
-            self._placed = end - 1
-
-    def end_fill(self, free: torch.Tensor | None = None) -> None:
-        """Ends it. From now on this table and the other one behave alike; `free` is the other one's (N,)."""
-        self.place(self._last_row, at_least=1)
+    def end_fill(self, free: torch.Tensor) -> None:
+        """Ends it. From now on the two tables behave alike."""
         self._before_holes = None
-        if free is None:
-            return
         self._freed = [free.to(self.device, torch.int64)] if len(free) else []
         self._last_row = self._count + len(free)
 
@@ -195,9 +169,7 @@ class KeyTable:
         Rows are given in the order of the keys: in a table that none was deleted from, the next ones.
         """
         keys = keys.to(self.device)
-        is_filled = self._before_holes is not None
-        if not is_filled:
-            self._make_slots(len(keys))
+        self._make_slots(len(keys))
         last = self._last_row
         rows = self._take_rows(len(keys))
         self._make_room(self._last_row + 1)
@@ -205,13 +177,11 @@ class KeyTable:
             self._keys[last + 1 : self._last_row + 1] = keys
         else:
             self._keys.index_copy_(0, rows, keys)
-        self._count += len(keys)
-        if is_filled:
-            return rows
         self._slots.add(keys, rows)
         if self._grown is not None:
             moved = rows <= self._moved
             self._grown.add(keys[moved], rows[moved])
+        self._count += len(keys)
         return rows
 
     def delete(self, keys: torch.Tensor) -> torch.Tensor:
@@ -280,9 +250,8 @@ class KeyTable:
         """Room for the keys of at least `rows` rows."""
         if rows > len(self._keys):
             old = self._keys
-            keys = self._allocate(max(rows, 2 * len(old)))
-            keys[: len(old)] = old
-            self._keys = keys  # once it is whole: `place` may read it in another thread
+            self._keys = self._allocate(max(rows, 2 * len(old)))
+            self._keys[: len(old)] = old
 
     def _allocate(self, rows: int) -> torch.Tensor:
         """Keys by row for at least `rows` rows, none of them in use."""

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -118,34 +117,6 @@ def test_large_tables_with_deletions_and_growth(device: str) -> None:
         items = table.items()
         assert torch.equal(items.rows, used.sort().values)
         assert torch.equal(table.lookup(items.keys), items.rows)
-
-
-@devices
-@pytest.mark.parametrize("expected", [0, 30_000])  # more keys than were expected, and fewer
-@pytest.mark.parametrize("free", [[], [1, 7, 8, 400, 20_010]])
-def test_a_filled_table_is_as_one_whose_keys_were_inserted(
-    expected: int, free: list[int], device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(table_module, "_PLACED_AT_ONCE", 1500)
-    everything = torch.from_numpy(np.random.default_rng(3).integers(-(2**63), 2**63 - 1, 20_005)).to(device)
-    table = KeyTable(torch.device(device), expected=expected)
-    table.begin_fill(tensor(free))
-    with ThreadPoolExecutor(1) as pool:
-        placed = []
-        for part in torch.split(everything[:-5], 700):
-            table.load(part)
-            placed.append(pool.submit(table.place, table.last_row, at_least=1500))
-        for each in placed:
-            each.result()
-    table.load(everything[-5:])
-    table.end_fill(tensor(free))
-    rows = torch.tensor([row for row in range(1, 20_006 + len(free)) if row not in free], device=device)
-    assert torch.equal(table.lookup(everything), rows)
-    last = 20_005 + len(free)
-    assert (len(table), table.last_row) == (20_005, last)
-    assert torch.equal(table.items().rows, rows)
-    # New keys get the free rows first, then the next ones.
-    assert table.insert(tensor([5, 6, 7, 8, 9, 10], device)).rows.tolist() == [*free, *range(last + 1, last + 7)][:6]
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 1000])
