@@ -85,7 +85,8 @@ class SchemaChange:
             elif field.serve_as != had[name].serve_as:
                 said.append(f"{name} is served as {_shown(field)}, and was served as {_shown(had[name])}")
         said += [f"{name} is gone: its rows stay, and are not read" for name in had if name not in have]
-        return said or ["the fields are in another order"]
+        same = [field.name for field in self.before.fields] == [field.name for field in self.after.fields]
+        return said or ["a setting has changed that no field reads" if same else "the fields are in another order"]
 
 
 def _in_batches(schema: FeatureSchema) -> tuple[FieldSpec, ...]:

@@ -172,4 +172,6 @@ def test_what_changes_is_said_field_by_field() -> None:
     assert not change.serves_alike
     other_order = BEFORE.model_copy(update={"fields": BEFORE.fields[::-1]})
     assert SchemaChange.between(BEFORE, other_order).explained() == ["the fields are in another order"]
+    elsewhere = BEFORE.model_copy(update={"timezone": "Asia/Tokyo"})  # there is no hour
+    assert SchemaChange.between(BEFORE, elsewhere).explained() == ["a setting has changed that no field reads"]
     assert SchemaChange.between(BEFORE, BEFORE).is_none
