@@ -58,6 +58,11 @@ class SchemaChange:
         return self.before.fingerprint() == self.after.fingerprint()
 
     @property
+    def moves_nothing(self) -> bool:
+        """Whether batches have the same fields in the same order as before."""
+        return self.came_from == tuple(range(len(self.before.fields)))
+
+    @property
     def keeps_scores(self) -> bool:
         """Whether the weights score as before, given that the features are the same: then no field reads other weights now."""
         names = {field.name for field in self.after.fields}

@@ -106,6 +106,16 @@ def test_what_fields_had_of_the_optimizer_goes_with_them() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_what_is_served_may_change_in_every_model() -> None:
+    """PNN reads pairs of fields, which can't be moved; but nothing has to be."""
+    settings = ModelSettings(name="pnn", hidden=(8,), init_std=0.2)
+    learner = trained(BEFORE, settings=settings)
+    schema = BEFORE.model_copy(update={"fields": (FieldSpec(name="user", serve_as="nobody"), *BEFORE.fields[1:])})
+    np.testing.assert_array_equal(gone_on(learner, schema).predict(examples(schema)[0]), learner.predict(examples(BEFORE)[0]))
+    with pytest.raises(SnapshotMismatch, match="can't go on with other fields"):
+        gone_on(learner, BEFORE.model_copy(update={"fields": BEFORE.fields[::-1]}))
+
+
 def test_a_new_field_is_learned() -> None:
     moved = gone_on(trained(BEFORE), MORE)
     before = moved.predict(examples(MORE)[0])
