@@ -25,7 +25,7 @@ from model.schema import FieldSpec
 from model.schema_change import SchemaChange
 from model.settings import ModelSettings
 
-__all__ = ["moved_dense", "moved_trainer"]
+__all__ = ["moved_dense", "moved_trainer", "require_movable"]
 
 _MOMENTS = ("adam.exp_avg", "adam.exp_avg_sq")
 """Tensors of the optimizer that lie as the dense part's flat buffer does."""
@@ -43,6 +43,12 @@ class _Axis(NamedTuple):
     rest: int
 
 
+def require_movable(change: SchemaChange, settings: ModelSettings) -> None:
+    """Raises SnapshotMismatch if a model of these settings can't go on with other fields."""
+    if not change.moves_nothing:
+        _axes(change, settings)
+
+
 def moved_dense(change: SchemaChange, dense: Mapping[str, torch.Tensor], settings: ModelSettings) -> dict[str, torch.Tensor]:
     """The serving tensors that are no rows, as the new schema has them. Other tensors among them stay as they are.
 
@@ -52,7 +58,7 @@ def moved_dense(change: SchemaChange, dense: Mapping[str, torch.Tensor], setting
         SnapshotMismatch: this model's parameters can't be moved.
     """
     moved = dict(dense)
-    if change.is_none:
+    if change.moves_nothing:
         return moved
     for name, axes in _axes(change, settings).items():
         if name in moved and moved[name].dim() == len(axes):  # else restoring says what is wrong with it
@@ -72,7 +78,7 @@ def moved_trainer(change: SchemaChange, small: Mapping[str, torch.Tensor], setti
         SnapshotMismatch: this model's parameters can't be moved.
     """
     moved = dict(small)
-    if change.is_none:
+    if change.moves_nothing:
         return moved
     cpu = torch.device("cpu")
     old, new = dense_model(change.before, settings, cpu), dense_model(change.after, settings, cpu)

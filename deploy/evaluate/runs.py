@@ -228,6 +228,11 @@ def _run(
     settings = plan.settings
     model = settings.model.model_copy(update={"seed": settings.model.seed + seed})
     labels = joined(stream, settings.join)
+    if not len(labels):
+        raise EvaluationError(
+            f"{stream.name}: expected labels to learn, found none: nothing was clicked, and join.negative_rate "
+            f"({settings.join.negative_rate:g}) left out all negatives. Raise it."
+        )
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     learner = Learner(settings.features, model, table=settings.table, device=settings.trainer.device)

@@ -106,6 +106,16 @@ def test_what_fields_had_of_the_optimizer_goes_with_them() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_what_is_served_may_change_in_every_model() -> None:
+    """PNN reads pairs of fields, which can't be moved; but nothing has to be."""
+    settings = ModelSettings(name="pnn", hidden=(8,), init_std=0.2)
+    learner = trained(BEFORE, settings=settings)
+    schema = BEFORE.model_copy(update={"fields": (FieldSpec(name="user", serve_as="nobody"), *BEFORE.fields[1:])})
+    np.testing.assert_array_equal(gone_on(learner, schema).predict(examples(schema)[0]), learner.predict(examples(BEFORE)[0]))
+    with pytest.raises(SnapshotMismatch, match="can't go on with other fields"):
+        gone_on(learner, BEFORE.model_copy(update={"fields": BEFORE.fields[::-1]}))
+
+
 def test_a_new_field_is_learned() -> None:
     moved = gone_on(trained(BEFORE), MORE)
     before = moved.predict(examples(MORE)[0])
@@ -172,4 +182,6 @@ def test_what_changes_is_said_field_by_field() -> None:
     assert not change.serves_alike
     other_order = BEFORE.model_copy(update={"fields": BEFORE.fields[::-1]})
     assert SchemaChange.between(BEFORE, other_order).explained() == ["the fields are in another order"]
+    elsewhere = BEFORE.model_copy(update={"timezone": "Asia/Tokyo"})  # there is no hour
+    assert SchemaChange.between(BEFORE, elsewhere).explained() == ["a setting has changed that no field reads"]
     assert SchemaChange.between(BEFORE, BEFORE).is_none

@@ -122,7 +122,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
         assert torch.equal(tensor, weights(again)[name]), name
 
 
-@pytest.mark.parametrize("file", ["rows*", "trainer*", "dense*"])
+@pytest.mark.parametrize("file", ["serving-*", "trainer-*", "trainer.*", "dense*"])
 def test_where_every_checkpoint_is_damaged_it_begins_again(tmp_path: Path, file: str) -> None:
     source = log(tmp_path, limit=200)
     whole = run_of(source, tmp_path)

@@ -160,6 +160,8 @@ def test_fewer_and_later_clicks(log: Path) -> None:
         ("--simulate ctr=0.1", "--simulate: expected the name simulation, found csv"),
         ("--late-clicks 0.9", "--late-clicks: expected a share above 0 and below 0.833"),
         ("--limit 50", "expected at least 100 impressions to judge"),
+        ("--serve-every 1h", "expected at least 100 impressions to judge, found 0 of 3000"),
+        ("--keep-clicks 0 --set join.negative_rate=1e-4", "expected labels to learn, found none"),
     ],
 )
 def test_what_is_wrong_is_said(log: Path, options: str, says: str) -> None:
