@@ -16,6 +16,7 @@ __all__ = [
     "Mark",
     "ShadowBeat",
     "encode_heartbeat",
+    "live_limit",
     "live_limit_ms",
     "read_heartbeat",
     "worker_of",
@@ -102,7 +103,12 @@ _decode = msgspec.json.Decoder(Heartbeat).decode
 
 def live_limit_ms(beat: Heartbeat) -> int:
     """The age from which a worker with this last heartbeat counts as dead: three of its own intervals, and two seconds."""
-    return MISSED_BEATS * beat.heartbeat_ms + GRACE_MS
+    return live_limit(beat.heartbeat_ms)
+
+
+def live_limit(heartbeat_ms: int) -> int:
+    """The same for an interval."""
+    return MISSED_BEATS * heartbeat_ms + GRACE_MS
 
 
 def encode_heartbeat(beat: Heartbeat) -> tuple[bytes, bytes]:

@@ -191,12 +191,12 @@ class TrackOperations:
 
 
 async def _wait(
-    scorers: HeartbeatReader, confirms: Callable[[Heartbeat], bool], began: float, timeout_ms: int, at_ms: int
+    scorers: HeartbeatReader, confirms: Callable[[Heartbeat], bool], began: float, timeout_ms: int, at_ms: int | None
 ) -> _Waited:
     """Wait until every live scorer's heartbeat confirms, at most this long.
 
     Args:
-        at_ms: when the change was written, by the broker's clock: scorers that were alive then must confirm.
+        at_ms: when the change was written, by the broker's clock, where it is known: scorers that were alive then must confirm.
     """
     written_s = time.monotonic()
     while True:

@@ -24,6 +24,7 @@ from state.tracks import MAIN
 from state.version_cache import VersionCache
 from stream.errors import NoAnswer
 from stream.kafka.cluster import describe_cluster
+from stream.records.heartbeat import live_limit
 from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.candidate import CandidateKeeper, load_candidate
 from stream.scorer.candidate_metrics import CandidateMetrics
@@ -37,6 +38,7 @@ from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
 from stream.scorer.scrub import scrub_regularly
 from stream.scorer.serving import Served, load_version
+from stream.scorer.standstill import Standstill, limit_s
 from stream.scorer.swap import Swapper
 from stream.scorer.tracks import ServingView, TrackRegistries
 from stream.scorer.worker import ScorerWorker, ServingTrack
@@ -218,6 +220,11 @@ async def run_scorer(
             heartbeats=heartbeats,
             metrics=metrics,
             freshness=freshness,
+            standstill=Standstill(
+                tracks.read_to_end,
+                limit_s=limit_s(live_limit(settings.heartbeat_ms), settings.heartbeat_ms),
+                patience_s=settings.lease_ms / 1_000,
+            ),
             worker_id=worker_id,
             max_bytes=await max_message_bytes(kafka, names.scores),
         )

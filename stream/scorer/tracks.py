@@ -107,6 +107,16 @@ class TrackRegistries:
         """
         await self._main.start()
 
+    async def read_to_end(self) -> None:
+        """Return once the callbacks know everything that the registries which say what is served hold by now.
+
+        Raises:
+            aiokafka.errors.KafkaError: Kafka can't be reached.
+        """
+        await self._main.read_to_end()
+        if self._serving not in ("", MAIN):
+            await self._others[self._serving].read_to_end()
+
     async def close(self) -> None:
         """Stop following."""
         opening, self._opening = list(self._opening.values()), {}

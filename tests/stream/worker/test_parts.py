@@ -58,17 +58,8 @@ def scorer(positions: dict[int, int]) -> Any:
         cluster=CLUSTER,
         **dict.fromkeys(  # type: ignore[arg-type]
             (
-                "swapper",
-                "follower",
-                "scoring",
-                "candidate",
-                "challengers",
-                "serving",
-                "scrub",
-                "outbox",
-                "heartbeats",
-                "metrics",
-                "freshness",
+                *("swapper", "follower", "scoring", "candidate", "challengers", "serving", "scrub"),
+                *("outbox", "heartbeats", "metrics", "freshness", "standstill"),
             )
         ),
     )
