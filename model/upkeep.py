@@ -24,6 +24,7 @@ from model.typical import Typical
 __all__ = ["Read", "Upkeep"]
 
 _MIB = 1 << 20
+_LATEST = 255  # the latest impression with which a value can get its row, by the settings
 _AT_ONCE = 1 << 20  # rows whose fields are read at once after a restore
 
 
@@ -67,7 +68,9 @@ class Upkeep:
     def __init__(self, schema: FeatureSchema, settings: TableSettings, rows: ModelRows, table: EmbeddingTable) -> None:
         self._settings, self._rows, self._table = settings, rows, table
         self.census = Census(schema, rows.device)
-        self._sketch = Sketch(settings.admit_memory_mb * _MIB, rows.device) if settings.admit_after > 1 else None
+        self._sketch = Sketch(settings.admit_memory_mb * _MIB, rows.device) if settings.admits_late else None
+        after = [settings.admitted_after(cross=spec.kind == "cross") for spec in (*schema.singles, *schema.lists)]
+        self._admitted_after = torch.tensor(after, device=rows.device)
         self._eviction = Eviction(settings, rows, table.keys) if settings.evicts else None
         self._refuses = self._sketch is not None or bool(settings.max_rows)
         self._inserted = 0
@@ -107,7 +110,10 @@ class Upkeep:
             counted = which
             if corrections is not None:
                 counted = which[~corrections[elements.owners().index_select(0, absent)]]
-            return self._chosen(new, torch.bincount(counted, minlength=len(new)))
+            after = self._admitted_after.index_select(0, elements.fields().index_select(0, absent))
+            # A key that occurs as several fields is admitted by the lowest number, so that all devices agree.
+            needed = after.new_full((len(new),), _LATEST).scatter_reduce_(0, which, after, "amin")
+            return self._chosen(new, torch.bincount(counted, minlength=len(new)), needed)
 
         inserted = self._table.insert(
             elements.keys, elements.fields(), averages.embedding, averages.first_order, choose if self._refuses else None
@@ -129,13 +135,13 @@ class Upkeep:
         self.census.refused(elements.fields()[known.logical_not()])
         return known.nonzero().squeeze(1)
 
-    def _chosen(self, keys: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """Which of the new keys (M,) get a row, that the batch shows so many times (M,)."""
-        if self._sketch is None:
-            chosen = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
-        else:
-            self._counted = keys, times
-            chosen = self._sketch.seen(keys, times) >= self._settings.admit_after
+    def _chosen(self, keys: torch.Tensor, times: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+        """Which of the new keys (M,) get a row, that the batch shows so many times (M,), and that need so many (M,)."""
+        chosen = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
+        if self._sketch is not None:
+            late = (needed > 1).nonzero().squeeze(1)
+            self._counted = keys.index_select(0, late), times.index_select(0, late)
+            chosen.index_copy_(0, late, self._sketch.seen(*self._counted) >= needed.index_select(0, late))
         if self._settings.max_rows:
             room = self._settings.max_rows - len(self._table)
             chosen &= chosen.cumsum(0) <= room

@@ -61,6 +61,23 @@ def test_a_value_gets_a_row_with_the_impression_that_the_setting_names() -> None
     assert (items.field, items.rows, items.admitted, items.refused) == ("item", 1, 1, 7)
 
 
+def test_values_of_crosses_get_rows_later_than_others() -> None:
+    cross = FieldSpec(name="both", kind="cross", of=("user", "item"))
+    schema = FeatureSchema(fields=(*PLAIN.fields, cross), embedding_dim=4)
+    learner = learner_of(schema, admit_crosses_after=3)
+
+    def show_crosses(keys: list[list[int]]) -> None:
+        learner.learn(FeatureBatch(np.array(keys), np.empty(0, np.int64), np.zeros(1, np.int64), lists=0), [1.0] * len(keys))
+
+    show_crosses([[1, 100, 7], [2, 100, 8]])
+    assert keys_of(learner) == {1, 2, 100}
+    show_crosses([[1, 100, 7], [1, 100, 7], [2, 100, 8]])
+    assert keys_of(learner) == {1, 2, 100, 7}
+    assert [each.refused for each in learner.table.fields] == [0, 0, 3]
+    show_crosses([[8, 101, 8]])  # a key that occurs as two fields gets its row as the one that admits it first
+    assert keys_of(learner) == {1, 2, 100, 101, 7, 8}
+
+
 def test_a_batch_that_could_not_be_learned_is_no_impression() -> None:
     """Training learns its halves, and their halves, so its values come again and again."""
     learner = learner_of(admit_after=3)
