@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.distinct import unique_rows
+from model.distinct import Groups, group, put_rows
 from model.errors import SnapshotMismatch
 from model.frozen import ModelRows
 from model.growing import Column
@@ -52,18 +52,26 @@ def initial_rows(keys: torch.Tensor, dim: int, std: float, seed: int) -> torch.T
 class Gathered:
     """The U distinct rows of a batch, copied out of the table.
 
-    distinct            int64 (U,): row numbers
-    inverse             int64 (N,): index in `distinct` of the row of each element of the batch
+    groups              which rows they are, and which elements of the batch read each of them
     embedding_values    float32 (U, 2D): weights, then Adagrad's accumulators
     first_order_values  float32 (U, 1 + K): weight, then the K numbers of its optimizer's state
     history             float32 (U, 2): examples and clicks (`model.history`); None in a table without row history
     """
 
-    distinct: torch.Tensor
-    inverse: torch.Tensor
+    groups: Groups
     embedding_values: torch.Tensor
     first_order_values: torch.Tensor
     history: torch.Tensor | None = None
+
+    @property
+    def distinct(self) -> torch.Tensor:
+        """Row numbers int64 (U,), ascending."""
+        return self.groups.distinct
+
+    @property
+    def inverse(self) -> torch.Tensor:
+        """Index in `distinct` of the row of each element of the batch, int64 (N,)."""
+        return self.groups.inverse
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -193,9 +201,10 @@ class EmbeddingTable:
 
     def gather(self, rows: torch.Tensor) -> Gathered:
         """The distinct rows among `rows` (N,), with their weights, accumulators and history."""
-        distinct, inverse = unique_rows(rows, self._rows["scratch"])
+        groups = group(rows)
+        distinct = groups.distinct
         embedding, first_order = (self._rows[name].index_select(0, distinct) for name in ("embedding", "first_order"))
-        return Gathered(distinct, inverse, embedding, first_order, self._history(distinct))
+        return Gathered(groups, embedding, first_order, self._history(distinct))
 
     def step(self, rows: Gathered, embedding: torch.Tensor | None, first_order: torch.Tensor | None) -> None:
         """One step of the optimizers on gathered rows; gradients (U, D) and (U,), None where nothing changes.
@@ -204,10 +213,10 @@ class EmbeddingTable:
         """
         if embedding is not None:
             self._embedding.step(rows.embedding_values, embedding)
-            self._rows["embedding"].index_copy_(0, rows.distinct, rows.embedding_values)
+            put_rows(self._rows["embedding"], rows.distinct, rows.embedding_values)
         if first_order is not None:
             self._first_order.step(rows.first_order_values, first_order.unsqueeze(1))
-            self._rows["first_order"].index_copy_(0, rows.distinct, rows.first_order_values)
+            put_rows(self._rows["first_order"], rows.distinct, rows.first_order_values)
 
     def serving(self, rows: torch.Tensor) -> Rows:
         """Copies of the serving weights of these rows (N,), on the table's device."""

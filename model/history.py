@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 
+from model.distinct import bags
 from model.embedding import Gathered, take
 from model.growing import Growing
 from model.network import HISTORY_NUMBERS, Elements
@@ -157,11 +158,9 @@ class RowHistory:
         assert self._counted is not None
         (gathered, owners, added), self._counted = self._counted, None
         assert gathered.history is not None
-        counts = gathered.history.unbind(1)
-        more = [column.contiguous().index_select(0, owners) for column in added.unbind(1)]
-        # One column at a time: `index_add_` of pairs takes ten times as long.
-        sums = [column.contiguous().index_add_(0, gathered.inverse, each) for column, each in zip(counts, more, strict=True)]
-        self._rows["history"].index_copy_(0, gathered.distinct, _bounded(torch.stack(sums, 1)))
+        groups = gathered.groups
+        more = bags(added, owners.index_select(0, groups.order), groups.starts)
+        self._rows["history"].index_copy_(0, groups.distinct, _bounded(gathered.history + more))
         self.base.copy_(_bounded(self.base + added.sum(0)))
 
     def serving_state(self) -> dict[str, torch.Tensor]:

@@ -86,7 +86,8 @@ class Learner(LearnerState):
         history, extra = self._history, None
         if history is not None:
             extra = history.read(elements, gathered, target, weight, corrections, self.negative_rate, times_ms, read.own)
-        forward = self._dense.forward(*embed(elements, read.which, read.embedding, read.first_order), extra)
+        embedded, linear = embed(elements, read.which, read.embedding, read.first_order)
+        forward = self._dense.forward(embedded, linear, extra)
         scores = torch.sigmoid(forward.logits)  # on the stream as sampled
         answers = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
         slope = slopes(scores, target, corrections, self.negative_rate)
@@ -98,11 +99,10 @@ class Learner(LearnerState):
             mass = scores if weight is None else scores * weight
             owners = read.of_own(elements.owners())
             factors = deferred.factors(gathered.distinct, gathered.inverse, owners, mass, slope, target, corrections, times_ms)
-            factors = read.of_all(factors)
             charge = deferred.bias_charge
         gradient = self._dense.backward(forward, slope)
         first_order_slope = slope if self._dense.reads_first_order else None
-        gradients = read.of_rows(scatter_back(elements, read.which, len(read.embedding), gradient, first_order_slope, factors))
+        gradients = scatter_back(elements, gathered.groups, read.own, gradient, first_order_slope, factors)
         self._require_finite(len(batch), forward.logits, gradients)
         self._rows.touch(gathered.distinct)
         self._table.step(gathered, gradients.embedding, gradients.first_order)
@@ -112,7 +112,7 @@ class Learner(LearnerState):
         self._intercept.step(self._dense.bias, scores, slope, weight, corrections, charge)
         if deferred is not None and times_ms is not None:
             deferred.keep()
-        typical.follow(elements, read.which, read.embedding, read.first_order, self.examples_seen)
+        typical.follow(elements, embedded, read.which, read.first_order, self.examples_seen)
         self.examples_seen += len(batch)
         due = self._upkeep.learned(elements, read)
         if due is not None:

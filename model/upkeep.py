@@ -14,7 +14,7 @@ from model.embedding import EmbeddingTable, Gathered
 from model.eviction import Eviction
 from model.frozen import ModelRows
 from model.growing import Column
-from model.network import Elements, RowGradients
+from model.network import Elements
 from model.schema import FeatureSchema
 from model.sketch import Sketch
 from model.table import ABSENT_ROW
@@ -46,19 +46,6 @@ class Read(NamedTuple):
     def of_own(self, values: torch.Tensor) -> torch.Tensor:
         """The values (K,) of elements that have a row, from those of all elements (N,)."""
         return values if self.own is None else values.index_select(0, self.own)
-
-    def of_all(self, factors: torch.Tensor | None) -> torch.Tensor | None:
-        """The factors (N,) of all elements, from those (K,) of elements that have a row; 1 for the others."""
-        if factors is None or self.own is None:
-            return factors
-        return torch.ones(len(self.which), dtype=factors.dtype, device=factors.device).index_copy_(0, self.own, factors)
-
-    def of_rows(self, gradients: RowGradients) -> RowGradients:
-        """The gradients of the gathered rows, from those of all rows read."""
-        if self.own is None:
-            return gradients
-        count = len(self.gathered.distinct)
-        return RowGradients(*(None if each is None else each[:count] for each in gradients))
 
 
 class Upkeep:

@@ -73,7 +73,8 @@ class Mlp(Term):
             torch.addmm(gradient, upstream.t(), inputs, beta=0, alpha=mean, out=gradient)
             torch.mul(upstream.sum(0), mean, out=self._bias_gradients[layer])
             if layer:
-                upstream = torch.ops.aten.threshold_backward(upstream @ self._weights[layer], inputs, 0)
+                upstream = upstream @ self._weights[layer]
+                torch.ops.aten.threshold_backward.grad_input(upstream, inputs, 0, grad_input=upstream)
         return upstream
 
     def export(self, graph: Graph, inputs: GraphInputs) -> str:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from model import slots
 from model import table as table_module
-from model.distinct import unique_rows
 from model.embedding import EmbeddingTable, initial_rows
 from model.errors import ModelError
 from model.frozen import ModelRows
@@ -225,14 +224,6 @@ def test_the_empty_key_has_no_row() -> None:
     table = KeyTable(CPU)
     table.insert(tensor([1, 2]))
     assert table.lookup(tensor([EMPTY_KEY])).tolist() == [ABSENT_ROW]
-
-
-@given(st.lists(st.integers(0, 40), max_size=200))
-def test_unique_without_sorting(rows: list[int]) -> None:
-    scratch = torch.full((41,), 7, dtype=torch.int32)
-    distinct, inverse = unique_rows(tensor(rows), scratch)
-    assert sorted(distinct.tolist()) == sorted(set(rows))
-    assert torch.equal(distinct[inverse], tensor(rows))
 
 
 # First weights
