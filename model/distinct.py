@@ -1,4 +1,4 @@
-"""The distinct rows of a batch, and sums over the elements that read each of them."""
+"""The distinct keys and rows of a batch, and sums over the elements that share one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 __all__ = ["Groups", "bags", "distinct_rows", "group", "put_rows"]
 
-_LOW_HALF = (1 << 32) - 1
+_MULTIPLIER = -7046029254386353131  # 2**64 / golden ratio as a signed odd integer: Fibonacci hashing (Knuth, 6.4)
 
 
 class Groups(NamedTuple):
-    """N elements, grouped by the row that each of them reads.
+    """N elements, grouped by a value of each, such as their keys or their rows.
 
-    distinct  int64 (U,): the distinct rows, ascending
-    inverse   int64 (N,): index in `distinct` of the row of each element
+    distinct  int64 (U,): the distinct values, in no particular order
+    inverse   int64 (N,): index in `distinct` of the value of each element
     order     int64 (N,): the elements group by group, in ascending order within each
     starts    int64 (U,): where in `order` each group begins
     """
@@ -26,24 +26,45 @@ class Groups(NamedTuple):
     order: torch.Tensor
     starts: torch.Tensor
 
+    def members(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The elements (E,) of M different groups (M,), ascending, and the index (E,) among these of each one's group."""
+        which = torch.full_like(self.starts, -1).index_copy_(0, groups, torch.arange(len(groups), device=groups.device))
+        of_all = which.index_select(0, self.inverse)
+        elements = (of_all >= 0).nonzero().squeeze(1)
+        return elements, of_all.index_select(0, elements)
 
-def group(rows: torch.Tensor) -> Groups:
-    """Groups elements by their rows (N,), numbers from 0 to 2**31 - 1.
 
-    Rows in ascending order also make the reads and writes of a batch's rows faster: neighbours are near in memory.
-    """
-    both = (rows << 32).bitwise_or_(torch.arange(len(rows), device=rows.device))
-    on_cpu = rows.device.type == "cpu"  # where numpy is several times as fast as torch
-    if on_cpu:
-        both.numpy().sort()
-    else:
-        both = both.sort().values
-    sorted_rows, order = both >> 32, both.bitwise_and_(_LOW_HALF)
-    begins = torch.ones_like(rows, dtype=torch.bool)
-    torch.ne(sorted_rows[1:], sorted_rows[:-1], out=begins[1:])
+def group(values: torch.Tensor) -> Groups:
+    """Groups elements by their values, int64 (N,)."""
+    if values.device.type != "cpu":
+        return _groups(values, values.argsort(stable=True))
+    # numpy sorts numbers several times as fast as torch, but not pairs. So as many bits of a hash as fit beside an element's
+    # number are sorted with it.
+    bits = len(values).bit_length()
+    number = (1 << bits) - 1
+    words = (values * _MULTIPLIER).bitwise_and_(~number).bitwise_or_(torch.arange(len(values)))
+    words.numpy().sort()
+    groups = _groups(values, words & number)
+    if np.count_nonzero(_begins(words >> bits).numpy()) == len(groups.starts):
+        return groups
+    return _groups(values, values.argsort(stable=True))  # the hashes of two values agree in these bits
+
+
+def _groups(values: torch.Tensor, order: torch.Tensor) -> Groups:
+    """The groups, from an order of the elements in which equal values are neighbours."""
+    together = values.index_select(0, order)
+    begins = _begins(together)
+    on_cpu = values.device.type == "cpu"  # where numpy is several times as fast as torch
     starts = torch.from_numpy(np.flatnonzero(begins.numpy())) if on_cpu else begins.nonzero().squeeze(1)
     inverse = torch.empty_like(order).scatter_(0, order, begins.cumsum(0).sub_(1))
-    return Groups(sorted_rows.index_select(0, starts), inverse, order, starts)
+    return Groups(together.index_select(0, starts), inverse, order, starts)
+
+
+def _begins(values: torch.Tensor) -> torch.Tensor:
+    """Where a value differs from the one before, bool (N,); true for the first."""
+    begins = torch.ones_like(values, dtype=torch.bool)
+    torch.ne(values[1:], values[:-1], out=begins[1:])
+    return begins
 
 
 def bags(

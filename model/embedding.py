@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from model.distinct import Groups, group, put_rows
+from model.distinct import Groups, put_rows
 from model.errors import SnapshotMismatch
 from model.frozen import ModelRows
 from model.growing import Column
@@ -65,7 +65,7 @@ class Gathered:
 
     @property
     def distinct(self) -> torch.Tensor:
-        """Row numbers int64 (U,), ascending."""
+        """Row numbers int64 (U,), in no particular order."""
         return self.groups.distinct
 
     @property
@@ -87,7 +87,7 @@ class Gathered:
 class Inserted(NamedTuple):
     """What `EmbeddingTable.insert` found and gave.
 
-    rows      int64 (N,): rows of the keys; `ABSENT_ROW` for keys that were refused one
+    rows      int64 (U,): rows of the keys; `ABSENT_ROW` for keys that were refused one
     new_rows  int64 (M,): the new ones among them
     kinds     int64 (M,): their kinds
     """
@@ -150,35 +150,36 @@ class EmbeddingTable:
 
     def insert(
         self,
-        keys: torch.Tensor,
-        kinds: torch.Tensor,
+        groups: Groups,
+        kinds: Callable[[], torch.Tensor],
         embedding: torch.Tensor,
         first_order: torch.Tensor,
         choose: Choose | None = None,
     ) -> Inserted:
-        """Row numbers of `keys` (N,). A new key gets a new row with initial weights.
+        """Row numbers of U keys, by which N elements are grouped. A new key gets a new row with initial weights.
 
-        kinds        (N,): the kind (the field) of each key, 0 to K - 1
+        kinds        gives int64 (N,): the kind (the field) of each element, 0 to K - 1; called if a key is new
         embedding    (K, D): initial embedding of each kind, to which random numbers by key are added (`initial_rows`)
         first_order  (K,): initial first-order weight of each kind
         choose       says which new keys get a row; all when None
         """
-        found = self.keys.insert(keys, choose)
+        found = self.keys.insert(groups.distinct, choose)
         new = found.new
-        kind = kinds[:0]
-        if len(new.keys):
-            self._rows.make_room(self.keys.last_row + 1)
-            self._rows.touch(new.rows)  # a row that another key had may be in a freeze, as a row without a key
-            if self._rows.moments is not None:
-                self._rows.moments.given_away(new.rows)
-            # A key that occurs as several kinds gets the lowest of them, so that all devices agree.
-            kind = torch.full((len(new.keys),), len(first_order), device=keys.device)
-            kind.scatter_reduce_(0, found.which, kinds[found.absent], "amin")
-            random = initial_rows(new.keys, self.dim, self._init_std, self._seed)
-            weights = self._embedding.begin(embedding.index_select(0, kind) + random)
-            first_orders = self._first_order.begin(first_order.index_select(0, kind).unsqueeze(1))
-            for name, values in (("keys", new.keys), ("embedding", weights), ("first_order", first_orders)):
-                self._rows[name].index_copy_(0, new.rows, values)
+        if not len(new.keys):
+            return Inserted(found.rows, new.rows, new.rows)
+        self._rows.make_room(self.keys.last_row + 1)
+        self._rows.touch(new.rows)  # a row that another key had may be in a freeze, as a row without a key
+        if self._rows.moments is not None:
+            self._rows.moments.given_away(new.rows)
+        # A key that occurs as several kinds gets the lowest of them, so that all devices agree.
+        kind = torch.full_like(new.rows, len(first_order))
+        elements, group = groups.members(found.absent)
+        kind.scatter_reduce_(0, found.which.index_select(0, group), kinds().index_select(0, elements), "amin")
+        random = initial_rows(new.keys, self.dim, self._init_std, self._seed)
+        weights = self._embedding.begin(embedding.index_select(0, kind) + random)
+        first_orders = self._first_order.begin(first_order.index_select(0, kind).unsqueeze(1))
+        for name, values in (("keys", new.keys), ("embedding", weights), ("first_order", first_orders)):
+            self._rows[name].index_copy_(0, new.rows, values)
         return Inserted(found.rows, new.rows, kind)
 
     def find(self, keys: torch.Tensor) -> Items:
@@ -199,9 +200,8 @@ class EmbeddingTable:
                     self._rows[name].index_fill_(0, found.rows, EMPTY_KEY if name == "keys" else 0)
             self.keys.delete(found.keys)
 
-    def gather(self, rows: torch.Tensor) -> Gathered:
-        """The distinct rows among `rows` (N,), with their weights, accumulators and history."""
-        groups = group(rows)
+    def gather(self, groups: Groups) -> Gathered:
+        """The rows by which elements are grouped, with their weights, accumulators and history."""
         distinct = groups.distinct
         embedding, first_order = (self._rows[name].index_select(0, distinct) for name in ("embedding", "first_order"))
         return Gathered(groups, embedding, first_order, self._history(distinct))

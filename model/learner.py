@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 
 from model.batch import FeatureBatch, Float32Array
+from model.distinct import group
 from model.errors import ModelError, UpdateNotFinite
 from model.history import history_inputs
 from model.learner_state import LearnerState
@@ -77,7 +78,8 @@ class Learner(LearnerState):
         if not len(batch):
             return np.empty(0, np.float32)
         elements = to_elements(batch, self.schema, self.device)
-        corrections = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
+        back = np.asarray(False if corrects is None else corrects, np.bool_)
+        corrections = torch.from_numpy(back).to(self.device) if back.any() else None
         typical = self._typical
         self._upkeep.follow(impression_ms)
         read = self._upkeep.read(elements, typical, corrections)
@@ -124,7 +126,7 @@ class Learner(LearnerState):
         """Scores float32 (B,), without any change of the learner. An unknown value reads the average row of its field."""
         elements = to_elements(batch, self.schema, self.device)
         rows = self._table.keys.lookup(elements.keys)
-        gathered = self._table.gather(rows)
+        gathered = self._table.gather(group(rows))
         indices = torch.where(rows == 0, len(gathered.distinct) + elements.fields(), gathered.inverse)
         embedding = torch.cat((gathered.embedding, self._typical.embedding))
         first_order = torch.cat((gathered.first_order, self._typical.first_order))

@@ -70,8 +70,8 @@ class Mlp(Term):
         for layer in reversed(range(self._layers)):
             inputs = activations[layer]
             gradient = self._weight_gradients[layer]
+            torch.mul(upstream.sum(0), mean, out=self._bias_gradients[layer])  # while `upstream` is still in the cache
             torch.addmm(gradient, upstream.t(), inputs, beta=0, alpha=mean, out=gradient)
-            torch.mul(upstream.sum(0), mean, out=self._bias_gradients[layer])
             if layer:
                 upstream = upstream @ self._weights[layer]
                 torch.ops.aten.threshold_backward.grad_input(upstream, inputs, 0, grad_input=upstream)

@@ -1,29 +1,51 @@
-"""Distinct rows of a batch, and sums over the elements that read each of them."""
+"""Distinct keys and rows of a batch, and sums over the elements that read each of them."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model.distinct import bags, distinct_rows, group, put_rows
+from model.distinct import _MULTIPLIER, Groups, bags, distinct_rows, group, put_rows
 
-ROWS = st.lists(st.integers(0, 40) | st.sampled_from([2**31 - 1, 2**31 - 2]), max_size=200)
+VALUES = st.lists(st.integers(0, 40) | st.integers(-(2**63), 2**63 - 1), max_size=200)
 devices = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
 )
 
 
-@given(ROWS)
+def check(groups: Groups, numbers: list[int]) -> None:
+    values = torch.tensor(numbers, dtype=torch.int64)
+    assert sorted(groups.distinct.tolist()) == sorted(set(numbers))
+    assert torch.equal(groups.distinct[groups.inverse], values)
+    parts = pairwise([*groups.starts.tolist(), len(numbers)])
+    for value, (start, end) in zip(groups.distinct.tolist(), parts, strict=True):
+        assert groups.order[start:end].tolist() == [at for at, number in enumerate(numbers) if number == value]
+
+
+@given(VALUES)
 def test_groups(numbers: list[int]) -> None:
-    rows = torch.tensor(numbers, dtype=torch.int64)
-    groups = group(rows)
-    assert groups.distinct.tolist() == sorted(set(numbers))
-    assert torch.equal(groups.distinct[groups.inverse], rows)
-    assert torch.equal(rows[groups.order], rows.sort().values)
-    assert groups.order.tolist() == sorted(range(len(numbers)), key=lambda at: (numbers[at], at))
-    assert rows[groups.order][groups.starts].tolist() == groups.distinct.tolist()
+    check(group(torch.tensor(numbers, dtype=torch.int64)), numbers)
+
+
+def test_groups_of_values_whose_hashes_agree_in_all_sorted_bits() -> None:
+    inverse = pow(_MULTIPLIER, -1, 2**64)
+    near = [hashed * inverse % 2**64 for hashed in (1 << 40, (1 << 40) + 1, (1 << 40) + 2)]
+    numbers = [number - 2**64 if number >= 2**63 else number for number in near] * 5
+    check(group(torch.tensor(numbers)), numbers)
+
+
+@given(VALUES, st.sets(st.integers(0, 40)))
+def test_members_of_some_groups(numbers: list[int], some: set[int]) -> None:
+    groups = group(torch.tensor(numbers, dtype=torch.int64))
+    chosen = [at for at in some if at < len(groups.distinct)]
+    elements, which = groups.members(torch.tensor(chosen, dtype=torch.int64))
+    wanted = {groups.distinct.tolist()[at]: place for place, at in enumerate(chosen)}
+    assert elements.tolist() == [at for at, number in enumerate(numbers) if number in wanted]
+    assert which.tolist() == [wanted[numbers[at]] for at in elements.tolist()]
 
 
 @given(st.lists(st.integers(0, 40), max_size=200))
