@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+from model.batch import Int64Array
 
 __all__ = ["Groups", "bags", "distinct_rows", "group", "put_rows"]
 
-_MULTIPLIER = -7046029254386353131  # 2**64 / golden ratio as a signed odd integer: Fibonacci hashing (Knuth, 6.4)
+_MULTIPLIER = np.int64(-7046029254386353131)  # 2**64 / golden ratio as a signed odd integer: Fibonacci hashing (Knuth, 6.4)
 
 
 class Groups(NamedTuple):
@@ -36,34 +39,47 @@ class Groups(NamedTuple):
 
 def group(values: torch.Tensor) -> Groups:
     """Groups elements by their values, int64 (N,)."""
-    if values.device.type != "cpu":
-        return _groups(values, values.argsort(stable=True))
-    # numpy sorts numbers several times as fast as torch, but not pairs. So as many bits of a hash as fit beside an element's
-    # number are sorted with it.
-    bits = len(values).bit_length()
-    number = (1 << bits) - 1
-    words = (values * _MULTIPLIER).bitwise_and_(~number).bitwise_or_(torch.arange(len(values)))
-    words.numpy().sort()
-    groups = _groups(values, words & number)
-    if np.count_nonzero(_begins(words >> bits).numpy()) == len(groups.starts):
-        return groups
-    return _groups(values, values.argsort(stable=True))  # the hashes of two values agree in these bits
-
-
-def _groups(values: torch.Tensor, order: torch.Tensor) -> Groups:
-    """The groups, from an order of the elements in which equal values are neighbours."""
-    together = values.index_select(0, order)
-    begins = _begins(together)
-    on_cpu = values.device.type == "cpu"  # where numpy is several times as fast as torch
-    starts = torch.from_numpy(np.flatnonzero(begins.numpy())) if on_cpu else begins.nonzero().squeeze(1)
+    if values.device.type == "cpu":
+        return Groups(*map(torch.from_numpy, _on_cpu(values.numpy())))
+    together, order = values.sort(stable=True)
+    begins = torch.ones_like(values, dtype=torch.bool)
+    torch.ne(together[1:], together[:-1], out=begins[1:])
+    starts = begins.nonzero().squeeze(1)
     inverse = torch.empty_like(order).scatter_(0, order, begins.cumsum(0).sub_(1))
     return Groups(together.index_select(0, starts), inverse, order, starts)
 
 
-def _begins(values: torch.Tensor) -> torch.Tensor:
-    """Where a value differs from the one before, bool (N,); true for the first."""
-    begins = torch.ones_like(values, dtype=torch.bool)
-    torch.ne(values[1:], values[:-1], out=begins[1:])
+def _on_cpu(values: Int64Array) -> tuple[Int64Array, ...]:
+    """The parts of `Groups`.
+
+    numpy sorts numbers several times as fast as torch, but not pairs. So as many bits of a hash as fit beside an element's
+    number are sorted with it.
+    """
+    bits = len(values).bit_length()
+    number = (1 << bits) - 1
+    words = values * _MULTIPLIER
+    words &= ~number
+    words |= np.arange(len(values))
+    words.sort()
+    order = words & number
+    words >>= bits
+    together = values[order]
+    begins = _begins(together)
+    starts = np.flatnonzero(begins)
+    if np.count_nonzero(_begins(words)) != len(starts):  # the hashes of two values agree in these bits
+        order = np.argsort(values, kind="stable")
+        together = values[order]
+        begins = _begins(together)
+        starts = np.flatnonzero(begins)
+    inverse = np.empty_like(order)
+    inverse[order] = np.cumsum(begins) - 1
+    return together[starts], inverse, order, starts
+
+
+def _begins(values: Int64Array) -> npt.NDArray[np.bool_]:
+    """Where a value differs from the one before; true for the first."""
+    begins = np.ones(len(values), np.bool_)
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
     return begins
 
 

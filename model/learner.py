@@ -22,6 +22,7 @@ __all__ = ["Learner"]
 # they stay finite for a million gradients of this norm. The largest weight and the smallest sampling rate that the trainer
 # accepts give gradients far below it (`stream.trainer.examples`).
 _LARGEST_NORM = 1e16
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 class Learner(LearnerState):
@@ -74,7 +75,7 @@ class Learner(LearnerState):
         """
         self._require_restored()
         target = self._checked("labels", labels, len(batch), 1.0)
-        weight = None if weights is None else self._checked("weights", weights, len(batch), np.inf)
+        weight = None if weights is None else self._checked("weights", weights, len(batch), _LARGEST_FLOAT)
         if not len(batch):
             return np.empty(0, np.float32)
         elements = to_elements(batch, self.schema, self.device)
@@ -141,10 +142,11 @@ class Learner(LearnerState):
         array = np.asarray(values, dtype=np.float32)
         if array.shape != (rows,):
             raise ModelError(f"{name}: expected one for each of the batch's {rows} rows, found shape {array.shape}")
-        wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0) & (array <= most)))
-        if len(wrong):
+        right = (array >= 0) & (array <= most)  # neither is true for NaN
+        if not right.all():
             wanted = "a number from 0 to 1" if most == 1 else "a finite number, 0 or more"
-            raise ModelError(f"{name}: expected {wanted}, found {array[wrong[0]]} in row {wrong[0]}")
+            row = int(right.argmin())
+            raise ModelError(f"{name}: expected {wanted}, found {array[row]} in row {row}")
         return torch.from_numpy(np.require(array, np.float32, ("C", "W"))).to(self.device)
 
     def _require_finite(self, batch: int, logits: torch.Tensor, rows: RowGradients) -> None:
@@ -155,9 +157,9 @@ class Learner(LearnerState):
             "first-order gradient": rows.first_order,
         }
         tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
-        norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()])
-        if not (norms < _LARGEST_NORM).all():  # also true for NaN
-            found = ", ".join(f"{name} {norm:g}" for name, norm in zip(tensors, norms.tolist(), strict=True))
+        norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()]).tolist()
+        if not all(norm < _LARGEST_NORM for norm in norms):  # also true for NaN
+            found = ", ".join(f"{name} {norm:g}" for name, norm in zip(tensors, norms, strict=True))
             if torch.isfinite(self._dense.parameters).all():
                 raise UpdateNotFinite(
                     f"update of {batch} examples: expected norms below {_LARGEST_NORM:g}, found {found}; nothing was written"

@@ -32,7 +32,7 @@ def test_groups(numbers: list[int]) -> None:
 
 
 def test_groups_of_values_whose_hashes_agree_in_all_sorted_bits() -> None:
-    inverse = pow(_MULTIPLIER, -1, 2**64)
+    inverse = pow(int(_MULTIPLIER), -1, 2**64)
     near = [hashed * inverse % 2**64 for hashed in (1 << 40, (1 << 40) + 1, (1 << 40) + 2)]
     numbers = [number - 2**64 if number >= 2**63 else number for number in near] * 5
     check(group(torch.tensor(numbers)), numbers)
