@@ -90,7 +90,7 @@ class LearnerState:
         self._typical = Typical(schema, self.device)
         self._upkeep = Upkeep(schema, table, self._rows, self._table)
         self._deferred = Deferred(self._rows)
-        self._intercept = Intercept(self.device)
+        self._intercept = Intercept()
         crosses = Rate(self._dense.crosses, settings.cross_learning_rate) if settings.cross_layers else None
         self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate, crosses)
         self._deltas = Deltas(self._rows, self._dense_serving(), row_precision)
