@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FIELDS", "RIVER", "RIVER_SLOW", "VOWPAL_WABBIT"]
+__all__ = ["FIELDS", "RIVER", "VOWPAL_WABBIT"]
 
 FIELDS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 """A namespace of Vowpal Wabbit is one character, so there are at most 62 fields."""
@@ -52,11 +52,11 @@ RIVER = (
     "river-lr-adagrad",
     "river-lr-adagrad-rate-0.03",
     "river-lr-sgd",
+    "river-fm-adagrad",
+    "river-fm-adagrad-rate-0.03",
+    "river-fm-sgd",
 )
-"""Names of River's logistic regressions."""
-
-RIVER_SLOW = ("river-fm-adagrad", "river-fm-adagrad-rate-0.03", "river-fm-sgd")
-"""Names of River's factorization machines."""
+"""Names of River's models: logistic regressions and factorization machines."""
 
 
 def main() -> None:

@@ -8,9 +8,8 @@ All learn the same rows, in the order of event time, from the same features, eac
 after each row, and Headrace after each batch, whose rows are all scored before it. Figures are of the last 80 % of the rows.
 The peers' settings are several, and the best of them by its AUC on these very rows is compared, which favours the peer.
 
-Vowpal Wabbit and River's logistic regressions learn all rows. River's factorization machines need some 5 ms a row, so they
-learn the first `--slow-rows`, and Headrace is judged once more on those. Peers that aren't installed are left out, and the
-result says so.
+Vowpal Wabbit learns all rows. River is written in Python and needs up to 5 ms a row, so it learns the first `--river-rows`, and
+Headrace is judged once more on those. Peers that aren't installed are left out, and the result says so.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 
 from bench.common import report
-from bench.peer_learners import FIELDS, RIVER, RIVER_SLOW, VOWPAL_WABBIT
+from bench.peer_learners import FIELDS, RIVER, VOWPAL_WABBIT
 from deploy.datasets import NAMED, open_data_set
 from deploy.datasets.folders import cache_folder
 from deploy.evaluate import plans
@@ -58,8 +57,7 @@ class Group(NamedTuple):
 
 GROUPS = {
     "vw": Group("vowpalwabbit", list(VOWPAL_WABBIT)),
-    "river": Group("river", RIVER),
-    "river-slow": Group("river", RIVER_SLOW, slow=True),
+    "river": Group("river", RIVER, slow=True),
 }
 
 
@@ -74,9 +72,7 @@ class Learned(NamedTuple):
 @click.command(help=__doc__.split("\n", 1)[0])
 @click.option("--dataset", type=click.Choice(list(NAMED)), default="kuairand", show_default=True)
 @click.option("--limit", type=click.IntRange(min=1_000), help="Rows to learn; all when not given.")
-@click.option(
-    "--slow-rows", type=click.IntRange(min=1_000), default=20_000, show_default=True, help="Rows that slow models learn."
-)
+@click.option("--river-rows", type=click.IntRange(min=1_000), default=20_000, show_default=True, help="Rows that River learns.")
 @click.option("--peers", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A Python that has the peers.")
 @click.option("--install", is_flag=True, help=f"Make an environment with {' and '.join(WHEELS.values())}, if there is none.")
 @click.option("--only", type=click.Choice(list(GROUPS)), multiple=True, help="Compare with these alone. May be repeated.")
@@ -87,7 +83,7 @@ class Learned(NamedTuple):
 def main(
     dataset: str,
     limit: int | None,
-    slow_rows: int,
+    river_rows: int,
     peers: Path | None,
     install: bool,
     only: Sequence[str],
@@ -107,7 +103,7 @@ def main(
             click.echo(f"{name} is left out: {python} has no {group.package}. Pass --install, or --peers PYTHON.", err=True)
             figures[name] = "not installed"
             continue
-        rows = min(slow_rows, len(whole)) if group.slow else len(whole)
+        rows = min(river_rows, len(whole)) if group.slow else len(whole)
         stream = whole if rows == len(whole) else whole.take(np.arange(rows))
         found = peer_runs(python, stream, group.settings, keep)
         if rows not in ours:
