@@ -128,7 +128,7 @@ def tables(evaluated: Evaluated) -> Iterator[Table]:
     for field, values in base.by.items():
         yield Table(f"top values of {field}{about}", (field, *_GROUP), [_shown_group(each) for each in values])
     if evaluated.history:
-        shown = [
+        shown: list[Sequence[str]] = [
             (each.field, _shown(each.at_impression), _shown(each.at_label), _shown(each.leak, signed=True))
             for each in evaluated.history
         ]
