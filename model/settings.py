@@ -30,7 +30,8 @@ class ModelSettings(BaseModel):
     ```
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # JSON has no infinity, so a version couldn't say that it was made with one.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ModelName = Field(
         default="deepfm",

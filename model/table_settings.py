@@ -22,7 +22,7 @@ class TableSettings(BaseModel):
     trainer that restarts does again what it did.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     admit_after: int = Field(
         default=1,

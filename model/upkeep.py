@@ -74,6 +74,7 @@ class Upkeep:
         self._eviction = Eviction(settings, rows, table.keys) if settings.evicts else None
         self._refuses = self._sketch is not None or bool(settings.max_rows)
         self._inserted = 0
+        self._counted: tuple[torch.Tensor, torch.Tensor] | None = None  # keys without a row and how often, until `learned`
         self._fields_known = True
 
     @staticmethod
@@ -91,6 +92,7 @@ class Upkeep:
 
         corrections  bool (B,): examples that are no impressions of their own, since they correct an earlier label
         """
+        self._counted = None  # that of a batch that wasn't learned, whose parts are read again
         rows = self._insert(elements, averages, corrections)
         own = self._own(rows, elements)
         gathered = self._table.gather(rows if own is None else rows.index_select(0, own))
@@ -138,8 +140,8 @@ class Upkeep:
         chosen = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
         if self._sketch is not None:
             late = (needed > 1).nonzero().squeeze(1)
-            counts = self._sketch.add(keys.index_select(0, late), times.index_select(0, late))
-            chosen.index_copy_(0, late, counts >= needed.index_select(0, late))
+            self._counted = keys.index_select(0, late), times.index_select(0, late)
+            chosen.index_copy_(0, late, self._sketch.seen(*self._counted) >= needed.index_select(0, late))
         if self._settings.max_rows:
             room = self._settings.max_rows - len(self._table)
             chosen &= chosen.cumsum(0) <= room
@@ -147,6 +149,8 @@ class Upkeep:
 
     def learned(self, elements: Elements, read: Read) -> torch.Tensor | None:
         """Keys (N,) whose rows are to be evicted after a batch; None: no rows are."""
+        if self._sketch is not None and self._counted is not None:
+            self._sketch.add(*self._counted)
         if self._eviction is None:
             return None
         self._eviction.used(read.gathered.distinct, read.gathered.inverse)

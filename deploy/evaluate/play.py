@@ -124,7 +124,11 @@ class _Served:
         self._versions = versions
 
     def finish(self, learner: Learner) -> None:
-        """Score what is left, by the weights that know all labels."""
+        """Score what is left and comes after the next version, by the weights that know all labels."""
+        every_ms, late_ms = self._serving.every_ms, self._serving.late_ms
+        if every_ms:  # what no version was there to answer has no score
+            next_ms = self._start_ms + (self._versions + 1) * every_ms
+            self._done = max(self._done, int(np.searchsorted(self._stream.shown_ms, next_ms + late_ms)))
         self._score(learner, int(self._stream.shown_ms[-1]) + 1)
 
     def _score(self, learner: Learner, until_ms: int) -> None:

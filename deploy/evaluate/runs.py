@@ -190,11 +190,18 @@ def _require_fields(plan: Plan, base: Stream, judging: Judging) -> None:
     """Reject unknown fields before anything is learned."""
     for name in judging.by:
         grouped.column_of(base, name)
-    names = [spec.name for spec in plan.settings.features.fields]
+    specs = {spec.name: spec for spec in plan.settings.features.fields}
     for name in judging.permute:
-        if name not in names:
+        spec = specs.get(name)
+        if spec is None:
             raise EvaluationError(
-                f"--permute: expected one of the fields ({', '.join(names)}), found {name!r}. Correct the option."
+                f"--permute: expected one of the fields ({', '.join(specs)}), found {name!r}. Correct the option."
+            )
+        if not spec.is_sent:
+            made_of = ", ".join(spec.of) or "the time of the impression"
+            raise EvaluationError(
+                f"--permute: expected a field whose values impressions carry, found {name!r}, which is made of {made_of}. "
+                f"Use --without {name}" + (", or permute the fields that it is made of." if spec.of else ".")
             )
     if judging.history and not plan.settings.model.row_history:
         raise EvaluationError(
@@ -221,6 +228,11 @@ def _run(
     settings = plan.settings
     model = settings.model.model_copy(update={"seed": settings.model.seed + seed})
     labels = joined(stream, settings.join)
+    if not len(labels):
+        raise EvaluationError(
+            f"{stream.name}: expected labels to learn, found none: nothing was clicked, and join.negative_rate "
+            f"({settings.join.negative_rate:g}) left out all negatives. Raise it."
+        )
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     learner = Learner(settings.features, model, table=settings.table, device=settings.trainer.device)
