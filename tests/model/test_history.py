@@ -20,7 +20,7 @@ from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from tests.model.test_learner import SCHEMA, learn, records
 
-SETTINGS = ModelSettings(hidden=(16, 8), initial_rows=16, row_history=True)
+SETTINGS = ModelSettings(hidden=(16, 8), initial_rows=16, row_history=True, cross_layers=0)
 
 
 def learner_of(schema: FeatureSchema = SCHEMA) -> Learner:
