@@ -43,6 +43,7 @@ from state.settings import SnapshotSettings
 from state.upkeep import Reindexed, Retired
 from stream.errors import Fenced, RegistryError
 from stream.kafka.clients import aiokafka_options, unreachable
+from stream.kafka.quick import quickly
 from stream.kafka.transactional import dropped, is_fencing, retrieve
 from stream.registry.log import ANSWER, RegistryLog
 from stream.settings import KafkaSettings
@@ -105,7 +106,6 @@ class RegistryWriter:
         self._who = who
         self._transactional_id = registry_transactional_id(names)
         self._log = RegistryLog(kafka, names, follow=False)
-        self._log_is_open = False
         self._producer: AIOKafkaProducer = None
         self._read_to = 0  # the position after this writer's own last change
         self._at_ms, self._at_s = 0, 0.0
@@ -117,15 +117,18 @@ class RegistryWriter:
         return self._log.state
 
     async def connect(self) -> None:
-        """Read the registry. The first operation does so by itself; with this, it takes less time."""
+        """Fence other writers and read the registry. The first operation does so by itself; after this, it takes less time."""
         from aiokafka.errors import KafkaError
 
         async with self._lock:
             try:
                 async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
-                    await self._read()
-            except (KafkaError, TimeoutError) as error:
-                raise unreachable(self._kafka, ANSWER, error) from error
+                    await self._take_over()
+            except BaseException as error:
+                await self._drop_producer()
+                if isinstance(error, KafkaError | TimeoutError):
+                    raise unreachable(self._kafka, ANSWER, error) from error
+                raise
 
     async def take_trainer_epoch(self, *, above: int = 0) -> int:
         """Take the next trainer epoch, and one above `above`. A trainer with an older one can no longer announce."""
@@ -260,7 +263,7 @@ class RegistryWriter:
         from aiokafka.errors import KafkaError
 
         async with self._lock:
-            if self._log_is_open:
+            if self._log.is_open:
                 try:
                     async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                         await self._log.read_to(self._read_to)
@@ -274,7 +277,6 @@ class RegistryWriter:
         async with self._lock:
             await self._drop_producer()
             await self._log.close()
-            self._log_is_open = False
 
     async def _change(self, decide: Decide[T], reason: str = "") -> Written[T]:
         """Run one operation to its end."""
@@ -334,7 +336,10 @@ class RegistryWriter:
         return decide(self._log.state, cause)
 
     async def _take_over(self) -> None:
-        """Fence every other writer, then read what they have written, in this order: see 1 at the top of this module."""
+        """Fence every other writer, then read what they have written, in this order: see 1 at the top of this module.
+
+        What is in the log already is read while the producer starts.
+        """
         from aiokafka import AIOKafkaProducer
 
         producer = AIOKafkaProducer(
@@ -342,16 +347,16 @@ class RegistryWriter:
             transactional_id=self._transactional_id,
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
         )
-        self._producer = producer
-        await producer.start()
-        await self._read()
+        self._producer = quickly(producer, [self._topic])
+        for failure in await asyncio.gather(producer.start(), self._open_log(), return_exceptions=True):
+            if failure is not None:
+                raise failure
+        await self._log.catch_up()
         self._read_to = self._log.position
 
-    async def _read(self) -> None:
-        if not self._log_is_open:
+    async def _open_log(self) -> None:
+        if not self._log.is_open:
             await self._log.open()
-            self._log_is_open = True
-        await self._log.catch_up()
 
     async def _commit(self, records: Iterable[KeyedRecord]) -> None:
         """Write records in one transaction. Every send is awaited, since aiokafka also commits when one has failed."""
