@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option, who
+from deploy.cli.common import ask_kafka, echo_json, format_option, model_option, who, with_model
 from deploy.cli.feeding import stopping_on_interrupt
 from deploy.cli.mapping import mapped_columns, mapping_options
 from deploy.cli.times import TIME, clock
@@ -25,6 +25,7 @@ __all__ = ["bootstrap"]
 @click.argument("name")
 @click.option("--until", type=TIME, help="Learn impressions before this time only, such as 2026-05-01T00:00Z.")
 @click.option("--limit", type=click.IntRange(min=1), help="Impressions to learn; all when not given.")
+@model_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of click delays that are drawn.")
 @click.option("--new-model", is_flag=True, help="Publish a new model although the registry knows versions already.")
 @click.option(
@@ -42,6 +43,7 @@ def bootstrap(
     name: str,
     until: int | None,
     limit: int | None,
+    model: str | None,
     seed: int,
     new_model: bool,
     checkpoints: Path | None,
@@ -60,6 +62,7 @@ def bootstrap(
       headrace bootstrap parquet --path log.parquet --column timestamp=ts --column clicked=label
       headrace bootstrap jsonl --path log.jsonl --until 2026-05-01T00:00Z
       headrace bootstrap kuairand --new-model        a new model beside the champion
+      headrace bootstrap kuairand --model wide_deep  its trainer needs --model wide_deep or model.name, too
 
     The trainer's own code learns the impressions in event-time order, each with its final label: clicked within
     join.window_ms, or not. The version says up to which event time it has learned. A trainer that goes on from it skips all
@@ -78,7 +81,7 @@ def bootstrap(
     from deploy.datasets import Limits
     from deploy.settings import load_settings
 
-    settings = load_settings()
+    settings = with_model(load_settings(), model)
     columns = mapped_columns(name, **{key: value for key, value in mapping.items() if key != "path"})
     source = Source(
         name=name,

@@ -21,7 +21,8 @@ from deploy.evaluate.stream import Int64s, Stream
 from model.batch import FeatureBatch
 from model.derived import as_served
 from model.learner import Learner
-from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.batching import BatchCutter
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.metrics import TrainerMetrics
@@ -78,7 +79,7 @@ class _Progressive:
     def __init__(self, count: int) -> None:
         self.scores = np.full(count, np.nan, np.float32)
 
-    def observe(self, batch: TrainingBatch, scores: Scores) -> None:
+    def observe(self, batch: ExampleColumns, scores: Scores) -> None:
         self.scores[batch.id_hashes] = scores  # which hold the labels' numbers here
 
 

@@ -23,9 +23,8 @@ import numpy.typing as npt
 
 from model.errors import ModelError
 from model.schema import FeatureSchema
-from stream.trainer.batching import TrainingBatch
+from stream.trainer.columns import BoolArray, ExampleColumns, Float32Array, Int64Array
 from stream.trainer.evaluation import counts
-from stream.trainer.examples import BoolArray, Float32Array, Int64Array
 
 __all__ = ["DECILES", "TOP", "CalibrationWatch", "GroupCalibration", "is_off"]
 
@@ -133,7 +132,7 @@ class CalibrationWatch:
         self._columns = [singles.index(name) for name in self._fields]
         self._settled_ms, self._reach_ms, self._ring = settled_ms, REACH * settled_ms, ring
         self._lock = threading.Lock()
-        self._gathered: list[TrainingBatch] = []
+        self._gathered: list[ExampleColumns] = []
         self._waiting = 0
         self._parts: deque[_Rows] = deque()  # oldest first
         self._share = 1.0
@@ -142,7 +141,7 @@ class CalibrationWatch:
         self._names: dict[tuple[str, int], str] = {}
         self._unnamed: set[tuple[str, int]] = set()
 
-    def observe(self, batch: TrainingBatch, scores: Float32Array) -> None:
+    def observe(self, batch: ExampleColumns, scores: Float32Array) -> None:
         """Take the examples of a batch that carry the score that they were shown with."""
         with self._lock:
             self._gathered.append(batch)
@@ -197,7 +196,7 @@ class CalibrationWatch:
         oldest_ms = min((int(part.impression_ms.min(initial=_FAR_MS)) for part in list(self._parts)[1:]), default=_FAR_MS)
         return self._watermark_ms - oldest_ms >= self._reach_ms
 
-    def _watched(self, batches: Sequence[TrainingBatch]) -> _Rows:
+    def _watched(self, batches: Sequence[ExampleColumns]) -> _Rows:
         if self._unnamed:
             for batch in batches:
                 self._find_names(batch)
@@ -220,7 +219,7 @@ class CalibrationWatch:
         # The gate draws its sample by a multiple of the hash, so neither sample is a part of the other.
         return (rows.hashes >> np.uint64(11)).astype(np.float64) / 2.0**53 < self._share
 
-    def _find_names(self, batch: TrainingBatch) -> None:
+    def _find_names(self, batch: ExampleColumns) -> None:
         """The values of keys that are to be shown, from the first example that has them."""
         for field, column in zip(self._fields, self._columns, strict=True):
             keys = [key for name, key in self._unnamed if name == field]

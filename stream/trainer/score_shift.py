@@ -20,8 +20,8 @@ import torch
 
 from model.batch import FeatureBatch, Float32Array
 from model.errors import ModelError
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.bookkeeping import State, from_json, to_json
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.logits import logits
 
 __all__ = ["HELD", "ScoreShift", "Scores"]
@@ -76,7 +76,7 @@ class ScoreShift:
         self.usual = 0.0
         """What it finds usually: the mean over the last hundred deltas or so that left."""
 
-    def observe(self, batch: TrainingBatch, scores: Float32Array) -> None:
+    def observe(self, batch: ExampleColumns, scores: Float32Array) -> None:
         """Take up one request of a batch, by the hash of its id."""
         if len(batch):
             self._recent.append(batch.batch.take([int(batch.id_hashes.argmin())]))

@@ -217,7 +217,7 @@ def _require_fitting(manifest: Manifest, schema: FeatureSchema, model: ModelSett
         ) from error
     expected = model.shape()
     differences = [
-        f"model.{name}: expected {expected.get(name)!r}, found {found.get(name)!r}"
+        f"model.{name}: expected {_shown(expected.get(name))}, found {_shown(found.get(name))}"
         for name in sorted(found.keys() | expected.keys())
         if found.get(name) != expected.get(name)
     ]
@@ -231,6 +231,10 @@ def _require_fitting(manifest: Manifest, schema: FeatureSchema, model: ModelSett
             + "\n  ".join(differences)
             + f"\n{_ELSEWHERE}"
         )
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else repr(value)
 
 
 def restore(learner: Learner, store: SnapshotStore, start: Start) -> dict[str, torch.Tensor]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from typing import get_args
 
+import click
 import pytest
 from aiokafka.errors import KafkaError
+from click.testing import CliRunner
 from kafka.errors import KafkaError as AdminError
 
-from deploy.cli.common import ask_kafka
+from deploy.cli.common import ask_kafka, model_option, with_model
 from deploy.settings import Settings
+from model.settings import ModelName
 from stream.errors import StreamError, TopicError
 from stream.settings import KafkaSettings
 
@@ -44,3 +48,23 @@ def test_an_answer() -> None:
         return 7
 
     assert ask_kafka(Settings(), answer(), "the weather") == 7
+
+
+@click.command()
+@model_option
+def learns(model: str | None) -> None:
+    """A command that makes a model."""
+    click.echo(with_model(Settings(), model).model.name)
+
+
+def test_a_model_by_name() -> None:
+    for name in get_args(ModelName):
+        assert CliRunner().invoke(learns, ["--model", name]).output == f"{name}\n"
+    assert CliRunner().invoke(learns).output == f"{Settings().model.name}\n"
+    refused = CliRunner().invoke(learns, ["--model", "xdeepfm"])
+    assert refused.exit_code == 2
+    assert "expected one of deepfm, lr, fm, fnn, ipnn, opnn, pnn, wide_deep, found 'xdeepfm'." in " ".join(
+        refused.output.split()
+    )
+    shown = CliRunner().invoke(learns, ["--help"]).output.replace(",", " ").split()
+    assert all(name in shown or f"{name}." in shown for name in get_args(ModelName))

@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from model.errors import ModelError
 from model.features import FeatureDecoder
 from model.schema import FeatureSchema, FieldSpec
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.calibration import DECILES, TOP, CalibrationWatch, GroupCalibration
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.metrics import TrainerMetrics
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="item"), FieldSpec(name="tags", kind="list")))
@@ -34,13 +34,13 @@ class Impressions:
         self.hashes = rng.integers(-(1 << 63), 1 << 63, count)
         self._decoder = FeatureDecoder(SCHEMA)
 
-    def batch(self, rows: np.ndarray, labels: np.ndarray, corrects: np.ndarray | None = None) -> TrainingBatch:
+    def batch(self, rows: np.ndarray, labels: np.ndarray, corrects: np.ndarray | None = None) -> ExampleColumns:
         values = [
             json.dumps({"impression_id": "x", "timestamp": 1, "features": {"item": f"i{self.items[row]}"}}) for row in rows
         ]
         encoded = [value.encode() for value in values]
         size = len(rows)
-        return TrainingBatch(
+        return ExampleColumns(
             batch=self._decoder.impressions(encoded).batch,
             labels=labels.astype(np.float32),
             weights=None,

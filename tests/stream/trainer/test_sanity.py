@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,10 @@ from model.predictor import Predictor
 from model.rows import ModelDelta, Rows
 from state.gate import GateState
 from state.settings import SnapshotSettings
-from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.batching import BatchCutter
 from stream.trainer.bookkeeping import bookkeeping_in
 from stream.trainer.captured import CapturedDelta
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Anchor, Judge
@@ -36,7 +39,7 @@ def examples(at: int, *, minute: float, clicks: float = 0.1, count: int = 64) ->
     keys = np.stack([run.offsets % 40, 1_000 + run.offsets % 7], 1)
     batch = run.batch.__class__(keys, run.batch.list_keys, run.batch.list_offsets, lists=0)
     changed = {"labels": labels, "impression_ms": shown_ms, "reached_ms": shown_ms, "batch": batch}
-    return DecodedRun(**{name: changed.get(name, getattr(run, name)) for name in DecodedRun.__slots__})
+    return replace(run, **changed)
 
 
 class Scene:
@@ -252,20 +255,8 @@ def test_counts_may_be_larger_than_weights(count, problem):
     assert not found or problem in found[0]
 
 
-def observed(count: int) -> TrainingBatch:
-    run = examples(0, minute=0.0, count=count)
-    return TrainingBatch(
-        batch=run.batch,
-        labels=run.labels,
-        weights=None,
-        impression_ms=run.impression_ms,
-        reached_ms=run.reached_ms,
-        served=run.served,
-        versions=run.versions,
-        deltas=run.deltas,
-        id_hashes=run.id_hashes,
-        records=(),
-    )
+def observed(count: int) -> ExampleColumns:
+    return examples(0, minute=0.0, count=count).slice(0, count)
 
 
 class Shifted:
