@@ -5,13 +5,13 @@ the same broker, and asks twice more for metadata: once for all topics, once for
 known yet, its consumer also waits for 0.1 s. On a machine whose cores are all busy, each request costs a turn of the client
 and one of the broker.
 
-`quickly` makes a client ask for its topics in its first request for metadata and keep the connection, if its address is the
-broker's. So it takes two requests, that for the broker's API versions included.
+`started_quickly` makes a client ask for its topics in its first request for metadata, and keep the connection if its address is
+the broker's. So it takes two requests, that for the broker's API versions included.
 """
 
 from __future__ import annotations
 
-import logging
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -25,39 +25,42 @@ from aiokafka.util import create_task
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
-__all__ = ["quickly"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["started_quickly"]
 
 C = TypeVar("C", "AIOKafkaConsumer", "AIOKafkaProducer")
 
 
-def quickly(client: C, topics: Iterable[str]) -> C:
-    """Make a consumer or producer that isn't started yet know these topics once it is started.
+async def started_quickly(client: C, topics: Iterable[str]) -> C:
+    """Start a consumer or producer. It knows these topics then; a topic that doesn't exist isn't created.
 
     ```python
-    consumer = quickly(AIOKafkaConsumer(**aiokafka_options(kafka)), [names.snapshots])
-    await consumer.start()
-    consumer.partitions_for_topic(names.snapshots)  # None if there is no such topic; it isn't created
+    consumer = await started_quickly(AIOKafkaConsumer(**aiokafka_options(kafka)), [names.snapshots])
+    consumer.partitions_for_topic(names.snapshots)  # None if there is no such topic
     ```
+
+    Raises:
+        aiokafka.errors.KafkaError: as the client's `start` raises. It must be stopped also then.
     """
     inner: AIOKafkaClient = client.client if hasattr(client, "client") else client._client
     inner.bootstrap = partial(_bootstrap, inner, inner.bootstrap, frozenset(topics))
+    await client.start()
+    await asyncio.sleep(0)  # the client's tasks have begun then. One that has not yet makes `stop` fail half-way
     return client
 
 
 async def _bootstrap(client: AIOKafkaClient, usual: Callable[[], Awaitable[None]], topics: frozenset[str]) -> None:
     """In the place of `AIOKafkaClient.bootstrap`."""
+    problem = "no address"
     for host, port, _ in client.hosts:
         try:
             connection = await _connection(client, host, port)
         except (OSError, KafkaError, TimeoutError) as error:
-            logger.error("no connection to %s:%s: %s", host, port, error)
+            problem = f"{host}:{port}: {error!r}"
             continue
         try:
             metadata = await connection.send(MetadataRequest(sorted(topics), allow_auto_topic_creation=False))
         except (KafkaError, TimeoutError) as error:
-            logger.warning("no metadata from %s:%s: %r", host, port, error)
+            problem = f"{host}:{port}: {error!r}"
             connection.close()
             continue
         if not metadata.brokers:  # of a cluster that is just starting
@@ -69,7 +72,7 @@ async def _bootstrap(client: AIOKafkaClient, usual: Callable[[], Awaitable[None]
         _keep(client, connection)
         client._sync_task = create_task(client._md_synchronizer())
         return
-    raise KafkaConnectionError(f"Unable to bootstrap from {client.hosts}")
+    raise KafkaConnectionError(f"Unable to bootstrap from {client.hosts}, {problem}")
 
 
 async def _connection(client: AIOKafkaClient, host: str, port: int) -> AIOKafkaConnection:

@@ -19,7 +19,7 @@ import msgspec
 from stream.errors import NoAnswer
 from stream.kafka.clients import STOP_S, aiokafka_options, answer, quietly_stopped, started, unreachable
 from stream.kafka.cluster import missing_topic
-from stream.kafka.quick import quickly
+from stream.kafka.quick import started_quickly
 from stream.kafka.read_log import Positions, read_to
 from stream.records.heartbeat import (
     DEFAULT_HEARTBEAT_MS,
@@ -210,7 +210,7 @@ class HeartbeatReader:
             max_partition_fetch_bytes=FETCH_BYTES,
         )
         try:
-            await quickly(consumer, [self._topic]).start()
+            await started_quickly(consumer, [self._topic])
             numbers = consumer.partitions_for_topic(self._topic)
             if not numbers:
                 raise missing_topic(self._kafka, self._topic)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from state.registry import RegistryState
 from stream.kafka.clients import aiokafka_options, quietly_stopped, unreachable
 from stream.kafka.cluster import missing_topic
-from stream.kafka.quick import quickly
+from stream.kafka.quick import started_quickly
 from stream.kafka.read_log import FETCHER_LOOK_MS, read_to
 from stream.records.record import Record
 from stream.settings import KafkaSettings
@@ -85,7 +85,7 @@ class RegistryLog:
             consumer_timeout_ms=FETCHER_LOOK_MS,
         )
         try:
-            await quickly(consumer, [self._topic]).start()
+            await started_quickly(consumer, [self._topic])
             if not consumer.partitions_for_topic(self._topic):
                 raise missing_topic(self._kafka, self._topic)
             partition = TopicPartition(self._topic, 0)

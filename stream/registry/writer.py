@@ -43,7 +43,7 @@ from state.settings import SnapshotSettings
 from state.upkeep import Reindexed, Retired
 from stream.errors import Fenced, RegistryError
 from stream.kafka.clients import aiokafka_options, unreachable
-from stream.kafka.quick import quickly
+from stream.kafka.quick import started_quickly
 from stream.kafka.transactional import dropped, is_fencing, retrieve
 from stream.registry.log import ANSWER, RegistryLog
 from stream.settings import KafkaSettings
@@ -342,15 +342,15 @@ class RegistryWriter:
         """
         from aiokafka import AIOKafkaProducer
 
-        producer = AIOKafkaProducer(
+        self._producer = AIOKafkaProducer(
             **aiokafka_options(self._kafka),
             transactional_id=self._transactional_id,
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
         )
-        self._producer = quickly(producer, [self._topic])
-        for failure in await asyncio.gather(producer.start(), self._open_log(), return_exceptions=True):
-            if failure is not None:
-                raise failure
+        starting = started_quickly(self._producer, [self._topic])
+        for found in await asyncio.gather(starting, self._open_log(), return_exceptions=True):
+            if isinstance(found, BaseException):
+                raise found
         await self._log.catch_up()
         self._read_to = self._log.position
 

@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaConnectionError
 
 from deploy.settings import Settings
 from stream.kafka.clients import aiokafka_options
-from stream.kafka.quick import quickly
+from stream.kafka.quick import started_quickly
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
@@ -41,23 +41,24 @@ def test_two_requests_until_a_topic_is_known_and_one_connection(topics: Settings
         usual = AIOKafkaConsumer(name, **aiokafka_options(topics.kafka))
         await usual.start()
         await usual.end_offsets([partition])  # a broker needs a moment for topics that were just created
+        await usual.stop()
         sent.clear()
-        consumer = quickly(AIOKafkaConsumer(**aiokafka_options(topics.kafka), enable_auto_commit=False), [name])
-        producer = quickly(AIOKafkaProducer(**aiokafka_options(topics.kafka)), [name])
+        consumer = AIOKafkaConsumer(**aiokafka_options(topics.kafka), enable_auto_commit=False)
+        producer = AIOKafkaProducer(**aiokafka_options(topics.kafka))
         try:
-            await consumer.start()
+            await started_quickly(consumer, [name])
             assert sent == ["connect", "ApiVersionRequest", "MetadataRequest"]
             assert consumer.partitions_for_topic(name) == {0}
             assert await consumer.end_offsets([partition]) == {partition: 0}
             consumer.assign([partition])
             consumer.seek(partition, 0)
             assert sent[3:] == ["OffsetRequest"], "no other connection, and no other request for metadata"
-            await producer.start()
+            await started_quickly(producer, [name])
             assert (await producer.send_and_wait(name, b"x", key=b"k", partition=0)).offset == 0
             record = await asyncio.wait_for(consumer.getone(), 30)
             assert (record.key, record.value) == (b"k", b"x")
         finally:
-            for client in (usual, producer, consumer):
+            for client in (producer, consumer):
                 await client.stop()
 
     asyncio.run(run())
@@ -66,8 +67,7 @@ def test_two_requests_until_a_topic_is_known_and_one_connection(topics: Settings
 @pytest.mark.kafka
 def test_a_topic_that_is_missing_is_not_created(topics: Settings) -> None:
     async def run() -> None:
-        consumer = quickly(AIOKafkaConsumer(**aiokafka_options(topics.kafka)), ["no-such"])
-        await consumer.start()
+        consumer = await started_quickly(AIOKafkaConsumer(**aiokafka_options(topics.kafka)), ["no-such"])
         try:
             assert consumer.partitions_for_topic("no-such") is None
             assert "no-such" not in await consumer.topics()
@@ -80,9 +80,9 @@ def test_a_topic_that_is_missing_is_not_created(topics: Settings) -> None:
 def test_without_a_broker_it_fails_as_always() -> None:
     async def run() -> None:
         nowhere = aiokafka_options(KafkaSettings(bootstrap_servers="127.0.0.1:9"))
-        consumer = quickly(AIOKafkaConsumer(**nowhere), ["t"])
-        with pytest.raises(KafkaConnectionError, match="Unable to bootstrap"):
-            await consumer.start()
+        consumer = AIOKafkaConsumer(**nowhere)
+        with pytest.raises(KafkaConnectionError, match=r"Unable to bootstrap .*127.0.0.1:9: ConnectionRefused"):
+            await started_quickly(consumer, ["t"])
         await consumer.stop()
 
     asyncio.run(run())
