@@ -202,8 +202,11 @@ async def one_round(operator: ProcessPoolExecutor, settings: Settings, number: i
     resumed, _ = await operate(operator, settings, "resume")
     for beat in (*rolled.unconfirmed, *resumed.unconfirmed):
         print(f"round {number}: {beat.worker} did not confirm", file=sys.stderr)
-    if number % 10 == 0:
-        print(f"round {number}: {rolled.took_ms:.0f} ms back, {resumed.took_ms:.0f} ms on", file=sys.stderr)
+    written_ms = rolled.took_ms - max((each.after_ms for each in rolled.confirmed), default=0.0)
+    print(
+        f"round {number}: {rolled.took_ms:.0f} ms back, written after {written_ms:.0f} ms; {resumed.took_ms:.0f} ms on",
+        file=sys.stderr,
+    )
     await operate(operator, settings, "promote")
     await asyncio.sleep(SETTLE_S)
     confirmations = [each.after_ms for each in rolled.confirmed]
