@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from model.derived import shown_value
 from model.errors import ModelError
 from model.schema import FeatureSchema
 from stream.trainer.columns import BoolArray, ExampleColumns, Float32Array, Int64Array
@@ -128,6 +129,7 @@ class CalibrationWatch:
                 f"trainer.calibration_fields: expected fields with a single value ({', '.join(singles)}), found "
                 f"{unknown[0]!r}. Correct the setting"
             )
+        self._schema = schema
         self._fields = list(fields)
         self._columns = [singles.index(name) for name in self._fields]
         self._settled_ms, self._reach_ms, self._ring = settled_ms, REACH * settled_ms, ring
@@ -227,14 +229,14 @@ class CalibrationWatch:
             for key in keys:
                 at = int(np.searchsorted(found, key))
                 if at < len(found) and found[at] == key:
-                    self._names[field, key] = _value(batch.records[int(rows[at])].value, field)
+                    row = int(rows[at])
+                    self._names[field, key] = self._value(batch.records[row].value, column, int(batch.impression_ms[row]))
                     self._unnamed.discard((field, key))
 
-
-def _value(event: bytes | None, field: str) -> str:
-    """The value of a field in an event, as a label shows it."""
-    value = msgspec.json.decode(event or b"{}").get("features", {}).get(field)
-    return "missing" if value is None else str(value)[:_NAME_BYTES]
+    def _value(self, event: bytes | None, column: int, time_ms: int) -> str:
+        """The value of a field in an event, as a label shows it."""
+        features = msgspec.json.decode(event or b"{}").get("features", {})
+        return shown_value(self._schema.singles[column], self._schema, features, time_ms)[:_NAME_BYTES]
 
 
 def _deciles(rows: _Rows) -> list[GroupCalibration]:

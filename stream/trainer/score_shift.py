@@ -20,6 +20,7 @@ import torch
 
 from model.batch import FeatureBatch, Float32Array
 from model.errors import ModelError
+from model.schema import FeatureSchema
 from stream.trainer.bookkeeping import State, from_json, to_json
 from stream.trainer.columns import ExampleColumns
 from stream.trainer.logits import logits
@@ -60,15 +61,18 @@ class _Set:
 class ScoreShift:
     """Holds requests and scores them again. For the training thread; as a part of the bookkeeping it is saved with versions.
 
-    shift = ScoreShift(learner)
+    shift = ScoreShift(learner, schema)
     shift.observe(batch)            # all batches
     found = shift.measure()         # before a delta leaves; None while nothing is held
     shift.served(watermark_ms)      # after it has left
     shift.forget()                  # when the live weights are served whatever the shift is
+
+    Args:
+        schema: of the requests. Saved ones of another schema are not restored; None: the caller never has any.
     """
 
-    def __init__(self, learner: Scores) -> None:
-        self._learner = learner
+    def __init__(self, learner: Scores, schema: FeatureSchema | None = None) -> None:
+        self._learner, self._schema = learner, schema
         self._recent: deque[FeatureBatch] = deque(maxlen=HELD)
         self._sets: list[_Set] = []  # the older one first
         self.last: float | None = None
@@ -111,8 +115,10 @@ class ScoreShift:
         self._sets = []
 
     def state(self) -> State:
-        """The sets that are held, and the usual shift."""
+        """The sets that are held, the schema of their features, and the usual shift."""
         found: dict[str, torch.Tensor] = {"usual": to_json(self.usual)}
+        if self._schema is not None:
+            found["schema"] = to_json(self._schema.fingerprint())
         for number, each in enumerate(self._sets):
             at = {"examples": each.examples, "lists": each.batch.lists}
             found[f"{number}.at"] = to_json(at)
@@ -126,12 +132,18 @@ class ScoreShift:
         return found
 
     def restore(self, state: State) -> None:
-        """Go on from what `state` gave. Raises ModelError for an unknown layout."""
-        sets = []
+        """Go on from what `state` gave. Raises ModelError for an unknown layout, or features of another schema."""
+        sets, schema = [], self._schema
+        if schema is not None and "schema" in state and from_json(state["schema"], str) != schema.fingerprint():
+            raise ModelError("saved requests: expected features of this schema, found others")
         for number in range(2):
             own = {name.removeprefix(f"{number}."): each for name, each in state.items() if name.startswith(f"{number}.")}
             if own:
                 sets.append(_restored(own))
+                batch = sets[-1].batch
+                # Older releases saved no schema.
+                if schema and (batch.keys.shape[1], batch.lists) != (len(schema.singles), len(schema.lists)):
+                    raise ModelError("saved requests: expected features of this schema, found others")
         self.usual = from_json(state.get("usual"), float)
         self._sets = sets
 

@@ -91,6 +91,25 @@ def test_groups_hold_the_settled_impressions_and_say_how_they_are_calibrated() -
     assert by_item["i3"].off
 
 
+def test_values_of_fields_that_events_do_not_carry_have_their_names_too() -> None:
+    schema = FeatureSchema(
+        fields=(
+            FieldSpec(name="item"),
+            FieldSpec(name="hour", kind="hour"),
+            FieldSpec(name="both", kind="cross", of=("item", "hour")),
+        ),
+        timezone="Asia/Kolkata",  # 1970-01-01 00:16:40 UTC is 05:46:40 there
+    )
+    impressions = Impressions(2_000, items=2)
+    decoder = FeatureDecoder(schema)
+    impressions._decoder = SimpleNamespace(impressions=lambda run: decoder.impressions(run, np.full(len(run), 1_000_000)))  # type: ignore[assignment]
+    watch = CalibrationWatch(schema, ["hour", "both"], SETTLED_MS)
+    impressions.feed(watch)
+    found = reported(watch, impressions)
+    assert {value for field, value in found if field == "hour"} == {"5"}
+    assert {value for field, value in found if field == "both"} == {"i0 × 5", "i1 × 5"}
+
+
 @pytest.mark.parametrize("ring", [50_000, 3_000])
 def test_late_clicks_count_once_in_the_group_of_their_impression(ring: int) -> None:
     """Also with a ring that holds a part of the impressions only, for which a sample of them is drawn."""

@@ -12,10 +12,11 @@ from model.errors import ModelError
 from model.learner import Learner
 from model.predictor import Predictor
 from model.rows import ModelDelta, Rows
+from model.schema import FeatureSchema, FieldSpec
 from state.gate import GateState
 from state.settings import SnapshotSettings
 from stream.trainer.batching import BatchCutter
-from stream.trainer.bookkeeping import bookkeeping_in
+from stream.trainer.bookkeeping import bookkeeping_in, restore_bookkeeping
 from stream.trainer.captured import CapturedDelta
 from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import Evaluation
@@ -49,7 +50,7 @@ class Scene:
         self.learner = Learner(SCHEMA, MODEL.model_copy(update={"batch_rows": 64}), device="cpu")
         self.judge = Judge(SETTINGS, GateState(line=1, anchor=5))
         self.judge.compare_with(Anchor(5, Constant()))
-        self.shift = ScoreShift(self.learner)
+        self.shift = ScoreShift(self.learner, SCHEMA)
         self.training = self._training()
         self.at, self.minute = 0, 0.0
         self.scorer: Predictor | None = None
@@ -309,6 +310,27 @@ def test_damaged_saved_requests_are_refused():
     state.pop("0.logits")
     with pytest.raises(ModelError, match="'logits'"):
         ScoreShift(Shifted()).restore(state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "saves_schema"),
+    [(("item", "user"), True), (("user", "item", "page"), True), (("user", "item", "page"), False)],  # older releases save none
+)
+def test_requests_of_another_schema_are_not_scored_again(begun, fields, saves_schema):
+    """A trainer that was stopped cleanly and starts with other fields has no gap to catch up over: it publishes at once."""
+    *_, bookkeeping = begun
+    schema = FeatureSchema(fields=tuple(FieldSpec(name=each) for each in fields), embedding_dim=4)
+    learner = Learner(schema, MODEL, device="cpu")
+    saved = {
+        name: each for name, each in bookkeeping_in(bookkeeping).items() if saves_schema or not name.endswith("shift.schema")
+    }
+    assert any("shift.0." in name for name in saved)
+    shift = ScoreShift(learner, schema)
+    restore_bookkeeping({"shift": shift}, saved)
+    assert shift.measure() is None
+    same = ScoreShift(Learner(SCHEMA, MODEL, device="cpu"), SCHEMA)
+    restore_bookkeeping({"shift": same}, saved)
+    assert same.measure() is not None
 
 
 def test_logits_are_clipped():
