@@ -78,6 +78,8 @@ class Answering:
         self._max_candidates, self._max_bytes = max_candidates, max_bytes
         self.answered: dict[int, int] = {}
         """Next offset by partition: the answers to everything before it are acknowledged."""
+        self.news = asyncio.Event()
+        """Set when `answered` moves; whoever waits for it clears it."""
         self._intake = Intake()
         self._arrived, self._room, self._done = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._scored: asyncio.Queue[_Scored] = asyncio.Queue(SCORED_WAITING)
@@ -208,6 +210,7 @@ class Answering:
         self._metrics.acknowledged(batch.records)
         if batch.generation == self._intake.generation:
             self.answered.update(batch.positions)
+            self.news.set()
         self._under_way -= 1
         self._batches += 1
         self._done.set()

@@ -36,8 +36,9 @@ __all__ = ["ChainFollower"]
 
 log = logging.getLogger(__name__)
 
-# How often the follower looks whether the log's end is reached and whether the champion is overdue.
-LOOK_S = 0.2
+# How often the follower looks whether the end of the log is reached, and the champion overdue. There is neither to look for
+# while the replica may answer and has the delta of the champion: news of the registry and of the log wake the follower then.
+LOOK_S, QUIET_S = 0.2, 2.0
 # A version is announced after its delta was committed. When the log hasn't brought the champion's delta this long after the
 # champion's record was read, the log lacks it, or this scorer reads more slowly than the trainer writes: a version helps.
 OVERDUE_S = 10.0
@@ -216,7 +217,8 @@ class ChainFollower:
                 at_end = deltas.at_end and not waiting.done()  # an item that is here already has not been taken
                 self._hand_over(replica, at_end=at_end)
                 self._look(replica, deltas.position if at_end else taken)
-                await self._news_or(LOOK_S, waiting)
+                quiet = self.replica is replica and self._uncovered_since is None and not replica.is_left(self._registry)
+                await self._news_or(QUIET_S if quiet else LOOK_S, waiting)
                 if self._registry is not marked or self._news.is_set():
                     self._news.clear()
                     marked = self._registry

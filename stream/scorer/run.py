@@ -51,6 +51,9 @@ __all__ = ["run_scorer"]
 
 log = logging.getLogger(__name__)
 
+# How often a scorer learns that the registry has nothing new: so many times in a lease, at least every MAX_LOOK_MS.
+LEASE_LOOKS, MAX_LOOK_MS = 5, 2_000
+
 
 async def run_scorer(
     *,
@@ -168,7 +171,13 @@ async def run_scorer(
         swapper.want(state, view.position, follow=follows(state))
         want_replica(state)
 
-    tracks = TrackRegistries(kafka, names, on_change=on_change, on_shares=lambda found: challengers.want(found))
+    tracks = TrackRegistries(
+        kafka,
+        names,
+        on_change=on_change,
+        on_shares=lambda found: challengers.want(found),
+        look_ms=min(settings.lease_ms // LEASE_LOOKS, MAX_LOOK_MS),
+    )
 
     def in_memory() -> list[Served]:
         kept = [

@@ -16,6 +16,7 @@ from state.registry import RegistryState
 from state.tracks import MAIN, Track, numbers_before
 from stream.errors import StreamError
 from stream.registry.follower import RegistryFollower
+from stream.registry.log import LOOK_MS
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
@@ -56,6 +57,7 @@ class TrackRegistries:
     Args:
         on_change: called when the registry of the track that serves has changed, or another track serves.
         on_shares: called when a share, or the registry of a track with a share, has changed.
+        look_ms: about how often `caught_up_at` moves while there is no news.
     """
 
     def __init__(
@@ -65,10 +67,11 @@ class TrackRegistries:
         *,
         on_change: Callable[[ServingView], None],
         on_shares: Callable[[list[Challenging]], None],
+        look_ms: int = LOOK_MS,
     ) -> None:
-        self._kafka, self._names = kafka, names.of_track(MAIN)
+        self._kafka, self._names, self._look_ms = kafka, names.of_track(MAIN), look_ms
         self._on_change, self._on_shares = on_change, on_shares
-        self._main = RegistryFollower(kafka, self._names, on_change=self._main_changed)
+        self._main = RegistryFollower(kafka, self._names, on_change=self._main_changed, look_ms=look_ms)
         self._others: dict[str, RegistryFollower] = {}  # those that were read to their end, by track
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -153,7 +156,9 @@ class TrackRegistries:
 
     async def _open(self, track: str) -> None:
         """Read a track's registry to its end, and follow it. Tries until it succeeds."""
-        follower = RegistryFollower(self._kafka, self.names_of(track), on_change=lambda state: self._track_changed(track))
+        follower = RegistryFollower(
+            self._kafka, self.names_of(track), on_change=lambda state: self._track_changed(track), look_ms=self._look_ms
+        )
         while True:
             try:
                 await follower.start()

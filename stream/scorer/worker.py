@@ -85,6 +85,8 @@ class ScorerWorker(Worker):
     """
 
     name = "scorer"
+    # Nothing here goes by the age of a quiet partition's end. The first fetch after an assignment may be held up for this long.
+    fetch_max_wait_ms = 500
 
     def __init__(
         self,
@@ -197,15 +199,19 @@ class ScorerWorker(Worker):
 
     async def _commit_regularly(self) -> None:
         while True:
-            await asyncio.sleep(COMMIT_S)
+            await self._answering.news.wait()
+            self._answering.news.clear()
             if self.waiting_for is None:
                 await self._commit()
+            await asyncio.sleep(COMMIT_S)
 
     async def _commit(self) -> None:
         answered = self._answering.answered
         due = {number: offset for number, offset in answered.items() if self._committed.get(number) != offset}
         if due and await self.app.consumer.commit_run({TP(self._topic, number): offset for number, offset in due.items()}):
             self._committed.update(due)
+        elif due:
+            self._answering.news.set()  # they are tried again
 
     # Heartbeats
 
