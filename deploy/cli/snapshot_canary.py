@@ -128,16 +128,16 @@ def _try(
     from state.canary import Thresholds
     from stream.registry.canary_operations import CanaryRequest
 
+    if what == "stop" and share is not None:
+        raise click.UsageError("stop: expected no --share, found one.")
+    if what != "stop" and share is None:
+        raise click.UsageError("expected --share, such as --share 5%, found none.")
     settings = command_settings()
     require_serving(settings, mode)
     operations = _operations(settings, unchecked=unchecked)
-    if what == "stop":
-        if share is not None:
-            raise click.UsageError("stop: expected no --share, found one.")
+    if share is None:
         _stop(settings, operations, reason, timeout_ms, dry_run, yes, output)
         return
-    if share is None:
-        raise click.UsageError("expected --share, such as --share 5%, found none.")
     given = {name: value for name, value in limits.items() if value is not None}
     thresholds = Thresholds(**given)
     request = CanaryRequest(mode, resolve(settings, what)[0], share, reason, thresholds)

@@ -32,7 +32,9 @@ class Follower:
     every: dict[str, Follower]
     missing: set[str]
 
-    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, on_change: Callable[[RegistryState], None]) -> None:
+    def __init__(
+        self, kafka: KafkaSettings, names: TopicNames, *, on_change: Callable[[RegistryState], None], look_ms: int
+    ) -> None:
         self.state, self.position, self.caught_up_at, self.closed = RegistryState(), 0, 1.0, False
         self._on_change, self._topic = on_change, names.snapshots
         self.every[names.track] = self
