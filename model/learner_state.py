@@ -89,7 +89,7 @@ class LearnerState:
         self._typical = Typical(schema, self.device)
         self._upkeep = Upkeep(schema, table, self._rows, self._table)
         self._deferred = Deferred(self._rows)
-        self._intercept = Intercept(self.device)
+        self._intercept = Intercept()
         self._adam = self._dense.optimizer(settings)
         self._deltas = Deltas(self._rows, self._dense_serving(), row_precision)
         self._without_row = KeySet(self.device)  # those that had no row when `expect` or `evict` was called
