@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option
+from deploy.cli.common import ask_kafka, echo_json, format_option, track_option
 from deploy.cli.snapshot_aliases import alias, history, tag
 from deploy.cli.snapshot_canary import canary, shadow, watch
-from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, topic_names
+from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, stored_settings, topic_names
 from deploy.cli.snapshot_compare import diff, export
 from deploy.cli.snapshot_gate import gate, release
 from deploy.cli.snapshot_rollback import EXIT_UNCONFIRMED, rollback, say_silent, silent_json, undo_command
@@ -26,6 +26,7 @@ __all__ = ["snapshot"]
 
 
 @click.group()
+@track_option
 def snapshot() -> None:
     """Look at versions, move the champion, go back; name versions, compare, delete, export them.
 
@@ -39,6 +40,7 @@ def snapshot() -> None:
       headrace snapshot history                              who moved the champion, when and why
       headrace snapshot diff 41 42                           what changed
       headrace snapshot gc --dry-run                         what can be deleted
+      headrace snapshot --track wide list                    versions of the challenger `wide`
     """
 
 
@@ -135,7 +137,7 @@ def verify(version: int | None, live: bool, wait_ms: int, output: str) -> None:
         return
     from state.store import SnapshotStore
 
-    store = SnapshotStore(command_settings().snapshots)
+    store = SnapshotStore(stored_settings(version).snapshots)
     problems = store.verify(version)
     if output == "json":
         echo_json({"version": version, "whole": not problems, "problems": problems})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option
+from deploy.cli.common import ask_kafka, echo_json, format_option, on_named_track
 from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of
 from deploy.cli.times import DURATION, TIME, clock, duration, is_ago
 
@@ -243,8 +243,8 @@ def silent_json(silent: Sequence[Silent]) -> list[dict[str, Any]]:
 
 
 def undo_command(done: ChampionMoved | Plan | Held) -> str | None:
-    """The command that restores what was before."""
-    return None if done.undo is None else done.undo.command
+    """The command that restores what was before, on the track that was named."""
+    return None if done.undo is None else on_named_track(done.undo.command)
 
 
 def _trainer_lines(version: int, skipped: tuple[SkippedRange, ...] | None) -> list[str]:
