@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from stream.registry.operations import Operations
     from stream.topics.names import TopicNames
 
-__all__ = ["ABOUT", "VERSION", "command_settings", "operations_of", "reason_option", "resolve", "topic_names"]
+__all__ = ["ABOUT", "command_settings", "operations_of", "reason_option", "resolve", "topic_names", "version_argument"]
 
 ABOUT = "the registry of versions"
 
-VERSION = click.IntRange(min=1)
-
 reason_option = click.option("--reason", required=True, help="Why; it stays in the registry.")
+version_argument = click.argument("version", metavar="VERSION")
+"""A number or an alias, for `resolve`."""
 
 
 def command_settings() -> Settings:
@@ -53,8 +53,11 @@ def resolve(settings: Settings, *versions: str) -> list[int]:
     """The numbers of versions that are given by number or by alias. Asks Kafka only for an alias.
 
     Raises:
+        BadParameter: 0, which is no version.
         RegistryError: there is no such alias.
     """
+    if any(version.strip("0") == "" for version in versions):
+        raise click.BadParameter("versions are numbered from 1, found 0 or nothing", param_hint="'VERSION'")
     if all(version.isascii() and version.isdigit() for version in versions):
         return [int(version) for version in versions]
     from stream.errors import RegistryError
