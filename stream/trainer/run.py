@@ -267,6 +267,7 @@ class _Trainer:
         judge = Judge(self.snapshots, gate_state(start, self.epoch))
         anchors = Anchors(judge, self.store, self.snapshots, self.schema, self.model, learner, self.settings.device)
         ids = topic_ids(self.cluster, self.names)
+        fields = [field.name for field in (*self.schema.singles, *self.schema.lists)]
         known = () if start.manifest is None else start.manifest.skipped
         skips = Skips(joined(self.follower.state.rewinds.skipped, known), ids["examples"])
         training = Training(
@@ -280,7 +281,7 @@ class _Trainer:
             bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
             judge=judge,
             skips=skips,
-            sanity=Sanity(judge, ScoreShift(learner), self.snapshots, drift=Drift(self.schema, self.snapshots)),
+            sanity=Sanity(judge, ScoreShift(learner, fields), self.snapshots, drift=Drift(self.schema, self.snapshots)),
             anchors=anchors,
             past=None if start.manifest is None else Past.of(start.manifest.history),
         )

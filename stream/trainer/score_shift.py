@@ -11,6 +11,7 @@ live weights score the same requests again. The shift is the mean absolute diffe
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,10 +66,15 @@ class ScoreShift:
     found = shift.measure()         # before a delta leaves; None while nothing is held
     shift.served(watermark_ms)      # after it has left
     shift.forget()                  # when the live weights are served whatever the shift is
+
+    Args:
+        fields: names of the fields that requests have: single-valued ones, then lists. Requests that were saved with other
+            fields aren't held again, since the model can't read them.
     """
 
-    def __init__(self, learner: Scores) -> None:
+    def __init__(self, learner: Scores, fields: Sequence[str] | None = None) -> None:
         self._learner = learner
+        self._fields = None if fields is None else list(fields)
         self._recent: deque[FeatureBatch] = deque(maxlen=HELD)
         self._sets: list[_Set] = []  # the older one first
         self.last: float | None = None
@@ -112,7 +118,7 @@ class ScoreShift:
 
     def state(self) -> State:
         """The sets that are held, and the usual shift."""
-        found: dict[str, torch.Tensor] = {"usual": to_json(self.usual)}
+        found: dict[str, torch.Tensor] = {"usual": to_json(self.usual), "fields": to_json(self._fields)}
         for number, each in enumerate(self._sets):
             at = {"examples": each.examples, "lists": each.batch.lists}
             found[f"{number}.at"] = to_json(at)
@@ -133,7 +139,16 @@ class ScoreShift:
             if own:
                 sets.append(_restored(own))
         self.usual = from_json(state.get("usual"), float)
-        self._sets = sets
+        fields = from_json(state["fields"], list[str] | None) if "fields" in state else None
+        self._sets = sets if self._fit(fields, sets) else []
+
+    def _fit(self, fields: list[str] | None, sets: list[_Set]) -> bool:
+        """Whether saved requests have the fields of the model. Versions of older releases say only how many they have."""
+        if self._fields is None:
+            return True
+        if fields is not None:
+            return fields == self._fields
+        return all(each.batch.keys.shape[1] + each.batch.lists == len(self._fields) for each in sets)
 
 
 def _restored(own: State) -> _Set:

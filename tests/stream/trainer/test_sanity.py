@@ -306,6 +306,31 @@ def test_the_shift_is_since_the_older_and_the_newer_set():
     assert shift.measure() == np.inf
 
 
+def test_saved_requests_with_other_fields_are_not_held_again():
+    """A trainer that goes on with another field can't score them: `keys` has one column too few."""
+    model = Shifted()
+    names = ["user", "item"]
+    shift = ScoreShift(model, names)
+    for _ in range(HELD):
+        shift.observe(observed(10), np.empty(0, np.float32))
+    shift.served()
+    shift.usual = 0.25
+    state = dict(shift.state())
+    of_old_release = {name: tensor for name, tensor in state.items() if name != "fields"}
+    width = state["0.keys"].shape[1]
+    for saved, fields, holds in (
+        (state, names, True),
+        (state, ["item", "user"], False),
+        (state, [*names, "campaign"], False),
+        (of_old_release, [f"field {at}" for at in range(width)], True),
+        (of_old_release, [f"field {at}" for at in range(width + 1)], False),
+    ):
+        restored = ScoreShift(model, fields)
+        restored.restore(saved)
+        assert (restored.measure() is not None) == holds, fields
+        assert restored.usual == 0.25
+
+
 def test_damaged_saved_requests_are_refused():
     shift = ScoreShift(Shifted())
     for _ in range(HELD):
