@@ -24,6 +24,7 @@ from state.store import SnapshotStore
 from stream.kafka.clients import answer, quietly_stopped, started, unreachable
 from stream.kafka.cluster import describe_cluster
 from stream.kafka.read_log import Span, log_consumer, log_spans
+from stream.records.times import clock
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
@@ -172,7 +173,7 @@ def between(
             found.append(SkippedRange(partition=partition, first=start, to=end))
     if not found:
         raise Refused(
-            f"--skip-time {times.from_ms}..{times.to_ms}: expected examples that Kafka stored in that time (ms since 1970), "
+            f"--skip-time {clock(times.from_ms)}..{clock(times.to_ms)}: expected examples that Kafka stored in that time, "
             "found none in any partition, so nothing would be left out. Is the time zone right? Without an offset it is UTC."
         )
     return found
