@@ -40,7 +40,7 @@ from model.batch import FeatureBatch
 from state.gate import Gate, GateState
 from state.gate_blocks import sample
 from state.settings import SnapshotSettings
-from stream.trainer.batching import TrainingBatch
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.sanity import BACK, TIMES_USUAL
 from stream.trainer.score_shift import ScoreShift
 
@@ -206,14 +206,24 @@ class Simulation:
             self.gate.anchored((self.gate.state.anchor or 0) + 1)
 
 
-def as_batch(ids: np.ndarray) -> TrainingBatch:
+def as_batch(ids: np.ndarray) -> ExampleColumns:
     """What the check of shifts needs of a batch."""
     count = len(ids)
     features = FeatureBatch(ids, np.empty(0, np.int64), np.zeros(1, np.int64), lists=0)
     zeros = np.zeros(count, np.int64)
     none = np.zeros(count, np.float32)
     hashes = ids[:, 0] * 0x1F3D_5B79 % 0x7FFF_FFFF
-    return TrainingBatch(features, none, None, zeros, zeros, none, zeros, zeros, hashes, ())
+    return ExampleColumns(
+        batch=features,
+        labels=none,
+        impression_ms=zeros,
+        reached_ms=zeros,
+        served=none,
+        versions=zeros,
+        deltas=zeros,
+        id_hashes=hashes,
+        records=(),
+    )
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ The last line is one JSON object.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import sys
 import time
@@ -83,6 +84,8 @@ def growth(first: int, last: int, evicting: bool) -> Figures:
     begun: list[bool] = []
     at, delta_due_s = 0, 0.0
     learner.take_delta()
+    gc.collect()
+    gc.freeze()  # as the trainer's worker does: a collection of all that torch has loaded takes 100 ms
     while learner.rows < last:
         ids = pool.ids[at : at + BATCH_ROWS].copy()
         ids[:, :NEW_FIELDS] = np.arange(next_id, next_id + BATCH_ROWS * NEW_FIELDS).reshape(BATCH_ROWS, NEW_FIELDS)

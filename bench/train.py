@@ -39,7 +39,7 @@ from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelName, ModelSettings
 from state.gate import GateState
 from state.settings import SnapshotSettings
-from stream.trainer.batching import TrainingBatch
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.judge import Anchor, Judge
 from stream.trainer.score_shift import ScoreShift
 
@@ -97,7 +97,7 @@ def headrace(pool: Pool, *, gate: bool = False, model: dict[str, Any] | None = N
         if gate:
             rows = np.arange(start, stop)
             none = np.full(len(rows), np.nan, np.float32)
-            seen = TrainingBatch(
+            seen = ExampleColumns(
                 batch=batch,
                 labels=labels,
                 weights=None,

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-__all__ = ["Adam"]
+__all__ = ["Adam", "Rate"]
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -21,34 +23,56 @@ _TINY = 1e-30
 _STEPS_BETWEEN = 128
 
 
-class Adam:
-    """Updates `parameters` (N,) in place by `gradients` (N,), both float32; the owner writes the gradients before each step."""
+class Rate(NamedTuple):
+    """The step size of a part of the parameters, which begins and ends at given numbers."""
 
-    def __init__(self, parameters: torch.Tensor, gradients: torch.Tensor, learning_rate: float) -> None:
-        self._parameters, self._gradients, self._learning_rate = parameters, gradients, learning_rate
+    part: slice
+    learning_rate: float
+
+
+class Adam:
+    """Updates `parameters` (N,) in place by `gradients` (N,), both float32; the owner writes the gradients before each step.
+
+    other  a part that has another step size; None if all have the same
+    """
+
+    def __init__(
+        self, parameters: torch.Tensor, gradients: torch.Tensor, learning_rate: float, other: Rate | None = None
+    ) -> None:
         self._steps = 0
         self._step = torch.zeros((), device=parameters.device)  # the same number as the tensor that the kernel takes
         self._mean, self._square = torch.zeros_like(parameters), torch.zeros_like(parameters)
+        parts = {learning_rate: [slice(None)]}
+        if other is not None:
+            start, stop, _ = other.part.indices(len(parameters))
+            parts = {
+                learning_rate: [part for part in (slice(0, start), slice(stop, len(parameters))) if part.start < part.stop]
+            }
+            parts.setdefault(other.learning_rate, []).append(slice(start, stop))
+        each = (parameters, gradients, self._mean, self._square)
+        # By step size, views into the four tensors.
+        self._views = {rate: [[tensor[part] for part in own] for tensor in each] for rate, own in parts.items() if own}
 
     def step(self) -> None:
         """One update."""
         self._steps += 1
         self._step.fill_(self._steps)
-        torch._fused_adam_(
-            [self._parameters],
-            [self._gradients],
-            [self._mean],
-            [self._square],
-            [],
-            [self._step],
-            lr=self._learning_rate,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
-            weight_decay=0.0,
-            eps=EPSILON,
-            amsgrad=False,
-            maximize=False,
-        )
+        for learning_rate, (parameters, gradients, means, squares) in self._views.items():
+            torch._fused_adam_(
+                parameters,
+                gradients,
+                means,
+                squares,
+                [],
+                [self._step] * len(parameters),
+                lr=learning_rate,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                weight_decay=0.0,
+                eps=EPSILON,
+                amsgrad=False,
+                maximize=False,
+            )
         if self._steps % _STEPS_BETWEEN == 0:
             for moment in (self._mean, self._square):
                 moment.masked_fill_(moment.abs() < _TINY, 0.0)

@@ -51,12 +51,6 @@ class TableStats:
         return max(self.rows - sum(each.rows for each in self.fields), 0)
 
 
-def _field_names(schema: FeatureSchema) -> list[str]:
-    """Names of the fields in the order of their indices in batches: the single-valued fields, then the lists."""
-    singles = [field.name for field in schema.fields if field.kind != "list"]
-    return singles + [field.name for field in schema.fields if field.kind == "list"]
-
-
 class Census:
     """Counts by field index. Fields that share a hash space share rows, which are counted for the first that showed a value.
 
@@ -64,7 +58,8 @@ class Census:
     """
 
     def __init__(self, schema: FeatureSchema, device: torch.device) -> None:
-        self.names = _field_names(schema)
+        self.names = [field.name for field in (*schema.singles, *schema.lists)]
+        """Names of the fields, in the order of their indices in batches."""
         self._counts = torch.zeros((len(_KINDS), len(self.names)), dtype=torch.int64, device=device)
 
     def admitted(self, fields: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from model.errors import ModelError
 from model.hashing import hash_bytes, hash_crosses, missing_key
 from model.schema import FeatureSchema, FieldSpec
 
-__all__ = ["as_served", "complete"]
+__all__ = ["as_served", "complete", "shown_value"]
 
 
 def complete(
@@ -102,3 +103,19 @@ def as_served(batch: FeatureBatch, schema: FeatureSchema) -> FeatureBatch:
         if constant & set(field.of):
             found[field.name] = _cross_column([(found[part.name], part) for part in schema.parts(field)], field)
     return build_batch([found[field.name] for field in schema.fields], schema, len(batch))
+
+
+def shown_value(field: FieldSpec, schema: FeatureSchema, features: Mapping[str, Any], time_ms: int) -> str:
+    """The value of a field in an event, for people: `7`, `missing`, or `7 × missing` for a cross.
+
+    Args:
+        features: the values that the event carries, by name.
+        time_ms: the event's time, from 0 to `model.clock.LATEST_MS`.
+    """
+    if field.kind == "cross":
+        return " × ".join(shown_value(part, schema, features, time_ms) for part in schema.parts(field))
+    if field.kind in ("hour", "weekday"):
+        read = hours if field.kind == "hour" else weekdays
+        return str(int(read(np.array([time_ms], np.int64), schema.timezone)[0]))
+    value = features.get(field.name)
+    return "missing" if value is None else str(value)

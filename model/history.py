@@ -74,7 +74,7 @@ def history_inputs(elements: Elements, counts: torch.Tensor, base: torch.Tensor)
     """
     numbers = row_numbers(counts, base)
     batch, lists_from = elements.rows, elements.rows * elements.singles
-    own = numbers[:lists_from].view(batch, -1)
+    own = numbers[:lists_from].view(batch, elements.singles * HISTORY_NUMBERS)
     if elements.list_of is None or elements.list_share is None:
         return own
     pooled = numbers.new_zeros((batch * elements.lists, HISTORY_NUMBERS))
@@ -145,7 +145,8 @@ class RowHistory:
             if weights is not None:
                 by_first *= weights.unsqueeze(1)
             counted = (corrects & ~_first_is_here(elements, owners, corrects, impression_ms)).unsqueeze(1)
-            counts = counts.sub_(torch.where(counted, by_first, 0).index_select(0, owners)).clamp_min_(0)
+            taken = torch.where(counted, by_first, 0).index_select(0, owners)
+            counts = counts.sub_(taken.mul_(_times(elements, owners, corrects))).clamp_min_(0)
             added = torch.where(back, by_correction, added)
         if weights is not None:
             added *= weights.unsqueeze(1)
@@ -178,6 +179,18 @@ def _first_is_here(
     if impression_ms is not None:
         sums += impression_ms.long() * _ODD
     return torch.isin(sums, sums[~corrects])
+
+
+def _times(elements: Elements, owners: torch.Tensor, examples: torch.Tensor) -> torch.Tensor:
+    """How often each element's key is in its example, (N, 1): a list may repeat a value, and fields may share rows.
+
+    examples  (B,) bool: for these examples; 1 for the others
+    """
+    times = torch.ones(len(owners), device=owners.device)
+    at = examples.index_select(0, owners).nonzero().squeeze(1)
+    pairs = elements.keys.index_select(0, at) + owners.index_select(0, at) * _ODD  # modulo 2**64
+    _, which, counts = torch.unique(pairs, return_inverse=True, return_counts=True)
+    return times.index_copy_(0, at, counts.index_select(0, which).to(times.dtype)).unsqueeze(1)
 
 
 def take_base(serving: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -10,9 +10,10 @@ from model.batch import FeatureBatch, Float32Array
 from model.errors import ModelError, UpdateNotFinite
 from model.history import history_inputs
 from model.learner_state import LearnerState
-from model.network import RowGradients, embed, scatter_back, to_elements
+from model.network import HISTORY_NUMBERS, RowGradients, embed, scatter_back, to_elements
 from model.sampling import probabilities
 from model.slopes import slopes
+from model.slots import ABSENT_ROW
 
 __all__ = ["Learner"]
 
@@ -134,6 +135,21 @@ class Learner(LearnerState):
             extra = history_inputs(elements, counts.index_select(0, indices), self._history.base)
         forward = self._dense.forward(*embed(elements, indices, embedding, first_order), extra)
         return probabilities(forward.logits, self.negative_rate).cpu().numpy()
+
+    @torch.no_grad()
+    def lifts(self, batch: FeatureBatch) -> Float32Array:
+        """What the rows' history says of each field now (`model.history`): float32 (B, F), single-valued fields before lists.
+
+        Raises:
+            ModelError: the model has no row history.
+        """
+        if self._history is None:
+            raise ModelError("lifts: expected a model with model.row_history, found one without; switch it on")
+        elements = to_elements(batch, self.schema, self.device)
+        rows = self._table.keys.lookup(elements.keys)
+        counts = self._rows["history"].index_select(0, rows).mul_((rows != ABSENT_ROW).unsqueeze(1))
+        inputs = history_inputs(elements, counts, self._history.base)
+        return inputs.view(len(batch), -1, HISTORY_NUMBERS)[:, :, 0].cpu().numpy()
 
     def _checked(self, name: str, values: npt.ArrayLike, rows: int, most: float) -> torch.Tensor:
         array = np.asarray(values, dtype=np.float32)

@@ -20,12 +20,12 @@ from typing import NamedTuple
 import torch
 
 from model.errors import SnapshotMismatch
-from model.network import dense_model
+from model.network import HISTORY_NUMBERS, dense_model
 from model.schema import FieldSpec
 from model.schema_change import SchemaChange
 from model.settings import ModelSettings
 
-__all__ = ["moved_dense", "moved_trainer"]
+__all__ = ["moved_dense", "moved_trainer", "require_movable"]
 
 _MOMENTS = ("adam.exp_avg", "adam.exp_avg_sq")
 """Tensors of the optimizer that lie as the dense part's flat buffer does."""
@@ -34,11 +34,19 @@ _MOMENTS = ("adam.exp_avg", "adam.exp_avg_sq")
 class _Axis(NamedTuple):
     """What lies along an axis of a parameter: `each` inputs for each field, then `rest` that belong to no field.
 
-    With embeddings of D floats, first come D inputs of each field, field by field, and then those that each has besides.
+    First come the `embedded` ones of each field, which are the D floats of an embedding or none, field by field; then the
+    others of each field.
     """
 
     each: int
+    embedded: int
     rest: int
+
+
+def require_movable(change: SchemaChange, settings: ModelSettings) -> None:
+    """Raises SnapshotMismatch if a model of these settings can't go on with other fields."""
+    if not change.moves_nothing:
+        _axes(change, settings)
 
 
 def moved_dense(change: SchemaChange, dense: Mapping[str, torch.Tensor], settings: ModelSettings) -> dict[str, torch.Tensor]:
@@ -50,7 +58,7 @@ def moved_dense(change: SchemaChange, dense: Mapping[str, torch.Tensor], setting
         SnapshotMismatch: this model's parameters can't be moved.
     """
     moved = dict(dense)
-    if change.is_none:
+    if change.moves_nothing:
         return moved
     for name, axes in _axes(change, settings).items():
         if name in moved and moved[name].dim() == len(axes):  # else restoring says what is wrong with it
@@ -70,7 +78,7 @@ def moved_trainer(change: SchemaChange, small: Mapping[str, torch.Tensor], setti
         SnapshotMismatch: this model's parameters can't be moved.
     """
     moved = dict(small)
-    if change.is_none:
+    if change.moves_nothing:
         return moved
     cpu = torch.device("cpu")
     old, new = dense_model(change.before, settings, cpu), dense_model(change.after, settings, cpu)
@@ -98,6 +106,7 @@ def _axes(change: SchemaChange, settings: ModelSettings) -> dict[str, tuple[_Axi
         fields = (*schemas[-1].fields, FieldSpec(name=f"\0{more}"))
         schemas.append(change.before.model_copy(update={"fields": fields}))
     count = len(change.before.fields)
+    besides = HISTORY_NUMBERS if settings.row_history else 0
     models = [dense_model(schema, settings, nowhere) for schema in schemas]
     found = {}
     for name in models[0].named:
@@ -110,7 +119,7 @@ def _axes(change: SchemaChange, settings: ModelSettings) -> dict[str, tuple[_Axi
                     "which has inputs for pairs of fields. Such a model can't go on with other fields: put features.fields "
                     "back, or begin a new model"
                 )
-            axes.append(_Axis(each, size - count * each))
+            axes.append(_Axis(each, max(each - besides, 0), size - count * each))
         found[name] = tuple(axes)
     return found
 
@@ -121,9 +130,8 @@ def _moved(change: SchemaChange, parameter: torch.Tensor, axes: Sequence[_Axis])
     for number, axis in enumerate(axes):
         if not axis.each:
             continue
-        dim = min(axis.each, change.after.embedding_dim)
         index: list[int | None] = []
-        for start, width in ((0, dim), (count * dim, axis.each - dim)):
+        for start, width in ((0, axis.embedded), (count * axis.embedded, axis.each - axis.embedded)):
             for field in change.came_from:
                 index += [None] * width if field is None else range(start + field * width, start + (field + 1) * width)
         index += range(count * axis.each, count * axis.each + axis.rest)

@@ -206,7 +206,7 @@ def _embedding_gradient(
     if factors is not None:
         own = own * factors[:lists_from].view(batch, singles, 1)
     embedding = gradient.new_zeros((count, fields.shape[2]))
-    embedding.index_add_(0, inverse[:lists_from], own.reshape(lists_from, -1))
+    embedding.index_add_(0, inverse[:lists_from], own.reshape(lists_from, fields.shape[2]))
     if elements.list_of is not None and elements.list_share is not None:
         pooled = fields[:, singles:].reshape(batch * lists, fields.shape[2])
         share = elements.list_share if factors is None else elements.list_share * factors[lists_from:]

@@ -64,7 +64,9 @@ class FieldSpec(BaseModel):
         "multiplied by (x - mean) / deviation, which is kept within -10 and 10.",
     )
     per_octave: int = Field(default=4, ge=1, le=64, description="Number of `log` buckets for each doubling of the value.")
-    width: float = Field(default=1.0, gt=0, description="Width of a `linear` bucket, in the feature's own unit.")
+    width: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Width of a `linear` bucket, in the feature's own unit."
+    )
     mean: float = Field(
         default=0.0, allow_inf_nan=False, description="Mean that a `standard` field subtracts, in the feature's own unit."
     )
@@ -125,11 +127,12 @@ class FieldSpec(BaseModel):
     def _takes(self, value: str | int | float | tuple[str, ...]) -> bool:
         if self.kind == "list":
             return isinstance(value, tuple)
+        is_integer = isinstance(value, int) and -(1 << 63) <= value < 1 << 64  # larger ones can't be in a version's manifest
         if self.kind == "numeric":
-            return isinstance(value, int | float) and math.isfinite(value)
+            return is_integer or (isinstance(value, float) and math.isfinite(value))
         if self.kind in _CLOCK:
             return isinstance(value, int) and 0 <= value < _CLOCK[self.kind]
-        return isinstance(value, str) or (isinstance(value, int) and -(1 << 63) <= value < 1 << 64)
+        return isinstance(value, str) or is_integer
 
     def _expected(self) -> str:
         if self.kind in _CLOCK:

@@ -58,6 +58,11 @@ class SchemaChange:
         return self.before.fingerprint() == self.after.fingerprint()
 
     @property
+    def moves_nothing(self) -> bool:
+        """Whether batches have the same fields in the same order as before."""
+        return self.came_from == tuple(range(len(self.before.fields)))
+
+    @property
     def keeps_scores(self) -> bool:
         """Whether the weights score as before, given that the features are the same: then no field reads other weights now."""
         names = {field.name for field in self.after.fields}
@@ -85,7 +90,8 @@ class SchemaChange:
             elif field.serve_as != had[name].serve_as:
                 said.append(f"{name} is served as {_shown(field)}, and was served as {_shown(had[name])}")
         said += [f"{name} is gone: its rows stay, and are not read" for name in had if name not in have]
-        return said or ["the fields are in another order"]
+        same = [field.name for field in self.before.fields] == [field.name for field in self.after.fields]
+        return said or ["a setting has changed that no field reads" if same else "the fields are in another order"]
 
 
 def _in_batches(schema: FeatureSchema) -> tuple[FieldSpec, ...]:

@@ -30,7 +30,8 @@ class ModelSettings(BaseModel):
     ```
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # JSON has no infinity, so a version couldn't say that it was made with one.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ModelName = Field(
         default="deepfm",
@@ -82,7 +83,12 @@ class ModelSettings(BaseModel):
     dense_learning_rate: float = Field(
         default=2e-4,
         gt=0,
-        description="Adam's step size for the MLP and the cross layers. Their loss is averaged over a batch.",
+        description="Adam's step size for the MLP. Its loss is averaged over a batch.",
+    )
+    cross_learning_rate: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Adam's step size for the cross layers, which begin at 0. Their loss is averaged over a batch.",
     )
     init_std: float = Field(
         default=0.01, gt=0, description="Standard deviation of the noise that a new embedding row begins with."

@@ -25,7 +25,8 @@ class Sketch:
     """Counts of keys.
 
         sketch = Sketch(1 << 20, torch.device("cpu"))   # a MiB of counters
-        counts = sketch.add(keys, times)                # how often each of the distinct keys was seen, these times included
+        counts = sketch.seen(keys, times)               # how often each of the distinct keys was seen, these times included
+        sketch.add(keys, times)                         # the same, and these times are counted from now on
 
     Nothing is drawn at random, so a sketch that is saved and restored goes on as it would have.
     """
@@ -38,11 +39,18 @@ class Sketch:
         self._steps = torch.arange(DEPTH, device=device)
         self._added = 0
 
+    def seen(self, keys: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        """How often distinct keys (N,) were seen, now (N,) and before, int64 (N,)."""
+        return self._counts(self._cells(keys), times)
+
+    def _counts(self, cells: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        before = self._counters.index_select(0, cells.flatten()).view(cells.shape).amin(1)
+        return (before.to(torch.int64) + times).clamp_(max=LARGEST)
+
     def add(self, keys: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
         """Adds how often distinct keys (N,) were seen now (N,). Returns how often they were seen in all, int64 (N,)."""
         cells = self._cells(keys)  # (N, DEPTH)
-        before = self._counters.index_select(0, cells.flatten()).view(cells.shape).amin(1)
-        counts = (before.to(torch.int64) + times).clamp_(max=LARGEST)
+        counts = self._counts(cells, times)
         raised = counts.to(torch.uint8).unsqueeze(1).expand(cells.shape)
         self._counters.scatter_reduce_(0, cells.flatten(), raised.flatten(), "amax")
         self._added += len(keys)

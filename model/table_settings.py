@@ -13,6 +13,7 @@ class TableSettings(BaseModel):
     ```toml
     [table]
     admit_after = 2                # a value gets a row with its second impression
+    admit_crosses_after = 3        # and a value of a cross with its third
     evict_after_ms = 2_592_000_000 # a row that no impression has used for 30 days of event time goes
     max_rows = 20_000_000          # never more rows; the least used ones make room for new values
     ```
@@ -21,13 +22,19 @@ class TableSettings(BaseModel):
     trainer that restarts does again what it did.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     admit_after: int = Field(
         default=1,
         ge=1,
         le=255,
         description="With which impression a value gets a row. Counts of values without a row are kept in a sketch.",
+    )
+    admit_crosses_after: int = Field(
+        default=0,
+        ge=0,
+        le=255,
+        description="The same for values of crosses, of which most are rare. 0: as `admit_after`.",
     )
     admit_memory_mb: int = Field(
         default=8,
@@ -57,6 +64,15 @@ class TableSettings(BaseModel):
         description="Largest number of rows. Shortly below it, rows with the fewest decayed uses are evicted. A new value that "
         "finds no room gets no row. A row of 16 floats takes some 200 bytes. 0: no limit.",
     )
+
+    @property
+    def admits_late(self) -> bool:
+        """Whether some values get their rows later than with the first impression."""
+        return max(self.admit_after, self.admit_crosses_after) > 1
+
+    def admitted_after(self, *, cross: bool) -> int:
+        """With which impression a value of a field gets a row."""
+        return self.admit_crosses_after if cross and self.admit_crosses_after else self.admit_after
 
     @property
     def evicts(self) -> bool:

@@ -53,7 +53,7 @@ class Typical:
         batch = elements.rows
         lists_from = batch * elements.singles  # where the elements of lists begin
         own, others = rows[:lists_from], rows[lists_from:]
-        mean = embedding.index_select(0, own).view(batch, elements.singles, -1).mean(0)
+        mean = embedding.index_select(0, own).view(batch, elements.singles, embedding.shape[1]).mean(0)
         linear = first_order.index_select(0, own).view(batch, elements.singles).mean(0)
         if elements.list_of is not None and elements.list_share is not None:
             lists = elements.list_of % elements.lists

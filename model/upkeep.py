@@ -24,6 +24,7 @@ from model.typical import Typical
 __all__ = ["Read", "Upkeep"]
 
 _MIB = 1 << 20
+_LATEST = 255  # the latest impression with which a value can get its row, by the settings
 _AT_ONCE = 1 << 20  # rows whose fields are read at once after a restore
 
 
@@ -67,10 +68,13 @@ class Upkeep:
     def __init__(self, schema: FeatureSchema, settings: TableSettings, rows: ModelRows, table: EmbeddingTable) -> None:
         self._settings, self._rows, self._table = settings, rows, table
         self.census = Census(schema, rows.device)
-        self._sketch = Sketch(settings.admit_memory_mb * _MIB, rows.device) if settings.admit_after > 1 else None
+        self._sketch = Sketch(settings.admit_memory_mb * _MIB, rows.device) if settings.admits_late else None
+        after = [settings.admitted_after(cross=spec.kind == "cross") for spec in (*schema.singles, *schema.lists)]
+        self._admitted_after = torch.tensor(after, device=rows.device)
         self._eviction = Eviction(settings, rows, table.keys) if settings.evicts else None
         self._refuses = self._sketch is not None or bool(settings.max_rows)
         self._inserted = 0
+        self._counted: tuple[torch.Tensor, torch.Tensor] | None = None  # keys without a row and how often, until `learned`
         self._fields_known = True
 
     @staticmethod
@@ -88,6 +92,7 @@ class Upkeep:
 
         corrections  bool (B,): examples that are no impressions of their own, since they correct an earlier label
         """
+        self._counted = None  # that of a batch that wasn't learned, whose parts are read again
         rows = self._insert(elements, averages, corrections)
         own = self._own(rows, elements)
         gathered = self._table.gather(rows if own is None else rows.index_select(0, own))
@@ -105,7 +110,10 @@ class Upkeep:
             counted = which
             if corrections is not None:
                 counted = which[~corrections[elements.owners().index_select(0, absent)]]
-            return self._chosen(new, torch.bincount(counted, minlength=len(new)))
+            after = self._admitted_after.index_select(0, elements.fields().index_select(0, absent))
+            # A key that occurs as several fields is admitted by the lowest number, so that all devices agree.
+            needed = after.new_full((len(new),), _LATEST).scatter_reduce_(0, which, after, "amin")
+            return self._chosen(new, torch.bincount(counted, minlength=len(new)), needed)
 
         inserted = self._table.insert(
             elements.keys, elements.fields(), averages.embedding, averages.first_order, choose if self._refuses else None
@@ -127,12 +135,13 @@ class Upkeep:
         self.census.refused(elements.fields()[known.logical_not()])
         return known.nonzero().squeeze(1)
 
-    def _chosen(self, keys: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-        """Which of the new keys (M,) get a row, that the batch shows so many times (M,)."""
-        if self._sketch is None:
-            chosen = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
-        else:
-            chosen = self._sketch.add(keys, times) >= self._settings.admit_after
+    def _chosen(self, keys: torch.Tensor, times: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+        """Which of the new keys (M,) get a row, that the batch shows so many times (M,), and that need so many (M,)."""
+        chosen = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
+        if self._sketch is not None:
+            late = (needed > 1).nonzero().squeeze(1)
+            self._counted = keys.index_select(0, late), times.index_select(0, late)
+            chosen.index_copy_(0, late, self._sketch.seen(*self._counted) >= needed.index_select(0, late))
         if self._settings.max_rows:
             room = self._settings.max_rows - len(self._table)
             chosen &= chosen.cumsum(0) <= room
@@ -140,6 +149,8 @@ class Upkeep:
 
     def learned(self, elements: Elements, read: Read) -> torch.Tensor | None:
         """Keys (N,) whose rows are to be evicted after a batch; None: no rows are."""
+        if self._sketch is not None and self._counted is not None:
+            self._sketch.add(*self._counted)
         if self._eviction is None:
             return None
         self._eviction.used(read.gathered.distinct, read.gathered.inverse)

@@ -33,7 +33,7 @@ from state.registry import (
     VersionRecord,
     version_key,
 )
-from state.rewind_decisions import require_gone_back
+from state.rewind_decisions import asked_before, is_put_back, require_gone_back
 from state.rewinds import REWINDS_KEY, Rewind, SkippedRange
 from state.settings import SnapshotSettings
 
@@ -144,6 +144,9 @@ def rollback(
     """
     before = state.champion
     entry = announced(state, target)
+    asked = asked_before(state, target, skipped := tuple(skipped)) if rewind else None  # then it changes nothing again
+    if is_put_back(state, target) and (asked is not None or not rewind):
+        return Change(stopped_by_rollback(state, cause), Moved(target, before.previous, True, None, asked, alone=True))
     if before.version is None or target > before.version or (target == before.version and not rewind):
         raise Refused(
             f"rollback to version {target}: expected one older than the champion, {before.version}. To go forward: "
@@ -162,8 +165,8 @@ def rollback(
         back = Rewind(version=target, who=cause.who, at_ms=cause.now_ms, reason=cause.reason, operation=cause.operation)
         records += (KeyedRecord(REWINDS_KEY, state.rewinds.adding(back, skipped)),)
     records += stopped_by_rollback(state, cause)
-    asked = cause.operation if rewind else None
-    return Change(records, Moved(target, before.version, True, _undo(before, after), asked, alone=True))
+    operation = cause.operation if rewind else None
+    return Change(records, Moved(target, before.version, True, _undo(before, after), operation, alone=True))
 
 
 def rollback_target(
@@ -181,7 +184,7 @@ def rollback_target(
         to: this version.
         back_ms: the champion this long before `now_ms`.
         before_ms: the champion at this time (ms since epoch).
-        or_champion: the champion itself may be named too: the trainer goes back to what is served already.
+        or_champion: the champion may be named too: the trainer goes back to it. One that was put back always may.
 
     Raises:
         Refused: there is no such version, or it isn't older than the champion. The message lists what can be named.
@@ -217,6 +220,7 @@ def rollback_target(
                 f"rollback from version {champion}: expected an older version tagged good, found none. "
                 f"{_choices(state, champion)}"
             )
+    or_champion = or_champion or (to is not None and is_put_back(state, to))
     if target is None or target > champion or (target == champion and not or_champion):
         raise Refused(
             f"rollback to version {target}: expected one older than the champion, {champion}. {_choices(state, champion)}"
@@ -308,9 +312,13 @@ def announced(state: RegistryState, version: int) -> VersionRecord:
     return record
 
 
-def install(state: RegistryState, entry: VersionRecord, cause: Cause) -> tuple[KeyedRecord, ...]:
+def install(
+    state: RegistryState, entry: VersionRecord, cause: Cause, *, rolled_back: tuple[VersionRange, ...] = ()
+) -> tuple[KeyedRecord, ...]:
     """Records that make a version champion and hold auto-promotion, for a registry that has lost its champion."""
-    return _move(_held(state.champion, True, cause.reason, cause), entry, cause, how="promote").records
+    ranges = tuple(each._replace(above=entry.version) if each.includes(entry.version) else each for each in rolled_back)
+    held = replace(_held(state.champion, True, cause.reason, cause), rolled_back=ranges[-KEPT_RANGES:])
+    return _move(held, entry, cause, how="promote").records
 
 
 def _undo(before: Champion, after: Champion) -> Undo | None:

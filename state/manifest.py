@@ -11,7 +11,7 @@ import msgspec
 from state.errors import SnapshotCorrupt
 from state.gate_report import GateReport
 from state.history import History
-from state.rewinds import SkippedRange
+from state.rewinds import Rewinds, SkippedRange
 
 __all__ = [
     "DENSE_FILE",
@@ -57,10 +57,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     digest         of the serving weights (`model.digest`), 16 hex digits
     deltas_offset  offset in `deltas` after that delta: where a scorer that has loaded the version goes on reading
     skipped        stretches of `examples` before `offsets` that were left out when the trainer was sent back (`state.rewinds`)
+    rewinds        how the trainer was sent back until then, and all stretches that are left out, also those that it hasn't come
+                   to yet; None: never. A registry that is lost is made again from it
     row_precision  how scorers have the rows, of which the digest is. The files hold all digits, for further training
     history        what the weights learned from a data set before the stream; None when they are of the stream alone
 
-    Versions of 0.1.0 have none of the last eight; the defaults say so.
+    Versions of 0.1.0 have none of the last nine; the defaults say so.
     Unknown fields are ignored, so that older readers can read newer manifests.
     """
 
@@ -85,6 +87,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     verdict: GateReport | None = None
     topic_ids: dict[str, str] = msgspec.field(default_factory=dict)
     skipped: tuple[SkippedRange, ...] = ()
+    rewinds: Rewinds | None = None
     history: History | None = None
     schema_hash: str = ""
     features: dict[str, Any] = msgspec.field(default_factory=dict)

@@ -62,7 +62,8 @@ def kept_versions(
     anchors = [records[-1].verdict, state.withheld]
     keep((report.anchor for report in anchors if report is not None), "the gate's anchor")
     keep(records[-settings.keep_versions :], f"one of the newest {settings.keep_versions}")
-    keep((each for each in records if now_ms - each.created_at_ms < settings.keep_ms), "young")
+    # By the registry's time of its announcement: its creation is by the clock of the trainer's machine.
+    keep((each for each in records if now_ms - (each.announced_at_ms or each.created_at_ms) < settings.keep_ms), "young")
     good = [each for each in records if each.good_at_ms is not None and not champion.was_rolled_back(each.version)]
     below = [each for each in good if champion.version is None or each.version < champion.version]
     keep(below[-settings.keep_good :], f"one of the newest {settings.keep_good} good ones, for rollbacks")

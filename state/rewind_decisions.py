@@ -1,5 +1,7 @@
 """The end of a rewind: the change of the registry by which a trainer says that it has gone back, and what waits for it.
 
+And whether a rollback or a rewind was asked for before, since an operator may ask again for what is done or pending already.
+
 See `state.rewinds`.
 """
 
@@ -10,9 +12,9 @@ from msgspec.structs import replace
 from state.changes import Change, clock
 from state.errors import Refused, StaleEpoch
 from state.registry import CHAMPION_KEY, KEPT_RANGES, KeyedRecord, RegistryState, VersionRange
-from state.rewinds import REWINDS_KEY
+from state.rewinds import REWINDS_KEY, SkippedRange
 
-__all__ = ["require_gone_back", "rewound"]
+__all__ = ["asked_before", "is_put_back", "require_gone_back", "rewound"]
 
 
 def require_gone_back(state: RegistryState, what: str) -> None:
@@ -28,6 +30,21 @@ def require_gone_back(state: RegistryState, what: str) -> None:
             f"{clock(pending.at_ms)}, found none yet. Scorers would follow the weights that were rolled back. Start a "
             "trainer, or look at its log, then run it again."
         )
+
+
+def is_put_back(state: RegistryState, version: int) -> bool:
+    """Whether a rollback has made a version champion, and it is held since."""
+    return state.champion.version == version and state.champion.how == "rollback" and state.champion.hold
+
+
+def asked_before(state: RegistryState, target: int, skipped: tuple[SkippedRange, ...]) -> str | None:
+    """The operation of a pending rewind to the same version that leaves out the same; None without one."""
+    pending = state.rewinds.pending
+    if pending is None or pending.version != target:
+        return None
+    known = {(each.topic_id, each.partition, each.first, each.to) for each in state.rewinds.skipped}
+    same = all((each.topic_id, each.partition, each.first, each.to) in known for each in skipped)
+    return pending.operation if same else None
 
 
 def rewound(

@@ -65,7 +65,10 @@ class SnapshotSettings(BaseModel):
         "0: every delta carries both.",
     )
     min_examples: int = Field(
-        default=1, ge=0, description="Number of examples that must have been learned since the last version for a new one."
+        default=1,
+        ge=0,
+        description="Number of examples that must have been learned since the last version for a new one. A version comes all "
+        "the same before Kafka deletes deltas after the last one (`topics.deltas_retention_ms`).",
     )
     keep_ready: int = Field(
         default=3,

@@ -14,7 +14,8 @@ from state.alias_records import GC_KEY, Deletion, Doomed, tags_key
 from state.changes import Cause, Change
 from state.decisions import install
 from state.manifest import Manifest
-from state.registry import TRAINER_KEY, KeyedRecord, RegistryState, TrainerLease, VersionRecord, version_key
+from state.registry import TRAINER_KEY, KeyedRecord, RegistryState, TrainerLease, VersionRange, VersionRecord, version_key
+from state.rewinds import REWINDS_KEY, Rewinds, joined
 
 __all__ = ["Choose", "Reindexed", "Retired", "needed", "reindex", "retire"]
 
@@ -128,6 +129,8 @@ def reindex(
     Versions that are being deleted are left out. So are those above the registry's newest, unless it knows no version at all:
     their trainer is about to announce them. Whoever enters several batches therefore begins with the newest versions.
 
+    A registry that is lost gets its rewinds back, and all that is left out of the log, from what manifests say of them.
+
     The trainer's epoch becomes the largest of the manifests' if it is smaller, so that the next trainer takes one that no
     version has.
 
@@ -151,10 +154,22 @@ def reindex(
         elif version not in going and (lost or version < state.newest):
             added[version] = VersionRecord.of(manifest, now_ms=cause.now_ms, who=cause.who, gate="entered by a reindexing")
     records += [KeyedRecord(version_key(version), entry) for version, entry in (added | repaired).items()]
+    rewinds = _rewinds(manifests.values()) if lost else Rewinds()
+    if rewinds != Rewinds():
+        records.append(KeyedRecord(REWINDS_KEY, rewinds))
     installed = champion if lost and champion in added else None
     if installed is not None:
-        records += install(state, added[installed], cause)
+        left = tuple(VersionRange(each.version, each.up_to) for each in rewinds.rewinds if each.up_to is not None)
+        records += install(state, added[installed], cause, rolled_back=left)
     return Change(tuple(records), Reindexed(tuple(added), tuple(repaired), installed))
+
+
+def _rewinds(manifests: Iterable[Manifest]) -> Rewinds:
+    """The rewinds that the newest of these versions knew, with all that any of them says to be left out."""
+    known = sorted(manifests, key=lambda each: (each.epoch, each.version))
+    newest = next((each.rewinds for each in reversed(known) if each.rewinds is not None), Rewinds())
+    said = [ranges for each in known for ranges in (each.skipped, () if each.rewinds is None else each.rewinds.skipped)]
+    return replace(newest, skipped=joined(newest.skipped, *said))
 
 
 def _doomed(record: VersionRecord) -> Doomed:

@@ -97,15 +97,20 @@ class Checkpoints:
         self._writing: threading.Thread | None = None
         self._failed: BaseException | None = None
 
-    def newest(self, learner: Learner) -> Start:
-        """Load the newest checkpoint that is whole into the learner; begin from nothing if there is none."""
+    def newest(self, new: Callable[[], Learner]) -> tuple[Learner, Start]:
+        """A learner with the newest checkpoint that is whole; one that begins from nothing if there is none.
+
+        Args:
+            new: makes a learner. One that a damaged checkpoint was put into can't be used any more.
+        """
         for version in reversed(self._store.versions()):
+            learner = new()
             try:
                 manifest = self._store.manifest(version)
-                return Start(manifest, version, restore(learner, self._store, Start(manifest, version)))
+                return learner, Start(manifest, version, restore(learner, self._store, Start(manifest, version)))
             except SnapshotError as error:
                 log.warning("passing over checkpoint %d: %s", version, error)
-        return Start(None, 0)
+        return new(), Start(None, 0)
 
     def write(self, manifest: Callable[[int], Manifest], captured: CapturedVersion, source: Source) -> None:
         """Write a checkpoint in a thread, and delete old ones. To be called once the one before is written."""
@@ -174,8 +179,9 @@ class Run:
         self._row_precision: RowPrecision = row_precision
         self._checkpoint_s = checkpoint_s
         self._stopping = False
-        learner = Learner(source.schema, model, table=table, device=device, row_precision=row_precision)
-        start = checkpoints.newest(learner)
+        learner, start = checkpoints.newest(
+            lambda: Learner(source.schema, model, table=table, device=device, row_precision=row_precision)
+        )
         self.resumed_at = start.offsets.get(0, 0)
         """Row at which this run went on; 0 if it began from nothing."""
         self.learned_s = 0.0

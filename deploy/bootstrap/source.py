@@ -16,6 +16,7 @@ from deploy.datasets.base import Chunk
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema
 from model.settings import ModelSettings
+from model.table_settings import TableSettings
 
 __all__ = ["Source", "fingerprint", "history"]
 
@@ -58,8 +59,11 @@ class Source:
         return self.limit if size is None else min(size, self.limit or size)
 
 
-def fingerprint(source: Source, model: ModelSettings) -> str:
+def fingerprint(source: Source, model: ModelSettings, table: TableSettings | None = None) -> str:
     """A hash of everything that the learned weights depend on: the data's files, by size and time, settings and options.
+
+    Args:
+        table: which values have rows; None: the default. Default values are left out, as releases before 0.2.0 have none.
 
     Raises:
         DataSetError: there is no such data set.
@@ -77,6 +81,8 @@ def fingerprint(source: Source, model: ModelSettings) -> str:
         "schema": source.schema.model_dump(mode="json"),
         "model": model.model_dump(mode="json"),
     }
+    if table is not None and (limits := table.model_dump(mode="json", exclude_defaults=True)):
+        found["table"] = limits
     return hashlib.sha256(msgspec.json.encode(found, order="deterministic")).hexdigest()[:32]
 
 

@@ -94,7 +94,7 @@ def bootstrap(
         until_ms=until,
         limit=limit,
     )
-    identity = fingerprint(source, settings.model)
+    identity = fingerprint(source, settings.model, settings.table)
     publishing = Publishing(settings, who=who(), new_model=new_model)
     saved = Checkpoints(checkpoints or settings.state_dir / "bootstrap", identity)
     before = ask_kafka(settings, publishing.require_ready(identity), "the registry of versions")

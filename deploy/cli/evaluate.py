@@ -64,6 +64,11 @@ FRESHNESS_BATCH_AGE_MS = 500
     help="Score once more, with this field's values exchanged among neighbouring impressions. May be repeated.",
 )
 @click.option(
+    "--history",
+    is_flag=True,
+    help="Show what the row history of each field says, as at impression time and as at label time. Needs model.row_history.",
+)
+@click.option(
     "--serve-every",
     type=DURATION,
     multiple=True,
@@ -132,6 +137,7 @@ def evaluate(
     fields: tuple[str, ...],
     without: tuple[str, ...],
     permute: tuple[str, ...],
+    history: bool,
     serve_every: tuple[int, ...],
     serve_delay: int,
     freshness: bool,
@@ -159,6 +165,7 @@ def evaluate(
       headrace evaluate kuairand --set model.batch_rows=512 --set join.hold_ms=60000
       headrace evaluate kuairand --run 'small model.hidden=[64]' --run 'large model.hidden=[800,800]' --seeds 5
       headrace evaluate kuairand --without music_id --permute tab --by tab --by hour
+      headrace evaluate kuairand --set model.row_history=true --history
       headrace evaluate kuairand --freshness --picture freshness.png
       headrace evaluate kuairand --until 0.5          choose by the first half …
       headrace evaluate kuairand --from 0.5           … and show by the second
@@ -198,6 +205,7 @@ def evaluate(
         serving=_servings(serve_every, serve_delay),
         batch_age_ms=batch_age,
         permute=permute,
+        history=history,
         by=by,
         top=top,
     )

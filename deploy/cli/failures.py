@@ -32,7 +32,8 @@ EXIT_CODES = {  # docs/cli.md
     "client alone, every command. Also: a check found something (`config check`, `topics check`, `doctor`, `snapshot verify`, "
     "`kafka status`), `snapshot gc` or `snapshot reindex` left something alone, or a question was answered with no",
     2: "wrong usage",
-    3: "not every live scorer confirmed a rollback, or the stop of a canary, in time; what was written stands",
+    3: "not every live scorer confirmed a rollback, a resume or the stop of a canary in time, or one has been silent for less "
+    "than 5 minutes; what was written stands",
     4: "`snapshot watch`: the candidate was taken back, or its trial was stopped",
     5: "`snapshot watch`: `--timeout` was over before the trial ended",
     6: "`snapshot gate`: the gate withholds what is learned",

@@ -21,7 +21,7 @@ from deploy.cli.snapshot_common import (
 )
 from deploy.cli.snapshot_compare import diff, export
 from deploy.cli.snapshot_gate import gate, release
-from deploy.cli.snapshot_rollback import EXIT_UNCONFIRMED, rollback, undo_command
+from deploy.cli.snapshot_rollback import EXIT_UNCONFIRMED, rollback, say_silent, silent_json, undo_command
 from deploy.cli.snapshot_upkeep import gc, reindex
 from deploy.cli.times import DURATION, clock, duration
 
@@ -67,6 +67,7 @@ def list_(last: int, output: str) -> None:
     seen = ask_kafka(settings, operations_of(settings).look(), ABOUT)
     document = registry_json(seen.state, set(SnapshotStore(settings.snapshots).versions()), last)
     document["scorers"] = [beat_json(beat) for beat in seen.live]
+    document["silent"] = silent_json(seen.silent)
     if output == "json":
         echo_json(document)
     else:
@@ -231,8 +232,8 @@ def hold(reason: str, output: str) -> None:
 def resume(timeout_ms: int, output: str) -> None:
     """Let auto-promotion go on with the next version that passes the gate, and scorers follow the champion's chain again.
 
-    Waits until every live scorer does. Exit code 3 when someone didn't confirm in time. Refused while a trainer that was sent
-    back hasn't gone yet.
+    Waits until every live scorer does. Exit code 3 when someone didn't confirm in time, or is silent, as for `rollback`.
+    Refused while a trainer that was sent back hasn't gone yet.
 
     \b
     Examples:
@@ -249,7 +250,8 @@ def resume(timeout_ms: int, output: str) -> None:
             f"{f' ({beat.problem})' if beat.problem else ''}. It follows as soon as it can; look at that scorer's log.",
             err=True,
         )
-    if done.unconfirmed:
+    say_silent(done.silent)
+    if done.unconfirmed or done.silent:
         sys.exit(EXIT_UNCONFIRMED)
 
 
@@ -260,6 +262,7 @@ def _show_hold(held: Held, output: str, resumed: Resumed | None = None) -> None:
             waited = {
                 "confirmed": [{"worker": each.worker, "after_ms": each.after_ms} for each in resumed.confirmed],
                 "unconfirmed": [each.worker for each in resumed.unconfirmed],
+                "silent": silent_json(resumed.silent),
                 "resume_ms": resumed.took_ms,
             }
         echo_json(

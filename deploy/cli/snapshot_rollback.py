@@ -11,17 +11,18 @@ import click
 
 from deploy.cli.common import ask_kafka, echo_json, format_option
 from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, resolve
-from deploy.cli.times import DURATION, MOMENT, TIME, clock, duration
+from deploy.cli.times import DURATION, TIME, clock, duration, is_ago
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from state.changes import Held
     from state.rewinds import SkippedRange
+    from stream.registry.heartbeat import Silent
     from stream.registry.requests import ChampionMoved, Plan, RollbackRequest
-    from stream.registry.skipping import TimeRange
+    from stream.registry.skipping import AskedRange
 
-__all__ = ["EXIT_UNCONFIRMED", "rollback", "skipped_json", "skipped_text", "undo_command"]
+__all__ = ["EXIT_UNCONFIRMED", "rollback", "say_silent", "silent_json", "skipped_json", "skipped_text", "undo_command"]
 
 # Some scorer, or the trainer, didn't confirm in time. The rollback is written, but that worker may still go its old way.
 EXIT_UNCONFIRMED = 3
@@ -49,22 +50,26 @@ class _Offsets(click.ParamType):
 
 
 class _Times(click.ParamType):
-    """`2024-05-01T12:00Z..2024-05-01T12:01Z` → from one time up to another."""
+    """`2024-05-01T12:00Z..2024-05-01T12:01Z`, or `12m..11m` → from one time up to another."""
 
     name = "from..to"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> TimeRange:
-        from stream.registry.skipping import TimeRange
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> AskedRange:
+        from stream.registry.skipping import AskedRange, Moment
 
-        if isinstance(value, TimeRange):
+        if isinstance(value, AskedRange):
             return value
         parts = str(value).split("..")
         if len(parts) != 2:
             self.fail(f"expected two times with .. between them, such as 12m..11m, found {value!r}", param, ctx)
-        times = TimeRange(*(MOMENT.convert(part, param, ctx) for part in parts))
-        if times.from_ms >= times.to_ms:
+        # How long ago counts from the operation, by Kafka's clock: this machine's may be wrong.
+        first, to = (
+            Moment(DURATION.convert(part, param, ctx), ago=True) if is_ago(part) else Moment(TIME.convert(part, param, ctx))
+            for part in parts
+        )
+        if first.ago == to.ago and (first.ms <= to.ms if first.ago else first.ms >= to.ms):
             self.fail(f"expected the earlier time first, found {value!r}", param, ctx)
-        return times
+        return AskedRange(first, to)
 
 
 @click.command()
@@ -122,7 +127,7 @@ def rollback(
     rewind: bool,
     to_latest: bool,
     ranges: tuple[SkippedRange, ...],
-    times: tuple[TimeRange, ...],
+    times: tuple[AskedRange, ...],
     timeout_ms: int,
     unchecked: bool,
     dry_run: bool,
@@ -137,7 +142,12 @@ def rollback(
     rollback, with --to champion, and while no trainer runs: the next one that starts goes back. Undoing the rollback doesn't
     undo that. Offsets of --skip and --skip-time must not be in the version's weights already.
 
-    Exit code 3 when a scorer, or the trainer that was sent back, didn't confirm in time; 0 when all did (or none is live).
+    Times and durations go by Kafka's clock, not by this machine's. Running the same command with --to again does no harm: where
+    that version is champion already by a rollback, it only waits for the scorers.
+
+    Exit code 3 when a scorer, or the trainer that was sent back, didn't confirm in time; 0 when all did (or none is live). A
+    scorer that has sent no heartbeat for some seconds isn't waited for. If that is less than 5 minutes ago it is named, and the
+    exit code is 3.
 
     \b
     Examples:
@@ -193,6 +203,7 @@ def rollback(
             "scorer's log, or stop it.",
             err=True,
         )
+    say_silent(done.silent)
     late = rewind and done.trainer is None
     if late:
         click.echo(
@@ -201,7 +212,7 @@ def rollback(
             "shows when it has.",
             err=True,
         )
-    if done.unconfirmed or late:
+    if done.unconfirmed or done.silent or late:
         sys.exit(EXIT_UNCONFIRMED)
 
 
@@ -216,6 +227,22 @@ def skipped_json(skipped: Sequence[SkippedRange]) -> list[dict[str, Any]]:
         {"partition": each.partition, "from": each.first, "to": each.to, "who": each.who, "why": each.why, "at_ms": each.at_ms}
         for each in skipped
     ]
+
+
+def say_silent(silent: Sequence[Silent]) -> None:
+    """Name the scorers that nobody waited for, on stderr."""
+    for beat, for_ms in silent:
+        click.echo(
+            f"scorer {beat.worker} on {beat.host}: expected a heartbeat every {duration(beat.heartbeat_ms)}, found the last "
+            f"one {duration(for_ms)} old, of version {beat.version}. So it hasn't confirmed: it stands still or was killed. If "
+            "it goes on, it reads the registry before it answers. Look at its machine.",
+            err=True,
+        )
+
+
+def silent_json(silent: Sequence[Silent]) -> list[dict[str, Any]]:
+    """The scorers that nobody waited for."""
+    return [{"worker": beat.worker, "host": beat.host, "version": beat.version, "silent_ms": for_ms} for beat, for_ms in silent]
 
 
 def undo_command(done: ChampionMoved | Plan | Held) -> str | None:
@@ -270,6 +297,7 @@ def _show_rollback(done: ChampionMoved, output: str) -> None:
                 "held": done.held,
                 "confirmed": [{"worker": each.worker, "after_ms": each.after_ms} for each in done.confirmed],
                 "unconfirmed": [beat_json(beat) for beat in done.unconfirmed],
+                "silent": silent_json(done.silent),
                 "rollback_ms": done.took_ms,
                 "rewind": done.skipped is not None,
                 "skipped": skipped_json(done.skipped or ()),
@@ -291,6 +319,9 @@ def _show_rollback(done: ChampionMoved, output: str) -> None:
     if done.trainer is not None and done.trainer_ms is not None:
         at = clock(done.trainer.done_at_ms)
         click.echo(f"{done.trainer.done_by}: went back at {at}, {duration(done.trainer_ms)} after the command")
-    click.echo(f"undo: {undo_command(done)}")
+    if done.undo is None:
+        click.echo("That was so already, by an earlier rollback: nothing was written.")
+    else:
+        click.echo(f"undo: {undo_command(done)}")
     if done.skipped is not None:
         click.echo("The undo moves the scorers; the trainer stays with what it has gone back to.")

@@ -192,6 +192,9 @@ def print_versions(document: dict[str, Any]) -> None:
         if beat["fallback_of"] is not None:
             line += f"; it can't read version {beat['fallback_of']}: {beat['fallback_reason']}"
         click.echo(line)
+    for beat in document.get("silent", []):
+        silent = f"silent for {duration(beat['silent_ms'])}: it stands still or was killed"
+        click.echo(f"scorer {beat['worker']} on {beat['host']}: version {beat['version']}, {silent}")
 
 
 def _print_rewind(last: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> None:

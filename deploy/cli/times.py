@@ -11,7 +11,7 @@ import click
 
 from stream.records.times import clock, duration
 
-__all__ = ["DURATION", "MOMENT", "TIME", "clock", "duration"]
+__all__ = ["DURATION", "MOMENT", "TIME", "clock", "duration", "is_ago"]
 
 _UNITS_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
@@ -55,9 +55,14 @@ class _Moment(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        if re.fullmatch(r"[\d.]+[a-z]+", str(value).strip()):
+        if is_ago(str(value)):
             return time.time_ns() // 1_000_000 - DURATION.convert(value, param, ctx)
         return TIME.convert(value, param, ctx)
+
+
+def is_ago(text: str) -> bool:
+    """Whether a moment is given as how long ago it was."""
+    return re.fullmatch(r"[\d.]+[a-z]+", text.strip()) is not None
 
 
 DURATION = _Duration()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +21,14 @@ from deploy.evaluate.stream import Int64s, Stream
 from model.batch import FeatureBatch
 from model.derived import as_served
 from model.learner import Learner
-from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.batching import BatchCutter
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.training import Training
 
-__all__ = ["Played", "Serving", "play"]
+__all__ = ["Lifts", "Played", "Serving", "play"]
 
 Scores = npt.NDArray[np.float32]
 
@@ -50,6 +51,17 @@ class Serving:
     batch: FeatureBatch | None = None
 
 
+class Lifts(NamedTuple):
+    """What row history says of each of F fields (`Learner.lifts`), (N, F).
+
+    served   when the impression was scored; NaN if it was not
+    learned  when its first label was learned; NaN if it had none
+    """
+
+    served: Scores
+    learned: Scores
+
+
 @dataclass(frozen=True, slots=True)
 class Played:
     """What one pass over N impressions and M labels gives.
@@ -61,6 +73,7 @@ class Played:
     learn_s      seconds of learning, without scoring
     set_aside    examples that could not be learned, because their update was not finite
     table_rows   embedding rows at the end
+    lifts        what row history said, if it was asked for
     """
 
     scores: Scores
@@ -70,6 +83,7 @@ class Played:
     learn_s: float
     set_aside: int
     table_rows: int
+    lifts: Lifts | None = None
 
 
 class _Progressive:
@@ -78,15 +92,15 @@ class _Progressive:
     def __init__(self, count: int) -> None:
         self.scores = np.full(count, np.nan, np.float32)
 
-    def observe(self, batch: TrainingBatch, scores: Scores) -> None:
+    def observe(self, batch: ExampleColumns, scores: Scores) -> None:
         self.scores[batch.id_hashes] = scores  # which hold the labels' numbers here
 
 
 class _Served:
     """The scores of one way to serve, as far as event time has come."""
 
-    def __init__(self, serving: Serving, stream: Stream, start_ms: int) -> None:
-        self._serving, self._stream, self._start_ms = serving, stream, start_ms
+    def __init__(self, serving: Serving, stream: Stream, start_ms: int, lifts: Scores | None = None) -> None:
+        self._serving, self._stream, self._start_ms, self._lifts = serving, stream, start_ms, lifts
         self._batch = as_served(stream.batch if serving.batch is None else serving.batch, stream.schema)
         self.scores = np.full(len(stream), np.nan, np.float32)
         self.captured_ms = np.full(len(stream), -1, np.int64)
@@ -110,7 +124,11 @@ class _Served:
         self._versions = versions
 
     def finish(self, learner: Learner) -> None:
-        """Score what is left, by the weights that know all labels."""
+        """Score what is left and comes after the next version, by the weights that know all labels."""
+        every_ms, late_ms = self._serving.every_ms, self._serving.late_ms
+        if every_ms:  # what no version was there to answer has no score
+            next_ms = self._start_ms + (self._versions + 1) * every_ms
+            self._done = max(self._done, int(np.searchsorted(self._stream.shown_ms, next_ms + late_ms)))
         self._score(learner, int(self._stream.shown_ms[-1]) + 1)
 
     def _score(self, learner: Learner, until_ms: int) -> None:
@@ -119,6 +137,8 @@ class _Served:
         if stop <= start:
             return
         self.scores[start:stop] = learner.predict(self._batch.slice(start, stop))
+        if self._lifts is not None:
+            self._lifts[start:stop] = learner.lifts(self._batch.slice(start, stop))
         known_ms = shown_ms[start:stop] - self._serving.late_ms
         every_ms = self._serving.every_ms
         if every_ms:
@@ -135,6 +155,7 @@ def play(
     serving: Sequence[Serving] = (Serving(),),
     batch_age_ms: int | None = 500,
     negative_rate: float = 1.0,
+    history: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> Played:
     """Learn all labels in their order, and score all impressions as scorers would.
@@ -144,6 +165,7 @@ def play(
         serving: one or more ways to serve, which share the learning.
         batch_age_ms: how long a batch waits for more labels, event time; None: until it is full.
         negative_rate: share of the negatives that `labels` have.
+        history: whether to keep what row history says, which needs a learner that has it.
         on_progress: called now and then with the number of labels learned.
     """
     progressive = _Progressive(len(labels))
@@ -155,11 +177,21 @@ def play(
         max_batch_age_s=0.0,
         observers=[progressive],
     )
-    served = [_Served(each, stream, int(labels.known_ms[0])) for each in serving]
+    lifts = None
+    if history:
+        lifts = Lifts(*(np.full((len(stream), len(stream.schema.fields)), np.nan, np.float32) for _ in range(2)))
+    start_ms = int(labels.known_ms[0])
+    served = [
+        _Served(each, stream, start_ms, lifts.served if lifts is not None and number == 0 else None)
+        for number, each in enumerate(serving)
+    ]
     learn_s, set_aside = 0.0, 0
     for rows, now_ms in cut(labels, learner.settings.batch_rows, batch_age_ms):
         for each in served:
             each.until(now_ms, learner)
+        if lifts is not None:
+            first = labels.rows[rows][~labels.corrects[rows]]
+            lifts.learned[first] = learner.lifts(stream.batch.take(first))
         began = time.perf_counter()
         training.add(_run(stream, labels, rows, negative_rate))
         training.step(0.0)  # a batch of any size, since none has to wait for more
@@ -177,6 +209,7 @@ def play(
         learn_s=learn_s,
         set_aside=set_aside,
         table_rows=learner.rows,
+        lifts=lifts,
     )
 
 

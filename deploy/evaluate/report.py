@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from deploy.evaluate.figures import FIGURES, Estimate, Figures, difference, mean_figures
+from deploy.evaluate.history import HistoryFigures
 from deploy.evaluate.runs import Evaluated, Judgement, Line
 
 __all__ = ["document", "tables"]
@@ -33,7 +34,18 @@ def document(evaluated: Evaluated) -> dict[str, Any]:
         "judged_from_ms": int(evaluated.stream.shown_ms[evaluated.measured[0]]),
         "judged_to_ms": int(evaluated.stream.shown_ms[evaluated.measured[-1]]),
         **{name: value for name, value in runs[0].items() if name != "name"},
+        **({"history": [_history(each) for each in evaluated.history]} if evaluated.history else {}),
         "runs": runs,
+    }
+
+
+def _history(each: HistoryFigures) -> dict[str, Any]:
+    return {
+        "field": each.field,
+        **{
+            name: {"auc": _rounded(one.value), "interval": _interval(one)}
+            for name, one in (("at_impression", each.at_impression), ("at_label", each.at_label), ("leak", each.leak))
+        },
     }
 
 
@@ -115,6 +127,12 @@ def tables(evaluated: Evaluated) -> Iterator[Table]:
     yield Table(f"calibration by decile of the score{about}", ("decile", *_GROUP[:4]), deciles)
     for field, values in base.by.items():
         yield Table(f"top values of {field}{about}", (field, *_GROUP), [_shown_group(each) for each in values])
+    if evaluated.history:
+        shown: list[Sequence[str]] = [
+            (each.field, _shown(each.at_impression), _shown(each.at_label), _shown(each.leak, signed=True))
+            for each in evaluated.history
+        ]
+        yield Table(f"AUC of row history alone{about}", ("field", "at impression", "at label", "leak"), shown)
     if base.rare:
         rare = [_shown_group(each) for each in base.rare]
         yield Table(f"values shown under 100 times before{about}", ("field", *_GROUP), rare)

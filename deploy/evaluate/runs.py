@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from deploy.errors import EvaluationError
 from deploy.evaluate import groups as grouped
 from deploy.evaluate.figures import Figures, Judged, blocks_of, estimate
 from deploy.evaluate.groups import Group
+from deploy.evaluate.history import HistoryFigures, history_figures
 from deploy.evaluate.labels import Labels, joined
 from deploy.evaluate.play import Played, Serving, play
 from deploy.evaluate.stream import Int64s, Stream
@@ -54,6 +55,7 @@ class Judging:
     serving       ways to serve; each makes a line of its own
     batch_age_ms  how long a batch waits for more labels, event time; None: until it is full
     permute       fields whose values are exchanged when the first plan's model scores; each makes a line of its own
+    history       whether to show what row history of the first plan says, which has to have it
     by            fields whose top values are judged alone
     top           number of these values
     """
@@ -63,6 +65,7 @@ class Judging:
     serving: tuple[Serving, ...] = (Serving(),)
     batch_age_ms: int | None = None
     permute: tuple[str, ...] = ()
+    history: bool = False
     by: tuple[str, ...] = ()
     top: int = 10
 
@@ -133,11 +136,12 @@ class _Run(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """All lines, the impressions that were judged, and the base's stream."""
+    """All lines, the impressions that were judged, the base's stream, and what its row history says, by field."""
 
     lines: list[Line]
     measured: Int64s
     stream: Stream
+    history: list[HistoryFigures] = field(default_factory=list)
 
 
 def evaluate(plans: Sequence[Plan], read: Reads, judging: Judging, on_progress: Progress | None = None) -> Evaluated:
@@ -151,7 +155,8 @@ def evaluate(plans: Sequence[Plan], read: Reads, judging: Judging, on_progress: 
     base = read(plans[0].settings)
     _require(len(base) - judging.start, base)
     _require_fields(plans[0], base, judging)
-    served_by = [replace(judging, permute=judging.permute if index == 0 else ()) for index in range(len(plans))]
+    others = replace(judging, permute=(), history=False)
+    served_by = [judging if index == 0 else others for index in range(len(plans))]
     runs: list[_Run] = []
     stream, streams_of = base, plans[0].settings
     for plan, each in zip(plans, served_by, strict=True):
@@ -168,7 +173,9 @@ def evaluate(plans: Sequence[Plan], read: Reads, judging: Judging, on_progress: 
     _require(len(measured), base)
     clicked = base.labels(plans[0].settings.join.window_ms)
     judge = _Judge(base, measured, clicked, judging)
-    return Evaluated([judge.line(each) for each in runs], measured, base)
+    lifts = runs[0].passes[0].played.lifts
+    history = [] if lifts is None else list(history_figures(base.schema, lifts, measured, clicked))
+    return Evaluated([judge.line(each) for each in runs], measured, base, history)
 
 
 def _require(measured: int, stream: Stream) -> None:
@@ -181,20 +188,31 @@ def _require(measured: int, stream: Stream) -> None:
 
 def _require_fields(plan: Plan, base: Stream, judging: Judging) -> None:
     """Reject unknown fields before anything is learned."""
-    for field in judging.by:
-        grouped.column_of(base, field)
-    names = [spec.name for spec in plan.settings.features.fields]
-    for field in judging.permute:
-        if field not in names:
+    for name in judging.by:
+        grouped.column_of(base, name)
+    specs = {spec.name: spec for spec in plan.settings.features.fields}
+    for name in judging.permute:
+        spec = specs.get(name)
+        if spec is None:
             raise EvaluationError(
-                f"--permute: expected one of the fields ({', '.join(names)}), found {field!r}. Correct the option."
+                f"--permute: expected one of the fields ({', '.join(specs)}), found {name!r}. Correct the option."
             )
+        if not spec.is_sent:
+            made_of = ", ".join(spec.of) or "the time of the impression"
+            raise EvaluationError(
+                f"--permute: expected a field whose values impressions carry, found {name!r}, which is made of {made_of}. "
+                f"Use --without {name}" + (", or permute the fields that it is made of." if spec.of else ".")
+            )
+    if judging.history and not plan.settings.model.row_history:
+        raise EvaluationError(
+            "--history: expected a first run with row history, found model.row_history off. Add --set model.row_history=true."
+        )
 
 
 def _permuted(judging: Judging, read: Reads, plan: Plan) -> Iterable[Serving]:
     first = judging.serving[0]
-    for field in judging.permute:
-        yield replace(first, name=f"permuted {field}", batch=read(plan.settings, field).batch)
+    for name in judging.permute:
+        yield replace(first, name=f"permuted {name}", batch=read(plan.settings, name).batch)
 
 
 def _named(plan: Plan, way: Serving, judging: Judging) -> str:
@@ -210,6 +228,11 @@ def _run(
     settings = plan.settings
     model = settings.model.model_copy(update={"seed": settings.model.seed + seed})
     labels = joined(stream, settings.join)
+    if not len(labels):
+        raise EvaluationError(
+            f"{stream.name}: expected labels to learn, found none: nothing was clicked, and join.negative_rate "
+            f"({settings.join.negative_rate:g}) left out all negatives. Raise it."
+        )
     if settings.trainer.threads:
         torch.set_num_threads(settings.trainer.threads)
     learner = Learner(settings.features, model, table=settings.table, device=settings.trainer.device)
@@ -221,6 +244,7 @@ def _run(
         serving=ways,
         batch_age_ms=judging.batch_age_ms,
         negative_rate=settings.join.negative_rate,
+        history=judging.history and seed == 0,
         on_progress=None if on_progress is None else lambda done: on_progress(about, done, len(labels)),
     )
     return _Pass(plan, labels, settings.join.negative_rate, played, time.perf_counter() - began)

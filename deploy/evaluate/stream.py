@@ -17,6 +17,7 @@ from deploy.errors import DataSetError
 from deploy.feeding.replay import impressions
 from deploy.feeding.simulation import Simulation, generate, simulation_schema
 from model.batch import FeatureBatch
+from model.derived import shown_value
 from model.features import FeatureDecoder
 from model.schema import FeatureSchema
 from stream.join.sampling import Sampling
@@ -119,7 +120,7 @@ def simulated(
     for batch in batches:
         features = batch.features if permuted is None else _permuted(batch.features, permuted, rng)
         decoded.append(_decoded(decoder, _events(batch.times_ms, features), batch.times_ms))
-        names.add(decoded[-1], features)
+        names.add(decoded[-1], features, batch.times_ms)
     return Stream(
         name=name,
         schema=decoder.schema,
@@ -172,7 +173,7 @@ def from_data_set(
         if permuted is not None:
             chunk = replace(chunk, features=_permuted(chunk.features, permuted, rng))
         batch = _decoded(decoder, impressions(chunk, range(len(chunk)), {}), chunk.timestamps_ms, data_set.name)
-        names.add(batch, chunk.features)
+        names.add(batch, chunk.features, chunk.timestamps_ms)
         batches.append(batch)
         shown_ms.append(chunk.timestamps_ms)
         clicked_ms.append(np.where(chunk.clicked, chunk.click_timestamps_ms, -1))
@@ -226,18 +227,15 @@ class _Names:
     """Finds the value that stands for each key of some single-valued fields."""
 
     def __init__(self, schema: FeatureSchema, named: Collection[str]) -> None:
+        self._schema = schema
         self._columns = {spec.name: index for index, spec in enumerate(schema.singles) if spec.name in named}
         self.values: dict[str, dict[int, str]] = {name: {} for name in self._columns}
 
-    def add(self, batch: FeatureBatch, features: Sequence[bytes]) -> None:
+    def add(self, batch: FeatureBatch, features: Sequence[bytes], times_ms: Int64s) -> None:
         """Note the values of keys that were not seen before. A bucket of numbers is named by the first number in it."""
         for name, column in self._columns.items():
-            known = self.values[name]
+            known, spec = self.values[name], self._schema.singles[column]
             keys, firsts = np.unique(batch.keys[:, column], return_index=True)
             for key, row in zip(keys.tolist(), firsts.tolist(), strict=True):
                 if key not in known:
-                    known[key] = _text(msgspec.json.decode(features[row]).get(name))
-
-
-def _text(value: object) -> str:
-    return "missing" if value is None else str(value)
+                    known[key] = shown_value(spec, self._schema, msgspec.json.decode(features[row]), int(times_ms[row]))

@@ -51,11 +51,16 @@ class Cross(Term):
         self._out, self._out_gradient = weights["cross.out"], gradients["cross.out"]
 
     def initialise(self, generator: torch.Generator) -> None:
+        """Draws biases and V. W, or U, and the weights of the output begin at 0, so the term adds nothing at first.
+
+        Random crosses would only be noise to the other terms, which learn sooner.
+        """
         for matrices, bias in zip(self._matrices, self._biases, strict=True):
-            for matrix in matrices:
+            for matrix in matrices[:-1]:
                 uniform(matrix, matrix.shape[1], generator)
+            matrices[-1].zero_()
             uniform(bias, len(bias), generator)
-        uniform(self._out, len(self._out), generator)
+        self._out.zero_()
 
     def forward(self, inputs: Inputs) -> Part:
         """Saves for each layer the inputs of its matrices and W x + b, and the last layer's output."""

@@ -49,6 +49,7 @@ class DenseModel(ABC):
     gradients          float32 (P,): their gradients, as the last `backward` wrote them
     bias               float32 (1,): a view into `parameters`, whose gradient is always 0
     named              the parameters as views into `parameters`, by the names that versions use
+    crosses            the part of `parameters` that belongs to cross layers; empty if there are none
     reads_first_order  whether the logit has the sum of the first-order weights
 
     A model names its terms by `terms`. With `model.cross_layers`, cross layers are one more term of any model. Extra inputs are
@@ -72,6 +73,8 @@ class DenseModel(ABC):
         for term in self._terms:
             term.bind(self.named, gradients)
         self.bias = self.named["bias"]
+        first = next(iter(self._terms[-1].shapes)) if settings.cross_layers else "bias"  # cross layers are the last term
+        self.crosses = slice(self.named[first].storage_offset(), self.bias.storage_offset())
 
     @staticmethod
     @abstractmethod

@@ -9,7 +9,16 @@ import msgspec
 
 from stream.records.record import Record
 
-__all__ = ["DEFAULT_HEARTBEAT_MS", "Heartbeat", "Mark", "encode_heartbeat", "live_limit_ms", "read_heartbeat", "worker_of"]
+__all__ = [
+    "DEFAULT_HEARTBEAT_MS",
+    "Heartbeat",
+    "Mark",
+    "encode_heartbeat",
+    "live_limit",
+    "live_limit_ms",
+    "read_heartbeat",
+    "worker_of",
+]
 
 # The interval of a heartbeat that has no `heartbeat_ms`. Scorers of 0.1.0 did not send it; their `scorer.heartbeat_ms` was this
 # by default.
@@ -76,7 +85,12 @@ _decode = msgspec.json.Decoder(Heartbeat).decode
 
 def live_limit_ms(beat: Heartbeat) -> int:
     """The age from which a worker with this last heartbeat counts as dead: three of its own intervals, and two seconds."""
-    return MISSED_BEATS * beat.heartbeat_ms + GRACE_MS
+    return live_limit(beat.heartbeat_ms)
+
+
+def live_limit(heartbeat_ms: int) -> int:
+    """The same for an interval."""
+    return MISSED_BEATS * heartbeat_ms + GRACE_MS
 
 
 def encode_heartbeat(beat: Heartbeat) -> tuple[bytes, bytes]:

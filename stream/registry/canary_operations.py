@@ -71,7 +71,7 @@ class CanaryOperations(Operations):
             SnapshotError: the version isn't whole in the store.
         """
         seen = await self.look()
-        cause = Cause(self._who, time.time_ns() // 1_000_000, request.reason, operation="plan")
+        cause = Cause(self._who, seen.now_ms, request.reason, operation="plan")
         try:
             change = canary_decisions.begin_canary(
                 seen.state, request.mode, request.version, request.share, request.thresholds, cause
@@ -107,6 +107,7 @@ class CanaryOperations(Operations):
                 if len(done) == len(live) or took_ms >= timeout_ms or not written.outcome.changed:
                     confirmed = [beat.worker for beat in done]
                     missing = [beat for beat in live if beat.worker not in confirmed]
+                    missing += [beat for beat, _ in scorers.silent(written.at_ms) if beat.candidate is not None]
                     return CanaryStopped(written.outcome, confirmed, missing if written.outcome.changed else [], took_ms)
                 await asyncio.sleep(LOOK_S)
 
@@ -118,7 +119,8 @@ class CanaryOperations(Operations):
         try:
             async with HeartbeatReader(self._kafka, self._names) as scorers:
                 while True:
-                    yield Seen(follower.state, await scorers.live())
+                    live = await scorers.live()
+                    yield Seen(follower.state, live, scorers.silent(), await scorers.now_ms())
                     await asyncio.sleep(WATCH_S)
         finally:
             await follower.close()

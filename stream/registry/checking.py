@@ -1,9 +1,10 @@
-"""Checks a version before anybody is sent to it."""
+"""Checks a version before anybody is sent to it, and a plan before it is carried out."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -11,9 +12,11 @@ from typing import NamedTuple
 from state.background import within
 from state.errors import SnapshotCorrupt, SnapshotError
 from state.store import SnapshotStore
-from stream.registry.requests import Checked
+from stream.errors import RegistryError
+from stream.records.times import duration
+from stream.registry.requests import Checked, Plan, RollbackRequest
 
-__all__ = ["Check", "check_store", "checked_meanwhile"]
+__all__ = ["Check", "check_store", "checked_meanwhile", "require_right_clock"]
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,10 @@ log = logging.getLogger(__name__)
 CHECK_BYTES = 150_000_000
 # Longest wait for the store before a rollback goes on without a check.
 CHECK_S = 2.0
+
+# Difference of the clock that a plan was made by from Kafka's beyond which the plan may name another version. Clocks that are
+# kept by NTP differ by less.
+CLOCK_MS = 2_000
 
 Check = Callable[[int], Awaitable[Checked]]
 """Waits for the check of a version. Raises SnapshotError if the version isn't whole."""
@@ -66,6 +73,24 @@ async def checked_meanwhile(store: SnapshotStore | None, known: int | None) -> A
         if early is not None:
             early.cancel()
             await asyncio.gather(early, return_exceptions=True)
+
+
+def require_right_clock(plan: Plan, now_ms: int) -> None:
+    """Raise RegistryError if a plan that goes by time was made by a clock that isn't Kafka's.
+
+    Only a heartbeat or a write shows Kafka's time, and a plan writes nothing.
+    """
+    request = plan.request
+    if plan.made is None or not isinstance(request, RollbackRequest) or not request.goes_by_time:
+        return
+    off_ms = round(plan.made.kafka_ms + (time.monotonic() - plan.made.monotonic_s) * 1_000) - now_ms
+    if abs(off_ms) > CLOCK_MS:
+        how = "ahead of" if off_ms > 0 else "behind"
+        raise RegistryError(
+            f"rollback to version {plan.version}: expected a plan made by Kafka's clock, found one made by this machine's, "
+            f"which is {duration(abs(off_ms))} {how} it. Nothing was changed. Set this machine's clock, or run the command "
+            "with --yes, which goes by Kafka's."
+        )
 
 
 class _Found(NamedTuple):

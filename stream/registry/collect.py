@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -104,9 +103,12 @@ class Collected:
 
 
 def plan_collection(
-    state: RegistryState, store: VersionStore, live: Iterable[Heartbeat], settings: SnapshotSettings
+    state: RegistryState, store: VersionStore, live: Iterable[Heartbeat], settings: SnapshotSettings, now_ms: int
 ) -> CollectionPlan:
     """What a deletion would do. Reads the store, writes nothing, blocks.
+
+    Args:
+        now_ms: by Kafka's clock.
 
     Raises:
         RegistryError: the store isn't the registry's.
@@ -114,7 +116,7 @@ def plan_collection(
     """
     if state.versions:
         require_same_store(state, store, "Nothing would be deleted.")
-    kept = kept_versions(state, _now_ms(), settings=settings, besides={**_served_by(live), **needed(state)})
+    kept = kept_versions(state, now_ms, settings=settings, besides={**_served_by(live), **needed(state)})
     versions = tuple(sorted(state.versions.keys() - kept.keys()))
     size = sum(state.versions[version].size for version in versions)
     pending = tuple(doomed.version for doomed in state.deletion.versions)
@@ -150,15 +152,15 @@ async def collect(
     await asyncio.to_thread(require_same_store, state, store, "Nothing was deleted.")
     rests = await asyncio.to_thread(_rests, state, store)
     served = _served_by(live)
+    now_ms = await writer.kafka_ms()
     done = Collected()
     ended = ""
-
     begun = 0
 
     def choose(state: RegistryState) -> Iterable[int]:
         if batches is not None and begun >= batches:
             return ()
-        return versions_to_delete(state, _now_ms(), settings=settings, besides={**served, **needed(state)})
+        return versions_to_delete(state, now_ms, settings=settings, besides={**served, **needed(state)})
 
     while True:
         written = await writer.retire(choose, reason, rests=rests, ended=ended)
@@ -262,7 +264,3 @@ def _doomed(state: RegistryState, version: int) -> Doomed:
 def _is_announced(manifest: Manifest, announced: Doomed) -> bool:
     """Whether the store's version of this number is the one that was announced."""
     return (manifest.epoch, manifest.created_at_ms) == (announced.epoch, announced.created_at_ms)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

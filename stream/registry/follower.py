@@ -48,6 +48,8 @@ class RegistryFollower:
         self._on_change = on_change
         self._log = RegistryLog(kafka, names, follow=True)
         self._caught_up_at: float | None = None
+        self._reported_to = 0  # the position up to which `on_change` knows everything
+        self._at_end = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -80,6 +82,17 @@ class RegistryFollower:
             raise unreachable(self._kafka, ANSWER, error) from error
         self._adopt(fresh)
         self._task = asyncio.create_task(self._follow(), name="registry-follower")
+
+    async def read_to_end(self) -> None:
+        """Return once `on_change` knows everything that is in the log by now. The caller sets a time limit.
+
+        Raises:
+            aiokafka.errors.KafkaError: Kafka can't be reached.
+        """
+        end = await self._log.end()
+        while self._reported_to < end:
+            self._at_end.clear()
+            await self._at_end.wait()
 
     async def close(self) -> None:
         """Stop following. `state` stays readable."""
@@ -126,6 +139,8 @@ class RegistryFollower:
             if news and at_the_end:
                 news = False
                 self._report()
+            elif at_the_end:
+                self._note_reported()
 
     def _adopt(self, log: RegistryLog) -> None:
         """Continue with a log that has just been read to its end."""
@@ -140,10 +155,14 @@ class RegistryFollower:
             self._caught_up_at = at
         return at is not None
 
+    def _note_reported(self) -> None:
+        self._reported_to = self._log.position
+        self._at_end.set()
+
     def _report(self) -> None:
-        if self._on_change is None:
-            return
         try:
-            self._on_change(self._log.state)
+            if self._on_change is not None:
+                self._on_change(self._log.state)
         except Exception:
             logger.exception("registry: the callback failed on a change")
+        self._note_reported()

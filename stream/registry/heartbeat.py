@@ -2,13 +2,18 @@
 
 A heartbeat is one record on `scorers`, keyed by worker id. A tombstone means that the worker stopped by itself. Each heartbeat
 carries the interval at which its worker sends them. A worker whose last heartbeat is older than three of its own intervals and
-two seconds (`live_limit_ms`) counts as dead. Ages go by the records' timestamps, the broker's clock: scorers whose clocks are
-off still count as alive.
+two seconds (`live_limit_ms`) counts as dead. Ages go by the records' timestamps and by Kafka's time
+(`stream.registry.kafka_clock`): neither a scorer's clock nor that of the machine that asks decides who is alive.
+
+A scorer may also stand still for longer than that, and go on: a machine that was paused, a process that was stopped. Nobody
+waits for it, but for `SILENT_MS` it is named (`silent`). Before it answers again it reads the registry
+(`stream.scorer.standstill`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Sequence
@@ -30,13 +35,17 @@ from stream.records.heartbeat import (
     worker_of,
 )
 from stream.records.record import Record
+from stream.records.times import duration
+from stream.registry.kafka_clock import KafkaClock
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
-__all__ = ["Confirmation", "Confirmations", "HeartbeatReader", "HeartbeatSender", "Weights"]
+__all__ = ["Confirmation", "Confirmations", "HeartbeatReader", "HeartbeatSender", "Silent", "Weights"]
+
+logger = logging.getLogger(__name__)
 
 # What was asked for, in the error of a Kafka that can't be reached.
 ANSWER = "an answer about the scorers"
@@ -47,6 +56,14 @@ TAIL_RECORDS = 10_000
 FETCH_WAIT_MS = 100
 # Longest single wait for records: while reading to a known end, and while waiting for confirmations.
 READ_MS, CONFIRM_MS = 10, 100
+# How long a scorer that neither sends heartbeats nor has said goodbye is named. A paused machine or a lost connection is back
+# within minutes. A scorer that was killed never is, and would otherwise be named for ever.
+SILENT_MS = 300_000
+# Longest wait for a heartbeat that shows Kafka's time, where this machine's clock is in doubt. Beyond DOUBT_MS its clock is
+# believed: time zones are at most 26 h apart, and heartbeats of scorers that were killed stay in the topic.
+HEAR_MS, DOUBT_MS = 3_000, 26 * 3_600_000
+# Difference of clocks that is reported. Clocks that are kept by NTP differ by less.
+CLOCK_MS = 2_000
 # Characters of a reason. Reasons quote paths and errors, and a heartbeat is sent every second.
 MAX_REASON = 300
 
@@ -56,6 +73,13 @@ class Confirmation(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: str
     after_ms: float
+
+
+class Silent(NamedTuple):
+    """A scorer that stands still or was killed: its last heartbeat, and how long ago that was, by Kafka's clock."""
+
+    beat: Heartbeat
+    for_ms: int
 
 
 class Confirmations(NamedTuple):
@@ -192,6 +216,8 @@ class HeartbeatReader:
         self._consumer: AIOKafkaConsumer = None
         self._partitions: list[TopicPartition] = []
         self._last: dict[str, _Last] = {}  # by worker
+        self._clock = KafkaClock()
+        self._has_warned = False
 
     async def __aenter__(self) -> HeartbeatReader:
         from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -240,10 +266,42 @@ class HeartbeatReader:
         """The last heartbeats of the scorers that are alive, ordered by worker id.
 
         Args:
-            now_ms: now by the broker's clock; by this machine's when not given.
+            now_ms: now by the broker's clock, where it is known.
         """
         await self._read_to(await self._consumer.end_offsets(self._partitions))
-        return self._alive(_now_ms() if now_ms is None else now_ms)
+        return self._alive(await self.now_ms() if now_ms is None else now_ms)
+
+    def silent(self, now_ms: int | None = None) -> list[Silent]:
+        """Scorers that send no heartbeats and haven't said goodbye, ordered by worker id. Reads nothing.
+
+        Args:
+            now_ms: as for `live`; scorers that have sent one since then aren't silent.
+        """
+        now_ms = self._clock.now_ms() if now_ms is None else now_ms
+        found = [
+            Silent(last.beat, now_ms - last.at_ms)
+            for last in self._last.values()
+            if last.beat is not None and live_limit_ms(last.beat) < now_ms - last.at_ms <= SILENT_MS
+        ]
+        return sorted(found, key=lambda each: each.beat.worker)
+
+    async def now_ms(self) -> int:
+        """Kafka's time. Where this machine's clock may be ahead of it, waits for a heartbeat, which shows it."""
+        local_ms = _now_ms()
+        beating = [
+            last.beat.heartbeat_ms for last in self._last.values() if last.beat is not None and local_ms - last.at_ms < DOUBT_MS
+        ]
+        if beating and self._clock.is_doubtful(min(beating)):
+            within_ms = min(2 * min(beating), HEAR_MS)
+            fetched = await self._consumer.getmany(*self._partitions, timeout_ms=within_ms)
+            for records in fetched.values():
+                self._note(records, prompt=True)
+        off_ms = _now_ms() - self._clock.now_ms()
+        if abs(off_ms) > CLOCK_MS and not self._has_warned:
+            self._has_warned = True
+            how = "ahead of" if off_ms > 0 else "behind"
+            logger.warning("this machine's clock is %s %s Kafka's. Kafka's is used", duration(abs(off_ms)), how)
+        return self._clock.now_ms()
 
     async def wait_for_confirmations(
         self,
@@ -266,9 +324,9 @@ class HeartbeatReader:
                 those that start later. A scorer that sends a tombstone during the wait is no longer waited for.
         """
         began = time.monotonic()
-        began_ms = _now_ms() if now_ms is None else now_ms
         # Scorers that have started since this reader was opened must confirm too.
-        await self.live()
+        await self.live(now_ms=now_ms)
+        began_ms = await self.now_ms() if now_ms is None else now_ms
         confirmed: dict[str, Confirmation] = {}
         while True:
             elapsed_ms = (time.monotonic() - began) * 1_000
@@ -300,7 +358,9 @@ class HeartbeatReader:
         async for _, records in read_to(self._consumer, ends, poll_ms=READ_MS):
             self._note(records)
 
-    def _note(self, records: Sequence[Record]) -> None:
+    def _note(self, records: Sequence[Record], *, prompt: bool = False) -> None:
+        if records:
+            self._clock.note(max(record.timestamp for record in records), prompt=prompt)
         for record in records:
             worker = worker_of(record)
             try:

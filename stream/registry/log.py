@@ -51,7 +51,8 @@ class RegistryLog:
         self._follow = follow
         self.state = RegistryState()
         self.position = 0
-        self._arrived_ms = 0
+        self.arrived_ms = 0
+        """Arrival of the newest record that was read, by the broker's clock: Kafka's time is that, or later."""
         self._kafka = kafka
         self._topic = names.snapshots
         self._consumer: AIOKafkaConsumer = None
@@ -111,7 +112,12 @@ class RegistryLog:
 
     async def catch_up(self) -> None:
         """Read to the end of the log as it is now: the last stable offset. The caller sets a time limit."""
-        await self.read_to((await self._consumer.end_offsets([self._partition]))[self._partition])
+        await self.read_to(await self.end())
+
+    async def end(self) -> int:
+        """The end of the log as it is now: the last stable offset."""
+        end: int = (await self._consumer.end_offsets([self._partition]))[self._partition]
+        return end
 
     async def read_to(self, end: int) -> None:
         """Read until `position` is at or beyond an offset that exists. The caller sets a time limit."""
@@ -134,8 +140,8 @@ class RegistryLog:
 
     def _apply(self, records: Sequence[Record]) -> None:
         for record in records:
-            self._arrived_ms = max(self._arrived_ms, record.timestamp)  # a broker's clock may jump back
-            problem = self.state.apply(record.key, record.value, record.offset, self._arrived_ms)
+            self.arrived_ms = max(self.arrived_ms, record.timestamp)  # a broker's clock may jump back
+            problem = self.state.apply(record.key, record.value, record.offset, self.arrived_ms)
             if problem is not None:
                 logger.warning("%s: passed over a record: %s", self._topic, problem)
 

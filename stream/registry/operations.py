@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, TypeVar, overload
+from typing import Generic, TypeVar, overload
 
 from state import decisions
 from state.alias_decisions import AliasMoved, Tagged
@@ -28,17 +28,18 @@ from state.errors import Refused
 from state.gate_release import Released
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
-from stream.errors import RegistryError
+from stream.errors import RegistryError, Unsettled
 from stream.records.heartbeat import Heartbeat
-from stream.registry.checking import Check, check_store, checked_meanwhile
+from stream.registry.checking import Check, check_store, checked_meanwhile, require_right_clock
 from stream.registry.collect import Collected, CollectionPlan, collect, plan_collection
 from stream.registry.gone_back import gone_back_in_time
-from stream.registry.heartbeat import Confirmations, HeartbeatReader
+from stream.registry.heartbeat import Confirmations, HeartbeatReader, Silent
 from stream.registry.log import read_registry
 from stream.registry.reindex import Reindexing, plan_reindexing, reindex
-from stream.registry.requests import ChampionMoved, Plan, PromoteRequest, Resumed, RollbackRequest, Seen
+from stream.registry.requests import ChampionMoved, Goal, Plan, PromoteRequest, Resumed, RollbackRequest, Seen, When
 from stream.registry.skipping import resolve_rewinding
-from stream.registry.writer import RegistryWriter, Written
+from stream.registry.writer import RegistryWriter
+from stream.registry.writes import Written
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
@@ -54,7 +55,7 @@ class Operations:
 
     Every method raises `NoAnswer` when Kafka can't be reached, `TopicError` when a topic is missing, and `RegistryError` when
     the rules don't allow the change. Methods that write also raise `Fenced` when other writers came in between at every
-    attempt. Nothing was changed then, unless the error says otherwise.
+    attempt. Nothing was changed then, unless the error says otherwise, as `Unsettled` does.
 
     Args:
         who: who asks, for the registry: user@host.
@@ -69,12 +70,13 @@ class Operations:
     async def look(self) -> Seen:
         """The registry, and what every live scorer reports. Writes nothing."""
 
-        async def live() -> list[Heartbeat]:
-            async with HeartbeatReader(self._kafka, self._names) as scorers:
-                return await scorers.live()
+        async def scorers() -> tuple[list[Heartbeat], list[Silent], int]:
+            async with HeartbeatReader(self._kafka, self._names) as reader:
+                live, now_ms = await reader.live(), await reader.now_ms()
+                return live, reader.silent(now_ms), now_ms
 
-        state, beats = await asyncio.gather(read_registry(self._kafka, self._names), live())
-        return Seen(state, beats)
+        state, seen = await asyncio.gather(read_registry(self._kafka, self._names), scorers())
+        return Seen(state, *seen)
 
     async def plan(self, request: RollbackRequest | PromoteRequest) -> Plan:
         """Find out what a request would do. Writes nothing.
@@ -83,10 +85,11 @@ class Operations:
             SnapshotError: the version isn't whole in the store.
         """
         if isinstance(request, PromoteRequest) and request.timeout_ms is None:  # no scorer is waited for
-            seen = Seen(await read_registry(self._kafka, self._names), [])
+            seen = Seen(await read_registry(self._kafka, self._names), [], [], time.time_ns() // 1_000_000)
         else:
             seen = await self.look()
-        cause = Cause(self._who, _now_ms(), request.reason, operation="plan")
+        made = When(seen.now_ms, time.monotonic())
+        cause = Cause(self._who, seen.now_ms, request.reason, operation="plan")
         rewinding = None
         try:
             if isinstance(request, PromoteRequest):
@@ -94,8 +97,8 @@ class Operations:
                     seen.state, request.version, cause, hold=request.hold, hold_reason=request.hold_reason
                 ).outcome
             else:
-                target = request.target(seen.state, _now_ms())
-                rewinding = await self._rewinding(target, request)
+                target = request.target(seen.state, seen.now_ms)
+                rewinding = await self._rewinding(target, request, seen.now_ms)
                 moved = decisions.rollback(seen.state, target, cause, rewind=request.rewind).outcome
         except Refused as error:
             raise RegistryError(str(error)) from error
@@ -112,6 +115,7 @@ class Operations:
             skipped=None if rewinding is None else rewinding.skipped,
             offsets=await self._offsets(moved.version) if rewinding is not None else {},
             checked=checked,
+            made=made,
         )
 
     async def promote(self, request: PromoteRequest, *, began: float | None = None) -> ChampionMoved:
@@ -157,19 +161,22 @@ class Operations:
         ):
             goal = here.answer
             written = here.writer.rollback(goal.target, request.reason, goal.rewinding)
-            done = await self._moved(written, began, here.scorers, request.timeout_ms)
+            try:
+                done = await self._moved(written, began, here.scorers, request.timeout_ms)
+            except Unsettled as error:
+                raise Unsettled(f"{error} Then run `{goal.command}`: it does no harm if it did take effect.") from error
         return done if goal.rewinding is None else replace(done, skipped=goal.rewinding.skipped)
 
-    async def _goal(
-        self, writer: RegistryWriter, what: RollbackRequest | Plan, request: RollbackRequest, check: Check
-    ) -> _Goal:
+    async def _goal(self, writer: RegistryWriter, what: RollbackRequest | Plan, request: RollbackRequest, check: Check) -> Goal:
         """Where a rollback goes, checked in the store."""
+        now_ms = await writer.kafka_ms() if request.goes_by_time else 0
         if isinstance(what, Plan):
-            goal = _Goal(what.version, Rewinding(what.skipped or ()) if request.rewind else None)
+            require_right_clock(what, now_ms)
+            goal = Goal(what.version, Rewinding(what.skipped or ()) if request.rewind else None)
         else:
             try:
-                target = request.target(writer.state, _now_ms())
-                goal = _Goal(target, await self._rewinding(target, request))
+                target = request.target(writer.state, now_ms)
+                goal = Goal(target, await self._rewinding(target, request, now_ms))
             except Refused as error:
                 raise RegistryError(str(error)) from error
         await check(goal.target)
@@ -195,14 +202,15 @@ class Operations:
         began = time.monotonic() if began is None else began
         async with self._connected(_nothing) as here:
             written = await here.writer.resume()
-            waited = Confirmations([], [])
+            waited, silent = Confirmations([], []), list[Silent]()
             if written.outcome.changed:
                 version = here.writer.state.champion.version
                 waited = await here.scorers.wait_for_confirmations(
                     written.position, -1 if version is None else version, timeout_ms, follows=True, now_ms=written.at_ms
                 )
+                silent = here.scorers.silent(written.at_ms)
             took_ms = round((time.monotonic() - began) * 1_000, 1)
-        return Resumed(written.outcome, waited.confirmed, waited.missing, took_ms)
+        return Resumed(written.outcome, waited.confirmed, waited.missing, took_ms, tuple(silent))
 
     async def release(self, reason: str) -> Released:
         """Release what the gate withholds: the trainer publishes one delta of all that has changed."""
@@ -258,7 +266,7 @@ class Operations:
     async def plan_gc(self, settings: SnapshotSettings) -> CollectionPlan:
         """Find out which versions `gc` would delete. Writes nothing."""
         seen = await self.look()
-        return await asyncio.to_thread(plan_collection, seen.state, self._whole_store, seen.live, settings)
+        return await asyncio.to_thread(plan_collection, seen.state, self._whole_store, seen.live, settings, seen.now_ms)
 
     async def gc(self, settings: SnapshotSettings, reason: str) -> Collected:
         """Delete versions that nothing needs (`stream.registry.collect`).
@@ -294,11 +302,11 @@ class Operations:
             raise TypeError("expected a store, for an operation that reads or deletes versions, found None.")
         return self._store
 
-    async def _rewinding(self, target: int, request: RollbackRequest) -> Rewinding | None:
+    async def _rewinding(self, target: int, request: RollbackRequest, now_ms: int) -> Rewinding | None:
         """What a request asks of the trainer, resolved to offsets. Raises Refused."""
         if not request.rewind:
             return None
-        return await resolve_rewinding(self._kafka, self._names, self._store, target, request.skip)
+        return await resolve_rewinding(self._kafka, self._names, self._store, target, request.skip, now_ms)
 
     async def _offsets(self, version: int) -> dict[str, int]:
         """From where a version learns on, by partition of `examples`; empty without a store."""
@@ -371,6 +379,7 @@ class Operations:
             waited.confirmed,
             waited.missing,
             took_ms,
+            silent=() if scorers is None else tuple(scorers.silent(written.at_ms)),
             trainer=gone_back,
             trainer_ms=trainer_ms,
         )
@@ -385,16 +394,5 @@ class _Connected(Generic[T]):
     answer: T
 
 
-class _Goal(NamedTuple):
-    """Where a rollback goes, and what is asked of the trainer."""
-
-    target: int
-    rewinding: Rewinding | None
-
-
 async def _nothing(writer: RegistryWriter) -> None:
     """For `_connected`, where nothing is asked."""
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -1,8 +1,10 @@
 """Makes the registry's records again from the manifests in the store, after the topic `snapshots` was lost.
 
 What can be made again: every version that is whole in the store, with its metrics, its point of a chain and its gate's report,
-and the trainer's epoch. What is lost with the topic: who moved the champion when and why, `good`, aliases, tags, whether
-auto-promotion was held. The champion becomes the version that live scorers answer with, and auto-promotion is held.
+the trainer's epoch, and how the trainer was sent back and what it leaves out, also where it hasn't come to yet. What is lost
+with the topic: who moved the champion when and why, `good`, aliases, tags, whether auto-promotion was held. What was asked for
+after the newest version was written is lost, too. The champion becomes the version that live scorers answer with, and
+auto-promotion is held.
 
 Versions are entered in batches, newest first, and the first batch has the champion. A run that dies is run again.
 """

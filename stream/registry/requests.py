@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from state import decisions
-from state.changes import Held, Undo
+from state.changes import Held, Rewinding, Undo
 from state.registry import RegistryState
 from state.rewinds import Rewind, SkippedRange
 from stream.records.heartbeat import Heartbeat
-from stream.registry.heartbeat import Confirmation
+from stream.registry.heartbeat import Confirmation, Silent
 from stream.registry.skipping import NOTHING, SkipRequest
 
-__all__ = ["ChampionMoved", "Checked", "Plan", "PromoteRequest", "Resumed", "RollbackRequest", "Seen"]
+__all__ = ["ChampionMoved", "Checked", "Plan", "PromoteRequest", "Resumed", "RollbackRequest", "Seen", "When"]
 
 # Longest wait for the scorers to confirm a rollback, when the request names none.
 CONFIRM_MS = 10_000
@@ -48,6 +48,11 @@ class RollbackRequest:
         if self.skip and not self.rewind:
             raise ValueError("a rollback: expected a rewind of the trainer beside what is to be skipped, found none.")
 
+    @property
+    def goes_by_time(self) -> bool:
+        """Whether Kafka's time decides what it does."""
+        return self.back_ms is not None or bool(self.skip.times)
+
     def target(self, state: RegistryState, now_ms: int) -> int:
         """The version that it goes to. Raises Refused where there is none."""
         choice = {"to": self.to, "back_ms": self.back_ms, "before_ms": self.before_ms}
@@ -71,6 +76,29 @@ class PromoteRequest:
     timeout_ms: int | None = None
 
 
+class Goal(NamedTuple):
+    """Where a rollback goes, and what is asked of the trainer."""
+
+    target: int
+    rewinding: Rewinding | None
+
+    @property
+    def command(self) -> str:
+        """The command that goes there whatever has happened meanwhile. It may be run again."""
+        words = f"headrace snapshot rollback --to {self.target}"
+        if self.rewinding is None:
+            return words
+        ranges = (f" --skip {each.partition}:{each.first}-{each.to}" for each in self.rewinding.skipped)
+        return f"{words} --rewind-trainer{''.join(ranges)}"
+
+
+class When(NamedTuple):
+    """A moment by Kafka's clock (ms since epoch), as well as it was known, and by this process's monotonic clock."""
+
+    kafka_ms: int
+    monotonic_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a request would do to the registry as it is now.
@@ -82,6 +110,7 @@ class Plan:
     skipped             what the trainer would leave out; None: it wouldn't go back
     offsets             by partition of `examples`, from where it would learn again
     checked             what was checked of the version's files: hashes, sizes or nothing
+    made                when it was made
     """
 
     request: RollbackRequest | PromoteRequest
@@ -94,6 +123,7 @@ class Plan:
     skipped: tuple[SkippedRange, ...] | None = None
     offsets: dict[str, int] = field(default_factory=dict)
     checked: Checked = "nothing"
+    made: When | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +136,8 @@ class ChampionMoved:
                             champion before
     confirmed, unconfirmed  scorers that serve `version`, and the last heartbeats of those that didn't confirm in time. Both are
                             empty when no wait was asked for
+    silent                  scorers that have sent no heartbeat for so long that nobody waited for them: they stand still or
+                            were killed. One that goes on reads the registry before it answers
     took_ms                 from the beginning of the operation to the last confirmation, or to the end of the wait
     skipped                 what the trainer leaves out; None: it wasn't sent back
     trainer                 how the trainer went back; None: it wasn't sent back, or hasn't gone in time. The next trainer that
@@ -120,6 +152,7 @@ class ChampionMoved:
     confirmed: list[Confirmation]
     unconfirmed: list[Heartbeat]
     took_ms: float
+    silent: tuple[Silent, ...] = ()
     skipped: tuple[SkippedRange, ...] | None = None
     trainer: Rewind | None = None
     trainer_ms: float | None = None
@@ -131,6 +164,7 @@ class Resumed:
 
     confirmed, unconfirmed  scorers that follow the champion's chain, or serve it where it has none, and the last heartbeats of
                             those that didn't confirm in time. Both are empty when nothing was changed
+    silent                  as in `ChampionMoved`
     took_ms                 from the beginning of the operation to the last confirmation, or to the end of the wait
     """
 
@@ -138,10 +172,13 @@ class Resumed:
     confirmed: list[Confirmation]
     unconfirmed: list[Heartbeat]
     took_ms: float
+    silent: tuple[Silent, ...] = ()
 
 
 class Seen(NamedTuple):
-    """The registry, and the last heartbeat of every live scorer."""
+    """The registry, the last heartbeat of every live scorer, scorers that are silent, and the time by Kafka's clock."""
 
     state: RegistryState
     live: list[Heartbeat]
+    silent: list[Silent]
+    now_ms: int

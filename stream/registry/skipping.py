@@ -7,7 +7,6 @@ planned, so the registry says exactly what is left out.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +29,8 @@ from stream.topics.names import TopicNames
 
 __all__ = [
     "NOTHING",
+    "AskedRange",
+    "Moment",
     "SkipRequest",
     "TimeRange",
     "between",
@@ -40,7 +41,7 @@ __all__ = [
     "up_to_the_end",
 ]
 
-# Clocks of this machine and of the brokers may differ by this much before a range that ends now counts as one in the future.
+# Clocks of brokers may differ by this much before a range that ends now counts as one in the future.
 CLOCK_MS = 60_000
 
 
@@ -49,6 +50,32 @@ class TimeRange(NamedTuple):
 
     from_ms: int
     to_ms: int
+
+    def at(self, now_ms: int) -> TimeRange:
+        """The same."""
+        return self
+
+
+class Moment(NamedTuple):
+    """A time, ms since epoch; or how long ago, ms."""
+
+    ms: int
+    ago: bool = False
+
+    def at(self, now_ms: int) -> int:
+        """As ms since epoch."""
+        return now_ms - self.ms if self.ago else self.ms
+
+
+class AskedRange(NamedTuple):
+    """From one time up to but not including another. How long ago it was counts from the operation, by Kafka's clock."""
+
+    first: Moment
+    to: Moment
+
+    def at(self, now_ms: int) -> TimeRange:
+        """As ms since epoch."""
+        return TimeRange(self.first.at(now_ms), self.to.at(now_ms))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +89,7 @@ class SkipRequest:
 
     to_latest: bool = False
     ranges: tuple[SkippedRange, ...] = ()
-    times: tuple[TimeRange, ...] = ()
+    times: tuple[TimeRange | AskedRange, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.to_latest or self.ranges or self.times)
@@ -73,12 +100,18 @@ NOTHING = SkipRequest()
 
 
 async def resolve_rewinding(
-    kafka: KafkaSettings, names: TopicNames, store: SnapshotStore | None, version: int, request: SkipRequest
+    kafka: KafkaSettings,
+    names: TopicNames,
+    store: SnapshotStore | None,
+    version: int,
+    request: SkipRequest,
+    now_ms: int,
 ) -> Rewinding:
     """What the trainer is asked for when it is sent back to a version: ranges as offsets of the log as it is now.
 
     Args:
         store: None: don't check whether a trainer can go on from the version. Nothing can be left out then.
+        now_ms: by Kafka's clock, where the request goes by time.
 
     Raises:
         Refused: no trainer could go on from the version; or a range isn't in the log, or the version has learned some of it.
@@ -98,8 +131,9 @@ async def resolve_rewinding(
         spans = {tp.partition: span for tp, span in (await log_spans(kafka, consumer, partitions)).items()}
         require_startable(manifest, topic_id, spans)
         found = list(request.ranges)
-        for times in request.times:
-            require_past(times, time.time_ns() // 1_000_000)
+        for asked_times in request.times:
+            times = asked_times.at(now_ms)
+            require_past(times, now_ms)
             bounds = []
             for at_ms in times:
                 asked = consumer.offsets_for_times(dict.fromkeys(partitions, at_ms))
@@ -149,8 +183,8 @@ def require_past(times: TimeRange, now_ms: int) -> None:
         raise Refused(f"{name}: expected the earlier time first, found the later one.")
     if times.to_ms > now_ms + CLOCK_MS:
         raise Refused(
-            f"{name}: expected times that have passed, found an end {(times.to_ms - now_ms) / 1_000:,.0f} s from now by this "
-            "machine's clock (times are ms since 1970). What is stored later can't be left out: roll back again then."
+            f"{name}: expected times that have passed, found an end {(times.to_ms - now_ms) / 1_000:,.0f} s from now by "
+            "Kafka's clock (times are ms since 1970). What is stored later can't be left out: roll back again then."
         )
 
 

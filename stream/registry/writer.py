@@ -23,28 +23,21 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
-from state import alias_decisions, canary_decisions, decisions, gate_decisions, upkeep
-from state.alias_decisions import AliasMoved, Tagged
-from state.alias_records import Doomed
-from state.canary import CanaryOutcome, Mode, Progress, Thresholds
-from state.canary_decisions import CanaryChanged
-from state.changes import Announcement, Cause, Change, Held, Moved, Rewinding
+from state import decisions
+from state.changes import Cause, Change
 from state.errors import Refused, StaleEpoch
-from state.gate_release import Released
-from state.manifest import Manifest
 from state.registry import KeyedRecord, RegistryState, encode_record
-from state.rewind_decisions import rewound
-from state.served_band import decision_of
 from state.settings import SnapshotSettings
-from state.upkeep import Reindexed, Retired
-from stream.errors import Fenced, RegistryError
+from stream.errors import Fenced, NoAnswer, RegistryError, StreamError, Unsettled
 from stream.kafka.clients import aiokafka_options, unreachable
 from stream.kafka.transactional import dropped, is_fencing, retrieve
+from stream.records.times import duration
 from stream.registry.log import ANSWER, RegistryLog
+from stream.registry.writes import Decide, RegistryWrites, Written
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
@@ -57,32 +50,24 @@ logger = logging.getLogger(__name__)
 
 # Attempts at one operation. An attempt fails when another writer's operation succeeded meanwhile, or Kafka is away.
 ATTEMPTS = 8
-# Longest wait before an attempt. The wait is random, so that two writers don't keep fencing each other in step.
+# Attempts to find out whether the last one took effect, if nobody knows.
+LOOKS = 2
+# Longest wait before an attempt.
 MAX_BACKOFF_S = 1.0
+# Difference of this machine's clock from the broker's beyond which the broker's is used instead. Clocks that are kept by NTP
+# differ by less, and a record is on its way for less, also on a machine whose cores are all busy.
+CLOCK_MS = 2_000
+# Of the record that is written for its timestamp, and never committed.
+CLOCK_KEY = b"alias/clock"
 # Limit for one attempt. The broker ends the open transaction of a dead process within TRANSACTION_TIMEOUT_MS.
 ATTEMPT_TIMEOUT_S = 20.0
 # A writer that is killed in the middle of a transaction holds back readers of the registry at most this long.
 TRANSACTION_TIMEOUT_MS = 15_000
 
 T = TypeVar("T")
-Decide = Callable[[RegistryState, Cause], Change[T]]
 
 
-@dataclass(frozen=True, slots=True)
-class Written(Generic[T]):
-    """A change that is in the log.
-
-    `position` is the offset after its last record: a reader at that position has applied the change. `at_ms` is the timestamp
-    of its last record: the broker's clock (ms since epoch), since the topic stamps records on arrival. When nothing had to be
-    written, `position` is the end of the log and `at_ms` this machine's clock.
-    """
-
-    outcome: T
-    position: int
-    at_ms: int
-
-
-class RegistryWriter:
+class RegistryWriter(RegistryWrites):
     """Announces versions, moves champion and aliases, tags, takes versions away. Nothing else writes to `snapshots`.
 
     ```python
@@ -97,6 +82,8 @@ class RegistryWriter:
     - `Fenced` when other writers came in between at every attempt, or another trainer has taken over;
     - `RegistryError` when the rules don't allow the change;
     - `NoAnswer` when Kafka can't be reached, and `TopicError` when the topic doesn't exist.
+
+    Nothing was changed then, but for `Unsettled`, a `NoAnswer`: whether the change took effect isn't known.
     """
 
     def __init__(self, kafka: KafkaSettings, names: TopicNames, *, who: str) -> None:
@@ -127,134 +114,6 @@ class RegistryWriter:
             except (KafkaError, TimeoutError) as error:
                 raise unreachable(self._kafka, ANSWER, error) from error
 
-    async def take_trainer_epoch(self, *, above: int = 0) -> int:
-        """Take the next trainer epoch, and one above `above`. A trainer with an older one can no longer announce."""
-
-        def decide(state: RegistryState, cause: Cause) -> Change[int]:
-            return decisions.take_epoch(state, who=cause.who, now_ms=cause.now_ms, above=above)
-
-        return (await self._change(decide)).outcome
-
-    async def announce(self, manifest: Manifest, *, gate: SnapshotSettings) -> Announcement:
-        """Enter a version, which must be whole in the store, and promote it if the gate lets it through."""
-
-        def decide(state: RegistryState, cause: Cause) -> Change[Announcement]:
-            return decisions.announce(
-                state, manifest, settings=gate, who=cause.who, now_ms=cause.now_ms, operation=cause.operation
-            )
-
-        return (await self._change(decide)).outcome
-
-    async def promote(self, version: int, reason: str, *, hold: bool | None = None, hold_reason: str = "") -> Written[Moved]:
-        """Make a version champion. `hold` also holds auto-promotion (True) or lets it go on (False)."""
-        return await self._change(
-            lambda state, cause: decisions.promote(state, version, cause, hold=hold, hold_reason=hold_reason), reason
-        )
-
-    async def rollback(self, target: int, reason: str, rewinding: Rewinding | None = None) -> Written[Moved]:
-        """Put an older version back and hold auto-promotion. With `rewinding`, send the trainer back, too."""
-
-        def decide(state: RegistryState, cause: Cause) -> Change[Moved]:
-            skipped = () if rewinding is None else rewinding.signed(cause)
-            return decisions.rollback(state, target, cause, rewind=rewinding is not None, skipped=skipped)
-
-        return await self._change(decide, reason)
-
-    async def rollback_by_itself(self, target: int, reason: str, *, under: str) -> Moved | None:
-        """Put an older version back, unless somebody has decided already: then None is returned.
-
-        That is so if auto-promotion is held, or if `under` isn't the last decision any more (`state.served_band.decision_of`).
-        """
-
-        def decide(state: RegistryState, cause: Cause) -> Change[Moved | None]:
-            if state.champion.hold or decision_of(state.champion) != under:
-                return Change((), None)
-            change = decisions.rollback(state, target, cause)
-            return Change(change.records, change.outcome)
-
-        return (await self._change(decide, reason)).outcome
-
-    async def rewound(self, operation: str, *, epoch: int, chain: str, up_to: int | None = None) -> bool:
-        """Say that this trainer has gone back, as an operation asked for. Returns whether that was still to be done."""
-
-        def decide(state: RegistryState, cause: Cause) -> Change[bool]:
-            return rewound(state, operation, epoch=epoch, chain=chain, up_to=up_to, who=cause.who, now_ms=cause.now_ms)
-
-        return (await self._change(decide)).outcome
-
-    async def hold(self, reason: str) -> Written[Held]:
-        """Stop auto-promotion."""
-        return await self._change(decisions.hold, reason)
-
-    async def resume(self, reason: str = "") -> Written[Held]:
-        """Let auto-promotion go on."""
-        return await self._change(decisions.resume, reason)
-
-    async def release(self, reason: str) -> Written[Released]:
-        """Release what the gate withholds."""
-        return await self._change(gate_decisions.release, reason)
-
-    async def set_alias(self, name: str, version: int, reason: str) -> Written[AliasMoved]:
-        """Point an alias other than `champion` at a version."""
-        return await self._change(lambda state, cause: alias_decisions.set_alias(state, name, version, cause), reason)
-
-    async def remove_alias(self, name: str, reason: str) -> Written[AliasMoved]:
-        """Remove an alias; its history stays."""
-        return await self._change(lambda state, cause: alias_decisions.remove_alias(state, name, cause), reason)
-
-    async def tag(
-        self, version: int, values: Mapping[str, str], reason: str, *, remove: Collection[str] = ()
-    ) -> Written[Tagged]:
-        """Put tags on a version, or change or remove them."""
-
-        def decide(state: RegistryState, cause: Cause) -> Change[Tagged]:
-            return alias_decisions.tag(state, version, values, cause, remove=remove)
-
-        return await self._change(decide, reason)
-
-    async def begin_canary(
-        self, mode: Mode, version: int, share: float, thresholds: Thresholds, reason: str
-    ) -> Written[CanaryChanged]:
-        """Give a version a share of the requests."""
-
-        def decide(state: RegistryState, cause: Cause) -> Change[CanaryChanged]:
-            return canary_decisions.begin_canary(state, mode, version, share, thresholds, cause)
-
-        return await self._change(decide, reason)
-
-    async def end_canary(self, outcome: CanaryOutcome, reason: str, *, of: str = "") -> Written[CanaryChanged]:
-        """End the shadow or canary, if it is the one that the operation `of` began. Promoted, its version becomes champion."""
-        return await self._change(lambda state, cause: canary_decisions.end_canary(state, outcome, cause, of=of), reason)
-
-    async def note_canary(self, of: str, progress: Progress) -> Written[CanaryChanged]:
-        """Note what is known of the shadow or canary that the operation `of` began."""
-        return await self._change(lambda state, _: canary_decisions.note_progress(state, of, progress))
-
-    async def retire(
-        self,
-        choose: upkeep.Choose,
-        reason: str,
-        *,
-        rests: Collection[Doomed] = (),
-        ended: str = "",
-    ) -> Written[Retired]:
-        """Take away the records of versions whose files are then to be deleted; see `stream.registry.collect`."""
-
-        def decide(state: RegistryState, cause: Cause) -> Change[Retired]:
-            return upkeep.retire(state, choose, cause, rests=rests, ended=ended)
-
-        return await self._change(decide, reason)
-
-    async def reindex(
-        self, manifests: Mapping[int, Manifest], reason: str, *, champion: int | None = None
-    ) -> Written[Reindexed]:
-        """Enter versions of the store that the registry doesn't know."""
-        return await self._change(lambda state, cause: upkeep.reindex(state, manifests, cause, champion=champion), reason)
-
-    async def tag_good(self, *versions: int) -> tuple[int, ...]:
-        """Tag versions as good: a rollback that names no version goes to the newest of them. Returns those newly tagged."""
-        return (await self._change(lambda state, cause: decisions.tag_good(state, versions, now_ms=cause.now_ms))).outcome
-
     async def tag_due(self, gate: SnapshotSettings) -> tuple[int, ...]:
         """Tag every version that is due, as far as this writer has read. Writes nothing when none is due."""
         from aiokafka.errors import KafkaError
@@ -276,31 +135,69 @@ class RegistryWriter:
             await self._log.close()
             self._log_is_open = False
 
+    async def kafka_ms(self) -> int:
+        """Now by the broker's clock, for an operation that goes by time: this machine's clock may be wrong.
+
+        Until this writer's first change has shown it, a record is written for its timestamp, in a transaction that is aborted.
+        """
+        from aiokafka.errors import KafkaError
+
+        failure: BaseException = TimeoutError()
+        async with self._lock:
+            for attempt in range(ATTEMPTS):
+                if self._at_ms:
+                    return self._now_ms()
+                await _wait_before(attempt)
+                try:
+                    async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
+                        if self._producer is None:
+                            await self._take_over()
+                        await self._producer.begin_transaction()
+                        sent = await self._producer.send_and_wait(self._topic, key=CLOCK_KEY, partition=0)
+                        await self._producer.abort_transaction()
+                        self._at_ms, self._at_s = sent.timestamp, time.monotonic()
+                except (KafkaError, TimeoutError) as error:
+                    failure = error
+                    await self._drop_producer()
+                except BaseException:
+                    await self._drop_producer()
+                    raise
+        raise unreachable(self._kafka, "its time", failure) from failure
+
     async def _change(self, decide: Decide[T], reason: str = "") -> Written[T]:
         """Run one operation to its end."""
         from aiokafka.errors import KafkaError
 
         cause = Cause(self._who, self._now_ms(), reason, uuid.uuid4().hex)
+        began_s = time.monotonic()
         attempted: T | None = None
+        in_doubt = False  # whether an attempt has failed of which nobody knows yet whether it took effect
         failure: BaseException = TimeoutError()
         async with self._lock:
-            for attempt in range(ATTEMPTS):
-                if attempt:
-                    await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, 0.05 * 2**attempt)))
+            for attempt in range(ATTEMPTS + LOOKS):
+                if attempt >= ATTEMPTS and not in_doubt:
+                    break
+                await _wait_before(attempt)
                 try:
                     async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                         change = await self._decided(decide, cause)
                         if change is None:
                             # An attempt that seemed to fail did take effect.
                             assert attempted is not None
-                            return Written(attempted, self._log.position, self._now_ms())
+                            return Written(attempted, self._log.position, None)
+                        in_doubt = False
                         if not change.records:
                             # There is nothing to write. The outcome is that of the log as it is, not that of an earlier,
                             # failed attempt: another writer may have come in between.
-                            return Written(change.outcome, self._log.position, self._now_ms())
-                        attempted = change.outcome
-                        await self._commit(change.records)
+                            return Written(change.outcome, self._log.position, None)
+                        if attempt >= ATTEMPTS:
+                            break
+                        attempted, in_doubt = change.outcome, True
+                        await self._commit(change.records, cause.now_ms + round((time.monotonic() - began_s) * 1_000))
                         return Written(change.outcome, self._read_to, self._at_ms)
+                except _ClockIsOff as off:
+                    logger.warning("%s. Kafka's clock is used", off)
+                    cause, began_s, in_doubt = replace(cause, now_ms=self._now_ms()), time.monotonic(), False
                 except StaleEpoch as error:
                     raise Fenced(str(error)) from error
                 except Refused as error:
@@ -312,12 +209,21 @@ class RegistryWriter:
                 except BaseException:
                     await self._drop_producer()
                     raise
+        raise self._gave_up(failure, in_doubt=in_doubt) from failure
+
+    def _gave_up(self, failure: BaseException, *, in_doubt: bool) -> StreamError:
+        """The error of an operation whose attempts have all failed."""
+        if in_doubt:
+            return Unsettled(
+                f"{unreachable(self._kafka, ANSWER, failure)} The last of {ATTEMPTS} attempts to change the registry was sent, "
+                "and whether it took effect isn't known: `headrace snapshot list` shows it once Kafka answers."
+            )
         if is_fencing(failure):
-            raise Fenced(
+            return Fenced(
                 f"{self._topic}: expected to change the registry within {ATTEMPTS} attempts, found another writer in "
                 "between each time. Nothing was changed; run it again."
-            ) from failure
-        raise unreachable(self._kafka, ANSWER, failure) from failure
+            )
+        return NoAnswer(f"{unreachable(self._kafka, ANSWER, failure)} Nothing was changed.")
 
     async def _decided(self, decide: Decide[T], cause: Cause) -> Change[T] | None:
         """The change, decided on a state that is certain to be the newest. None when it has been written already."""
@@ -353,8 +259,16 @@ class RegistryWriter:
             self._log_is_open = True
         await self._log.catch_up()
 
-    async def _commit(self, records: Iterable[KeyedRecord]) -> None:
-        """Write records in one transaction. Every send is awaited, since aiokafka also commits when one has failed."""
+    async def _commit(self, records: Iterable[KeyedRecord], decided_ms: int) -> None:
+        """Write records in one transaction. Every send is awaited, since aiokafka also commits when one has failed.
+
+        Args:
+            decided_ms: now by the clock that the records' times are of.
+
+        Raises:
+            _ClockIsOff: that clock differs from the broker's. The transaction is aborted, and this writer knows the time now.
+        """
+        began_s = time.monotonic()
         try:
             await self._producer.begin_transaction()
             sent = []
@@ -364,20 +278,30 @@ class RegistryWriter:
                 future.add_done_callback(retrieve)
                 sent.append(future)
             written = [await future for future in sent]
+            arrived_ms, at_s = written[-1].timestamp, time.monotonic()
+            latest_ms = decided_ms + (at_s - began_s) * 1_000
+            if arrived_ms > 0 and not decided_ms - CLOCK_MS <= arrived_ms <= latest_ms + CLOCK_MS:
+                await self._producer.abort_transaction()
+                self._at_ms, self._at_s = arrived_ms, at_s
+                raise _ClockIsOff(arrived_ms - decided_ms)
             await self._producer.commit_transaction()
+        except _ClockIsOff:
+            raise
         except Exception as error:
             # Whatever the error is: once the producer is started again, the log shows whether the commit took effect.
             raise _CommitFailed from error
+        if min(each.offset for each in written) < 0:  # a batch that was sent twice, and of which the broker forgot the offset
+            raise _CommitFailed
         self._read_to = written[-1].offset + 1
-        self._at_ms, self._at_s = written[-1].timestamp, time.monotonic()
+        self._at_ms, self._at_s = arrived_ms, at_s
 
     def _now_ms(self) -> int:
-        """Now by the broker's clock, as this writer's last change showed it; before the first change by this machine's.
+        """Now by the broker's clock, as this writer's last change showed it; before that by this machine's.
 
         So a writer that lives long, a trainer's, tags and promotes by the clock that all share, also when its own one jumps.
         """
         if not self._at_ms:
-            return time.time_ns() // 1_000_000
+            return max(time.time_ns() // 1_000_000, self._log.arrived_ms)
         return self._at_ms + round((time.monotonic() - self._at_s) * 1_000)
 
     async def _drop_producer(self) -> None:
@@ -388,6 +312,20 @@ class RegistryWriter:
 
 class _CommitFailed(Exception):
     """A transaction failed, or seemed to. The cause is aiokafka's error."""
+
+
+class _ClockIsOff(Exception):
+    """This machine's clock differs from the broker's."""
+
+    def __init__(self, behind_ms: int) -> None:
+        how = "behind" if behind_ms > 0 else "ahead of"
+        super().__init__(f"this machine's clock is {duration(abs(behind_ms))} {how} Kafka's")
+
+
+async def _wait_before(attempt: int) -> None:
+    """Wait for a random time before all attempts but the first, so that two writers don't keep fencing each other in step."""
+    if attempt:
+        await asyncio.sleep(random.uniform(0, min(MAX_BACKOFF_S, 0.05 * 2**attempt)))
 
 
 def registry_transactional_id(names: TopicNames) -> str:

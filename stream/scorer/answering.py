@@ -24,6 +24,7 @@ from stream.scorer.freshness import Freshness
 from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
+from stream.scorer.standstill import Standstill
 from stream.scorer.swap import Swapper
 
 __all__ = ["Answering"]
@@ -33,11 +34,15 @@ SCORED_WAITING = 4
 
 
 class _Scored(NamedTuple):
-    """A batch on its way to the brokers, and the arrivals (ms) of the clicks that its answers are the first to know."""
+    """A batch on its way to the brokers, and the arrivals (ms) of the clicks that its answers are the first to know.
+
+    standstills  of this process before it was scored
+    """
 
     batch: Batch
     answers: Answers
     arrivals_ms: Sequence[int]
+    standstills: int
 
 
 class Answering:
@@ -57,6 +62,7 @@ class Answering:
         outbox: Outbox,
         metrics: ScorerMetrics,
         freshness: Freshness,
+        standstill: Standstill,
         *,
         scoring: ThreadPoolExecutor,
         worker_id: str,
@@ -65,7 +71,7 @@ class Answering:
         max_bytes: int,
     ) -> None:
         self._swapper, self._outbox, self._metrics, self._freshness = swapper, outbox, metrics, freshness
-        self._candidate = candidate
+        self._candidate, self._standstill = candidate, standstill
         self._worker_id, self._stale = worker_id, stale
         self._max_candidates, self._max_bytes = max_candidates, max_bytes
         self.answered: dict[int, int] = {}
@@ -139,13 +145,15 @@ class Answering:
                 continue
             self._under_way += 1
             self._room.set()
+            await self._standstill.over()
+            standstills = self._standstill.count
             # Deltas are applied in the scoring thread, one after another with batches: what is learned now is in this batch.
             current, arrivals_ms = self._swapper.current, self._freshness.take()
             answers = await self._score(batch.records)
             if not answers.by_champion:
                 self._freshness.learned(arrivals_ms)
             known = answers.by_champion > 0 and current is not None and current.is_replica
-            await self._scored.put(_Scored(batch, answers, arrivals_ms if known else ()))
+            await self._scored.put(_Scored(batch, answers, arrivals_ms if known else (), standstills))
 
     async def send_all(self) -> None:
         """Send what is scored, until cancelled."""
@@ -153,12 +161,22 @@ class Answering:
             scored = [await self._scored.get()]
             while not self._scored.empty():
                 scored.append(self._scored.get_nowait())
-            futures = [future for each in scored for future in await self._outbox.send(each.answers)]
+            futures = [future for each in scored for future in await self._outbox.send(await self._up_to_date(each))]
             for future in futures:
                 await future
             for each in scored:
                 self._freshness.answered(each.arrivals_ms)
                 self._acknowledged(each.batch)
+
+    async def _up_to_date(self, scored: _Scored) -> Answers:
+        """The answers, computed again if this process has stood still since."""
+        answers, standstills = scored.answers, scored.standstills
+        await self._standstill.over()
+        while standstills != self._standstill.count:
+            standstills = self._standstill.count
+            answers = await self._score(scored.batch.records)
+            await self._standstill.over()
+        return answers
 
     async def _score(self, records: list[Record]) -> Answers:
         if not records:

@@ -23,6 +23,7 @@ from state.store import SnapshotStore
 from state.version_cache import VersionCache
 from stream.errors import NoAnswer
 from stream.kafka.cluster import describe_cluster
+from stream.records.heartbeat import live_limit
 from stream.registry.follower import RegistryFollower
 from stream.registry.heartbeat import HeartbeatSender
 from stream.scorer.candidate import CandidateKeeper, load_candidate
@@ -35,6 +36,7 @@ from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
 from stream.scorer.scrub import scrub_regularly
 from stream.scorer.serving import Served, load_version
+from stream.scorer.standstill import Standstill, limit_s
 from stream.scorer.swap import Swapper
 from stream.scorer.worker import ScorerWorker
 from stream.settings import HttpSettings, KafkaSettings, ScorerSettings
@@ -182,6 +184,11 @@ async def run_scorer(
             heartbeats=heartbeats,
             metrics=metrics,
             freshness=freshness,
+            standstill=Standstill(
+                reader.read_to_end,
+                limit_s=limit_s(live_limit(settings.heartbeat_ms), settings.heartbeat_ms),
+                patience_s=settings.lease_ms / 1_000,
+            ),
             worker_id=worker_id,
             max_bytes=await max_message_bytes(kafka, names.scores),
         )

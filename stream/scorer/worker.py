@@ -32,6 +32,7 @@ from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
 from stream.scorer.serving import WeightsState
+from stream.scorer.standstill import Standstill
 from stream.scorer.start import committed_positions
 from stream.scorer.swap import Swapper
 from stream.scorer.waiting import WaitingRoom
@@ -90,6 +91,7 @@ class ScorerWorker(Worker):
         heartbeats: HeartbeatSender,
         metrics: ScorerMetrics,
         freshness: Freshness,
+        standstill: Standstill,
         worker_id: str,
         max_bytes: int,
     ) -> None:
@@ -106,13 +108,14 @@ class ScorerWorker(Worker):
         self._topic = names.score_requests
         self._swapper, self._stale, self._heartbeats, self._metrics = swapper, stale, heartbeats, metrics
         self._follower, self._scrub, self._candidate = follower, scrub, candidate
-        self._worker_id = worker_id
+        self._worker_id, self._standstill = worker_id, standstill
         self._answering = Answering(
             swapper,
             candidate,
             outbox,
             metrics,
             freshness,
+            standstill,
             scoring=scoring,
             worker_id=worker_id,
             stale=stale,
@@ -213,6 +216,7 @@ class ScorerWorker(Worker):
             if same or await self._answering.begun_answered(interval_s):
                 # Never a new registry offset beside an old version: a rollback would count it as confirmed.
                 reported = now
+            looked_s = self._standstill.look()
             try:
                 of, reason = swapper.fallback or (None, "")
                 weights = None if state is None or now != reported else self._weights(state)
@@ -225,6 +229,7 @@ class ScorerWorker(Worker):
                     candidate=reported.candidate,
                     candidate_problem=self._candidate.problem,
                 )
+                self._standstill.reported(looked_s)
             except (KafkaError, NoAnswer) as error:
                 log.warning("a heartbeat was not sent: %r", error)
             for number, lag in self.lags(self._topic, self._answering.answered):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stream.trainer.batching import TrainingBatch
-from stream.trainer.examples import Int64Array
+from stream.trainer.columns import ExampleColumns, Int64Array
 
 __all__ = ["MOST", "ArrivalSample"]
 
@@ -31,7 +30,7 @@ class ArrivalSample:
         self._hashes: Int64Array = np.empty(0, np.int64)
         self._arrived_ms: Int64Array = np.empty(0, np.int64)
 
-    def add(self, batch: TrainingBatch) -> None:
+    def add(self, batch: ExampleColumns) -> None:
         """Take the clicks of a batch whose arrival is known."""
         if batch.arrived_ms is None:
             return

@@ -3,73 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import numpy as np
+from stream.trainer.columns import ExampleColumns
+from stream.trainer.examples import DecodedRun
 
-from model.features import FeatureBatch
-from state.held_click import NOT_KNOWN_MS
-from stream.records.record import Record
-from stream.trainer.examples import BoolArray, DecodedRun, Float32Array, Float64Array, Int64Array
-
-__all__ = ["BatchCutter", "TrainingBatch"]
-
-_Column = TypeVar("_Column", Float64Array, Float32Array, BoolArray, Int64Array)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingBatch:
-    """Examples of one update. Columns as in `DecodedRun`; `weights` is None when all are 1."""
-
-    batch: FeatureBatch
-    labels: Float32Array
-    weights: Float32Array | None
-    impression_ms: Int64Array
-    reached_ms: Int64Array
-    served: Float32Array
-    versions: Int64Array
-    deltas: Int64Array
-    id_hashes: Int64Array
-    records: Sequence[Record]
-    rates: Float64Array | None = None
-    corrects: BoolArray | None = None
-    arrived_ms: Int64Array | None = None
-    shadow_scores: Float32Array | None = None
-    shadow_versions: Int64Array | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def slice(self, start: int, stop: int) -> TrainingBatch:
-        """Examples `start` to `stop`. Shares memory with this batch."""
-        part = slice(start, stop)
-        return TrainingBatch(
-            batch=self.batch.slice(start, stop),
-            labels=self.labels[part],
-            weights=None if self.weights is None else self.weights[part],
-            impression_ms=self.impression_ms[part],
-            reached_ms=self.reached_ms[part],
-            served=self.served[part],
-            versions=self.versions[part],
-            deltas=self.deltas[part],
-            id_hashes=self.id_hashes[part],
-            records=self.records[part],
-            rates=None if self.rates is None else self.rates[part],
-            corrects=None if self.corrects is None else self.corrects[part],
-            arrived_ms=None if self.arrived_ms is None else self.arrived_ms[part],
-            shadow_scores=None if self.shadow_scores is None else self.shadow_scores[part],
-            shadow_versions=None if self.shadow_versions is None else self.shadow_versions[part],
-        )
-
-
-class _Piece(NamedTuple):
-    """Examples `start` to `stop` of a run."""
-
-    run: DecodedRun
-    start: int
-    stop: int
+__all__ = ["BatchCutter"]
 
 
 @dataclass(slots=True)
@@ -112,10 +52,10 @@ class BatchCutter:
         self.waiting += len(run)
         self._skip_empty()
 
-    def cut(self) -> TrainingBatch:
+    def cut(self) -> ExampleColumns:
         """The next `rows` examples, or all that wait when there are fewer. At least one example must wait."""
         wanted = min(self.rows, self.waiting)
-        pieces: list[_Piece] = []
+        pieces: list[ExampleColumns] = []
         taken = 0
         while taken < wanted:
             head = self._runs[0]
@@ -124,7 +64,7 @@ class BatchCutter:
             stop = head.start + min(len(head), wanted - taken)
             taken += stop - head.start
             if stop > head.start:
-                pieces.append(_Piece(head.run, head.start, stop))
+                pieces.append(head.run.slice(head.start, stop))
                 self.positions[head.run.partition] = int(head.run.offsets[stop - 1]) + 1
             head.start = stop
             if not len(head):
@@ -132,24 +72,10 @@ class BatchCutter:
                 self._runs.popleft()
         self.waiting -= taken
         self._skip_empty()
-        weights = np.concatenate([run.weights[start:stop] for run, start, stop in pieces])
-        return TrainingBatch(
-            batch=FeatureBatch.concat([run.batch.slice(start, stop) for run, start, stop in pieces]),
-            labels=np.concatenate([run.labels[start:stop] for run, start, stop in pieces]),
-            weights=None if (weights == 1).all() else weights,
-            impression_ms=np.concatenate([run.impression_ms[start:stop] for run, start, stop in pieces]),
-            reached_ms=np.concatenate([run.reached_ms[start:stop] for run, start, stop in pieces]),
-            served=np.concatenate([run.served[start:stop] for run, start, stop in pieces]),
-            versions=np.concatenate([run.versions[start:stop] for run, start, stop in pieces]),
-            deltas=np.concatenate([run.deltas[start:stop] for run, start, stop in pieces]),
-            id_hashes=np.concatenate([run.id_hashes[start:stop] for run, start, stop in pieces]),
-            records=[record for run, start, stop in pieces for record in run.records[start:stop]],
-            rates=_joined([(run.rates, start, stop) for run, start, stop in pieces], 1.0),
-            corrects=_joined([(run.corrects, start, stop) for run, start, stop in pieces], False),
-            arrived_ms=_joined([(run.arrived_ms, start, stop) for run, start, stop in pieces], NOT_KNOWN_MS),
-            shadow_scores=_joined([(run.shadow_scores, start, stop) for run, start, stop in pieces], np.nan),
-            shadow_versions=_joined([(run.shadow_versions, start, stop) for run, start, stop in pieces], -1),
-        )
+        batch = ExampleColumns.concat(pieces)
+        if batch.weights is not None and (batch.weights == 1).all():
+            return replace(batch, weights=None)
+        return batch
 
     def _skip_empty(self) -> None:
         """Count runs without an example as trained when everything older is."""
@@ -157,17 +83,3 @@ class BatchCutter:
             run = self._runs.popleft().run
             self.letters += len(run.letters)
             self.positions[run.partition] = run.after
-
-
-def _joined(pieces: list[tuple[_Column | None, int, int]], absent: float | bool) -> _Column | None:
-    """The rows `start` to `stop` of each column, one after another; None when all columns are None.
-
-    Args:
-        absent: the value in all rows of a column that is None.
-    """
-    kind = next((column.dtype for column, _, _ in pieces if column is not None), None)
-    if kind is None:
-        return None
-    return np.concatenate(
-        [np.full(stop - start, absent, kind) if column is None else column[start:stop] for column, start, stop in pieces]
-    )

@@ -21,11 +21,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from model.derived import shown_value
 from model.errors import ModelError
 from model.schema import FeatureSchema
-from stream.trainer.batching import TrainingBatch
+from stream.trainer.columns import BoolArray, ExampleColumns, Float32Array, Int64Array
 from stream.trainer.evaluation import counts
-from stream.trainer.examples import BoolArray, Float32Array, Int64Array
 
 __all__ = ["DECILES", "TOP", "CalibrationWatch", "GroupCalibration", "is_off"]
 
@@ -129,11 +129,12 @@ class CalibrationWatch:
                 f"trainer.calibration_fields: expected fields with a single value ({', '.join(singles)}), found "
                 f"{unknown[0]!r}. Correct the setting"
             )
+        self._schema = schema
         self._fields = list(fields)
         self._columns = [singles.index(name) for name in self._fields]
         self._settled_ms, self._reach_ms, self._ring = settled_ms, REACH * settled_ms, ring
         self._lock = threading.Lock()
-        self._gathered: list[TrainingBatch] = []
+        self._gathered: list[ExampleColumns] = []
         self._waiting = 0
         self._parts: deque[_Rows] = deque()  # oldest first
         self._share = 1.0
@@ -142,7 +143,7 @@ class CalibrationWatch:
         self._names: dict[tuple[str, int], str] = {}
         self._unnamed: set[tuple[str, int]] = set()
 
-    def observe(self, batch: TrainingBatch, scores: Float32Array) -> None:
+    def observe(self, batch: ExampleColumns, scores: Float32Array) -> None:
         """Take the examples of a batch that carry the score that they were shown with."""
         with self._lock:
             self._gathered.append(batch)
@@ -197,7 +198,7 @@ class CalibrationWatch:
         oldest_ms = min((int(part.impression_ms.min(initial=_FAR_MS)) for part in list(self._parts)[1:]), default=_FAR_MS)
         return self._watermark_ms - oldest_ms >= self._reach_ms
 
-    def _watched(self, batches: Sequence[TrainingBatch]) -> _Rows:
+    def _watched(self, batches: Sequence[ExampleColumns]) -> _Rows:
         if self._unnamed:
             for batch in batches:
                 self._find_names(batch)
@@ -220,7 +221,7 @@ class CalibrationWatch:
         # The gate draws its sample by a multiple of the hash, so neither sample is a part of the other.
         return (rows.hashes >> np.uint64(11)).astype(np.float64) / 2.0**53 < self._share
 
-    def _find_names(self, batch: TrainingBatch) -> None:
+    def _find_names(self, batch: ExampleColumns) -> None:
         """The values of keys that are to be shown, from the first example that has them."""
         for field, column in zip(self._fields, self._columns, strict=True):
             keys = [key for name, key in self._unnamed if name == field]
@@ -228,14 +229,14 @@ class CalibrationWatch:
             for key in keys:
                 at = int(np.searchsorted(found, key))
                 if at < len(found) and found[at] == key:
-                    self._names[field, key] = _value(batch.records[int(rows[at])].value, field)
+                    row = int(rows[at])
+                    self._names[field, key] = self._value(batch.records[row].value, column, int(batch.impression_ms[row]))
                     self._unnamed.discard((field, key))
 
-
-def _value(event: bytes | None, field: str) -> str:
-    """The value of a field in an event, as a label shows it."""
-    value = msgspec.json.decode(event or b"{}").get("features", {}).get(field)
-    return "missing" if value is None else str(value)[:_NAME_BYTES]
+    def _value(self, event: bytes | None, column: int, time_ms: int) -> str:
+        """The value of a field in an event, as a label shows it."""
+        features = msgspec.json.decode(event or b"{}").get("features", {})
+        return shown_value(self._schema.singles[column], self._schema, features, time_ms)[:_NAME_BYTES]
 
 
 def _deciles(rows: _Rows) -> list[GroupCalibration]:

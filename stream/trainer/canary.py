@@ -32,9 +32,9 @@ from state.canary_running import held_since, running_canary, why_over
 from state.gate_blocks import FloatArray
 from state.registry import RegistryState
 from stream.registry.writer import RegistryWriter
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.bookkeeping import State, from_json, to_json
 from stream.trainer.canary_metrics import CanaryMetrics
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import counts
 
 __all__ = ["CanaryWatch"]
@@ -94,7 +94,7 @@ class CanaryWatch:
         self._canary: Canary | None = None
         self._evidence = Evidence()
         self._remembered: _Remembered | None = None
-        self._observed: list[tuple[TrainingBatch, npt.NDArray[np.float32]]] = []
+        self._observed: list[tuple[ExampleColumns, npt.NDArray[np.float32]]] = []
         self._rows = 0
         self._written_s = 0.0
 
@@ -113,7 +113,7 @@ class CanaryWatch:
                 self._evidence = Evidence(of=canary.operation, mode=canary.mode, from_ms=from_ms)
                 self._remembered, self._observed, self._rows = None, [], 0
 
-    def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
+    def observe(self, batch: ExampleColumns, scores: npt.NDArray[np.float32]) -> None:
         """Take a batch that was learned, with the scores from before its update."""
         if self._canary is None:
             return
@@ -183,7 +183,7 @@ class CanaryWatch:
             self._count(_Rows(*(np.concatenate(column) for column in zip(*parts, strict=True))))
             evidence.close_stretch()
 
-    def _shadowed(self, batch: TrainingBatch, canary: Canary) -> _Rows | None:
+    def _shadowed(self, batch: ExampleColumns, canary: Canary) -> _Rows | None:
         """Examples that both versions have scored."""
         if batch.shadow_scores is None or batch.shadow_versions is None:
             return None
@@ -192,7 +192,7 @@ class CanaryWatch:
         )
         return _rows(batch, at, batch.shadow_scores[at], batch.served[at], np.ones(len(at), np.bool_))
 
-    def _served(self, batch: TrainingBatch, live: npt.NDArray[np.float32], canary: Canary) -> _Rows | None:
+    def _served(self, batch: ExampleColumns, live: npt.NDArray[np.float32], canary: Canary) -> _Rows | None:
         """Examples with a score of either side, from the candidate's first on."""
         evidence = self._evidence
         there = np.isfinite(batch.served) & (batch.versions >= 0) & np.isfinite(live)
@@ -256,7 +256,7 @@ class CanaryWatch:
 
 
 def _rows(
-    batch: TrainingBatch,
+    batch: ExampleColumns,
     at: npt.NDArray[np.intp],
     mine: npt.NDArray[np.float32],
     theirs: npt.NDArray[np.float32],

@@ -55,12 +55,14 @@ class Base:
 
     published  the newest point of the chain before
     offsets    by partition of `examples`: how far training must come before the chain begins; empty: it begins at once
+    size       bytes of the weights in the log's deltas between the version that training goes on from and there
     in_place   whether a delta leads from there to the new chain. Otherwise the new chain begins with a version
     """
 
     published: Published
     offsets: Mapping[int, int]
     in_place: bool = True
+    size: int = 0
 
 
 class PublishesDeltas(Protocol):

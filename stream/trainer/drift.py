@@ -14,8 +14,8 @@ from model.schema import FeatureSchema
 from state.drift import BLOCK_EXAMPLES, DriftBlock, DriftState, DriftWatch
 from state.drift_tests import histogram
 from state.settings import SnapshotSettings
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.bookkeeping import State, from_json, to_json
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import counts
 from stream.trainer.logits import logits
 
@@ -42,7 +42,7 @@ class Drift:
         self._missing_lists = np.array([missing_key(field.hash_space) for field in lists], np.int64)
         self._settings, self._fields = settings, [field.name for field in (*single, *lists)]
         self.watch = DriftWatch(settings, self._fields)
-        self._gathered: list[tuple[TrainingBatch, npt.NDArray[np.float32]]] = []
+        self._gathered: list[tuple[ExampleColumns, npt.NDArray[np.float32]]] = []
         self._rows = 0
 
     @property
@@ -60,7 +60,7 @@ class Drift:
         """By how many logits, from and to, clicks explain that all scores move: (0, 0) while the click rate is as usual."""
         return (0.0, 0.0) if self.problem else self.watch.state.explained
 
-    def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
+    def observe(self, batch: ExampleColumns, scores: npt.NDArray[np.float32]) -> None:
         """Take a batch that was learned, with the scores from before its update."""
         self._gathered.append((batch, scores))
         self._rows += len(batch)
@@ -94,7 +94,7 @@ class Drift:
         elif before and not self.alarm:
             log.info("drift: the click rate is as usual again")
 
-    def _sums(self, gathered: list[tuple[TrainingBatch, npt.NDArray[np.float32]]]) -> DriftBlock:
+    def _sums(self, gathered: list[tuple[ExampleColumns, npt.NDArray[np.float32]]]) -> DriftBlock:
         batch = FeatureBatch.concat([each.batch for each, _ in gathered])
         weights = np.concatenate([counts(each) for each, _ in gathered]).astype(np.float64)
         labels = np.concatenate([each.labels for each, _ in gathered])

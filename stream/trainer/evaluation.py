@@ -33,8 +33,8 @@ import numpy.typing as npt
 import torch
 
 from model.metrics import Metrics, ProgressiveMetrics, auc
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.bookkeeping import from_json, to_json
+from stream.trainer.columns import ExampleColumns
 
 __all__ = ["Evaluation", "FrozenEvaluation", "Kind", "Report", "Scope", "counts", "manifest_metrics"]
 
@@ -133,10 +133,10 @@ class Evaluation:
         self._window = window
         self._counted: dict[Kind, ProgressiveMetrics] = {kind: ProgressiveMetrics(window) for kind in kinds}
         self._evaluated: dict[Kind, _SinceTime] = {} if evaluation_from_ms is None else {kind: _SinceTime() for kind in kinds}
-        self._gathered: list[tuple[npt.NDArray[np.float32], TrainingBatch]] = []
+        self._gathered: list[tuple[npt.NDArray[np.float32], ExampleColumns]] = []
         self._rows = 0
 
-    def add(self, scores: npt.NDArray[np.float32], batch: TrainingBatch) -> None:
+    def add(self, scores: npt.NDArray[np.float32], batch: ExampleColumns) -> None:
         """Count the examples of a batch, with the scores that the model gave them before it learned them."""
         with self._lock:
             self._gathered.append((scores, batch))
@@ -206,7 +206,7 @@ def _under(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, npt.NDAr
     return {name.removeprefix(prefix): tensor.numpy() for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def counts(batch: TrainingBatch) -> npt.NDArray[np.float32]:
+def counts(batch: ExampleColumns) -> npt.NDArray[np.float32]:
     """How often each example counts: its weight, divided for a negative by the rate at which negatives were sent."""
     weights = np.ones(len(batch), np.float32) if batch.weights is None else batch.weights
     if batch.rates is None:

@@ -27,8 +27,8 @@ from state.gate import Doubt, Gate, GateState
 from state.gate_blocks import sample
 from state.gate_report import Flow, GateReport
 from state.settings import SnapshotSettings
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.bookkeeping import State, from_json, to_json
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import counts
 from stream.trainer.logits import logits
 
@@ -120,7 +120,7 @@ class Judge:
         self._gate = Gate(settings, state)
         self._lock = threading.Lock()
         self._anchor: Anchor | None = None
-        self._observed: list[tuple[TrainingBatch, npt.NDArray[np.float32]]] = []
+        self._observed: list[tuple[ExampleColumns, npt.NDArray[np.float32]]] = []
         self._observed_rows = 0
         self._gathered: list[_Gathered] = []
         self._rows = 0
@@ -218,7 +218,7 @@ class Judge:
         with self._lock:
             self._gate.state = found
 
-    def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
+    def observe(self, batch: ExampleColumns, scores: npt.NDArray[np.float32]) -> None:
         """Take a batch that was learned, with the scores from before its update."""
         with self._lock:
             self._observed.append((batch, scores))

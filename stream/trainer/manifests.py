@@ -10,7 +10,7 @@ from model.settings import ModelSettings
 from state.history import History
 from state.manifest import Manifest
 from state.pieces import piece_rows
-from state.rewinds import SkippedRange
+from state.rewinds import Rewinds, SkippedRange
 from state.store import SnapshotStore
 from stream.trainer.captured import CapturedVersion
 from stream.trainer.chain import Published
@@ -31,6 +31,7 @@ def new_manifest(
     model: ModelSettings,
     row_precision: RowPrecision,
     skipped: tuple[SkippedRange, ...] = (),
+    rewinds: Rewinds | None = None,
     history: History | None = None,
 ) -> Manifest:
     """The manifest of a captured version, without its files.
@@ -58,6 +59,7 @@ def new_manifest(
         verdict=captured.verdict,
         topic_ids=dict(topic_ids),
         skipped=skipped,
+        rewinds=rewinds,
         history=history,
         schema_hash=schema.fingerprint(),
         features=schema.model_dump(mode="json"),

@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from model.metrics import Metrics
 from state.gate_report import GateReport
 from state.manifest import Manifest
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.calibration import GroupCalibration
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.drift import Drift
 from stream.trainer.evaluation import Report
 
@@ -253,7 +253,7 @@ class TrainerMetrics:
         """Set the function that gives the length of the queue at each scrape."""
         self.queue.set_function(waiting)
 
-    def learned(self, batch: TrainingBatch, seconds: float) -> None:
+    def learned(self, batch: ExampleColumns, seconds: float) -> None:
         """Count one batch."""
         positives = int(batch.labels.sum())
         self.examples.labels("1").inc(positives)

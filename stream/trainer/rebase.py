@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from model.learner import Learner
+from model.rows import ModelDelta
 from state.manifest import Manifest
 from stream.deltas.pieces import DeltaProblem, FoundDelta
 from stream.deltas.reader import read_back
@@ -81,9 +82,10 @@ async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[Foun
             is damaged, scorers stay before it too.
     """
     newest, touched = at.published, [at.touched]
-    offsets, gone = {int(name): offset for name, offset in manifest.offsets.items()}, False
+    offsets, gone, size = {int(name): offset for name, offset in manifest.offsets.items()}, False, 0
     async for each in deltas:
         gone |= isinstance(each, DeltaProblem) and each.reason != "not_a_delta"
+        size += _size(each.delta.model) if isinstance(each, FoundDelta) else 0
         if not isinstance(each, FoundDelta) or each.delta.header.parent != newest.point:
             continue  # no delta, or one of another line of weights, or of a trainer that was replaced
         header, model = each.delta.header, each.delta.model
@@ -91,7 +93,7 @@ async def find_base(manifest: Manifest, at: Anchored, deltas: AsyncIterator[Foun
         newest = Published(Point(header.chain, header.sequence), each.next_offset, header.dtype, newest.schema_hash)
         offsets = {int(name): offset for name, offset in header.offsets.items()}
         touched += [model.rows.keys.clone(), model.gone.clone()]
-    return Found(Base(newest, offsets), torch.unique(torch.cat(touched)), gone)
+    return Found(Base(newest, offsets, size=size), torch.unique(torch.cat(touched)), gone)
 
 
 async def go_on_in_place(
@@ -144,3 +146,9 @@ async def go_on_in_place(
         )
         return replace(base, in_place=False)
     return base
+
+
+def _size(delta: ModelDelta) -> int:
+    """Bytes of a delta's tensors: a little less than its records have, and more where rows are sent as float16."""
+    parts = (*delta.rows.parts().values(), delta.gone, *(delta.dense or {}).values())
+    return sum(part.nbytes for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from model.settings import ModelSettings
 from model.table_settings import TableSettings
 from state.chain_name import ChainName
 from state.registry import RegistryState
-from state.rewinds import Rewind, joined
+from state.rewinds import Rewind, Rewinds, joined
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.deltas.newest_epoch import newest_epoch
@@ -42,6 +43,7 @@ from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
 from stream.trainer.letters import LetterBox
+from stream.trainer.log_retention import LogRetention, Mark
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.past import Past
 from stream.trainer.prepare import Prepared, gate_state, place_again, prepare, topic_ids
@@ -54,6 +56,7 @@ from stream.trainer.skew import SkewCheck, load_reference
 from stream.trainer.skips import Skips
 from stream.trainer.snapshots import Publisher
 from stream.trainer.standby import Standby
+from stream.trainer.start import Start
 from stream.trainer.table_metrics import TableMetrics, table_figures
 from stream.trainer.training import Training
 from stream.trainer.worker import Parts, TrainerWorker
@@ -152,6 +155,7 @@ async def run_trainer(
             await deltas.open()
             trainer = _Trainer(
                 epoch=epoch,
+                who=who,
                 kafka=kafka,
                 settings=settings,
                 names=names,
@@ -178,6 +182,7 @@ class _Trainer:
     """Puts the worker together, and the parts that belong to its weights: at the start, and when it is sent back."""
 
     epoch: int
+    who: str
     kafka: KafkaSettings
     settings: TrainerSettings
     names: TopicNames
@@ -195,6 +200,8 @@ class _Trainer:
     canary: CanaryWatch = field(init=False)
     letters: LetterBox = field(init=False)
     chains: int = 0
+    rewinds: Rewinds = field(default_factory=Rewinds)
+    """The last that were known: they outlive the topic `snapshots`."""
 
     async def worker(self, prepared: Prepared) -> TrainerWorker:
         """The worker with all its parts."""
@@ -267,9 +274,10 @@ class _Trainer:
         judge = Judge(self.snapshots, gate_state(start, self.epoch))
         anchors = Anchors(judge, self.store, self.snapshots, self.schema, self.model, learner, self.settings.device)
         ids = topic_ids(self.cluster, self.names)
-        fields = [field.name for field in (*self.schema.singles, *self.schema.lists)]
+        if start.manifest is not None and start.manifest.rewinds is not None and self.rewinds == Rewinds():
+            self.rewinds = start.manifest.rewinds
         known = () if start.manifest is None else start.manifest.skipped
-        skips = Skips(joined(self.follower.state.rewinds.skipped, known), ids["examples"])
+        skips = Skips(joined(self._known_rewinds().skipped, known), ids["examples"])
         training = Training(
             learner,
             BatchCutter(self.model.batch_rows, prepared.positions),
@@ -281,11 +289,12 @@ class _Trainer:
             bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
             judge=judge,
             skips=skips,
-            sanity=Sanity(judge, ScoreShift(learner, fields), self.snapshots, drift=Drift(self.schema, self.snapshots)),
+            sanity=Sanity(judge, ScoreShift(learner, self.schema), self.snapshots, drift=Drift(self.schema, self.snapshots)),
             anchors=anchors,
             past=None if start.manifest is None else Past.of(start.manifest.history),
         )
         training.restore(start.bookkeeping)
+        retention = await self._retention(start, 0 if base is None else base.size)
         # The gate must know the champion's line before the first version is announced. Otherwise it would take a version of a
         # new line for one of the champion's line.
         await anchors.follow(self.follower.state, start.watermark_ms)
@@ -308,9 +317,33 @@ class _Trainer:
             },
             topic_ids=ids,
             skips=skips,
+            rewinds=partial(self._as_of, rewind, chain.name),
+            retention=retention,
             sent_back=None if rewind is None else partial(self._says_so, rewind, chain.name),
         )
         return Parts(training, publisher, judge, anchors, scores, served, calibration, lambda: learner.table, rewind)
+
+    async def _retention(self, start: Start, came_after: int) -> LogRetention:
+        """What `deltas` keeps, and how far it is from deleting what came after the version that training goes on from."""
+        age_s = 0.0 if start.manifest is None else max(time.time() - start.manifest.created_at_ms / 1_000, 0.0)
+        retention = LogRetention(newest=Mark(0, time.monotonic() - age_s), before=came_after)
+        await retention.look(self.kafka, self.names.deltas)
+        return retention
+
+    def _known_rewinds(self) -> Rewinds:
+        """The registry's, or the last that were known, if its topic is lost."""
+        found = self.follower.state.rewinds
+        if found != Rewinds():
+            self.rewinds = found
+        return self.rewinds
+
+    def _as_of(self, rewind: Rewind | None, chain: str, version: int) -> Rewinds | None:
+        """What the manifest of a version of this chain says of rewinds: the one that the chain obeys has ended before it."""
+        known = self._known_rewinds()
+        if rewind is not None:
+            now_ms = time.time_ns() // 1_000_000
+            known = known.ending(rewind.operation, up_to=version - 1, who=self.who, at_ms=now_ms, chain=chain)
+        return None if known == Rewinds() else known
 
     async def _says_so(self, rewind: Rewind, chain: str, up_to: int | None) -> None:
         """Note in the registry that the trainer has gone back."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from model.errors import SnapshotMismatch
+from model.migration import require_movable
 from model.schema import FeatureSchema
 from model.schema_change import SchemaChange
+from model.settings import ModelSettings
 from state.errors import SnapshotCorrupt
 from state.manifest import Manifest
 
@@ -21,9 +23,14 @@ def schema_change(manifest: Manifest, schema: FeatureSchema) -> SchemaChange:
         return SchemaChange.between(schema, schema)
     try:
         before = FeatureSchema.model_validate(manifest.features)
+        settings = ModelSettings.of_version(manifest.model)
     except ValueError as error:
-        raise SnapshotMismatch(f"features: expected a schema that this release knows, found another: {error}") from error
-    return SchemaChange.between(before, schema)
+        raise SnapshotMismatch(
+            f"features, model: expected a schema and settings that this release knows, found others: {error}"
+        ) from error
+    change = SchemaChange.between(before, schema)
+    require_movable(change, settings)
+    return change
 
 
 def comparable(manifest: Manifest, schema: FeatureSchema) -> SchemaChange:

@@ -11,7 +11,6 @@ live weights score the same requests again. The shift is the mean absolute diffe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +20,9 @@ import torch
 
 from model.batch import FeatureBatch, Float32Array
 from model.errors import ModelError
-from stream.trainer.batching import TrainingBatch
+from model.schema import FeatureSchema
 from stream.trainer.bookkeeping import State, from_json, to_json
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.logits import logits
 
 __all__ = ["HELD", "ScoreShift", "Scores"]
@@ -61,20 +61,18 @@ class _Set:
 class ScoreShift:
     """Holds requests and scores them again. For the training thread; as a part of the bookkeeping it is saved with versions.
 
-    shift = ScoreShift(learner)
+    shift = ScoreShift(learner, schema)
     shift.observe(batch)            # all batches
     found = shift.measure()         # before a delta leaves; None while nothing is held
     shift.served(watermark_ms)      # after it has left
     shift.forget()                  # when the live weights are served whatever the shift is
 
     Args:
-        fields: names of the fields that requests have: single-valued ones, then lists. Requests that were saved with other
-            fields aren't held again, since the model can't read them.
+        schema: of the requests. Saved ones of another schema are not restored; None: the caller never has any.
     """
 
-    def __init__(self, learner: Scores, fields: Sequence[str] | None = None) -> None:
-        self._learner = learner
-        self._fields = None if fields is None else list(fields)
+    def __init__(self, learner: Scores, schema: FeatureSchema | None = None) -> None:
+        self._learner, self._schema = learner, schema
         self._recent: deque[FeatureBatch] = deque(maxlen=HELD)
         self._sets: list[_Set] = []  # the older one first
         self.last: float | None = None
@@ -82,7 +80,7 @@ class ScoreShift:
         self.usual = 0.0
         """What it finds usually: the mean over the last hundred deltas or so that left."""
 
-    def observe(self, batch: TrainingBatch, scores: Float32Array) -> None:
+    def observe(self, batch: ExampleColumns, scores: Float32Array) -> None:
         """Take up one request of a batch, by the hash of its id."""
         if len(batch):
             self._recent.append(batch.batch.take([int(batch.id_hashes.argmin())]))
@@ -117,8 +115,10 @@ class ScoreShift:
         self._sets = []
 
     def state(self) -> State:
-        """The sets that are held, and the usual shift."""
-        found: dict[str, torch.Tensor] = {"usual": to_json(self.usual), "fields": to_json(self._fields)}
+        """The sets that are held, the schema of their features, and the usual shift."""
+        found: dict[str, torch.Tensor] = {"usual": to_json(self.usual)}
+        if self._schema is not None:
+            found["schema"] = to_json(self._schema.fingerprint())
         for number, each in enumerate(self._sets):
             at = {"examples": each.examples, "lists": each.batch.lists}
             found[f"{number}.at"] = to_json(at)
@@ -132,23 +132,20 @@ class ScoreShift:
         return found
 
     def restore(self, state: State) -> None:
-        """Go on from what `state` gave. Raises ModelError for an unknown layout."""
-        sets = []
+        """Go on from what `state` gave. Raises ModelError for an unknown layout, or features of another schema."""
+        sets, schema = [], self._schema
+        if schema is not None and "schema" in state and from_json(state["schema"], str) != schema.fingerprint():
+            raise ModelError("saved requests: expected features of this schema, found others")
         for number in range(2):
             own = {name.removeprefix(f"{number}."): each for name, each in state.items() if name.startswith(f"{number}.")}
             if own:
                 sets.append(_restored(own))
+                batch = sets[-1].batch
+                # Older releases saved no schema.
+                if schema and (batch.keys.shape[1], batch.lists) != (len(schema.singles), len(schema.lists)):
+                    raise ModelError("saved requests: expected features of this schema, found others")
         self.usual = from_json(state.get("usual"), float)
-        fields = from_json(state["fields"], list[str] | None) if "fields" in state else None
-        self._sets = sets if self._fit(fields, sets) else []
-
-    def _fit(self, fields: list[str] | None, sets: list[_Set]) -> bool:
-        """Whether saved requests have the fields of the model. Versions of older releases say only how many they have."""
-        if self._fields is None:
-            return True
-        if fields is not None:
-            return fields == self._fields
-        return all(each.batch.keys.shape[1] + each.batch.lists == len(self._fields) for each in sets)
+        self._sets = sets
 
 
 def _restored(own: State) -> _Set:

@@ -31,8 +31,8 @@ from state.store import SnapshotStore
 from stream.errors import NoAnswer, RegistryError
 from stream.registry.checking import check_store
 from stream.registry.writer import RegistryWriter
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.bookkeeping import State, from_json, to_json
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import counts
 from stream.trainer.metrics import TrainerMetrics
 
@@ -84,7 +84,7 @@ class ServedWatch:
                 self._rows, self._waiting, self._clicks = [], 0, 0
                 self._band.begin_again(decided)
 
-    def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
+    def observe(self, batch: ExampleColumns, scores: npt.NDArray[np.float32]) -> None:
         """Take the examples of a batch that carry the score that they were shown with."""
         there = np.isfinite(batch.served)
         if self._settings.auto_rollback == "off" or not there.any():

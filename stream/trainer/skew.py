@@ -39,7 +39,7 @@ from model.settings import ModelSettings
 from state.errors import SnapshotCorrupt, SnapshotError
 from state.registry import VersionRecord
 from state.store import SnapshotStore
-from stream.trainer.batching import TrainingBatch
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.schemas import comparable
 
@@ -132,7 +132,7 @@ class SkewCheck:
         self._compared: deque[_Compared] = deque()
         self._reported = False
 
-    def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
+    def observe(self, batch: ExampleColumns, scores: npt.NDArray[np.float32]) -> None:
         """Take a few rows that carry the score of a version, to be compared later."""
         now_s = time.monotonic()
         self._allowed = min(self._allowed + (now_s - self._since_s) * ROWS_S, 2.0 * ROWS_S)
@@ -154,7 +154,7 @@ class SkewCheck:
             while self._rows > MAX_WAITING:
                 self._rows -= len(self._waiting.popleft().served)
 
-    def _versions_that_scored(self, batch: TrainingBatch, there: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    def _versions_that_scored(self, batch: ExampleColumns, there: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
         """The version whose weights gave each score, int64 (B,); -1 where there is none, and where `there` (B,) is False."""
         found = np.full(len(batch), -1, np.int64)
         answers, which = np.unique(np.stack((batch.versions[there], batch.deltas[there]), 1), axis=0, return_inverse=True)

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from state.rewinds import SkippedRange, begun
-from stream.trainer.examples import DecodedRun, Int64Array
+from stream.trainer.columns import Int64Array
+from stream.trainer.examples import DecodedRun
 
 __all__ = ["Skips"]
 

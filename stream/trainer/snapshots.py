@@ -14,6 +14,7 @@ from model.settings import ModelSettings
 from state.changes import Announcement
 from state.errors import Refused, SnapshotError
 from state.manifest import Manifest
+from state.rewinds import Rewinds
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import Fenced, NoAnswer, RegistryError
@@ -21,6 +22,7 @@ from stream.trainer.captured import CapturedDelta, CapturedVersion
 from stream.trainer.chain import Chain, Published
 from stream.trainer.evaluation import manifest_metrics
 from stream.trainer.letters import LetterBox
+from stream.trainer.log_retention import LogRetention, Mark
 from stream.trainer.manifests import new_manifest, write_captured
 from stream.trainer.metrics import TrainerMetrics
 from stream.trainer.skips import Skips
@@ -83,6 +85,8 @@ class Publisher:
 
     Args:
         skips: what is left out of the log, which manifests say.
+        rewinds: what the manifest of a version says of rewinds; called in a thread.
+        retention: says when a version is due lest Kafka deletes deltas that came after the newest one.
         sent_back: the trainer was sent back, and says by this that its new chain has begun. None: it wasn't.
     """
 
@@ -102,11 +106,15 @@ class Publisher:
         more_metrics: Callable[[], Mapping[str, float]] = dict,
         topic_ids: Mapping[str, str] | None = None,
         skips: Skips | None = None,
+        rewinds: Callable[[int], Rewinds | None] = lambda version: None,
+        retention: LogRetention | None = None,
         sent_back: SentBack | None = None,
     ) -> None:
         self._store, self._registry, self._chain, self._letters = store, registry, chain, letters
         self._settings, self._schema, self._model, self._epoch, self._metrics = settings, schema, model, epoch, metrics
         self._more_metrics, self._skips, self._sent_back = more_metrics, skips or Skips(()), sent_back
+        self._rewinds, self.retention = rewinds, retention or LogRetention()
+        self._captured_at = self._written_at = Mark(0, 0.0)
         self._parent = start.version
         self._last_number = start.newest
         self._announced = self._written = self._sent = self._dense_sent = start.examples_seen
@@ -124,7 +132,8 @@ class Publisher:
         """Publish until `close`.
 
         A delta leaves every `delta_interval_ms`, with the dense weights when `dense_interval_ms` have passed. A version leaves
-        every `interval_ms` in which at least `min_examples` were trained; the first versions of a new model come sooner.
+        every `interval_ms` in which at least `min_examples` were trained; the first versions of a new model come sooner. One
+        also leaves when Kafka will soon delete deltas after the newest one.
 
         Raises:
             Fenced: another trainer has taken over.
@@ -152,7 +161,10 @@ class Publisher:
                     await between_batches(Training.caught_up)
                 if self._unannounced is not None and writing is None:
                     writing = asyncio.create_task(self._announce_later())
-                elif writing is None and now_s >= due_version_s and self._has_news(training.examples_seen):
+                elif writing is None and (
+                    (now_s >= due_version_s and self._has_news(training.examples_seen))
+                    or (self.retention.is_due(now_s) and not training.withheld)
+                ):
                     self._interval_s = min(self._interval_s * INTERVAL_GROWTH, self._settings.interval_ms / 1000)
                     due_version_s, due_delta_s = now_s + self._interval_s, now_s + delta_s
                     due_dense_s = now_s + dense_s
@@ -210,6 +222,7 @@ class Publisher:
                 self._metrics.deltas.labels("failed").inc()
                 log.error("a delta isn't written, it is published again; training goes on: %s", error)
                 await asyncio.sleep(SEND_AGAIN_S)
+        self.retention.sent(sent.size)
         self._sent = captured.position.examples_seen
         if captured.delta.dense is not None:
             self._dense_sent = self._sent
@@ -240,22 +253,24 @@ class Publisher:
         """Bring scorers to a version's weights by the log, and return the point; None for a version that is none."""
         if not captured.on_chain:
             return None
+        if captured.delta is not None and not self._chain.begins_with_a_version:
+            await self.publish_delta(captured.delta)
+        self._captured_at = self.retention.tried(time.monotonic())
         if self._chain.begins_with_a_version:
             self._sent = self._dense_sent = captured.position.examples_seen
             return self._chain.begin()
-        if captured.delta is not None:
-            await self.publish_delta(captured.delta)
         return self._chain.published
 
     async def _finish(self, captured: CapturedVersion, point: Published | None) -> Announcement | None:
         """Write a version and announce it."""
+        captured_at = self._captured_at
         try:
             if self._unannounced is not None and await self._announce() is None and self._unannounced is not None:
                 return None
             await self._letters.written_up_to(captured.position.letters)
             began = time.perf_counter()
             self._unannounced = await asyncio.to_thread(self._write, captured, point)
-            self._written = captured.position.examples_seen
+            self._written, self._written_at = captured.position.examples_seen, captured_at
             self._metrics.snapshot_seconds.labels("write").observe(time.perf_counter() - began)
         except SnapshotError as error:
             self._metrics.snapshots.labels("failed").inc()
@@ -266,7 +281,9 @@ class Publisher:
         return await self._announce()
 
     def _has_news(self, examples_seen: int) -> bool:
-        return examples_seen - self._written >= self._settings.min_examples
+        # Scorers get nothing of a chain that begins with a version until that one comes, however few examples there are.
+        least = 1 if self._parent is not None and self._chain.begins_with_a_version else self._settings.min_examples
+        return examples_seen - self._written >= least
 
     async def _announce_later(self) -> Announcement | None:
         """Announce the version that is written, after a wait."""
@@ -296,6 +313,8 @@ class Publisher:
         self._unannounced = None
         self._metrics.snapshot_seconds.labels("announce").observe(time.perf_counter() - began)
         self._parent, self._announced = manifest.version, manifest.examples_seen
+        if manifest.sequence is not None:
+            self.retention.announced(self._written_at)
         await self._has_gone_back(manifest.version)
         self._metrics.announced(manifest, promoted=announcement.promoted)
         log.info("version %d, %d examples: %s", manifest.version, manifest.examples_seen, announcement.reason)
@@ -315,6 +334,7 @@ class Publisher:
             metrics={**manifest_metrics(report), **self._more_metrics()},
             topic_ids=self._topic_ids,
             skipped=self._skips.begun(captured.position.offsets),
+            rewinds=self._rewinds(self._last_number),
             history=self._history,
             row_precision=self._settings.row_precision,
             schema=self._schema,

@@ -18,9 +18,10 @@ from model.rows import ModelDelta
 from state.gate_report import GateReport
 from stream.records.dead_letter import DeadLetter
 from stream.trainer.arrivals import ArrivalSample
-from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.batching import BatchCutter
 from stream.trainer.bookkeeping import Bookkeeping, bookkeeping_state, restore_bookkeeping
 from stream.trainer.captured import CapturedDelta, CapturedVersion, Position
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Judge
@@ -72,7 +73,7 @@ class KeepsAnchors(Protocol):
 class Observer(Protocol):
     """Gets every batch that was learned."""
 
-    def observe(self, batch: TrainingBatch, scores: npt.NDArray[np.float32]) -> None:
+    def observe(self, batch: ExampleColumns, scores: npt.NDArray[np.float32]) -> None:
         """Called once a batch, in the training thread, right after the update.
 
         Args:
@@ -199,7 +200,7 @@ class Training:
         letters, self._set_aside = self._set_aside, []
         return letters
 
-    def _learn(self, batch: TrainingBatch) -> None:
+    def _learn(self, batch: ExampleColumns) -> None:
         before = len(self._set_aside)
         if not self._learner.examples_seen:
             self._learner.negative_rate = _first_rate(batch)
@@ -211,7 +212,7 @@ class Training:
             where = ", ".join(f"{letter.topic} partition {letter.partition} offset {letter.offset}" for letter in letters)
             log.error("an update of %d examples was not finite; set aside, the others are learned: %s", len(batch), where)
 
-    def _learn_or_halve(self, batch: TrainingBatch) -> None:
+    def _learn_or_halve(self, batch: ExampleColumns) -> None:
         """Learn a batch. If its update isn't finite, learn its halves, and set aside examples that fail alone."""
         began = time.perf_counter()
         try:
@@ -231,7 +232,7 @@ class Training:
         self.watermark_ms = max(self.watermark_ms, int(batch.reached_ms.max()))
         self._metrics.learned(batch, time.perf_counter() - began)
 
-    def _weights(self, batch: TrainingBatch) -> npt.NDArray[np.float32] | None:
+    def _weights(self, batch: ExampleColumns) -> npt.NDArray[np.float32] | None:
         """The weight of each example's loss, so that negatives count at the model's own rate; None when all weights are 1.
 
         The label that a correction takes back is counted at the model's own rate already (`model.slopes`).
@@ -342,7 +343,7 @@ class Training:
         )
 
 
-def _first_rate(batch: TrainingBatch) -> float:
+def _first_rate(batch: ExampleColumns) -> float:
     """The sampling rate in the first example that is no correction, else in the first correction."""
     if batch.rates is None:
         return 1.0

@@ -276,9 +276,10 @@ class TrainerWorker(Worker):
         await act_on_alarm(self._served, state, self._registry, self._store, self._snapshots, self._metrics)
 
     async def _collect(self) -> None:
-        """Delete versions that nothing needs any more, from time to time."""
+        """Delete versions that nothing needs any more, from time to time, and look how long Kafka keeps deltas."""
         while True:
             await asyncio.sleep(COLLECT_S)
+            await self._publisher.retention.look(self._kafka, self._names.deltas)
             try:
                 done = await collect_by_itself(self._kafka, self._names, self._registry, self._store, self._snapshots)
                 if done.versions:

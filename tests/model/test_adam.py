@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 
-from model.adam import Adam
+from model.adam import Adam, Rate
 
 
 def test_equals_torch_optim_bit_for_bit() -> None:
@@ -23,6 +24,32 @@ def test_equals_torch_optim_bit_for_bit() -> None:
         adam.step()
         reference.step()
         assert torch.equal(ours, theirs.detach())
+
+
+def test_a_part_has_a_step_size_of_its_own() -> None:
+    torch.manual_seed(0)
+    ours = torch.randn(300)
+    theirs = [torch.nn.Parameter(part.clone()) for part in (ours[:100], ours[100:250], ours[250:])]
+    gradients = torch.empty(300)
+    adam = Adam(ours, gradients, 5e-4, Rate(slice(100, 250), 1e-2))
+    groups = [{"params": [theirs[0], theirs[2]], "lr": 5e-4}, {"params": [theirs[1]], "lr": 1e-2}]
+    reference = torch.optim.Adam(groups, fused=True)
+    for _ in range(20):
+        gradients.normal_()
+        for each, part in zip(theirs, gradients.split((100, 150, 50)), strict=True):
+            each.grad = part.clone()
+        adam.step()
+        reference.step()
+    torch.testing.assert_close(ours, torch.cat(theirs).detach())
+    assert adam.state()["exp_avg"].shape == (300,)
+
+
+@pytest.mark.parametrize("part", [slice(0, 0), slice(0, 9)], ids=["none", "all"])
+def test_a_part_may_be_nothing_or_all(part: slice) -> None:
+    one, two, gradients = torch.ones(9), torch.ones(9), torch.ones(9)
+    Adam(one, gradients, 1e-3, Rate(part, 1e-2)).step()
+    Adam(two, gradients, 1e-2 if part.stop else 1e-3).step()
+    assert torch.equal(one, two)
 
 
 def test_state_restores() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,9 @@ def _spec(**parts: Any) -> FieldSpec:
         ({"name": "p", "serve_as": True}, "found true or false"),
         ({"name": "p", "serve_as": 1.5}, "expected serve_as to be a string or an integer, found 1.5"),
         ({"name": "p", "kind": "numeric", "serve_as": "1"}, "expected serve_as to be a finite number"),
+        ({"name": "p", "kind": "numeric", "serve_as": 10**400}, "expected serve_as to be a finite number"),
+        ({"name": "p", "kind": "numeric", "serve_as": 1 << 64}, "expected serve_as to be a finite number"),
+        ({"name": "p", "kind": "numeric", "buckets": "linear", "width": math.inf}, "should be a finite number"),
         ({"name": "p", "kind": "list", "serve_as": "a"}, "expected serve_as to be a list of strings"),
         ({"name": "p", "kind": "weekday", "serve_as": 7}, "expected serve_as to be a whole number from 0 to 6"),
     ],

@@ -146,6 +146,33 @@ def test_a_correction_reads_the_counts_without_what_its_first_label_has_added(la
     assert counted(learner) == (5.0, 3.0 - label)
 
 
+def test_a_key_that_an_example_has_several_times_is_taken_back_as_often() -> None:
+    """Else its count would show which examples are corrections."""
+    schema = FeatureSchema(
+        fields=(
+            FieldSpec(name="item"),
+            FieldSpec(name="last", space="item"),
+            FieldSpec(name="seen", kind="list", space="item"),
+        ),
+        embedding_dim=2,
+    )
+    learner = learner_of(schema)
+    assert learner._history is not None
+    example = FeatureBatch(np.array([[5, 5]]), np.array([5, 6, 5]), np.array([0, 3]), lists=1)
+    learner.learn(example, np.array([1.0]))
+    before = counts_of(learner)
+    assert before == {5: (4.0, 4.0), 6: (1.0, 1.0)}
+    learner.learn(example, np.array([0.0]))
+    elements = to_elements(example, schema, learner.device)
+    gathered = learner._table.gather(learner._table.keys.lookup(elements.keys))
+    one = torch.ones(1)
+    read = [learner._history.read(elements, gathered, one, None, back, 1.0) for back in (one.bool(), None)]
+    own, shared = row_numbers(torch.tensor([before[5], before[6]]), learner._history.base)
+    expected = torch.cat((own, own, (2 * own + shared) / 3))
+    torch.testing.assert_close(read[0][0], expected)
+    assert not torch.allclose(read[1][0], expected), "a first label of such an example reads all counts"
+
+
 def test_a_key_without_a_row_reads_nothing_and_counts_nothing() -> None:
     learner = learner_of(ONE_FIELD)
     learner.learn(column(5, 5, 8), np.array([1.0, 0.0, 0.0]))

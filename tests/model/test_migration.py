@@ -57,8 +57,8 @@ def examples(schema: FeatureSchema, seed: int = 1) -> tuple[FeatureBatch, Float3
     return decoded.batch, (random.random(ROWS) < 0.4).astype(np.float32)
 
 
-def trained(schema: FeatureSchema, steps: int = 4) -> Learner:
-    learner = Learner(schema, SETTINGS, device="cpu")
+def trained(schema: FeatureSchema, steps: int = 4, settings: ModelSettings = SETTINGS) -> Learner:
+    learner = Learner(schema, settings, device="cpu")
     for step in range(steps):
         learner.learn(*examples(schema, step))
     return learner
@@ -66,9 +66,10 @@ def trained(schema: FeatureSchema, steps: int = 4) -> Learner:
 
 def gone_on(learner: Learner, schema: FeatureSchema) -> Learner:
     change = SchemaChange.between(learner.schema, schema)
-    moved = Learner(schema, SETTINGS, device="cpu")
+    settings = learner.settings
+    moved = Learner(schema, settings, device="cpu")
     moved.restore(
-        moved_dense(change, learner.serving_state(), SETTINGS), moved_trainer(change, learner.trainer_state(), SETTINGS)
+        moved_dense(change, learner.serving_state(), settings), moved_trainer(change, learner.trainer_state(), settings)
     )
     return moved
 
@@ -84,6 +85,17 @@ def test_more_fields_in_another_order_change_no_score_and_no_row() -> None:
     assert SchemaChange.between(BEFORE, MORE).keeps_scores
 
 
+@pytest.mark.parametrize("dim", [1, 2, 3])
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("model", [{"name": "lr"}, {"name": "fm"}, {"name": "deepfm"}, {"name": "lr", "cross_layers": 1}])
+def test_embeddings_may_be_as_narrow_as_what_fields_have_besides(model: dict[str, Any], history: bool, dim: int) -> None:
+    settings = ModelSettings(**model, row_history=history, hidden=(8,), init_std=0.2, dense_learning_rate=0.01)
+    schemas = [FeatureSchema(fields=fields, embedding_dim=dim) for fields in ((USER, TAGS, PRICE), (PRICE, ITEM, TAGS, USER))]
+    learner = trained(schemas[0], 8, settings)
+    moved = gone_on(learner, schemas[1])
+    np.testing.assert_allclose(moved.predict(examples(schemas[1])[0]), learner.predict(examples(schemas[0])[0]), rtol=1e-5)
+
+
 def test_what_fields_had_of_the_optimizer_goes_with_them() -> None:
     """Where new fields have constant rows of zero, both models make the same steps."""
     learner = trained(BEFORE)
@@ -92,6 +104,16 @@ def test_what_fields_had_of_the_optimizer_goes_with_them() -> None:
     for step in range(4, 8):
         expected, found = learner.learn(*examples(BEFORE, step)), moved.learn(*examples(schema, step))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_what_is_served_may_change_in_every_model() -> None:
+    """PNN reads pairs of fields, which can't be moved; but nothing has to be."""
+    settings = ModelSettings(name="pnn", hidden=(8,), init_std=0.2)
+    learner = trained(BEFORE, settings=settings)
+    schema = BEFORE.model_copy(update={"fields": (FieldSpec(name="user", serve_as="nobody"), *BEFORE.fields[1:])})
+    np.testing.assert_array_equal(gone_on(learner, schema).predict(examples(schema)[0]), learner.predict(examples(BEFORE)[0]))
+    with pytest.raises(SnapshotMismatch, match="can't go on with other fields"):
+        gone_on(learner, BEFORE.model_copy(update={"fields": BEFORE.fields[::-1]}))
 
 
 def test_a_new_field_is_learned() -> None:
@@ -160,4 +182,6 @@ def test_what_changes_is_said_field_by_field() -> None:
     assert not change.serves_alike
     other_order = BEFORE.model_copy(update={"fields": BEFORE.fields[::-1]})
     assert SchemaChange.between(BEFORE, other_order).explained() == ["the fields are in another order"]
+    elsewhere = BEFORE.model_copy(update={"timezone": "Asia/Tokyo"})  # there is no hour
+    assert SchemaChange.between(BEFORE, elsewhere).explained() == ["a setting has changed that no field reads"]
     assert SchemaChange.between(BEFORE, BEFORE).is_none

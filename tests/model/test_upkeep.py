@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.batch import FeatureBatch
-from model.errors import SnapshotMismatch
+from model.errors import SnapshotMismatch, UpdateNotFinite
+from model.features import FeatureDecoder
 from model.learner import Learner
 from model.predictor import Predictor
 from model.schema import FeatureSchema, FieldSpec
 from model.table_settings import TableSettings
+from tests.model.made_features import impression
 from tests.model.test_learner import SCHEMA, SETTINGS, assert_same, snapshot
 from tests.model.test_learner_state import BATCH, LABELS
 
@@ -57,6 +59,37 @@ def test_a_value_gets_a_row_with_the_impression_that_the_setting_names() -> None
     (users, items) = learner.table.fields
     assert (users.field, users.rows, users.admitted, users.refused) == ("user", 1, 1, 6)
     assert (items.field, items.rows, items.admitted, items.refused) == ("item", 1, 1, 7)
+
+
+def test_values_of_crosses_get_rows_later_than_others() -> None:
+    cross = FieldSpec(name="both", kind="cross", of=("user", "item"))
+    schema = FeatureSchema(fields=(*PLAIN.fields, cross), embedding_dim=4)
+    learner = learner_of(schema, admit_crosses_after=3)
+
+    def show_crosses(keys: list[list[int]]) -> None:
+        learner.learn(FeatureBatch(np.array(keys), np.empty(0, np.int64), np.zeros(1, np.int64), lists=0), [1.0] * len(keys))
+
+    show_crosses([[1, 100, 7], [2, 100, 8]])
+    assert keys_of(learner) == {1, 2, 100}
+    show_crosses([[1, 100, 7], [1, 100, 7], [2, 100, 8]])
+    assert keys_of(learner) == {1, 2, 100, 7}
+    assert [each.refused for each in learner.table.fields] == [0, 0, 3]
+    show_crosses([[8, 101, 8]])  # a key that occurs as two fields gets its row as the one that admits it first
+    assert keys_of(learner) == {1, 2, 100, 101, 7, 8}
+
+
+def test_a_batch_that_could_not_be_learned_is_no_impression() -> None:
+    """Training learns its halves, and their halves, so its values come again and again."""
+    learner = learner_of(admit_after=3)
+    batch = batch_of([1, 2], [101, 102])
+    for _ in range(3):
+        with pytest.raises(UpdateNotFinite):
+            learner.learn(batch, np.ones(2), np.full(2, 1e30))
+    for _ in range(2):
+        show(learner, [1, 2], [101, 102])
+    assert learner.rows == 0
+    show(learner, [1, 2], [101, 102])
+    assert learner.rows == 4
 
 
 def test_a_value_without_a_row_reads_the_average_and_its_label_changes_only_what_all_share() -> None:
@@ -242,6 +275,16 @@ def test_counts_follow_the_names_of_fields() -> None:
     after._upkeep.restore({name.removeprefix("upkeep."): value for name, value in parts if name.startswith("upkeep.")})
     found = [(each.field, each.rows, each.admitted) for each in after.table.fields]
     assert found == [("user", 2, 2), ("new", 0, 0), ("item", 1, 1)]
+
+
+def test_a_cross_with_a_list_is_counted_under_its_own_name() -> None:
+    """Batches have it among the lists, whatever comes after it in the schema."""
+    a, tags = FieldSpec(name="a"), FieldSpec(name="tags", kind="list")
+    schema = FeatureSchema(fields=(a, FieldSpec(name="x", kind="cross", of=("a", "tags")), tags, FieldSpec(name="b")))
+    learner = learner_of(schema)
+    events = [impression({"a": "a", "tags": ["s", "t", "u"], "b": each}) for each in ("v", "w")]
+    learner.learn(FeatureDecoder(schema).impressions(events).batch, np.ones(2))
+    assert {each.field: each.rows for each in learner.table.fields} == {"a": 1, "b": 2, "tags": 3, "x": 3}
 
 
 def test_a_damaged_list_of_free_rows_is_rejected() -> None:

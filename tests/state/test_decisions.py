@@ -203,3 +203,17 @@ def test_an_epoch_is_above_the_registrys_and_above_what_the_log_of_deltas_has_se
         assert change.outcome == epoch
         for key, record in change.records:
             assert state.apply(key.encode(), encode_record(record), 0) is None
+
+
+def test_a_rollback_that_is_asked_for_again_changes_nothing_and_goes_no_further() -> None:
+    """An operator whose answer was lost, or whose scorers didn't all confirm, runs the command with --to again."""
+    log = a_log(5, good=(1, 3))
+    log.rollback(to=3)
+    assert decisions.rollback_target(log.state, to=3, now_ms=0) == 3
+    again = decisions.rollback(log.state, 3, log.cause("again"))
+    assert again.records == ()
+    assert (again.outcome.version, again.outcome.previous, again.outcome.held, again.outcome.undo) == (3, 5, True, None)
+    # A version that is champion for another reason was not put back.
+    log.run("headrace snapshot promote 4 --reason better --hold sale")
+    with pytest.raises(Refused, match="rollback to version 4: expected one older than the champion, 4"):
+        decisions.rollback_target(log.state, to=4, now_ms=0)

@@ -69,8 +69,7 @@ def test_a_chain_that_begins_with_a_version_keeps_that_one() -> None:
 def test_the_champion_is_gone_back_to_after_a_rollback_and_one_request_replaces_another() -> None:
     log = a_log(5)
     log.rollback(to=4)
-    with pytest.raises(Refused, match="expected one older than the champion, 4"):
-        decisions.rollback(log.state, 4, log.cause())
+    assert decisions.rollback(log.state, 4, log.cause()).records == (), "it was put back already"
     assert decisions.rollback_target(log.state, to=4, now_ms=log.now_ms, or_champion=True) == 4
     moves = len(log.state.champion.moves)
     first = send_back(log, 4)
@@ -162,3 +161,52 @@ def test_older_readers_ignore_the_record_and_newer_manifests() -> None:
     manifest = Manifest.decode(Manifest(version=3, skipped=skipped).encode(), where="here")
     assert manifest.skipped == skipped == VersionRecord.of(manifest, now_ms=0, who="t", gate="").skipped
     assert Manifest.decode(b'{"version": 3}', where="here").skipped == ()
+
+
+def test_a_registry_made_again_knows_what_was_left_and_what_is_left_out_ahead() -> None:
+    """The topic is lost before training has come to the range that is left out."""
+    log = a_log(5, good=(2,))
+    ahead = SkippedRange(partition=0, first=5_000, to=6_000)
+    operation = send_back(log, 3, ahead)
+    done(log, operation)
+    before = log.state
+    versions = {
+        4: Manifest(version=4, epoch=1, created_at_ms=40),  # of the line that was left
+        6: Manifest(version=6, epoch=1, created_at_ms=60, offsets={"0": 100}, rewinds=before.rewinds),
+        7: Manifest(version=7, epoch=2, created_at_ms=70),  # by a trainer of an older release, which says nothing
+    }
+    lost = Log()
+    lost.write(upkeep.reindex(lost.state, versions, lost.cause("topic lost"), champion=6))
+    assert lost.state.rewinds == before.rewinds
+    assert [(each.first, each.to) for each in lost.state.rewinds.skipped] == [(5_000, 6_000)]
+    assert lost.state.rewinds.left(4) and not lost.state.rewinds.left(6)
+    assert lost.state.champion.was_rolled_back(4) and not lost.state.champion.was_rolled_back(6)
+    # One that isn't lost knows better.
+    log.write(upkeep.reindex(log.state, {1: Manifest(version=1, created_at_ms=1, rewinds=Rewinds())}, log.cause()))
+    assert log.state.rewinds == before.rewinds
+
+
+def test_a_rewind_that_nobody_had_done_is_done_after_the_registry_was_made_again() -> None:
+    log = a_log(5)
+    send_back(log, 3, SkippedRange(partition=0, first=10, to=20))
+    under_way = Manifest(version=6, epoch=1, created_at_ms=60, rewinds=log.state.rewinds)
+    lost = Log()
+    kept = Manifest(version=3, epoch=1, created_at_ms=30, skipped=(SkippedRange(partition=0, first=1, to=2),))
+    lost.write(upkeep.reindex(lost.state, {3: kept, 6: under_way}, lost.cause("topic lost"), champion=3))
+    pending = lost.state.rewinds.pending
+    assert pending is not None and pending.version == 3 and lost.state.newest_to_start_from == 3
+    assert [(each.first, each.to) for each in lost.state.rewinds.skipped] == [(1, 2), (10, 20)]
+
+
+def test_a_rewind_that_is_asked_for_again_is_the_same_one_until_it_is_done() -> None:
+    log = a_log(5)
+    ranges = (SkippedRange(partition=0, first=10, to=20, topic_id="T"),)
+    operation = send_back(log, 3, *ranges)
+    again = decisions.rollback(log.state, 3, log.cause("again"), rewind=True, skipped=ranges)
+    assert (again.records, again.outcome.rewind) == ((), operation)
+    more = (*ranges, SkippedRange(partition=0, first=20, to=30, topic_id="T"))
+    other = decisions.rollback(log.state, 3, log.cause("more"), rewind=True, skipped=more)
+    assert other.records and other.outcome.rewind != operation, "it leaves out more"
+    done(log, operation)
+    once_more = decisions.rollback(log.state, 3, log.cause("once more"), rewind=True, skipped=ranges)
+    assert once_more.records and once_more.outcome.rewind != operation, "the trainer has learned since then"

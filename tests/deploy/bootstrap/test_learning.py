@@ -122,6 +122,21 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path) 
         assert torch.equal(tensor, weights(again)[name]), name
 
 
+@pytest.mark.parametrize("file", ["serving-*", "trainer-*", "trainer.*", "dense*"])
+def test_where_every_checkpoint_is_damaged_it_begins_again(tmp_path: Path, file: str) -> None:
+    source = log(tmp_path, limit=200)
+    whole = run_of(source, tmp_path)
+    assert whole.learn()
+    (only,) = (each for each in (tmp_path / "one").iterdir() if each.is_dir())
+    part = next(only.glob(file))
+    part.write_bytes(bytes(reversed(part.read_bytes())))
+    again = run_of(source, tmp_path)
+    assert again.resumed_at == 0
+    assert again.learn()
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(again)[name]), name
+
+
 def test_what_the_model_would_reject_is_an_error_that_names_it(tmp_path: Path) -> None:
     source = log(tmp_path)
     assert source.path is not None

@@ -12,6 +12,7 @@ from deploy.datasets import Columns
 from deploy.errors import DataSetError
 from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
+from model.table_settings import TableSettings
 from tests.deploy.made_up import MadeUp
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="u"), FieldSpec(name="item")))
@@ -54,11 +55,12 @@ def test_a_request_is_the_same_while_nothing_that_matters_has_changed(tmp_path: 
     file = tmp_path / "log.jsonl"
     file.write_text('{"timestamp":1,"clicked":0,"u":"a"}\n')
 
-    def of(model: ModelSettings = MODEL, **changed: object) -> str:
-        return fingerprint(Source(**{"name": "jsonl", "schema": SCHEMA, "window_ms": 100, "path": file, **changed}), model)  # type: ignore[arg-type]
+    def of(model: ModelSettings = MODEL, table: TableSettings | None = None, **changed: object) -> str:
+        source = Source(**{"name": "jsonl", "schema": SCHEMA, "window_ms": 100, "path": file, **changed})  # type: ignore[arg-type]
+        return fingerprint(source, model, table)
 
     found = of()
-    assert of() == found
+    assert of() == found == of(table=TableSettings())
     others = {
         of(window_ms=101),
         of(seed=1),
@@ -67,7 +69,9 @@ def test_a_request_is_the_same_while_nothing_that_matters_has_changed(tmp_path: 
         of(columns=Columns(drop=frozenset(("u",)))),
         of(schema=FeatureSchema(fields=(FieldSpec(name="u"),))),
         of(model=MODEL.model_copy(update={"batch_rows": 32})),
+        of(table=TableSettings(admit_after=2)),
+        of(table=TableSettings(max_rows=2)),
     }
     os.utime(file, ns=(1, 1))
     others.add(of())
-    assert len(others) == 8 and found not in others
+    assert len(others) == 10 and found not in others

@@ -6,6 +6,7 @@ import asyncio
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,10 +68,11 @@ def scorer(settings: Settings, worker: str, *, deaf: bool = False) -> Iterator[N
         sender = HeartbeatSender(settings.kafka, names, worker=worker, host="h1")
         await sender.start()
         await reader.start()
-        sent = None
+        sent, sent_s = None, 0.0
         while not stop.is_set():
             now = (reader.state.champion.version, reader.position)
-            if now != sent and not (deaf and sent):
+            if (now != sent or time.monotonic() - sent_s > 0.5) and not (deaf and sent):
+                sent_s = time.monotonic()
                 await sender.send(now[0] or -1, 0, now[1])
                 sent = now
                 ready.set()
@@ -223,6 +225,25 @@ def test_rollback_that_someone_does_not_confirm(run: Run, three: Settings) -> No
     assert [each["worker"] for each in ran.json["unconfirmed"]] == ["deaf"]
     assert "scorer deaf on h1: expected version 2 within 700 ms, found version 3 at registry offset " in ran.err
     assert "The rollback stands; look at that scorer's log, or stop it." in ran.err
+
+
+def test_a_scorer_that_stands_still_is_named(run: Run, three: Settings) -> None:
+    async def beat_once() -> None:
+        sender = HeartbeatSender(three.kafka, TopicNames.of(three.topics), worker="still", host="h1", heartbeat_ms=1)
+        await sender.start()
+        await sender.send(3, 0, 1)
+        await sender._producer.stop()
+
+    asyncio.run(beat_once())
+    while not (listed := run("snapshot list --format json").json)["silent"]:  # it counts as alive for two seconds
+        assert [each["worker"] for each in listed["scorers"]] == ["still"]
+    assert "scorer still on h1: version 3, silent for " in run("snapshot list").out
+    ran = run("snapshot rollback --format json")
+    assert (ran.code, ran.json["to"], ran.json["unconfirmed"]) == (3, 2, [])
+    assert [(each["worker"], each["version"]) for each in ran.json["silent"]] == [("still", 3)]
+    assert "scorer still on h1: expected a heartbeat every 1 ms, found the last one " in ran.err
+    ran = run("snapshot rollback --to 2")
+    assert ran.code == 3 and "That was so already, by an earlier rollback: nothing was written." in ran.out
 
 
 def test_a_trainer_that_is_sent_back_and_is_not_there(run: Run, three: Settings) -> None:

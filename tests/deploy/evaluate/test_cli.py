@@ -101,6 +101,19 @@ def _flipped(line: str) -> str:
     return ",".join([time, str(1 - int(clicked)), "", *features])
 
 
+def test_values_of_fields_that_impressions_do_not_carry_have_their_names_too(log: Path) -> None:
+    fields = """--field '{ name = "hour", kind = "hour" }' --field '{ name = "both", kind = "cross", of = ["good", "hour"] }'"""
+    document = found(f"csv --path log.csv {SMALL} {fields} --by hour --by both")
+    assert {each["name"] for each in document["by"]["hour"]} == {"22"}  # from 22:13 to 22:18 UTC
+    assert {each["name"] for each in document["by"]["both"]} == {f"g{number} × 22" for number in range(4)}
+    for field, made_of in (("hour", "the time of the impression"), ("both", "good, hour")):
+        result = ran(f"csv --path log.csv {SMALL} {fields} --permute {field}")
+        assert result.exit_code == 1
+        assert f"--permute: expected a field whose values impressions carry, found {field!r}, which is made of {made_of}" in (
+            result.stderr
+        )
+
+
 def test_text_shows_tables_for_people(log: Path) -> None:
     result = ran(f"csv --path log.csv {SMALL} --serve-every 5s --serve-every 60s --top 2 --by noise")
     assert result.exit_code == 0, result.stderr
@@ -150,6 +163,8 @@ def test_fewer_and_later_clicks(log: Path) -> None:
         ("--simulate ctr=0.1", "--simulate: expected the name simulation, found csv"),
         ("--late-clicks 0.9", "--late-clicks: expected a share above 0 and below 0.833"),
         ("--limit 50", "expected at least 100 impressions to judge"),
+        ("--serve-every 1h", "expected at least 100 impressions to judge, found 0 of 3000"),
+        ("--keep-clicks 0 --set join.negative_rate=1e-4", "expected labels to learn, found none"),
     ],
 )
 def test_what_is_wrong_is_said(log: Path, options: str, says: str) -> None:

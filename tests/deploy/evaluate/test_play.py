@@ -139,6 +139,15 @@ def test_a_version_answers_with_the_weights_of_its_capture(stream: Stream) -> No
     assert np.array_equal(served.scores[0][answered], learner.predict(stream.batch.take(answered)))
 
 
+@pytest.mark.parametrize(("every_ms", "late_ms"), [(10_000_000, 0), (20_000, 10_000_000), (20_000, 5_000)])
+def test_no_version_answers_impressions_from_before_it(stream: Stream, every_ms: int, late_ms: int) -> None:
+    """With versions that are rarer than the stream is long, nothing is answered at all."""
+    labels = joined(stream, JoinSettings())
+    served = played(stream, labels, serving=[Serving(every_ms=every_ms, late_ms=late_ms)])
+    first_ms = int(labels.known_ms[0]) + every_ms + late_ms
+    assert np.array_equal(np.isnan(served.scores[0]), stream.shown_ms < first_ms)
+
+
 def test_negatives_that_the_join_leaves_out_are_not_learned() -> None:
     whole, thinned = simulated(SHORT), simulated(SHORT, negative_rate=0.25)
     every, labels = joined(whole, JoinSettings()), joined(thinned, JoinSettings(negative_rate=0.25))

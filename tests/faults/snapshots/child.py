@@ -22,7 +22,7 @@ from stream.registry.writer import RegistryWriter
 from tests.faults.snapshots.trainer import Trainer
 from tests.faults.snapshots.where import Where
 
-__all__ = ["SCRIPT", "STEPS", "Life", "begin", "step_names"]
+__all__ = ["GOING_BACK", "SCRIPT", "STEPS", "Life", "begin", "step_names"]
 
 SCRIPT = ("delta", "delta", "version", "delta", "version", "collect", "delta", "version", "collect", "delta")
 """What a trainer does in its life; it starts before that, and goes on from a version."""
@@ -69,6 +69,19 @@ STEPS: dict[str, Step] = {
     "deleting versions: after a file is gone": Step(state.blobs.LocalBlobs, "delete", "after"),
     "deleting versions: before a folder goes": Step(state.blobs.LocalBlobs, "delete_folder", "before"),
 }
+
+
+GOING_BACK: dict[str, Step] = {
+    "before the new chain's first delta": Step(DeltaWriter, "_commit", "before"),
+    "amid the new chain's first delta": Step(DeltaWriter, "_commit", "amid"),
+    "before the commit of the new chain's first delta": Step(DeltaWriter, "_commit", "uncommitted"),
+    "after the new chain's first delta": Step(DeltaWriter, "_commit", "after"),
+    "before it says that it has gone back": Step(RegistryWriter, "rewound", "before"),
+    "after it said that it has gone back": Step(RegistryWriter, "rewound", "after"),
+    "before its first version after that is announced": Step(RegistryWriter, "announce", "before"),
+    "after its first version after that is announced": Step(RegistryWriter, "announce", "after"),
+}
+"""Steps of a trainer that was sent back and goes."""
 
 
 def step_names() -> list[str]:
@@ -120,7 +133,7 @@ def _live(where: Where, step: str, number: int, script: Sequence[str], ahead_s: 
     if ahead_s:
         set_clock(ahead_s)
     if step:
-        _die_at(STEPS[step], number)
+        _die_at((STEPS | GOING_BACK)[step], number)
     code = 0
     with quick():
         try:
@@ -165,9 +178,9 @@ def _die_at(step: Step, number: int) -> None:
 
     if step.when in ("amid", "uncommitted"):
 
-        async def amid(self: Any, records: Any) -> Any:
+        async def amid(self: Any, records: Any, *more: Any) -> Any:
             if not due():
-                return await original(self, records)
+                return await original(self, records, *more)
             records = list(records)
             await self._producer.begin_transaction()
             for record in records if step.when == "uncommitted" else records[: max(1, len(records) // 2)]:

@@ -59,6 +59,8 @@ class Run:
         self.checked = Checked()
         self._announced: dict[int, Point] = {}
         """Points of versions, also of those that compaction has taken out of the registry since."""
+        self.more_topics: list[str] = []
+        """Topics besides `TOPICS` that the kind has created."""
         self.lost_log = False
         """Whether the log no longer has all of what scorers were at, so that only the trainer's notes show it."""
 
@@ -229,7 +231,7 @@ class Run:
             except Exception as error:
                 self.problems.append(f"stopping {type(each).__name__}: {error!r}")
         async with admin_client(self.where.kafka) as admin:
-            await admin.delete_topics([self.where.prefix + name for name in TOPICS])
+            await admin.delete_topics([self.where.prefix + name for name in (*TOPICS, *self.more_topics)])
 
 
 def named(found: replaying.Replay, version: int, delta: int) -> set[Point]:

@@ -15,6 +15,7 @@ from model.predictor import Predictor, Prepared
 from model.rows import ModelDelta
 from state import chain
 from stream.scorer import chain_follower, scrub
+from stream.trainer.skips import Skips
 from tests.faults.code import ROOT
 from tests.faults.snapshots.kinds import KINDS, kind_named
 from tests.faults.snapshots.play import Result, play, where_of
@@ -38,6 +39,7 @@ def played(kafka: LocalKafka, tmp_path: Path) -> Played:
         "a piece of a delta is missing",
         "a second trainer takes over, and the first goes on",
         "the disk is full after 1 files of a version",
+        "a dead trainer is sent back, skipping by time",
     ],
 )
 def test_a_fault_leaves_every_scorer_with_the_replayed_weights(played: Played, name: str) -> None:
@@ -87,6 +89,12 @@ def test_memory_that_nobody_scrubs_is_found(played: Played, monkeypatch: pytest.
     monkeypatch.setattr(chain_follower, "memory_is_right", right)
     [problem] = played("a bit flips in a scorer's memory: an embedding").problems
     assert "a scrub finds it" in problem
+
+
+def test_a_trainer_that_learns_what_it_should_leave_out_is_found(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Skips, "cut", lambda skips, run: run)
+    problems = played("the running trainer is sent back, skipping by offsets").problems
+    assert any("a run that never saw what is left out" in problem for problem in problems)
 
 
 async def happens(run: Run, *reasons: str, scorers: object = None) -> None:

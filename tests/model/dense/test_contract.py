@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -16,6 +18,8 @@ from model.features import FeatureDecoder
 from model.learner import Learner
 from model.metrics import auc
 from model.predictor import Predictor
+from model.schema import FeatureSchema, FieldSpec
+from model.table_settings import TableSettings
 from tests.model.dense.variants import VARIANTS, settings
 from tests.model.test_learner import SCHEMA, assert_same, gpu, learn, records, snapshot
 from tests.model.test_onnx_export import export, inputs_of, session_of
@@ -60,6 +64,23 @@ def test_it_scores_before_it_learns_and_scorers_score_the_same(variant: str) -> 
     predictor = predictor_of(learner)
     np.testing.assert_array_equal(predictor.predict(BATCH), after)
     assert predictor.digest == learner.take_delta().digest
+
+
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("kind", ["categorical", "numeric", "list"])
+@every_learner
+def test_one_field_is_enough(variant: str, kind: Literal["categorical", "numeric", "list"], history: bool) -> None:
+    """A list alone leaves nothing single-valued, a number alone has one row, and neither has pairs of fields."""
+    schema = FeatureSchema(fields=(FieldSpec(name="x", kind=kind, buckets="standard"),), embedding_dim=2)
+    values = {"categorical": ["a", "b", None], "numeric": [0.5, -3, None], "list": [["a", "b"], ["b"], []]}[kind]
+    events = [json.dumps({"features": {"x": values[row % 3]}}).encode() for row in range(48)]
+    batch, labels = FeatureDecoder(schema).impressions(events).batch, np.arange(48) % 2
+    named = new(variant, row_history=history).settings
+    learner = Learner(schema, named, table=TableSettings(admit_after=2, max_rows=2), device="cpu")
+    for _ in range(3):
+        learner.learn(batch, labels, None, np.arange(48) % 5 == 0, np.arange(48.0))
+    predictor = Predictor.of(schema, named, learner.serving_state(), device="cpu")
+    np.testing.assert_array_equal(predictor.predict(batch), learner.predict(batch))
 
 
 @every_learner

@@ -87,6 +87,14 @@ def gradients_of(model: DenseModel) -> list[torch.Tensor]:
 
 
 @every_variant
+def test_the_part_of_the_cross_layers_is_theirs_alone(variant: str) -> None:
+    model = made(variant, 3)
+    model.parameters[model.crosses] = 0
+    for name, parameter in model.named.items():
+        assert parameter.any() != name.startswith("cross."), name
+
+
+@every_variant
 def test_a_row_alone_and_among_others(variant: str) -> None:
     model = made(variant, 2)
     generator = torch.Generator().manual_seed(2)

@@ -104,6 +104,30 @@ def test_a_scorer_that_dies_while_it_is_waited_for_stays_unconfirmed(topics: Set
     asyncio.run(run())
 
 
+def test_a_scorer_that_stands_still_is_named_and_not_waited_for(topics: Settings) -> None:
+    """By Kafka's clock its last heartbeat is 20 s old when the registry is changed. Long ago it is forgotten."""
+
+    async def run() -> None:
+        names = TopicNames.of(topics.topics)
+        still, awake, left = (HeartbeatSender(topics.kafka, names, worker=worker) for worker in ("still", "awake", "left"))
+        for sender in (still, awake, left):
+            await sender.start()
+            await sender.send(3, 0, 1)
+        await left.close()
+        changed_ms = time.time_ns() // 1_000_000 + 20_000
+        async with HeartbeatReader(topics.kafka, names) as scorers:
+            assert scorers.silent(changed_ms - 20_000) == []
+            found = scorers.silent(changed_ms)
+            assert [each.beat.worker for each in found] == ["awake", "still"]
+            assert all(19_000 < each.for_ms < 25_000 and each.beat.version == 3 for each in found)
+            assert scorers.silent(changed_ms + 10 * 60_000) == []
+            assert await scorers.wait_for_confirmations(9, 2, 20_000, now_ms=changed_ms) == ([], []), "nobody is waited for"
+        for sender in (still, awake):
+            await sender.close()
+
+    asyncio.run(run())
+
+
 def test_foreign_and_malformed_heartbeats_are_passed_over(topics: Settings) -> None:
     async def run() -> None:
         from aiokafka import AIOKafkaProducer

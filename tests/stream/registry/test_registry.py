@@ -227,8 +227,8 @@ def test_a_commit_whose_answer_is_lost_is_not_done_twice(topics: Settings, monke
             operator = cluster.writer("operator")
             commit, lost = operator._commit, []
 
-            async def commit_and_lose_the_answer(records: Any) -> None:
-                await commit(records)
+            async def commit_and_lose_the_answer(*how: Any) -> None:
+                await commit(*how)
                 if not lost:
                     lost.append(True)
                     raise registry._CommitFailed from TimeoutError("lost")

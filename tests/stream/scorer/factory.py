@@ -21,12 +21,20 @@ from state.manifest import Manifest
 from state.store import SnapshotStore
 from stream.registry.writer import RegistryWriter
 from stream.scorer.serving import Served, WeightsState
+from stream.scorer.standstill import Standstill
 from stream.topics.names import TopicNames
 from tests.judged import JUDGED
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="price", kind="numeric")), embedding_dim=4)
 MODEL = ModelSettings(hidden=(8,), initial_rows=16)
 MAX_BYTES = 1_048_588
+
+
+def never_stood_still() -> Standstill:
+    async def read() -> None:
+        raise AssertionError("expected no standstill to be noticed")
+
+    return Standstill(read, limit_s=math.inf, patience_s=1.0)
 
 
 def weights(version: int) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.serving import Served
 from stream.scorer.trial import in_share
-from tests.stream.scorer.factory import MAX_BYTES, record, request, served
+from tests.stream.scorer.factory import MAX_BYTES, never_stood_still, record, request, served
 
 CHAMPION, CANDIDATE = 7, 9
 SHARE = 0.5
@@ -57,6 +57,7 @@ class Scorer:
             outbox,
             ScorerMetrics(metrics),
             self.freshness,
+            never_stood_still(),
             scoring=ThreadPoolExecutor(1),
             worker_id="w",
             stale=lambda: False,

@@ -16,7 +16,7 @@ from stream.scorer.answering import Answering
 from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.freshness import MAX_WAITING, Freshness
 from stream.scorer.metrics import ScorerMetrics
-from tests.stream.scorer.factory import MAX_BYTES, record, records, served
+from tests.stream.scorer.factory import MAX_BYTES, never_stood_still, record, records, served
 
 
 class Bench:
@@ -39,6 +39,7 @@ class Bench:
             outbox,
             ScorerMetrics(self.prometheus),
             self.freshness,
+            never_stood_still(),
             scoring=self.scoring,
             worker_id="w",
             stale=lambda: False,

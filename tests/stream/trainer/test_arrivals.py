@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 
 from stream.records.delta import Point
 from stream.trainer.arrivals import MOST, ArrivalSample
-from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.batching import BatchCutter
 from stream.trainer.captured import CapturedDelta
 from stream.trainer.chain import Base, Chain, Published
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.training import Training
 from tests.stream.trainer.factory import columns, metrics
 from tests.stream.trainer.fakes import DeltaLog, FakeLearner
 
 
-def batches_of(count: int, rows: int) -> list[TrainingBatch]:
+def batches_of(count: int, rows: int) -> list[ExampleColumns]:
     """Examples that arrived at the number of their row; two of seven are clicks."""
     cutter = BatchCutter(rows, {0: 0})
     cutter.add(replace(columns(range(count)), arrived_ms=np.arange(count)))

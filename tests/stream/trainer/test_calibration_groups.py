@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from model.errors import ModelError
 from model.features import FeatureDecoder
 from model.schema import FeatureSchema, FieldSpec
-from stream.trainer.batching import TrainingBatch
 from stream.trainer.calibration import DECILES, TOP, CalibrationWatch, GroupCalibration
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.metrics import TrainerMetrics
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="item"), FieldSpec(name="tags", kind="list")))
@@ -34,13 +34,13 @@ class Impressions:
         self.hashes = rng.integers(-(1 << 63), 1 << 63, count)
         self._decoder = FeatureDecoder(SCHEMA)
 
-    def batch(self, rows: np.ndarray, labels: np.ndarray, corrects: np.ndarray | None = None) -> TrainingBatch:
+    def batch(self, rows: np.ndarray, labels: np.ndarray, corrects: np.ndarray | None = None) -> ExampleColumns:
         values = [
             json.dumps({"impression_id": "x", "timestamp": 1, "features": {"item": f"i{self.items[row]}"}}) for row in rows
         ]
         encoded = [value.encode() for value in values]
         size = len(rows)
-        return TrainingBatch(
+        return ExampleColumns(
             batch=self._decoder.impressions(encoded).batch,
             labels=labels.astype(np.float32),
             weights=None,
@@ -89,6 +89,25 @@ def test_groups_hold_the_settled_impressions_and_say_how_they_are_calibrated() -
         assert group.calibration == pytest.approx(impressions.scores[rows].sum() / group.clicks)
     assert sum(group.impressions for (field, _), group in found.items() if field == "decile") == settled
     assert by_item["i3"].off
+
+
+def test_values_of_fields_that_events_do_not_carry_have_their_names_too() -> None:
+    schema = FeatureSchema(
+        fields=(
+            FieldSpec(name="item"),
+            FieldSpec(name="hour", kind="hour"),
+            FieldSpec(name="both", kind="cross", of=("item", "hour")),
+        ),
+        timezone="Asia/Kolkata",  # 1970-01-01 00:16:40 UTC is 05:46:40 there
+    )
+    impressions = Impressions(2_000, items=2)
+    decoder = FeatureDecoder(schema)
+    impressions._decoder = SimpleNamespace(impressions=lambda run: decoder.impressions(run, np.full(len(run), 1_000_000)))  # type: ignore[assignment]
+    watch = CalibrationWatch(schema, ["hour", "both"], SETTLED_MS)
+    impressions.feed(watch)
+    found = reported(watch, impressions)
+    assert {value for field, value in found if field == "hour"} == {"5"}
+    assert {value for field, value in found if field == "both"} == {"i0 × 5", "i1 × 5"}
 
 
 @pytest.mark.parametrize("ring", [50_000, 3_000])

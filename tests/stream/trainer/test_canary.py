@@ -14,10 +14,11 @@ from state.canary import Canary, Mode, Progress, Thresholds
 from state.canary_evidence import Evidence
 from state.registry import Champion, Move, RegistryState, VersionRecord
 from stream.trainer import canary as module
-from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.batching import BatchCutter
 from stream.trainer.bookkeeping import from_json
 from stream.trainer.canary import CanaryWatch
 from stream.trainer.canary_metrics import CanaryMetrics
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.examples import ExampleDecoder
 from tests.stream.trainer.factory import SCHEMA, columns, record, run, value
 
@@ -58,10 +59,10 @@ def batch(
     corrects: Sequence[bool] | None = None,
     times_ms: Sequence[int] | None = None,
     rates: Sequence[float] | None = None,
-) -> TrainingBatch:
+) -> ExampleColumns:
     rows = len(labels)
     hashed = np.arange(rows) if ids is None else np.asarray(ids)
-    return TrainingBatch(
+    return ExampleColumns(
         batch=columns(range(rows)).batch,
         labels=np.asarray(labels, np.float32),
         weights=None,
@@ -85,7 +86,7 @@ def watch(state: RegistryState) -> CanaryWatch:
     return made
 
 
-def learn(it: CanaryWatch, examples: TrainingBatch, live: float = 0.1) -> None:
+def learn(it: CanaryWatch, examples: ExampleColumns, live: float = 0.1) -> None:
     it.observe(examples, np.full(len(examples), live, np.float32))
 
 

@@ -10,14 +10,14 @@ import pytest
 from model.metrics import Metrics, auc, measure
 from state.gate_report import not_finite
 from stream.trainer import evaluation as module
-from stream.trainer.batching import TrainingBatch
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import Evaluation, manifest_metrics
 from tests.stream.trainer.factory import columns
 
 
 def batch(labels, *, served=None, times=None, weights=None, rates=None, corrects=None):
     labels = np.asarray(labels, np.float32)
-    return TrainingBatch(
+    return ExampleColumns(
         batch=columns(range(len(labels))).batch,
         labels=labels,
         weights=None if weights is None else np.asarray(weights, np.float32),

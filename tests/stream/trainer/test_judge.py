@@ -18,8 +18,9 @@ from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.trainer.anchor_rule import choose_anchor
 from stream.trainer.anchors import Anchors
-from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.batching import BatchCutter
 from stream.trainer.bookkeeping import from_json
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.judge import GATHERED_ROWS, SPREAD_EXAMPLES, Anchor, Judge
 from stream.trainer.training import Training
@@ -31,10 +32,10 @@ ALL = SnapshotSettings(gate_sample=1, gate_block_clicks=200)
 RNG = np.random.default_rng(1)
 
 
-def batch(labels, ids=None, *, corrects=None, served=None, rates=None) -> TrainingBatch:
+def batch(labels, ids=None, *, corrects=None, served=None, rates=None) -> ExampleColumns:
     rows = len(labels)
     hashed = np.arange(rows) if ids is None else np.asarray(ids)
-    return TrainingBatch(
+    return ExampleColumns(
         batch=columns(range(rows)).batch,
         labels=np.asarray(labels, np.float32),
         weights=None,

@@ -94,6 +94,13 @@ async def test_the_trainer_goes_back_alive_and_dead_and_leaves_out_what_was_pois
     assert [(each.first, each.to, each.who, each.why) for each in manifest.skipped] == [
         (1_000, 2_000, "ann@desk", "flipped labels")
     ]
+    # Each manifest of the new line knows it, from the first one on, for a registry that is lost.
+    for version in range(done.trainer.up_to + 1, new + 1):
+        known = store.manifest(version).rewinds
+        assert known is not None and known.skipped == manifest.skipped
+        assert [(each.version, each.up_to, each.operation) for each in known.rewinds] == [
+            (target, version - 1 if version == done.trainer.up_to + 1 else done.trainer.up_to, done.trainer.operation)
+        ]
     assert process.metric("skipped_examples_total") == 1_000
     assert process.metric("rewinds_total") == 1
     await equal(new, range(1_000), range(2_000, 3_500))

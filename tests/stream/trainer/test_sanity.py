@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +12,13 @@ from model.errors import ModelError
 from model.learner import Learner
 from model.predictor import Predictor
 from model.rows import ModelDelta, Rows
+from model.schema import FeatureSchema, FieldSpec
 from state.gate import GateState
 from state.settings import SnapshotSettings
-from stream.trainer.batching import BatchCutter, TrainingBatch
-from stream.trainer.bookkeeping import bookkeeping_in
+from stream.trainer.batching import BatchCutter
+from stream.trainer.bookkeeping import bookkeeping_in, restore_bookkeeping
 from stream.trainer.captured import CapturedDelta
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import DecodedRun
 from stream.trainer.judge import Anchor, Judge
@@ -36,7 +40,7 @@ def examples(at: int, *, minute: float, clicks: float = 0.1, count: int = 64) ->
     keys = np.stack([run.offsets % 40, 1_000 + run.offsets % 7], 1)
     batch = run.batch.__class__(keys, run.batch.list_keys, run.batch.list_offsets, lists=0)
     changed = {"labels": labels, "impression_ms": shown_ms, "reached_ms": shown_ms, "batch": batch}
-    return DecodedRun(**{name: changed.get(name, getattr(run, name)) for name in DecodedRun.__slots__})
+    return replace(run, **changed)
 
 
 class Scene:
@@ -46,7 +50,7 @@ class Scene:
         self.learner = Learner(SCHEMA, MODEL.model_copy(update={"batch_rows": 64}), device="cpu")
         self.judge = Judge(SETTINGS, GateState(line=1, anchor=5))
         self.judge.compare_with(Anchor(5, Constant()))
-        self.shift = ScoreShift(self.learner)
+        self.shift = ScoreShift(self.learner, SCHEMA)
         self.training = self._training()
         self.at, self.minute = 0, 0.0
         self.scorer: Predictor | None = None
@@ -252,20 +256,8 @@ def test_counts_may_be_larger_than_weights(count, problem):
     assert not found or problem in found[0]
 
 
-def observed(count: int) -> TrainingBatch:
-    run = examples(0, minute=0.0, count=count)
-    return TrainingBatch(
-        batch=run.batch,
-        labels=run.labels,
-        weights=None,
-        impression_ms=run.impression_ms,
-        reached_ms=run.reached_ms,
-        served=run.served,
-        versions=run.versions,
-        deltas=run.deltas,
-        id_hashes=run.id_hashes,
-        records=(),
-    )
+def observed(count: int) -> ExampleColumns:
+    return examples(0, minute=0.0, count=count).slice(0, count)
 
 
 class Shifted:
@@ -306,31 +298,6 @@ def test_the_shift_is_since_the_older_and_the_newer_set():
     assert shift.measure() == np.inf
 
 
-def test_saved_requests_with_other_fields_are_not_held_again():
-    """A trainer that goes on with another field can't score them: `keys` has one column too few."""
-    model = Shifted()
-    names = ["user", "item"]
-    shift = ScoreShift(model, names)
-    for _ in range(HELD):
-        shift.observe(observed(10), np.empty(0, np.float32))
-    shift.served()
-    shift.usual = 0.25
-    state = dict(shift.state())
-    of_old_release = {name: tensor for name, tensor in state.items() if name != "fields"}
-    width = state["0.keys"].shape[1]
-    for saved, fields, holds in (
-        (state, names, True),
-        (state, ["item", "user"], False),
-        (state, [*names, "campaign"], False),
-        (of_old_release, [f"field {at}" for at in range(width)], True),
-        (of_old_release, [f"field {at}" for at in range(width + 1)], False),
-    ):
-        restored = ScoreShift(model, fields)
-        restored.restore(saved)
-        assert (restored.measure() is not None) == holds, fields
-        assert restored.usual == 0.25
-
-
 def test_damaged_saved_requests_are_refused():
     shift = ScoreShift(Shifted())
     for _ in range(HELD):
@@ -343,6 +310,27 @@ def test_damaged_saved_requests_are_refused():
     state.pop("0.logits")
     with pytest.raises(ModelError, match="'logits'"):
         ScoreShift(Shifted()).restore(state)
+
+
+@pytest.mark.parametrize(
+    ("fields", "saves_schema"),
+    [(("item", "user"), True), (("user", "item", "page"), True), (("user", "item", "page"), False)],  # older releases save none
+)
+def test_requests_of_another_schema_are_not_scored_again(begun, fields, saves_schema):
+    """A trainer that was stopped cleanly and starts with other fields has no gap to catch up over: it publishes at once."""
+    *_, bookkeeping = begun
+    schema = FeatureSchema(fields=tuple(FieldSpec(name=each) for each in fields), embedding_dim=4)
+    learner = Learner(schema, MODEL, device="cpu")
+    saved = {
+        name: each for name, each in bookkeeping_in(bookkeeping).items() if saves_schema or not name.endswith("shift.schema")
+    }
+    assert any("shift.0." in name for name in saved)
+    shift = ScoreShift(learner, schema)
+    restore_bookkeeping({"shift": shift}, saved)
+    assert shift.measure() is None
+    same = ScoreShift(Learner(SCHEMA, MODEL, device="cpu"), SCHEMA)
+    restore_bookkeeping({"shift": same}, saved)
+    assert same.measure() is not None
 
 
 def test_logits_are_clipped():

@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from deploy.cli.snapshot_view import fields_now
 from model.derived import as_served
+from model.errors import SnapshotMismatch
 from model.learner import Learner
 from model.migration import moved_dense, moved_trainer
 from model.predictor import Predictor
@@ -22,7 +24,7 @@ from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.trainer.batching import BatchCutter
 from stream.trainer.examples import ExampleDecoder
-from stream.trainer.schemas import comparable
+from stream.trainer.schemas import comparable, schema_change
 from stream.trainer.skew import SkewCheck, load_reference
 from tests.stream.trainer.factory import FIRST_MS, MODEL, SCHEMA, metrics, record, run
 from tests.stream.trainer.fakes import DeltaLog
@@ -120,6 +122,20 @@ def test_versions_that_score_otherwise_are_not_comparable():
     with pytest.raises(SnapshotCorrupt, match=r"version 7: expected the trainer's feature schema, found another"):
         comparable(Manifest(version=7, schema_hash="x", features={"fields": [{"kind": "from the future"}]}), SCHEMA)
     assert comparable(manifest, SCHEMA).is_none
+
+
+def test_a_model_of_pairs_of_fields_is_refused_before_anything_is_loaded():
+    manifest = Manifest(
+        version=7,
+        schema_hash=SCHEMA.fingerprint(),
+        features=SCHEMA.model_dump(mode="json"),
+        model={"name": "ipnn", "hidden": [8]},
+    )
+    with pytest.raises(SnapshotMismatch, match=r"model.name = ipnn: .* has inputs for pairs of fields"):
+        schema_change(manifest, MORE)
+    assert not fields_now(manifest, MORE)["goes_on"]
+    placed = SCHEMA.model_copy(update={"fields": (SCHEMA.fields[0], FieldSpec(name="item", serve_as="none"))})
+    assert fields_now(manifest, placed)["goes_on"]
 
 
 PLACED = FeatureSchema(

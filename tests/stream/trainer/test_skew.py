@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,8 @@ from state.store import SnapshotStore
 from stream.scorer.answers import answer_requests
 from stream.scorer.serving import load_version
 from stream.trainer import skew as module
-from stream.trainer.batching import BatchCutter, TrainingBatch
+from stream.trainer.batching import BatchCutter
+from stream.trainer.columns import ExampleColumns
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.skew import RELOAD_S, Skew, SkewCheck, load_reference
 from tests.stream.scorer.factory import record as request_record
@@ -81,7 +83,7 @@ def examples(
     shown: list[Features],
     answers: dict[int, tuple[float, int]],
     deltas: Callable[[int], int | None] = lambda index: 0,
-) -> TrainingBatch:
+) -> ExampleColumns:
     """Impressions as they come to the trainer; `answers` are the score and version of some of them, `deltas` their `delta`."""
     records = []
     for index, each in enumerate(shown):
@@ -124,7 +126,7 @@ def scored_by(version: int, delta: int) -> int | None:
     return RegistryState(versions=versions).version_that_scored(version, delta)
 
 
-def observe(check: SkewCheck, batch: TrainingBatch) -> None:
+def observe(check: SkewCheck, batch: ExampleColumns) -> None:
     check._since_s -= 60  # it may take all of them
     check.observe(batch, np.zeros(len(batch), np.float32))
 
@@ -172,10 +174,7 @@ def test_what_was_not_served_and_corrections_are_not_compared(store: SnapshotSto
     unscored = examples(ExampleDecoder(SCHEMA), shown, {})
     observe(check, unscored)
     scored = examples(ExampleDecoder(SCHEMA), shown, asked(store, 1, shown))
-    corrected = TrainingBatch(
-        **{name: getattr(scored, name) for name in TrainingBatch.__dataclass_fields__ if name != "corrects"},
-        corrects=np.ones(10, np.bool_),
-    )
+    corrected = replace(scored, corrects=np.ones(10, np.bool_))
     observe(check, corrected)
     check.check(1_000.0)
     assert check.figures() is None and check.manifest_metrics() == {}

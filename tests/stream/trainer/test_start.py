@@ -235,7 +235,7 @@ def test_a_version_from_before_there_was_a_choice_goes_on(store):
     """Its manifest names neither cross layers nor an optimizer of the first-order weights."""
     one = write(store, 1)
     old = {name: value for name, value in one.model.items() if not name.startswith(("cross_", "first_order", "ftrl_"))}
-    assert len(old) == len(one.model) - 7
+    assert len(old) == len(one.model) - 8
     assert ModelSettings.of_version(old) == MODEL
     changed = ModelSettings.of_version({**old, "cross_layers": 2, "cross_rank": 4})
     assert (changed.cross_layers, changed.cross_rank) == (2, 4)

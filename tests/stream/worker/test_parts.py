@@ -57,7 +57,10 @@ def scorer(positions: dict[int, int]) -> Any:
         max_bytes=1,
         cluster=CLUSTER,
         **dict.fromkeys(  # type: ignore[arg-type]
-            ("swapper", "follower", "scoring", "candidate", "scrub", "outbox", "heartbeats", "metrics", "freshness")
+            (
+                *("swapper", "follower", "scoring", "candidate", "scrub"),
+                *("outbox", "heartbeats", "metrics", "freshness", "standstill"),
+            )
         ),
     )
     worker._answering.answered = positions
