@@ -193,7 +193,8 @@ def promote(
     settings = command_settings()
     operations = operations_of(settings, unchecked=unchecked)
     hold = True if hold_reason is not None else False if resume else None
-    request = PromoteRequest(*resolve(settings, version), reason, hold, hold_reason or "")
+    (number,) = resolve(settings, version)
+    request = PromoteRequest(number, reason, hold, hold_reason or "")
     moved: Plan | ChampionMoved
     if dry_run:
         moved = ask_kafka(settings, operations.plan(request), ABOUT)
