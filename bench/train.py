@@ -12,11 +12,12 @@ All ids are in the tables before the timing starts. These run in turns with Head
 - the floor: only the nine matrix products of the MLP's forward and backward passes.
 
 The peers get row numbers; Headrace looks them up within its time. The last line is one JSON object: rates are medians over the
-rounds, and `peer` is the fastest peer at batches of 512.
+rounds, `of_floor` is Headrace's share of the floor's rate within a round, and `peer` is the fastest peer at batches of 512.
 
 With `--gate`, it measures instead how much time the gate adds to a step: rows saved for the anchor, its scores, and what is
 scored before a delta each 250 ms. With `--models`, it measures every model in turns, alone and with cross layers, at batches of
-128 and 512 rows; `--ids 100000` lets all their tables fit into memory.
+128 and 512 rows; `--ids 100000` lets all their tables fit into memory. With `--history`, it measures how much time row history
+adds to a step of DeepFM, alone and with cross layers, at batches of 64, 128, 512 and 4,096.
 """
 
 from __future__ import annotations
@@ -80,9 +81,13 @@ def as_batch(ids: np.ndarray) -> FeatureBatch:
     return FeatureBatch(x.view(np.int64), np.empty(0, np.int64), np.zeros(1, np.int64), lists=0)
 
 
+PLAIN = {"row_history": False, "cross_layers": 0, "cross_rank": 0}
+"""The model alone, as the peers have it."""
+
+
 def headrace(pool: Pool, *, gate: bool = False, model: dict[str, Any] | None = None) -> Step:
     schema = FeatureSchema(fields=tuple(FieldSpec(name=f"f{i}") for i in range(FIELDS)), embedding_dim=DIM)
-    settings = ModelSettings.model_validate({"hidden": HIDDEN, **(model or {})})
+    settings = ModelSettings.model_validate({"hidden": HIDDEN, **PLAIN, **(model or {})})
     learner = Learner(schema, settings, device="cpu")
     learner.learn(as_batch(pool.every_id), np.zeros(len(pool.every_id), np.float32))
     judge, shift = Judge(SnapshotSettings(), GateState()), ScoreShift(learner)
@@ -228,9 +233,13 @@ def floor(rows: int) -> Step:
 @click.option("--seconds", default=0.7, show_default=True, help="Approximate time of each stretch.")
 @click.option("--gate", is_flag=True, help="Only the cost of the gate's comparison with an anchor.")
 @click.option("--models", is_flag=True, help="Only the rates of all models.")
+@click.option("--history", is_flag=True, help="Only the cost of row history.")
 @click.option("--click-rate", default=CLICK_RATE, show_default=True, help="Click rate of the examples.")
-def main(rounds: int, ids: int, seconds: float, gate: bool, models: bool, click_rate: float) -> None:
+def main(rounds: int, ids: int, seconds: float, gate: bool, models: bool, history: bool, click_rate: float) -> None:
     pool = Pool(ids, POOL_ROWS, click_rate)
+    if history:
+        measure_history(pool, rounds, seconds)
+        return
     if models:
         measure_models(pool, rounds, seconds)
         return
@@ -244,10 +253,14 @@ def main(rounds: int, ids: int, seconds: float, gate: bool, models: bool, click_
         "fbgemm": fbgemm(pool),
     }
     rates: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for rows in (512, 4096):
         work = {f"{name}_{rows}": stretch(step, rows, seconds) for name, step in trainers.items() if step is not None}
         work[f"floor_{rows}"] = stretch(floor(rows), rows, seconds)
-        rates |= {name: statistics.median(values) for name, values in interleaved(work, rounds).items()}
+        measured = interleaved(work, rounds)
+        rates |= {name: statistics.median(values) for name, values in measured.items()}
+        pairs = zip(measured[f"headrace_{rows}"], measured[f"floor_{rows}"], strict=True)
+        shares[f"batch_{rows}"] = round(statistics.median(ours / least for ours, least in pairs), 3)
     peers = {name: rates[f"{name}_512"] for name in ("torch_sparse", "torch_dense", "fbgemm") if f"{name}_512" in rates}
     fastest = max(peers, key=lambda name: peers[name])
     report(
@@ -261,6 +274,7 @@ def main(rounds: int, ids: int, seconds: float, gate: bool, models: bool, click_
         batch_4096=round(rates["headrace_4096"]),
         floor_512=round(rates["floor_512"]),
         floor_4096=round(rates["floor_4096"]),
+        of_floor=shares,
         **{f"{name}_{rows}": round(rates[f"{name}_{rows}"]) for name in peers for rows in (512, 4096)},
         **({} if "fbgemm" in peers else {"fbgemm": "not installed"}),
         torch=torch.__version__,
@@ -276,6 +290,7 @@ def measure_models(pool: Pool, rounds: int, seconds: float) -> None:
     for name in get_args(ModelName):
         variants |= {name: {"name": name}, f"{name}_cross": {"name": name, "cross_layers": 2}}
     variants["deepfm_cross_rank_64"] = {"name": "deepfm", "cross_layers": 2, "cross_rank": 64}
+    variants["default"] = {name: ModelSettings.model_fields[name].default for name in PLAIN}
     variants["deepfm_ftrl"] = {"name": "deepfm", "first_order": "ftrl"}
     rates: dict[str, dict[str, int]] = {name: {} for name in variants}
     steps = {name: headrace(pool, model=model) for name, model in variants.items()}
@@ -286,15 +301,37 @@ def measure_models(pool: Pool, rounds: int, seconds: float) -> None:
     report(benchmark="train_models", value=rates["deepfm"]["batch_512"], unit="examples/s", rounds=rounds, **rates)
 
 
+def measure_history(pool: Pool, rounds: int, seconds: float) -> None:
+    """How much longer a step takes with row history, and the rates."""
+    shares: dict[str, float] = {}
+    rates: dict[str, int] = {}
+    for name, cross in {"deepfm": 0, "deepfm_cross": 2}.items():
+        steps = {
+            label: headrace(pool, model={"name": "deepfm", "cross_layers": cross, "row_history": counts})
+            for label, counts in {name: False, f"{name}_history": True}.items()
+        }
+        for rows in (64, 128, 512, 4096):
+            measured = interleaved({label: stretch(step, rows, seconds) for label, step in steps.items()}, rounds)
+            rates |= {f"{label}_{rows}": round(statistics.median(values)) for label, values in measured.items()}
+            shares[f"{name}_{rows}"] = added(measured[name], measured[f"{name}_history"])
+    report(benchmark="train_history", value=shares["deepfm_512"], unit="share of a step", rounds=rounds, shares=shares, **rates)
+
+
+def added(alone: list[float], together: list[float]) -> float:
+    """How much longer the second takes than the first, by their rates in each round; 0.1 is a tenth.
+
+    Shares are taken within rounds: the machine's speed differs more between rounds than what is measured.
+    """
+    return round(statistics.median(one / both - 1 for one, both in zip(alone, together, strict=True)), 4)
+
+
 def measure_gate(pool: Pool, rounds: int, seconds: float, click_rate: float) -> None:
     """How much longer a step takes with the gate, at the default batch size and at a larger one."""
     shares: dict[str, float] = {}
     for rows in (128, 512):
         steps = {name: headrace(pool, gate=name == "gate") for name in ("alone", "gate")}
         rates = interleaved({name: stretch(step, rows, seconds) for name, step in steps.items()}, rounds)
-        # Shares are taken within rounds: the machine's speed differs more between rounds than the gate costs.
-        pairs = zip(rates["alone"], rates["gate"], strict=True)
-        shares[f"batch_{rows}"] = round(statistics.median(alone / gated - 1 for alone, gated in pairs), 4)
+        shares[f"batch_{rows}"] = added(rates["alone"], rates["gate"])
     report(
         benchmark="train_gate",
         value=max(shares.values()),

@@ -6,7 +6,7 @@ import torch
 
 from model.batch import FeatureBatch, Float32Array
 from model.dense.dense_model import DenseModel
-from model.distinct import unique_rows
+from model.distinct import group
 from model.embedding import EmbeddingTable
 from model.errors import SnapshotMismatch
 from model.frozen import ModelRows
@@ -69,9 +69,10 @@ class EarlierModel:
         """Click probabilities float32 (B,). Raises ModelError once it is closed."""
         elements = to_elements(batch, self._schema, self._table.keys.device)
         numbers = self._moment.known(self._table.keys.lookup(elements.keys))
-        distinct, inverse = unique_rows(numbers, self._columns["scratch"])
+        groups = group(numbers)
+        distinct = groups.distinct
         rows = self._moment.read(distinct)
-        where = torch.where(numbers == 0, len(distinct) + elements.fields(), inverse)
+        where = torch.where(numbers == 0, len(distinct) + elements.fields(), groups.inverse)
         embedding = torch.cat((rows.embedding, self._typical.embedding))
         first_order = torch.cat((rows.first_order, self._typical.first_order))
         extra = None

@@ -145,14 +145,15 @@ class Deferred:
     def _delays(self, labels: torch.Tensor, corrects: torch.Tensor | None, impression_ms: torch.Tensor) -> torch.Tensor:
         """`_means` with this batch's labels added."""
         known, late, lags, newest_ms = self._means.tolist()
-        back = torch.zeros(len(labels), dtype=torch.bool, device=labels.device) if corrects is None else corrects
         clicked = labels > 0.5
-        firsts = impression_ms[~back]
+        firsts, corrected = impression_ms, impression_ms[:0]
+        if corrects is not None:
+            firsts, corrected = impression_ms[~corrects], impression_ms[corrects & clicked]
+            clicked &= ~corrects
         if len(firsts):
             # The newest of this batch alone: otherwise one wrong time far ahead would delay for ever what is due.
             newest_ms = float(firsts.max())
-        corrected = impression_ms[back & clicked]
-        fresh = float((~back & clicked).sum())
+        fresh = float(clicked.sum())
         keep = (1 - 1 / CLICKS) ** (fresh + len(corrected))
         lag = float((newest_ms - corrected).clamp_min(0).sum()) if len(corrected) else 0.0
         means = known * keep + fresh, late * keep + len(corrected), lags * keep + lag, newest_ms

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from model.distinct import unique_rows
+from model.distinct import Groups, put_rows
 from model.errors import SnapshotMismatch
 from model.frozen import ModelRows
 from model.growing import Column
@@ -52,18 +52,26 @@ def initial_rows(keys: torch.Tensor, dim: int, std: float, seed: int) -> torch.T
 class Gathered:
     """The U distinct rows of a batch, copied out of the table.
 
-    distinct            int64 (U,): row numbers
-    inverse             int64 (N,): index in `distinct` of the row of each element of the batch
+    groups              which rows they are, and which elements of the batch read each of them
     embedding_values    float32 (U, 2D): weights, then Adagrad's accumulators
     first_order_values  float32 (U, 1 + K): weight, then the K numbers of its optimizer's state
     history             float32 (U, 2): examples and clicks (`model.history`); None in a table without row history
     """
 
-    distinct: torch.Tensor
-    inverse: torch.Tensor
+    groups: Groups
     embedding_values: torch.Tensor
     first_order_values: torch.Tensor
     history: torch.Tensor | None = None
+
+    @property
+    def distinct(self) -> torch.Tensor:
+        """Row numbers int64 (U,), in no particular order."""
+        return self.groups.distinct
+
+    @property
+    def inverse(self) -> torch.Tensor:
+        """Index in `distinct` of the row of each element of the batch, int64 (N,)."""
+        return self.groups.inverse
 
     @property
     def embedding(self) -> torch.Tensor:
@@ -79,7 +87,7 @@ class Gathered:
 class Inserted(NamedTuple):
     """What `EmbeddingTable.insert` found and gave.
 
-    rows      int64 (N,): rows of the keys; `ABSENT_ROW` for keys that were refused one
+    rows      int64 (U,): rows of the keys; `ABSENT_ROW` for keys that were refused one
     new_rows  int64 (M,): the new ones among them
     kinds     int64 (M,): their kinds
     """
@@ -142,35 +150,36 @@ class EmbeddingTable:
 
     def insert(
         self,
-        keys: torch.Tensor,
-        kinds: torch.Tensor,
+        groups: Groups,
+        kinds: Callable[[], torch.Tensor],
         embedding: torch.Tensor,
         first_order: torch.Tensor,
         choose: Choose | None = None,
     ) -> Inserted:
-        """Row numbers of `keys` (N,). A new key gets a new row with initial weights.
+        """Row numbers of U keys, by which N elements are grouped. A new key gets a new row with initial weights.
 
-        kinds        (N,): the kind (the field) of each key, 0 to K - 1
+        kinds        gives int64 (N,): the kind (the field) of each element, 0 to K - 1; called if a key is new
         embedding    (K, D): initial embedding of each kind, to which random numbers by key are added (`initial_rows`)
         first_order  (K,): initial first-order weight of each kind
         choose       says which new keys get a row; all when None
         """
-        found = self.keys.insert(keys, choose)
+        found = self.keys.insert(groups.distinct, choose)
         new = found.new
-        kind = kinds[:0]
-        if len(new.keys):
-            self._rows.make_room(self.keys.last_row + 1)
-            self._rows.touch(new.rows)  # a row that another key had may be in a freeze, as a row without a key
-            if self._rows.moments is not None:
-                self._rows.moments.given_away(new.rows)
-            # A key that occurs as several kinds gets the lowest of them, so that all devices agree.
-            kind = torch.full((len(new.keys),), len(first_order), device=keys.device)
-            kind.scatter_reduce_(0, found.which, kinds[found.absent], "amin")
-            random = initial_rows(new.keys, self.dim, self._init_std, self._seed)
-            weights = self._embedding.begin(embedding.index_select(0, kind) + random)
-            first_orders = self._first_order.begin(first_order.index_select(0, kind).unsqueeze(1))
-            for name, values in (("keys", new.keys), ("embedding", weights), ("first_order", first_orders)):
-                self._rows[name].index_copy_(0, new.rows, values)
+        if not len(new.keys):
+            return Inserted(found.rows, new.rows, new.rows)
+        self._rows.make_room(self.keys.last_row + 1)
+        self._rows.touch(new.rows)  # a row that another key had may be in a freeze, as a row without a key
+        if self._rows.moments is not None:
+            self._rows.moments.given_away(new.rows)
+        # A key that occurs as several kinds gets the lowest of them, so that all devices agree.
+        kind = torch.full_like(new.rows, len(first_order))
+        elements, group = groups.members(found.absent)
+        kind.scatter_reduce_(0, found.which.index_select(0, group), kinds().index_select(0, elements), "amin")
+        random = initial_rows(new.keys, self.dim, self._init_std, self._seed)
+        weights = self._embedding.begin(embedding.index_select(0, kind) + random)
+        first_orders = self._first_order.begin(first_order.index_select(0, kind).unsqueeze(1))
+        for name, values in (("keys", new.keys), ("embedding", weights), ("first_order", first_orders)):
+            self._rows[name].index_copy_(0, new.rows, values)
         return Inserted(found.rows, new.rows, kind)
 
     def find(self, keys: torch.Tensor) -> Items:
@@ -191,11 +200,11 @@ class EmbeddingTable:
                     self._rows[name].index_fill_(0, found.rows, EMPTY_KEY if name == "keys" else 0)
             self.keys.delete(found.keys)
 
-    def gather(self, rows: torch.Tensor) -> Gathered:
-        """The distinct rows among `rows` (N,), with their weights, accumulators and history."""
-        distinct, inverse = unique_rows(rows, self._rows["scratch"])
+    def gather(self, groups: Groups) -> Gathered:
+        """The rows by which elements are grouped, with their weights, accumulators and history."""
+        distinct = groups.distinct
         embedding, first_order = (self._rows[name].index_select(0, distinct) for name in ("embedding", "first_order"))
-        return Gathered(distinct, inverse, embedding, first_order, self._history(distinct))
+        return Gathered(groups, embedding, first_order, self._history(distinct))
 
     def step(self, rows: Gathered, embedding: torch.Tensor | None, first_order: torch.Tensor | None) -> None:
         """One step of the optimizers on gathered rows; gradients (U, D) and (U,), None where nothing changes.
@@ -204,10 +213,10 @@ class EmbeddingTable:
         """
         if embedding is not None:
             self._embedding.step(rows.embedding_values, embedding)
-            self._rows["embedding"].index_copy_(0, rows.distinct, rows.embedding_values)
+            put_rows(self._rows["embedding"], rows.distinct, rows.embedding_values)
         if first_order is not None:
             self._first_order.step(rows.first_order_values, first_order.unsqueeze(1))
-            self._rows["first_order"].index_copy_(0, rows.distinct, rows.first_order_values)
+            put_rows(self._rows["first_order"], rows.distinct, rows.first_order_values)
 
     def serving(self, rows: torch.Tensor) -> Rows:
         """Copies of the serving weights of these rows (N,), on the table's device."""

@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 
+from model.distinct import bags
 from model.embedding import Gathered, take
 from model.growing import Growing
 from model.network import HISTORY_NUMBERS, Elements
@@ -72,7 +73,11 @@ def history_inputs(elements: Elements, counts: torch.Tensor, base: torch.Tensor)
     counts  float32 (B*S + N, 2): n and c of each element's row
     base    float32 (2,): N and C
     """
-    numbers = row_numbers(counts, base)
+    return _by_field(elements, row_numbers(counts, base))
+
+
+def _by_field(elements: Elements, numbers: torch.Tensor) -> torch.Tensor:
+    """The numbers (B, 2F) of all fields, from those of the elements (B*S + N, 2)."""
     batch, lists_from = elements.rows, elements.rows * elements.singles
     own = numbers[:lists_from].view(batch, elements.singles * HISTORY_NUMBERS)
     if elements.list_of is None or elements.list_share is None:
@@ -133,9 +138,11 @@ class RowHistory:
         """
         assert gathered.history is not None
         owners = elements.owners()
-        counts = gathered.history.index_select(0, gathered.inverse)
+        # What each row has: its counts if some elements are to read others, else its numbers.
+        held = row_numbers(gathered.history, self.base) if corrects is None else gathered.history
+        numbers = held.index_select(0, gathered.inverse)
         if own is not None:  # the others read 0
-            counts = counts.new_zeros((len(owners), 2)).index_copy_(0, own, counts)
+            numbers = numbers.new_zeros((len(owners), 2)).index_copy_(0, own, numbers)
         added = torch.stack((labels + (1 - labels) / negative_rate, labels), 1)
         if corrects is not None:
             back = corrects.unsqueeze(1)
@@ -146,23 +153,22 @@ class RowHistory:
                 by_first *= weights.unsqueeze(1)
             counted = (corrects & ~_first_is_here(elements, owners, corrects, impression_ms)).unsqueeze(1)
             taken = torch.where(counted, by_first, 0).index_select(0, owners)
-            counts = counts.sub_(taken.mul_(_times(elements, owners, corrects))).clamp_min_(0)
+            counts = numbers.sub_(taken.mul_(_times(elements, owners, corrects))).clamp_min_(0)
+            numbers = row_numbers(counts, self.base)
             added = torch.where(back, by_correction, added)
         if weights is not None:
             added *= weights.unsqueeze(1)
         self._counted = _Counted(gathered, owners if own is None else owners.index_select(0, own), added)
-        return history_inputs(elements, counts, self.base)
+        return _by_field(elements, numbers)
 
     def keep(self) -> None:
         """Counts the batch of the last `read`. Call this once its update is made; without it nothing has changed."""
         assert self._counted is not None
         (gathered, owners, added), self._counted = self._counted, None
         assert gathered.history is not None
-        counts = gathered.history.unbind(1)
-        more = [column.contiguous().index_select(0, owners) for column in added.unbind(1)]
-        # One column at a time: `index_add_` of pairs takes ten times as long.
-        sums = [column.contiguous().index_add_(0, gathered.inverse, each) for column, each in zip(counts, more, strict=True)]
-        self._rows["history"].index_copy_(0, gathered.distinct, _bounded(torch.stack(sums, 1)))
+        groups = gathered.groups
+        more = bags(added, owners.index_select(0, groups.order), groups.starts)
+        self._rows["history"].index_copy_(0, groups.distinct, _bounded(gathered.history + more))
         self.base.copy_(_bounded(self.base + added.sum(0)))
 
     def serving_state(self) -> dict[str, torch.Tensor]:

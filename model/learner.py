@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 
 from model.batch import FeatureBatch, Float32Array
+from model.distinct import group
 from model.errors import ModelError, UpdateNotFinite
 from model.history import history_inputs
 from model.learner_state import LearnerState
@@ -22,6 +23,7 @@ __all__ = ["Learner"]
 # they stay finite for a million gradients of this norm. The largest weight and the smallest sampling rate that the trainer
 # accepts give gradients far below it (`stream.trainer.examples`).
 _LARGEST_NORM = 1e16
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 class Learner(LearnerState):
@@ -74,11 +76,12 @@ class Learner(LearnerState):
         """
         self._require_restored()
         target = self._checked("labels", labels, len(batch), 1.0)
-        weight = None if weights is None else self._checked("weights", weights, len(batch), np.inf)
+        weight = None if weights is None else self._checked("weights", weights, len(batch), _LARGEST_FLOAT)
         if not len(batch):
             return np.empty(0, np.float32)
         elements = to_elements(batch, self.schema, self.device)
-        corrections = None if corrects is None else torch.from_numpy(np.asarray(corrects, np.bool_)).to(self.device)
+        back = np.asarray(False if corrects is None else corrects, np.bool_)
+        corrections = torch.from_numpy(back).to(self.device) if back.any() else None
         typical = self._typical
         self._upkeep.follow(impression_ms)
         read = self._upkeep.read(elements, typical, corrections)
@@ -87,7 +90,8 @@ class Learner(LearnerState):
         history, extra = self._history, None
         if history is not None:
             extra = history.read(elements, gathered, target, weight, corrections, self.negative_rate, times_ms, read.own)
-        forward = self._dense.forward(*embed(elements, read.which, read.embedding, read.first_order), extra)
+        embedded, linear = embed(elements, read.which, read.embedding, read.first_order)
+        forward = self._dense.forward(embedded, linear, extra)
         scores = torch.sigmoid(forward.logits)  # on the stream as sampled
         answers = scores if self.negative_rate == 1 else probabilities(forward.logits, self.negative_rate)
         slope = slopes(scores, target, corrections, self.negative_rate)
@@ -99,11 +103,10 @@ class Learner(LearnerState):
             mass = scores if weight is None else scores * weight
             owners = read.of_own(elements.owners())
             factors = deferred.factors(gathered.distinct, gathered.inverse, owners, mass, slope, target, corrections, times_ms)
-            factors = read.of_all(factors)
             charge = deferred.bias_charge
         gradient = self._dense.backward(forward, slope)
         first_order_slope = slope if self._dense.reads_first_order else None
-        gradients = read.of_rows(scatter_back(elements, read.which, len(read.embedding), gradient, first_order_slope, factors))
+        gradients = scatter_back(elements, gathered.groups, read.own, gradient, first_order_slope, factors)
         self._require_finite(len(batch), forward.logits, gradients)
         self._rows.touch(gathered.distinct)
         self._table.step(gathered, gradients.embedding, gradients.first_order)
@@ -113,7 +116,7 @@ class Learner(LearnerState):
         self._intercept.step(self._dense.bias, scores, slope, weight, corrections, charge)
         if deferred is not None and times_ms is not None:
             deferred.keep()
-        typical.follow(elements, read.which, read.embedding, read.first_order, self.examples_seen)
+        typical.follow(elements, embedded, read.which, read.first_order, self.examples_seen)
         self.examples_seen += len(batch)
         due = self._upkeep.learned(elements, read)
         if due is not None:
@@ -125,7 +128,7 @@ class Learner(LearnerState):
         """Scores float32 (B,), without any change of the learner. An unknown value reads the average row of its field."""
         elements = to_elements(batch, self.schema, self.device)
         rows = self._table.keys.lookup(elements.keys)
-        gathered = self._table.gather(rows)
+        gathered = self._table.gather(group(rows))
         indices = torch.where(rows == 0, len(gathered.distinct) + elements.fields(), gathered.inverse)
         embedding = torch.cat((gathered.embedding, self._typical.embedding))
         first_order = torch.cat((gathered.first_order, self._typical.first_order))
@@ -155,10 +158,11 @@ class Learner(LearnerState):
         array = np.asarray(values, dtype=np.float32)
         if array.shape != (rows,):
             raise ModelError(f"{name}: expected one for each of the batch's {rows} rows, found shape {array.shape}")
-        wrong = np.flatnonzero(~(np.isfinite(array) & (array >= 0) & (array <= most)))
-        if len(wrong):
+        right = (array >= 0) & (array <= most)  # neither is true for NaN
+        if not right.all():
             wanted = "a number from 0 to 1" if most == 1 else "a finite number, 0 or more"
-            raise ModelError(f"{name}: expected {wanted}, found {array[wrong[0]]} in row {wrong[0]}")
+            row = int(right.argmin())
+            raise ModelError(f"{name}: expected {wanted}, found {array[row]} in row {row}")
         return torch.from_numpy(np.require(array, np.float32, ("C", "W"))).to(self.device)
 
     def _require_finite(self, batch: int, logits: torch.Tensor, rows: RowGradients) -> None:
@@ -169,9 +173,9 @@ class Learner(LearnerState):
             "first-order gradient": rows.first_order,
         }
         tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
-        norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()])
-        if not (norms < _LARGEST_NORM).all():  # also true for NaN
-            found = ", ".join(f"{name} {norm:g}" for name, norm in zip(tensors, norms.tolist(), strict=True))
+        norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()]).tolist()
+        if not all(norm < _LARGEST_NORM for norm in norms):  # also true for NaN
+            found = ", ".join(f"{name} {norm:g}" for name, norm in zip(tensors, norms, strict=True))
             if torch.isfinite(self._dense.parameters).all():
                 raise UpdateNotFinite(
                     f"update of {batch} examples: expected norms below {_LARGEST_NORM:g}, found {found}; nothing was written"

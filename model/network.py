@@ -18,6 +18,7 @@ from model.dense.lr import Lr
 from model.dense.pnn import Ipnn, Opnn, Pnn
 from model.dense.term import Shape
 from model.dense.wide_deep import WideDeep
+from model.distinct import Groups, bags
 from model.errors import ModelError
 from model.schema import FeatureSchema
 from model.settings import ModelName, ModelSettings
@@ -102,13 +103,32 @@ class Elements:
 
     def owners(self) -> torch.Tensor:
         """Index of the example that each element belongs to, (B*S + N,)."""
-        own = torch.arange(self.rows, device=self.keys.device).repeat_interleave(self.singles)
-        return own if self.list_of is None else torch.cat((own, self.list_of // self.lists))
+        return self.of_examples(torch.arange(self.rows, device=self.keys.device))
 
     def fields(self) -> torch.Tensor:
         """Index of the field that each element belongs to, (B*S + N,); single-valued fields are counted before lists."""
         own = torch.arange(self.singles, device=self.keys.device).repeat(self.rows)
         return own if self.list_of is None else torch.cat((own, self.singles + self.list_of % self.lists))
+
+    def of_examples(self, values: torch.Tensor) -> torch.Tensor:
+        """The value (B*S + N,) of the example that each element belongs to, from those of the examples (B,)."""
+        own = values.unsqueeze(1).expand(-1, self.singles).reshape(-1)
+        return own if self.list_of is None else torch.cat((own, values.index_select(0, self.list_of // self.lists)))
+
+    def shares(self) -> torch.Tensor | None:
+        """The factor (B*S + N,) of each element within its field: its scale, or its share of a list; None if all are 1."""
+        if self.list_share is None:
+            return None if self.scales is None else self.scales.flatten()
+        own = self.list_share.new_ones(self.rows * self.singles) if self.scales is None else self.scales.flatten()
+        return torch.cat((own, self.list_share))
+
+    def places(self) -> torch.Tensor | None:
+        """Which of the B*(S + L) fields of all examples each element belongs to, (B*S + N,); None: one after the other."""
+        if self.list_of is None:
+            return None
+        numbers = torch.arange(self.rows * (self.singles + self.lists), device=self.keys.device).view(self.rows, -1)
+        lists = numbers[:, self.singles :].flatten().index_select(0, self.list_of)
+        return torch.cat((numbers[:, : self.singles].flatten(), lists))
 
 
 def to_elements(batch: FeatureBatch, schema: FeatureSchema, device: torch.device) -> Elements:
@@ -158,7 +178,7 @@ def embed(
         linear = linear * elements.scales.squeeze(2)
     total = linear.sum(1)
     if elements.offsets is not None and elements.list_of is not None and elements.list_share is not None:
-        pooled = torch.nn.functional.embedding_bag(rows[count:], embedding, elements.offsets, mode="mean")
+        pooled = bags(embedding, rows[count:], elements.offsets, mean=True)
         embedded = torch.cat((embedded, pooled.view(batch, lists, embedding.shape[1])), dim=1)
         shares = first_order.index_select(0, rows[count:]) * elements.list_share
         total = total.index_add(0, elements.list_of // lists, shares)
@@ -174,59 +194,39 @@ class RowGradients(NamedTuple):
 
 def scatter_back(
     elements: Elements,
-    inverse: torch.Tensor,
-    count: int,
+    groups: Groups,
+    own: torch.Tensor | None,
     gradient: torch.Tensor | None,
     slope: torch.Tensor | None,
     factors: torch.Tensor | None = None,
 ) -> RowGradients:
-    """Gradients of the U distinct rows.
+    """Gradients of the U distinct rows that K elements of a batch read.
 
-    inverse   (B*S + N,): index of each element's row among the distinct rows
-    count     U
+    groups    of these elements
+    own       int64 (K,): which elements they are, if others have no rows; None: all N, in their order
     gradient  (B, F*D): by the fields' embeddings; None if the model doesn't read them
     slope     (B,): by the sum of the first-order weights; None if the model doesn't read it
-    factors   (B*S + N,): factor of each element's gradient; 1 when None
+    factors   (K,): factor of each element's gradient; 1 when None
     """
-    return RowGradients(
-        None if gradient is None else _embedding_gradient(elements, inverse, count, gradient, factors),
-        None if slope is None else _first_order_gradient(elements, inverse, count, slope, factors),
-    )
-
-
-def _embedding_gradient(
-    elements: Elements, inverse: torch.Tensor, count: int, gradient: torch.Tensor, factors: torch.Tensor | None
-) -> torch.Tensor:
-    batch, singles, lists = elements.rows, elements.singles, elements.lists
-    lists_from = batch * singles  # where the elements of lists begin
-    fields = gradient.view(batch, singles + lists, -1)
-    own = fields[:, :singles]  # (B, S, D)
-    if elements.scales is not None:
-        own = own * elements.scales
+    shares = elements.shares()
+    if shares is not None and own is not None:
+        shares = shares.index_select(0, own)
     if factors is not None:
-        own = own * factors[:lists_from].view(batch, singles, 1)
-    embedding = gradient.new_zeros((count, fields.shape[2]))
-    embedding.index_add_(0, inverse[:lists_from], own.reshape(lists_from, fields.shape[2]))
-    if elements.list_of is not None and elements.list_share is not None:
-        pooled = fields[:, singles:].reshape(batch * lists, fields.shape[2])
-        share = elements.list_share if factors is None else elements.list_share * factors[lists_from:]
-        embedding.index_add_(0, inverse[lists_from:], pooled.index_select(0, elements.list_of) * share.unsqueeze(1))
-    return embedding
-
-
-def _first_order_gradient(
-    elements: Elements, inverse: torch.Tensor, count: int, slope: torch.Tensor, factors: torch.Tensor | None
-) -> torch.Tensor:
-    batch, singles, lists = elements.rows, elements.singles, elements.lists
-    lists_from = batch * singles
-    slopes = slope.unsqueeze(1).expand(batch, singles)
-    if elements.scales is not None:
-        slopes = slopes * elements.scales.squeeze(2)
-    if factors is not None:
-        slopes = slopes * factors[:lists_from].view(batch, singles)
-    first_order = slope.new_zeros(count)
-    first_order.index_add_(0, inverse[:lists_from], slopes.reshape(-1))
-    if elements.list_of is not None and elements.list_share is not None:
-        share = elements.list_share if factors is None else elements.list_share * factors[lists_from:]
-        first_order.index_add_(0, inverse[lists_from:], slope.index_select(0, elements.list_of // lists) * share)
-    return first_order
+        shares = factors if shares is None else shares * factors
+    embedding = first_order = None
+    if gradient is not None:
+        places = elements.places()
+        if own is not None:
+            places = own if places is None else places.index_select(0, own)
+        index = groups.order if places is None else places.index_select(0, groups.order)
+        weights = None if shares is None else shares.index_select(0, groups.order)
+        dim = gradient.shape[1] // (elements.singles + elements.lists)
+        embedding = bags(gradient.view(-1, dim), index, groups.starts, weights)
+    if slope is not None:
+        slopes = elements.of_examples(slope)
+        if own is not None:
+            slopes = slopes.index_select(0, own)
+        if shares is not None:
+            slopes = slopes * shares
+        first_order = slope.new_zeros(len(groups.distinct)).index_add_(0, groups.inverse, slopes)
+    return RowGradients(embedding, first_order)

@@ -43,27 +43,24 @@ class Typical:
         self.first_order = torch.zeros(count, device=device)
 
     def follow(
-        self, elements: Elements, rows: torch.Tensor, embedding: torch.Tensor, first_order: torch.Tensor, seen: int
+        self, elements: Elements, embedded: torch.Tensor, rows: torch.Tensor, first_order: torch.Tensor, seen: int
     ) -> None:
         """Adds a batch to the averages.
 
-        rows  (B*S + N,): row of `embedding` (R, D) and `first_order` (R,) of each element
-        seen  examples before this batch
+        embedded  (B, F, D): embeddings of the fields
+        rows      (B*S + N,): row of `first_order` (R,) of each element
+        seen      examples before this batch
         """
         batch = elements.rows
         lists_from = batch * elements.singles  # where the elements of lists begin
         own, others = rows[:lists_from], rows[lists_from:]
-        mean = embedding.index_select(0, own).view(batch, elements.singles, embedding.shape[1]).mean(0)
         linear = first_order.index_select(0, own).view(batch, elements.singles).mean(0)
         if elements.list_of is not None and elements.list_share is not None:
             lists = elements.list_of % elements.lists
             share = elements.list_share / batch
-            more = mean.new_zeros((elements.lists, mean.shape[1]))
-            more.index_add_(0, lists, embedding.index_select(0, others) * share.unsqueeze(1))
-            mean = torch.cat((mean, more))
             linear = torch.cat((linear, share.new_zeros(elements.lists).index_add_(0, lists, first_order[others] * share)))
         part = batch / min(seen + batch, max(HORIZON, batch))
-        self.embedding.lerp_(mean * self._averaged.unsqueeze(1), part)
+        self.embedding.lerp_(embedded.mean(0) * self._averaged.unsqueeze(1), part)
         self.first_order.lerp_(linear * self._averaged, part)
 
     def serving_state(self) -> dict[str, torch.Tensor]:

@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 
 from model.census import Census
+from model.distinct import Groups, group
 from model.embedding import EmbeddingTable, Gathered
 from model.eviction import Eviction
 from model.frozen import ModelRows
 from model.growing import Column
-from model.network import Elements, RowGradients
+from model.network import Elements
 from model.schema import FeatureSchema
 from model.sketch import Sketch
 from model.table import ABSENT_ROW
@@ -48,19 +49,6 @@ class Read(NamedTuple):
         """The values (K,) of elements that have a row, from those of all elements (N,)."""
         return values if self.own is None else values.index_select(0, self.own)
 
-    def of_all(self, factors: torch.Tensor | None) -> torch.Tensor | None:
-        """The factors (N,) of all elements, from those (K,) of elements that have a row; 1 for the others."""
-        if factors is None or self.own is None:
-            return factors
-        return torch.ones(len(self.which), dtype=factors.dtype, device=factors.device).index_copy_(0, self.own, factors)
-
-    def of_rows(self, gradients: RowGradients) -> RowGradients:
-        """The gradients of the gathered rows, from those of all rows read."""
-        if self.own is None:
-            return gradients
-        count = len(self.gathered.distinct)
-        return RowGradients(*(None if each is None else each[:count] for each in gradients))
-
 
 class Upkeep:
     """Admission and eviction for one table. With the default settings it only counts rows by field."""
@@ -93,30 +81,33 @@ class Upkeep:
         corrections  bool (B,): examples that are no impressions of their own, since they correct an earlier label
         """
         self._counted = None  # that of a batch that wasn't learned, whose parts are read again
-        rows = self._insert(elements, averages, corrections)
-        own = self._own(rows, elements)
-        gathered = self._table.gather(rows if own is None else rows.index_select(0, own))
-        embedding, first_order = gathered.embedding, gathered.first_order
+        keys = group(elements.keys)
+        rows = self._insert(elements, keys, averages, corrections)
+        own = self._own(rows, keys, elements)
         if own is None:
-            return Read(gathered, None, gathered.inverse, embedding, first_order)
+            gathered = self._table.gather(keys._replace(distinct=rows))
+            return Read(gathered, None, gathered.inverse, gathered.embedding, gathered.first_order)
+        gathered = self._table.gather(group(rows.index_select(0, keys.inverse.index_select(0, own))))
         which = elements.fields().add_(len(gathered.distinct)).index_copy_(0, own, gathered.inverse)
-        embedding, first_order = torch.cat((embedding, averages.embedding)), torch.cat((first_order, averages.first_order))
+        embedding = torch.cat((gathered.embedding, averages.embedding))
+        first_order = torch.cat((gathered.first_order, averages.first_order))
         return Read(gathered, own, which, embedding, first_order)
 
-    def _insert(self, elements: Elements, averages: Typical, corrections: torch.Tensor | None) -> torch.Tensor:
-        """Rows (N,) of the elements, `ABSENT_ROW` for a key that is refused one."""
+    def _insert(self, elements: Elements, keys: Groups, averages: Typical, corrections: torch.Tensor | None) -> torch.Tensor:
+        """Rows (U,) of the distinct keys, `ABSENT_ROW` for a key that is refused one."""
 
         def choose(new: torch.Tensor, absent: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-            counted = which
+            shown, key = keys.members(absent)
+            counted = which.index_select(0, key)
             if corrections is not None:
-                counted = which[~corrections[elements.owners().index_select(0, absent)]]
-            after = self._admitted_after.index_select(0, elements.fields().index_select(0, absent))
+                counted = counted[~corrections[elements.owners().index_select(0, shown)]]
+            after = self._admitted_after.index_select(0, elements.fields().index_select(0, shown))
             # A key that occurs as several fields is admitted by the lowest number, so that all devices agree.
-            needed = after.new_full((len(new),), _LATEST).scatter_reduce_(0, which, after, "amin")
+            needed = after.new_full((len(new),), _LATEST).scatter_reduce_(0, which.index_select(0, key), after, "amin")
             return self._chosen(new, torch.bincount(counted, minlength=len(new)), needed)
 
         inserted = self._table.insert(
-            elements.keys, elements.fields(), averages.embedding, averages.first_order, choose if self._refuses else None
+            keys, elements.fields, averages.embedding, averages.first_order, choose if self._refuses else None
         )
         self._inserted = len(inserted.kinds)
         if self._inserted:
@@ -125,13 +116,14 @@ class Upkeep:
                 self._rows["field"].index_copy_(0, inserted.new_rows, inserted.kinds.add(1).to(torch.int16))
         return inserted.rows
 
-    def _own(self, rows: torch.Tensor, elements: Elements) -> torch.Tensor | None:
-        """Which elements (K,) have rows (N,); None: all have. The others are counted as refused."""
+    def _own(self, rows: torch.Tensor, keys: Groups, elements: Elements) -> torch.Tensor | None:
+        """Which elements (K,) have rows, from those of the distinct keys (U,); None: all have. The others count as refused."""
         if not self._refuses:
             return None
         known = rows != ABSENT_ROW
         if known.all():
             return None
+        known = known.index_select(0, keys.inverse)
         self.census.refused(elements.fields()[known.logical_not()])
         return known.nonzero().squeeze(1)
 

@@ -75,8 +75,8 @@ class Blobs:
         """The folders that have a file of this name, by one listing of the whole store."""
         try:
             pages = obstore.list(self._store())
-            paths = (str(entry["path"]).rsplit("/", 2) for page in pages for entry in page)
-            return [parts[-2] for parts in paths if len(parts) > 1 and parts[-1] == name]
+            paths = (str(entry["path"]).split("/") for page in pages for entry in page)
+            return [parts[0] for parts in paths if len(parts) == 2 and parts[1] == name]
         except (BaseError, OSError) as error:
             raise self._failed("list", "", "", error) from error
 

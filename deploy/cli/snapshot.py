@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option
+from deploy.cli.common import ask_kafka, echo_json, format_option, track_option
 from deploy.cli.snapshot_aliases import alias, history, tag
 from deploy.cli.snapshot_canary import canary, shadow, watch
 from deploy.cli.snapshot_common import (
     ABOUT,
     command_settings,
+    number_or_alias,
     operations_of,
     resolve,
+    settings_for,
     topic_names,
     version_argument,
 )
@@ -33,6 +35,7 @@ __all__ = ["snapshot"]
 
 
 @click.group()
+@track_option
 def snapshot() -> None:
     """Look at versions, move the champion, go back; name versions, compare, delete, export them.
 
@@ -46,6 +49,7 @@ def snapshot() -> None:
       headrace snapshot history                              who moved the champion, when and why
       headrace snapshot diff 41 42                           what changed
       headrace snapshot gc --dry-run                         what can be deleted
+      headrace snapshot --track wide list                    versions of the challenger `wide`
     """
 
 
@@ -118,7 +122,7 @@ def show(version: str, output: str) -> None:
 
 
 @snapshot.command()
-@click.argument("version", metavar="[VERSION]", required=False)
+@click.argument("version", metavar="[VERSION]", required=False, callback=number_or_alias)
 @click.option("--live", is_flag=True, help="Compare the weights of all live scorers, not the files of a version.")
 @click.option(
     "--wait", "wait_ms", type=DURATION, default="10s", show_default=True, help="With --live: how long to look at heartbeats."
@@ -149,7 +153,7 @@ def verify(version: str | None, live: bool, wait_ms: int, output: str) -> None:
         return
     from state.store import SnapshotStore
 
-    settings = command_settings()
+    settings = settings_for(version)
     (number,) = resolve(settings, version)
     store = SnapshotStore(settings.snapshots)
     problems = store.verify(number)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option
+from deploy.cli.common import ask_kafka, echo_json, format_option, on_named_track
 from deploy.cli.snapshot_common import (
     ABOUT,
     command_settings,
@@ -256,12 +256,12 @@ def _show_moved(moved: AliasMoved, output: str) -> None:
                 "from": moved.previous,
                 "to": moved.version,
                 "changed": moved.changed,
-                "undo": moved.undo,
+                "undo": moved.undo and on_named_track(moved.undo),
             }
         )
         return
     click.echo(f"{moved.name}: {_number(moved.previous)} → {_number(moved.version)}")
-    click.echo(f"undo: {moved.undo}" if moved.changed else "It was so already; nothing was written.")
+    click.echo(f"undo: {on_named_track(moved.undo or '')}" if moved.changed else "It was so already; nothing was written.")
 
 
 def _number(version: int | None) -> str:

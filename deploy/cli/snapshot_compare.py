@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploy.cli.common import echo_json, format_option
-from deploy.cli.snapshot_common import command_settings, resolve
+from deploy.cli.snapshot_common import resolve, settings_for
 
 if TYPE_CHECKING:
     from state.version_diff import Distance, VersionDiff
@@ -39,7 +39,7 @@ def diff(before: str, after: str, output: str) -> None:
     from state.store import SnapshotStore
     from state.version_diff import compare
 
-    settings = command_settings()
+    settings = settings_for(before, after)
     versions = resolve(settings, before, after)
     store = SnapshotStore(settings.snapshots)
     found = compare(*(store.read(version) for version in versions))
@@ -78,7 +78,7 @@ def export(version: str, file: Path, output: str) -> None:
     for path in (file, file.with_name(file.name + ".data")):
         if path.exists():
             raise DeployError(f"{path}: expected no file, found one. Remove it, or choose another name.")
-    settings = command_settings()
+    settings = settings_for(version)
     (number,) = resolve(settings, version)
     reader = SnapshotStore(settings.snapshots).read(number)
     manifest = reader.manifest

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option
-from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, resolve
+from deploy.cli.common import ask_kafka, echo_json, format_option, on_named_track
+from deploy.cli.snapshot_common import ABOUT, command_settings, number_or_alias, operations_of, resolve
 from deploy.cli.times import DURATION, TIME, clock, duration, is_ago
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _Times(click.ParamType):
 
 
 @click.command()
-@click.option("--to", metavar="VERSION", help="This version: a number or an alias.")
+@click.option("--to", metavar="VERSION", callback=number_or_alias, help="This version: a number or an alias.")
 @click.option("--back", "back_ms", type=DURATION, metavar="DURATION", help="The champion this long ago, such as 10m.")
 @click.option("--before", "before_ms", type=TIME, metavar="TIME", help="The champion at this time; UTC without an offset.")
 @click.option("--reason", default="no reason given", help="Why; it stays in the registry.")
@@ -246,8 +246,8 @@ def silent_json(silent: Sequence[Silent]) -> list[dict[str, Any]]:
 
 
 def undo_command(done: ChampionMoved | Plan | Held) -> str | None:
-    """The command that restores what was before."""
-    return None if done.undo is None else done.undo.command
+    """The command that restores what was before, on the track that was named."""
+    return None if done.undo is None else on_named_track(done.undo.command)
 
 
 def _trainer_lines(version: int, skipped: tuple[SkippedRange, ...] | None) -> list[str]:

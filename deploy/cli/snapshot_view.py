@@ -126,6 +126,8 @@ def beat_json(beat: Heartbeat) -> dict[str, Any]:
         "problem": beat.problem,
         "candidate": beat.candidate,
         "candidate_problem": beat.candidate_problem,
+        "track": beat.track,
+        "shadows": [shadow.track for shadow in beat.shadows if shadow.version >= 0],
     }
 
 

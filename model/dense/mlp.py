@@ -40,6 +40,7 @@ class Mlp(Term):
         self._biases = [weights[f"mlp.{layer}.bias"] for layer in names]
         self._weight_gradients = [gradients[f"mlp.{layer}.weight"] for layer in names]
         self._bias_gradients = [gradients[f"mlp.{layer}.bias"] for layer in names]
+        self._transposed = [weight.t() for weight in self._weights]
         self._of_embedded = self._weights[0][:, : self._embedded]
 
     def initialise(self, generator: torch.Generator) -> None:
@@ -53,9 +54,9 @@ class Mlp(Term):
 
     def _forward(self, read: torch.Tensor) -> Part:
         activations = [read]
-        for weight, bias in zip(self._weights[:-1], self._biases[:-1], strict=True):
-            activations.append(torch.addmm(bias, activations[-1], weight.t()).relu_())
-        return Part(torch.addmm(self._biases[-1], activations[-1], self._weights[-1].t()).squeeze(1), activations)
+        for weight, bias in zip(self._transposed[:-1], self._biases[:-1], strict=True):
+            activations.append(torch.addmm(bias, activations[-1], weight).relu_())
+        return Part(torch.addmm(self._biases[-1], activations[-1], self._transposed[-1]).squeeze(1), activations)
 
     def backward(
         self, inputs: Inputs, saved: list[torch.Tensor], slope: torch.Tensor, gradient: torch.Tensor | None
@@ -70,10 +71,11 @@ class Mlp(Term):
         for layer in reversed(range(self._layers)):
             inputs = activations[layer]
             gradient = self._weight_gradients[layer]
+            torch.mul(upstream.sum(0), mean, out=self._bias_gradients[layer])  # while `upstream` is still in the cache
             torch.addmm(gradient, upstream.t(), inputs, beta=0, alpha=mean, out=gradient)
-            torch.mul(upstream.sum(0), mean, out=self._bias_gradients[layer])
             if layer:
-                upstream = torch.ops.aten.threshold_backward(upstream @ self._weights[layer], inputs, 0)
+                upstream = upstream @ self._weights[layer]
+                torch.ops.aten.threshold_backward.grad_input(upstream, inputs, 0, grad_input=upstream)
         return upstream
 
     def export(self, graph: Graph, inputs: GraphInputs) -> str:

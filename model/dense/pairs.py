@@ -22,8 +22,9 @@ class Pairs(Term):
     def forward(self, inputs: Inputs) -> Part:
         """Saves the sum of the fields' embeddings, (B, D)."""
         total = inputs.embedded.sum(1)  # (B, D)
-        squares = torch.linalg.vecdot(total, total) - torch.linalg.vecdot(inputs.flat, inputs.flat)
-        return Part(squares.mul_(0.5), [total])
+        # Norms take a third of the time of dot products, which torch makes of a product (B, F*D) and its sum.
+        squares = [torch.linalg.vector_norm(each, dim=1).square_() for each in (total, inputs.flat)]
+        return Part(squares[0].sub_(squares[1]).mul_(0.5), [total])
 
     def backward(
         self, inputs: Inputs, saved: list[torch.Tensor], slope: torch.Tensor, gradient: torch.Tensor | None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.batch import FeatureBatch
+from model.distinct import group
 from model.errors import SnapshotMismatch
 from model.history import BASE, LIMIT, PRIOR_CLICKS, history_inputs, row_numbers
 from model.learner import Learner
@@ -19,7 +20,7 @@ from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from tests.model.test_learner import SCHEMA, learn, records
 
-SETTINGS = ModelSettings(hidden=(16, 8), initial_rows=16, row_history=True)
+SETTINGS = ModelSettings(hidden=(16, 8), initial_rows=16, row_history=True, cross_layers=0)
 
 
 def learner_of(schema: FeatureSchema = SCHEMA) -> Learner:
@@ -122,7 +123,7 @@ def read(learner: Learner, keys: list[int], labels: list[float], corrects: list[
     """What the dense part would read for further labels."""
     history, table, batch = learner._history, learner._table, column(*keys)
     assert history is not None
-    gathered = table.gather(table.keys.lookup(torch.tensor(keys)))
+    gathered = table.gather(group(table.keys.lookup(torch.tensor(keys))))
     elements = to_elements(batch, learner.schema, learner.device)
     back = torch.tensor(corrects)
     return history.read(elements, gathered, torch.tensor(labels), None, back, learner.negative_rate, torch.tensor(times))
@@ -179,7 +180,7 @@ def test_a_key_without_a_row_reads_nothing_and_counts_nothing() -> None:
     history, table = learner._history, learner._table
     assert history is not None
     elements = to_elements(column(5, 77, 8), ONE_FIELD, learner.device)
-    gathered, labels, own = table.gather(table.keys.lookup(torch.tensor([5, 8]))), torch.ones(3), torch.tensor([0, 2])
+    gathered, labels, own = table.gather(group(table.keys.lookup(torch.tensor([5, 8])))), torch.ones(3), torch.tensor([0, 2])
     back = torch.tensor([False, True, False])
     found = history.read(elements, gathered, labels, None, back, 1.0, None, own)
     expected = row_numbers(torch.tensor([[2.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), history.base)

@@ -17,7 +17,7 @@ from model.settings import ModelSettings
 
 CPU = torch.device("cpu")
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="a"),), embedding_dim=4)
-SETTINGS = ModelSettings(hidden=(8,), initial_rows=64)
+SETTINGS = ModelSettings(hidden=(8,), initial_rows=64, row_history=False, cross_layers=0)
 
 
 class Alone:
@@ -25,7 +25,7 @@ class Alone:
 
     def __init__(self, seed: int = 0) -> None:
         self.bias = torch.zeros(1)
-        self.intercept = Intercept(CPU)
+        self.intercept = Intercept()
         self._rng = np.random.default_rng(seed)
 
     def learn(self, rate: float, examples: int, batch: int = 128) -> float:
@@ -54,7 +54,7 @@ def test_it_follows_a_step_and_stays_steady_between() -> None:
 
 def test_clicks_that_come_late_count_once() -> None:
     """Each impression is first labelled negative, and each click comes as a correction."""
-    bias, intercept, rng = torch.zeros(1), Intercept(CPU), np.random.default_rng(3)
+    bias, intercept, rng = torch.zeros(1), Intercept(), np.random.default_rng(3)
     for _ in range(600):
         late = int(rng.binomial(128, 0.05))
         scores = torch.sigmoid(bias).expand(128 + late).clone()

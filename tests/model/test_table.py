@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from model import slots
 from model import table as table_module
-from model.distinct import unique_rows
+from model.distinct import group
 from model.embedding import EmbeddingTable, initial_rows
 from model.errors import ModelError
 from model.frozen import ModelRows
@@ -227,14 +227,6 @@ def test_the_empty_key_has_no_row() -> None:
     assert table.lookup(tensor([EMPTY_KEY])).tolist() == [ABSENT_ROW]
 
 
-@given(st.lists(st.integers(0, 40), max_size=200))
-def test_unique_without_sorting(rows: list[int]) -> None:
-    scratch = torch.full((41,), 7, dtype=torch.int32)
-    distinct, inverse = unique_rows(tensor(rows), scratch)
-    assert sorted(distinct.tolist()) == sorted(set(rows))
-    assert torch.equal(distinct[inverse], tensor(rows))
-
-
 # First weights
 
 
@@ -275,7 +267,8 @@ def serving(table: EmbeddingTable) -> Rows:
 
 def insert(table: EmbeddingTable, keys: list[int]) -> torch.Tensor:
     """Insert keys of one kind, whose initial row is zero but for the random numbers."""
-    return table.insert(tensor(keys), torch.zeros(len(keys), dtype=torch.int64), torch.zeros(1, 4), torch.zeros(1)).rows
+    groups, kinds = group(tensor(keys)), torch.zeros(len(keys), dtype=torch.int64)
+    return table.insert(groups, lambda: kinds, torch.zeros(1, 4), torch.zeros(1)).rows[groups.inverse]
 
 
 def test_order_of_arrival_and_growth_dont_matter() -> None:
@@ -294,7 +287,7 @@ def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
     table = make_table(64, held)
     rows = insert(table, [5, 6, 7])
     before = serving(table)
-    gathered = table.gather(rows[[2, 0, 2]])
+    gathered = table.gather(group(rows[[2, 0, 2]]))
     order = gathered.inverse[:2]  # indices of the rows of keys 7 and 5 among the distinct rows
     gradient, first = torch.zeros(2, 4), torch.zeros(2)
     gradient[order], first[order] = torch.tensor([[1.0, -2, 0, 3], [0.5, 0, 0, 0]]), torch.tensor([2.0, -1])
@@ -311,7 +304,7 @@ def test_a_step_is_adagrads_and_touches_its_rows_only() -> None:
 def test_the_absent_row_reads_zero() -> None:
     table = make_table()
     insert(table, [5])
-    gathered = table.gather(table.keys.lookup(tensor([8, 5, 9])))
+    gathered = table.gather(group(table.keys.lookup(tensor([8, 5, 9]))))
     assert not gathered.embedding[gathered.inverse[[0, 2]]].any()
     assert gathered.embedding[gathered.inverse[1]].any()
 
@@ -320,10 +313,10 @@ def test_rows_begin_at_the_row_of_their_kind_and_a_key_of_two_kinds_at_that_of_t
     table, plain = make_table(), make_table()
     insert(plain, [5, 6, 7])
     embedding, first_order = torch.tensor([[1.0] * 4, [2.0] * 4]), torch.tensor([0.1, 0.2])
-    table.insert(tensor([5, 6, 7, 6]), tensor([0, 1, 1, 0]), embedding, first_order)
+    table.insert(group(tensor([5, 6, 7, 6])), lambda: tensor([0, 1, 1, 0]), embedding, first_order)
     found = serving(table)
     assert found.keys.tolist() == [5, 6, 7]
     torch.testing.assert_close(found.embedding - serving(plain).embedding, embedding[[0, 0, 1]])
     assert found.first_order.tolist() == pytest.approx([0.1, 0.1, 0.2])
-    table.insert(tensor([5]), tensor([1]), embedding, first_order)  # a known key keeps its row
+    table.insert(group(tensor([5])), lambda: tensor([1]), embedding, first_order)  # a known key keeps its row
     assert torch.equal(serving(table).embedding, found.embedding)

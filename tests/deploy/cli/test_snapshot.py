@@ -295,7 +295,7 @@ def test_usage(run: Run) -> None:
     assert ran.code == 2 and "expected one of --to, --back and --before, found several." in ran.err
     for command in ("show 0", "verify 0", "promote 0 --reason x", "rollback --to 0", "tag 0"):
         ran = run(f"snapshot {command}")
-        assert ran.code == 2 and "versions are numbered from 1, found 0" in ran.err
+        assert ran.code == 2 and "versions are numbered from 1, found '0'" in ran.err
     ran = run("snapshot rollback --skip 0:1-2")
     assert ran.code == 2 and "expected --rewind-trainer beside them, found none" in ran.err
     ran = run("snapshot rollback --rewind-trainer --skip-to-latest --unchecked")
