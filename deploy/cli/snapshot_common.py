@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABOUT",
-    "VERSION",
     "command_settings",
+    "number_or_alias",
     "operations_of",
     "reason_option",
     "require_serving",
@@ -24,13 +24,23 @@ __all__ = [
     "settings_for",
     "stored_settings",
     "topic_names",
+    "version_argument",
 ]
 
 ABOUT = "the registry of versions"
 
-VERSION = click.IntRange(min=1)
-
 reason_option = click.option("--reason", required=True, help="Why; it stays in the registry.")
+
+
+def number_or_alias(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """The callback of a parameter that names a version, for `resolve`. Raises BadParameter for 0."""
+    if value is not None and not value.strip("0"):
+        raise click.BadParameter(f"versions are numbered from 1, found {value!r}", context, parameter)
+    return value
+
+
+version_argument = click.argument("version", metavar="VERSION", callback=number_or_alias)
+"""A number or an alias, for `resolve`."""
 
 
 def command_settings() -> Settings:

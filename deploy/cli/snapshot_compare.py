@@ -127,6 +127,7 @@ def _diff_json(versions: list[int], found: VersionDiff) -> dict[str, Any]:
 
 
 def _print_diff(versions: list[int], found: VersionDiff) -> None:
+    from deploy.cli.snapshot_view import is_count
     from deploy.cli.tables import print_pairs, print_table
 
     rows = found.rows
@@ -152,7 +153,13 @@ def _print_diff(versions: list[int], found: VersionDiff) -> None:
         print_table(
             ("metric", *columns),
             [
-                [name, _shown(before), _shown(after), _shown(None if before is None or after is None else after - before)]
+                [
+                    name,
+                    *(
+                        _shown(each, count=is_count(name))
+                        for each in (before, after, None if before is None or after is None else after - before)
+                    ),
+                ]
                 for name, (before, after) in found.metrics.items()
             ],
             right=columns,
@@ -170,5 +177,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+def _shown(value: float | None, *, count: bool = False) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if count else f"{value:.4g}"
