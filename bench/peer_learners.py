@@ -35,6 +35,7 @@ Rows = Any  # what np.load returns, with the arrays above
 _ALWAYS = "--loss_function logistic --link logistic -b 24 --random_seed 1 --quiet"
 VOWPAL_WABBIT = {
     "vw-quadratic-rate-0.1": "-q :: -l 0.1",
+    "vw-quadratic-rate-0.3": "-q :: -l 0.3",
     "vw-quadratic-rate-0.02": "-q :: -l 0.02",
     "vw-quadratic-ftrl": "-q :: --ftrl --ftrl_alpha 0.005 --ftrl_beta 1",
     "vw-quadratic-coin": "-q :: --coin",

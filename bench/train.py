@@ -81,9 +81,13 @@ def as_batch(ids: np.ndarray) -> FeatureBatch:
     return FeatureBatch(x.view(np.int64), np.empty(0, np.int64), np.zeros(1, np.int64), lists=0)
 
 
+PLAIN = {"row_history": False, "cross_layers": 0, "cross_rank": 0}
+"""The model alone, as the peers have it."""
+
+
 def headrace(pool: Pool, *, gate: bool = False, model: dict[str, Any] | None = None) -> Step:
     schema = FeatureSchema(fields=tuple(FieldSpec(name=f"f{i}") for i in range(FIELDS)), embedding_dim=DIM)
-    settings = ModelSettings.model_validate({"hidden": HIDDEN, **(model or {})})
+    settings = ModelSettings.model_validate({"hidden": HIDDEN, **PLAIN, **(model or {})})
     learner = Learner(schema, settings, device="cpu")
     learner.learn(as_batch(pool.every_id), np.zeros(len(pool.every_id), np.float32))
     judge, shift = Judge(SnapshotSettings(), GateState()), ScoreShift(learner)
@@ -286,6 +290,7 @@ def measure_models(pool: Pool, rounds: int, seconds: float) -> None:
     for name in get_args(ModelName):
         variants |= {name: {"name": name}, f"{name}_cross": {"name": name, "cross_layers": 2}}
     variants["deepfm_cross_rank_64"] = {"name": "deepfm", "cross_layers": 2, "cross_rank": 64}
+    variants["default"] = {name: ModelSettings.model_fields[name].default for name in PLAIN}
     variants["deepfm_ftrl"] = {"name": "deepfm", "first_order": "ftrl"}
     rates: dict[str, dict[str, int]] = {name: {} for name in variants}
     steps = {name: headrace(pool, model=model) for name, model in variants.items()}

@@ -18,9 +18,11 @@ from deploy.cli.failures import EXIT_CODES
 from deploy.settings_page import settings_page
 from stream.join.metrics import JoinMetrics
 from stream.scorer.candidate_metrics import CandidateMetrics
+from stream.scorer.challenger_metrics import ChallengerMetrics
 from stream.scorer.following_metrics import FollowingMetrics
 from stream.scorer.metrics import ScorerMetrics
 from stream.trainer.canary_metrics import CanaryMetrics
+from stream.trainer.challenge_metrics import ChallengeMetrics
 from stream.trainer.metrics import StandbyMetrics, TrainerMetrics
 from stream.trainer.table_metrics import TableMetrics
 from stream.worker.metrics import new_prometheus, start_time
@@ -88,10 +90,12 @@ def metrics() -> dict[str, list[Described]]:
         ("trainer", TrainerMetrics),
         ("trainer", StandbyMetrics),
         ("trainer", CanaryMetrics),
+        ("trainer", ChallengeMetrics),
         ("trainer", TableMetrics),
         ("scorer", ScorerMetrics),
         ("scorer", FollowingMetrics),
         ("scorer", CandidateMetrics),
+        ("scorer", ChallengerMetrics),
     )
     for name, kind in kinds:
         kind(registries.setdefault(name, CollectorRegistry()))

@@ -96,7 +96,7 @@ def _type(name: str, annotation: Any) -> str:
 def _default(name: str, field: FieldInfo) -> str:
     if field.is_required():
         return "none: the key must be set"
-    default = field.get_default(call_default_factory=True)
+    default = field.get_default(call_default_factory=True, validated_data={})
     if default is None:
         return "unset"
     if isinstance(default, bool):

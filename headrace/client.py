@@ -222,11 +222,15 @@ class Client:
         *,
         timeout_ms: int = 1_000,
         request_id: str | None = None,
+        timestamp_ms: int | None = None,
     ) -> Answer:
         """Ask for scores and wait. The request carries the deadline, so that scorers don't answer after it.
 
         The first call also opens the connections for requests and starts the thread that reads answers, which takes about
         100 ms. It raises DeliveryError when no broker answers within 15 s (`bootstrap_timeout_ms`).
+
+        Args:
+            timestamp_ms: as for `request_scores`.
 
         Raises:
             NoAnswer: no answer came within `timeout_ms`.
@@ -238,7 +242,8 @@ class Client:
         name = request_id_or_new(request_id)
         self._delivery.open_answers()  # before the deadline is set: the first call takes longer
         self._delivery.open_requests()
-        future = self.ask_later(context, candidates, request_id=name, deadline_ms=now_ms() + int(timeout_ms))
+        deadline_ms = now_ms() + int(timeout_ms)
+        future = self.ask_later(context, candidates, request_id=name, deadline_ms=deadline_ms, timestamp_ms=timestamp_ms)
         try:
             return future.result(timeout_ms / 1_000)
         except TimeoutError as error:

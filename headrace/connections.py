@@ -26,6 +26,8 @@ _OF_SENDING = {"acks", "batch_size", "enable_idempotence", "linger_ms", "max_blo
 _OF_READING = {"auto_commit_interval_ms", "auto_offset_reset", "consumer_timeout_ms", "enable_auto_commit", "group_id"}
 _OF_BYTES = {"key_deserializer", "key_serializer", "value_deserializer", "value_serializer"}
 _OURS = _OF_SENDING | _OF_READING | _OF_BYTES | {"allow_auto_create_topics", "group_instance_id", "kafka_client"}
+# What `Client` takes besides.
+_OF_CLIENT = {"topic_prefix", "source"}
 _FORCED_S = 1.0  # longest wait for a producer's thread that is forced to end
 _PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "OAUTHBEARER", "AWS_MSK_IAM")
@@ -51,7 +53,7 @@ def connection_options(bootstrap_servers: Any, options: Mapping[str, Any]) -> di
         if name in _OURS:
             raise InvalidOption(f"{name}: expected no such option, found it. The client sets it itself: leave it out.")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, known | _OF_CLIENT, n=1)
             advice = f"Did you mean {near[0]}?" if near else "Leave it out; kafka-python documents the options that there are."
             raise InvalidOption(f"{name}: expected an option of kafka-python's connections, found none of that name. {advice}")
     # kafka-python retries with a wrong protocol or file, and in the end reports only that no broker answers.

@@ -43,11 +43,10 @@ class Adam:
         self._step = torch.zeros((), device=parameters.device)  # the same number as the tensor that the kernel takes
         self._mean, self._square = torch.zeros_like(parameters), torch.zeros_like(parameters)
         parts = {learning_rate: [slice(None)]}
-        if other is not None:
-            start, stop, _ = other.part.indices(len(parameters))
-            parts = {
-                learning_rate: [part for part in (slice(0, start), slice(stop, len(parameters))) if part.start < part.stop]
-            }
+        start, stop, _ = (slice(0) if other is None else other.part).indices(len(parameters))
+        if other is not None and start < stop:
+            others = slice(0, start), slice(stop, len(parameters))
+            parts = {learning_rate: [part for part in others if part.start < part.stop]}
             parts.setdefault(other.learning_rate, []).append(slice(start, stop))
         each = (parameters, gradients, self._mean, self._square)
         # By step size, views into the four tensors.

@@ -97,7 +97,7 @@ class EarlierModel:
             self.close()
             raise SnapshotMismatch(
                 f"rows {first} to {self._restored} of a version: expected the keys of the model's own rows, found others. The "
-                "version isn't from this model's past"
+                "version isn't from this model's past, or rows were evicted since"
             )
         self._moment.correct(first, rows.map(lambda part: part.to(keys.device)))
 

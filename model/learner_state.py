@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 
-from model.adam import Adam, Rate
 from model.anchor import EarlierModel
 from model.census import TableStats
 from model.deferred import Deferred
@@ -91,8 +90,7 @@ class LearnerState:
         self._upkeep = Upkeep(schema, table, self._rows, self._table)
         self._deferred = Deferred(self._rows)
         self._intercept = Intercept()
-        crosses = Rate(self._dense.crosses, settings.cross_learning_rate) if settings.cross_layers else None
-        self._adam = Adam(self._dense.parameters, self._dense.gradients, settings.dense_learning_rate, crosses)
+        self._adam = self._dense.optimizer(settings)
         self._deltas = Deltas(self._rows, self._dense_serving(), row_precision)
         self._without_row = KeySet(self.device)  # those that had no row when `expect` or `evict` was called
         self._restoring: int | None = None  # the number of rows that a restore under way will have

@@ -46,21 +46,20 @@ class _Dense(NamedTuple):
 class Prepared:
     """What a delta does to a predictor in a certain state. Only `Predictor.apply` uses it.
 
-    state        which state of the predictor it is for
-    rows         rows of the delta
-    numbers      their numbers (N,), `ABSENT_ROW` for those that the predictor doesn't have
-    change       by what (N,) their hashes change
-    new          which (M,) of the rows the predictor doesn't have
-    gone         keys of rows that go, with their numbers and hashes
-    dense        dense parameters and average rows; None if they stay
-    rows_sum     sum of the hashes of all rows once it is applied
+    state       which state of the predictor it is for
+    known       rows of the delta that the predictor has, with their numbers and the hashes of their weights before and after
+    new         rows of the delta that it doesn't have, with their hashes
+    gone        keys of rows that go, with their numbers and hashes
+    dense       dense parameters and average rows; None if they stay
+    rows_sum    sum of the hashes of all rows once it is applied
     """
 
     state: int
-    rows: Rows
-    numbers: torch.Tensor
-    change: torch.Tensor
-    new: torch.Tensor
+    known: Rows
+    known_numbers: torch.Tensor
+    known_change: torch.Tensor
+    new: Rows
+    new_hashes: torch.Tensor
     gone: torch.Tensor
     gone_numbers: torch.Tensor
     gone_hashes: torch.Tensor
@@ -205,26 +204,28 @@ class Predictor:
         gone = take({"gone": delta.gone}, "gone", (-1,), torch.int64).to(self.device)
         dense = None if delta.dense is None else self._read_dense(delta.dense)
         numbers, gone_numbers = self._rows.keys.lookup(rows.keys), self._rows.keys.lookup(gone)
-        is_gone = gone_numbers != ABSENT_ROW
-        gone, gone_numbers = gone[is_gone], gone_numbers[is_gone]
-        is_known = numbers != ABSENT_ROW
-        change = row_hashes(rows).sub_(self._rows.hashes(rows.keys, numbers).mul_(is_known))
-        gone_hashes = self._rows.hashes(gone, gone_numbers)
-        rows_sum = (self._rows_sum + digest_sum(change) - digest_sum(gone_hashes)) % _MODULUS
+        gone_numbers = gone_numbers[gone_numbers != ABSENT_ROW]
+        is_new = numbers == ABSENT_ROW
+        known, new = is_new.logical_not().nonzero().squeeze(1), is_new.nonzero().squeeze(1)
+        numbers = numbers.index_select(0, known)
+        hashes = row_hashes(rows)
+        before, gone_hashes = self._rows.hashes(numbers), self._rows.hashes(gone_numbers)
+        change = digest_sum(hashes) - digest_sum(before) - digest_sum(gone_hashes)
+        rows_sum = (self._rows_sum + change) % _MODULUS
         digest = (rows_sum + (dense or self._dense).hash) % _MODULUS
         if digest != delta.digest:
             raise DigestMismatch(
-                f"delta of {len(rows)} rows and {len(delta.gone)} that go: expected the digest {delta.digest:016x} to result, "
-                f"found {digest:016x}; nothing was changed. Load the newest version, and apply the deltas after it"
+                f"delta of {len(rows)} rows and {len(gone)} that go: expected the digest {delta.digest:016x} to result, found "
+                f"{digest:016x}; nothing was changed. Load the newest version, and apply the deltas after it"
             )
-        new = is_known.logical_not().nonzero().squeeze(1)
         self._rows.reserve(len(new))
         return Prepared(
             state=self._state,
-            rows=rows,
-            numbers=numbers,
-            change=change,
-            new=new,
+            known=_select(rows, known),
+            known_numbers=numbers,
+            known_change=hashes.index_select(0, known).sub_(before),
+            new=_select(rows, new),
+            new_hashes=hashes.index_select(0, new),
             gone=gone,
             gone_numbers=gone_numbers,
             gone_hashes=gone_hashes,
@@ -244,12 +245,9 @@ class Predictor:
             )
         with self._changing, self._reading:
             self._state += 1
+            self._rows.write(prepared.known_numbers, prepared.known)
             self._rows.keys.delete(prepared.gone)
-            numbers = prepared.numbers
-            if len(prepared.new):
-                new_numbers = self._rows.keys.load(prepared.rows.keys.index_select(0, prepared.new))
-                numbers = numbers.index_copy(0, prepared.new, new_numbers)
-            self._rows.write(numbers, prepared.rows)
+            new_numbers = self._rows.load(prepared.new)
             if prepared.dense is not None:
                 self._rows.set_averages(prepared.dense.averages)
                 self._dense = prepared.dense
@@ -257,8 +255,9 @@ class Predictor:
             if negative_rate is not None:
                 self.negative_rate = negative_rate
             for scrub in self._scrubs:
+                scrub.changed(prepared.known_numbers, prepared.known_change)
                 scrub.changed(prepared.gone_numbers, -prepared.gone_hashes)
-                scrub.changed(numbers, prepared.change)
+                scrub.changed(new_numbers, prepared.new_hashes)
 
     def scrub(self) -> Iterator[bool | None]:
         """Checks whether memory still has the weights that were put there, a step with each item, beside all else.
@@ -314,3 +313,10 @@ def _by_name(averages: Averages, base: torch.Tensor | None) -> dict[str, torch.T
     """Serving tensors besides parameters and rows, on the CPU, by the names that versions use."""
     named = {"typical.embedding": averages.embedding.cpu(), "typical.first_order": averages.first_order.cpu()}
     return named if base is None else {**named, BASE: base.cpu()}
+
+
+def _select(rows: Rows, index: torch.Tensor) -> Rows:
+    """The rows at these distinct, ascending indices."""
+    if len(index) == len(rows):
+        return rows
+    return rows.map(lambda part: part.index_select(0, index))

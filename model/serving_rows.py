@@ -17,9 +17,6 @@ from model.table import ABSENT_ROW, KeyTable
 
 __all__ = ["Averages", "ServingRows"]
 
-# Rows that are copied and hashed at once, so that the copy stays in the processor's cache: 1 MB with 16 weights.
-_HASHED_AT_ONCE = 16_384
-
 
 class Averages(NamedTuple):
     """The average row of each of F fields: embeddings (F, D) and first-order weights (F,)."""
@@ -87,6 +84,17 @@ class ServingRows:
         self.keys.reserve(count)
         self._columns.make_room(self._fields + self.keys.last_row + count)
 
+    def load(self, rows: Rows) -> torch.Tensor:
+        """Adds rows whose keys are distinct and new, without looking for them. Returns their numbers (N,)."""
+        last = self.keys.last_row
+        numbers = self.keys.load(rows.keys)
+        if self.keys.last_row == last + len(rows):  # no freed row among them
+            self.write_from(last + 1, rows)
+        else:
+            self._columns.make_room(self._fields + self.keys.last_row)
+            self.write(numbers, rows)
+        return numbers
+
     def write_from(self, first: int, rows: Rows) -> None:
         """Writes the weights of rows (N,) with the numbers `first` to `first` + N - 1, and makes room for them."""
         part = slice(first + self._fields - 1, first + self._fields - 1 + len(rows))
@@ -96,9 +104,8 @@ class ServingRows:
                 self._columns[name][part] = values
 
     def write(self, numbers: torch.Tensor, rows: Rows) -> None:
-        """Replaces the weights of the rows with these numbers (N,), or gives new ones their weights."""
+        """Replaces the weights of the rows with these numbers (N,)."""
         where = self._where(numbers)
-        self._columns.make_room(self._fields + self.keys.last_row)
         if self.device.type == "cpu":  # a row as one element: half the time, and readers wait for it
             _as_elements(self.embedding)[where.numpy()] = _as_elements(rows.embedding)
         else:
@@ -107,15 +114,9 @@ class ServingRows:
         if rows.history is not None:
             self._columns["history"].index_copy_(0, where, rows.history)
 
-    def hashes(self, keys: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        """Hashes (N,) of the rows with these keys and numbers (N,), as they are in memory (`model.digest`).
-
-        Those of keys without a row, with the number `ABSENT_ROW`, are any numbers.
-        """
-        if len(keys) <= _HASHED_AT_ONCE:
-            return row_hashes(self._read(keys, numbers))
-        parts = zip(torch.split(keys, _HASHED_AT_ONCE), torch.split(numbers, _HASHED_AT_ONCE), strict=True)
-        return torch.cat([row_hashes(self._read(*part)) for part in parts])
+    def hashes(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Hashes (N,) of the rows with these numbers (N,), as they are in memory (`model.digest`)."""
+        return row_hashes(self._read(self.keys.keys_of(numbers), numbers))
 
     def check(self, first: int, last: int) -> torch.Tensor | None:
         """Hashes (N,) of the N rows with numbers `first` to `last` that have keys, as they are in memory.

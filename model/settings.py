@@ -45,13 +45,14 @@ class ModelSettings(BaseModel):
         description="Number of units in each hidden layer of the MLP. `lr` and `fm` have none.",
     )
     cross_layers: int = Field(
-        default=0,
+        default_factory=lambda before: 2 if before.get("name", "deepfm") == "deepfm" else 0,
         ge=0,
         le=8,
-        description="Number of cross layers (DCN-V2) that the model has beside its own parts; 0 for none.",
+        description="Number of cross layers (DCN-V2) that the model has beside its own parts; 0 for none. By default `deepfm` "
+        "has 2, and the other models have none.",
     )
     cross_rank: int = Field(
-        default=0,
+        default=64,
         ge=0,
         le=4096,
         description="Rank of the cross layers' matrices. 0: full matrices, which cost the square of fields × embedding_dim.",
@@ -105,7 +106,7 @@ class ModelSettings(BaseModel):
         "such labels. New items and hours then start nearer to the truth. When false, the first label charges all of it.",
     )
     row_history: bool = Field(
-        default=False,
+        default=True,
         description="Whether each row counts its examples and clicks, and the model reads them: the row's click rate beside "
         "the base rate, and on how many examples it rests. A version is only trained on with the value that it was made with.",
     )
@@ -132,4 +133,6 @@ class ModelSettings(BaseModel):
         if self.first_order == "ftrl":
             names += ["ftrl_alpha", "ftrl_beta", "ftrl_l1", "ftrl_l2"]
         settings = self.model_dump(mode="json")
+        if not self.cross_layers:
+            settings["cross_rank"] = 0  # of no layers
         return {name: settings[name] for name in names}

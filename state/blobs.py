@@ -8,6 +8,7 @@ a link fails if the name is taken, and the file is whole before it has its name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import secrets
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 # The errors that a missing object raises: object stores and the local file system differ.
 _MISSING = (FileNotFoundError, ObjectNotFound)
 _EXISTS = (AlreadyExistsError, FileExistsError)
+# A full disk, and a full quota.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Entry(NamedTuple):
@@ -72,8 +75,8 @@ class Blobs:
         """The folders that have a file of this name, by one listing of the whole store."""
         try:
             pages = obstore.list(self._store())
-            paths = (str(entry["path"]).rsplit("/", 2) for page in pages for entry in page)
-            return [parts[-2] for parts in paths if len(parts) > 1 and parts[-1] == name]
+            paths = (str(entry["path"]).split("/") for page in pages for entry in page)
+            return [parts[0] for parts in paths if len(parts) == 2 and parts[1] == name]
         except (BaseError, OSError) as error:
             raise self._failed("list", "", "", error) from error
 
@@ -223,10 +226,10 @@ class Blobs:
             raise self._failed("list", folder or "", "", error) from error
 
     def _failed(self, action: str, folder: str, name: str, error: Exception) -> SnapshotError:
-        return SnapshotError(
-            f"snapshot store: can't {action} {self.path(folder, name)}: {explained(self.url, error)}. "
-            "Check that the store exists and that this process may use it."
-        )
+        cure = "Check that the store exists and that this process may use it."
+        if isinstance(error, OSError) and error.errno in _FULL:
+            cure = "Free space there, or keep fewer versions: `headrace snapshot gc --dry-run` says which are kept, and why."
+        return SnapshotError(f"snapshot store: can't {action} {self.path(folder, name)}: {explained(self.url, error)}. {cure}")
 
 
 class LocalBlobs(Blobs):

@@ -188,7 +188,7 @@ class Gate:
         state.against, state.blocks, state.compared_clicks = line, [], 0.0
         self._begin_block()
         wanted = self._settings.anchor_clicks
-        self._turn("withheld", now_ms, f"a new line, not compared with the champion's over {wanted} clicks yet")
+        self._turn("withheld", now_ms, f"a new line, not shown to predict as well as the champion over {wanted} clicks yet")
 
     def unopposed(self, now_ms: int) -> None:
         """The champion is of this line, or there is none: no comparison with another line is needed any more."""

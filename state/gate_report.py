@@ -84,10 +84,7 @@ def judge_version(
         wanted = f"a first champion needs {settings.first_clicks} of each and {settings.first_examples} examples"
         return Verdict(enough, f"the first champion, {seen}" if enough else f"{seen} in {examples_seen} examples; {wanted}")
     if champion_line not in (report.line, *report.passed):
-        return Verdict(
-            False,
-            f"of another line than the champion and not compared with it over enough clicks yet ({report.reason})",
-        )
+        return Verdict(False, f"of another line than the champion: {report.reason}")
     return Verdict(report.flow == "flowing", f"{report.flow}: {report.reason}")
 
 

@@ -10,7 +10,9 @@ __all__ = ["not_later"]
 # since no move of the champion has the time of the one before it.
 TOLERANCE_MS = 1_000
 
-_TIMES = frozenset(("at_ms", "hold_at_ms", "ended_at_ms", "done_at_ms", "announced_at_ms", "good_at_ms", "champion_at_ms"))
+_TIMES = frozenset(
+    ("at_ms", "hold_at_ms", "ended_at_ms", "done_at_ms", "announced_at_ms", "good_at_ms", "champion_at_ms", "share_at_ms")
+)
 """The fields that say when something was written. `created_at_ms` is a part of a version's name, and stays."""
 
 

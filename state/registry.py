@@ -1,5 +1,7 @@
 """The registry of versions: the records of the topic `snapshots`, and the state that they add up to. No Kafka, no clock.
 
+This file is long because the records of versions and of the champion stand beside the state that is asked about them.
+
 The topic is compacted, so the state is the last value of each key:
 
 - `version/N`: one announced version;
@@ -7,7 +9,8 @@ The topic is compacted, so the state is the last value of each key:
 - `alias/trainer`: which trainer may announce;
 - `alias/gate/release`: the last release of what the gate withheld, by an operator (`state.gate_release`);
 - other keys below `alias/`: aliases of any name, tags, deletions under way (`state.alias_records`), rewinds of the trainer
-  (`state.rewinds`), and the shadow or canary (`state.canary`).
+  (`state.rewinds`), the shadow or canary (`state.canary`), tracks (`state.tracks`), and what a track's trainer knows of its
+  share of the requests (`state.comparison`).
 
 A reader ignores keys below `alias/` and fields that it doesn't know, so that it can read what a newer release has written.
 A record with an empty value, a tombstone, removes its key. The records of deleted versions are removed, so the state grows
@@ -27,11 +30,13 @@ import msgspec
 
 from state.alias_records import GC_KEY, Alias, Deletion, TagChange, VersionTags, alias_of, tags_of
 from state.canary import CANARY_KEY, Canary
+from state.comparison import COMPARISON_KEY, Comparison
 from state.gate_release import RELEASE_KEY, GateRelease
 from state.gate_report import GateReport
 from state.manifest import Manifest, finite_or_null, nan_for_null
 from state.record_times import not_later
 from state.rewinds import REWINDS_KEY, Rewinds, SkippedRange
+from state.tracks import SERVING_KEY, Serving, Track, numbers_before, track_of
 
 __all__ = [
     "CHAMPION_KEY",
@@ -200,8 +205,21 @@ class TrainerLease(msgspec.Struct, frozen=True, kw_only=True):
     at_ms: int = 0
 
 
-RegistryRecord = VersionRecord | Champion | TrainerLease | Alias | VersionTags | Deletion | Rewinds | Canary | GateRelease
-T = TypeVar("T", VersionRecord, Champion, TrainerLease, Alias, VersionTags, Deletion, Rewinds, Canary, GateRelease)
+RegistryRecord = (
+    VersionRecord
+    | Champion
+    | TrainerLease
+    | Alias
+    | VersionTags
+    | Deletion
+    | Rewinds
+    | Canary
+    | GateRelease
+    | Track
+    | Serving
+    | Comparison
+)
+T = TypeVar("T", bound=RegistryRecord)
 
 
 class KeyedRecord(NamedTuple):
@@ -221,6 +239,9 @@ class RegistryState:
     rewinds   how the trainer was sent back, and what it leaves out since
     release   the last release of what the gate withheld
     canary    the shadow or canary that runs, or the last one; `state.canary_running` says whether it goes on
+    tracks    by name; `main` only once it has had a share of the requests
+    serving   which track serves; `tracks` and this are of the registry of `main` only
+    comparison  what the track's trainer knows of its share of the requests
     """
 
     versions: dict[int, VersionRecord] = field(default_factory=dict)
@@ -232,12 +253,17 @@ class RegistryState:
     rewinds: Rewinds = field(default_factory=Rewinds)
     release: GateRelease = field(default_factory=GateRelease)
     canary: Canary = field(default_factory=Canary)
+    tracks: dict[str, Track] = field(default_factory=dict)
+    serving: Serving = field(default_factory=Serving)
+    comparison: Comparison = field(default_factory=Comparison)
     problems: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_PROBLEMS))
     problem_count: int = 0
 
     def copy(self) -> RegistryState:
         """The state as it is now, for a thread or across an await. The records themselves never change."""
-        own = replace(self, versions=dict(self.versions), aliases=dict(self.aliases), tags=dict(self.tags))
+        own = replace(
+            self, versions=dict(self.versions), aliases=dict(self.aliases), tags=dict(self.tags), tracks=dict(self.tracks)
+        )
         own.problems = deque(self.problems, KEPT_PROBLEMS)
         return own
 
@@ -281,8 +307,11 @@ class RegistryState:
 
     @property
     def newest(self) -> int:
-        """The largest version ever announced; 0 without any. Whoever deletes old versions must keep this one."""
-        return max(max(self.versions, default=0), self.champion.version or 0)
+        """The largest version ever announced. Whoever deletes old versions must keep this one.
+
+        Without any it is the number before the first that the track has (`state.tracks`): 0 for `main`.
+        """
+        return max(max(self.versions, default=0), self.champion.version or 0, numbers_before(self.trainer.epoch))
 
     @property
     def newest_to_start_from(self) -> int:
@@ -314,6 +343,8 @@ class RegistryState:
             self.release.operation,
             self.canary.operation,
             self.canary.ended_operation,
+            *(turn.operation for turn in self.serving.turns),
+            *(track.share_operation for track in self.tracks.values()),
             *(move.operation for move in self.champion.moves),
             *(move.operation for alias in self.aliases.values() for move in alias.moves),
             *(change.operation for tags in self.tags.values() for change in tags.changes),
@@ -360,6 +391,15 @@ class RegistryState:
             self.release = GateRelease() if value is None else _decode(value, GateRelease, arrived_ms)
         elif key == CANARY_KEY:
             self.canary = Canary() if value is None else _decode(value, Canary, arrived_ms)
+        elif key == SERVING_KEY:
+            self.serving = Serving() if value is None else _decode(value, Serving, arrived_ms)
+        elif key == COMPARISON_KEY:
+            self.comparison = Comparison() if value is None else _decode(value, Comparison, arrived_ms)
+        elif (track := track_of(key)) is not None:
+            if value is None:
+                self.tracks.pop(track, None)
+            else:
+                self.tracks[track] = _decode(value, Track, arrived_ms)
         elif (name := alias_of(key)) is not None:
             if value is None:
                 self.aliases.pop(name, None)

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from state.tracks import MAIN
+
 __all__ = ["SnapshotSettings"]
 
 _REMOVED = {
@@ -38,6 +40,14 @@ class SnapshotSettings(BaseModel):
         default=".headrace/snapshots",
         description="Where versions are written: a folder, or a URL that obstore understands (`s3://`, `gs://`, `az://`, "
         "`file://`). A relative folder lies beside the settings file.",
+    )
+    track: str = Field(
+        default="",
+        pattern=r"^([a-z][a-z0-9-]{0,30})?$",
+        description="Name of the track: the series of versions that a trainer publishes. When empty, a trainer works on the "
+        "track `main`, and commands look at the track that serves. A challenger has a name of its own, and with it topics and "
+        "a part of the store: `deltas-NAME`, `snapshots-NAME`, and `tracks/NAME` below `snapshots.url`. Joins and scorers "
+        "don't read this setting.",
     )
     interval_ms: int = Field(
         default=60_000,
@@ -194,6 +204,15 @@ class SnapshotSettings(BaseModel):
     auto_promote: bool = Field(
         default=True, description="Whether each version that passes the gate becomes champion by itself."
     )
+
+    @property
+    def store_url(self) -> str:
+        """Where the versions of this track are."""
+        return self.url if self.track in ("", MAIN) else f"{self.url.rstrip('/')}/tracks/{self.track}"
+
+    def on_track(self, track: str) -> SnapshotSettings:
+        """The same settings for another track."""
+        return self.model_copy(update={"track": track})
 
     @model_validator(mode="before")
     @classmethod

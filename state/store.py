@@ -44,7 +44,7 @@ class SnapshotStore:
     """
 
     def __init__(self, settings: SnapshotSettings, *, cache: VersionCache | None = None) -> None:
-        self._blobs = blobs_at(settings.url)
+        self._blobs = blobs_at(settings.store_url)
         self._cache = cache
 
     @property

@@ -12,14 +12,16 @@ import yaml
 from headrace.scores import AnswerError
 from state.alias_records import Alias, AliasMove, Deletion, TagChange, VersionTags
 from state.canary import Canary, Progress, Side, Thresholds
+from state.comparison import Comparison, ServedSide
 from state.gate_release import GateRelease
 from state.gate_report import GateReport
 from state.registry import Champion, Move, TrainerLease, VersionRecord
 from state.rewinds import Rewind, Rewinds, SkippedRange
+from state.tracks import Serving, Track, Turn
 from stream.records import replay
 from stream.records.answer import Answer, Problem
 from stream.records.delta import DeltaHeader
-from stream.registry.heartbeat import Heartbeat
+from stream.records.heartbeat import Heartbeat, ShadowBeat
 
 PAGE: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[1] / "docs" / "asyncapi.yaml").read_text())
 # The page's schema → the struct that is encoded.
@@ -46,6 +48,12 @@ PAYLOADS = {
     "canaryThresholds": Thresholds,
     "canaryProgress": Progress,
     "canarySide": Side,
+    "trackRecord": Track,
+    "servingRecord": Serving,
+    "servingTurn": Turn,
+    "comparisonRecord": Comparison,
+    "servedSide": ServedSide,
+    "shadowBeat": ShadowBeat,
 }
 
 

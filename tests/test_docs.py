@@ -167,8 +167,8 @@ def test_metrics_are_made_where_the_pages_look_for_them() -> None:
     makers = re.compile(r"from prometheus_client import .*\b(?:Counter|Gauge|Histogram|Summary|Info|Enum)\b")
     found = {str(path.relative_to(ROOT)) for path in (ROOT / "stream").rglob("*.py") if makers.search(path.read_text())}
     made = {f"stream/{worker}/metrics.py" for worker in ("join", "trainer", "scorer", "worker")}
-    scorers = {"scorer/following_metrics.py", "scorer/candidate_metrics.py"}
-    besides = scorers | {"trainer/canary_metrics.py", "trainer/table_metrics.py"}
+    scorers = {"scorer/following_metrics.py", "scorer/candidate_metrics.py", "scorer/challenger_metrics.py"}
+    besides = scorers | {"trainer/canary_metrics.py", "trainer/challenge_metrics.py", "trainer/table_metrics.py"}
     assert found == made | {f"stream/{name}" for name in besides}
     for room in ("deploy", "headrace", "model", "state"):
         assert not [path for path in (ROOT / room).rglob("*.py") if makers.search(path.read_text())]

@@ -21,11 +21,13 @@ from state.history import History
 from state.manifest import Manifest
 from state.registry import RegistryState
 from state.store import SnapshotStore
+from state.tracks import MAIN
 from stream.deltas.writer import DeltaWriter
 from stream.errors import Fenced
 from stream.kafka.cluster import describe_cluster
 from stream.kafka.groups import group_members
 from stream.registry.log import read_registry
+from stream.registry.tracks import registered_track
 from stream.registry.writer import RegistryWriter
 from stream.topics.names import TopicNames
 from stream.trainer.captured import CapturedVersion
@@ -62,7 +64,7 @@ class Publishing:
 
     def __init__(self, settings: Settings, *, who: str, new_model: bool = False) -> None:
         self._settings, self._who, self._new_model = settings, who, new_model
-        self._names = TopicNames.of(settings.topics)
+        self._names = TopicNames.of(settings.topics, settings.snapshots.track or MAIN)
         self._store = SnapshotStore(settings.snapshots)
 
     async def require_ready(self, fingerprint: str) -> Published | None:
@@ -105,11 +107,12 @@ class Publishing:
         registry = RegistryWriter(settings.kafka, names, who=self._who)
         deltas: DeltaWriter | None = None
         try:
-            epoch = await registry.take_trainer_epoch()
+            track = await registered_track(settings.kafka, names, self._who)
+            epoch = await registry.take_trainer_epoch(above=track.first_number)
             deltas = DeltaWriter(settings.kafka, names, epoch=epoch)
             await deltas.open()
             chain = Chain(
-                str(ChainName(settings.model.name, epoch, 0)),
+                str(ChainName(names.chains or settings.model.name, epoch, 0)),
                 deltas,
                 None,
                 lambda: torch.empty(0, dtype=torch.int64),
@@ -145,7 +148,7 @@ class Publishing:
         return Published(announced.version, announced.promoted, announced.reason)
 
     async def _require_no_trainer(self) -> None:
-        group = f"{self._names.prefix}{self._settings.trainer.group}-leader"
+        group = f"{self._names.prefix}{self._settings.trainer.group}{self._names.suffix}-leader"
         members = await group_members(self._settings.kafka, group)
         if members:
             raise BootstrapError(

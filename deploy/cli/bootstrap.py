@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option, model_option, who, with_model
+from deploy.cli.common import (
+    ask_kafka,
+    echo_json,
+    format_option,
+    model_option,
+    track_option,
+    who,
+    with_model,
+    with_track,
+)
 from deploy.cli.feeding import stopping_on_interrupt
 from deploy.cli.mapping import mapped_columns, mapping_options
 from deploy.cli.times import TIME, clock
@@ -37,6 +46,7 @@ __all__ = ["bootstrap"]
 @click.option(
     "--checkpoint-every", "every", type=click.FloatRange(min=0), default=60.0, help="Seconds between two checkpoints."
 )
+@track_option
 @mapping_options
 @format_option
 def bootstrap(
@@ -81,7 +91,7 @@ def bootstrap(
     from deploy.datasets import Limits
     from deploy.settings import load_settings
 
-    settings = with_model(load_settings(), model)
+    settings = with_track(with_model(load_settings(), model))
     columns = mapped_columns(name, **{key: value for key, value in mapping.items() if key != "path"})
     source = Source(
         name=name,

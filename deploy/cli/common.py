@@ -23,10 +23,13 @@ __all__ = [
     "echo_json",
     "format_option",
     "model_option",
+    "on_named_track",
     "on_terminal",
     "quiet_clients",
+    "track_option",
     "who",
     "with_model",
+    "with_track",
 ]
 
 T = TypeVar("T")
@@ -118,6 +121,44 @@ def with_model(settings: Settings, name: str | None) -> Settings:
     if name is None:
         return settings
     return settings.model_copy(update={"model": settings.model.model_copy(update={"name": name})})
+
+
+_TRACK = "headrace.track"  # where the name that --track gives is kept, for the command and those below it
+
+
+def track_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--track NAME`, which `with_track` reads."""
+    return click.option(
+        "--track",
+        metavar="NAME",
+        expose_value=False,
+        callback=_note_track,
+        help="The track: `main`, or a challenger's name. Instead of snapshots.track.",
+    )(function)
+
+
+def _note_track(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
+    from state.tracks import TRACK_NAME
+
+    if name is None:
+        return
+    if not TRACK_NAME.fullmatch(name):
+        raise click.BadParameter(
+            f"expected a lowercase letter, then at most 30 lowercase letters, digits or dashes, found {name!r}."
+        )
+    context.meta[_TRACK] = name
+
+
+def with_track(settings: Settings) -> Settings:
+    """The settings with `snapshots.track` replaced, if --track names one."""
+    name = click.get_current_context().meta.get(_TRACK)
+    return settings if name is None else settings.model_copy(update={"snapshots": settings.snapshots.on_track(name)})
+
+
+def on_named_track(command: str) -> str:
+    """A command of `headrace snapshot`, with the track that --track names."""
+    name = click.get_current_context().meta.get(_TRACK)
+    return command if name is None else command.replace("headrace snapshot ", f"headrace snapshot --track {name} ", 1)
 
 
 def echo_json(value: Any) -> None:

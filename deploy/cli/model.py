@@ -1,4 +1,4 @@
-"""`headrace model …`: what the model is like inside."""
+"""`headrace model …`: what the model is like inside, and how challengers do. The latter is in `model_tracks.py`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import echo_json, format_option
-from deploy.cli.snapshot_common import command_settings, resolve
+from deploy.cli.common import echo_json, format_option, track_option
+from deploy.cli.model_tracks import compare, promote, shadow
+from deploy.cli.snapshot_common import resolve, settings_for
 from deploy.cli.times import clock
 
 if TYPE_CHECKING:
@@ -22,17 +23,27 @@ __all__ = ["model"]
 
 @click.group()
 def model() -> None:
-    """Look into the model.
+    """Look into the model, and compare it with challengers.
+
+    A challenger is a trainer on a track of its own, `headrace run trainer --track NAME`, with other settings.
 
     \b
     Examples:
-      headrace model stats              the table of the newest version: rows, memory, by field
-      headrace model stats champion     of the version that is served
+      headrace model stats                                     the table of the newest version: rows, memory, by field
+      headrace model stats champion                            of the version that is served
+      headrace model shadow wide --share 5%                    let the challenger `wide` score a share of the requests
+      headrace model compare                                   how it does beside the track that serves
+      headrace model promote wide --reason "0.6 % less loss"   let it serve
     """
+
+
+for _command in (compare, promote, shadow):
+    model.add_command(_command)
 
 
 @model.command()
 @click.argument("version", required=False)
+@track_option
 @format_option
 def stats(version: str | None, output: str) -> None:
     """Show the table of VERSION, a number or an alias; of the newest version in the store when not given.
@@ -52,7 +63,7 @@ def stats(version: str | None, output: str) -> None:
     from state.store import SnapshotStore
     from state.table_report import table_report
 
-    settings = command_settings()
+    settings = settings_for(*([] if version is None else [version]))
     store = SnapshotStore(settings.snapshots)
     if version is None:
         there = store.versions()

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from deploy.cli.common import model_option, with_model
+from deploy.cli.common import model_option, track_option, with_model, with_track
 from deploy.processes.leash import hold_leash
 from deploy.processes.priority import give_way
 
@@ -98,6 +98,7 @@ _device = click.option("--device", callback=_known_device, help="auto, cpu, cuda
 @run.command()
 @_device
 @model_option
+@track_option
 @click.option(
     "--new-model",
     is_flag=True,
@@ -134,8 +135,10 @@ def trainer(
       headrace run trainer --new-model               after a change of the schema, or to learn from scratch
       headrace run trainer --model fm --new-model    another model; later starts need --model fm or model.name
       headrace run trainer --take-over               lead instead of a trainer that can't be stopped
+      headrace run trainer --track wide --model wide_deep    a challenger: `headrace model compare` shows how it does
     """
-    settings = with_model(_settings(http_port, nice, verbose, leash), model)
+    settings = with_track(with_model(_settings(http_port, nice, verbose, leash), model))
+    from state.tracks import MAIN
     from stream.topics.names import TopicNames
     from stream.trainer.run import run_trainer
 
@@ -144,7 +147,7 @@ def trainer(
         run_trainer(
             kafka=settings.kafka,
             settings=trainer_settings,
-            names=TopicNames.of(settings.topics),
+            names=TopicNames.of(settings.topics, settings.snapshots.track or MAIN),
             http=settings.http,
             schema=settings.features,
             model=settings.model,

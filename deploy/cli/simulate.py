@@ -10,6 +10,7 @@ import click
 
 from deploy.cli.common import echo_json, format_option
 from deploy.cli.feeding import ABOVE_0, SHARE, echo_rate, echo_watermark, no_watermark_option
+from deploy.cli.times import duration
 
 if TYPE_CHECKING:
     from deploy.feeding.simulation import CtrStep
@@ -131,6 +132,10 @@ def simulate(
 
     The features are those of `headrace data schema simulation`. A click more than join.window_ms after its impression
     doesn't count, so keep --delay-ms well below join.window_ms.
+
+    The watermark at the end lies join.window_ms + join.lateness_ms + 1 s beyond the stream, so that the last impressions get
+    their labels. Begin another stream when that time has passed: up to then the join labels each impression as it arrives,
+    without waiting for its click.
     """
     from deploy.cli.feeding import progress_bar, stopping_on_interrupt
     from deploy.feeding.simulate import Simulator
@@ -159,6 +164,7 @@ def simulate(
             truth=TruthFile(truth) if truth else None,
             end_watermark=not no_watermark,
             on_progress=show,
+            on_overlap=_warn_of_overlap,
         )
         with stopping_on_interrupt(simulator.stop):
             stats = simulator.run()
@@ -181,3 +187,12 @@ def simulate(
     echo_watermark(stats)
     if truth:
         click.echo(f"truth        {truth}")
+
+
+def _warn_of_overlap(beyond_ms: int) -> None:
+    click.echo(
+        f"Note: the streams in the topics end with a watermark {duration(beyond_ms)} after the beginning of this one. Until "
+        "then the join labels each impression as it arrives, and its click comes as a correction. Begin after that time to see "
+        "labels as in a live stream.",
+        err=True,
+    )

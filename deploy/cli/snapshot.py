@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option
+from deploy.cli.common import ask_kafka, echo_json, format_option, track_option
 from deploy.cli.snapshot_aliases import alias, history, tag
 from deploy.cli.snapshot_canary import canary, shadow, watch
-from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of, topic_names
+from deploy.cli.snapshot_common import (
+    ABOUT,
+    command_settings,
+    number_or_alias,
+    operations_of,
+    resolve,
+    settings_for,
+    topic_names,
+    version_argument,
+)
 from deploy.cli.snapshot_compare import diff, export
 from deploy.cli.snapshot_gate import gate, release
 from deploy.cli.snapshot_rollback import EXIT_UNCONFIRMED, rollback, say_silent, silent_json, undo_command
@@ -26,6 +35,7 @@ __all__ = ["snapshot"]
 
 
 @click.group()
+@track_option
 def snapshot() -> None:
     """Look at versions, move the champion, go back; name versions, compare, delete, export them.
 
@@ -39,6 +49,7 @@ def snapshot() -> None:
       headrace snapshot history                              who moved the champion, when and why
       headrace snapshot diff 41 42                           what changed
       headrace snapshot gc --dry-run                         what can be deleted
+      headrace snapshot --track wide list                    versions of the challenger `wide`
     """
 
 
@@ -68,14 +79,17 @@ def list_(last: int, output: str) -> None:
 
 
 @snapshot.command()
-@click.argument("version", type=click.IntRange(min=1))
+@version_argument
 @format_option
-def show(version: int, output: str) -> None:
+def show(version: str, output: str) -> None:
     """Show everything known about VERSION, and what a trainer with these settings' features makes of it.
+
+    VERSION is a number or an alias.
 
     \b
     Examples:
       headrace snapshot show 41
+      headrace snapshot show champion
       headrace snapshot show 41 --format json | jq .fields   after a change of features.fields, before the trainer's restart
     """
     from deploy.cli.snapshot_view import fields_now, print_version, version_json
@@ -85,10 +99,11 @@ def show(version: int, output: str) -> None:
     from stream.registry.log import read_registry
 
     settings = command_settings()
+    (number,) = resolve(settings, version)
     state = ask_kafka(settings, read_registry(settings.kafka, topic_names(settings)), ABOUT)
-    record = state.versions.get(version)
+    record = state.versions.get(number)
     try:
-        manifest = SnapshotStore(settings.snapshots).manifest(version)
+        manifest = SnapshotStore(settings.snapshots).manifest(number)
     except SnapshotNotFound:
         if record is None:
             raise
@@ -101,20 +116,22 @@ def show(version: int, output: str) -> None:
         document = None if manifest is None else msgspec.to_builtins(manifest)
         if document is not None and manifest is not None:
             document["metrics"] = finite_or_null(manifest.metrics)
-        echo_json({"version": version, "announced": announced, "manifest": document, "fields": fields})
+        echo_json({"version": number, "announced": announced, "manifest": document, "fields": fields})
     else:
         print_version(manifest, announced, fields)
 
 
 @snapshot.command()
-@click.argument("version", type=click.IntRange(min=1), required=False)
+@click.argument("version", metavar="[VERSION]", required=False, callback=number_or_alias)
 @click.option("--live", is_flag=True, help="Compare the weights of all live scorers, not the files of a version.")
 @click.option(
     "--wait", "wait_ms", type=DURATION, default="10s", show_default=True, help="With --live: how long to look at heartbeats."
 )
 @format_option
-def verify(version: int | None, live: bool, wait_ms: int, output: str) -> None:
+def verify(version: str | None, live: bool, wait_ms: int, output: str) -> None:
     """Read every file of VERSION and compare it with the manifest. Exit code 1 when anything differs.
+
+    VERSION is a number or an alias.
 
     With --live, compare the digests of the weights that scorers have in memory, at equal points of a chain, with each other,
     with the trainer's deltas and with the announced versions.
@@ -122,6 +139,7 @@ def verify(version: int | None, live: bool, wait_ms: int, output: str) -> None:
     \b
     Examples:
       headrace snapshot verify 41
+      headrace snapshot verify champion
       headrace snapshot verify --live
     """
     if live == (version is not None):
@@ -135,13 +153,15 @@ def verify(version: int | None, live: bool, wait_ms: int, output: str) -> None:
         return
     from state.store import SnapshotStore
 
-    store = SnapshotStore(command_settings().snapshots)
-    problems = store.verify(version)
+    settings = settings_for(version)
+    (number,) = resolve(settings, version)
+    store = SnapshotStore(settings.snapshots)
+    problems = store.verify(number)
     if output == "json":
-        echo_json({"version": version, "whole": not problems, "problems": problems})
+        echo_json({"version": number, "whole": not problems, "problems": problems})
     elif not problems:
-        manifest = store.manifest(version)
-        click.echo(f"version {version} is whole: {len(manifest.files)} files, {manifest.size:,} bytes, every SHA-256 right")
+        manifest = store.manifest(number)
+        click.echo(f"version {number} is whole: {len(manifest.files)} files, {manifest.size:,} bytes, every SHA-256 right")
     for problem in problems:
         click.echo(problem, err=True)
     if problems:
@@ -149,7 +169,7 @@ def verify(version: int | None, live: bool, wait_ms: int, output: str) -> None:
 
 
 @snapshot.command()
-@click.argument("version", type=click.IntRange(min=1))
+@version_argument
 @click.option("--reason", required=True, help="Why; it stays in the registry.")
 @click.option("--hold", "hold_reason", metavar="WHY", help="Also hold auto-promotion, for this reason.")
 @click.option("--resume", is_flag=True, help="Also let auto-promotion go on.")
@@ -157,9 +177,9 @@ def verify(version: int | None, live: bool, wait_ms: int, output: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would happen; write nothing.")
 @format_option
 def promote(
-    version: int, reason: str, hold_reason: str | None, resume: bool, unchecked: bool, dry_run: bool, output: str
+    version: str, reason: str, hold_reason: str | None, resume: bool, unchecked: bool, dry_run: bool, output: str
 ) -> None:
-    """Make VERSION the champion.
+    """Make VERSION the champion. VERSION is a number or an alias.
 
     Unless auto-promotion is held, the next version that passes the gate takes its place.
 
@@ -168,6 +188,7 @@ def promote(
       headrace snapshot promote 41 --reason "better on the hold-out"
       headrace snapshot promote 41 --reason "undo of 39" --resume
       headrace snapshot promote 41 --reason "pin for the sale" --hold "until Monday"
+      headrace snapshot promote candidate --reason "better on the hold-out" --dry-run
     """
     if resume and hold_reason is not None:
         raise click.UsageError("--hold and --resume: expected one of them, found both.")
@@ -176,7 +197,8 @@ def promote(
     settings = command_settings()
     operations = operations_of(settings, unchecked=unchecked)
     hold = True if hold_reason is not None else False if resume else None
-    request = PromoteRequest(version, reason, hold, hold_reason or "")
+    (number,) = resolve(settings, version)
+    request = PromoteRequest(number, reason, hold, hold_reason or "")
     moved: Plan | ChampionMoved
     if dry_run:
         moved = ask_kafka(settings, operations.plan(request), ABOUT)
@@ -189,7 +211,7 @@ def promote(
         return
     previous = "none" if moved.previous is None else moved.previous
     click.echo(f"champion: {previous} → {moved.version}{' (dry run: nothing was written)' if dry_run else ''}")
-    click.echo(f"auto-promotion: {'held' if moved.held else 'on'}")
+    click.echo(f"auto-promotion: {'would be ' if dry_run else ''}{'held' if moved.held else 'on'}")
     click.echo(f"undo: {undo_command(moved) or 'there was no champion before'}")
 
 

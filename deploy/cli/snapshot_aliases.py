@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option
-from deploy.cli.snapshot_common import ABOUT, VERSION, command_settings, operations_of, reason_option, topic_names
+from deploy.cli.common import ask_kafka, echo_json, format_option, on_named_track
+from deploy.cli.snapshot_common import (
+    ABOUT,
+    command_settings,
+    operations_of,
+    reason_option,
+    resolve,
+    topic_names,
+    version_argument,
+)
 
 if TYPE_CHECKING:
     from state.alias_decisions import AliasMoved
@@ -32,19 +40,21 @@ def alias() -> None:
 
 @alias.command("set")
 @click.argument("name")
-@click.argument("version", type=VERSION)
+@version_argument
 @reason_option
 @click.option("--unchecked", is_flag=True, help="Don't check first that the store has the version.")
 @format_option
-def set_(name: str, version: int, reason: str, unchecked: bool, output: str) -> None:
-    """Point the alias NAME at VERSION. A name that isn't there yet is made.
+def set_(name: str, version: str, reason: str, unchecked: bool, output: str) -> None:
+    """Point the alias NAME at VERSION, a number or another alias. A name that isn't there yet is made.
 
     \b
     Examples:
       headrace snapshot alias set candidate 42 --reason "better on the hold-out"
+      headrace snapshot alias set before-sale champion --reason "to compare with"
     """
     settings = command_settings()
-    moved = ask_kafka(settings, operations_of(settings, unchecked=unchecked).set_alias(name, version, reason), ABOUT)
+    (number,) = resolve(settings, version)
+    moved = ask_kafka(settings, operations_of(settings, unchecked=unchecked).set_alias(name, number, reason), ABOUT)
     _show_moved(moved, output)
 
 
@@ -108,13 +118,13 @@ def list_(output: str) -> None:
 
 
 @click.command()
-@click.argument("version", type=VERSION)
+@version_argument
 @click.argument("tags", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--remove", multiple=True, metavar="KEY", help="Remove this tag; may be given several times.")
 @click.option("--reason", default="", help="Why; it stays in the registry.")
 @format_option
-def tag(version: int, tags: tuple[str, ...], remove: tuple[str, ...], reason: str, output: str) -> None:
-    """Put tags on VERSION, change or remove them. Without any, show them.
+def tag(version: str, tags: tuple[str, ...], remove: tuple[str, ...], reason: str, output: str) -> None:
+    """Put tags on VERSION, a number or an alias, change or remove them. Without any, show them.
 
     A version with a tag is never deleted. `good` is no such tag: the trainer sets it.
 
@@ -134,22 +144,23 @@ def tag(version: int, tags: tuple[str, ...], remove: tuple[str, ...], reason: st
     if both:
         raise click.UsageError(f"{both[0]}: expected it as KEY=VALUE or with --remove, found both.")
     settings = command_settings()
+    (number,) = resolve(settings, version)
     changed: tuple[str, ...] = ()
     if values or remove:
-        done = ask_kafka(settings, operations_of(settings).tag(version, values, reason, remove=remove), ABOUT)
+        done = ask_kafka(settings, operations_of(settings).tag(number, values, reason, remove=remove), ABOUT)
         found, changed = done.tags, done.changed
     else:
-        found = _registry().tags_of(version)
+        found = _registry().tags_of(number)
     if output == "json":
         from deploy.cli.snapshot_view import tagged_json
 
-        echo_json({"version": version, "tagged": tagged_json(found), "changed": changed})
+        echo_json({"version": number, "tagged": tagged_json(found), "changed": changed})
         return
     from deploy.cli.tables import print_table
     from deploy.cli.times import clock
 
     if not found:
-        click.echo(f"version {version} has no tags")
+        click.echo(f"version {number} has no tags")
     else:
         print_table(
             ("tag", "value", "since (UTC)", "who", "why"),
@@ -245,12 +256,12 @@ def _show_moved(moved: AliasMoved, output: str) -> None:
                 "from": moved.previous,
                 "to": moved.version,
                 "changed": moved.changed,
-                "undo": moved.undo,
+                "undo": moved.undo and on_named_track(moved.undo),
             }
         )
         return
     click.echo(f"{moved.name}: {_number(moved.previous)} → {_number(moved.version)}")
-    click.echo(f"undo: {moved.undo}" if moved.changed else "It was so already; nothing was written.")
+    click.echo(f"undo: {on_named_track(moved.undo or '')}" if moved.changed else "It was so already; nothing was written.")
 
 
 def _number(version: int | None) -> str:

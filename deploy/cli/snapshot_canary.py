@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploy.cli.common import ask_kafka, echo_json, format_option
-from deploy.cli.snapshot_common import ABOUT, command_settings, resolve, topic_names
+from deploy.cli.snapshot_common import ABOUT, command_settings, require_serving, resolve, topic_names
 from deploy.cli.times import DURATION, duration
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from state.canary import Mode
     from stream.registry.canary_operations import CanaryOperations, CanaryPlan, CanaryRequest, CanaryStopped
 
-__all__ = ["canary", "shadow", "watch"]
+__all__ = ["SHARE", "canary", "shadow", "watch"]
 
 # A scorer didn't confirm in time that the candidate takes no part any more, as after `headrace snapshot rollback`.
 EXIT_UNCONFIRMED = 3
@@ -128,15 +128,16 @@ def _try(
     from state.canary import Thresholds
     from stream.registry.canary_operations import CanaryRequest
 
+    if what == "stop" and share is not None:
+        raise click.UsageError("stop: expected no --share, found one.")
+    if what != "stop" and share is None:
+        raise click.UsageError("expected --share, such as --share 5%, found none.")
     settings = command_settings()
+    require_serving(settings, mode)
     operations = _operations(settings, unchecked=unchecked)
-    if what == "stop":
-        if share is not None:
-            raise click.UsageError("stop: expected no --share, found one.")
+    if share is None:
         _stop(settings, operations, reason, timeout_ms, dry_run, yes, output)
         return
-    if share is None:
-        raise click.UsageError("expected --share, such as --share 5%, found none.")
     given = {name: value for name, value in limits.items() if value is not None}
     thresholds = Thresholds(**given)
     request = CanaryRequest(mode, resolve(settings, what)[0], share, reason, thresholds)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploy.cli.common import echo_json, format_option
-from deploy.cli.snapshot_common import command_settings, resolve
+from deploy.cli.snapshot_common import resolve, settings_for
 
 if TYPE_CHECKING:
     from state.version_diff import Distance, VersionDiff
@@ -39,7 +39,7 @@ def diff(before: str, after: str, output: str) -> None:
     from state.store import SnapshotStore
     from state.version_diff import compare
 
-    settings = command_settings()
+    settings = settings_for(before, after)
     versions = resolve(settings, before, after)
     store = SnapshotStore(settings.snapshots)
     found = compare(*(store.read(version) for version in versions))
@@ -78,7 +78,7 @@ def export(version: str, file: Path, output: str) -> None:
     for path in (file, file.with_name(file.name + ".data")):
         if path.exists():
             raise DeployError(f"{path}: expected no file, found one. Remove it, or choose another name.")
-    settings = command_settings()
+    settings = settings_for(version)
     (number,) = resolve(settings, version)
     reader = SnapshotStore(settings.snapshots).read(number)
     manifest = reader.manifest
@@ -127,6 +127,7 @@ def _diff_json(versions: list[int], found: VersionDiff) -> dict[str, Any]:
 
 
 def _print_diff(versions: list[int], found: VersionDiff) -> None:
+    from deploy.cli.snapshot_view import is_count
     from deploy.cli.tables import print_pairs, print_table
 
     rows = found.rows
@@ -152,7 +153,13 @@ def _print_diff(versions: list[int], found: VersionDiff) -> None:
         print_table(
             ("metric", *columns),
             [
-                [name, _shown(before), _shown(after), _shown(None if before is None or after is None else after - before)]
+                [
+                    name,
+                    *(
+                        _shown(each, count=is_count(name))
+                        for each in (before, after, None if before is None or after is None else after - before)
+                    ),
+                ]
                 for name, (before, after) in found.metrics.items()
             ],
             right=columns,
@@ -170,5 +177,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.4g}"
+def _shown(value: float | None, *, count: bool = False) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:,.0f}" if count else f"{value:.4g}"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploy.cli.common import ask_kafka, echo_json, format_option
-from deploy.cli.snapshot_common import ABOUT, command_settings, operations_of
+from deploy.cli.common import ask_kafka, echo_json, format_option, on_named_track
+from deploy.cli.snapshot_common import ABOUT, command_settings, number_or_alias, operations_of, resolve
 from deploy.cli.times import DURATION, TIME, clock, duration, is_ago
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _Times(click.ParamType):
 
 
 @click.command()
-@click.option("--to", type=click.IntRange(min=1), metavar="VERSION", help="This version.")
+@click.option("--to", metavar="VERSION", callback=number_or_alias, help="This version: a number or an alias.")
 @click.option("--back", "back_ms", type=DURATION, metavar="DURATION", help="The champion this long ago, such as 10m.")
 @click.option("--before", "before_ms", type=TIME, metavar="TIME", help="The champion at this time; UTC without an offset.")
 @click.option("--reason", default="no reason given", help="Why; it stays in the registry.")
@@ -120,7 +120,7 @@ class _Times(click.ParamType):
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @format_option
 def rollback(
-    to: int | None,
+    to: str | None,
     back_ms: int | None,
     before_ms: int | None,
     reason: str,
@@ -139,7 +139,7 @@ def rollback(
     By default the newest version older than the champion that is tagged good. Waits until every live scorer serves it.
 
     The trainer goes on learning from what it has learned, unless --rewind-trainer sends it back, too. That also works after a
-    rollback, with --to CHAMPION, and while no trainer runs: the next one that starts goes back. Undoing the rollback doesn't
+    rollback, with --to champion, and while no trainer runs: the next one that starts goes back. Undoing the rollback doesn't
     undo that. Offsets of --skip and --skip-time must not be in the version's weights already.
 
     Times and durations go by Kafka's clock, not by this machine's. Running the same command with --to again does no harm: where
@@ -172,10 +172,13 @@ def rollback(
             "--unchecked: expected no --skip, --skip-time or --skip-to-latest beside it, since what the version has learned is "
             "read from the store, found one."
         )
+    if sum(each is not None for each in (to, back_ms, before_ms)) > 1:
+        raise click.UsageError("expected one of --to, --back and --before, found several.")
     settings = command_settings()
     began = time.monotonic()
     operations = operations_of(settings, unchecked=unchecked)
-    request = RollbackRequest(reason, to, back_ms, before_ms, timeout_ms, rewind=rewind, skip=skip)
+    target = None if to is None else resolve(settings, to)[0]
+    request = RollbackRequest(reason, target, back_ms, before_ms, timeout_ms, rewind=rewind, skip=skip)
     what: RollbackRequest | Plan = request
     if dry_run or (not yes and sys.stdin.isatty()):
         what = plan = ask_kafka(settings, operations.plan(request), ABOUT)
@@ -243,8 +246,8 @@ def silent_json(silent: Sequence[Silent]) -> list[dict[str, Any]]:
 
 
 def undo_command(done: ChampionMoved | Plan | Held) -> str | None:
-    """The command that restores what was before."""
-    return None if done.undo is None else done.undo.command
+    """The command that restores what was before, on the track that was named."""
+    return None if done.undo is None else on_named_track(done.undo.command)
 
 
 def _trainer_lines(version: int, skipped: tuple[SkippedRange, ...] | None) -> list[str]:

@@ -26,6 +26,7 @@ __all__ = [
     "beat_json",
     "canary_json",
     "fields_now",
+    "is_count",
     "print_version",
     "print_versions",
     "registry_json",
@@ -125,6 +126,8 @@ def beat_json(beat: Heartbeat) -> dict[str, Any]:
         "problem": beat.problem,
         "candidate": beat.candidate,
         "candidate_problem": beat.candidate_problem,
+        "track": beat.track,
+        "shadows": [shadow.track for shadow in beat.shadows if shadow.version >= 0],
     }
 
 
@@ -164,10 +167,11 @@ def print_versions(document: dict[str, Any]) -> None:
     if document["held"]:
         held = f"auto-promotion held by {document['hold_who']} at {clock(document['hold_at_ms'])}: {document['hold_reason']}"
     champion = "none" if document["champion"] is None else document["champion"]
-    click.echo(f"champion {champion} since {clock(document['since_ms'])}, {held}")
+    since = f" since {clock(document['since_ms'])}" if document["since_ms"] else ""
+    click.echo(f"champion {champion}{since}, {held}")
     gate = document["gate"]
     if gate is not None:
-        click.echo(f"gate {gate['flow']} since {clock(gate['since_ms'])}: {gate['reason']}")
+        click.echo(f"gate {_flow_text(gate)}")
     _print_rewind(document.get("rewinds", [])[-1:], document.get("skipped", []))
     canary = document["canary"]
     if canary is not None and canary["outcome"] == "running":
@@ -293,6 +297,12 @@ def _verdict(state: RegistryState) -> dict[str, Any] | None:
     return None if record is None or record.verdict is None else dict(msgspec.to_builtins(record.verdict))
 
 
+def _flow_text(verdict: dict[str, Any]) -> str:
+    """Whether versions flow, since when (0: since the line began) and why."""
+    since = f" since {clock(verdict['since_ms'])}" if verdict["since_ms"] else ""
+    return f"{verdict['flow']}{since}: {verdict['reason']}"
+
+
 def _verdict_pairs(verdict: dict[str, Any] | None) -> list[tuple[str, str]]:
     if verdict is None:
         return []
@@ -300,7 +310,7 @@ def _verdict_pairs(verdict: dict[str, Any] | None) -> list[tuple[str, str]]:
     if verdict["loss_change"] is not None:
         compared += f", log loss {verdict['loss_change'] * 100:+.2f} % ± {verdict['loss_error'] * 100:.2f} %"
     return [
-        ("flow", f"{verdict['flow']} since {clock(verdict['since_ms'])}: {verdict['reason']}"),
+        ("flow", _flow_text(verdict)),
         ("compared with", compared),
         ("line", f"{verdict['line']}, {verdict['clicks']:,} clicks and {verdict['negatives']:,} non-clicks seen"),
         ("problems", "; ".join(verdict["problems"]) or "none"),
@@ -328,8 +338,13 @@ def _all_tags(version: dict[str, Any]) -> list[str]:
     return [*version["tags"], *(f"@{name}" for name in version["aliases"]), *tagged]
 
 
+def is_count(metric: str) -> bool:
+    """Whether a metric of a manifest is a number of things, or of bytes."""
+    return metric.endswith("examples") or metric.startswith("table_")
+
+
 def _number(metrics: Mapping[str, float | None], name: str) -> str:
     value = metrics.get(name)
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:,.0f}" if name.endswith("examples") or name.startswith("table_") else f"{value:.4f}"
+    return f"{value:,.0f}" if is_count(name) else f"{value:.4f}"

@@ -52,10 +52,14 @@ def open_data_set(
             raise DataSetError(f"{name}: expected --path FILE, found none. Pass the file to read.")
         return FileDataSet(path, name, columns, seed=seed, limits=limits)
     if name not in NAMED:
-        raise DataSetError(
-            f"data set {name!r}: expected one of {', '.join((*NAMED, *FILE_KINDS))}, found another name. See "
-            "`headrace data list`."
-        )
+        given = Path(name)
+        kind = given.suffix.removeprefix(".")
+        if kind in FILE_KINDS or given.is_file():
+            kind = kind if kind in FILE_KINDS else "jsonl, parquet, csv or tsv"
+            cure = f"For a file, give its format and its path: {kind} --path {name}."
+        else:
+            cure = "See `headrace data list`."
+        raise DataSetError(f"data set {name!r}: expected one of {', '.join((*NAMED, *FILE_KINDS))}, found another name. {cure}")
     return NAMED[name](seed=seed, folder=path)
 
 

@@ -6,6 +6,7 @@ the file, the column and the row.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ __all__ = ["AUTO", "FILE_KINDS", "Columns", "FileDataSet", "Limits"]
 
 AUTO = "\0auto"
 """Gives a role to the column of the contract's name (such as `impression_id`), if the file has that column."""
+
+log = logging.getLogger(__name__)
 
 _ENVELOPE_BYTES = 300  # of an event without its id and features: names, a time, a score, a version, a delta
 _ESCAPED = 6  # bytes that JSON needs at most for one byte of a string
@@ -108,6 +111,7 @@ class FileDataSet:
         self._seed = seed
         self._limits = limits or Limits()
         self._log: _Log | None = None
+        self._absent: set[str] = set()  # fields that were named in a warning
 
     def schema(self) -> FeatureSchema:
         """The features, by the types of their columns: strings and whole numbers are categories, floats are numeric."""
@@ -115,7 +119,7 @@ class FileDataSet:
         return FeatureSchema(fields=tuple(FieldSpec.model_validate({"name": n, "kind": k}) for n, k in kinds.items()))
 
     def check(self, schema: FeatureSchema) -> None:
-        """Check that a model of this schema can learn from the file.
+        """Check that a model of this schema can learn from the file. Fields that it lacks are named in a warning, once.
 
         Raises:
             DataSetError: the model would reject a value, or the file has none of the schema's fields.
@@ -128,6 +132,14 @@ class FileDataSet:
             refuse(self._path, f"some of the settings' features ({names}, …)", listed([*features]), do)
         for spec in known:
             check_kind(self._path, features[spec.name], spec)
+        absent = [spec.name for spec in schema.sent if spec.name not in features and spec.name not in self._absent]
+        if absent:
+            self._absent.update(absent)
+            log.warning(
+                "Note: %s has no column for %s of the settings' features.fields: its impressions have no such value. Where "
+                "that is an error, correct the name or rename the column.",
+                *(printable(str(self._path)), listed(absent)),
+            )
 
     def find(self) -> Path | None:
         return self._path if self._path.exists() else None

@@ -131,7 +131,7 @@ def time_units(readings: Readings) -> Iterator[Finding]:
                 what=readings.topic(topic),
                 expected="event times in milliseconds since 1970, at most 40 years before the arrival at the broker",
                 found=f"{len(wrong):,} of {len(rows):,} sampled events have times that {looks}, such as {wrong[0].event_ms}: "
-                f"they are dead letters. They come from {who_sent([row.sent for row in wrong], [row.sent for row in right])}",
+                f"they are dead letters. {who_sent([row.sent for row in wrong], [row.sent for row in right])}",
                 cure="make that producer send `timestamp` as integer milliseconds (docs/producers.md)",
             )
 
@@ -151,7 +151,7 @@ def clocks(readings: Readings) -> Iterator[Finding]:
                 found=f"{len(fast):,} of {len(rows):,} sampled events ahead, by up to "
                 f"{duration(float(max(row.ahead_ms for row in fast)))}"
                 f"{f', {rejected:,} of them dead letters (join.max_future_ms)' if rejected else ''}: their labels wait until "
-                f"the watermark reaches them. They come from {who_sent([row.sent for row in fast], others)}",
+                f"the watermark reaches them. {who_sent([row.sent for row in fast], others)}",
                 cure="set that producer's clock (NTP)"
                 if others
                 else "set the brokers' clocks (NTP), or those of all producers: every sampled event is ahead",

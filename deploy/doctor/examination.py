@@ -26,6 +26,7 @@ CHECKS: dict[str, Callable[[Readings], Iterator[Finding]]] = {
     "open_transactions": progress_checks.open_transactions,
     "publishing": model_checks.publishing,
     "scorers": model_checks.scorers,
+    "challengers": model_checks.challengers,
     "skew": model_checks.skew,
     "calibration": model_checks.calibration,
     "served": model_checks.served,

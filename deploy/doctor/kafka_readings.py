@@ -2,6 +2,8 @@
 
 The amount read of a topic is bounded: the newest `sample` records over all partitions, and single records at offsets of
 interest, for their arrival times.
+
+This file is long because one reader, with one consumer, reads it all.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from deploy.doctor.readings import Committed, LogReading, Partition, Readings, SampledLetter, Tail
+from deploy.doctor.track_readings import read_challengers, read_tracks
 from deploy.settings import Settings
 from state.errors import SnapshotError
 from state.registry import RegistryState
@@ -75,8 +78,12 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
         NoAnswer: Kafka can't be reached.
         TopicError: the configuration of a topic may not be read.
     """
-    names = TopicNames.of(settings.topics)
-    found = await asyncio.to_thread(find_topics, settings.kafka, settings.topics)
+    main = TopicNames.of(settings.topics)
+    tracks = await read_tracks(settings.kafka, main)
+    track = tracks.serving.track
+    names = main.of_track(track)
+    settings = settings.model_copy(update={"snapshots": settings.snapshots.on_track(track)})
+    found = await asyncio.to_thread(find_topics, settings.kafka, settings.topics, track)
     shorts = {_full(names, short): short for short in MEASURED}
     there = {shorts[name]: topic for name, topic in found.items() if name in shorts}
     readings = Readings(
@@ -84,7 +91,9 @@ async def read_everything(settings: Settings, *, sample: int) -> Readings:
         join_settings=settings.join,
         snapshots=settings.snapshots,
         prefix=names.prefix,
-        differences=differences(topic_contracts(settings.topics), found),
+        differences=differences(topic_contracts(settings.topics, track), found),
+        track=track,
+        challengers=await read_challengers(settings.kafka, main, tracks),
         partitions={short: topic.partitions for short, topic in there.items()},
         configs={short: topic.configs for short, topic in there.items()},
     )
@@ -188,7 +197,8 @@ class _Reader:
                 time.sleep(RETRY_S)
 
     def _group(self, worker: str) -> str:
-        return f"{self._names.prefix}{getattr(self._settings, worker).group}"
+        suffix = self._names.suffix if worker == "trainer" else ""
+        return f"{self._names.prefix}{getattr(self._settings, worker).group}{suffix}"
 
     async def _offsets(self, worker: str, shorts: Iterable[str]) -> dict[Partition, OffsetAndMetadata]:
         partitions = {self._tp(partition): partition for partition in self._partitions if partition[0] in shorts}
@@ -232,7 +242,7 @@ class _Reader:
         if self._names.scorers not in self._all:
             return []
         try:
-            async with HeartbeatReader(self._settings.kafka, self._names) as scorers:
+            async with HeartbeatReader(self._settings.kafka, self._names, every_track=True) as scorers:
                 return await scorers.live()
         except (KafkaError, StreamError) as error:
             self._not_read("the scorers' heartbeats", error)

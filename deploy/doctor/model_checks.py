@@ -10,7 +10,18 @@ from deploy.doctor.readings import Readings
 from state.registry import VersionRecord
 from stream.records.times import clock, duration
 
-__all__ = ["calibration", "champion", "gate", "hold", "publishes_nothing", "publishing", "scorers", "skew", "versions"]
+__all__ = [
+    "calibration",
+    "challengers",
+    "champion",
+    "gate",
+    "hold",
+    "publishes_nothing",
+    "publishing",
+    "scorers",
+    "skew",
+    "versions",
+]
 
 # Nearly every version becomes champion. Now and then the gate rejects one by chance, but not twenty in a row.
 MAX_VERSIONS_SINCE = 20
@@ -23,6 +34,8 @@ MAX_WITHHELD_MS = 1_800_000
 MISSED_VERSIONS, MIN_SILENCE_MS = 5, 60_000
 # A trainer that runs goes back within seconds; one of 10 M rows that has to be started takes a minute.
 MAX_REWIND_MS = 300_000
+# A challenger's trainer writes its figures every 5 s, and takes a minute to start with 10 M rows.
+MAX_COUNT_MS = 120_000
 # Fewer served impressions are too few to judge a mean, and fewer compared scores to judge a share.
 MIN_SERVED, MIN_COMPARED = 1_000, 100
 # Share of compared scores whose logit differs by more than 0.02; it is 0 if requests and impressions agree.
@@ -225,6 +238,33 @@ def scorers(readings: Readings) -> Iterator[Finding]:
                 found=f"it has read the registry only up to offset {beat.registry_offset}: the champion may have changed",
                 cure="see that scorer's log, and check its connection to Kafka",
             )
+
+
+def challengers(readings: Readings) -> Iterator[Finding]:
+    """A track has a share of the requests, and nobody scores or counts them."""
+    for each in readings.challengers:
+        name = each.track.name
+        since_ms = max(each.counted_ms, each.track.share_at_ms)
+        if readings.now_ms - since_ms > MAX_COUNT_MS:
+            last = "never" if not each.counted_ms else f"last at {clock(each.counted_ms)}"
+            yield Finding(
+                check="challengers",
+                what=f"track {name}",
+                expected="a trainer that counts what the track's share of the requests is worth, every few seconds",
+                found=f"{last}, for {each.track.share:.3g} of the requests",
+                cure=f"start its trainer (`headrace run trainer --track {name}`, with its settings), or end the share: "
+                f"`headrace model shadow {name} --share 0`",
+            )
+    for beat in readings.scorers:
+        for shadow in beat.shadows:
+            if shadow.problem and shadow.version < 0:
+                yield Finding(
+                    check="challengers",
+                    what=f"scorer {beat.worker} on {beat.host}",
+                    expected=f"track {shadow.track}, ready beside the one that serves",
+                    found=f"its share isn't scored here: {shadow.problem}",
+                    cure="raise scorer.spare_mb if it is a matter of room; else see that scorer's log",
+                )
 
 
 def publishes_nothing(readings: Readings) -> VersionRecord | None:

@@ -31,13 +31,13 @@ class Sent:
 
 
 def who_sent(these: Sequence[Sent], others: Sequence[Sent]) -> str:
-    """A description for people: shared headers, a shared prefix of the ids, and a few ids with partition/offset."""
+    """A sentence for people: shared headers, a shared prefix of the ids, and a few ids with partition/offset."""
     shared = [f"header {name} = {_text(content)}" for name, content in _headers(these, others)]
     prefix = _prefix(these, others)
     if prefix:
         shared.append(f"ids that begin with {_text(prefix)}")
     examples = ", ".join(f"{_text(sent.key or b'')} at {sent.partition}/{sent.offset}" for sent in these[:SHOWN])
-    return f"{', '.join(shared)}; such as {examples}" if shared else f"such as {examples}"
+    return f"They come from {', '.join(shared)}; such as {examples}" if shared else f"Some of them: {examples}"
 
 
 def _headers(these: Sequence[Sent], others: Sequence[Sent]) -> list[tuple[str, bytes]]:

@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from state.registry import RegistryState
 from state.settings import SnapshotSettings
+from state.tracks import MAIN, Track
 from stream.join.commit_metadata import Progress
 from stream.records.heartbeat import Heartbeat
 from stream.settings import JoinSettings, TopicSettings
 from stream.topics.contract import Difference
 from stream.topics.names import TopicNames
 
-__all__ = ["Committed", "LogReading", "Partition", "Readings", "SampledLetter", "Tail"]
+__all__ = ["Challenger", "Committed", "LogReading", "Partition", "Readings", "SampledLetter", "Tail"]
 
 Partition = tuple[str, int]  # short name of the topic, number of the partition
 
@@ -66,6 +67,13 @@ class Committed:
     progress: Progress | None
 
 
+class Challenger(NamedTuple):
+    """A track with a share of the requests, and when its trainer counted last for that share; 0 if it hasn't."""
+
+    track: Track
+    counted_ms: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
     """The state at one moment. What could not be read is empty, and `unread` says why."""
@@ -96,6 +104,10 @@ class Readings:
     registry: RegistryState = field(default_factory=RegistryState)
     scorers: Sequence[Heartbeat] = ()
     """The newest heartbeat of each live scorer."""
+    track: str = MAIN
+    """The track that serves. Topics, registry, store and trainers are its own."""
+    challengers: Sequence[Challenger] = ()
+    """The tracks that score a share of the requests beside it."""
     arrivals: Mapping[tuple[str, int, int], int] = field(default_factory=dict)
     """Arrival of the first committed record at or after an offset, by topic, number of the partition and offset."""
     open_since_ms: Mapping[Partition, int] = field(default_factory=dict)
@@ -109,8 +121,8 @@ class Readings:
 
     @property
     def names(self) -> TopicNames:
-        return TopicNames.of(TopicSettings(prefix=self.prefix))
+        return TopicNames.of(TopicSettings(prefix=self.prefix), self.track)
 
     def topic(self, short: str) -> str:
         """The topic's full name, with its prefix."""
-        return f"{self.prefix}{short}"
+        return str(getattr(self.names, short.replace("-", "_"), f"{self.prefix}{short}"))

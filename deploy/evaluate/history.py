@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deploy.evaluate.figures import Estimate, Floats, Int64s, Judged, blocks_of, difference, estimate
+from deploy.evaluate.figures import Estimate, Judged, blocks_of, difference, estimate
 from deploy.evaluate.play import Lifts
-from deploy.evaluate.stream import Bools
+from deploy.evaluate.stream import Bools, Floats, Int64s
 from model.schema import FeatureSchema
 
 __all__ = ["ALL_FIELDS", "HistoryFigures", "history_figures"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def check(file: Path) -> None:
     """Check that `draw` can draw into this file, before anything is computed for it.
 
     Raises:
-        EvaluationError: the package matplotlib isn't there, or the file's name doesn't end with a known format.
+        EvaluationError: the package matplotlib isn't there, the file's name doesn't end with a known format, or its folder
+            can't be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -37,6 +39,12 @@ def check(file: Path) -> None:
     if file.suffix.removeprefix(".").lower() not in Figure().canvas.get_supported_filetypes():
         raise EvaluationError(
             f"--picture: expected a file that ends with .png, .svg or .pdf, found {file.name}. Change the name."
+        )
+    folder = file.absolute().parent
+    if not os.access(folder, os.W_OK) or not folder.is_dir():
+        found = "one that can't be written" if folder.is_dir() else "no folder"
+        raise EvaluationError(
+            f"--picture: expected {folder} to be a folder that can be written, found {found}. Choose another."
         )
 
 

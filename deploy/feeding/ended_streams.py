@@ -1,7 +1,9 @@
 """Whether impressions and clicks end with a stream that is newer than the one about to be sent.
 
-The join would reject all of the new stream as late. The sender of a stream ends it with a watermark record beyond the stream,
-and sends nothing after that. So the last record of each partition shows whether a stream has ended there, and where.
+The sender of a stream ends it with a watermark record beyond the stream, and sends nothing after that. So the last record of
+each partition shows whether a stream has ended there, and where. A new stream that is older by more than window and dedupe
+horizon would be rejected as late. One that is a little older isn't, but nothing waits for its clicks: the join labels each of
+its impressions as it arrives, until event time has passed that watermark.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from stream.records.watermark import WATERMARK_HEADER
 from stream.settings import JoinSettings, KafkaSettings
 from stream.topics.names import TopicNames
 
-__all__ = ["refuse_late"]
+__all__ = ["overlap_ms", "refuse_late"]
 
 _READ_S = 5.0  # for one record of each partition; a partition that wasn't read by then isn't judged
 
@@ -31,19 +33,30 @@ async def refuse_late(kafka: KafkaSettings, topics: TopicNames, join: JoinSettin
     Raises:
         DataSetError: in some partition both streams have ended, and their watermark makes this event late.
     """
-    ends = await _last_watermarks(kafka, (topics.impressions, topics.clicks))
     kept_ms = join.window_ms + max(join.dedupe_horizon_ms, join.negative_skew_ms)
-    for partition in sorted(number for topic, number in ends if topic == topics.impressions):
-        marks = [ends.get((topic, partition)) for topic in (topics.impressions, topics.clicks)]
-        if None in marks:
-            continue
-        watermark_ms = min(mark for mark in marks if mark is not None)
+    for watermark_ms in await _ended_at(kafka, topics):
         if first_ms < watermark_ms - kept_ms:
             raise DataSetError(
                 f"topic {topics.impressions!r}: expected no stream that ended later than this one begins, found a watermark of "
                 f"{watermark_ms} at its end, and {first_ms} as the first event time: the join would refuse it as late. Use "
                 "another topics.prefix, or `headrace kafka reset` for a fresh local Kafka; --loop replays again and again."
             )
+
+
+async def overlap_ms(kafka: KafkaSettings, topics: TopicNames, first_ms: int) -> int:
+    """How far the streams that have ended reach beyond the first event of a new one, in ms; 0 if they don't. Writes nothing."""
+    return max((mark - first_ms for mark in await _ended_at(kafka, topics) if mark > first_ms), default=0)
+
+
+async def _ended_at(kafka: KafkaSettings, topics: TopicNames) -> list[int]:
+    """The watermarks of the partitions in which both streams have ended."""
+    ends = await _last_watermarks(kafka, (topics.impressions, topics.clicks))
+    found = []
+    for partition in sorted(number for topic, number in ends if topic == topics.impressions):
+        marks = [ends.get((topic, partition)) for topic in (topics.impressions, topics.clicks)]
+        if None not in marks:
+            found.append(min(mark for mark in marks if mark is not None))
+    return found
 
 
 async def _last_watermarks(kafka: KafkaSettings, topics: tuple[str, ...]) -> dict[tuple[str, int], int]:

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from deploy.feeding.arrivals import AGAIN, BROKEN, FIRST, Sends, arrivals
+from deploy.feeding.ended_streams import overlap_ms
 from deploy.feeding.feed import Feed, Pace
 from deploy.feeding.sender import Sender
 from deploy.feeding.simulation import Batch, Simulation, TruthFile, generate
@@ -34,6 +35,8 @@ class Simulator(Sender[SimulationStats]):
         truth: file to write the true probabilities to.
         end_watermark: end with a watermark record beyond the last window.
         on_progress: called after every step.
+        on_overlap: called at the start where the topics end with a stream that reaches beyond this one's beginning, with how
+            far in ms. The join labels impressions up to there as they arrive. Without it nobody looks.
     """
 
     def __init__(
@@ -45,17 +48,23 @@ class Simulator(Sender[SimulationStats]):
         truth: TruthFile | None = None,
         end_watermark: bool = True,
         on_progress: Callable[[SimulationStats], None] | None = None,
+        on_overlap: Callable[[int], None] | None = None,
     ) -> None:
         pace = Pace(speed=1.0 if paced else None)
         super().__init__(settings, SimulationStats(), pace, end_watermark=end_watermark, on_progress=on_progress)
         self._simulation = simulation
         self._truth = truth
+        self._on_overlap = on_overlap
 
     async def _send_all(self) -> None:
         self._pace.begin(self._simulation.start_ms)
         latest_ms = -1
         try:
             async with Feed(self._settings.kafka) as feed:
+                if self._on_overlap is not None:
+                    beyond_ms = await overlap_ms(self._settings.kafka, self._topics, self._simulation.start_ms)
+                    if beyond_ms:
+                        self._on_overlap(beyond_ms)
                 for sends in arrivals(self._batches(), self._simulation):
                     latest_ms = max(latest_ms, int(sends.event_times_ms.max()))
                     await self._send_paced(sends.times_ms, _STEP, partial(self._send_step, feed, sends))

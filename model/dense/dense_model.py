@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from model.adam import Adam, Rate
 from model.dense.cross import Cross
 from model.dense.linear import Linear
 from model.dense.term import Graph, GraphInputs, Inputs, Shape, Term
@@ -87,6 +88,11 @@ class DenseModel(ABC):
         for term in self._terms:
             term.initialise(generator)
         self.bias.zero_()
+
+    def optimizer(self, settings: ModelSettings) -> Adam:
+        """What updates the parameters by the gradients of `backward`."""
+        crosses = Rate(self.crosses, settings.cross_learning_rate)
+        return Adam(self.parameters, self.gradients, settings.dense_learning_rate, crosses)
 
     def forward(self, embedded: torch.Tensor, first_order: torch.Tensor, extra: torch.Tensor | None = None) -> Forward:
         """Logits of B rows from their embeddings (B, F, D), sums of their first-order weights (B,) and extra inputs (B, E)."""

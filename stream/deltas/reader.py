@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Size of one answer. A delta of 100,000 rows has 8 MB; a reader holds two answers at most, and the delta that it joins.
 FETCH_BYTES = 8 * 1024 * 1024
-# One wait for records.
-POLL_MS = 200
+# One wait for records: while reading to a known end, and for ever. Records end the wait at once.
+POLL_MS, FOLLOW_MS = 200, 1_000
 # Wait before a new connection after an error that the client couldn't recover from.
 RECONNECT_S = 1.0
 # A delta is written in one transaction, so all its pieces are visible at once. Only a copy of the topic on another cluster may
@@ -122,7 +122,7 @@ class DeltaReader:
 
     async def _forever(self) -> AsyncIterator[FoundDelta | DeltaProblem]:
         while True:
-            found = await self.next(timeout_s=POLL_MS / 1_000)
+            found = await self.next(timeout_s=FOLLOW_MS / 1_000)
             if found is not None:
                 yield found
 
@@ -189,7 +189,7 @@ class DeltaReader:
             if self._consumer is None:
                 await self._connect()
             try:
-                await self._fetch(min(int(within_s * 1_000) + 1, POLL_MS))
+                await self._fetch(min(int(within_s * 1_000) + 1, FOLLOW_MS))
             except OffsetOutOfRangeError:
                 await self._go_on_at_start()
             except CorruptRecordException as error:

@@ -305,5 +305,5 @@ class _CommitFailed(Exception):
 
 
 def deltas_transactional_id(names: TopicNames) -> str:
-    """The transactional id that all trainers of one prefix share: `<prefix>headrace-deltas`."""
-    return f"{names.prefix}headrace-deltas"
+    """The transactional id that all trainers of one track share: `<prefix>headrace-deltas`, and the track's name."""
+    return f"{names.prefix}headrace-deltas{names.suffix}"

@@ -99,7 +99,7 @@ def missing_topic(kafka: KafkaSettings, topic: str) -> TopicError:
     """The error for a topic that the cluster doesn't have."""
     return TopicError(
         f"topic {topic}: expected at {kafka.bootstrap_servers}, found none of that name. "
-        "`headrace topics create` makes it; topics.prefix is part of the name."
+        "`headrace topics create` makes it, with --track for a challenger's; topics.prefix is part of the name."
     )
 
 

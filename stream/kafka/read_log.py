@@ -25,9 +25,22 @@ from stream.kafka.clients import aiokafka_options, answer, quietly_stopped, star
 from stream.records.record import Record
 from stream.settings import KafkaSettings
 
-__all__ = ["Positions", "Span", "first_records", "high_watermarks", "log_consumer", "log_spans", "read_spans", "read_to"]
+__all__ = [
+    "FETCHER_LOOK_MS",
+    "Positions",
+    "Span",
+    "first_records",
+    "high_watermarks",
+    "log_consumer",
+    "log_spans",
+    "read_spans",
+    "read_to",
+]
 
 POLL_MS = 200  # one wait for records
+# How often aiokafka's fetcher looks for something to do although nothing has happened. Records, seeks, resumed partitions and
+# answers wake it, so this is only for what nobody thought of. Its own 200 ms are most of what an idle consumer costs.
+FETCHER_LOOK_MS = 2_000
 FETCH_BYTES = 1 << 20  # Kafka's own default
 
 Positions = Mapping[TopicPartition, int]
@@ -55,6 +68,7 @@ def log_consumer(
         enable_auto_commit=False,
         auto_offset_reset="none",
         isolation_level="read_committed" if committed else "read_uncommitted",
+        consumer_timeout_ms=FETCHER_LOOK_MS,
         max_partition_fetch_bytes=max_partition_fetch_bytes,
     )
 

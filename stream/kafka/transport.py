@@ -33,11 +33,12 @@ from faust.types import TP, ConsumerMessage, EventT
 from faust.types.transports import SchedulingStrategyT
 
 from stream.kafka.fetched import LogRecord
+from stream.kafka.read_log import FETCHER_LOOK_MS
 
-__all__ = ["LogEnd", "Run", "RunApp", "RunSchema"]
+__all__ = ["FETCH_MAX_WAIT_MS", "LogEnd", "Run", "RunApp", "RunSchema"]
 
-# How long a broker holds back an empty fetch. It limits the age of `LogEnd.seen_at_ms` on a quiet partition, and so how soon a
-# source can be seen to be idle. Faust's own 1,500 ms would dominate `idle_timeout_ms`.
+# How long a broker holds back an empty fetch, unless the worker says otherwise. It limits the age of `LogEnd.seen_at_ms` on a
+# quiet partition, and so how soon a source can be seen to be idle. Faust's own 1,500 ms would dominate `idle_timeout_ms`.
 FETCH_MAX_WAIT_MS = 250
 # Limit for one fetch of one partition: some 6,000 records of 700 bytes. Larger runs add latency and memory, but no speed
 # (measured).
@@ -160,7 +161,8 @@ class _ConsumerThread(driver.AIOKafkaConsumerThread):
         consumer = super()._create_worker_consumer(transport)
         # Outside its own exactly-once mode, Faust reads uncommitted records and waits 1.5 s on a quiet partition.
         consumer._isolation_level = "read_committed"
-        consumer._fetch_max_wait_ms = FETCH_MAX_WAIT_MS
+        consumer._fetch_max_wait_ms = self.app.fetch_max_wait_ms
+        consumer._consumer_timeout = FETCHER_LOOK_MS / 1_000
         consumer._max_partition_fetch_bytes = FETCH_MAX_BYTES
         consumer._fetch_max_bytes = FETCH_TOTAL_BYTES
         return consumer
@@ -311,12 +313,19 @@ class RunApp(faust.App):
 
     Args:
         next_offset: returns the next offset wanted of an assigned partition; None leaves its position alone.
+        fetch_max_wait_ms: how long a broker holds back an empty fetch.
     """
 
-    def __init__(self, *args: Any, next_offset: Callable[[TP], int | None], **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        next_offset: Callable[[TP], int | None],
+        fetch_max_wait_ms: int = FETCH_MAX_WAIT_MS,
+        **options: Any,
+    ) -> None:
         options.setdefault("ConsumerScheduler", _RunScheduler)
         super().__init__(*args, **options)
-        self.next_offset = next_offset
+        self.next_offset, self.fetch_max_wait_ms = next_offset, fetch_max_wait_ms
 
     def _create_directories(self) -> None:
         """Create no folders: Faust's are for tables, and there are none."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import msgspec
 
+from state.tracks import MAIN
 from stream.records.record import Record
 
 __all__ = [
     "DEFAULT_HEARTBEAT_MS",
     "Heartbeat",
     "Mark",
+    "ShadowBeat",
     "encode_heartbeat",
     "live_limit",
     "live_limit_ms",
@@ -32,6 +34,16 @@ class Mark(msgspec.Struct, frozen=True):
 
     sequence: int
     digest: str
+
+
+class ShadowBeat(msgspec.Struct, frozen=True):
+    """A track that scores a share of the requests beside. Without weights `version` is -1 and `problem` says why."""
+
+    track: str
+    version: int = -1
+    delta: int = 0
+    weights_age_ms: int | None = None
+    problem: str = ""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +68,9 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     problem        why the chain is not followed, or not further; empty while it is
     candidate      the version that takes part in a shadow or canary; None for none
     candidate_problem  why the version that should take part doesn't
+    track          the track that serves (`state.tracks`); `registry_offset` is one of its registry
+    main_offset    as `registry_offset`, of the registry of `main`, which says that the track serves; 0 until that is in effect
+    shadows        the tracks that score a share of the requests beside
     """
 
     worker: str
@@ -78,6 +93,9 @@ class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
     candidate: int | None = None
     candidate_problem: str = ""
+    track: str = MAIN
+    main_offset: int = 0
+    shadows: tuple[ShadowBeat, ...] = ()
 
 
 _decode = msgspec.json.Decoder(Heartbeat).decode

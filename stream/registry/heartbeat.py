@@ -20,15 +20,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
+from state.tracks import MAIN
 from stream.errors import NoAnswer
 from stream.kafka.clients import STOP_S, aiokafka_options, answer, quietly_stopped, started, unreachable
-from stream.kafka.cluster import missing_topic, partition_counts
+from stream.kafka.cluster import missing_topic
+from stream.kafka.quick import started_quickly
 from stream.kafka.read_log import Positions, read_to
 from stream.records.heartbeat import (
     DEFAULT_HEARTBEAT_MS,
     Heartbeat,
     Mark,
+    ShadowBeat,
     encode_heartbeat,
     live_limit_ms,
     read_heartbeat,
@@ -52,8 +56,11 @@ ANSWER = "an answer about the scorers"
 # Reading starts this many records before the end of each partition. With 100 scorers and one heartbeat a second from each, that
 # is 100 s: several times any sensible lease. It takes a fraction of a second, however long the topic is.
 TAIL_RECORDS = 10_000
-# The broker answers a fetch without new records after this time, a fetch with records at once.
-FETCH_WAIT_MS = 100
+# Size of one answer: a heartbeat has at most some 800 bytes, so the tail of a partition is one answer.
+FETCH_BYTES = 8 << 20
+# The broker answers a fetch without new records after this time, a fetch with records at once. A request for the end of the
+# topic waits for that answer, since it uses the same connection.
+FETCH_WAIT_MS = 20
 # Longest single wait for records: while reading to a known end, and while waiting for confirmations.
 READ_MS, CONFIRM_MS = 10, 100
 # How long a scorer that neither sends heartbeats nor has said goodbye is named. A paused machine or a lost connection is back
@@ -102,7 +109,7 @@ class Weights(NamedTuple):
 
 
 class _Last(NamedTuple):
-    """A worker's last record: its timestamp (the broker's clock), and the heartbeat; None for a tombstone."""
+    """A worker's last record that can be read: its timestamp (the broker's clock), and the heartbeat; None for a tombstone."""
 
     at_ms: int
     beat: Heartbeat | None
@@ -153,6 +160,9 @@ class HeartbeatSender:
         weights: Weights | None = None,
         candidate: int | None = None,
         candidate_problem: str = "",
+        track: str = MAIN,
+        main_offset: int = 0,
+        shadows: tuple[ShadowBeat, ...] = (),
     ) -> None:
         """Send one heartbeat. Returns when the brokers have it; does nothing after `close`.
 
@@ -184,6 +194,9 @@ class HeartbeatSender:
             problem=weights.problem[:MAX_REASON],
             candidate=candidate,
             candidate_problem=candidate_problem[:MAX_REASON],
+            track=track,
+            main_offset=main_offset,
+            shadows=tuple(replace(each, problem=each.problem[:MAX_REASON]) for each in shadows),
         )
         key, value = encode_heartbeat(beat)
         sent = self._producer.send_and_wait(self._topic, key=key, value=value)
@@ -202,16 +215,21 @@ class HeartbeatSender:
 
 
 class HeartbeatReader:
-    """Reads all scorers' heartbeats. Writes nothing.
+    """Reads the heartbeats of the scorers that answer with a track. Writes nothing.
 
     ```python
     async with HeartbeatReader(settings.kafka, names) as scorers:
         live = await scorers.live()
     ```
+
+    Args:
+        names: of the track.
+        every_track: read those of all scorers, whatever they answer with.
     """
 
-    def __init__(self, kafka: KafkaSettings, names: TopicNames) -> None:
+    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, every_track: bool = False) -> None:
         self._kafka = kafka
+        self._track = None if every_track else names.track
         self._topic = names.scorers
         self._consumer: AIOKafkaConsumer = None
         self._partitions: list[TopicPartition] = []
@@ -229,22 +247,15 @@ class HeartbeatReader:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             fetch_max_wait_ms=FETCH_WAIT_MS,
+            max_partition_fetch_bytes=FETCH_BYTES,
         )
         try:
-            # Both connect, so they run at the same time.
-            counts: dict[str, int] = {}
-
-            async def count() -> None:
-                counts.update(await partition_counts(self._kafka, [self._topic]))
-
-            for failure in await asyncio.gather(consumer.start(), count(), return_exceptions=True):
-                if failure is not None:
-                    raise failure
-            if self._topic not in counts:
+            await started_quickly(consumer, [self._topic])
+            numbers = consumer.partitions_for_topic(self._topic)
+            if not numbers:
                 raise missing_topic(self._kafka, self._topic)
-            partitions = [TopicPartition(self._topic, number) for number in range(counts[self._topic])]
-            first = await consumer.beginning_offsets(partitions)
-            end = await consumer.end_offsets(partitions)
+            partitions = [TopicPartition(self._topic, number) for number in sorted(numbers)]
+            first, end = await asyncio.gather(consumer.beginning_offsets(partitions), consumer.end_offsets(partitions))
             consumer.assign(partitions)
             for partition in partitions:
                 consumer.seek(partition, max(first[partition], end[partition] - TAIL_RECORDS))
@@ -281,7 +292,9 @@ class HeartbeatReader:
         found = [
             Silent(last.beat, now_ms - last.at_ms)
             for last in self._last.values()
-            if last.beat is not None and live_limit_ms(last.beat) < now_ms - last.at_ms <= SILENT_MS
+            if last.beat is not None
+            and live_limit_ms(last.beat) < now_ms - last.at_ms <= SILENT_MS
+            and self._track in (None, last.beat.track)
         ]
         return sorted(found, key=lambda each: each.beat.worker)
 
@@ -350,7 +363,9 @@ class HeartbeatReader:
         alive = (
             last.beat
             for last in self._last.values()
-            if last.beat is not None and now_ms - last.at_ms <= live_limit_ms(last.beat)
+            if last.beat is not None
+            and now_ms - last.at_ms <= live_limit_ms(last.beat)
+            and self._track in (None, last.beat.track)
         )
         return sorted(alive, key=lambda beat: beat.worker)
 
@@ -361,13 +376,17 @@ class HeartbeatReader:
     def _note(self, records: Sequence[Record], *, prompt: bool = False) -> None:
         if records:
             self._clock.note(max(record.timestamp for record in records), prompt=prompt)
-        for record in records:
-            worker = worker_of(record)
+        # Backwards, since only the last one of each worker counts: most of the tail needn't be decoded.
+        seen: set[bytes | None] = set()
+        for record in reversed(records):
+            if record.key in seen:
+                continue
             try:
                 beat = read_heartbeat(record)
             except ValueError:
                 continue  # from a newer or foreign writer. The worker's last readable heartbeat counts
-            self._last[worker] = _Last(record.timestamp, beat)
+            seen.add(record.key)
+            self._last[worker_of(record)] = _Last(record.timestamp, beat)
 
 
 def _now_ms() -> int:

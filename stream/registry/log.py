@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from state.registry import RegistryState
 from stream.kafka.clients import aiokafka_options, quietly_stopped, unreachable
 from stream.kafka.cluster import missing_topic
-from stream.kafka.read_log import read_to
+from stream.kafka.quick import started_quickly
+from stream.kafka.read_log import FETCHER_LOOK_MS, read_to
 from stream.records.record import Record
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
@@ -22,15 +23,16 @@ from stream.topics.names import TopicNames
 if TYPE_CHECKING:
     from aiokafka import AIOKafkaConsumer, TopicPartition
 
-__all__ = ["ANSWER", "RegistryLog", "read_registry"]
+__all__ = ["ANSWER", "LOOK_MS", "RegistryLog", "read_registry"]
 
 logger = logging.getLogger(__name__)
 
 # What was asked for, in the error of a Kafka that can't be reached.
 ANSWER = "an answer about the snapshot registry"
-# The broker answers a fetch without new records after this time. So this is also how often a follower learns that there is
-# nothing new.
-FETCH_WAIT_MS = 500
+# How often a follower learns that there is nothing new: the broker answers a fetch without new records after this time.
+LOOK_MS = 500
+# Size of one answer: a registry of a thousand versions has some 2 MB.
+FETCH_BYTES = 4 << 20
 # Longest single wait for records while reading to a known end. It is short, since the marker at a transaction's end is no
 # record and doesn't end the wait.
 POLL_MS = 10
@@ -45,10 +47,11 @@ class RegistryLog:
     Args:
         follow: keep fetching between calls, for a reader that waits for news. A writer doesn't: a fetch that waits at the
             broker would hold up the writer's request for the end of the log, which uses the same connection.
+        look_ms: how often a reader that follows learns that there is nothing new.
     """
 
-    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, follow: bool) -> None:
-        self._follow = follow
+    def __init__(self, kafka: KafkaSettings, names: TopicNames, *, follow: bool, look_ms: int = LOOK_MS) -> None:
+        self._follow, self._look_ms = follow, look_ms
         self.state = RegistryState()
         self.position = 0
         self.arrived_ms = 0
@@ -58,8 +61,13 @@ class RegistryLog:
         self._consumer: AIOKafkaConsumer = None
         self._partition: TopicPartition = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is connected."""
+        return self._consumer is not None
+
     async def open(self) -> None:
-        """Connect, and go to the first offset.
+        """Connect, and read to the end of the log as it is now. The caller sets a time limit.
 
         Raises:
             TopicError: the topic doesn't exist.
@@ -73,24 +81,32 @@ class RegistryLog:
             isolation_level="read_committed",
             enable_auto_commit=False,
             auto_offset_reset="none",
-            fetch_max_wait_ms=FETCH_WAIT_MS if self._follow else POLL_MS,
+            fetch_max_wait_ms=self._look_ms if self._follow else 1,  # what a writer fetches is there
+            max_partition_fetch_bytes=FETCH_BYTES,
+            consumer_timeout_ms=FETCHER_LOOK_MS,
         )
         try:
-            await consumer.start()
-            if self._topic not in await consumer.topics():
+            await started_quickly(consumer, [self._topic])
+            if not consumer.partitions_for_topic(self._topic):
                 raise missing_topic(self._kafka, self._topic)
             partition = TopicPartition(self._topic, 0)
-            first = (await consumer.beginning_offsets([partition]))[partition]
+            # Before the first fetch, which may wait at the broker, and holds up what is sent on its connection meanwhile.
+            end = (await consumer.end_offsets([partition]))[partition]
         except BaseException:
             await quietly_stopped(consumer.stop)
             raise
-        # No await between these: a fetch must not begin without a position.
+        # No await between these: a fetch must not begin without a position. `read_to` goes on behind what the log has lost.
         consumer.assign([partition])
-        consumer.seek(partition, first)
+        consumer.seek(partition, 0)
         if not self._follow:
             consumer.pause(partition)
         self._consumer, self._partition = consumer, partition
-        self.state, self.position = RegistryState(), first
+        self.state, self.position = RegistryState(), 0
+        try:
+            await self.read_to(end)
+        except BaseException:
+            await self.close()
+            raise
 
     async def poll(self, timeout_ms: int) -> int:
         """Apply the records that have arrived; wait for some at most `timeout_ms`.
@@ -146,14 +162,17 @@ class RegistryLog:
                 logger.warning("%s: passed over a record: %s", self._topic, problem)
 
     async def _start_again(self) -> None:
-        """The topic was deleted and created again: the records read so far no longer count."""
+        """The topic was deleted and created again: the records read so far no longer count. Or its first offset isn't 0."""
         first = (await self._consumer.beginning_offsets([self._partition]))[self._partition]
-        logger.warning("%s: offset %d is gone, reading from %d again", self._topic, self.position, first)
+        if self.position:
+            logger.warning("%s: offset %d is gone, reading from %d again", self._topic, self.position, first)
         self._consumer.seek(self._partition, first)
         self.state, self.position = RegistryState(), first
 
     def caught_up_at(self) -> float | None:
         """When (`time.monotonic()`) the log was last seen to hold nothing more. None when it holds more, or that is unknown."""
+        if self._consumer is None:
+            return None
         stable = self._consumer.last_stable_offset(self._partition)
         fetched_at_ms = self._consumer.last_poll_timestamp(self._partition)
         if stable is None or fetched_at_ms is None or self.position < stable:
@@ -180,7 +199,6 @@ async def read_registry(kafka: KafkaSettings, names: TopicNames, *, timeout_ms: 
     try:
         async with asyncio.timeout(timeout_ms / 1_000):
             await log.open()
-            await log.catch_up()
     except (KafkaError, TimeoutError) as error:
         raise unreachable(kafka, ANSWER, error) from error
     finally:

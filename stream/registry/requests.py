@@ -13,7 +13,7 @@ from stream.records.heartbeat import Heartbeat
 from stream.registry.heartbeat import Confirmation, Silent
 from stream.registry.skipping import NOTHING, SkipRequest
 
-__all__ = ["ChampionMoved", "Checked", "Plan", "PromoteRequest", "Resumed", "RollbackRequest", "Seen", "When"]
+__all__ = ["ChampionMoved", "Checked", "Goal", "Plan", "PromoteRequest", "Resumed", "RollbackRequest", "Seen", "When"]
 
 # Longest wait for the scorers to confirm a rollback, when the request names none.
 CONFIRM_MS = 10_000

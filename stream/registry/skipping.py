@@ -23,6 +23,7 @@ from state.store import SnapshotStore
 from stream.kafka.clients import answer, quietly_stopped, started, unreachable
 from stream.kafka.cluster import describe_cluster
 from stream.kafka.read_log import Span, log_consumer, log_spans
+from stream.records.times import clock
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
 
@@ -177,13 +178,13 @@ def require_startable(manifest: Manifest, topic_id: str, spans: Mapping[int, Spa
 
 def require_past(times: TimeRange, now_ms: int) -> None:
     """Raise Refused for a range of times that is empty or isn't over: only what is in the log can be left out."""
-    name = f"--skip-time {times.from_ms}..{times.to_ms}"
+    name = f"--skip-time {clock(times.from_ms)}..{clock(times.to_ms)}"
     if times.from_ms >= times.to_ms:
         raise Refused(f"{name}: expected the earlier time first, found the later one.")
     if times.to_ms > now_ms + CLOCK_MS:
         raise Refused(
             f"{name}: expected times that have passed, found an end {(times.to_ms - now_ms) / 1_000:,.0f} s from now by "
-            "Kafka's clock (times are ms since 1970). What is stored later can't be left out: roll back again then."
+            "Kafka's clock. What is stored later can't be left out: roll back again then."
         )
 
 
@@ -206,7 +207,7 @@ def between(
             found.append(SkippedRange(partition=partition, first=start, to=end))
     if not found:
         raise Refused(
-            f"--skip-time {times.from_ms}..{times.to_ms}: expected examples that Kafka stored in that time (ms since 1970), "
+            f"--skip-time {clock(times.from_ms)}..{clock(times.to_ms)}: expected examples that Kafka stored in that time, "
             "found none in any partition, so nothing would be left out. Is the time zone right? Without an offset it is UTC."
         )
     return found

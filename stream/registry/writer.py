@@ -34,6 +34,7 @@ from state.registry import KeyedRecord, RegistryState, encode_record
 from state.settings import SnapshotSettings
 from stream.errors import Fenced, NoAnswer, RegistryError, StreamError, Unsettled
 from stream.kafka.clients import aiokafka_options, unreachable
+from stream.kafka.quick import started_quickly
 from stream.kafka.transactional import dropped, is_fencing, retrieve
 from stream.records.times import duration
 from stream.registry.log import ANSWER, RegistryLog
@@ -92,7 +93,6 @@ class RegistryWriter(RegistryWrites):
         self._who = who
         self._transactional_id = registry_transactional_id(names)
         self._log = RegistryLog(kafka, names, follow=False)
-        self._log_is_open = False
         self._producer: AIOKafkaProducer = None
         self._read_to = 0  # the position after this writer's own last change
         self._at_ms, self._at_s = 0, 0.0
@@ -104,22 +104,25 @@ class RegistryWriter(RegistryWrites):
         return self._log.state
 
     async def connect(self) -> None:
-        """Read the registry. The first operation does so by itself; with this, it takes less time."""
+        """Fence other writers and read the registry. The first operation does so by itself; after this, it takes less time."""
         from aiokafka.errors import KafkaError
 
         async with self._lock:
             try:
                 async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
-                    await self._read()
-            except (KafkaError, TimeoutError) as error:
-                raise unreachable(self._kafka, ANSWER, error) from error
+                    await self._take_over()
+            except BaseException as error:
+                await self._drop_producer()
+                if isinstance(error, KafkaError | TimeoutError):
+                    raise unreachable(self._kafka, ANSWER, error) from error
+                raise
 
     async def tag_due(self, gate: SnapshotSettings) -> tuple[int, ...]:
         """Tag every version that is due, as far as this writer has read. Writes nothing when none is due."""
         from aiokafka.errors import KafkaError
 
         async with self._lock:
-            if self._log_is_open:
+            if self._log.is_open:
                 try:
                     async with asyncio.timeout(ATTEMPT_TIMEOUT_S):
                         await self._log.read_to(self._read_to)
@@ -133,7 +136,6 @@ class RegistryWriter(RegistryWrites):
         async with self._lock:
             await self._drop_producer()
             await self._log.close()
-            self._log_is_open = False
 
     async def kafka_ms(self) -> int:
         """Now by the broker's clock, for an operation that goes by time: this machine's clock may be wrong.
@@ -240,24 +242,27 @@ class RegistryWriter(RegistryWrites):
         return decide(self._log.state, cause)
 
     async def _take_over(self) -> None:
-        """Fence every other writer, then read what they have written, in this order: see 1 at the top of this module."""
+        """Fence every other writer, then read what they have written, in this order: see 1 at the top of this module.
+
+        What is in the log already is read while the producer starts.
+        """
         from aiokafka import AIOKafkaProducer
 
-        producer = AIOKafkaProducer(
+        self._producer = AIOKafkaProducer(
             **aiokafka_options(self._kafka),
             transactional_id=self._transactional_id,
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
         )
-        self._producer = producer
-        await producer.start()
-        await self._read()
+        starting = started_quickly(self._producer, [self._topic])
+        for found in await asyncio.gather(starting, self._open_log(), return_exceptions=True):
+            if isinstance(found, BaseException):
+                raise found
+        await self._log.catch_up()
         self._read_to = self._log.position
 
-    async def _read(self) -> None:
-        if not self._log_is_open:
+    async def _open_log(self) -> None:
+        if not self._log.is_open:
             await self._log.open()
-            self._log_is_open = True
-        await self._log.catch_up()
 
     async def _commit(self, records: Iterable[KeyedRecord], decided_ms: int) -> None:
         """Write records in one transaction. Every send is awaited, since aiokafka also commits when one has failed.
@@ -329,5 +334,5 @@ async def _wait_before(attempt: int) -> None:
 
 
 def registry_transactional_id(names: TopicNames) -> str:
-    """The transactional id that all writers of one registry share: `<prefix>headrace-registry`."""
-    return f"{names.snapshots.removesuffix('snapshots')}headrace-registry"
+    """The transactional id that all writers of one registry share: `<prefix>headrace-registry`, and the track's name."""
+    return f"{names.prefix}headrace-registry{names.suffix}"

@@ -10,18 +10,21 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from state import alias_decisions, canary_decisions, decisions, gate_decisions, upkeep
+from state import alias_decisions, canary_decisions, decisions, gate_decisions, track_decisions, upkeep
 from state.alias_decisions import AliasMoved, Tagged
 from state.alias_records import Doomed
 from state.canary import CanaryOutcome, Mode, Progress, Thresholds
 from state.canary_decisions import CanaryChanged
 from state.changes import Announcement, Cause, Change, Held, Moved, Rewinding
+from state.comparison import COMPARISON_KEY, Comparison
 from state.gate_release import Released
 from state.manifest import Manifest
-from state.registry import RegistryState
+from state.registry import KeyedRecord, RegistryState
 from state.rewind_decisions import rewound
 from state.served_band import decision_of
 from state.settings import SnapshotSettings
+from state.track_decisions import Promoted, Shared
+from state.tracks import Track
 from state.upkeep import Reindexed, Retired
 
 __all__ = ["Decide", "RegistryWrites", "Written"]
@@ -153,6 +156,23 @@ class RegistryWrites(ABC):
     async def note_canary(self, of: str, progress: Progress) -> Written[CanaryChanged]:
         """Note what is known of the shadow or canary that the operation `of` began."""
         return await self._change(lambda state, _: canary_decisions.note_progress(state, of, progress))
+
+    async def register_track(self, name: str, *, used: int) -> Track:
+        """Give a track its number, where it has none yet. In the registry of `main`, as the two methods after this one."""
+        return (await self._change(lambda state, cause: track_decisions.register_track(state, name, cause, used=used))).outcome
+
+    async def share_requests(self, name: str, share: float, reason: str) -> Written[Shared]:
+        """Let a track score a share of the requests beside the one that serves."""
+        return await self._change(lambda state, cause: track_decisions.share_requests(state, name, share, cause), reason)
+
+    async def promote_track(self, name: str, reason: str) -> Written[Promoted]:
+        """Let another track serve."""
+        return await self._change(lambda state, cause: track_decisions.promote_track(state, name, cause), reason)
+
+    async def note_comparison(self, comparison: Comparison) -> None:
+        """Note in the track's own registry what is known of its share."""
+        record = KeyedRecord(COMPARISON_KEY, comparison)
+        await self._change(lambda state, _: Change((record,) if state.comparison != comparison else (), None))
 
     async def retire(
         self,

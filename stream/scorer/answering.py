@@ -20,6 +20,7 @@ from stream.kafka.transport import Run
 from stream.records.record import Record
 from stream.scorer.answers import Answers, answer_requests
 from stream.scorer.candidate import CandidateKeeper
+from stream.scorer.challenger import Challengers
 from stream.scorer.freshness import Freshness
 from stream.scorer.intake import MAX_REQUESTS, Batch, Intake
 from stream.scorer.metrics import ScorerMetrics
@@ -59,6 +60,7 @@ class Answering:
         self,
         swapper: Swapper,
         candidate: CandidateKeeper,
+        challengers: Challengers,
         outbox: Outbox,
         metrics: ScorerMetrics,
         freshness: Freshness,
@@ -71,11 +73,13 @@ class Answering:
         max_bytes: int,
     ) -> None:
         self._swapper, self._outbox, self._metrics, self._freshness = swapper, outbox, metrics, freshness
-        self._candidate, self._standstill = candidate, standstill
+        self._candidate, self._challengers, self._standstill = candidate, challengers, standstill
         self._worker_id, self._stale = worker_id, stale
         self._max_candidates, self._max_bytes = max_candidates, max_bytes
         self.answered: dict[int, int] = {}
         """Next offset by partition: the answers to everything before it are acknowledged."""
+        self.news = asyncio.Event()
+        """Set when `answered` moves; whoever waits for it clears it."""
         self._intake = Intake()
         self._arrived, self._room, self._done = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._scored: asyncio.Queue[_Scored] = asyncio.Queue(SCORED_WAITING)
@@ -188,6 +192,7 @@ class Answering:
             records,
             self._swapper.current,  # the same weights for the whole batch, whatever is swapped meanwhile
             trial=trial,
+            shadows=self._challengers.shadows,
             worker=self._worker_id,
             max_candidates=self._max_candidates,
             max_bytes=self._max_bytes,
@@ -197,12 +202,15 @@ class Answering:
         self._metrics.scored(answers, time.perf_counter() - began)
         if trial is not None:
             self._candidate.scored(trial, answers.by_candidate, answers.not_by_candidate)
+        for track, count in answers.by_shadow.items():
+            self._challengers.scored(track, *count)
         return answers
 
     def _acknowledged(self, batch: Batch) -> None:
         self._metrics.acknowledged(batch.records)
         if batch.generation == self._intake.generation:
             self.answered.update(batch.positions)
+            self.news.set()
         self._under_way -= 1
         self._batches += 1
         self._done.set()

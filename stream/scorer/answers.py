@@ -11,18 +11,26 @@ from typing import NamedTuple
 import numpy as np
 
 from model.features import DecodedRequests
+from state.tracks import HASH_SPACE as TRACK_SPACE
 from stream.records.answer import Answer, AnswerEncoder, Problem, Score
 from stream.records.dead_letter import REASONS, DeadLetter
 from stream.records.record import Outgoing, Record
 from stream.records.request import request_id
 from stream.scorer.scored_rows import score_rows
 from stream.scorer.serving import Served
-from stream.scorer.trial import Trial, candidate_scores, decode_requests, in_share
+from stream.scorer.trial import Shadow, Trial, candidate_scores, decode_requests, in_share, positions
 
 __all__ = ["Answers", "answer_requests"]
 
 # Characters of an error's path and of its message, which quote what the sender wrote.
 MAX_TEXT = 300
+
+
+class ShadowCount(NamedTuple):
+    """Requests of a track's share that the track has scored beside the answer, and those that it has not."""
+
+    scored: int
+    missed: int
 
 
 @dataclass(slots=True)
@@ -39,6 +47,8 @@ class Answers:
     """Requests that the candidate of a shadow or canary has scored."""
     not_by_candidate: int = 0
     """Requests of its share that it could not score."""
+    by_shadow: dict[str, ShadowCount] = field(default_factory=dict)
+    """Requests of the shares of tracks beside, by track."""
 
 
 def answer_requests(
@@ -46,6 +56,7 @@ def answer_requests(
     served: Served | None,
     *,
     trial: Trial | None = None,
+    shadows: Sequence[Shadow] = (),
     worker: str,
     max_candidates: int,
     max_bytes: int,
@@ -59,6 +70,7 @@ def answer_requests(
 
     Args:
         trial: the candidate of a shadow or canary that gets a share of the requests.
+        shadows: tracks that score a share of the requests beside.
         worker: this worker's id, the source of the event.
         max_bytes: largest batch that the topic `scores` takes.
     """
@@ -85,7 +97,7 @@ def answer_requests(
         else:
             writer.refuse(records[row], found)
     if wanted:
-        _score(writer, records, decoded, wanted, served, trial)
+        _score(writer, records, decoded, wanted, served, trial, shadows)
     return writer.answers
 
 
@@ -104,6 +116,13 @@ def _problem(record: Record, decoded: DecodedRequests, index: int, now_ms: int, 
     return None
 
 
+class _Beside(NamedTuple):
+    """Scores that stand beside those of the answer, and the version that gave them."""
+
+    version: int
+    scores: list[float]
+
+
 def _score(
     writer: _Writer,
     records: Sequence[Record],
@@ -111,6 +130,7 @@ def _score(
     wanted: list[int],
     served: Served,
     trial: Trial | None,
+    shadows: Sequence[Shadow],
 ) -> None:
     """Score the candidates of the wanted requests: by the candidate what is its share, the rest with one predictor."""
     theirs: dict[int, list[float]] = {}
@@ -123,24 +143,49 @@ def _score(
     canary = trial.served if trial is not None and trial.mode == "canary" else None
     ours = wanted if canary is None else [index for index in wanted if index not in theirs]
     scored = score_rows(served.predictor, decoded, ours) if ours else None
+    beside: dict[int, _Beside] = {}
+    if trial is not None and canary is None:
+        beside = {index: _Beside(trial.served.version, scores) for index, scores in theirs.items()}
+    # An answer has room for one score beside each: that of a version on trial goes first.
+    _score_beside(writer, records, decoded, [index for index in wanted if index not in theirs], served, shadows, beside)
     for index in wanted:
         record, name, ids = records[int(decoded.rows[index])], decoded.request_ids[index], decoded.candidate_ids[index]
-        beside = theirs.get(index)
-        if canary is not None and beside is not None:
-            listed = [Score(each, score) for each, score in zip(ids, beside, strict=True)]
+        if canary is not None and index in theirs:
+            listed = [Score(each, score) for each, score in zip(ids, theirs[index], strict=True)]
             writer.answer(record, name, listed, by=canary)
             continue
         assert scored is not None
-        scores = scored.of(index)
+        scores, noted = scored.of(index), beside.get(index)
         if scores is None:
             message = "expected a number from the version that is served, found none. Go back: `headrace snapshot rollback`"
             path = f"$.candidates[{scored.first_not_finite(index)}]"
             writer.refuse(record, Problem("score_not_finite", path, message))
-        elif beside is not None and trial is not None:
-            listed = [Score(*each) for each in zip(ids, scores, beside, strict=True)]
-            writer.answer(record, name, listed, shadow_version=trial.served.version)
+        elif noted is not None:
+            listed = [Score(*each) for each in zip(ids, scores, noted.scores, strict=True)]
+            writer.answer(record, name, listed, shadow_version=noted.version)
         else:
             writer.answer(record, name, [Score(each, score) for each, score in zip(ids, scores, strict=True)])
+
+
+def _score_beside(
+    writer: _Writer,
+    records: Sequence[Record],
+    decoded: DecodedRequests,
+    free: list[int],
+    served: Served,
+    shadows: Sequence[Shadow],
+    beside: dict[int, _Beside],
+) -> None:
+    """Add to `beside` the scores of tracks that have a share of these requests."""
+    if not shadows or not free:
+        return
+    at = positions([decoded.request_ids[index] for index in free], TRACK_SPACE)
+    for shadow in shadows:
+        chosen = np.flatnonzero((at >= shadow.interval.start) & (at < shadow.interval.stop))
+        share = [free[position] for position in chosen.tolist()]
+        found = candidate_scores(shadow, served, records, decoded, share)
+        beside.update({index: _Beside(shadow.served.version, scores) for index, scores in found.items()})
+        writer.answers.by_shadow[shadow.track] = ShadowCount(len(found), len(share) - len(found))
 
 
 class _By(NamedTuple):

@@ -36,8 +36,9 @@ __all__ = ["ChainFollower"]
 
 log = logging.getLogger(__name__)
 
-# How often the follower looks whether the log's end is reached and whether the champion is overdue.
-LOOK_S = 0.2
+# How often the follower looks whether the end of the log is reached, and the champion overdue. There is neither to look for
+# while the replica may answer and has the delta of the champion: news of the registry and of the log wake the follower then.
+LOOK_S, QUIET_S = 0.2, 2.0
 # A version is announced after its delta was committed. When the log hasn't brought the champion's delta this long after the
 # champion's record was read, the log lacks it, or this scorer reads more slowly than the trainer writes: a version helps.
 OVERDUE_S = 10.0
@@ -48,6 +49,10 @@ REREAD_S = 0.2
 CACHED_DELTAS = 1_000
 # First and longest wait before the next attempt when no version or no log can be read.
 RETRY_S, MAX_RETRY_S = 0.5, 10.0
+
+
+# Reasons to replace the replica that don't depend on how far it is.
+AT_ONCE = ("memory", "track")
 
 
 class _Replace(Exception):
@@ -87,6 +92,7 @@ class ChainFollower:
         self._registry, self._wanted, self._replace = RegistryState(), False, ""
         self._growing: Replica | None = None  # the replica that the log is read for; `replica` once it is no older than that
         self._news = asyncio.Event()
+        self._adopted: Replica | None = None  # what another follower has brought to the chain that is followed next
         self._uncovered_since: float | None = None
         self._follows_since_ms = 0  # when the first replica began to answer
         self._unreadable: set[int] = set()
@@ -101,13 +107,18 @@ class ChainFollower:
         self._replace = "memory"
         self._news.set()
 
+    def moved(self, replica: Replica | None) -> None:
+        """Another track serves: go on with this replica of its chain, or read one. The old one answers meanwhile."""
+        self._replace, self._adopted = "track", replica
+        self._news.set()
+
     async def run(self) -> None:
         """Follow, until cancelled."""
         failures = 0
         while True:
             self._news.clear()
             if not self._wanted:
-                self.replica, self._growing, self.problem, self._replace = None, None, "", ""
+                self.replica, self._growing, self._adopted, self.problem, self._replace = None, None, None, "", ""
                 self._metrics.stopped()
                 self._listener.dropped()
                 await self._news.wait()
@@ -126,6 +137,10 @@ class ChainFollower:
 
     async def _session(self) -> None:
         """Read a version where one is needed, and the log from there on. Returns when the log must be opened anew."""
+        if self._replace == "track" and self._adopted is not None:
+            await self._alone(lambda: None)  # behind what its former follower has begun to apply
+            self._growing, self._adopted, self._replace = self._adopted, None, ""
+            self._mark(self._growing)
         replica = self._growing
         if replica is not None and not self._replace:
             async with self._open_log(replica.offset) as deltas:
@@ -156,7 +171,7 @@ class ChainFollower:
     def _candidates(self, before: Replica | None) -> list[VersionRecord]:
         """The versions to begin with, the newest first. Where a chain broke, only those that have what broke it."""
         found, champion = starts(self._registry), self._registry.champion_record
-        if before is None or before.progress.broken is None or self._replace == "memory":
+        if before is None or before.progress.broken is None or self._replace in AT_ONCE:
             return found
         if champion is None or not before.covers(champion):
             return found
@@ -167,7 +182,7 @@ class ChainFollower:
 
         Where the log didn't lead on from the version before, the newest is taken, so that the same one isn't tried again.
         """
-        if found and self._replace in ("", "memory"):
+        if found and self._replace in ("", *AT_ONCE):
             newest = found[0]
             for record in (*found, *before_champion(self._registry)):
                 if record.chain != newest.chain or (newest.sequence or 0) - (record.sequence or 0) > CACHED_DELTAS:
@@ -202,7 +217,8 @@ class ChainFollower:
                 at_end = deltas.at_end and not waiting.done()  # an item that is here already has not been taken
                 self._hand_over(replica, at_end=at_end)
                 self._look(replica, deltas.position if at_end else taken)
-                await self._news_or(LOOK_S, waiting)
+                quiet = self.replica is replica and self._uncovered_since is None and not replica.is_left(self._registry)
+                await self._news_or(QUIET_S if quiet else LOOK_S, waiting)
                 if self._registry is not marked or self._news.is_set():
                     self._news.clear()
                     marked = self._registry
@@ -251,8 +267,8 @@ class ChainFollower:
         Args:
             position: everything in the log before it has been taken.
         """
-        if self._replace == "memory":
-            raise _Replace("memory")
+        if self._replace in AT_ONCE:
+            raise _Replace(self._replace)
         champion, progress = self._registry.champion_record, replica.progress
         if champion is None or point_of(champion) is None:
             return  # nothing to follow: what is here goes on

@@ -19,11 +19,12 @@ from model.features import DecodedRequests
 from model.hashing import hash_strings, space_seed
 from model.requests import RequestDecoder
 from state.canary import HASH_SPACE, Mode
+from state.tracks import Interval
 from stream.records.record import Record
 from stream.scorer.scored_rows import score_rows
 from stream.scorer.serving import Served
 
-__all__ = ["Trial", "candidate_scores", "decode_requests", "in_share"]
+__all__ = ["Shadow", "Trial", "candidate_scores", "decode_requests", "in_share", "positions"]
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,15 @@ class Trial:
     served: Served
 
 
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """A track that scores the requests of its interval beside the one that answers (`state.tracks`)."""
+
+    track: str
+    interval: Interval
+    served: Served
+
+
 def decode_requests(decoder: RequestDecoder, records: Sequence[Record]) -> DecodedRequests:
     """The features of requests. One that doesn't carry its time is as old as its record."""
     arrived_ms = np.array([record.timestamp for record in records], np.int64)
@@ -45,16 +55,21 @@ def decode_requests(decoder: RequestDecoder, records: Sequence[Record]) -> Decod
 
 def in_share(request_ids: Sequence[str], share: float) -> npt.NDArray[np.bool_]:
     """Which requests are in the share, bool (R,)."""
+    return positions(request_ids, HASH_SPACE) < share
+
+
+def positions(request_ids: Sequence[str], space: str) -> npt.NDArray[np.float64]:
+    """Where the hashes of the ids lie in their range, from 0 up to but not including 1, (R,)."""
     if not request_ids:
-        return np.zeros(0, np.bool_)
-    seeds = np.full(len(request_ids), space_seed(HASH_SPACE), np.uint64)
+        return np.zeros(0)
+    seeds = np.full(len(request_ids), space_seed(space), np.uint64)
     hashes = hash_strings(pa.array(request_ids, pa.string()), seeds).view(np.uint64)
     # 53 bits, which a float holds exactly: a share of 1 is every request.
-    return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53 < share
+    return (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def candidate_scores(
-    trial: Trial, champion: Served, records: Sequence[Record], decoded: DecodedRequests, wanted: Sequence[int]
+    trial: Trial | Shadow, champion: Served, records: Sequence[Record], decoded: DecodedRequests, wanted: Sequence[int]
 ) -> dict[int, list[float]]:
     """The candidate's scores of the wanted requests that it can score, by position. Never raises because of the candidate.
 

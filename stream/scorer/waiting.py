@@ -95,7 +95,7 @@ class WaitingRoom:
         """Hold requests and answer those that are due. Errors of Kafka are logged, and the round is tried again."""
         while True:
             try:
-                async with HeartbeatReader(self._kafka, self._names) as scorers:
+                async with HeartbeatReader(self._kafka, self._names, every_track=True) as scorers:
                     while True:
                         async with asyncio.timeout(ROUND_S):
                             first = is_first(self._worker, await scorers.live())

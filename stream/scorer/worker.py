@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
+from state.tracks import MAIN
 from stream.errors import NoAnswer
 from stream.kafka.cluster import Cluster
 from stream.kafka.transport import Run
@@ -28,6 +29,7 @@ from stream.registry.heartbeat import HeartbeatSender, Weights
 from stream.scorer.answering import Answering
 from stream.scorer.candidate import CandidateKeeper
 from stream.scorer.chain_follower import ChainFollower
+from stream.scorer.challenger import Challengers
 from stream.scorer.freshness import Freshness
 from stream.scorer.metrics import ScorerMetrics
 from stream.scorer.outbox import Outbox
@@ -40,7 +42,7 @@ from stream.settings import KafkaSettings, ScorerSettings
 from stream.topics.names import TopicNames
 from stream.worker import Part, Worker, guarded
 
-__all__ = ["ScorerWorker"]
+__all__ = ["ScorerWorker", "ServingTrack"]
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +62,22 @@ class _Serving(NamedTuple):
     registry_offset: int
     candidate: int | None = None
     candidate_since_ms: int = 0
+    track: str = MAIN
+    main_offset: int = 0
+
+
+class ServingTrack(NamedTuple):
+    """The track that serves, and the offset after the change in the registry of `main` which says so, or later."""
+
+    track: str
+    main_offset: int
 
 
 class ScorerWorker(Worker):
     """One process of the scorer. Must be built inside a running event loop.
 
     Args:
+        serving: gives the track whose registry the swapper has, and the offset in that of `main` which says so.
         scoring: the thread that scores.
         scrub: checks the memory from time to time, until cancelled.
         stale: whether the registry couldn't be read to its end within the lease.
@@ -73,6 +85,8 @@ class ScorerWorker(Worker):
     """
 
     name = "scorer"
+    # Nothing here goes by the age of a quiet partition's end. The first fetch after an assignment may be held up for this long.
+    fetch_max_wait_ms = 500
 
     def __init__(
         self,
@@ -83,6 +97,8 @@ class ScorerWorker(Worker):
         cluster: Cluster,
         swapper: Swapper,
         candidate: CandidateKeeper,
+        challengers: Challengers,
+        serving: Callable[[], ServingTrack],
         follower: ChainFollower,
         scoring: ThreadPoolExecutor,
         scrub: Callable[[], Coroutine[Any, Any, None]],
@@ -109,9 +125,11 @@ class ScorerWorker(Worker):
         self._swapper, self._stale, self._heartbeats, self._metrics = swapper, stale, heartbeats, metrics
         self._follower, self._scrub, self._candidate = follower, scrub, candidate
         self._worker_id, self._standstill = worker_id, standstill
+        self._challengers, self._serving = challengers, serving
         self._answering = Answering(
             swapper,
             candidate,
+            challengers,
             outbox,
             metrics,
             freshness,
@@ -181,15 +199,19 @@ class ScorerWorker(Worker):
 
     async def _commit_regularly(self) -> None:
         while True:
-            await asyncio.sleep(COMMIT_S)
+            await self._answering.news.wait()
+            self._answering.news.clear()
             if self.waiting_for is None:
                 await self._commit()
+            await asyncio.sleep(COMMIT_S)
 
     async def _commit(self) -> None:
         answered = self._answering.answered
         due = {number: offset for number, offset in answered.items() if self._committed.get(number) != offset}
         if due and await self.app.consumer.commit_run({TP(self._topic, number): offset for number, offset in due.items()}):
             self._committed.update(due)
+        elif due:
+            self._answering.news.set()  # they are tried again
 
     # Heartbeats
 
@@ -211,6 +233,7 @@ class ScorerWorker(Worker):
                 swapper.applied,
                 None if trial is None else trial.served.version,
                 self._candidate.since_ms,
+                *self._serving(),
             )
             same = (now.since_ms, now.candidate_since_ms) == (reported.since_ms, reported.candidate_since_ms)
             if same or await self._answering.begun_answered(interval_s):
@@ -228,6 +251,10 @@ class ScorerWorker(Worker):
                     weights=weights,
                     candidate=reported.candidate,
                     candidate_problem=self._candidate.problem,
+                    track=reported.track,
+                    # Nothing of the track's registry is in effect before its champion answers.
+                    main_offset=reported.main_offset if reported.registry_offset else 0,
+                    shadows=self._challengers.beats(time.time_ns() // 1_000_000),
                 )
                 self._standstill.reported(looked_s)
             except (KafkaError, NoAnswer) as error:

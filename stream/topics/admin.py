@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from state.tracks import MAIN
 from stream.errors import TopicError
 from stream.kafka.clients import kafka_python_options, unreachable
 from stream.kafka.cluster import topic_configs
@@ -41,7 +42,14 @@ class Made(msgspec.Struct, frozen=True):
     kept: list[str]
 
 
-def create_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings | None = None, *, mend: bool = False) -> Made:
+def create_topics(
+    kafka: KafkaSettings,
+    topics: TopicSettings,
+    join: JoinSettings | None = None,
+    *,
+    mend: bool = False,
+    track: str = MAIN,
+) -> Made:
     """Create the topics that are missing. Existing ones are left alone. Safe to repeat, also by two processes at once.
 
     Args:
@@ -53,7 +61,7 @@ def create_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSetting
         NoAnswer: the cluster can't be reached.
         TopicError: the cluster rejects a topic, or the join couldn't use the topics.
     """
-    contracts, names = topic_contracts(topics), TopicNames.of(topics)
+    contracts, names = topic_contracts(topics, track), TopicNames.of(topics)
     if join is not None:
         _require_retention(names, topics, join)
     with _admin(kafka) as admin:
@@ -68,17 +76,20 @@ def create_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSetting
     return Made(created=created, mended=mended, kept=kept)
 
 
-def check_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings | None = None) -> list[Difference]:
+def check_topics(
+    kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings | None = None, *, track: str = MAIN
+) -> list[Difference]:
     """Where the cluster's topics differ from the contract, or from what the join needs. Never writes.
 
     Args:
         join: the settings that retention must be long enough for; None: don't check retention.
+        track: also check the topics of this track.
 
     Raises:
         NoAnswer: the cluster can't be reached.
     """
-    found, names = find_topics(kafka, topics), TopicNames.of(topics)
-    problems = differences(topic_contracts(topics), found)
+    found, names = find_topics(kafka, topics, track), TopicNames.of(topics)
+    problems = differences(topic_contracts(topics, track), found)
     unequal = unequal_partitions(names, {name: topic.partitions for name, topic in found.items()})
     if unequal is not None:
         problems.append(unequal)
@@ -87,15 +98,15 @@ def check_topics(kafka: KafkaSettings, topics: TopicSettings, join: JoinSettings
     return problems
 
 
-def find_topics(kafka: KafkaSettings, topics: TopicSettings) -> dict[str, Found]:
-    """Those of the nine topics that the cluster has, by name. Never writes.
+def find_topics(kafka: KafkaSettings, topics: TopicSettings, track: str = MAIN) -> dict[str, Found]:
+    """Those of the nine topics, and of the track's own ones, that the cluster has, by name. Never writes.
 
     Raises:
         NoAnswer: the cluster can't be reached.
         TopicError: the configuration of a topic may not be read.
     """
     with _admin(kafka) as admin:
-        return _describe(kafka, admin, topic_contracts(topics))
+        return _describe(kafka, admin, topic_contracts(topics, track))
 
 
 class Found(msgspec.Struct, frozen=True):
@@ -113,7 +124,8 @@ def differences(contracts: Sequence[TopicContract], found: Mapping[str, Found]) 
     for contract in contracts:
         topic = found.get(contract.name)
         if topic is None:
-            problems.append(Difference(contract.name, "topic", "present", "absent", "headrace topics create"))
+            track = "" if contract.track == MAIN else f" --track {contract.track}"
+            problems.append(Difference(contract.name, "topic", "present", "absent", f"headrace topics create{track}"))
             continue
         if topic.partitions != contract.partitions:
             cure = _partitions_cure(contract, topic.partitions)

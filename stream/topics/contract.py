@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
+from state.tracks import MAIN
 from stream.errors import TopicError
 from stream.settings import TopicSettings
 from stream.topics.names import TopicNames
@@ -41,6 +42,8 @@ class TopicContract:
     configs: dict[str, str]
     partitions_setting: str | None
     """The setting that gives the number of partitions; None where the number is fixed."""
+    track: str = MAIN
+    """The track that has the topic for itself; `main` for those that all share, too."""
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -53,8 +56,8 @@ class Difference(msgspec.Struct, frozen=True):
     cure: str
 
 
-def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
-    """The nine contracts, in the order in which records flow.
+def topic_contracts(settings: TopicSettings, track: str = MAIN) -> tuple[TopicContract, ...]:
+    """The nine contracts, in the order in which records flow; then those of the track's own topics.
 
     Raises:
         TopicError: min_insync_replicas is larger than replication_factor.
@@ -93,6 +96,15 @@ def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
         }
         return TopicContract(name, partitions, settings.replication_factor, configs | kept, partitions_setting)
 
+    own = names.of_track(track)
+    of_track = (
+        ()
+        if track == MAIN
+        else (
+            replace(contract(own.deltas, None, settings.deltas_max_message_bytes, deltas), track=track),
+            replace(contract(own.snapshots, None, source, snapshots), track=track),
+        )
+    )
     return (
         contract(names.impressions, events, source, deleted),
         contract(names.clicks, events, source, deleted),
@@ -103,4 +115,5 @@ def topic_contracts(settings: TopicSettings) -> tuple[TopicContract, ...]:
         contract(names.deltas, None, settings.deltas_max_message_bytes, deltas),
         contract(names.snapshots, None, source, snapshots),
         contract(names.scorers, None, source, scorers),
+        *of_track,
     )

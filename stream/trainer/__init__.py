@@ -4,6 +4,7 @@
 | --- | --- |
 | `worker` | the process: membership, positions, runs |
 | `pipeline` | a decoding thread and a training thread, so that the event loop never waits for either |
+| `challenge` | served metrics of this trainer's track beside those of the one that serves |
 | `examples` | a run of `examples` → columns and dead letters |
 | `batching` | columns → batches, and how far the log is trained |
 | `training` | learn batch after batch; what a snapshot holds |

@@ -259,7 +259,7 @@ class Anchors:
                 await between(partial(made.restore, rows))
             await between(lambda: self._compare_with(Anchor(version, made), made, since))
         except SnapshotMismatch as error:
-            log.info("gate: version %d isn't from the past of the live weights, so all of it is loaded: %s", version, error)
+            log.info("gate: version %d has other rows than the live weights, so all of it is loaded: %s", version, error)
             anchor = await asyncio.to_thread(self._load, version)
             await between(lambda: self._compare_with(anchor, None, since))
         except BaseException:

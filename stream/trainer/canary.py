@@ -36,6 +36,7 @@ from stream.trainer.bookkeeping import State, from_json, to_json
 from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.columns import ExampleColumns
 from stream.trainer.evaluation import counts
+from stream.trainer.remembered import Remembered, logits_of
 
 __all__ = ["CanaryWatch"]
 
@@ -43,30 +44,8 @@ log = logging.getLogger(__name__)
 
 # Examples processed together: numpy's calls cost as much for a batch of 128 as for eight of them.
 TOGETHER_ROWS = 1_024
-# Slots for the logits of counted examples; 32 bytes each, 4.2 MB together while a trial runs.
-SLOTS = 1 << 17
 # Progress is written to the registry at most this often. A record of 1 kB every 5 s is 17 MB a day before compaction.
 PROGRESS_S = 5.0
-# A float32 can't represent a score nearer to 1 than this.
-_CLIP = 1e-7
-
-
-class _Remembered:
-    """Weight and two logits of counted examples, and the side that they were counted on, by the hash of the id."""
-
-    def __init__(self) -> None:
-        self._keys = np.zeros(SLOTS, np.uint64)
-        self._values = np.zeros((SLOTS, 4), np.float32)
-        self._known = np.zeros(SLOTS, np.bool_)
-
-    def put(self, keys: npt.NDArray[np.uint64], values: FloatArray) -> None:
-        at = (keys % np.uint64(SLOTS)).astype(np.intp)
-        self._keys[at], self._values[at], self._known[at] = keys, values, True
-
-    def take(self, keys: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.bool_], FloatArray]:
-        """Whether each key is in the table (N,), and its values (N, 4)."""
-        at = (keys % np.uint64(SLOTS)).astype(np.intp)
-        return self._known[at] & (self._keys[at] == keys), self._values[at].astype(np.float64)
 
 
 class _Rows(NamedTuple):
@@ -93,7 +72,7 @@ class CanaryWatch:
         self._lock = threading.Lock()
         self._canary: Canary | None = None
         self._evidence = Evidence()
-        self._remembered: _Remembered | None = None
+        self._remembered: Remembered | None = None
         self._observed: list[tuple[ExampleColumns, npt.NDArray[np.float32]]] = []
         self._rows = 0
         self._written_s = 0.0
@@ -206,7 +185,7 @@ class CanaryWatch:
 
     def _count(self, rows: _Rows) -> None:
         if self._remembered is None:
-            self._remembered = _Remembered()
+            self._remembered = Remembered()
         # First labels are counted before their corrections, also when both are in this batch.
         first = np.flatnonzero(~rows.corrects)
         self._add(rows, first, taken_back=False)
@@ -267,14 +246,9 @@ def _rows(
     return _Rows(
         batch.labels[at],
         counts(batch)[at].astype(np.float64),
-        _logits(mine),
-        _logits(theirs),
+        logits_of(mine),
+        logits_of(theirs),
         is_candidate,
         np.zeros(len(at), np.bool_) if batch.corrects is None else batch.corrects[at],
         batch.id_hashes[at].view(np.uint64),
     )
-
-
-def _logits(scores: npt.NDArray[np.float32]) -> FloatArray:
-    clipped = np.clip(scores.astype(np.float64), _CLIP, 1 - _CLIP)
-    return np.asarray(np.log(clipped) - np.log1p(-clipped))

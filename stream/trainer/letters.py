@@ -29,6 +29,8 @@ class LetterBox:
 
     Args:
         fatal: called when the broker doesn't take a letter. It must not return.
+        wanted: whether letters are sent; else they are only counted. Of the trainers of several tracks, which read the same
+            examples, that of the track that serves sends them.
     """
 
     def __init__(
@@ -38,9 +40,11 @@ class LetterBox:
         partitions: int,
         metrics: TrainerMetrics,
         fatal: Callable[[str, BaseException], object],
+        *,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         self._kafka, self._topic, self._partitions = kafka, topic, partitions
-        self._metrics, self._fatal = metrics, fatal
+        self._metrics, self._fatal, self._wanted = metrics, fatal, wanted
         self._waiting: list[DeadLetter] = []
         self._arrived = asyncio.Event()
         self._progress = asyncio.Condition()
@@ -96,6 +100,8 @@ class LetterBox:
         for letter in letters:
             by_partition[letter.partition % self._partitions].append(letter)
             self._metrics.dead_letters.labels(letter.reason).inc()
+        if not self._wanted():
+            return
         futures = [
             future
             for partition, group in by_partition.items()

@@ -35,7 +35,10 @@ class TrainerMetrics:
             registry=prometheus,
         )
         self.dead_letters = Counter(
-            "headrace_trainer_dead_letters", "Examples that became dead letters, by reason.", ["reason"], registry=prometheus
+            "headrace_trainer_dead_letters",
+            "Examples that became dead letters, by reason; of a track that does not serve, those that it passed over.",
+            ["reason"],
+            registry=prometheus,
         )
         self.skipped_examples = Counter(
             "headrace_trainer_skipped_examples",

@@ -92,7 +92,11 @@ class Pipeline:
         self._runs.put(run)
 
     async def between_batches(self, capture: Callable[[Training], T]) -> T:
-        """What `capture` returns. It runs in the training thread, as soon as the batch under way is trained."""
+        """What `capture` returns. It runs in the training thread, as soon as the batch under way is trained.
+
+        What it raises is raised here, and training goes on: the caller knows whether it can do without. A caller that doesn't
+        handle it ends the process, since all of them are guarded (`stream.worker.guards`).
+        """
         wanted: Future[T] = Future()
         self._captures.put((wanted, capture))
         return await asyncio.wrap_future(wanted)
@@ -151,6 +155,5 @@ class Pipeline:
             if wanted.set_running_or_notify_cancel():
                 try:
                     wanted.set_result(capture(self.training))
-                except BaseException as error:
+                except Exception as error:
                     wanted.set_exception(error)
-                    raise

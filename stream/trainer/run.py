@@ -23,11 +23,13 @@ from state.registry import RegistryState
 from state.rewinds import Rewind, Rewinds, joined
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
+from state.tracks import MAIN, Track, numbers_of
 from stream.deltas.newest_epoch import newest_epoch
 from stream.deltas.writer import DeltaWriter
 from stream.errors import Fenced
 from stream.kafka.cluster import Cluster, describe_cluster
 from stream.registry.follower import RegistryFollower
+from stream.registry.tracks import registered_track
 from stream.registry.writer import RegistryWriter
 from stream.settings import HttpSettings, KafkaSettings, TrainerSettings
 from stream.topics.names import TopicNames
@@ -38,6 +40,9 @@ from stream.trainer.canary import CanaryWatch
 from stream.trainer.canary_metrics import CanaryMetrics
 from stream.trainer.chain import NAME as CHAIN
 from stream.trainer.chain import Chain
+from stream.trainer.challenge import NAME as CHALLENGE
+from stream.trainer.challenge import ChallengeWatch
+from stream.trainer.challenge_metrics import ChallengeMetrics
 from stream.trainer.drift import Drift
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
@@ -96,6 +101,7 @@ async def run_trainer(
     """
     cluster = await describe_cluster(kafka, (names.examples, names.dead_letters, names.snapshots, names.deltas))
     who = f"trainer@{socket.gethostname()}:{os.getpid()}"
+    track = await registered_track(kafka, names, who)
     registry = RegistryWriter(kafka, names, who=who)
     store = SnapshotStore(snapshots)
     log.info("snapshots at %s", store.url)
@@ -123,6 +129,7 @@ async def run_trainer(
             worker.registry_changed(state)
 
     follower = RegistryFollower(kafka, names, on_change=on_change)
+    tracks = follower if names.track == MAIN else RegistryFollower(kafka, names.of_track(MAIN))
     prometheus = new_prometheus()
     standby = Standby(
         kafka=kafka,
@@ -138,13 +145,18 @@ async def run_trainer(
         new_model=new_model,
     )
     closing: list[Callable[[], Awaitable[None]]] = [follower.close, registry.close]
+    if tracks is not follower:
+        closing.append(tracks.close)
     async with standby:
         try:
             # Taking an epoch ends the trainer that runs, so everything that could keep this one from starting is checked first.
             await standby.until_chosen()
             # From here on no other trainer announces a version that this one would not know of.
-            epoch = await registry.take_trainer_epoch(above=await newest_epoch(kafka, names))
+            above = max(await newest_epoch(kafka, names), track.first_number)
+            epoch = await registry.take_trainer_epoch(above=above)
             await follower.start()
+            if tracks is not follower:
+                await tracks.start()
             prepared = await standby.newest(follower.state)
             start = prepared.start
             came_from = "a new model" if start.version is None else f"version {start.version}, {start.examples_seen} examples"
@@ -155,6 +167,8 @@ async def run_trainer(
             await deltas.open()
             trainer = _Trainer(
                 epoch=epoch,
+                track=track,
+                tracks=tracks,
                 who=who,
                 kafka=kafka,
                 settings=settings,
@@ -182,6 +196,8 @@ class _Trainer:
     """Puts the worker together, and the parts that belong to its weights: at the start, and when it is sent back."""
 
     epoch: int
+    track: Track
+    tracks: RegistryFollower
     who: str
     kafka: KafkaSettings
     settings: TrainerSettings
@@ -198,6 +214,7 @@ class _Trainer:
     metrics: TrainerMetrics = field(init=False)
     skew: SkewCheck = field(init=False)
     canary: CanaryWatch = field(init=False)
+    challenge: ChallengeWatch = field(init=False)
     letters: LetterBox = field(init=False)
     chains: int = 0
     rewinds: Rewinds = field(default_factory=Rewinds)
@@ -207,7 +224,9 @@ class _Trainer:
         """The worker with all its parts."""
         self.metrics = metrics = TrainerMetrics(self.prometheus)
         letters_topic = self.names.dead_letters
-        self.letters = LetterBox(self.kafka, letters_topic, self.cluster.partitions[letters_topic], metrics, fatal)
+        self.letters = LetterBox(
+            self.kafka, letters_topic, self.cluster.partitions[letters_topic], metrics, fatal, wanted=self.serves
+        )
 
         def reference(version: int) -> Predictor:
             return load_reference(self.store, version, self.schema, announced=self.follower.state.versions.get(version))
@@ -217,10 +236,11 @@ class _Trainer:
 
         self.skew = SkewCheck(reference, scored_by, metrics, as_served=partial(as_served, schema=self.schema))
         self.canary = CanaryWatch(CanaryMetrics(self.prometheus))
+        self.challenge = ChallengeWatch(self.track, ChallengeMetrics(self.prometheus))
         return TrainerWorker(
             kafka=self.kafka,
             cluster=self.cluster,
-            group=f"{self.names.prefix}{self.settings.group}",
+            group=f"{self.names.prefix}{self.settings.group}{self.names.suffix}",
             names=self.names,
             snapshots=self.snapshots,
             store=self.store,
@@ -230,6 +250,8 @@ class _Trainer:
             threads=self.settings.threads,
             skew=self.skew,
             canary=self.canary,
+            challenge=self.challenge,
+            tracks=self.tracks,
             letters=self.letters,
             deltas=self.deltas,
             registry=self.registry,
@@ -237,6 +259,10 @@ class _Trainer:
             metrics=metrics,
             table_metrics=TableMetrics(self.prometheus),
         )
+
+    def serves(self) -> bool:
+        """Whether scorers answer with this trainer's track."""
+        return self.tracks.state.serving.track == self.names.track
 
     async def go_back(self, learner: Learner) -> Parts:
         """The parts for the version that the registry sends the trainer back to. Its weights are put into `learner`."""
@@ -261,7 +287,7 @@ class _Trainer:
         scores = Evaluation(self.settings.metrics_window, self.settings.evaluation_from_ms)
         base = await go_on_in_place(learner, start, self.kafka, self.names, sent_back=rewind is not None)
         chain = Chain(
-            str(ChainName(self.model.name, self.epoch, self.chains)),
+            str(ChainName(self.names.chains or self.model.name, self.epoch, self.chains)),
             self.deltas,
             base,
             learner.touched_keys,
@@ -269,7 +295,7 @@ class _Trainer:
             schema_hash=self.schema.fingerprint(),
         )
         self.chains += 1
-        served = ServedWatch(self.snapshots)
+        served = ServedWatch(self.snapshots, numbers_of(self.track))
         calibration = CalibrationWatch(self.schema, self.settings.calibration_fields, self.settings.settled_ms)
         judge = Judge(self.snapshots, gate_state(start, self.epoch))
         anchors = Anchors(judge, self.store, self.snapshots, self.schema, self.model, learner, self.settings.device)
@@ -285,8 +311,8 @@ class _Trainer:
             self.metrics,
             max_batch_age_s=self.settings.max_batch_age_ms / 1000,
             watermark_ms=start.watermark_ms,
-            observers=(self.skew, self.canary, served, calibration),
-            bookkeeping={CHAIN: chain, "canary": self.canary, SERVED: served},
+            observers=(self.skew, self.canary, self.challenge, served, calibration),
+            bookkeeping={CHAIN: chain, "canary": self.canary, CHALLENGE: self.challenge, SERVED: served},
             judge=judge,
             skips=skips,
             sanity=Sanity(judge, ScoreShift(learner, self.schema), self.snapshots, drift=Drift(self.schema, self.snapshots)),
@@ -299,6 +325,7 @@ class _Trainer:
         # new line for one of the champion's line.
         await anchors.follow(self.follower.state, start.watermark_ms)
         self.canary.follow(self.follower.state)
+        self.challenge.follow(self.tracks.state)
         publisher = Publisher(
             store=self.store,
             registry=self.registry,

@@ -28,6 +28,7 @@ from state.registry import RegistryState
 from state.served_band import BandState, Block, ServedBand, decision_of
 from state.settings import SnapshotSettings
 from state.store import SnapshotStore
+from state.tracks import NUMBERS
 from stream.errors import NoAnswer, RegistryError
 from stream.registry.checking import check_store
 from stream.registry.writer import RegistryWriter
@@ -60,10 +61,13 @@ class ServedWatch:
     """Gathers blocks of served scores. An observer of training, and a part of its bookkeeping.
 
     `observe`, `state` and `restore` are for the training thread, the rest is for any.
+
+    Args:
+        numbers: of the versions of this trainer's track. Scores of another track's versions don't count.
     """
 
-    def __init__(self, settings: SnapshotSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: SnapshotSettings, numbers: range = range(1, NUMBERS + 1)) -> None:
+        self._settings, self._numbers = settings, numbers
         self._band = ServedBand(settings)
         self._lock = threading.Lock()
         self._rows: list[_Rows] = []
@@ -89,6 +93,7 @@ class ServedWatch:
         there = np.isfinite(batch.served)
         if self._settings.auto_rollback == "off" or not there.any():
             return
+        there &= (batch.versions < 0) | ((batch.versions >= self._numbers.start) & (batch.versions < self._numbers.stop))
         left, versions = self._left, batch.versions[:, None]
         if len(left):
             there &= ~((versions > left[:, 0]) & (versions <= left[:, 1])).any(1)

@@ -105,7 +105,7 @@ class Standby:
         self._follower = RegistryFollower(kafka, names, on_change=lambda state: self._news.set())
         self._leadership = Leadership(
             kafka,
-            group=f"{names.prefix}{settings.group}-leader",
+            group=f"{names.prefix}{settings.group}{names.suffix}-leader",
             topic=names.snapshots,
             session_timeout_ms=settings.session_timeout_ms,
             who=who,

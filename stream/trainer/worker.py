@@ -46,6 +46,7 @@ from stream.topics.names import TopicNames
 from stream.trainer.anchors import Anchors
 from stream.trainer.calibration import CalibrationWatch
 from stream.trainer.canary import CanaryWatch
+from stream.trainer.challenge import ChallengeWatch
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.examples import ExampleDecoder
 from stream.trainer.judge import Judge
@@ -103,6 +104,7 @@ class TrainerWorker(Worker):
 
     Args:
         go_back: gives the parts for a rewind. The weights that are in use are overwritten, so nothing may use them by then.
+        tracks: the registry of `main`, which knows all tracks; `follower` is that of the trainer's own.
     """
 
     name = "trainer"
@@ -126,6 +128,8 @@ class TrainerWorker(Worker):
         registry: RegistryWriter,
         follower: RegistryFollower,
         canary: CanaryWatch,
+        challenge: ChallengeWatch,
+        tracks: RegistryFollower,
         metrics: TrainerMetrics,
         table_metrics: TableMetrics,
     ) -> None:
@@ -142,6 +146,7 @@ class TrainerWorker(Worker):
         self._letters, self._deltas, self._registry = letters, deltas, registry
         self._follower, self._metrics, self._decoder, self._threads = follower, metrics, decoder, threads
         self._canary, self._go_back, self._table_metrics = canary, go_back, table_metrics
+        self._challenge, self._tracks = challenge, tracks
         self._intake = asyncio.Lock()  # held while the trainer goes back: nothing is handed over
         self._going: asyncio.Task[None] | None = None
         self._alarm = ""
@@ -262,11 +267,14 @@ class TrainerWorker(Worker):
             try:
                 await self._registry.tag_due(self._snapshots)
                 await self._canary.conduct(self._registry, self._follower.state)
+                await self._challenge.report(self._registry, self._tracks.state)
             except (RegistryError, NoAnswer) as error:  # also when fenced: then the next announcement says so
                 log.warning("tagging good versions, or a canary: %s", error)
 
     async def _watch_served(self) -> None:
-        """Act on served scores that are out of their band."""
+        """Act on served scores that are out of their band, while the trainer's track serves."""
+        if self._tracks.state.serving.track != self._names.track:
+            return
         state = self._follower.state
         self._served.follow(state)
         alarm = self._served.alarm

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from faust.types import TP
 
 from stream.kafka.clients import faust_options
-from stream.kafka.transport import RunApp
+from stream.kafka.transport import FETCH_MAX_WAIT_MS, RunApp
 from stream.settings import KafkaSettings
 
 __all__ = ["build_app"]
@@ -26,6 +26,7 @@ def build_app(
     next_offset: Callable[[TP], int | None],
     session_timeout_ms: int,
     instance_id: str | None = None,
+    fetch_max_wait_ms: int = FETCH_MAX_WAIT_MS,
 ) -> RunApp:
     """A Faust app that does membership, rebalances, agents and supervision, and nothing else: no tables, no web, no commits.
 
@@ -35,6 +36,7 @@ def build_app(
     return RunApp(
         group,
         next_offset=next_offset,
+        fetch_max_wait_ms=fetch_max_wait_ms,
         loop=asyncio.get_running_loop(),
         broker_session_timeout=session_timeout_ms / 1000,
         broker_heartbeat_interval=session_timeout_ms / 3000,

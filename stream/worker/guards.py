@@ -28,9 +28,10 @@ def fatal(what: str, error: BaseException) -> NoReturn:
     from outside (Kafka, the operating system).
     """
     ours = type(error).__module__ in ("model.errors", "state.errors", "stream.errors")
+    found = str(error) if ours else f"{type(error).__name__}: {error}" if isinstance(error, OSError) else repr(error)
     log.critical(
-        "%s: %s The process ends. When it is started again, it goes on from the log.",
-        *(what, error if ours else f"{type(error).__name__}: {error}." if isinstance(error, OSError) else f"{error!r}."),
+        "%s: %s. The process ends. When it is started again, it goes on from the log.",
+        *(what, found.removesuffix(".")),
         exc_info=None if ours or isinstance(error, (KafkaError, OSError)) else error,
     )
     logging.shutdown()

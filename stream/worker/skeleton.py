@@ -20,7 +20,7 @@ from faust.types import TP
 
 from stream.errors import Abandoned, Replaced
 from stream.kafka.cluster import Cluster, ClusterWatch
-from stream.kafka.transport import LogEnd, Run, RunSchema
+from stream.kafka.transport import FETCH_MAX_WAIT_MS, LogEnd, Run, RunSchema
 from stream.settings import KafkaSettings
 from stream.worker.app import build_app
 from stream.worker.guards import fatal, guarded
@@ -57,6 +57,8 @@ class Worker(ABC):
     """
 
     name: ClassVar[str]
+    fetch_max_wait_ms: ClassVar[int] = FETCH_MAX_WAIT_MS
+    """How long a broker holds back an empty fetch."""
 
     def __init__(
         self,
@@ -77,7 +79,12 @@ class Worker(ABC):
         """Whether `before_joining` has ended, so that the worker is on its way into the group."""
         self._background: list[asyncio.Task[None]] = []
         self.app = build_app(
-            group, kafka, next_offset=self.next_offset, session_timeout_ms=session_timeout_ms, instance_id=instance_id
+            group,
+            kafka,
+            next_offset=self.next_offset,
+            session_timeout_ms=session_timeout_ms,
+            instance_id=instance_id,
+            fetch_max_wait_ms=self.fetch_max_wait_ms,
         )
         self.membership = Membership(
             self.app, kafka, group, instance_id if instance_setting else None, setting=instance_setting or ""

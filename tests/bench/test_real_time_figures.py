@@ -10,7 +10,7 @@ from deploy.evaluate.stream import Stream, simulated
 from deploy.feeding.simulation import Simulation
 from model.settings import ModelSettings
 
-MODEL = ModelSettings(hidden=(8,), initial_rows=1024, batch_rows=128)
+MODEL = ModelSettings(hidden=(8,), initial_rows=1024, batch_rows=128, row_history=False, cross_layers=0)
 SHORT = Simulation(count=20_000, rate=150, ctr=0.1, delay="lognormal", delay_ms=10_000, new_items=0.5, hour_ms=60_000)
 
 

@@ -37,6 +37,7 @@ def test_addresses_that_are_none(servers: Any) -> None:
     ("options", "message"),
     [
         ({"topic_prefx": "x-"}, "topic_prefx: expected an option of kafka-python's connections, found none of that name."),
+        ({"topics_prefix": "x-"}, "Did you mean topic_prefix?"),
         ({"sasl_mechanisms": "PLAIN"}, "Did you mean sasl_mechanism?"),
         ({"acks": 1}, "acks: expected no such option, found it. The client sets it itself: leave it out."),
         ({"partitioner": hash}, "partitioner: expected no such option"),

@@ -192,6 +192,7 @@ class Scorer(threading.Thread):
         self._settings = settings
         self._copies = copies
         self._stop_it = threading.Event()
+        self.asked: list[dict] = []  # requests, in the order of the log
         self.ready = threading.Event()
 
     def run(self) -> None:
@@ -205,6 +206,7 @@ class Scorer(threading.Thread):
             for batch in consumer.poll(timeout_ms=50).values():
                 for record in batch:
                     request = msgspec.json.decode(record.value)
+                    self.asked.append(request)
                     if request["request_id"].startswith("-"):
                         continue
                     answer = {
@@ -231,8 +233,11 @@ class Scorer(threading.Thread):
 
 
 def test_ask_gets_the_answer_to_its_own_request(client: Client, topics: Settings) -> None:
-    with Scorer(topics):
-        answer = client.ask({"u": "1"}, [("a", {}), ("abc", {"x": 1})], timeout_ms=20_000, request_id="mine")
+    with Scorer(topics) as scorer:
+        candidates = [("a", {}), ("abc", {"x": 1})]
+        answer = client.ask({"u": "1"}, candidates, timeout_ms=20_000, request_id="mine", timestamp_ms=T)
+    (asked,) = (each for each in scorer.asked if each["request_id"] == "mine")
+    assert asked["timestamp"] == T and asked["deadline_ms"] > T
     assert answer.request_id == "mine"
     assert [(score.id, score.score) for score in answer.scores] == [("a", 0.1), ("abc", 0.3)]
     assert answer.best().id == "abc"

@@ -29,7 +29,11 @@ UNUSED: dict[str, str] = {
     **dict.fromkeys(["API_KEY", "FLEXIBLE_VERSION", "RESPONSE_TYPE", "SCHEMA"], "aiokafka reads it from a request's class"),
     **dict.fromkeys(["_build", "_set_producer_state"], "aiokafka calls it on a batch"),
     **dict.fromkeys(["_unpack_records", "getall"], "aiokafka's fetcher calls it"),
-    **dict.fromkeys(["_fetch_max_bytes", "_fetch_max_wait_ms", "_max_partition_fetch_bytes"], "aiokafka's fetcher reads it"),
+    **dict.fromkeys(
+        ["_consumer_timeout", "_fetch_max_bytes", "_fetch_max_wait_ms", "_max_partition_fetch_bytes"],
+        "aiokafka's fetcher reads it",
+    ),
+    "_sync_task": "aiokafka's client cancels it",
     **dict.fromkeys(
         ["_create_directories", "_new_consumer_thread", "_new_transport", "_to_message", "map_from_records", "perform_seek"],
         "Faust calls it",

@@ -18,8 +18,10 @@ from model.settings import ModelSettings
 
 CPU = torch.device("cpu")
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="a"), FieldSpec(name="b")), embedding_dim=4)
-SMALL = ModelSettings(hidden=(8,), initial_rows=64, defer_negatives=True)
-FAST = ModelSettings(hidden=(8,), initial_rows=64, dense_learning_rate=5e-3, row_learning_rate=0.03)
+SMALL = ModelSettings(hidden=(8,), initial_rows=64, defer_negatives=True, row_history=False, cross_layers=0)
+FAST = ModelSettings(
+    hidden=(8,), initial_rows=64, dense_learning_rate=5e-3, row_learning_rate=0.03, row_history=False, cross_layers=0
+)
 
 
 def batch_of(*columns: list[int]) -> FeatureBatch:

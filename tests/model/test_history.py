@@ -20,7 +20,7 @@ from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 from tests.model.test_learner import SCHEMA, learn, records
 
-SETTINGS = ModelSettings(hidden=(16, 8), initial_rows=16, row_history=True)
+SETTINGS = ModelSettings(hidden=(16, 8), initial_rows=16, row_history=True, cross_layers=0)
 
 
 def learner_of(schema: FeatureSchema = SCHEMA) -> Learner:
@@ -165,7 +165,7 @@ def test_a_key_that_an_example_has_several_times_is_taken_back_as_often() -> Non
     assert before == {5: (4.0, 4.0), 6: (1.0, 1.0)}
     learner.learn(example, np.array([0.0]))
     elements = to_elements(example, schema, learner.device)
-    gathered = learner._table.gather(learner._table.keys.lookup(elements.keys))
+    gathered = learner._table.gather(group(learner._table.keys.lookup(elements.keys)))
     one = torch.ones(1)
     read = [learner._history.read(elements, gathered, one, None, back, 1.0) for back in (one.bool(), None)]
     own, shared = row_numbers(torch.tensor([before[5], before[6]]), learner._history.base)

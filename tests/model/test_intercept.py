@@ -17,7 +17,7 @@ from model.settings import ModelSettings
 
 CPU = torch.device("cpu")
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="a"),), embedding_dim=4)
-SETTINGS = ModelSettings(hidden=(8,), initial_rows=64)
+SETTINGS = ModelSettings(hidden=(8,), initial_rows=64, row_history=False, cross_layers=0)
 
 
 class Alone:

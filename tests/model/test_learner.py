@@ -30,7 +30,7 @@ SCHEMA = FeatureSchema(
     ),
     embedding_dim=4,
 )
-SETTINGS = ModelSettings(hidden=(16, 8), initial_rows=16)
+SETTINGS = ModelSettings(hidden=(16, 8), initial_rows=16, row_history=False, cross_layers=0)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=(gpu, pytest.mark.gpu))])
 
@@ -357,7 +357,7 @@ def test_a_step_costs_the_same_whatever_the_table_holds() -> None:
             times.append(time.process_time() - began)
         return min(times)
 
-    settings = ModelSettings(hidden=(16,))
+    settings = ModelSettings(hidden=(16,), row_history=False, cross_layers=0)
     small, large = Learner(schema, settings, device="cpu"), Learner(schema, settings, device="cpu")
     large.learn(batch(30_000), np.zeros(30_000, np.float32))
     hot = batch(256)

@@ -353,7 +353,7 @@ def test_a_restore_waits_for_the_end_of_a_freeze() -> None:
 
 
 def test_a_restored_learner_may_have_other_rates() -> None:
-    faster = ModelSettings(hidden=(16, 8), initial_rows=16, row_learning_rate=0.5)
+    faster = ModelSettings(hidden=(16, 8), initial_rows=16, row_learning_rate=0.5, row_history=False, cross_layers=0)
     learner = Learner(SCHEMA, faster, device="cpu")
     learner.restore(trained().serving_state(), trained().trainer_state())
     assert learner.digest == trained().take_delta().digest

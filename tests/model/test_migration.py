@@ -18,7 +18,7 @@ from model.schema_change import SchemaChange
 from model.settings import ModelSettings
 from tests.model.made_features import impression
 
-SETTINGS = ModelSettings(hidden=(8, 6), init_std=0.2)
+SETTINGS = ModelSettings(hidden=(8, 6), init_std=0.2, row_history=False, cross_layers=0)
 USER, ITEM, TAGS = FieldSpec(name="user"), FieldSpec(name="item"), FieldSpec(name="tags", kind="list")
 PRICE = FieldSpec(name="price", kind="numeric", buckets="scaled")
 BEFORE = FeatureSchema(fields=(USER, TAGS, PRICE), embedding_dim=4)

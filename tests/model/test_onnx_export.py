@@ -123,7 +123,7 @@ def test_tables_of_any_size_and_fields_of_any_kind(tmp_path: Path, fields: tuple
     schema = FeatureSchema(
         fields=tuple(FieldSpec(name=name, kind="list" if name == "tags" else "categorical") for name in fields), embedding_dim=3
     )
-    settings = ModelSettings(hidden=(5,))
+    settings = ModelSettings(hidden=(5,), row_history=False, cross_layers=0)
     generator = torch.Generator().manual_seed(rows)
     features = [{"user": f"u{i % 9}", "item": i % 4, "tags": ["a", "b", f"t{i % 5}"][: i % 4]} for i in range(40)]
     decoded = FeatureDecoder(schema).impressions([json.dumps({"features": each}).encode() for each in features])
@@ -159,7 +159,7 @@ def test_a_large_table_lies_in_a_file_of_its_own(tmp_path: Path, monkeypatch: py
 
 def test_weights_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(SnapshotMismatch, match=r"mlp\.0\.weight"):
-        export(tmp_path / "model.onnx", trained(), settings=ModelSettings(hidden=(7,)))
+        export(tmp_path / "model.onnx", trained(), settings=ModelSettings(hidden=(7,), row_history=False, cross_layers=0))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,7 @@ devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=(
 
 DIM = 4
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="tags", kind="list")), embedding_dim=DIM)
-MODEL = ModelSettings(hidden=(6,))
+MODEL = ModelSettings(hidden=(6,), row_history=False, cross_layers=0)
 NONE = torch.empty(0, dtype=torch.int64)
 
 

@@ -87,7 +87,7 @@ def test_a_model_that_says_yes_to_everything_comes_back_within_two_minutes(how):
     order = np.argsort(np.concatenate([shown, clicked_at[clicked]]), kind="stable")
     which, corrects = which[order], corrects[order]
 
-    learner = Learner(simulation_schema(), ModelSettings(initial_rows=1 << 15), device="cpu")
+    learner = Learner(simulation_schema(), ModelSettings(initial_rows=1 << 15, row_history=False, cross_layers=0), device="cpu")
     head = features.slice(0, 2_048)
     for start in range(0, 2_048, 128):
         learner.learn(head.slice(start, start + 128), np.zeros(128))

@@ -23,7 +23,9 @@ SCHEMA = FeatureSchema(
     ),
     embedding_dim=4,
 )
-SETTINGS = ModelSettings(hidden=(8,), initial_rows=64, dense_learning_rate=2e-3, row_learning_rate=0.05)
+SETTINGS = ModelSettings(
+    hidden=(8,), initial_rows=64, dense_learning_rate=2e-3, row_learning_rate=0.05, row_history=False, cross_layers=0
+)
 
 
 def batch_of(hours: list[int], items: list[int], tags: list[list[int]] | None = None) -> FeatureBatch:

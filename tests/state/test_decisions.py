@@ -168,7 +168,7 @@ def test_a_new_line_waits_for_its_verdict() -> None:
     log.write(decisions.take_epoch(log.state, who="trainer in another folder", now_ms=log.now_ms))
     waits = log.announce(3, line=2, reason="nothing was compared yet")
     assert not waits.promoted
-    assert waits.reason.startswith("candidate: of another line than the champion and not compared with it")
+    assert waits.reason.startswith("candidate: of another line than the champion: ")
     assert log.announce(4, line=2, passed=(1,), flow="withheld", reason="worse").reason == "candidate: withheld: worse"
     assert log.announce(5, line=2, passed=(1,)).promoted
     assert log.announce(6, line=2).promoted  # line 2 is the champion's line now

@@ -169,12 +169,14 @@ def test_a_new_line_is_withheld_until_it_held_its_own_over_enough_clicks() -> No
     gate = Gate(SETTINGS, GateState(line=2))
     gate.oppose(1, 500)
     assert gate.state.flow == "withheld"
-    assert gate.state.reason == "a new line, not compared with the champion's over 2000 clicks yet"
+    assert gate.state.reason == "a new line, not shown to predict as well as the champion over 2000 clicks yet"
     gate.anchored(9)
     for _ in range(12):
         block(gate, shift=1.0)  # the new line is still learning
         assert gate.state.flow == "withheld"
-    assert gate.state.reason.startswith("a new line, not compared with the champion's over 2000 clicks yet; now log loss +")
+    assert gate.state.reason.startswith(
+        "a new line, not shown to predict as well as the champion over 2000 clicks yet; now log loss +"
+    )
     for blocks in range(10):
         gate.oppose(1, 700)  # called each time that the registry is read
         assert gate.state.flow == "withheld" or blocks > 5  # one good block isn't enough

@@ -21,7 +21,7 @@ EVICTING = TableSettings(admit_after=2, evict_below=1.4, half_life_ms=60_000)
 
 
 def learner(table: TableSettings, *, history: bool) -> Learner:
-    return Learner(SCHEMA, ModelSettings(hidden=(8,), row_history=history), table=table, device="cpu")
+    return Learner(SCHEMA, ModelSettings(hidden=(8,), row_history=history, cross_layers=0), table=table, device="cpu")
 
 
 def learn(which: Learner, seed: int) -> None:

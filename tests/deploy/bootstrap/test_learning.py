@@ -20,7 +20,7 @@ from model.schema import FeatureSchema, FieldSpec
 from model.settings import ModelSettings
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="u"), FieldSpec(name="item"), FieldSpec(name="price", kind="numeric")))
-MODEL = ModelSettings(hidden=(8, 4), batch_rows=64)
+MODEL = ModelSettings(hidden=(8, 4), batch_rows=64, row_history=False, cross_layers=0)
 ROWS = 1_500
 WINDOW_MS = 1_000
 

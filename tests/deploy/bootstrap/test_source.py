@@ -16,7 +16,7 @@ from model.table_settings import TableSettings
 from tests.deploy.made_up import MadeUp
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="u"), FieldSpec(name="item")))
-MODEL = ModelSettings(hidden=(4,), batch_rows=16)
+MODEL = ModelSettings(hidden=(4,), batch_rows=16, row_history=False, cross_layers=0)
 TIMES = (10, 20, 20, 20, 30, 40)
 
 

@@ -22,6 +22,9 @@ ARGUMENTS = {
     "kafka start": "",  # with a Java that isn't there
     "kafka status": "",
     "kafka stop": "",
+    "model compare": "",
+    "model promote": "wide --reason r --yes",
+    "model shadow": "wide --share 5%",
     "model stats": "1",
     "replay": "jsonl --path events.jsonl",
     "run join": "",

@@ -105,7 +105,7 @@ def test_list_shows_what_there_is(run: Run, three: Settings) -> None:
     assert "promoted: flowing: nothing was compared yet" in text[1]
     assert text[2].split()[:5] == ["2", "good,", "not", "in", "store"]
     assert text[-2].startswith("champion 3 since ") and text[-2].endswith(", auto-promotion on")
-    assert text[-1] == "gate flowing since -: nothing was compared yet"
+    assert text[-1] == "gate flowing: nothing was compared yet"
 
 
 def test_list_shows_what_scorers_say(run: Run, three: Settings) -> None:
@@ -123,7 +123,7 @@ def test_list_shows_what_scorers_say(run: Run, three: Settings) -> None:
 
 def test_list_of_an_empty_registry(run: Run, topics: Settings) -> None:
     ran = run("snapshot list")
-    assert ran.code == 0 and "champion none since -, auto-promotion on" in ran.out
+    assert ran.code == 0 and "champion none, auto-promotion on" in ran.out
     assert run("snapshot list --format json").json["versions"] == []
     assert not Path(topics.snapshots.url).exists()  # looking makes nothing
 
@@ -133,7 +133,7 @@ def test_show(run: Run, three: Settings) -> None:
     assert shown["announced"]["tags"] == ["good"] and shown["manifest"]["examples_seen"] == 1_234
     text = run("snapshot show 2").out
     assert "dense.safetensors" in text and "SHA-256" in text and "by trainer@test" in text
-    assert "flowing since -: nothing was compared yet" in text and "100 clicks and 900 non-clicks seen" in text
+    assert "flowing: nothing was compared yet" in text and "100 clicks and 900 non-clicks seen" in text
     assert shown["announced"]["verdict"]["flow"] == "flowing"
     ran = run("snapshot show 9")
     assert ran.code == 1 and "version 9: expected a whole version in" in ran.err and ran.out == ""
@@ -178,6 +178,21 @@ def test_nobody_is_sent_to_a_version_that_is_not_whole(run: Run, three: Settings
         assert ran.err.strip().endswith("Nothing was changed; --unchecked goes there all the same.")
     assert run("snapshot list --format json").json["champion"] == 3
     assert run("snapshot rollback --unchecked --format json").json["to"] == 2
+
+
+def test_versions_are_named_by_number_or_by_alias(run: Run, three: Settings) -> None:
+    assert run("snapshot alias set candidate 1 --reason 'better on the hold-out'").code == 0
+    assert run("snapshot alias set before-sale champion --reason 'to compare with' --format json").json["to"] == 3
+    assert run("snapshot show candidate --format json").json["version"] == 1
+    assert run("snapshot verify before-sale --format json").json == {"version": 3, "whole": True, "problems": []}
+    assert run("snapshot tag candidate ticket=CTR-17 --format json").json["version"] == 1
+    dry = run("snapshot promote candidate --reason x --hold y --dry-run").out.splitlines()
+    assert dry[:2] == ["champion: 3 → 1 (dry run: nothing was written)", "auto-promotion: would be held"]
+    assert run("snapshot rollback --to candidate --dry-run --format json").json["to"] == 1
+    for command in ("show", "verify", "tag", "promote --reason x", "rollback --dry-run --to"):
+        ran = run(f"snapshot {command} cadidate")
+        assert ran.code == 1, command
+        assert "version 'cadidate': expected a number or an alias (before-sale, candidate, champion), found neither" in ran.err
 
 
 def test_rollback_confirmed_and_undone(run: Run, three: Settings) -> None:
@@ -247,8 +262,6 @@ def test_a_trainer_that_is_sent_back_and_is_not_there(run: Run, three: Settings)
 def test_rollback_without_scorers_or_without_a_target(run: Run, three: Settings) -> None:
     ran = run("snapshot rollback --back 0s")
     assert ran.code == 1 and "expected one older than the champion, 3. --to can name: 2 (champion at " in ran.err
-    ran = run("snapshot rollback --to 1 --back 1m")
-    assert ran.code == 1 and "expected one of --to, --back and --before, found several" in ran.err
     ran = run("snapshot rollback --before 2001-01-01")
     assert ran.code == 1 and "expected a champion at 2001-01-01T00:00:00Z, found none remembered" in ran.err
     ran = run("snapshot rollback")
@@ -278,6 +291,11 @@ def test_usage(run: Run) -> None:
     assert run("snapshot rollback --back tomorrow").code == 2
     ran = run("snapshot promote 1 --reason x --hold y --resume")
     assert ran.code == 2 and "--hold and --resume: expected one of them, found both." in ran.err
+    ran = run("snapshot rollback --to 1 --back 1m")
+    assert ran.code == 2 and "expected one of --to, --back and --before, found several." in ran.err
+    for command in ("show 0", "verify 0", "promote 0 --reason x", "rollback --to 0", "tag 0"):
+        ran = run(f"snapshot {command}")
+        assert ran.code == 2 and "versions are numbered from 1, found '0'" in ran.err
     ran = run("snapshot rollback --skip 0:1-2")
     assert ran.code == 2 and "expected --rewind-trainer beside them, found none" in ran.err
     ran = run("snapshot rollback --rewind-trainer --skip-to-latest --unchecked")

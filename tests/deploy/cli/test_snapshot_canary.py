@@ -2,134 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import random
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-from kafka import KafkaProducer
 
-from deploy.demo.play import worker_environment
-from deploy.processes.workers import stop_workers
 from deploy.settings import Settings
-from headrace.scores import Answer, ScoreStream
-from model.schema import FeatureSchema
-from state.registry import RegistryState
-from stream.kafka.clients import kafka_python_options
-from stream.records.heartbeat import Heartbeat
-from stream.registry.heartbeat import HeartbeatReader
-from stream.registry.log import read_registry
 from stream.scorer.trial import in_share
-from stream.topics.names import TopicNames
+from tests.deploy.cli.serving_scene import Scene, shown
 from tests.deploy.conftest import Run
-from tests.forked import ForkedWorker
-from tests.stream.trainer.factory import MODEL, SCHEMA, headers, value
 
-PATIENCE_S = 90.0
 # Wide enough that a small model on made-up labels is promoted.
 WIDE = "--loss-margin 20% --calibration-margin 60% --ctr-margin 90%"
-
-
-class Scene:
-    """A trainer, a scorer, and an application that asks, shows and is clicked."""
-
-    def __init__(self, settings: Settings, folder: Path, stack: ExitStack) -> None:
-        snapshots = settings.snapshots.model_copy(update={"interval_ms": 500, "first_examples": 100, "first_clicks": 10})
-        self.settings = settings.model_copy(
-            update={
-                "snapshots": snapshots,
-                "features": FeatureSchema(fields=SCHEMA.fields, embedding_dim=SCHEMA.embedding_dim),
-                "model": MODEL,
-                "trainer": settings.trainer.model_copy(update={"device": "cpu", "threads": 1}),
-                "scorer": settings.scorer.model_copy(update={"heartbeat_ms": 200, "threads": 1}),
-            }
-        )
-        self.names = TopicNames.of(settings.topics)
-        self.workers = [
-            ForkedWorker(kind, worker_environment(self.settings), folder / f"{kind}.log", cwd=folder)
-            for kind in ("trainer", "scorer")
-        ]
-        stack.callback(lambda: stop_workers(self.workers))
-        options = kafka_python_options(settings.kafka)
-        self.stream = stack.enter_context(ScoreStream(self.names.scores, options, from_beginning=True))
-        self.producer = stack.enter_context(closing(KafkaProducer(**options)))
-        self.sent = self.asked = 0
-        self.chance = random.Random(7)
-        for worker in self.workers:
-            worker.start()
-
-    def until(self, done: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
-        while not (found := done()):
-            for worker in self.workers:
-                worker.check()
-            assert time.monotonic() < deadline, [worker.log.read_text()[-3_000:] for worker in self.workers]
-            time.sleep(0.05)
-        return found
-
-    def registry(self) -> RegistryState:
-        return asyncio.run(read_registry(self.settings.kafka, self.names))
-
-    def beat(self) -> Heartbeat | None:
-        async def read() -> list[Heartbeat]:
-            async with HeartbeatReader(self.settings.kafka, self.names) as reader:
-                return await reader.live()
-
-        return next(iter(asyncio.run(read())), None)
-
-    def learn(self, shown: list[dict[str, Any]]) -> None:
-        """Send examples, each with what its impression carries of an answer."""
-        for more in shown:
-            number, self.sent = self.sent, self.sent + 1
-            # Noisy, so that no version predicts them nearly without loss: relative differences would be huge then.
-            clicked = self.chance.random() < (0.6 if number % 7 < 2 else 0.2)
-            self.producer.send(
-                self.names.examples,
-                key=b"x%d" % number,
-                value=value(number, **more),
-                headers=headers(number, label=b"1" if clicked else b"0"),
-                partition=0,
-            )
-        self.producer.flush()
-
-    def ask(self, count: int) -> list[Answer]:
-        """Answers to this many requests about the impressions that are sent next."""
-        wanted = {}
-        for number in range(self.sent, self.sent + count):
-            name, self.asked = f"request-{self.asked}", self.asked + 1
-            features = json.loads(value(number))["features"]
-            request = {"request_id": name, "candidates": [{"id": "a", "features": features}]}
-            self.producer.send(self.names.score_requests, key=name.encode(), value=json.dumps(request).encode())
-            wanted[name] = number
-        self.producer.flush()
-        found: dict[str, Answer] = {}
-
-        def all_there() -> bool:
-            found.update({each.request_id: each for each in self.stream.poll(50) if each.request_id in wanted})
-            return len(found) == count
-
-        self.until(all_there)
-        return [found[name] for name in wanted]
 
 
 @pytest.fixture
 def scene(topics: Settings, tmp_path: Path) -> Iterator[Scene]:
     with ExitStack() as stack:
         yield Scene(topics, tmp_path, stack)
-
-
-def shown(answer: Answer, **changed: Any) -> dict[str, Any]:
-    """What an application puts into the impression of the first candidate."""
-    (score,) = answer.scores
-    there = {"score": score.score, "model_version": answer.model_version, "delta": answer.delta}
-    if score.shadow is not None:
-        there |= {"shadow_score": score.shadow, "shadow_version": answer.shadow_version}
-    return there | changed
 
 
 @pytest.mark.kafka

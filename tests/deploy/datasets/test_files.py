@@ -126,6 +126,17 @@ def test_a_model_that_could_not_read_it_is_named(tmp_path: Path, field: dict[str
     assert found in str(caught.value)
 
 
+def test_fields_that_a_file_lacks_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data_set = FileDataSet(parquet(tmp_path / "log.parquet", text=["a", "b"]), "parquet")
+    one, more = ({"name": name} for name in ("text", "typo"))
+    data_set.check(FeatureSchema(fields=(FieldSpec.model_validate(one),)))
+    assert caplog.messages == []
+    for _ in range(2):
+        data_set.check(FeatureSchema(fields=(FieldSpec.model_validate(one), FieldSpec.model_validate(more))))
+    (said,) = caplog.messages
+    assert "log.parquet has no column for typo of the settings' features.fields" in said
+
+
 @pytest.mark.parametrize("role", ["clicked", "id", "score", "model_version", "delta", "click_timestamp"])
 def test_a_role_that_is_said_to_have_no_column_leaves_the_contracts_column_out(tmp_path: Path, role: str) -> None:
     row = {"timestamp": T, "clicked": 1, "click_timestamp": T, "impression_id": "a", "score": 0.5, "f": 1}

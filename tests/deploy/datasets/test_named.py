@@ -157,6 +157,10 @@ def test_an_unknown_name_lists_the_known() -> None:
         DataSetError, match=r"'mnist': expected one of kuairand, movielens-100k.*jsonl, parquet.*headrace data list"
     ):
         open_data_set("mnist")
+    with pytest.raises(
+        DataSetError, match=r"'logs/log\.csv': .*For a file, give its format and its path: csv --path logs/log\.csv\."
+    ):
+        open_data_set("logs/log.csv")
 
 
 def test_folders_are_searched_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 
 from deploy.doctor.examination import examine
 from deploy.doctor.finding import Finding
-from deploy.doctor.readings import LogReading, Readings
+from deploy.doctor.readings import Challenger, LogReading, Readings
 from state.registry import Champion, RegistryState, VersionRecord
 from state.rewinds import Rewind, Rewinds
 from state.settings import SnapshotSettings
-from stream.records.heartbeat import Heartbeat
+from state.tracks import Track
+from stream.records.heartbeat import Heartbeat, ShadowBeat
 from tests.deploy.doctor.test_doctor import NOW, healthy, only
 from tests.judged import judged
 
@@ -49,6 +50,23 @@ def beat(**changed: Any) -> Heartbeat:
 
 def check_of(readings: Readings) -> list[str]:
     return [finding.check for finding in examine(readings)]
+
+
+def challenger(counted_ms: int) -> Challenger:
+    track = Track(name="wide", number=1, share=0.05, share_at_ms=NOW - 60 * MINUTE)
+    return Challenger(track, counted_ms)
+
+
+def test_a_challenger_that_nobody_counts_or_scores() -> None:
+    ready = beat(shadows=(ShadowBeat("wide", 100_000_001, 3, 200),))
+    assert examine(healthy(registry=registry(), scorers=[ready], challengers=[challenger(NOW - 6_000)])) == []
+    for counted_ms, words in ((0, "never, for 0.05"), (NOW - 5 * MINUTE, "last at")):
+        found = only(healthy(registry=registry(), scorers=[ready], challengers=[challenger(counted_ms)]))
+        assert (found.check, found.what) == ("challengers", "track wide") and found.found.startswith(words)
+        assert "headrace run trainer --track wide" in found.cure
+    without = beat(shadows=(ShadowBeat("wide", problem="expected room, found none"),))
+    found = only(healthy(registry=registry(), scorers=[without], challengers=[challenger(NOW)]))
+    assert found.found == "its share isn't scored here: expected room, found none" and "scorer.spare_mb" in found.cure
 
 
 def test_a_healthy_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -130,6 +131,8 @@ def test_a_picture_is_drawn(log: Path) -> None:
 def test_a_picture_needs_its_package_and_a_known_format(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = ran(f"csv --path log.csv {SMALL} --picture out.docx")
     assert "--picture: expected a file that ends with .png, .svg or .pdf, found out.docx" in result.stderr
+    result = ran(f"csv --path log.csv {SMALL} --picture nowhere/out.png")
+    assert re.search(r"--picture: expected \S+/nowhere to be a folder that can be written, found no folder", result.stderr)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = ran(f"csv --path log.csv {SMALL} --picture out.png")
     assert "--picture: expected the Python package matplotlib, found none" in result.stderr

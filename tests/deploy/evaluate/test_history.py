@@ -17,7 +17,7 @@ from model.settings import ModelSettings
 
 USERS, EACH = 100, 6
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="page")), embedding_dim=4)
-SETTINGS = ModelSettings(hidden=(4,), initial_rows=1024, batch_rows=4, row_history=True)
+SETTINGS = ModelSettings(hidden=(4,), initial_rows=1024, batch_rows=4, row_history=True, cross_layers=0)
 
 
 def bursts(apart_ms: int) -> Stream:

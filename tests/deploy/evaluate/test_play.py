@@ -17,7 +17,7 @@ from stream.records.example import CORRECTION
 from stream.settings import JoinSettings
 from tests.stream.join.oracle import Partition, run_of
 
-MODEL = ModelSettings(hidden=(8,), initial_rows=1024, batch_rows=128)
+MODEL = ModelSettings(hidden=(8,), initial_rows=1024, batch_rows=128, row_history=False, cross_layers=0)
 SHORT = Simulation(count=6_000, rate=50, ctr=0.1, delay="lognormal", delay_ms=10_000, new_items=0.5, hour_ms=60_000)
 
 

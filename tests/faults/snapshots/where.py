@@ -22,7 +22,7 @@ from tests.stream.trainer.factory import record
 __all__ = ["MODEL", "SCHEMA", "Noted", "Where", "example", "requests"]
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="item")), embedding_dim=4)
-MODEL = ModelSettings(hidden=(8,), batch_rows=32, initial_rows=64)
+MODEL = ModelSettings(hidden=(8,), batch_rows=32, initial_rows=64, row_history=False, cross_layers=0)
 USERS, ITEMS = 150, 250
 
 

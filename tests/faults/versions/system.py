@@ -66,6 +66,12 @@ def environment(servers: str, folder: Path) -> dict[str, str]:
     }
 
 
+def _as_before(release: Path) -> dict[str, str]:
+    """Settings of the model that the older release has, where a release has a choice."""
+    has_choice = (release / "model" / "history.py").exists()
+    return {"HEADRACE_MODEL__ROW_HISTORY": "false", "HEADRACE_MODEL__CROSS_LAYERS": "0"} if has_choice else {}
+
+
 class Worker:
     """One worker of one release."""
 
@@ -75,7 +81,8 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "headrace", "run", kind, "--http-port", str(self.port), *options],
                 cwd=release,
-                env={**env, "PYTHONPATH": str(release)},  # before the checkout that this interpreter's environment names
+                # The path is before the checkout that this interpreter's environment names.
+                env={**env, **_as_before(release), "PYTHONPATH": str(release)},
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
                 stdout=stderr,

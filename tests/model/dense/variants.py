@@ -12,8 +12,8 @@ __all__ = ["MODELS", "VARIANTS", "every_model", "every_variant", "settings"]
 
 MODELS: tuple[str, ...] = get_args(ModelName)
 _CROSSES: dict[str, dict[str, Any]] = {
-    "": {},
-    "+cross": {"cross_layers": 2},
+    "": {"cross_layers": 0},
+    "+cross": {"cross_layers": 2, "cross_rank": 0},
     "+low_rank": {"cross_layers": 3, "cross_rank": 2},
 }
 VARIANTS = {name + added: {"name": name, **more} for name in MODELS for added, more in _CROSSES.items()}
@@ -23,4 +23,6 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
 def settings(variant: str, **more: Any) -> ModelSettings:
-    return ModelSettings.model_validate({"hidden": (16, 8), "initial_rows": 16, **VARIANTS[variant], **more})
+    return ModelSettings.model_validate(
+        {"hidden": (16, 8), "initial_rows": 16, "row_history": False, **VARIANTS[variant], **more}
+    )

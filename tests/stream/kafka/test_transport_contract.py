@@ -80,6 +80,7 @@ def test_the_consumer_gives_what_the_transport_replaced_to_its_fetcher():
     for name in ("isolation_level", "fetch_max_wait_ms", "max_partition_fetch_bytes", "fetch_max_bytes"):
         assert f"{name}=self._{name}" in source
         assert name in parameters(Fetcher.__init__)
+    assert "fetcher_timeout=self._consumer_timeout" in source
 
 
 def test_positions_are_kept_where_the_transport_reads_them():

@@ -26,7 +26,7 @@ from stream.topics.names import TopicNames
 from tests.judged import JUDGED
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="price", kind="numeric")), embedding_dim=4)
-MODEL = ModelSettings(hidden=(8,), initial_rows=16)
+MODEL = ModelSettings(hidden=(8,), initial_rows=16, row_history=False, cross_layers=0)
 MAX_BYTES = 1_048_588
 
 

@@ -51,9 +51,11 @@ class Scorer:
         self.freshness = Freshness(self.known_ms.append)
         swapper: Any = SimpleNamespace(current=champion)
         outbox: Any = self
+        no_challengers: Any = SimpleNamespace(shadows=())
         self.answering = Answering(
             swapper,
             self.keeper,
+            no_challengers,
             outbox,
             ScorerMetrics(metrics),
             self.freshness,

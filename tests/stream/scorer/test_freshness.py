@@ -33,9 +33,11 @@ class Bench:
         outbox: Any = SimpleNamespace(send=self._send)
         self.scoring = ThreadPoolExecutor(1)
         no_candidate: Any = SimpleNamespace(trial=None)
+        no_challengers: Any = SimpleNamespace(shadows=())
         self.answering = Answering(
             self.swapper,
             no_candidate,
+            no_challengers,
             outbox,
             ScorerMetrics(self.prometheus),
             self.freshness,

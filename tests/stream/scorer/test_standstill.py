@@ -109,9 +109,11 @@ def test_what_was_computed_before_a_standstill_is_computed_again() -> None:
         scoring = ThreadPoolExecutor(1)
         outbox: Any = SimpleNamespace(send=send)
         no_candidate: Any = SimpleNamespace(trial=None)
+        no_challengers: Any = SimpleNamespace(shadows=())
         answering = Answering(
             swapper,
             no_candidate,
+            no_challengers,
             outbox,
             metrics,
             Freshness(lambda seconds: None),

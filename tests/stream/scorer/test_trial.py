@@ -118,7 +118,7 @@ def test_a_champion_that_gives_no_number_is_an_error_only_where_it_answers(mode:
 
 def test_a_candidate_with_other_features_reads_the_requests_by_its_own_schema() -> None:
     schema = FeatureSchema(fields=(FieldSpec(name="price", kind="categorical"),), embedding_dim=2)
-    settings = ModelSettings(hidden=(4,), initial_rows=16)
+    settings = ModelSettings(hidden=(4,), initial_rows=16, row_history=False, cross_layers=0)
     from model.learner import Learner
 
     serving = Learner(schema, settings, device="cpu").serving_state()

@@ -26,6 +26,13 @@ def test_created_topics_are_as_the_contract_says(settings: Settings) -> None:
     made = create_topics(settings.kafka, settings.topics)
     assert made.created == [contract.name for contract in topic_contracts(settings.topics)]
     assert check_topics(settings.kafka, settings.topics) == []
+    # A challenger has two of its own, and the nine are left alone.
+    missing = check_topics(settings.kafka, settings.topics, track="wide")
+    own = [f"{settings.topics.prefix}deltas-wide", f"{settings.topics.prefix}snapshots-wide"]
+    assert [problem.topic for problem in missing] == own
+    assert {problem.cure for problem in missing} == {"headrace topics create --track wide"}
+    assert create_topics(settings.kafka, settings.topics, track="wide").created == own
+    assert check_topics(settings.kafka, settings.topics, track="wide") == []
 
 
 def test_topics_of_0_1_0_lack_deltas_and_are_told_so(settings: Settings) -> None:

@@ -19,7 +19,7 @@ from stream.trainer.examples import DecodedRun, hash_ids
 from stream.trainer.metrics import TrainerMetrics
 
 SCHEMA = FeatureSchema(fields=(FieldSpec(name="user"), FieldSpec(name="item")), embedding_dim=4)
-MODEL = ModelSettings(hidden=(8,), batch_rows=32, initial_rows=16)
+MODEL = ModelSettings(hidden=(8,), batch_rows=32, initial_rows=16, row_history=False, cross_layers=0, cross_rank=0)
 FIRST_MS = 1_650_000_000_000
 ARRIVED_MS = FIRST_MS + 3_600_000
 

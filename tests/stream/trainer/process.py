@@ -72,6 +72,8 @@ def own_environment(settings: Settings) -> dict[str, str]:
         "HEADRACE_FEATURES__EMBEDDING_DIM": str(SCHEMA.embedding_dim),
         "HEADRACE_MODEL__HIDDEN": json.dumps(MODEL.hidden),
         "HEADRACE_MODEL__BATCH_ROWS": str(MODEL.batch_rows),
+        "HEADRACE_MODEL__ROW_HISTORY": str(MODEL.row_history),
+        "HEADRACE_MODEL__CROSS_LAYERS": str(MODEL.cross_layers),
         "HEADRACE_TRAINER__DEVICE": "cpu",
         "HEADRACE_TRAINER__THREADS": "1",
     }

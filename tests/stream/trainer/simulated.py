@@ -29,7 +29,15 @@ __all__ = ["Calibration", "Chain"]
 
 # What carries most of the true odds: a small model knows it after some ten thousand examples.
 SCHEMA = FeatureSchema(fields=tuple(FieldSpec(name=name) for name in ("segment", "category", "device")), embedding_dim=4)
-MODEL = ModelSettings(hidden=(8,), batch_rows=128, dense_learning_rate=2e-3, row_learning_rate=0.02, initial_rows=256)
+MODEL = ModelSettings(
+    hidden=(8,),
+    batch_rows=128,
+    dense_learning_rate=2e-3,
+    row_learning_rate=0.02,
+    initial_rows=256,
+    row_history=False,
+    cross_layers=0,
+)
 
 
 class Calibration:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from stream.records.dead_letter import DeadLetter
 from stream.trainer.letters import LetterBox
+from tests.stream.trainer.factory import metrics
 
 LETTER = DeadLetter("wrong_type", "", "", "examples", 0, 0, None, None)
 
@@ -28,3 +29,14 @@ async def test_letters_of_examples_set_aside_are_waited_for_as_well():
     assert not await write(1)
     assert not await write(3)
     assert await write(4)
+
+
+async def test_a_track_that_does_not_serve_counts_its_letters_and_sends_none():
+    """The trainer of the track that serves has written a letter for the same record. Versions wait for nothing."""
+    figures = metrics()
+    box = LetterBox(SimpleNamespace(), "dead-letters", 1, figures, print, wanted=lambda: False)
+    sending = asyncio.ensure_future(box._send_all())
+    box.put([LETTER] * 3)
+    await asyncio.wait_for(box.written_up_to(3), 5)
+    assert box.written == 3 and figures.dead_letters.labels("wrong_type")._value.get() == 3
+    sending.cancel()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from model.errors import UpdateNotFinite
+from model.errors import SnapshotMismatch, UpdateNotFinite
 from model.learner import Learner
 from stream.trainer.batching import BatchCutter
 from stream.trainer.evaluation import Evaluation
@@ -130,6 +130,23 @@ async def test_stopping_leaves_what_waits_untrained():
     await until(lambda: learner.examples_seen == 32)
     await pipeline.stop()
     assert pipeline.training.capture_version().position.offsets == {0: 32}
+    assert failures == []
+
+
+async def test_what_is_raised_between_two_batches_is_the_callers_and_training_goes_on():
+    learner = FakeLearner()
+    pipeline, failures, _ = make(learner)
+    pipeline.start()
+
+    def other_rows(training):
+        raise SnapshotMismatch("the anchor has other rows")
+
+    with pytest.raises(SnapshotMismatch, match="other rows"):
+        await pipeline.between_batches(other_rows)
+    await pipeline.put(run([record(offset) for offset in range(64)]))
+    await until(lambda: learner.examples_seen == 64)
+    assert (await pipeline.between_batches(Training.capture_version)).position.offsets == {0: 64}
+    await pipeline.stop()
     assert failures == []
 
 

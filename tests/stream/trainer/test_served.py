@@ -12,6 +12,7 @@ from state.canary import Thresholds
 from state.canary_decisions import begin_canary, end_canary
 from state.served_band import FIRST_BLOCKS, BandState, Block, decision_of
 from state.settings import SnapshotSettings
+from state.tracks import NUMBERS, Track, numbers_of
 from stream.errors import RegistryError
 from stream.trainer.batching import BatchCutter
 from stream.trainer.served import ServedWatch, act_on_alarm
@@ -150,3 +151,10 @@ async def test_an_alarm_alone_moves_nobody_and_a_refusal_ends_nobody(caplog):
     assert not await act(watch, log, Writer(log, refuses=True))
     assert "served scores are out of band (too high), and nothing was rolled back: no" in caplog.text
     assert not await act(watch, a_log(5), Writer(log)), "no good version to go to"
+
+
+@pytest.mark.parametrize(("version", "counts"), [(-1, True), (7, False), (NUMBERS, False), (NUMBERS + 7, True)])
+def test_scores_of_another_tracks_versions_say_nothing(version: int, counts: bool):
+    watch = ServedWatch(ACT, numbers_of(Track(name="wide", number=1)))
+    learn(watch, 0.9, version)
+    assert bool(watch.manifest_metrics()) == counts

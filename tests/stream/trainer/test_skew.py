@@ -41,7 +41,7 @@ SCHEMA = FeatureSchema(
     ),
     embedding_dim=4,
 )
-MODEL = ModelSettings(hidden=(8,), initial_rows=16, init_std=0.5)
+MODEL = ModelSettings(hidden=(8,), initial_rows=16, init_std=0.5, row_history=False, cross_layers=0)
 Features = dict[str, Any]
 
 

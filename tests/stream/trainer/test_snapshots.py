@@ -16,13 +16,12 @@ from state.settings import SnapshotSettings
 from state.store import SnapshotStore
 from stream.errors import Fenced, NoAnswer, RegistryError
 from stream.records.delta import Point
-from stream.trainer import log_retention, snapshots
+from stream.trainer import snapshots
 from stream.trainer.batching import BatchCutter
 from stream.trainer.captured import CapturedDelta, CapturedVersion, Position
 from stream.trainer.chain import Base, Chain, Published
 from stream.trainer.evaluation import Evaluation
 from stream.trainer.judge import Judge
-from stream.trainer.log_retention import Limits
 from stream.trainer.snapshots import Publisher
 from stream.trainer.start import Start
 from stream.trainer.training import Training
@@ -268,39 +267,6 @@ async def test_versions_come_at_intervals_and_only_with_news(bench):
     await until(lambda: at.registry.announced)
     await asyncio.sleep(0.3)
     assert [each.examples_seen for each in at.registry.announced] == [10]
-    at.publisher.close()
-    await running
-
-
-async def test_a_version_comes_before_kafka_deletes_deltas_after_the_newest_one(bench, monkeypatch):
-    """By what settings say, none would come after the first for a billion examples."""
-    monkeypatch.setattr(log_retention, "AGAIN_S", 0.0)
-    at, trained = bench(interval_ms=100, delta_interval_ms=10, min_examples=10**9), Trained()
-    trained.learn(100)
-    await at.publisher.publish(trained.training.capture_version())
-    running = asyncio.ensure_future(at.publisher.run(trained.training, trained.between_batches))
-    trained.learn(10)
-    await until(lambda: at.log.points)
-    await asyncio.sleep(0.3)
-    assert len(at.registry.announced) == 1, "the log keeps deltas for ever"
-    at.publisher.retention.limits = Limits(size=1)  # it keeps next to nothing
-    await until(lambda: len(at.registry.announced) == 2)
-    await asyncio.sleep(0.3)
-    assert len(at.registry.announced) == 2, "nothing has come since"
-    trained.learn(10)
-    await until(lambda: len(at.registry.announced) == 3)
-    at.publisher.close()
-    await running
-    assert [each.examples_seen for each in at.registry.announced] == [100, 110, 120]
-
-
-async def test_a_chain_that_begins_with_a_version_does_not_wait_for_many_examples(bench):
-    base = Base(Published(Point("deepfm/3/0", 5), 40), {}, in_place=False)
-    at, trained = bench(interval_ms=100, min_examples=10**9, base=base, newest=3), Trained()
-    at.publisher._parent = 3
-    running = asyncio.ensure_future(at.publisher.run(trained.training, trained.between_batches))
-    trained.learn(10)
-    await until(lambda: at.registry.announced)
     at.publisher.close()
     await running
 

@@ -24,7 +24,7 @@ CLUSTER = Cluster("c", {}, {NAMES.score_requests: 2})
 
 _UNUSED = (
     *("snapshots", "store", "go_back", "decoder", "skew", "letters", "deltas", "registry"),
-    *("follower", "canary", "metrics", "table_metrics"),
+    *("follower", "canary", "challenge", "tracks", "metrics", "table_metrics"),
 )
 
 
@@ -58,7 +58,7 @@ def scorer(positions: dict[int, int]) -> Any:
         cluster=CLUSTER,
         **dict.fromkeys(  # type: ignore[arg-type]
             (
-                *("swapper", "follower", "scoring", "candidate", "scrub"),
+                *("swapper", "follower", "scoring", "candidate", "challengers", "serving", "scrub"),
                 *("outbox", "heartbeats", "metrics", "freshness", "standstill"),
             )
         ),
