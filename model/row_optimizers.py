@@ -31,7 +31,8 @@ class Adagrad:
         """One update of values (U, 2D) in place, from the gradient by the weights (U, D)."""
         weights, sums = values.chunk(2, dim=1)
         sums.addcmul_(gradient, gradient)
-        weights.addcdiv_(gradient, sums.contiguous().sqrt_(), value=-self.rate)  # sqrt of strided memory is slow
+        roots = sums.clone(memory_format=torch.contiguous_format).sqrt_()  # of strided memory it is slow
+        weights.addcdiv_(gradient, roots, value=-self.rate)
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,32 +91,28 @@ def run_until_killed(settings: Settings, what: str, step: str) -> None:
 
 
 def _die_at(owner: Any, name: str, count: int, *, after: bool) -> None:
-    """Kill this process before or after the call of a method."""
+    """Kill this process before a method's call of that number, or after as many that have not failed."""
     whole, calls = getattr(owner, name), []
 
-    def counted() -> bool:
+    def die_if_last() -> None:
         calls.append(name)
-        return len(calls) == count
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def patched(*args: Any, **how: Any) -> Any:
-        last = counted()
-        if last and not after:
-            die()
+        if not after:
+            die_if_last()
         result = whole(*args, **how)
-        if last:
-            die()
+        if after:
+            die_if_last()
         return result
 
     async def patched_coroutine(*args: Any, **how: Any) -> Any:
-        last = counted()
-        if last and not after:
-            die()
+        if not after:
+            die_if_last()
         result = await whole(*args, **how)
-        if last:
-            die()
+        if after:
+            die_if_last()
         return result
 
     setattr(owner, name, patched_coroutine if asyncio.iscoroutinefunction(whole) else patched)

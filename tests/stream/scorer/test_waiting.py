@@ -56,7 +56,7 @@ def test_a_broker_that_never_answers_is_asked_again(monkeypatch: pytest.MonkeyPa
 
 async def _ask_a_broker_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Scorers:
-        def __init__(self, *_: Any) -> None: ...
+        def __init__(self, *_: Any, **how: Any) -> None: ...
 
         async def __aenter__(self) -> Scorers:
             return self
