@@ -4,8 +4,8 @@
     .venv/bin/python bench/apply.py --rows 1000000    # a quick look
     .venv/bin/python bench/apply.py --folder /data    # the files of the version on another disk
 
-The model has 39 fields, dimension 16 and an MLP of 400-400-400, as in `bench/train.py`. Each part runs in a process of its own
-with one thread of torch, as a scorer has by default.
+The model has 39 fields, dimension 16 and an MLP of 400-400-400, as in `bench/train.py`, without row history or
+cross layers. Each part runs in a process of its own with one thread of torch, as a scorer has by default.
 
 - Memory: resident memory with all rows loaded, less that of the same process before, as a multiple of the rows' 76 bytes. Also
   at its peak, while pieces are loaded.
@@ -59,7 +59,7 @@ ROW_BYTES = 8 + 4 * DIM + 4
 PIECE_ROWS = piece_rows(DIM)
 CANDIDATES = 50
 FEATURES = FeatureSchema(fields=tuple(FieldSpec(name=f"f{i}") for i in range(FIELDS)), embedding_dim=DIM)
-MODEL = ModelSettings()
+MODEL = ModelSettings(row_history=False, cross_layers=0)
 LATENCY_S = 4.0
 """Time of one stretch of predictions, with or without deltas."""
 PAUSE_S = 0.003

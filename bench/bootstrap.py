@@ -108,7 +108,7 @@ def in_memory(source: Source, model: ModelSettings) -> Measured:
 def main(rows: int, ids: int, batch_rows: int, rounds: int, threads: int) -> None:
     torch.set_num_threads(threads)
     schema = FeatureSchema(fields=tuple(FieldSpec(name=f"f{at}") for at in range(FIELDS)), embedding_dim=DIM)
-    model = ModelSettings(hidden=HIDDEN, batch_rows=batch_rows)
+    model = ModelSettings(hidden=HIDDEN, batch_rows=batch_rows, row_history=False, cross_layers=0)
     warn_if_busy()
     runs, alone = [], []
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
