@@ -3,9 +3,9 @@
     .venv/bin/python bench/snapshots.py                     # 1 M and 10 M rows: some 4 minutes, 4 GB of memory, 2 GB of disk
     .venv/bin/python bench/snapshots.py --rows 1000000      # this size only; may be repeated
 
-DeepFM has 39 fields, dimension 16 and an MLP of 400-400-400, as in `bench/train.py`, without row history or cross layers. The ids
-of the examples are drawn by Zipf 1.1 in each field, and popular ids have any row number. For each size, in a process of its
-own:
+DeepFM has 39 fields, dimension 16 and an MLP of 400-400-400, as in `bench/train.py`, without row history or cross layers. The
+ids of the examples are drawn by Zipf 1.1 in each field, and popular ids have any row number. For each size, in a process of
+its own:
 
 - capture: every 250 ms, training stops for `take_delta` and `freeze`;
 - version: a freeze is written to a folder while training goes on, as the trainer does it, without deltas beside;

@@ -4,11 +4,12 @@
     .venv/bin/python bench/table.py growth      # 1 M to 10 M rows, --first and --last
     .venv/bin/python bench/table.py memory      # nothing to 20 M rows, --last
 
-growth  DeepFM has 39 fields, dimension 16 and an MLP of 400-400-400, as in `bench/train.py`, without row history or cross layers.
-        In each batch of 512 examples, 29 fields have ids of a pool of 1 M (Zipf 1.1) whose rows have any number, 4 have any of
-        the values so far, and 6 have values that were never seen. Deltas are taken every 250 ms, and are no part of a step's
-        time. A pause is what a step takes longer than the median of the steps around it. Where other programs run, figures of
-        CPU time say more than those of time; with OMP_NUM_THREADS=1 they have no threads that wait for one another.
+growth  DeepFM has 39 fields, dimension 16 and an MLP of 400-400-400, as in `bench/train.py`, without row history or cross
+        layers. In each batch of 512 examples, 29 fields have ids of a pool of 1 M (Zipf 1.1) whose rows have any number, 4
+        have any of the values so far, and 6 have values that were never seen. Deltas are taken every 250 ms, and are no part
+        of a step's time. A pause is what a step takes longer than the median of the steps around it. Where other programs
+        run, figures of CPU time say more than those of time; with OMP_NUM_THREADS=1 they have no threads that wait for one
+        another.
 memory  the process' memory less what it had before, over the payload: keys, weights, accumulators, and with `--evicting` what
         a row's age and uses take. All values are new, and a delta is taken every 200,000 rows. "At rest" is the largest share
         at any count from a quarter of the last one on while the index isn't growing, "growing" while it is.
