@@ -196,6 +196,8 @@ class RegistryWriter(RegistryWrites):
                             break
                         attempted, in_doubt = change.outcome, True
                         await self._commit(change.records, cause.now_ms + round((time.monotonic() - began_s) * 1_000))
+                        # Kafka answers a commit before its marker is in the log. Whoever reads from now on finds the change.
+                        await self._log.read_to(self._read_to)
                         return Written(change.outcome, self._read_to, self._at_ms)
                 except _ClockIsOff as off:
                     logger.warning("%s. Kafka's clock is used", off)

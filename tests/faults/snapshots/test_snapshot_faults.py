@@ -66,7 +66,8 @@ def test_a_scorer_that_does_not_compare_digests_is_found(played: Played, monkeyp
     believe(monkeypatch)
     monkeypatch.setattr(Run, "refused", happens)
     problems = played("a weight flips between capture and checksum").problems
-    assert any("differ from those of" in problem or "names no point" in problem for problem in problems)
+    signs = ("differ from those of", "names no point", "expected to stay at")  # a later delta may write over the weight
+    assert any(sign in problem for problem in problems for sign in signs)
 
 
 def test_a_scorer_that_passes_over_a_gap_is_found(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
