@@ -42,6 +42,7 @@ def test_a_canary_is_promoted_a_shadow_taken_back_and_another_stopped(scene: Sce
     begun = run(f"{command} --format json").json
     assert begun["outcome"] == "running" and begun["undo"] == "headrace snapshot canary stop --reason undo --yes"
     scene.until(lambda: (beat := scene.beat()) is not None and beat.candidate == candidate)
+    scene.until(lambda: scene.workers[0].metrics()["headrace_trainer_canary_version", ()] == candidate)
     assert run("snapshot watch --timeout 1ms").code == 5
     assert f"canary of version {candidate}, 40 % of the requests since" in run("snapshot list").out
 
@@ -62,6 +63,7 @@ def test_a_canary_is_promoted_a_shadow_taken_back_and_another_stopped(scene: Sce
     # A shadow: both scores in every answer; what it would have said is far off.
     assert run(f"snapshot shadow {first} --share 100% --clicks 100 {WIDE}").code == 0
     scene.until(lambda: (beat := scene.beat()) is not None and beat.candidate == first)
+    scene.until(lambda: scene.workers[0].metrics()["headrace_trainer_canary_version", ()] == first)
     answers = scene.ask(700)
     assert {(answer.model_version, answer.shadow_version) for answer in answers} == {(candidate, first)}
     assert all(answer.scores[0].shadow is not None for answer in answers)

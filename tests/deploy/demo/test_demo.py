@@ -125,7 +125,8 @@ def test_one_run_counts_exactly_and_says_so_in_json(data, tmp_path):
     assert result["problems"] == []
     assert result["versions"] >= 2
     assert 0 < result["rollback_ms"] <= 5_000
-    assert 0 < result["click_to_served_ms_p50"] <= result["click_to_served_ms_p99"]
+    served = result["click_to_served_ms_p50"]  # None: every answer came before the first delta
+    assert served is None or 0 < served <= result["click_to_served_ms_p99"]
     assert result["peak_rss_mb"].keys() == {"join", "trainer", "scorer"}
     assert all(mb > 10 for mb in result["peak_rss_mb"].values())
     assert 0.5 < result["auc"] <= 1.0

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,6 @@ from stream.registry.operations import Operations
 from stream.registry.writer import RegistryWriter
 from stream.settings import KafkaSettings
 from stream.topics.names import TopicNames
-from tests.forked import forked_python
 from tests.judged import JUDGED
 
 __all__ = ["GATE", "agree", "announced", "keep", "manifest", "operations", "registry", "run_until_killed", "write"]
@@ -87,7 +88,12 @@ def run_until_killed(settings: Settings, what: str, step: str) -> None:
     }
     code = f"from tests.stream.registry.versions import main; main({what!r}, {step!r})"
     log = Path(settings.snapshots.url).parent / f"{what}.log"
-    assert forked_python(code, env, ROOT, log).wait(120) == -signal.SIGKILL, log.read_text()
+    # Executed, not forked: in a whole run of the suite a forked one did not die, for reasons that aren't known yet.
+    with log.open("ab") as stderr:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=ROOT, stderr=stderr, timeout=120, check=False
+        ).returncode
+    assert ended == -signal.SIGKILL, f"exit code {ended}: {log.read_text()}"
 
 
 def _die_at(owner: Any, name: str, count: int, *, after: bool) -> None:
